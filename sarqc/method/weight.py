@@ -1,0 +1,49 @@
+"""A quantized weight in the one form everything inside agrees on: unsigned codes, scales, integer zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes of E matrices of one shape; a dense layer is E = 1.
+
+    codes: uint8 [E, N, K], each in 0 .. 2^bits - 1. scales: floating [E, N, G], the dtype that is stored.
+    zeros: uint8 [E, N, G]. Group g covers the K / G inputs from g * K / G on. The weight is (code - zero) * scale.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        """Inputs per group, K / G."""
+        return self.codes.shape[-1] // self.scales.shape[-1]
+
+    @property
+    def sym(self) -> bool:
+        """Whether every zero is the middle code, so that zeros need not be stored."""
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [E, N, K]; computed in fp32 and rounded once to `dtype`."""
+        groups = self.codes.unflatten(-1, (self.scales.shape[-1], self.group_size)).float()
+        weight = (groups - self.zeros.float().unsqueeze(-1)) * self.scales.float().unsqueeze(-1)
+        return weight.flatten(-2).to(dtype)
+
+    def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:
+        """The parts of a weight whose rows were concatenated: one for each entry of `rows`, which sum to N."""
+        parts = zip(self.codes.split(list(rows), 1), self.scales.split(list(rows), 1), self.zeros.split(list(rows), 1))
+        return [QuantizedWeight(*part, bits=self.bits) for part in parts]
+
+    def expert(self, index: int) -> QuantizedWeight:
+        """Expert `index` alone, still with an expert axis of 1."""
+        at = slice(index, index + 1)
+        return QuantizedWeight(self.codes[at], self.scales[at], self.zeros[at], self.bits)
