@@ -1,1 +1,55 @@
-""""""
+"""SARQC: post-training weight quantization that generalises.
+
+    import sarqc
+    result = sarqc.quantize("smollm2", "out")      # a low-bit checkpoint that vLLM, SGLang and transformers load
+    model, tokenizer = sarqc.load("out")           # and that runs here
+    sarqc.evaluate("out").perplexity               # what it cost
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sarqc.errors import SarqcError
+    from sarqc.job.load import load
+    from sarqc.job.measure import evaluate
+    from sarqc.job.run import Result, quantize
+    from sarqc.spec import METHODS, QuantSpec, SolveSpec
+
+__all__ = [
+    "METHODS",
+    "QuantSpec",
+    "Result",
+    "SarqcError",
+    "SolveSpec",
+    "evaluate",
+    "load",
+    "quantize",
+]
+
+_HOME = {
+    "METHODS": "sarqc.spec",
+    "QuantSpec": "sarqc.spec",
+    "Result": "sarqc.job.run",
+    "SarqcError": "sarqc.errors",
+    "SolveSpec": "sarqc.spec",
+    "evaluate": "sarqc.job.measure",
+    "load": "sarqc.job.load",
+    "quantize": "sarqc.job.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sarqc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,1 +1,14 @@
-""""""
+"""The only room that knows files: a Hugging Face checkpoint folder comes in here and leaves here.
+
+files     which files of a folder may be touched, and JSON in and out
+headers   the safetensors file format: what a header says, how one is made
+shards    one open safetensors file; the list of them that makes a checkpoint
+reader    `open_checkpoint`: tensors by name, one at a time, also out of a quantized checkpoint
+writer    `ShardWriter`: tensors in, shards out, at most one tensor in memory
+folders   an output folder that appears whole or not at all
+side_files  tokenizer, templates, licence, config.json
+formats   how a quantized weight lies on disk
+verify    reads back what was written
+
+Everything wrong with a file is a `CheckpointError` of one line that names it.
+"""

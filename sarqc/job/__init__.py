@@ -1,1 +1,6 @@
-""""""
+"""One run from start to end: the rooms put together.
+
+locate   a model's name -> its folder          report   what a run leaves behind beside the weights
+run      quantize: model in, checkpoint out    load     a checkpoint, quantized or not, as a model that runs
+measure  perplexity of a checkpoint
+"""

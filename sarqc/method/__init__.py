@@ -1,1 +1,9 @@
-""""""
+"""The method: tensors in, tensors out. No files, no models, no progress bars.
+
+statistics  what is remembered of a site's inputs: Grams that add, merge and fold
+objective   Gram + lambda * saliency -> the matrix that is factored, and its factor
+strength    which lambda
+order       in which order columns are taken
+solve       a weight and its statistics -> codes, scales, zeros and a report
+weight      the quantized weight all rooms exchange
+"""

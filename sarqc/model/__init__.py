@@ -1,1 +1,8 @@
-""""""
+"""The model room: the only one that knows transformers.
+
+calibration  text or data set -> windows of tokens        sites      which Linears read the same tensor; the only hooks
+packaged     the small model that a Python package ships  blocks     load -> observe -> solve -> replay, block by block
+source       where tensors come from, as a protocol       inference  a quantized model that runs
+skeleton     the model without its weights                evaluate   perplexity, with its protocol
+experts      mixtures of experts; nothing else knows them
+"""

@@ -1,0 +1,102 @@
+"""Perplexity of methods side by side on the same tokens: the table in the README.
+
+    python -m benchmarks.quality.table MODEL CALIBRATION.txt EVALUATION.txt results.json \
+        --case 4:16 --case 3:4 --case 3:16 --case 3:64 [--also NAME=FOLDER ...]
+
+A case is BITS:WINDOWS; every method calibrates on the first so many windows of 512 tokens and is judged on the last 4
+windows of 2048 tokens of the other text. --also judges a checkpoint that another tool wrote, by the same code.
+Prints Markdown; what it is made from goes to results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import sarqc
+from benchmarks.quality.tokens import first_windows
+from sarqc.job.report import versions
+
+METHODS = ("rtn", "gptq", "rqc-gptq", "sarqc-gptq")
+
+
+def judge(model: str | Path, text: str) -> float:
+    """Perplexity over the last 4 windows of 2048 tokens."""
+    return sarqc.evaluate(model, text=text, seqlen=2048, max_windows=4).perplexity
+
+
+def run_case(args: argparse.Namespace, bits: int, windows: int, method: str) -> dict[str, Any]:
+    """Quantize and judge once."""
+    tokens = first_windows(args.model, args.calibration, windows, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        report = sarqc.quantize(
+            args.model, out, method=method, bits=bits, group_size=args.group_size, calib=tokens, num_samples=windows
+        ).report
+        return {
+            "bits": bits,
+            "windows": windows,
+            "method": method,
+            "perplexity": judge(out, args.evaluation),
+            "output_error": report["error"],
+            "seconds": report["seconds"],
+        }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table: a row a case, a column a method."""
+    cases = sorted({(r["bits"], r["windows"]) for r in results["runs"]}, reverse=True)
+    names = list(dict.fromkeys(r["method"] for r in results["runs"]))
+    lines = ["| bits | windows | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for bits, windows in cases:
+        found = {r["method"]: r["perplexity"] for r in results["runs"] if (r["bits"], r["windows"]) == (bits, windows)}
+        best = min(found.values())
+        cells = [_cell(found.get(name), best) for name in names]
+        lines.append(f"| {bits} | {windows} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, best: float) -> str:
+    if value is None:
+        return ""
+    return f"**{value:.2f}**" if value == best else f"{value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("evaluation")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--case", action="append", required=True, help="BITS:WINDOWS")
+    parser.add_argument("--also", action="append", default=[], help="BITS:WINDOWS:NAME=FOLDER")
+    args = parser.parse_args()
+    results: dict[str, Any] = {
+        "group_size": args.group_size,
+        "unquantized": judge(args.model, args.evaluation),
+        "versions": versions(),
+        "runs": [],
+    }
+    print(f"unquantized: {results['unquantized']:.3f}", flush=True)
+    for case in args.case:
+        bits, windows = map(int, case.split(":"))
+        for method in METHODS:
+            results["runs"].append(run_case(args, bits, windows, method))
+            print(results["runs"][-1], flush=True)
+    for entry in args.also:
+        case, folder = entry.split("=", 1)
+        bits, windows, name = case.split(":", 2)
+        perplexity = judge(folder, args.evaluation)
+        results["runs"].append(
+            {"bits": int(bits), "windows": int(windows), "method": name, "perplexity": perplexity}
+        )
+    args.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\nunquantized: {results['unquantized']:.2f}\n\n{markdown(results)}")
+
+
+if __name__ == "__main__":
+    main()

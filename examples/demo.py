@@ -1,0 +1,87 @@
+"""Quantize a real small model six ways, on a CPU, without a hub: `make demo`.
+
+SmolLM2-135M-Instruct comes out of a Python package; text to calibrate and to judge on comes with Python itself (its
+language reference, split by topic). The whole takes a few minutes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import sarqc
+from sarqc.job.generate import generate
+from sarqc.terminal import RunWatcher, Ticker
+
+OUT = Path("demo-output")
+MODEL = "smollm2"
+METHODS = ("rtn", "gptq", "sarqc-gptq")
+BITS = (4, 3)
+GROUP_SIZE = 64  # the model's 576 inputs are no multiple of 128
+CALIBRATION = dict(calib="builtin", num_samples=16, seqlen=512)
+EVALUATION = dict(text="builtin", seqlen=512, max_windows=16)
+
+console = Console(stderr=True)
+
+
+def perplexity(model: str | Path) -> float:
+    """Perplexity on the part of the built-in text that is not for calibration, with a progress bar."""
+    with Ticker(console) as ticker:
+
+        def show(done: int, total: int, so_far: float) -> None:
+            if done == 1:
+                ticker.begin(f"perplexity of {model}", total)
+            ticker.advance(f"{so_far:.2f}")
+
+        return sarqc.evaluate(model, on_window=show, **EVALUATION).perplexity
+
+
+def quantize(method: str, bits: int) -> tuple[Path, dict]:
+    """One run; its folder and its report."""
+    out = OUT / f"smollm2-w{bits}-{method}"
+    console.print(f"[bold]{method}[/] at {bits} bits")
+    with RunWatcher(console) as watcher:
+        result = sarqc.quantize(
+            MODEL, out, method=method, bits=bits, group_size=GROUP_SIZE, overwrite=True, watcher=watcher, **CALIBRATION
+        )
+    return out, result.report
+
+
+def main() -> None:
+    """Make the table, say a sentence, say where the checkpoints lie."""
+    began = time.perf_counter()
+    OUT.mkdir(exist_ok=True)
+    table = Table(title="SmolLM2-135M-Instruct, symmetric, groups of 64", title_justify="left")
+    for heading in ("method", "bits", "size", "bits/weight", "perplexity", "seconds"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    console.print("reading SmolLM2-135M-Instruct (converted to an ordinary checkpoint the first time, half a minute)")
+    table.add_row("unquantized", "16", "269.1 MB", "16.000", f"{perplexity(MODEL):.2f}", "")
+    for bits in BITS:
+        table.add_section()
+        for method in METHODS:
+            out, report = quantize(method, bits)
+            size = report["size"]
+            table.add_row(
+                method,
+                str(bits),
+                f"{size['bytes'] / 1e6:.1f} MB",
+                f"{size['bits_per_weight']:.3f}",
+                f"{perplexity(out):.2f}",
+                f"{report['seconds']['total']:.0f}",
+            )
+    best = OUT / f"smollm2-w4-{METHODS[-1]}"
+    sentence = generate(best, "The most important thing about a library is")
+    stdout = Console()
+    stdout.print(table)
+    stdout.print(f"\n[bold]{best.name} says:[/] {sentence}\n", highlight=False)
+    stdout.print(f"The checkpoints lie in {OUT.resolve()}; this one in {best.resolve()}", soft_wrap=True)
+    stdout.print(f"{time.perf_counter() - began:.0f} s in all; free disk {shutil.disk_usage(OUT).free / 1e9:.0f} GB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

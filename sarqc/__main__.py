@@ -1,0 +1,5 @@
+"""`python -m sarqc`."""
+
+from sarqc.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""An output folder that appears whole or not at all, and never on top of its source."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sarqc.errors import CheckpointError
+
+
+def refuse_overlap(out: Path | str, source: Path | str) -> None:
+    """`CheckpointError` if `out` is the folder `source`, lies inside it, or holds it; links are followed first."""
+    real_out, real_source = Path(out).resolve(), Path(source).resolve()
+    for inner, outer, how in ((real_out, real_source, "is inside"), (real_source, real_out, "holds")):
+        for place in (inner, *inner.parents):
+            if place.exists() and outer.exists() and place.samefile(outer):
+                how = "is" if inner == place else how
+                raise CheckpointError(f"output folder {out} {how} the model's own folder {source}: choose another one")
+
+
+def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
+    """`CheckpointError` if a checkpoint must not be put at `out`; asked before long work and again at its start.
+
+    An empty folder may be filled. With `overwrite`, a folder that holds a checkpoint may be replaced; one without a
+    config.json is left alone even then, so that a mistyped path costs nobody their files.
+    """
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"output folder {out} is a file: choose another name")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"output folder {out} exists and is not empty: choose another one or ask to overwrite it")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"output folder {out} holds no checkpoint (no config.json) and is not overwritten")
+
+
+@contextmanager
+def atomic_folder(out: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh hidden folder beside `out`, which becomes `out` when the block ends well and vanishes when it does not.
+
+    An old folder at `out` is replaced (only with `overwrite`) at the very end: a failed run leaves it as it was.
+    """
+    refuse_existing(out, overwrite)
+    target = Path(out).resolve()  # a link keeps pointing at the folder it points at
+    token = secrets.token_hex(4)
+    building = target.with_name(f".{target.name}.{token}.partial")
+    made = [place for place in target.parents if not place.exists()]
+    finished = False
+    try:
+        with _disk(target):
+            building.mkdir(parents=True)
+        yield building
+        with _disk(target):
+            _move_into_place(building, target, target.with_name(f".{target.name}.{token}.old"), overwrite)
+        finished = True
+    finally:
+        if not finished:
+            shutil.rmtree(building, ignore_errors=True)
+            for place in made:  # deepest first
+                with suppress(OSError):  # not empty: someone else uses it by now
+                    place.rmdir()
+
+
+def _move_into_place(building: Path, target: Path, aside: Path, overwrite: bool) -> None:
+    """Renames `building` to `target`; an old `target` is moved aside first and deleted last."""
+    refuse_existing(target, overwrite)  # someone may have put something there in the meantime
+    if not target.exists():
+        building.rename(target)
+        return
+    target.rename(aside)
+    try:
+        building.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
+
+
+@contextmanager
+def _disk(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"output folder {target} cannot be made: {error.strerror or error}") from error

@@ -1,0 +1,75 @@
+"""What a format must do, and the little that it says about a packed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sarqc.method.weight import QuantizedWeight
+from sarqc.spec import QuantSpec
+
+
+class TensorInfo(Protocol):
+    """Shape and dtype of a tensor that need not be in memory; a `Tensor` is one too."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+
+
+@dataclass(frozen=True)
+class DenseInfo:
+    """The weight [N, K] that a packed Linear stands for, with G groups in each row; `dtype` is that of its scales."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    bits: int
+    groups: int
+    sym: bool
+
+
+class Format(Protocol):
+    """One layout on disk.
+
+    `quantization` is the `quantization_config` of config.json. `linear` is a module's name, without ".weight".
+    All raise `CheckpointError` for tensors or a config that the format does not explain.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name in the table."""
+
+    def detects(self, quantization: Mapping[str, Any]) -> bool:
+        """Whether `quantization` says that a checkpoint is in this format."""
+
+    def check(self, quant: QuantSpec) -> None:
+        """Refuses what the format cannot hold; asked before calibration starts."""
+
+    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
+        """The tensors on disk, by full name, of `weight` (E = 1), which must be as `quant` says."""
+
+    def config(self, quant: QuantSpec, ignored: Sequence[str]) -> dict[str, Any]:
+        """The `quantization_config` to write; `ignored` are the full names of the Linears left unquantized."""
+
+    def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """The quantized Linears among the tensor names of a checkpoint, each with the tensors that make it up."""
+
+    def describe(
+        self,
+        linear: str,
+        quantization: Mapping[str, Any],
+        info: Callable[[str], TensorInfo],
+        load: Callable[[str], Tensor],
+    ) -> DenseInfo:
+        """Checks the tensors of `linear` against each other from their headers, and says what weight they hold."""
+
+    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
+        """Codes, scales and zeros of `linear`; E = 1."""

@@ -1,0 +1,222 @@
+"""compressed-tensors `pack-quantized`: what vLLM, SGLang and transformers load.
+
+A Linear `P` with weight [N, K], b bits and G groups in a row is
+
+    P.weight_packed      int32 [N, ceil(K b / 32)]   codes, a dense little-endian bit stream along each row
+    P.weight_scale       float [N, G]
+    P.weight_shape       int64 [2] = (N, K)
+    P.weight_zero_point  int32 [ceil(N b / 32), G]   zeros, a bit stream along each column; asymmetric only
+
+The format speaks of signed codes v and stores v + 2^(b-1). Ours are unsigned with an integer zero, so what is stored
+are our codes and our zeros as they are.
+
+Versions of the compressed-tensors package before 0.18 padded each word (ten 3-bit codes, six of 5 bits) instead of
+letting codes cross words. A version says so, and mostly the shape does; such files are refused, never misread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarqc.checkpoint.formats.base import DenseInfo, TensorInfo
+from sarqc.checkpoint.formats.scheme import LAYOUT, Scheme, check_config, is_padded, scheme_of
+from sarqc.errors import CheckpointError, NumericError
+from sarqc.method.weight import QuantizedWeight
+from sarqc.spec import QuantSpec
+from sarqc_kernels.packing import pack, unpack
+
+VERSION = "0.20.0"
+"""Version of compressed-tensors whose layout is written; anything from 0.18 on reads it."""
+
+_PART = re.compile(r"(?P<linear>.+)\.(?P<part>weight_(?:packed|scale|shape|zero_point|g_idx))")
+
+
+class CompressedTensors:
+    """The format `pack-quantized` of compressed-tensors. Stateless."""
+
+    name = "compressed-tensors"
+
+    def detects(self, quantization: Mapping[str, Any]) -> bool:
+        """True for `quant_method` "compressed-tensors", in whatever layout; other layouts are refused on reading."""
+        return quantization.get("quant_method") == self.name
+
+    def check(self, quant: QuantSpec) -> None:
+        """Everything that a `QuantSpec` can say from 2 to 8 bits can be held."""
+        if not 2 <= quant.bits <= 8:
+            raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name} {LAYOUT}: use 2 to 8")
+
+    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
+        """The three (symmetric) or four tensors of `linear`, on the device of `weight`.
+
+        `quant` is needed because the files must agree with one config: a weight whose zeros happen to be in the
+        middle still stores them when `quant` is asymmetric. `NumericError` for scales that are not finite.
+        """
+        self._fits(linear, weight, quant)
+        rows, columns = weight.codes.shape[1:]
+        tensors = {
+            f"{linear}.weight_packed": pack(weight.codes[0], weight.bits),
+            f"{linear}.weight_scale": weight.scales[0].contiguous(),
+            f"{linear}.weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+        }
+        if not quant.sym:
+            packed = pack(weight.zeros[0].T.contiguous(), weight.bits)  # [G, words]
+            tensors[f"{linear}.weight_zero_point"] = packed.T.contiguous()
+        return tensors
+
+    def _fits(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None:
+        if weight.codes.ndim != 3 or weight.codes.shape[0] != 1:
+            raise CheckpointError(
+                f"{linear!r} has codes of shape {tuple(weight.codes.shape)}: write one expert at a time"
+            )
+        rows, columns = weight.codes.shape[1:]
+        groups = (1, rows, quant.groups(columns))
+        if (
+            weight.bits != quant.bits
+            or tuple(weight.scales.shape) != groups
+            or weight.zeros.shape != weight.scales.shape
+        ):
+            raise CheckpointError(
+                f"{linear!r} has {weight.bits} bits, scales {tuple(weight.scales.shape)} and zeros "
+                f"{tuple(weight.zeros.shape)}, where {quant.bits} bits and {groups} are to be written"
+            )
+        if quant.sym and not weight.sym:
+            raise CheckpointError(f"{linear!r} has zeros off the middle code, which a symmetric checkpoint cannot hold")
+        if weight.scales.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise CheckpointError(f"{linear!r} has scales of {weight.scales.dtype}: use bfloat16, float16 or float32")
+        if not bool(weight.scales.isfinite().all()):
+            raise NumericError(f"{linear!r} has a scale that is not finite: its weights or activations were not")
+
+    def config(self, quant: QuantSpec, ignored: Sequence[str]) -> dict[str, Any]:
+        """The `quantization_config` that the compressed-tensors package writes for such a checkpoint.
+
+        `ignored` are full names, because readers differ: some match them exactly, some as a part of a name.
+        """
+        self.check(quant)
+        channel = quant.group_size == -1
+        weights = {
+            "num_bits": quant.bits,
+            "type": "int",
+            "symmetric": quant.sym,
+            "strategy": "channel" if channel else "group",
+            "group_size": None if channel else quant.group_size,
+            "actorder": None,  # whatever order the solver used, the columns on disk are in their own
+            "block_structure": None,
+            "dynamic": False,
+            "observer": "minmax",
+            "observer_kwargs": {},
+            "scale_dtype": None,
+            "zp_dtype": None,
+        }
+        group = {
+            "format": LAYOUT,
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": weights,
+        }
+        return {
+            "config_groups": {"group_0": group},
+            "format": LAYOUT,
+            "global_compression_ratio": None,
+            "ignore": list(dict.fromkeys(ignored)),
+            "kv_cache_scheme": None,
+            "quant_method": self.name,
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": VERSION,
+        }
+
+    def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""
+        check_config(quantization)
+        every = set(names)
+        found: dict[str, set[str]] = {}
+        for name in sorted(every):
+            if match := _PART.fullmatch(name):
+                found.setdefault(match["linear"], set()).add(match["part"])
+        for linear, parts in found.items():
+            expected = _parts(scheme_of(linear, quantization))
+            if parts != expected or f"{linear}.weight" in every:
+                also = ["weight"] if f"{linear}.weight" in every else []
+                raise CheckpointError(
+                    f"{linear!r} is stored as {', '.join(sorted(parts) + also)}, where its config says "
+                    f"{', '.join(sorted(expected))}"
+                )
+        return {linear: tuple(f"{linear}.{part}" for part in sorted(parts)) for linear, parts in found.items()}
+
+    def describe(
+        self,
+        linear: str,
+        quantization: Mapping[str, Any],
+        info: Callable[[str], TensorInfo],
+        load: Callable[[str], Tensor],
+    ) -> DenseInfo:
+        """What `linear` holds, from the headers of its tensors and the two numbers of weight_shape."""
+        scheme = scheme_of(linear, quantization)
+        infos = {part: info(f"{linear}.{part}") for part in sorted(_parts(scheme))}
+        return _check(linear, scheme, infos, load(f"{linear}.weight_shape"))
+
+    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
+        """Codes, scales and zeros (the middle code where the file stores none) of `linear`; E = 1."""
+        scheme = scheme_of(linear, quantization)
+        tensors = {part: load(f"{linear}.{part}") for part in sorted(_parts(scheme))}
+        (rows, columns) = _check(linear, scheme, tensors, tensors["weight_shape"]).shape
+        scales = tensors["weight_scale"].unsqueeze(0)
+        codes = unpack(tensors["weight_packed"], scheme.bits, columns).unsqueeze(0)
+        if scheme.sym:
+            zeros = torch.full(scales.shape, 1 << (scheme.bits - 1), dtype=torch.uint8)
+        else:
+            packed = tensors["weight_zero_point"].T.contiguous()  # [G, words]
+            zeros = unpack(packed, scheme.bits, rows).T.contiguous().unsqueeze(0)
+        return QuantizedWeight(codes, scales, zeros, scheme.bits)
+
+
+def _parts(scheme: Scheme) -> set[str]:
+    """Last names of the tensors that a Linear of this scheme consists of."""
+    return {"weight_packed", "weight_scale", "weight_shape"} | (set() if scheme.sym else {"weight_zero_point"})
+
+
+def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weight_shape: Tensor) -> DenseInfo:
+    """Compares the tensors of one Linear with each other and with its scheme; `CheckpointError` where they differ."""
+    if weight_shape.dtype != torch.int64 or tuple(weight_shape.shape) != (2,):
+        raise CheckpointError(f"weight_shape of {linear!r} is {_say(weight_shape)}, where int64 [2] is expected")
+    rows, columns = (int(size) for size in weight_shape)
+    group_size = columns if scheme.group_size == -1 else scheme.group_size
+    if rows < 1 or columns < 1 or columns % group_size:
+        raise CheckpointError(
+            f"weight_shape of {linear!r} is [{rows}, {columns}], which has no groups of {group_size} inputs"
+        )
+    groups = columns // group_size
+    expected = {
+        "weight_packed": (rows, -(-columns * scheme.bits // 32)),
+        "weight_scale": (rows, groups),
+        "weight_shape": (2,),
+        "weight_zero_point": (-(-rows * scheme.bits // 32), groups),
+    }
+    for part, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[part]:
+            raise CheckpointError(
+                f"{part} of {linear!r} is {_say(tensor)}, where a weight [{rows}, {columns}] of {scheme.bits} bits and "
+                f"{groups} groups needs {list(expected[part])} in the dense bit stream of compressed-tensors >= 0.18"
+            )
+        if part in ("weight_packed", "weight_zero_point") and tensor.dtype != torch.int32:
+            raise CheckpointError(f"{part} of {linear!r} is {_say(tensor)}, where int32 is expected")
+    dtype = tensors["weight_scale"].dtype
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise CheckpointError(f"weight_scale of {linear!r} is {dtype}, where bfloat16, float16 or float32 is expected")
+    if is_padded(scheme, columns) or (not scheme.sym and is_padded(scheme, rows)):
+        raise CheckpointError(
+            f"{linear!r} was written by compressed-tensors {scheme.version}, whose {scheme.bits}-bit words are padded: "
+            "write it again with 0.18 or later"
+        )
+    return DenseInfo((rows, columns), dtype, scheme.bits, groups, scheme.sym)
+
+
+def _say(tensor: TensorInfo) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,211 @@
+"""Tensors of a checkpoint by name, one at a time; of a quantized one, in a dense view.
+
+Opening reads every header and no tensor. In the dense view of a quantized checkpoint the tensors that make up a
+Linear's packed weight (`P.weight_packed`, `P.weight_scale`, ...) appear as the one tensor they stand for, `P.weight`,
+so that whoever reads weights need not know that they were quantized. The `raw_` methods show what is on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarqc.checkpoint.files import file_in, read_json
+from sarqc.checkpoint.formats import FORMATS, DenseInfo, detect, quantization_of
+from sarqc.checkpoint.headers import Entry
+from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
+from sarqc.errors import CheckpointError
+from sarqc.method.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a checkpoint takes on disk.
+
+    tensors, shards: numbers of them on disk. total_bytes: of all tensors. quantized_linears: number of them;
+    quantized_bytes and quantized_weights: bytes on disk of all that belongs to them, and elements they stand for.
+    """
+
+    tensors: int
+    shards: int
+    total_bytes: int
+    quantized_linears: int
+    quantized_bytes: int
+    quantized_weights: int
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits on disk of each quantized weight, scales and zeros included; None where nothing is quantized."""
+        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
+
+
+class Checkpoint:
+    """An open checkpoint; made by `open_checkpoint`. Safe to load from in several threads.
+
+    folder: where it lies. config: its config.json. format: the `Format` it is quantized in, or None.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], shards: list[Shard]) -> None:
+        self.folder = folder
+        self.config = config
+        self.format = detect(config)
+        self._quantization = quantization_of(config)
+        self._shards = shards
+        self._home = {name: shard for shard in shards for name in shard.entries}
+        self._linears = self._quantized_linears()
+        packed = {name for names in self._linears.values() for name in names}
+        dense = {f"{linear}.weight" for linear in self._linears}
+        self._names = sorted((self._home.keys() - packed) | dense)
+
+    def _quantized_linears(self) -> dict[str, tuple[str, ...]]:
+        """Names of the tensors on disk of each quantized Linear; refuses what no format explains."""
+        if self.format is not None:
+            with self._named():
+                return self.format.linears(self._home, self._quantization)
+        if self._quantization:
+            method = self._quantization.get("quant_method")
+            raise CheckpointError(
+                f"{self.folder} is quantized already, with quant_method {method!r}, which is not read; "
+                f"{', '.join(FORMATS)} is: start from the unquantized model"
+            )
+        for name in self._home:
+            if name.endswith((".weight_packed", ".qweight")):
+                raise CheckpointError(
+                    f"{self.folder} holds the packed tensor {name!r} but its config.json has no quantization_config"
+                )
+        return {}
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return [shard.path for shard in self._shards]
+
+    def names(self) -> list[str]:
+        """Names of the dense view, sorted."""
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of dense tensor `name`; reads no weights."""
+        linear = self._linear(name)
+        return self.describe(linear).shape if linear else self.raw_entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of dense tensor `name`; that of its scales where it is quantized."""
+        linear = self._linear(name)
+        return self.describe(linear).dtype if linear else self.raw_entry(name).dtype
+
+    def load(self, name: str) -> Tensor:
+        """Dense tensor `name` on the CPU in memory of its own, dequantized where need be."""
+        linear = self._linear(name)
+        weight = self.quantized(linear) if linear else None
+        return self.raw_load(name) if weight is None else weight.dequantize(weight.scales.dtype)[0]
+
+    def linears(self) -> list[str]:
+        """Names of the quantized Linears, without ".weight"."""
+        return list(self._linears)
+
+    def describe(self, linear: str) -> DenseInfo:
+        """What the quantized Linear `linear` is, after checking its tensors against each other; reads no weights."""
+        self.raw_members(linear)
+        assert self.format is not None
+        with self._named():
+            return self.format.describe(linear, self._quantization, self.raw_entry, self.raw_load)
+
+    def quantized(self, linear: str) -> QuantizedWeight | None:
+        """Codes, scales and zeros of `linear` (named without ".weight", E = 1); None where it is not quantized."""
+        if self.format is None or linear not in self._linears:
+            return None
+        with self._named():
+            return self.format.unpack(linear, self._quantization, self.raw_load)
+
+    def storage(self) -> Storage:
+        """What is on disk, counted from the headers after checking the tensors of every quantized Linear."""
+        packed = [name for names in self._linears.values() for name in names]
+        return Storage(
+            tensors=len(self._home),
+            shards=len(self._shards),
+            total_bytes=sum(self.raw_entry(name).nbytes for name in self._home),
+            quantized_linears=len(self._linears),
+            quantized_bytes=sum(self.raw_entry(name).nbytes for name in packed),
+            quantized_weights=sum(prod(self.describe(linear).shape) for linear in self._linears),
+        )
+
+    def raw_names(self) -> list[str]:
+        """Names on disk, sorted."""
+        return sorted(self._home)
+
+    def raw_members(self, linear: str) -> tuple[str, ...]:
+        """Names on disk of the tensors that make up the weight of the quantized Linear `linear`."""
+        if linear not in self._linears:
+            raise CheckpointError(f"{self.folder} has no quantized Linear {linear!r}")
+        return self._linears[linear]
+
+    def raw_entry(self, name: str) -> Entry:
+        """Dtype and shape on disk of tensor `name`."""
+        return self._shard(name).entries[name]
+
+    def raw_load(self, name: str) -> Tensor:
+        """Tensor `name` as it is on disk, bit for bit, on the CPU in memory of its own."""
+        return self._shard(name).load(name)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Puts the folder's name before what a format, which knows no files, complains of."""
+        try:
+            yield
+        except CheckpointError as error:
+            raise error if str(self.folder) in str(error) else CheckpointError(f"{self.folder}: {error}") from error
+
+    def _linear(self, name: str) -> str | None:
+        """The quantized Linear whose weight is called `name`, if there is one."""
+        linear = name.removesuffix(".weight")
+        return linear if linear != name and linear in self._linears else None
+
+    def _shard(self, name: str) -> Shard:
+        if (shard := self._home.get(name)) is None:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}")
+        return shard
+
+    def close(self) -> None:
+        """Closes the files."""
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Opens the checkpoint in `folder`: config.json with `model.safetensors`, or shards and their index.
+
+    Every header is read and compared with the index. `CheckpointError` with one line for whatever is wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+    if (config_file := file_in(folder, "config.json")) is None:
+        raise CheckpointError(f"{folder} has no config.json: it is not the folder of a Hugging Face model")
+    config = read_json(config_file)
+    promised = find_shards(folder)
+    with ExitStack() as opened:  # closes what is open if a later check fails
+        shards: dict[str, Shard] = {}
+        for path in promised:
+            shards[path.name] = Shard(path)
+            opened.callback(shards[path.name].close)
+        listed = {path.name: tensors for path, tensors in promised.items() if tensors is not None}
+        if listed:
+            check_promises(folder / INDEX, shards, listed)
+        checkpoint = Checkpoint(folder, config, list(shards.values()))
+        opened.pop_all()
+    return checkpoint

@@ -1,0 +1,103 @@
+"""One open safetensors file, and the list of them that makes a checkpoint."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path, PureWindowsPath
+
+import torch
+from torch import Tensor
+
+from sarqc.checkpoint.files import file_in, read_json
+from sarqc.checkpoint.headers import read_header
+from sarqc.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Shard:
+    """A safetensors file, opened and checked once, whose tensors are read one at a time into memory of their own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries = read_header(path)
+        self._lock = threading.Lock()
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    def load(self, name: str) -> Tensor:
+        """Tensor `name` on the CPU, bit for bit as on disk; safe to call from several threads."""
+        entry = self.entries[name]
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view = data.numpy().data
+        filled = 0
+        try:
+            with self._lock:
+                self._file.seek(entry.begin)
+                while filled < entry.nbytes:  # one read gives at most 2 GB
+                    count = self._file.readinto(view[filled:])
+                    if not count:
+                        raise CheckpointError(f"{self.path} ended inside tensor {name!r}: it changed while it was read")
+                    filled += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read at tensor {name!r}: {error.strerror}") from error
+        return data.view(entry.dtype).view(entry.shape)
+
+    def close(self) -> None:
+        """Closes the file; no tensor can be read afterwards."""
+        self._file.close()
+
+
+def find_shards(folder: Path) -> dict[Path, frozenset[str] | None]:
+    """The safetensors files of `folder` and the tensors that the index promises in each (None without an index).
+
+    As in transformers, `model.safetensors` comes before an index. `CheckpointError` where there is neither, and for
+    an index that cannot be trusted.
+    """
+    if (single := file_in(folder, SINGLE)) is not None:
+        return {single: None}
+    if (index := file_in(folder, INDEX)) is None:
+        raise CheckpointError(_nothing(folder))
+    promised: dict[str, set[str]] = {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{index} has no "weight_map" that says which shard holds which tensor')
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index} puts tensor {tensor!r} in {shard!r}: only .safetensors files are read")
+        if PureWindowsPath(shard).name != shard:  # no folder, no drive, no "..", and one spelling for each file
+            raise CheckpointError(f"{index} puts tensor {tensor!r} in {shard!r}: shards must lie beside their index")
+        promised.setdefault(shard, set()).add(tensor)
+    shards: dict[Path, frozenset[str] | None] = {}
+    for shard in sorted(promised):
+        if (path := file_in(folder, shard)) is None:
+            raise CheckpointError(f"{folder / shard} is missing: {index.name} names it; fetch the model again")
+        shards[path] = frozenset(promised[shard])
+    return shards
+
+
+def _nothing(folder: Path) -> str:
+    """Why a folder without safetensors is refused."""
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        return (
+            f"{folder} holds no {SINGLE} but the pickle file {pickles[0]!r}: pickle files can run code and are not "
+            "read; convert the model to safetensors (save_pretrained in transformers does)"
+        )
+    return f"{folder} holds neither {SINGLE} nor {INDEX}: it is not a model in safetensors files"
+
+
+def check_promises(index: Path, shards: dict[str, Shard], promised: dict[str, frozenset[str]]) -> None:
+    """Compares an index with the headers of all its shards, both by file name; `CheckpointError` where they differ."""
+    home = {tensor: name for name, tensors in promised.items() for tensor in tensors}
+    for name, shard in shards.items():
+        for tensor in sorted(promised[name] - shard.entries.keys()):
+            raise CheckpointError(f"{shard.path} lacks tensor {tensor!r}, which {index.name} says it holds")
+        for tensor in sorted(shard.entries.keys() - promised[name]):
+            if tensor in home:
+                raise CheckpointError(f"{shard.path} and {home[tensor]} both hold tensor {tensor!r}: keep it in one")
+            raise CheckpointError(f"{shard.path} holds tensor {tensor!r}, which {index.name} does not list")

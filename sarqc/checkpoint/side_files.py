@@ -1,0 +1,77 @@
+"""The files beside the weights that make a checkpoint usable: tokenizer, templates, generation settings, licence."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sarqc.checkpoint.files import file_in, write_json
+from sarqc.errors import CheckpointError
+
+PATTERNS = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",  # sentencepiece
+    "*.tiktoken",
+    "tekken.json",
+    "special_tokens_map*",
+    "added_tokens*",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "*processor_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "License*",
+    "license*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+WEIGHTS = frozenset(
+    {".bin", ".ckpt", ".gguf", ".h5", ".index", ".msgpack", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors"}
+)
+
+
+def side_files(source: Path, code: bool = False) -> tuple[str, ...]:
+    """Names of the side files in `source`, sorted; its Python files, which run when it is loaded, only with `code`.
+
+    `CheckpointError` for a link that leads out of the folder.
+    """
+    names: set[str] = set()
+    for pattern in (*PATTERNS, "*.py") if code else PATTERNS:
+        for path in source.glob(pattern):
+            name = path.relative_to(source).as_posix()
+            if path.is_dir() or path.suffix in WEIGHTS or name.endswith(".index.json"):
+                continue
+            if file_in(source, name) is not None:
+                names.add(name)
+    return tuple(sorted(names))
+
+
+def copy_side_files(source: Path | str, out: Path | str, code: bool = False) -> tuple[str, ...]:
+    """Copies the side files of `source` into the folder `out`, contents only, and returns their names."""
+    names = side_files(Path(source), code)
+    for name in names:
+        target = Path(out) / name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(source) / name, target)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    return names
+
+
+def write_config(out: Path | str, config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> Path:
+    """Writes `config` as config.json of the folder `out`, with `quantization` as its quantization_config.
+
+    None writes the config of an unquantized model; what was under that key before is dropped in both cases.
+    """
+    merged = {key: value for key, value in config.items() if key != "quantization_config"}
+    if quantization is not None:
+        merged["quantization_config"] = dict(quantization)
+    path = Path(out) / "config.json"
+    write_json(path, merged)
+    return path

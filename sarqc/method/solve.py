@@ -1,0 +1,168 @@
+"""From a weight and what is known of its inputs to codes, scales and zeros, with a record of how it went.
+
+A `Solver` is any function of that shape; `solve_site` picks one by the spec, measures what it did against plain
+rounding and refuses numbers that are not finite.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import NumericError
+from sarqc.method import objective, strength
+from sarqc.method.order import column_order
+from sarqc.method.statistics import Gram, Statistics
+from sarqc.method.weight import QuantizedWeight
+from sarqc.spec import QuantSpec, SolveSpec
+from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """What happened at one site.
+
+    rows: calibration rows of each expert. error: tr(E H E^T) / tr(W H W^T) over all experts, E = W - Q, H without the
+    regulariser (H = I where there is no Gram). rounding_error: the same for plain rounding on a min-max grid.
+    strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
+    """
+
+    site: str
+    rows: tuple[int, ...]
+    error: float
+    rounding_error: float
+    strength: float
+    damping: float
+    fallback: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver returns: the weight, and of each expert the strength and the damping it used (fp [E])."""
+
+    weight: QuantizedWeight
+    strength: Tensor
+    damping: Tensor
+
+
+class Solver(Protocol):
+    """weight fp32 [E, N, K] and a Gram of its inputs -> Solution. Pure: no state, no files, no randomness of its own."""
+
+    def __call__(
+        self, site: str, weight: Tensor, gram: Gram, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
+    ) -> Solution:
+        """Quantize the weight of one site."""
+        ...
+
+
+def round_plainly(weight: Tensor, quant: QuantSpec, grid: str, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Every weight to its nearest code; the grid spans each group, or is searched for the least squared error."""
+    group_size = quant.group_size if quant.group_size > 0 else weight.shape[-1]
+    scales, zeros = fit_grid(
+        weight,
+        None,
+        bits=quant.bits,
+        group_size=group_size,
+        sym=quant.sym,
+        search=grid == "search",
+        scale_dtype=scale_dtype,
+    )
+    return QuantizedWeight(round_to_grid(weight, scales, zeros, bits=quant.bits), scales, zeros, quant.bits)
+
+
+def solve_gram(
+    site: str, weight: Tensor, gram: Gram, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
+) -> Solution:
+    """Column by column with error feedback in the metric H + lambda D (GPTQ, arXiv 2210.17323, without an inverse).
+
+    One factor M M^T of the metric gives both the feedback and, as M_jj^2, what an error in column j will cost; the
+    searched grid is fitted with those weights.
+    """
+    group_size = quant.group_size if quant.group_size > 0 else weight.shape[-1]
+    chosen = strength.choose(gram, solve)
+    hessian = gram.hessian()
+    salience = objective.saliency(hessian, gram.abs_mean(), solve.saliency)
+    metric = objective.regularised(hessian, salience, chosen, solve.damp)
+    diagonal = metric.diagonal(dim1=-2, dim2=-1)
+    order = column_order(diagonal, group_size, solve.act_order)
+    scales = zeros = None
+    grid = dict(bits=quant.bits, group_size=group_size, sym=quant.sym, search=solve.grid == "search")
+    if solve.act_order == "static":
+        scales, zeros = fit_grid(weight, diagonal.contiguous(), scale_dtype=scale_dtype, **grid)
+    factor = objective.factor(metric if order is None else _permuted(metric, order), site)
+    codes, scales, zeros = quantize_columns(
+        weight, factor.matrix, order, scales, zeros, scale_dtype=scale_dtype, **grid
+    )
+    return Solution(QuantizedWeight(codes, scales, zeros, quant.bits), chosen, factor.damping)
+
+
+def solve_site(
+    site: str,
+    weight: Tensor,
+    statistics: Statistics | None,
+    quant: QuantSpec,
+    solve: SolveSpec,
+    *,
+    scale_dtype: torch.dtype,
+    solver: Solver = solve_gram,
+) -> tuple[QuantizedWeight, SolveReport]:
+    """Quantize one site's weight [E, N, K] and say how well.
+
+    statistics: of the site's inputs, or None for plain rounding (`solve.gram` False). scale_dtype: the dtype scales
+    are stored in; they are rounded to it before any weight is. Raises `NumericError` naming the site where the weight
+    is not finite, and `ArgumentError` where the group size does not divide K.
+    """
+    began = time.perf_counter()
+    quant.groups(weight.shape[-1])
+    weight = weight.float()
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericError(f"{site}: its weight holds NaN or Inf; repair the checkpoint before quantizing it")
+    gram = None if statistics is None or not solve.gram else statistics.total()
+    plain = round_plainly(weight, quant, "minmax", scale_dtype)
+    if gram is None:
+        rounded = plain if solve.grid == "minmax" else round_plainly(weight, quant, solve.grid, scale_dtype)
+        solution = Solution(rounded, torch.zeros(1), torch.zeros(1))
+    else:
+        solution = solver(site, weight, gram, quant, solve, scale_dtype)
+    error, rounding_error = _relative_errors(weight, [solution.weight, plain], gram)
+    unfactored = torch.isinf(solution.damping)
+    report = SolveReport(
+        site=site,
+        rows=() if gram is None else tuple(gram.rows.tolist()),
+        error=error,
+        rounding_error=rounding_error,
+        strength=float(solution.strength.max()),
+        damping=float(solution.damping[~unfactored].max()) if bool((~unfactored).any()) else 0.0,
+        fallback=_fallback(unfactored),
+        seconds=time.perf_counter() - began,
+    )
+    return solution.weight, report
+
+
+def _fallback(unfactored: Tensor) -> str | None:
+    if not bool(unfactored.any()):
+        return None
+    return f"{int(unfactored.sum())} of {unfactored.numel()} matrices have no factor at any damping: rounded plainly"
+
+
+def _relative_errors(weight: Tensor, candidates: list[QuantizedWeight], gram: Gram | None) -> list[float]:
+    """tr(E H E^T) / tr(W H W^T) for each candidate, in fp32 products summed in fp64."""
+    hessian = None if gram is None else gram.hessian()
+
+    def energy(rows: Tensor) -> float:
+        passed = rows if hessian is None else rows @ hessian
+        return float((passed * rows).sum(-1).double().sum())
+
+    signal = max(energy(weight), torch.finfo(torch.float64).tiny)
+    return [energy(weight - candidate.dequantize()) / signal for candidate in candidates]
+
+
+def _permuted(metric: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of each matrix [E, K, K] in `order` [E, K]."""
+    rows = metric.gather(1, order[:, :, None].expand_as(metric))
+    return rows.gather(2, order[:, None, :].expand_as(metric))

@@ -1,0 +1,165 @@
+"""Text to windows of tokens, and a fingerprint that says which.
+
+Text comes from a file, from a data set by name (through `datasets`), or from the language reference that CPython
+ships (`builtin`), which needs no network. The reference is split by topic into a part to calibrate on and a part to
+judge on, so that the two share no topic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import ArgumentError, TextError
+
+BUILTIN = "builtin"
+Part = Literal["calibration", "evaluation"]
+MIN_SEQLEN = 16
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one text that do not overlap.
+
+    tokens: int64 [S, L], every window full. bos: whether each begins with the tokenizer's first token.
+    text: where the text came from. available: how many windows it had before some were chosen.
+    """
+
+    tokens: Tensor
+    bos: bool
+    text: str
+    available: int
+
+    @classmethod
+    def of_tokens(cls, tokens: Tensor, text: str = "given tokens") -> Windows:
+        """Windows of the caller's own tokens, int64 [S, L]."""
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
+            raise ArgumentError(
+                f"tokens are {str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}: give int64 [windows, seqlen]"
+            )
+        return cls(tokens, False, text, len(tokens))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over shape and tokens."""
+        shape = repr(tuple(self.tokens.shape)).encode()
+        return hashlib.sha256(shape + self.tokens.numpy().tobytes()).hexdigest()
+
+    def draw(self, count: int, seed: int) -> Windows:
+        """`count` windows drawn with `seed`, in the order of the text; `TextError` where there are fewer."""
+        if count < 1:
+            raise ArgumentError(f"num_samples = {count} is too small: use 1 or more")
+        if count > len(self.tokens):
+            raise TextError(
+                f"text {self.text!r} has {len(self.tokens)} windows of {self.tokens.shape[1]} tokens, {count} asked for: "
+                "give more text, or lower --num-samples or --seqlen"
+            )
+        chosen = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))[:count]
+        return dataclasses.replace(self, tokens=self.tokens[chosen.sort().values])
+
+    def last(self, count: int) -> Windows:
+        """The last `count` windows of the text, or all where there are fewer."""
+        if count < 1:
+            raise ArgumentError(f"max_windows = {count} is too small: use 1 or more")
+        return dataclasses.replace(self, tokens=self.tokens[-count:])
+
+    def record(self) -> dict[str, Any]:
+        """The protocol as JSON values."""
+        count, seqlen = self.tokens.shape
+        return {
+            "text": self.text,
+            "windows": count,
+            "windows_available": self.available,
+            "seqlen": seqlen,
+            "tokens": count * seqlen,
+            "bos": self.bos,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def read_text(text: str, part: Part) -> str:
+    """The text behind a name: `builtin`, the path of a UTF-8 file, or a data set (NAME, NAME:CONFIG, NAME:CONFIG:SPLIT)."""
+    if text == BUILTIN:
+        return builtin_text(part)
+    path = Path(text).expanduser()
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(f"text {text!r} cannot be read as UTF-8: {error}") from error
+    if path.is_dir() or path.suffix in {".txt", ".md", ".json", ".jsonl"} or text.startswith(("/", ".", "~")):
+        raise TextError(f"text {text!r}: no such file; give a UTF-8 text file, the name of a data set, or 'builtin'")
+    return _dataset_text(text, part)
+
+
+def builtin_text(part: Part) -> str:
+    """The topics of CPython's language reference that belong to a part; a topic's name alone decides which."""
+    from pydoc_data.topics import topics
+
+    def held_out(topic: str) -> bool:
+        return hashlib.sha256(topic.encode()).digest()[0] % 4 == 0
+
+    return "\n\n".join(topics[name] for name in sorted(topics) if held_out(name) == (part == "evaluation"))
+
+
+def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
+    """All full windows of `seqlen` tokens of a text, from its start; what is left over at the end is not used.
+
+    Tokenizers that begin a text with a token of their own (BOS) have it at the start of every window, inside its
+    length. `TextError` where there is not one window.
+    """
+    if seqlen < MIN_SEQLEN:
+        raise ArgumentError(f"seqlen = {seqlen} is too small: use {MIN_SEQLEN} or more")
+    raw = read_text(text, part)
+    if not raw.strip():
+        raise TextError(f"text {text!r} is empty: give a file with at least {seqlen} tokens")
+    prefix = _prefix(tokenizer)
+    body = torch.tensor(tokenizer(raw, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    step = seqlen - len(prefix)
+    count = body.numel() // step
+    if count == 0:
+        raise TextError(
+            f"text {text!r} is too short: its {body.numel()} tokens do not fill one window of {seqlen}; "
+            "give more text or lower --seqlen"
+        )
+    tokens = body[: count * step].view(count, step)
+    if prefix:
+        tokens = torch.cat([torch.tensor(prefix).expand(count, -1), tokens], dim=1)
+    return Windows(tokens, bool(prefix), text, count)
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The tokens a tokenizer puts before every text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for length in range(len(full) - len(bare) + 1):
+        if full[length : length + len(bare)] == bare:
+            return list(full[:length])
+    return []
+
+
+def _dataset_text(name: str, part: Part) -> str:
+    try:
+        import datasets
+    except ImportError as error:
+        raise TextError(
+            f"text {name!r} is no file, and reading it as a data set needs the extra: pip install 'sarqc[data]'"
+        ) from error
+    path, config, split, *rest = [*name.split(":"), "", ""]
+    if any(rest[: name.count(":") - 2]):
+        raise TextError(f"text {name!r}: write a data set as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
+    split = split or ("train" if part == "calibration" else "test")
+    try:
+        data = datasets.load_dataset(path, config or None, split=split)
+    except Exception as error:  # noqa: BLE001 - the library raises its own and its backends' errors without a common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TextError(f"text {name!r} is no file and did not load as a data set: {reason}") from error
+    if "text" not in data.column_names:
+        raise TextError(f"data set {name!r} has no column 'text', it has {', '.join(data.column_names)}")
+    return "\n".join(data["text"])

@@ -1,0 +1,184 @@
+"""Which checkpoint tensor becomes which part of which parameter, learned from transformers itself.
+
+A checkpoint's names are not the model's names: transformers renames tensors and stacks those of the experts into one
+3-D parameter while it loads. It has the rules; this file has none. It sends small tagged tensors through the same
+conversion and reads off where each of them lands. A tag is a 2 x 3 matrix of numbers that no other tensor has, so a
+transposition, an interleaving or a missing expert cannot go unnoticed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from sarqc.errors import ModelError
+from sarqc.model.source import TensorSource
+
+_TAG = torch.arange(6).view(2, 3)
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The checkpoint tensor `name` fills rows start .. start + rows of matrix `expert` of a parameter.
+
+    expert None: it is the whole parameter, whatever its rank.
+    """
+
+    name: str
+    expert: int | None
+    start: int
+    rows: int
+
+    @property
+    def linear(self) -> str | None:
+        """The linear layer this is the weight of, as the checkpoint calls it; None for any other tensor."""
+        return self.name.removesuffix(_WEIGHT) if self.name.endswith(_WEIGHT) else None
+
+
+def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
+    """For every stored parameter and buffer of `model` (on meta), the checkpoint tensors that it is made of.
+
+    Tied parameters that the checkpoint lacks are left out. Raises `ModelError`, naming the tensor, where the
+    checkpoint lacks one, has one of another shape, or is converted in a way that is not stacking whole matrices.
+    """
+    wanted: dict[str, Tensor] = model.state_dict()
+    whole, stacked = _sort_names(model, source, wanted)
+    found: dict[str, tuple[Piece, ...]] = {p: (Piece(name, None, 0, 0),) for p, name in whole.items()}
+    for first, (converter, names) in stacked.items():
+        found |= _follow(model, first, converter, names, source)
+    for parameter, tensor in wanted.items():
+        if parameter in found:
+            _check_shape(model, parameter, tensor, found[parameter], source)
+        elif not _tied(model, parameter, found):
+            missing = _missing(model, parameter, tensor, source)
+            raise ModelError(f"the checkpoint lacks tensor {missing!r}, which {type(model).__name__} needs")
+    return found
+
+
+Named = dict[str, list[str]]
+
+
+def _sort_names(
+    model: Any, source: TensorSource, wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, str], dict[str, tuple[Any, Named]]]:
+    """Names that fill a parameter alone; and for the first parameter of each conversion, its names by pattern."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    whole: dict[str, str] = {}
+    stacked: dict[str, tuple[Any, Named]] = {}
+    for name in sorted(source.names(), key=dot_natural_key):
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if parameter not in wanted and name in wanted:
+            parameter, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if parameter not in wanted:
+            continue  # tensors that this model has no use for, as transformers ignores them too
+        if pattern is None:
+            whole.setdefault(parameter, name)
+        else:
+            _, names = stacked.setdefault(parameter, (by_pattern[pattern], {}))
+            names.setdefault(pattern, []).append(name)
+    return whole, stacked
+
+
+def _follow(model: Any, first: str, converter: Any, names: Named, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
+    """Send tags through one conversion; the result's parameters with their pieces."""
+    rule = copy.deepcopy(converter)
+    order: list[str] = []
+    for pattern, group in names.items():
+        for name in group:
+            rule.add_tensor(first, name, pattern, _TAG + _TAG.numel() * len(order))
+            order.append(name)
+    try:
+        results = rule.convert(first, model=model, config=model.config)
+    except (RuntimeError, ValueError) as error:
+        present = set(order)
+        lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in present]
+        what = f"lacks tensor {lost[0]!r}" if lost else f"has tensors that do not combine ({error})"
+        raise ModelError(f"the checkpoint {what}; {first!r} is made of {len(order)} tensors") from error
+    pieces = {}
+    for parameter, value in results.items():
+        tags = value[0] if isinstance(value, list) else value
+        landed = _read_tags(tags, order, source)
+        if landed is None:
+            how = ", ".join(type(operation).__name__ for operation in converter.operations)
+            raise ModelError(
+                f"parameter {parameter!r} is made from {order[0]!r} by {how}; only stacking of whole 2-D tensors "
+                "(one per expert, gate over up) can be followed back to the checkpoint's names"
+            )
+        pieces[parameter] = landed
+    return pieces
+
+
+def _read_tags(tags: Tensor, order: list[str], source: TensorSource) -> tuple[Piece, ...] | None:
+    """Pieces behind a stack [E, parts * 2, 3] of tags; None where it is anything else."""
+    if tags.dim() != 3 or tags.shape[1] % _TAG.shape[0] or tags.shape[2] != _TAG.shape[1]:
+        return None
+    blocks = tags.reshape(len(tags), -1, *_TAG.shape)
+    which = blocks[:, :, 0, 0] // _TAG.numel()
+    intact = torch.equal(blocks, which[:, :, None, None] * _TAG.numel() + _TAG)
+    if not intact or sorted(which.flatten().tolist()) != list(range(len(order))):
+        return None
+    if any(len(source.shape(name)) != 2 for name in order):
+        return None
+    pieces = []
+    for expert, parts in enumerate(which.tolist()):
+        start = 0
+        for part in parts:
+            rows = source.shape(order[part])[0]
+            pieces.append(Piece(order[part], expert, start, rows))
+            start += rows
+    return tuple(pieces)
+
+
+def _check_shape(model: Any, parameter: str, tensor: Tensor, pieces: tuple[Piece, ...], source: TensorSource) -> None:
+    """Whether the pieces fill the parameter exactly."""
+    wanted = tuple(tensor.shape)
+    if pieces[0].expert is None:
+        shape = tuple(source.shape(pieces[0].name))
+        if shape != wanted:
+            raise ModelError(f"tensor {pieces[0].name!r} is {list(shape)}; the configuration asks for {list(wanted)}")
+        return
+    experts, rows, columns = wanted
+    parts = max(len(pieces) // experts, 1)
+    for piece in pieces:
+        shape = tuple(source.shape(piece.name))
+        if shape[1] != columns or (len(pieces) == parts * experts and piece.rows * parts != rows):
+            raise ModelError(f"tensor {piece.name!r} is {list(shape)}; {parts} of it do not make {[rows, columns]}")
+    if len(pieces) != parts * experts:
+        lost = [name for name in _expected(model, parameter, tensor) if name not in {p.name for p in pieces}]
+        what = f"lacks tensor {lost[0]!r}" if lost else f"has {len(pieces)} tensors for it"
+        raise ModelError(f"parameter {parameter!r} holds {experts} matrices, and the checkpoint {what}")
+
+
+def _tied(model: Any, parameter: str, found: Mapping[str, object]) -> bool:
+    """Whether transformers ties this parameter to one that the checkpoint has."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    partner = tied.get(parameter) or next((target for target, origin in tied.items() if origin == parameter), None)
+    return partner in found
+
+
+def _expected(model: Any, parameter: str, tensor: Tensor) -> list[str]:
+    """Names under which transformers would save this parameter; for messages only."""
+    return list(revert_weight_conversion(model, {parameter: tensor.to("meta")}))
+
+
+def _missing(model: Any, parameter: str, tensor: Tensor, source: TensorSource) -> str:
+    present = set(source.names())
+    return next((name for name in _expected(model, parameter, tensor) if name not in present), parameter)

@@ -1,0 +1,167 @@
+"""Sites: layers that read the same tensor, so that one Gram serves them all.
+
+Which layers those are is seen, not looked up: in one short forward of the block, Linears that were handed the very
+same tensor object (q, k and v; gate and up) are one site. The two projections of an experts module are a site each.
+`observe` holds the only hooks there are on a model, and only for as long as its context lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sarqc.errors import ModelError
+from sarqc.method.weight import QuantizedWeight
+from sarqc.model import experts
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.targets import Target, Targets, auto_group_size, check_group_size, targets
+
+__all__ = [
+    "Site",
+    "Target",
+    "Targets",
+    "auto_group_size",
+    "check_group_size",
+    "find_sites",
+    "observe",
+    "separate_sites",
+    "targets",
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Layers with one input tensor. name: of its first member. in_features: K. experts: E, 1 for Linears."""
+
+    name: str
+    members: tuple[Target, ...]
+    experts: int
+    in_features: int
+
+    @property
+    def slabs(self) -> tuple[tuple[str, int, int], ...]:
+        """(parameter, first row, rows) of what is concatenated to the site's weight, in order, each once."""
+        return tuple(dict.fromkeys((target.parameter, target.start, target.shape[0]) for target in self.members))
+
+    def weight(self, model: Any, first: int, stop: int) -> Tensor:
+        """Weights fp32 [stop - first, N, K] of experts first .. stop, rows of all members concatenated."""
+        rows = [_stack(model, name)[first:stop, start : start + out] for name, start, out in self.slabs]
+        return torch.cat(rows, 1).float()
+
+    def split(self, weight: QuantizedWeight, first: int) -> Iterator[tuple[Target, QuantizedWeight]]:
+        """Each member of the quantized weight of experts `first` and on, E = 1; those of other experts are left out."""
+        parts = dict(zip(self.slabs, weight.split([rows for _, _, rows in self.slabs])))
+        for target in self.members:
+            if first <= target.expert < first + weight.codes.shape[0]:
+                part = parts[target.parameter, target.start, target.shape[0]]
+                yield target, part.expert(target.expert - first)
+
+
+Sink = Callable[[Site, Tensor, Tensor | None], None]
+"""Called as sink(site, x [T, K], offsets int64 [E + 1] or None for a site of Linears)."""
+
+
+def write_back(model: Any, target: Target, weight: QuantizedWeight) -> None:
+    """Put a target's dequantized weight in the place of its own."""
+    rows = _stack(model, target.parameter)[target.expert, target.start : target.start + target.shape[0]]
+    rows.copy_(weight.dequantize(rows.dtype)[0])
+
+
+def separate_sites(skeleton: Skeleton, found: Sequence[Target]) -> list[Site]:
+    """Every parameter a site of its own: for methods that do not look at inputs, and need no forward."""
+    return _sites(skeleton, found, {})
+
+
+@torch.no_grad()
+def find_sites(skeleton: Skeleton, index: int, found: Sequence[Target], hidden: Tensor) -> list[Site]:
+    """The sites of block `index`, which is loaded, seen in one forward over hidden states [B, L, H].
+
+    Raises `ModelError` naming a targeted Linear that this forward does not call.
+    """
+    inputs: dict[str, list[Tensor]] = {}  # the tensors are kept, or their identities would be used again
+    with ExitStack() as hooks:
+        for name in dict.fromkeys(target.module for target in found):
+            module = skeleton.model.get_submodule(name)
+            if not experts.is_experts(module):
+                seen = inputs.setdefault(name, [])
+                hooks.enter_context(_hooked(module, seen.append))
+        skeleton.call_block(index, hidden)
+    for target in found:
+        if not inputs.get(target.module, [None]):
+            raise ModelError(f"{target.linear} is never called in its block's forward, so its inputs cannot be seen")
+    return _sites(skeleton, found, {name: tuple(map(id, seen)) for name, seen in inputs.items()})
+
+
+@contextmanager
+def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink) -> Iterator[None]:
+    """Send what every site reads to `sink`, for the time of the context.
+
+    Raises `ModelError` on leaving it where a site was never called.
+    """
+    called: set[str] = set()
+
+    def pass_on(site: Site, x: Tensor, offsets: Tensor | None) -> None:
+        called.add(site.name)
+        sink(site, x.reshape(-1, site.in_features), offsets)
+
+    with ExitStack() as hooks:
+        stacks: dict[str, dict[str, Site]] = {}
+        for site in sites:
+            first = site.members[0]
+            module = skeleton.model.get_submodule(first.module)
+            if experts.is_experts(module):
+                stacks.setdefault(first.module, {})[first.parameter.rpartition(".")[2]] = site
+            else:
+                hooks.enter_context(_hooked(module, partial(pass_on, site, offsets=None)))
+        for name, by_projection in stacks.items():
+            module = skeleton.model.get_submodule(name)
+            hooks.enter_context(experts.observed(module, partial(_dispatch, by_projection, pass_on)))
+        yield
+    silent = next((site for site in sites if site.name not in called), None)
+    if silent is not None:
+        raise ModelError(f"{silent.name} was never called while its inputs were observed")
+
+
+def _dispatch(by_projection: dict[str, Site], sink: Sink, projection: str, x: Tensor, offsets: Tensor) -> None:
+    if projection in by_projection:
+        sink(by_projection[projection], x, offsets)
+
+
+@contextmanager
+def _hooked(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen(args[0] if args else kwargs["input"])
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _sites(skeleton: Skeleton, found: Sequence[Target], inputs: dict[str, tuple[int, ...]]) -> list[Site]:
+    """Group targets by what their module read, or by their parameter where that is not known."""
+    groups: dict[object, list[Target]] = {}
+    for target in found:
+        groups.setdefault(inputs.get(target.module, target.parameter), []).append(target)
+    return [
+        Site(
+            name=members[0].linear,
+            members=tuple(members),
+            experts=len(_stack(skeleton.model, members[0].parameter)),
+            in_features=members[0].shape[1],
+        )
+        for members in groups.values()
+    ]
+
+
+def _stack(model: Any, parameter: str) -> Tensor:
+    """A parameter as matrices [E, rows, K]; a Linear's is a stack of one."""
+    tensor: Tensor = model.get_parameter(parameter).detach()
+    return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)

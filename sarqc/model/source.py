@@ -1,0 +1,87 @@
+"""Where weights come from, as the model room sees it: an object that is handed in.
+
+The room that knows files implements `TensorSource`; nothing here knows shards, formats or folders. A quantized
+checkpoint looks like a dense one (`load` dequantizes), and hands out its codes through `quantized`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import ModelError
+from sarqc.method.weight import QuantizedWeight
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time; `shape` and `dtype` cost no reading."""
+
+    def names(self) -> list[str]:
+        """Names of the dense tensors, as the checkpoint has them ("model.layers.0.self_attn.q_proj.weight")."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a dense tensor."""
+        ...
+
+    def load(self, name: str) -> Tensor:
+        """The dense tensor, on the CPU, in memory of its own."""
+        ...
+
+    def quantized(self, linear: str) -> QuantizedWeight | None:
+        """Codes of a linear layer (its name without ".weight", E = 1), or None where it is stored dense."""
+        ...
+
+
+class StateDictSource:
+    """A source over tensors that are already in memory, with some weights optionally quantized.
+
+    tensors: dense tensors by name. quantized: linear layers by name (without ".weight"), E = 1; they join the dense
+    view as `dtype`.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        quantized: Mapping[str, QuantizedWeight] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self._tensors = dict(tensors)
+        self._quantized = {f"{linear}.weight": weight for linear, weight in (quantized or {}).items()}
+        self._dtype = dtype
+
+    def names(self) -> list[str]:
+        """Names of all dense tensors, sorted."""
+        return sorted(self._tensors.keys() | self._quantized.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense tensor."""
+        if name in self._quantized:
+            return tuple(self._quantized[name].codes.shape[1:])
+        return tuple(self._tensor(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a dense tensor."""
+        return self._dtype if name in self._quantized else self._tensor(name).dtype
+
+    def load(self, name: str) -> Tensor:
+        """A copy of the dense tensor, on the CPU."""
+        if name in self._quantized:
+            return self._quantized[name].dequantize(self._dtype)[0].cpu()
+        return self._tensor(name).detach().to("cpu", copy=True)
+
+    def quantized(self, linear: str) -> QuantizedWeight | None:
+        """Codes of a linear layer, or None where it is dense."""
+        return self._quantized.get(f"{linear}.weight")
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise ModelError(f"tensor {name!r} is not in this source: it has {len(self._tensors)} others")
+        return self._tensors[name]

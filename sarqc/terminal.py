@@ -1,0 +1,115 @@
+"""What a person sees while a run goes on: a bar with the time left on a terminal, plain lines anywhere else.
+
+Everything here goes to stderr, so that stdout holds results alone.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
+
+if TYPE_CHECKING:
+    from sarqc.model.blocks import BlockResult
+
+QUIET_SECONDS = 5.0
+"""Least time between two plain lines where there is no terminal to redraw."""
+
+
+class Ticker:
+    """One task of known length; `advance` moves it on. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._label = ""
+        self._total = 0
+        self._done = 0
+        self._began = self._printed = 0.0
+
+    def __enter__(self) -> Ticker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def begin(self, label: str, total: int) -> None:
+        """Start counting to `total`."""
+        self._label, self._total, self._done = label, total, 0
+        self._began = self._printed = time.monotonic()
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("[dim]{task.fields[detail]}[/]"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]left[/]"),
+                TimeLeftColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(label, total=total, detail="")
+            self._bar.start()
+
+    def detail(self, text: str) -> None:
+        """What is going on inside the step, shown where a line can be redrawn."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, detail=text)
+
+    def advance(self, text: str) -> None:
+        """One step is done; `text` says how it went."""
+        self._done += 1
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=1, detail=text)
+            return
+        now = time.monotonic()
+        if now - self._printed >= QUIET_SECONDS or self._done == self._total:
+            self._printed = now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            self.console.print(
+                f"{self._label} {self._done}/{self._total}: {text}, {_duration(left)} left", highlight=False
+            )
+
+
+class RunWatcher(Ticker):
+    """Shows a quantization run."""
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def begin_blocks(self, blocks: int) -> None:
+        """The blocks start."""
+        self.begin("blocks", blocks)
+
+    def stage(self, block: int, name: str) -> None:
+        """A block begins a stage."""
+        self.detail(f"block {block}: {name}")
+
+    def block(self, result: BlockResult) -> None:
+        """A block is solved: its output error beside that of plain rounding."""
+        errors = [report.error for report in result.reports]
+        plain = [report.rounding_error for report in result.reports]
+        self.advance(f"error {_percent(errors)} (rounding {_percent(plain)})")
+        for report in result.reports:
+            if report.fallback:
+                self.note(f"{report.site}: {report.fallback}")
+
+
+def _percent(values: list[float]) -> str:
+    return f"{100 * sum(values) / max(len(values), 1):.2f} %"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

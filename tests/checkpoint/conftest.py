@@ -1,0 +1,97 @@
+"""Small checkpoint folders and random quantized weights."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sarqc.method.weight import QuantizedWeight
+
+DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    """A tensor of each dtype, odd sizes, a scalar and an empty one; NaN and infinity patterns among the bf16 bits."""
+    rng = torch.Generator().manual_seed(0)
+    found = {}
+    for number, dtype in enumerate(DTYPES):
+        shape = (3 + number, 5)
+        raw = torch.randint(0, 256, (*shape[:1], shape[1] * dtype.itemsize), generator=rng, dtype=torch.uint8)
+        found[f"layer.{number}.weight"] = (raw & 1).bool() if dtype == torch.bool else raw.view(dtype)
+    found["scalar"] = torch.tensor(7, dtype=torch.int64)
+    found["empty"] = torch.empty(0, 4, dtype=torch.float16)
+    return found
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """make_folder(shards, config={}, name="model"): shards is {file name: tensors}; more than one gets an index."""
+
+    def make(
+        shards: Mapping[str, dict[str, Tensor]], config: Mapping[str, Any] | None = None, name: str = "model"
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(config or {"model_type": "llama"})))
+        for file, content in shards.items():
+            save_file(content, folder / file, metadata={"format": "pt"})
+        if set(shards) != {"model.safetensors"}:
+            weight_map = {tensor: file for file, content in shards.items() for tensor in content}
+            index = {"metadata": {}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def two_shards(make_folder: Callable[..., Path]) -> Path:
+    a = {"a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "b": torch.arange(5)}
+    return make_folder(
+        {"model-00001-of-00002.safetensors": a, "model-00002-of-00002.safetensors": {"c": torch.ones(7)}}
+    )
+
+
+@pytest.fixture
+def random_weight() -> Callable[..., QuantizedWeight]:
+    """random_weight(rows, columns, bits, group_size, sym, dtype): codes from all levels, zeros too if asymmetric."""
+
+    def make(
+        rows: int, columns: int, bits: int, group_size: int, sym: bool, dtype: torch.dtype = torch.bfloat16
+    ) -> QuantizedWeight:
+        rng = torch.Generator().manual_seed(rows * 1000 + columns * 10 + bits)
+        groups = 1 if group_size == -1 else columns // group_size
+        codes = torch.randint(0, 1 << bits, (1, rows, columns), generator=rng, dtype=torch.uint8)
+        scales = (torch.rand((1, rows, groups), generator=rng) * 0.1 + 1e-3).to(dtype)
+        zeros = torch.randint(0, 1 << bits, (1, rows, groups), generator=rng, dtype=torch.uint8)
+        middle = torch.full_like(zeros, 1 << (bits - 1))
+        return QuantizedWeight(codes, scales, middle if sym else zeros, bits)
+
+    return make
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Equal dtype, shape and bytes (NaN patterns included)."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.contiguous().reshape(-1).view(torch.uint8))
+
+
+@pytest.fixture
+def bitwise() -> Callable[[Tensor, Tensor], bool]:
+    return same_bits

@@ -1,0 +1,18 @@
+"""What all tests share: two threads, random numbers by the test's own name, no network."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """A random generator seeded by the test's id: the same numbers on every run, others in every test."""
+    return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))

@@ -1,0 +1,138 @@
+"""The command line, as a separate process: what lands on stdout and stderr, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support import tiny
+
+RUN = ["--num-samples", "4", "--seqlen", "64"]
+
+
+def sarqc(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "sarqc", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def quantized(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    done = sarqc("quantize", source, "-o", out, *RUN)
+    assert done.returncode == 0, done.stderr
+    assert "blocks 2/2" in done.stderr and "group size 64" in done.stderr
+    assert "bits with scales" in done.stdout
+    return out
+
+
+def test_json_is_one_object_and_nothing_else(source, quantized, tmp_path):
+    commands = [
+        ("quantize", source, "-o", tmp_path / "out", *RUN),
+        ("eval", quantized, "--seqlen", 64, "--max-windows", 2),
+        ("generate", quantized, "--prompt", "a list", "--max-new-tokens", 3),
+        ("inspect", quantized),
+    ]
+    found = [json.loads(sarqc(*command, "--json").stdout) for command in commands]
+    assert found[0]["solve"]["method"] == "sarqc-gptq" and found[0]["out"] == str(tmp_path / "out")
+    assert found[1]["perplexity"] > 1 and found[1]["protocol"]["windows"] == 2
+    assert found[2]["text"].startswith("a list")
+    assert found[3]["quantized_linears"] == 14 and found[3]["report"]["quant"]["bits"] == 4
+
+
+def test_a_config_file_gives_defaults_and_the_command_line_wins(source, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("bits: 3\ngroup-size: 32\nmethod: rtn\nignore: ['o_proj$']\n")
+    done = sarqc("quantize", source, "-o", tmp_path / "out", "--config", config, "--bits", 2, "--json")
+    report = json.loads(done.stdout)
+    assert report["quant"] == {"bits": 2, "group_size": 32, "sym": True, "ignore": ["o_proj$"]}
+    assert report["solve"]["method"] == "rtn"
+
+
+def broken(source: Path, folder: Path, change) -> Path:
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def poison(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+
+
+def explode(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.input_layernorm.weight"].fill_(float("inf"))
+
+
+def refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("sarqc: ")
+    for text in expected:
+        assert text in last, last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--bits", 9), ("bits = 9", "2 to 8")),
+        (("--group-size", 48), ("group_size = 48", "model.layers.0.self_attn.q_proj")),
+        (("--group-size", "many"), ("group_size", "many")),
+        (("--strength", "-1"), ("strength", "-1")),
+        (("--method", "magic"), ("magic", "sarqc-gptq")),
+        (("--ignore", "no_such_layer"), ("no_such_layer",)),
+        (("--device", "cuda:7"), ("cuda:7",)),
+        (("--calib", "nowhere.txt"), ("nowhere.txt",)),
+        (("--num-samples", 100000), ("100000",)),
+        (("--seqlen", 1000000), ("too short", "1000000")),
+        (("--config", "nowhere.yaml"), ("nowhere.yaml",)),
+    ],
+)
+def test_bad_settings_are_one_line(source, tmp_path, arguments, expected):
+    refused(sarqc("quantize", source, "-o", tmp_path / "out", *arguments), *expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_models_and_texts_are_one_line(source, quantized, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    out = tmp_path / "out"
+    nan, inf = broken(source, tmp_path / "nan", poison), broken(source, tmp_path / "inf", explode)
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
+    cases = [
+        (("no/such/folder",), ("no/such/folder",)),
+        ((encoder,), ("vit",)),
+        ((quantized,), ("quantized already",)),
+        ((source, "--calib", empty), ("empty",)),
+        ((nan, *RUN), ("model.layers.1.mlp.up_proj",)),
+        ((inf, *RUN), ("model.layers.0",)),
+    ]
+    for arguments, expected in cases:
+        refused(sarqc("quantize", *arguments, "-o", out), *expected)
+        assert not out.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    refused(sarqc("quantize", source, "-o", quantized, *RUN), "--overwrite")
+    refused(sarqc("quantize", source, "-o", source / "inside", *RUN), str(source))
+    refused(sarqc("inspect", source), "not quantized")
+    refused(sarqc("eval", source, "--text", empty), "empty")
+    refused(sarqc("generate", source, "--prompt", ""), "prompt")
+
+
+def test_help_teaches_and_is_quick():
+    shown = sarqc("quantize", "--help")
+    assert shown.returncode == 0 and "Example:" in shown.stdout and "--group-size" in shown.stdout

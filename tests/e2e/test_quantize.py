@@ -1,0 +1,81 @@
+"""From a model to a checkpoint and back, through the same doors a user takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import sarqc
+from sarqc.model.calibration import windows
+from tests.support import tiny
+
+CALIBRATION = dict(num_samples=8, seqlen=64)
+
+
+@pytest.fixture(scope="module", params=list(tiny.CONFIGS))
+def source(request, tmp_path_factory):
+    return tiny.save(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+def logits(model, folder):
+    text = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(2)
+    with torch.inference_mode():
+        return model(text.tokens, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "sym"), [(4, "auto", True), (3, 32, True), (4, 32, False), (2, 16, False), (8, -1, True)]
+)
+def test_transformers_reads_what_we_write_as_we_do(source, tmp_path, bits, group_size, sym):
+    """The oracle is transformers with compressed-tensors, which we did not write."""
+    result = sarqc.quantize(source, tmp_path / "out", bits=bits, group_size=group_size, sym=sym, **CALIBRATION)
+    ours, _ = sarqc.load(result.out, dtype="bfloat16")
+    theirs = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.bfloat16).eval()
+    original, _ = sarqc.load(source, dtype="bfloat16")
+    expected = logits(ours, source)
+    assert torch.equal(logits(theirs, source), expected)
+    assert not torch.equal(logits(original, source), expected)
+
+
+def test_packed_and_expanded_models_agree(source, tmp_path):
+    result = sarqc.quantize(source, tmp_path / "out", **CALIBRATION)
+    expanded, _ = sarqc.load(result.out)
+    packed, _ = sarqc.load(result.out, packed=True)
+    # Same numbers, multiplied in another order.
+    torch.testing.assert_close(logits(packed, source), logits(expanded, source), rtol=1e-3, atol=1e-3)
+
+
+def test_same_input_same_bytes(source, tmp_path):
+    first, second = (sarqc.quantize(source, tmp_path / name, **CALIBRATION).out for name in ("a", "b"))
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        if name != "report.json":  # holds times
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_every_method_runs_and_reports(source, tmp_path):
+    for method in sarqc.METHODS:
+        report = sarqc.quantize(source, tmp_path / method, method=method, **CALIBRATION).report
+        assert json.loads((tmp_path / method / "report.json").read_text()) == report
+        assert report["solve"]["method"] == method
+        assert 0 < report["error"] < 1
+        if sarqc.METHODS[method].gram:
+            assert report["error"] < report["rounding_error"]
+
+
+def test_what_is_not_quantized_is_copied_bit_for_bit(source, tmp_path):
+    from sarqc.checkpoint.reader import open_checkpoint
+
+    out = sarqc.quantize(source, tmp_path / "out", method="rtn", ignore=[r"o_proj$"]).out
+    before, after = open_checkpoint(source), open_checkpoint(out)
+    assert before.names() == after.names()
+    kept = [name for name in before.names() if after.quantized(name.removesuffix(".weight")) is None]
+    assert any("o_proj" in name for name in kept) and any("norm" in name for name in kept)
+    for name in kept:
+        assert torch.equal(before.load(name), after.load(name)), name
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "lm_head" in ignored and "model.layers.0.self_attn.o_proj" in ignored

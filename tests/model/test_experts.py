@@ -1,0 +1,120 @@
+"""Our experts function is eager's, and tells exactly what every expert was given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3MoeConfig
+from transformers.integrations.moe import use_experts_implementation
+
+from sarqc.errors import ModelError
+from sarqc.model import experts
+from sarqc.model.sites import targets
+from sarqc.spec import QuantSpec
+
+
+def experts_modules(model):
+    return [module for module in model.modules() if experts.is_experts(module)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_logits_are_eagers_exactly(tiny, moe, dtype):
+    case = tiny(moe, dtype)
+    with torch.no_grad():
+        expected = case.model(case.tokens).logits
+        experts.use_sorted_experts(case.model)
+        assert torch.equal(case.model(case.tokens).logits, expected)
+
+
+def test_every_experts_inputs_are_seen_once(tiny, moe):
+    case = tiny(moe)
+    experts.use_sorted_experts(case.model)
+    module = experts_modules(case.model)[-1]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(37, module.hidden_dim, generator=generator)
+    index = torch.stack([torch.randperm(module.num_experts - 1, generator=generator)[:2] for _ in range(37)])
+    seen = {}
+    with torch.no_grad(), experts.observed(module, lambda name, x, offsets: seen.update({name: (x, offsets)})):
+        module(x, index, torch.rand(37, 2, generator=generator))
+    assert list(seen) == ["gate_up_proj", "down_proj"]
+    rows, offsets = seen["gate_up_proj"]
+    assert offsets.dtype == torch.int64 and offsets[0] == 0 and offsets[-1] == len(rows) == 37 * 2
+    for expert in range(module.num_experts):
+        given = rows[offsets[expert] : offsets[expert + 1]]
+        expected = x[(index == expert).any(1)]
+        assert len(given) == len(expected) and torch.equal(given.sort(0).values, expected.sort(0).values)
+    assert offsets[-1] == offsets[-2]  # the last expert has no token
+    inner, same_offsets = seen["down_proj"]
+    assert torch.equal(same_offsets, offsets)
+    gate, up = torch.nn.functional.linear(rows[: offsets[1]], module.gate_up_proj[0]).chunk(2, -1)
+    torch.testing.assert_close(inner[: offsets[1]], module.act_fn(gate) * up)
+
+
+def test_the_observer_leaves_nothing_behind(tiny):
+    module = experts_modules(tiny("mixtral").model)[0]
+    before = set(vars(module))
+    with pytest.raises(RuntimeError, match="stop"), experts.observed(module, lambda *_: None):
+        raise RuntimeError("stop")
+    assert set(vars(module)) == before
+
+
+@use_experts_implementation(has_gate=False, has_bias=True, is_transposed=True)
+class PlainExperts(nn.Module):
+    """No gate, biases, stored transposed: every flag that the listed models leave alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = 3
+        generator = torch.Generator().manual_seed(0)
+        self.up_proj = nn.Parameter(torch.randn(3, 8, 12, generator=generator))
+        self.up_proj_bias = nn.Parameter(torch.randn(3, 12, generator=generator))
+        self.down_proj = nn.Parameter(torch.randn(3, 12, 8, generator=generator))
+        self.down_proj_bias = nn.Parameter(torch.randn(3, 8, generator=generator))
+        self.act_fn = torch.relu
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        out = torch.zeros_like(hidden_states)
+        for expert in range(3):
+            inner = self.act_fn(hidden_states @ self.up_proj[expert] + self.up_proj_bias[expert])
+            outer = inner @ self.down_proj[expert] + self.down_proj_bias[expert]
+            out += outer * (top_k_weights * (top_k_index == expert)).sum(1, keepdim=True)
+        return out
+
+
+def test_declared_flags_are_honoured():
+    config = Qwen3MoeConfig()
+    module = PlainExperts(config)
+    generator = torch.Generator().manual_seed(2)
+    x, weights = torch.randn(9, 8, generator=generator), torch.rand(9, 2, generator=generator)
+    index = torch.tensor([[0, 2]] * 9)
+    with torch.no_grad():
+        config._experts_implementation = "eager"
+        expected = module(x, index, weights)
+        config._experts_implementation = experts.IMPLEMENTATION
+        torch.testing.assert_close(module(x, index, weights), expected)
+    reason = experts.why_not(module, per_expert_names=True)
+    assert "transposed" in reason and "biases" in reason
+
+
+def test_gpt_oss_is_refused_with_all_reasons(tiny):
+    skeleton = tiny("gpt_oss").skeleton()
+    with pytest.raises(ModelError, match=r"layers\.0.*transposed.*biases.*interleaved.*one tensor"):
+        targets(skeleton, QuantSpec(group_size=32))
+    rest = targets(skeleton, QuantSpec(group_size=32, ignore=(r"\.experts\.",)))
+    assert {linear.rpartition(".")[2] for linear in rest.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+class Bank(nn.Module):
+    """A module of somebody's own."""
+
+
+def test_undeclared_experts_are_found(tiny):
+    case = tiny("llama")
+    block = case.model.model.layers[0]
+    assert experts.undeclared(block) is None
+    block.mlp.bank = Bank()
+    block.mlp.bank.conv = nn.Conv1d(2, 2, 3)
+    assert experts.undeclared(block) is None
+    block.mlp.bank.weights = nn.Parameter(torch.zeros(2, 3, 4))
+    assert experts.undeclared(block) == "mlp.bank"

@@ -1,0 +1,184 @@
+"""What is quantized, what is left, and which layers share an input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sarqc.errors import ArgumentError, ModelError
+from sarqc.model.names import Piece
+from sarqc.model.sites import auto_group_size, check_group_size, find_sites, observe, separate_sites, targets
+from sarqc.spec import QuantSpec
+
+QUANT = QuantSpec(group_size=32)
+
+
+def sites_of(case, index, quant=QUANT):
+    skeleton = case.skeleton()
+    skeleton.load_outer(case.source)
+    skeleton.load_block(index, case.source)
+    found = targets(skeleton, quant)
+    hidden = torch.randn(1, 8, skeleton.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return skeleton, find_sites(skeleton, index, found.of_block(index), hidden)
+
+
+def leaves(site):
+    return sorted({member.linear.rpartition(".")[2] for member in site.members})
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "expected"),
+    [
+        ("llama", 0, [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+        ("gemma3", 1, [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+        ("phi3", 1, [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]),
+        ("mixtral", 0, [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["w1", "w3"], ["w2"]]),
+        (
+            "deepseek_v3",
+            1,
+            [
+                ["kv_a_proj_with_mqa", "q_a_proj"],
+                ["q_b_proj"],
+                ["kv_b_proj"],
+                ["o_proj"],
+                ["gate_proj", "up_proj"],
+                ["down_proj"],
+                ["gate_proj", "up_proj"],
+                ["down_proj"],
+            ],
+        ),
+    ],
+)
+def test_layers_with_one_input_are_one_site(tiny, name, index, expected):
+    _, sites = sites_of(tiny(name), index)
+    assert sorted(map(leaves, sites)) == sorted(map(sorted, expected))
+
+
+def test_an_experts_site_has_all_experts_and_their_rows(tiny):
+    case = tiny("qwen3_moe")
+    skeleton, sites = sites_of(case, 1)
+    site = next(site for site in sites if site.experts > 1 and len(site.slabs) == 2)
+    assert (site.experts, site.in_features, len(site.members)) == (4, 64, 8)
+    weight = site.weight(skeleton.model, 0, 4)
+    assert weight.shape == (4, 64, 64) and weight.dtype == torch.float32
+    up = case.source.load("model.layers.1.mlp.experts.2.up_proj.weight")
+    assert torch.equal(weight[2, 32:], up)
+
+
+def test_targets_are_the_checkpoints_linears(tiny, arch):
+    case = tiny(arch)
+    found = targets(case.skeleton(), QUANT)
+    assert len(set(found.linears)) == len(found.linears)
+    every = {
+        n.removesuffix(".weight") for n in case.source.names() if ".layers." in n and len(case.source.shape(n)) == 2
+    }
+    routers = {name for name in every if name.rpartition(".")[2] in ("gate", "shared_expert_gate")}
+    assert set(found.linears) == every - routers
+    assert set(found.untouched) == routers | {"lm_head"}
+    for target in found.selected:
+        assert target.shape == case.source.shape(f"{target.linear}.weight")
+    assert not case.source.reads
+
+
+def test_ignored_layers_are_left_with_the_pattern_that_found_them(tiny):
+    case = tiny("mixtral")
+    quant = QuantSpec(group_size=32, ignore=(r"layers\.0\..*k_proj$", r"experts\.3\.w1", "lm_head"))
+    found = targets(case.skeleton(), quant)
+    assert dict(found.ignored) == {
+        "model.layers.0.self_attn.k_proj": r"layers\.0\..*k_proj$",
+        "model.layers.0.block_sparse_moe.experts.3.w1": r"experts\.3\.w1",
+        "model.layers.1.block_sparse_moe.experts.3.w1": r"experts\.3\.w1",
+    }
+    assert set(dict(found.ignored)) < set(found.untouched) and not set(dict(found.ignored)) & set(found.linears)
+    _, sites = sites_of(case, 0, quant)
+    assert ["q_proj", "v_proj"] in map(leaves, sites)
+
+
+@pytest.mark.parametrize("pattern", ["no_such_layer", "layers.7", "("])
+def test_a_pattern_that_finds_nothing_is_an_error(tiny, pattern):
+    with pytest.raises(ArgumentError, match="ignore = "):
+        targets(tiny("llama").skeleton(), QuantSpec(ignore=(pattern,)))
+
+
+def test_ignoring_everything_is_an_error(tiny):
+    with pytest.raises(ModelError, match="no Linear left"):
+        targets(tiny("llama").skeleton(), QuantSpec(ignore=(r"layers\.",)))
+
+
+def test_a_group_size_that_does_not_fit_names_the_layer_and_what_would(tiny):
+    found = targets(tiny("llama").skeleton(), QUANT)
+    assert auto_group_size(found) == 32  # 96 inputs of down_proj
+    check_group_size(found, QUANT)
+    check_group_size(found, QuantSpec(group_size=-1))
+    with pytest.raises(ArgumentError, match=r"64 does not divide the 96 inputs of .*down_proj: use 32 or -1"):
+        check_group_size(found, QuantSpec(group_size=64))
+    found = targets(tiny("llama", intermediate_size=40).skeleton(), QUANT)
+    with pytest.raises(ArgumentError, match=r"down_proj has 40 inputs"):
+        auto_group_size(found)
+    with pytest.raises(ArgumentError, match=r"down_proj: use -1"):
+        check_group_size(found, QUANT)
+
+
+def test_routers_are_told_by_name_and_width(tiny):
+    case = tiny("qwen2_moe")
+    skeleton = case.skeleton()
+    found = targets(skeleton, QUANT)
+    gate = "model.layers.0.mlp.shared_expert_gate"  # a Linear to one number
+    assert isinstance(skeleton.blocks[0].mlp.shared_expert_gate, nn.Linear)
+    assert gate in found.untouched and gate not in found.linears
+    assert "model.layers.0.mlp.shared_expert.gate_proj" in found.linears
+    wide = "model.layers.0.self_attn.gate"  # the name of a router, and the width of none
+    skeleton.blocks[0].self_attn.gate = nn.Linear(64, 48, bias=False)
+    skeleton.pieces[f"{wide}.weight"] = (Piece(f"{wide}.weight", None, 0, 0),)
+    assert wide in targets(skeleton, QUANT).linears
+
+
+def test_a_linear_that_is_never_called_is_named(tiny):
+    case = tiny("llama")
+    skeleton = case.skeleton()
+    skeleton.load_outer(case.source)
+    skeleton.load_block(0, case.source)
+    found = targets(skeleton, QUANT).of_block(0)
+    mlp = skeleton.blocks[0].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj is never called"):
+        find_sites(skeleton, 0, found, torch.zeros(1, 4, 64))
+    sites = separate_sites(skeleton, found)
+    with pytest.raises(ModelError, match=r"up_proj was never called"), observe(skeleton, sites, lambda *_: None):
+        skeleton.call_block(0, torch.zeros(1, 4, 64))
+
+
+def test_a_subclass_of_linear_with_its_own_forward_is_refused(tiny):
+    class Strange(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flip(-1))
+
+    skeleton = tiny("llama").skeleton()
+    skeleton.blocks[1].mlp.up_proj = Strange(64, 96, bias=False)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj cannot be quantized: Strange"):
+        targets(skeleton, QUANT)
+
+
+def test_observers_see_all_rows_and_leave_no_hooks(tiny, arch):
+    case = tiny(arch)
+    skeleton = case.skeleton()
+    skeleton.load_outer(case.source)
+    index = len(skeleton.blocks) - 1
+    skeleton.load_block(index, case.source)
+    members = targets(skeleton, QUANT).of_block(index)
+    hidden = skeleton.embed(case.tokens)
+    sites = find_sites(skeleton, index, members, hidden[:1, :8])
+    plain = skeleton.call_block(index, hidden)
+    rows = {}
+
+    def sink(site, x, offsets):
+        assert x.shape[1] == site.in_features and (offsets is None) == (site.experts == 1)
+        rows[site.name] = len(x)
+
+    with observe(skeleton, sites, sink):
+        observed = skeleton.call_block(index, hidden)
+    assert torch.equal(plain, observed)
+    top_k = getattr(case.model.config, "num_experts_per_tok", 1)
+    assert rows == {site.name: hidden[..., 0].numel() * (top_k if site.experts > 1 else 1) for site in sites}
+    assert not any(module._forward_pre_hooks for module in skeleton.model.modules())

@@ -1,0 +1,118 @@
+"""The house keeps its own rules: who may import whom, and how long a file or a function may be. Read from the AST."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("sarqc_kernels", "sarqc")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 400, 80
+
+ROOMS = {
+    # room -> (what of ours it may import, which of the guarded packages)
+    "sarqc_kernels.gram": (("sarqc_kernels.gram", "L0"), ()),
+    "sarqc_kernels.columns": (("sarqc_kernels.columns", "L0"), ()),
+    "sarqc_kernels.w4a16": (("sarqc_kernels.w4a16", "L0"), ()),
+    "sarqc_kernels": (("L0",), ()),
+    "sarqc.spec": (("sarqc.errors",), ()),
+    "sarqc.errors": (("sarqc_kernels.errors",), ()),
+    "sarqc.method": (("sarqc.method", "sarqc.spec", "sarqc.errors", "sarqc_kernels"), ()),
+    "sarqc.model": (
+        ("sarqc.model", "sarqc.method", "sarqc.spec", "sarqc.errors", "sarqc_kernels"),
+        ("transformers", "accelerate", "datasets"),
+    ),
+    "sarqc.checkpoint": (
+        ("sarqc.checkpoint", "sarqc.method", "sarqc.spec", "sarqc.errors", "sarqc_kernels"),
+        ("safetensors",),
+    ),
+    "sarqc.job": (
+        ("sarqc.job", "sarqc.model", "sarqc.checkpoint", "sarqc.method", "sarqc.spec", "sarqc.errors", "sarqc_kernels"),
+        ("huggingface_hub",),
+    ),
+    "sarqc": (("sarqc", "sarqc_kernels"), ("rich", "typer", "yaml")),
+}
+LOWEST = tuple(f"sarqc_kernels.{name}" for name in ("errors", "packing", "backend", "build", "testing"))
+GUARDED = ("transformers", "accelerate", "datasets", "safetensors", "huggingface_hub", "rich", "typer", "yaml", "triton")
+PURE_ROOMS = ("sarqc.method", "sarqc.spec")
+IMPURE = ("pathlib", "logging", "tqdm")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    return max((room for room in ROOMS if module == room or module.startswith(room + ".")), key=len)
+
+
+def imports_of(path: Path) -> list[tuple[str, int]]:
+    """Modules a file imports, wherever in it, but for blocks that only a type checker reads."""
+    tree = ast.parse(path.read_text())
+    unread = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def within(module: str, allowed: str) -> bool:
+    return any(module == root or module.startswith(root + ".") for root in (LOWEST if allowed == "L0" else (allowed,)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_stay_in_their_room(path):
+    module = module_of(path)
+    ours, others = ROOMS[room_of(module)]
+    for imported, line in imports_of(path):
+        root = imported.split(".")[0]
+        if root in PACKAGES and module not in PACKAGES:  # the packages' own front pages show what lies inside
+            assert any(within(imported, allowed) for allowed in ours), f"{path}:{line}: {module} imports {imported}"
+        if root == "triton":
+            assert path.stem.endswith("_impl"), f"{path}:{line}: triton is imported in *_impl.py alone"
+        elif root in GUARDED:
+            assert root in others, f"{path}:{line}: {module} imports {imported}"
+        if room_of(module) in PURE_ROOMS:
+            assert root not in IMPURE, f"{path}:{line}: {module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE, f"{path} has more than {MAX_FILE} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import sarqc_kernels", ("triton", "transformers")),
+        ("import sarqc", ("transformers", "torch")),
+        ("import sarqc.cli", ("transformers", "torch", "safetensors")),
+        ("import sarqc.method.solve", ("transformers", "safetensors", "triton")),
+    ],
+)
+def test_imports_are_light(statement, absent):
+    check = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
