@@ -5,8 +5,9 @@ row, bit 0 being the lowest bit of the first word, and an element may straddle t
 the familiar "8 nibbles to a word, lowest first"; 3, 5, 6 and 7 bits waste nothing. Unused high bits of a row's last
 word are zero.
 
-The trick: whatever the width, 8 elements fill `bits` whole bytes and fit one 64-bit integer. So eight shifts build all
-the integers of a tensor at once, and their first `bits` bytes laid end to end are the stream.
+The trick: whatever the width, 8 codes fill `bits` whole bytes. Eight codes of a byte each are read as one 64-bit
+integer, and three rounds of shift-and-mask push neighbours together: bytes to pairs, pairs to fours, fours to eight.
+The first `bits` bytes of the integers, laid end to end, are the stream. Nothing is ever wider than the codes are.
 """
 
 from __future__ import annotations
@@ -43,13 +44,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     count = codes.shape[-1]
     if count == 0:
         return codes.new_empty(codes.shape, dtype=torch.int32)
-    lanes = pad(codes, (0, -count % LANES)).unflatten(-1, (-1, LANES))
-    eights = torch.zeros(lanes.shape[:-1], dtype=torch.int64, device=codes.device)
-    for lane in range(LANES):
-        eights |= lanes[..., lane].to(torch.int64) << (lane * bits)
-    stream = eights.view(torch.uint8).unflatten(-1, (-1, LANES))[..., :bits].flatten(-2)
+    eights = _as_integers(pad(codes, (0, -count % LANES)))
+    for low, high, shift in _rounds(bits):
+        eights = (eights & low) | ((eights >> shift) & high)
+    stream = eights.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
     wanted = 4 * words_per_row(count, bits)  # bytes beyond the last code are zero, so cutting or padding is exact
-    return pad(stream, (0, wanted - stream.shape[-1])).contiguous().view(torch.int32)
+    return _contiguous(pad(stream, (0, wanted - stream.shape[-1]))).view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -65,14 +65,35 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         raise ArgumentError(
             f"count = {count} codes of {bits} bits need {words_per_row(count, bits)} words a row: words has {words.shape[-1]}"
         )
-    eights = -(-count // LANES)
-    stream = words.contiguous().view(torch.uint8)
-    stream = pad(stream, (0, eights * bits - stream.shape[-1])).unflatten(-1, (eights, bits))
-    integers = pad(stream, (0, LANES - bits)).view(torch.int64).squeeze(-1)
-    codes = torch.empty((*words.shape[:-1], eights, LANES), dtype=torch.uint8, device=words.device)
-    for lane in range(LANES):
-        codes[..., lane] = (integers >> (lane * bits)) & ((1 << bits) - 1)
-    return codes.flatten(-2)[..., :count].contiguous()
+    lanes = -(-count // LANES)
+    stream = _contiguous(words).view(torch.uint8)
+    stream = pad(stream, (0, lanes * bits - stream.shape[-1])).unflatten(-1, (lanes, bits))
+    eights = _as_integers(pad(stream, (0, LANES - bits))).squeeze(-1)
+    for low, high, shift in reversed(_rounds(bits)):
+        eights = (eights & low) | ((eights & high) << shift)
+    return _contiguous(eights).view(torch.uint8)[..., :count].contiguous()
+
+
+def _rounds(bits: int) -> list[tuple[int, int, int]]:
+    """For each round of packing: where the low and the high half of every lane end up, and how far the high one moves."""
+    rounds = []
+    for lane in (16, 32, 64):
+        width = bits * lane // 16
+        low = sum(((1 << width) - 1) << start for start in range(0, 64, lane))
+        if width < lane // 2:  # codes of 8 bits are packed as they are
+            rounds.append((low, low << width, lane // 2 - width))
+    return rounds
+
+
+def _as_integers(octets: Tensor) -> Tensor:
+    """uint8 [..., 8 n] -> int64 [..., n]."""
+    return _contiguous(octets).view(torch.int64)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """`tensor` with the strides of its shape: `.contiguous()` lets those of dimensions of size 1 be anything."""
+    wanted = torch.empty(tensor.shape, device="meta").stride()
+    return tensor if tensor.stride() == wanted else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _check_bits(bits: int) -> None:

@@ -24,6 +24,6 @@ def inspect(folder: str | Path) -> dict[str, Any]:
         "shards": stored.shards,
         "bytes": stored.total_bytes,
         "quantized_linears": stored.quantized_linears,
-        "bits_per_weight": round(8 * stored.quantized_bytes / max(stored.quantized_weights, 1), 3),
+        "bits_per_weight": stored.bits_per_weight,
         "report": reports.read(Path(folder)),
     }

@@ -34,7 +34,7 @@ def load(
     """
     folder = locate(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
-    skeleton = Skeleton.from_folder(folder, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust_remote_code)
     target = resolve_device(device)
     built = inference.build(
         skeleton, checkpoint, device=target, dtype=resolve_dtype(dtype, target, skeleton.dtype), packed=packed

@@ -15,18 +15,20 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from sarqc.checkpoint.folders import atomic_folder, refuse_existing, refuse_overlap
 from sarqc.checkpoint.formats import FORMATS, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.verify import verify
-from sarqc.checkpoint.writer import ShardWriter, atomic_folder, refuse_overlap
+from sarqc.checkpoint.writer import ShardWriter
 from sarqc.errors import CheckpointError
 from sarqc.job import report as reports
 from sarqc.job.load import resolve_device, resolve_dtype
 from sarqc.job.locate import locate
 from sarqc.method.solve import SolveReport
-from sarqc.model import blocks, calibration, sites
+from sarqc.model import blocks, calibration
 from sarqc.model.skeleton import Skeleton
+from sarqc.model.targets import Targets, auto_group_size, check_group_size, targets
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.spec import AUTO, QuantSpec, SolveSpec, solve_spec
 
@@ -83,7 +85,7 @@ class Plan:
     out: Path
     checkpoint: Checkpoint
     skeleton: Skeleton
-    targets: sites.Targets
+    targets: Targets
     quant: QuantSpec
     solve: SolveSpec
     format: Format
@@ -127,17 +129,18 @@ def quantize(
     watcher = watcher or Silent()
     quant = QuantSpec(bits=bits, group_size=128 if group_size == AUTO else group_size, sym=sym, ignore=tuple(ignore))
     solve = solve_spec(method, strength=strength, saliency=saliency, seed=seed)
+    refuse_existing(out, overwrite)
     folder = locate(model, trust_remote_code=trust_remote_code)
-    refuse_overlap(Path(out), folder, overwrite=overwrite)
+    refuse_overlap(out, folder)
     checkpoint = open_checkpoint(folder)
     if checkpoint.format is not None:
         raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
-    skeleton = Skeleton.from_folder(folder, trust_remote_code=trust_remote_code)
-    targets = sites.targets(skeleton, quant)
+    skeleton = Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust_remote_code)
+    found = targets(skeleton, quant)
     if group_size == AUTO:
-        quant = replace(quant, group_size=sites.auto_group_size(targets))
+        quant = replace(quant, group_size=auto_group_size(found))
         watcher.note(f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs")
-    sites.check_group_size(targets, quant)
+    check_group_size(found, quant)
     chosen = FORMATS[format]
     chosen.check(quant)
     where = resolve_device(device)
@@ -147,7 +150,7 @@ def quantize(
         out=Path(out),
         checkpoint=checkpoint,
         skeleton=skeleton,
-        targets=targets,
+        targets=found,
         quant=quant,
         solve=solve,
         format=chosen,
@@ -182,7 +185,7 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
         watcher.begin_blocks(len(plan.skeleton.blocks))
         for result in _solve_blocks(plan, watcher):
             for linear, weight in result.weights.items():
-                packed = plan.format.pack(linear, weight)
+                packed = plan.format.pack(linear, weight, plan.quant)
                 size.quantized(weight, packed)
                 for name, tensor in packed.items():
                     writer.add(name, tensor)

@@ -18,7 +18,7 @@ def column_order(diagonal: Tensor, group_size: int, order: Order) -> Tensor | No
         return None
     if order == "static":
         return diagonal.argsort(dim=-1, descending=True, stable=True)
-    grouped = diagonal.unflatten(-1, (-1, group_size))
+    grouped = diagonal.view(len(diagonal), -1, group_size)
     inside = grouped.argsort(dim=-1, descending=True, stable=True)
     groups = grouped.sum(-1).argsort(dim=-1, descending=True, stable=True)
     columns = inside.gather(1, groups[:, :, None].expand_as(inside)) + groups[:, :, None] * group_size

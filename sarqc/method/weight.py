@@ -35,7 +35,7 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [E, N, K]; computed in fp32 and rounded once to `dtype`."""
         groups = self.codes.unflatten(-1, (self.scales.shape[-1], self.group_size)).float()
-        weight = (groups - self.zeros.float().unsqueeze(-1)) * self.scales.float().unsqueeze(-1)
+        weight: Tensor = (groups - self.zeros.float().unsqueeze(-1)) * self.scales.float().unsqueeze(-1)
         return weight.flatten(-2).to(dtype)
 
     def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:

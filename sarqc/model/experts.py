@@ -130,7 +130,7 @@ def undeclared(root: nn.Module) -> str | None:
     for name, module in root.named_modules():
         known = is_experts(module) or type(module).__module__.startswith("torch.nn")
         if not known and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-            return name
+            return str(name)
     return None
 
 

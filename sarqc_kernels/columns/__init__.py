@@ -1,0 +1,263 @@
+"""Column quantization with error feedback: the solver's inner loop, and the grids it rounds to.
+
+Given the factor M (upper triangular, H = M M^T) of what the calibration says about the inputs, the loss of a quantized
+weight Q is ||(W - Q) M||^2, summed over rows. Taking the columns in order, with delta_i = w_i - q_i for the columns
+already done, the part of that loss which column j decides is M_jj^2 (p_j - q_j)^2 with
+
+    p_j = w_j + (sum over i < j of delta_i M_ij) / M_jj
+
+so the best code of column j is p_j rounded. That is GPTQ (the same codes as its textbook form), with no inverse of H
+and each weight written once. Rows are independent; experts are independent; an identity M is plain rounding.
+
+Three operations, each a `torch.library` custom op of the namespace `sarqc` behind a function that checks:
+
+- `fit_grid`: scales and zeros of every group, by min-max or by weighted error search.
+- `round_to_grid`: codes of plain rounding on a given grid.
+- `quantize_columns`: codes with error feedback, on a given grid or one fitted as the solver reaches each group.
+
+The weight that codes stand for is (code - zero) * scale in fp32, throughout. NaN or Inf in weights is not looked for
+(that would wait for the device): the caller checks; here they spoil the codes of their own rows and raise nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.columns import grid, reference
+from sarqc_kernels.errors import ArgumentError
+
+__all__ = ["fit_grid", "quantize_columns", "round_to_grid"]
+
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_FIT = (Implementation("reference", takes_all, grid.fit_grid),)
+_ROUND = (Implementation("reference", takes_all, grid.round_to_grid),)
+_QUANTIZE = (Implementation("reference", takes_all, reference.quantize_columns),)
+
+
+def fit_grid(
+    weight: Tensor,
+    importance: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scales and zeros for every group of `group_size` neighbouring inputs in every row.
+
+    weight: fp32 [E, N, K]. importance: fp32 [E, K], not negative, or None for all ones: what a squared error in that
+    input costs; only the search reads it.
+    bits: 2 to 8. group_size: divides K. sym: zero is 2^(bits-1) and scale absmax / ((2^bits - 1) / 2); otherwise the
+    range is widened to include 0, scale is (max - min) / (2^bits - 1) and zero the whole number nearest -min / scale.
+    search: try a fixed list of factors on that span and keep the least sum of importance * error^2; min-max itself is
+    among them, so the result is never worse.
+    scale_dtype: fp32, bf16 or fp16; scales are rounded to it before any error is measured.
+    Returns (scales [E, N, K / group_size] in scale_dtype, zeros uint8 of that shape). Every scale is finite and at
+    least the smallest normal number of its dtype, also for a group of zeros, which the grid represents exactly.
+    """
+    _check_weight(weight)
+    _check_grid(weight, bits, group_size, scale_dtype)
+    if importance is not None:
+        _check("importance", importance, (weight.shape[0], weight.shape[2]), torch.float32)
+    return _fit_grid(weight, importance, bits, group_size, sym, search, scale_dtype, backend)
+
+
+def round_to_grid(
+    weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, backend: str | None = None
+) -> Tensor:
+    """Codes of plain rounding: round half even of weight / scale in fp32, plus zero, clamped to 0 .. 2^bits - 1.
+
+    weight: fp32 [E, N, K]. scales: floating [E, N, G] with G dividing K; where one is 0 any code stands for 0.
+    zeros: uint8 [E, N, G], below 2^bits. Returns uint8 [E, N, K].
+    """
+    _check_weight(weight)
+    _check_bits(bits)
+    _check_given_grid(weight, scales, zeros)
+    return _round_to_grid(weight, scales, zeros, bits, backend)
+
+
+def quantize_columns(
+    weight: Tensor,
+    factor: Tensor,
+    order: Tensor | None,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes that follow the error made so far, column by column.
+
+    weight: fp32 [E, N, K]. factor: fp32 [E, K, K], the upper triangular M with H = M M^T, where rows and columns of H
+    are already in processing order; what lies below the diagonal is not read. An expert whose diagonal is not finite
+    and positive everywhere has no factor: it gets plain rounding (M = I), the others are not touched by it.
+    order: int64 [E, K], the processing order: column order[e, j] of expert e comes j-th; None for 0 .. K - 1.
+    scales, zeros: a given grid, [E, N, K / group_size] floating and uint8 (zeros None: 2^(bits-1)), any order. Without
+    scales each group gets its grid when the solver reaches it, fitted as `fit_grid` does to the compensated weights
+    W_g + (Delta_{<g} M_{<g,g}) M_gg^-1 with importance diag(M)^2; the columns of a group must then be consecutive in
+    `order`.
+    bits, group_size, sym, search, scale_dtype: as in `fit_grid`; with scales given, sym and search are not used.
+    Returns (codes uint8 [E, N, K], scales in scale_dtype and zeros uint8 [E, N, K / group_size]), all in the weight's
+    own column order. Raises ArgumentError for what is outside of this; what `order` holds is checked on the CPU only.
+    """
+    _check_weight(weight)
+    _check_grid(weight, bits, group_size, scale_dtype)
+    experts, rows, columns = weight.shape
+    _check("factor", factor, (experts, columns, columns), torch.float32)
+    if order is not None:
+        _check("order", order, (experts, columns), torch.int64)
+    if scales is None and zeros is not None:
+        raise ArgumentError("zeros is given without scales: pass both for a given grid, or neither to have one fitted")
+    if scales is not None:
+        _check_given_grid(weight, scales, zeros)
+        if scales.shape[-1] * group_size != columns:
+            raise ArgumentError(f"scales has {scales.shape[-1]} groups: {columns} inputs in groups of {group_size} make "
+                                f"{columns // group_size}")  # fmt: skip
+    return _quantize_columns(
+        weight, factor, order, scales, zeros, bits, group_size, sym, search, scale_dtype, backend
+    )
+
+
+@torch.library.custom_op("sarqc::fit_grid", mutates_args=())
+def _fit_grid(
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    args = (weight, importance, bits, group_size, sym, search, scale_dtype)
+    scales, zeros = pick("fit_grid", _FIT, args, backend).run(*args)
+    return scales, zeros
+
+
+@_fit_grid.register_fake
+def _(
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    shape = (weight.shape[0], weight.shape[1], weight.shape[2] // group_size)
+    return weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=torch.uint8)
+
+
+@torch.library.custom_op("sarqc::round_to_grid", mutates_args=())
+def _round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, backend: str | None = None) -> Tensor:
+    args = (weight, scales, zeros, bits)
+    codes: Tensor = pick("round_to_grid", _ROUND, args, backend).run(*args)
+    return codes
+
+
+@_round_to_grid.register_fake
+def _(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, backend: str | None = None) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.uint8)
+
+
+@torch.library.custom_op("sarqc::quantize_columns", mutates_args=())
+def _quantize_columns(
+    weight: Tensor,
+    factor: Tensor,
+    order: Tensor | None,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if order is not None and order.device.type == "cpu":  # elsewhere, looking would wait for the device
+        _check_order(order, 1 if scales is not None else group_size)
+    args = (weight, factor, order, scales, zeros, bits, group_size, sym, search, scale_dtype)
+    codes, scales_out, zeros_out = pick("quantize_columns", _QUANTIZE, args, backend).run(*args)
+    return codes, scales_out, zeros_out
+
+
+@_quantize_columns.register_fake
+def _(
+    weight: Tensor,
+    factor: Tensor,
+    order: Tensor | None,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (weight.shape[0], weight.shape[1], weight.shape[2] // group_size)
+    codes = weight.new_empty(weight.shape, dtype=torch.uint8)
+    return codes, weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=torch.uint8)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ArgumentError(f"{name} is {tensor.dtype} {list(tensor.shape)}: pass {dtype} {list(shape)}")
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() != 3 or weight.dtype != torch.float32:
+        raise ArgumentError(
+            f"weight is {weight.dtype} {list(weight.shape)}: pass torch.float32 [experts, rows, columns], "
+            "with one expert for a dense layer"
+        )
+
+
+def _check_bits(bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ArgumentError(f"bits = {bits} is out of range: use a whole number from 2 to 8")
+
+
+def _check_grid(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype) -> None:
+    _check_bits(bits)
+    if group_size < 1 or weight.shape[2] % group_size:
+        raise ArgumentError(
+            f"group_size = {group_size} does not divide {weight.shape[2]} columns: use a divisor, or "
+            f"{weight.shape[2]} for one group per row"
+        )
+    if scale_dtype not in SCALE_DTYPES:
+        raise ArgumentError(f"scale_dtype = {scale_dtype} is not storable: use one of {', '.join(map(str, SCALE_DTYPES))}")
+
+
+def _check_given_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    experts, rows, columns = weight.shape
+    fits = scales.dim() == 3 and tuple(scales.shape[:2]) == (experts, rows) and scales.is_floating_point()
+    if not fits or scales.shape[2] < 1 or columns % scales.shape[2]:
+        raise ArgumentError(
+            f"scales is {scales.dtype} {list(scales.shape)}: pass floating [{experts}, {rows}, G] with G dividing {columns}"
+        )
+    if zeros is not None:
+        _check("zeros", zeros, tuple(scales.shape), torch.uint8)
+
+
+def _check_order(order: Tensor, group_size: int) -> None:
+    every = torch.arange(order.shape[1])
+    if not torch.equal(order.sort(1).values, every.expand_as(order)):
+        raise ArgumentError(f"order does not hold each of 0 .. {order.shape[1] - 1} once for every expert: pass permutations")
+    if group_size > 1:
+        owner = order.div(group_size, rounding_mode="floor").unflatten(1, (-1, group_size))
+        if bool((owner != owner[..., :1]).any()):
+            raise ArgumentError(
+                f"order takes columns of different groups of {group_size} in turn while grids are fitted on the way: "
+                "keep each group's columns together, or pass scales and zeros"
+            )

@@ -27,11 +27,15 @@ def logits(model, folder):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "sym"), [(4, "auto", True), (3, 32, True), (4, 32, False), (2, 16, False), (8, -1, True)]
+    ("bits", "group_size"), [(4, "auto"), (3, 32), (2, 16), (8, -1)]
 )
-def test_transformers_reads_what_we_write_as_we_do(source, tmp_path, bits, group_size, sym):
-    """The oracle is transformers with compressed-tensors, which we did not write."""
-    result = sarqc.quantize(source, tmp_path / "out", bits=bits, group_size=group_size, sym=sym, **CALIBRATION)
+def test_transformers_reads_what_we_write_as_we_do(source, tmp_path, bits, group_size):
+    """The oracle is transformers with compressed-tensors, which we did not write.
+
+    Symmetric: compressed-tensors 0.20 builds the zero points of asymmetric weights in a shape transformers then refuses;
+    those are held to its packer and decompressor in tests/checkpoint.
+    """
+    result = sarqc.quantize(source, tmp_path / "out", bits=bits, group_size=group_size, **CALIBRATION)
     ours, _ = sarqc.load(result.out, dtype="bfloat16")
     theirs = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.bfloat16).eval()
     original, _ = sarqc.load(source, dtype="bfloat16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -176,7 +177,7 @@ def test_a_target_that_is_lost_is_an_error(tiny, monkeypatch):
 
 def test_tokens_that_cannot_be_used_are_refused(tiny):
     case = tiny("llama")
-    for options in (dict(tokens=None), dict(tokens=case.tokens[0]), dict(folds=6)):
+    for options in ({"tokens": None}, {"tokens": case.tokens[0]}, {"folds": 6}):
         with pytest.raises(ArgumentError, match="tokens = "):
             run(case, **options)
     with pytest.raises(ArgumentError, match="does not divide"):
@@ -202,6 +203,7 @@ def test_progress_and_seconds_name_the_stages(tiny):
 DEEP = textwrap.dedent(
     """
     import resource, sys, torch, transformers
+    from sarqc.method.solve import SolveReport, round_plainly
     from sarqc.model import blocks
     from sarqc.model.skeleton import Skeleton
     from sarqc.spec import QuantSpec, solve_spec
@@ -215,7 +217,12 @@ DEEP = textwrap.dedent(
         def load(self, name): return torch.full(self.shapes[name], 0.01)
         def quantized(self, linear): return None
 
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1536, head_dim=64,
+    def quickly(name, weight, statistics, quant, solve, *, scale_dtype):
+        report = SolveReport(name, tuple(statistics.total().rows.tolist()), 0.0, 0.0, 0.0, 0.0, None, 0.0)
+        return round_plainly(weight, quant, "minmax", scale_dtype), report
+
+    blocks.solve_site = quickly
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1024, head_dim=64,
         num_hidden_layers=int(sys.argv[1]), num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True)
     with torch.device("meta"):
         shapes = {n: tuple(t.shape) for n, t in transformers.LlamaForCausalLM(config).state_dict().items()}
@@ -223,8 +230,7 @@ DEEP = textwrap.dedent(
     source = Endless(shapes)
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
     skeleton = Skeleton.from_config(config, source)
-    solve = solve_spec("rtn" if sys.argv[2] == "rtn" else "gptq")
-    for result in blocks.run(skeleton, source, tokens, QuantSpec(group_size=128), solve):
+    for result in blocks.run(skeleton, source, tokens, QuantSpec(group_size=128), solve_spec("gptq")):
         pass
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     """
@@ -232,12 +238,14 @@ DEEP = textwrap.dedent(
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_blocks():
+    # Without the threshold glibc keeps freed blocks of a few MiB in its heap, and that is what would be measured.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
     def peak(layers):
-        out = subprocess.run(
-            [sys.executable, "-c", DEEP, str(layers), "rtn"], capture_output=True, text=True, check=True, timeout=120
-        )
+        command = [sys.executable, "-c", DEEP, str(layers)]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
         return int(out.stdout.split()[-1])
 
     few, many = peak(4), peak(24)
-    weights = (4 * 512 * 512 + 3 * 512 * 1536) * 4 / 2**20  # MiB of one block; twenty more make 260
-    assert many - few < 3 * weights, (few, many, weights)
+    weights = (4 * 512 * 512 + 3 * 512 * 1024) * 4 / 2**20  # MiB of one block; twenty more make 200
+    assert many - few < 2 * weights, (few, many, weights)

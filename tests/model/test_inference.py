@@ -68,7 +68,7 @@ def test_it_generates(tiny, arch, rounded, packed):
     case = tiny(arch)
     source = rounded(case, QUANT)
     model = build(case.skeleton(source), source, packed=packed)
-    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     out = model.generate(case.tokens[:1, :6], attention_mask=torch.ones(1, 6, dtype=torch.int64), **options)
     assert out.shape == (1, 10) and torch.equal(out[:, :6], case.tokens[:1, :6])
 

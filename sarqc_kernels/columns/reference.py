@@ -1,0 +1,220 @@
+"""`quantize_columns` in plain torch: the readable twin of every faster implementation, and what runs on a CPU.
+
+Layout. Work is transposed and the experts stand side by side: buffers are [K, E, N], so a column of all rows of all
+experts is one contiguous vector, and each step of the column loop is one vector operation for all of them.
+
+Blocking. Let M' be M with every column divided by its diagonal element: p_j = w_j + sum_{i<j} delta_i M'_ij. The sum,
+called `pull`, is built left-looking in three sizes: one GEMM per panel (about 128 columns) brings in all columns before
+the panel; inside it one small GEMM per micro-panel (16 columns); inside that a rank-1 update per column. Only the last
+is bound by memory, and it stays in cache.
+
+Rows are taken in batches that bound the work buffers. Every elementwise step is a single IEEE operation and every sum
+runs over columns, so a row's codes do not depend on which rows or experts share its batch as long as BLAS sums each
+element of a product in an order that does not depend on the product's width: MKL and OpenBLAS do so for all but
+products of very few rows (below about 16), where they switch to other kernels and the last bit may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sarqc_kernels.columns.grid import GridRule, fit_slab, levels_of, safe_scale
+
+__all__ = ["quantize_columns"]
+
+PANEL = 128
+MICRO = 16
+BATCH = 8192  # rows in flight, over all experts of a batch
+
+
+@dataclass
+class _Work:
+    """One batch of rows, transposed and in processing order. `given`: the grid comes from outside."""
+
+    weight: Tensor  # fp32 [K, E, N]
+    delta: Tensor  # fp32 [K, E, N]: w - q of the columns done
+    codes: Tensor  # uint8 [K, E, N]
+    scales: Tensor  # fp32 [G, E, N]; groups as the solver meets them, or in their own order if given
+    zeros: Tensor  # fp32 [G, E, N]
+    factor: Tensor  # fp32 [E, K, K]: M
+    diagonal: Tensor  # fp32 [E, K]: diag(M), ones for an expert without a factor
+    usable: Tensor  # bool [E]: whether the expert has a factor
+    group_of: Tensor  # int64 [E, K]: group of each column in processing order
+    group_size: int
+    given: bool
+    rule: GridRule
+
+
+def quantize_columns(
+    weight: Tensor,
+    factor: Tensor,
+    order: Tensor | None,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference of `sarqc_kernels.columns.quantize_columns`."""
+    rule = GridRule(bits, sym, search, scale_dtype)
+    experts, rows, columns = weight.shape
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    shape = (experts, rows, columns // group_size)
+    out_scales = torch.empty(shape, dtype=scale_dtype, device=weight.device)
+    out_zeros = torch.full(shape, rule.middle, dtype=torch.uint8, device=weight.device)
+    if scales is not None:
+        out_scales.copy_(scales)
+    if zeros is not None:
+        out_zeros.copy_(zeros)
+    if order is None:
+        order = torch.arange(columns, device=weight.device).expand(experts, columns)
+    diagonal = factor.diagonal(dim1=1, dim2=2)
+    usable = (diagonal.isfinite() & (diagonal > 0)).all(1)
+    diagonal = torch.where(usable.unsqueeze(1), diagonal, 1.0)
+    for some, span in _batches(experts, rows):
+        own = order[some]
+        part = weight[some, span]
+        work = _Work(
+            weight=_transposed(part, own),
+            delta=torch.empty((columns, *part.shape[:2]), device=weight.device),
+            codes=torch.empty((columns, *part.shape[:2]), dtype=torch.uint8, device=weight.device),
+            scales=safe_scale(out_scales[some, span].float().permute(2, 0, 1)).contiguous(),
+            zeros=out_zeros[some, span].float().permute(2, 0, 1).contiguous(),
+            factor=factor[some],
+            diagonal=diagonal[some],
+            usable=usable[some],
+            group_of=own.div(group_size, rounding_mode="floor"),
+            group_size=group_size,
+            given=scales is not None,
+            rule=rule,
+        )
+        _solve(work)
+        for at in range(part.shape[0]):
+            expert = some.start + at
+            codes[expert, span] = work.codes[:, at][own[at].argsort()].T
+            if scales is None:
+                groups = work.group_of[at, ::group_size]
+                out_scales[expert, span, groups] = work.scales[:, at].T.to(scale_dtype)
+                out_zeros[expert, span, groups] = work.zeros[:, at].T.to(torch.uint8)
+    return codes, out_scales, out_zeros
+
+
+def _batches(experts: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of experts and of rows: several whole experts while they are small, else parts of one."""
+    together = max(1, BATCH // max(1, rows))
+    for first in range(0, experts, together):
+        for row in range(0, rows, BATCH):
+            yield slice(first, min(first + together, experts)), slice(row, min(row + BATCH, rows))
+
+
+def _transposed(weight: Tensor, order: Tensor) -> Tensor:
+    """[E, N, K] as [K, E, N] with the columns of every expert in its own order."""
+    out = weight.new_empty((weight.shape[2], *weight.shape[:2]))
+    for expert in range(weight.shape[0]):
+        out[:, expert] = weight[expert].T.contiguous()[order[expert]]
+    return out
+
+
+def _solve(work: _Work) -> None:
+    """All columns of a batch, panel by panel. A panel holds whole groups, or lies inside of one."""
+    columns, group_size = work.weight.shape[0], work.group_size
+    if work.given:
+        stretch, width = columns, PANEL  # groups do not matter: every column brings its grid
+    elif group_size > PANEL:
+        stretch, width = group_size, PANEL
+    else:
+        stretch = width = group_size * (PANEL // group_size)
+    for begin in range(0, columns, stretch):
+        end = min(begin + stretch, columns)
+        if not work.given and group_size > PANEL:
+            _fit(work, begin, _pull(work, _panel(work, begin, end), begin))
+        for first in range(begin, end, width):
+            _solve_panel(work, first, min(first + width, end))
+
+
+def _panel(work: _Work, first: int, last: int) -> Tensor:
+    """Columns first .. last - 1 of M', down to their last row: [E, last, last - first]; 0 without a factor."""
+    panel = work.factor[:, :last, first:last] / work.diagonal[:, None, first:last]
+    return torch.where(work.usable[:, None, None], panel, 0.0)
+
+
+def _pull(work: _Work, panel: Tensor, first: int) -> Tensor:
+    """What the columns before `first` ask of the panel's: [width, E, N], one GEMM per expert."""
+    pull = torch.zeros((panel.shape[2], *work.weight.shape[1:]), device=panel.device)
+    if first:
+        for expert in range(pull.shape[1]):
+            torch.mm(panel[expert, :first].T, work.delta[:first, expert], out=pull[:, expert])
+    return pull
+
+
+def _fit(work: _Work, first: int, pull: Tensor) -> None:
+    """Grid of the group that begins at `first`, on the weights as all columns before it compensate them.
+
+    pull: [g, E, N] from all of those. In units of M' the compensated group W_g + (Delta_{<g} M_{<g,g}) M_gg^-1 is
+    W_g + pull M'_gg^-1 (here transposed): every pull goes back through the columns of its own group.
+    """
+    last = first + work.group_size
+    group = work.weight[first:last]
+    if first:
+        inside = work.factor[:, first:last, first:last] / work.diagonal[:, None, first:last]
+        inside = torch.where(work.usable[:, None, None], inside, 0.0).mT
+        group = group.clone()
+        for expert in range(group.shape[1]):
+            solved = torch.linalg.solve_triangular(inside[expert], pull[:, expert], upper=False, unitriangular=True)
+            group[:, expert] += solved
+    scale, zero = fit_slab(group, work.diagonal[:, first:last].T.square(), work.rule)
+    work.scales[first // work.group_size] = scale
+    work.zeros[first // work.group_size] = zero
+
+
+def _solve_panel(work: _Work, first: int, last: int) -> None:
+    """Columns first .. last - 1: fit their groups where that is due, then micro-panel by micro-panel."""
+    panel = _panel(work, first, last)
+    pull = _pull(work, panel, first)
+    inside = panel[:, first:]
+    coefficients = inside.permute(1, 2, 0).unsqueeze(-1).contiguous()  # [i, j, E, 1]
+    fits = not work.given and work.group_size <= PANEL
+    stretch = work.group_size if fits else last - first
+    for begin in range(first, last, stretch):
+        end = min(begin + stretch, last)
+        if fits:
+            _fit(work, begin, pull[begin - first : end - first])
+        for start in range(begin, end, MICRO):
+            stop = min(start + MICRO, end)
+            _solve_micro(work, start, stop, pull[start - first : stop - first],
+                         coefficients[start - first : stop - first, start - first : stop - first])  # fmt: skip
+            if stop < last:
+                for expert in range(pull.shape[1]):
+                    coming = inside[expert, start - first : stop - first, stop - first :].T
+                    pull[stop - first :, expert].addmm_(coming, work.delta[start:stop, expert])
+
+
+def _solve_micro(work: _Work, start: int, stop: int, pull: Tensor, coefficients: Tensor) -> None:
+    """Columns start .. stop - 1 one by one. pull: [m, E, N], complete up to `start`; coefficients: [m, m, E, 1] of M'."""
+    scales, zeros = _columns_grid(work, start, stop)
+    levels = torch.empty_like(pull)
+    value = torch.empty_like(pull[0])
+    rows = zip(work.weight[start:stop], work.delta[start:stop], pull, levels, scales, zeros)
+    for column, (weight, delta, pulled, level, scale, zero) in enumerate(rows):
+        torch.add(weight, pulled, out=value)
+        levels_of(value, scale, zero, work.rule.top, out=level)
+        torch.mul(level, scale, out=value)
+        torch.sub(weight, value, out=delta)
+        if column + 1 < stop - start:
+            pull[column + 1 :].addcmul_(coefficients[column, column + 1 :], delta)
+    work.codes[start:stop] = levels.add_(zeros)
+
+
+def _columns_grid(work: _Work, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [m, E, N] of columns start .. stop - 1."""
+    if not work.given:
+        at = start // work.group_size
+        return (work.scales[at].expand(stop - start, -1, -1), work.zeros[at].expand(stop - start, -1, -1))
+    index = work.group_of[:, start:stop].T.unsqueeze(-1).expand(-1, -1, work.weight.shape[2])
+    return work.scales.gather(0, index), work.zeros.gather(0, index)

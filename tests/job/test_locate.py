@@ -1,0 +1,28 @@
+import pytest
+
+from sarqc.errors import ModelError
+from sarqc.job.locate import locate
+
+
+def test_a_folder_is_itself(tmp_path):
+    assert locate(tmp_path) == tmp_path and locate(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "../up", "owner/", "spa ce/name"])
+def test_what_is_neither_folder_nor_hub_id_is_said_so(name):
+    with pytest.raises(ModelError, match="no such folder"):
+        locate(name)
+
+
+def test_a_hub_id_without_a_hub_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="owner/name.*hub") as caught:
+        locate("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_not_a_model(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.touch()
+    with pytest.raises(ModelError, match="is a file"):
+        locate(path)

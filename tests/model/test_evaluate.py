@@ -1,0 +1,42 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sarqc.errors import NumericError
+from sarqc.model.calibration import Windows
+from sarqc.model.evaluate import perplexity
+
+
+class Fixed:
+    """A model that gives every token of a vocabulary of 8 the logits it was made with."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, tokens: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits.expand(*tokens.shape, 8))
+
+
+WINDOWS = Windows.of_tokens(torch.arange(30).view(3, 10) % 8)
+
+
+def test_knowing_nothing_is_the_size_of_the_vocabulary():
+    found = perplexity(Fixed(torch.zeros(8)), WINDOWS)
+    assert found.perplexity == pytest.approx(8) and found.predicted == 27
+    assert found.nll == pytest.approx(27 * math.log(8))
+    assert found.protocol["stride"] == found.protocol["seqlen"] == 10 and found.protocol["tokens"] == 30
+
+
+def test_progress_is_told_window_by_window():
+    seen = []
+    perplexity(Fixed(torch.zeros(8)), WINDOWS, on_window=lambda *told: seen.append(told))
+    assert [told[:2] for told in seen] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    with pytest.raises(NumericError, match="window 1 of 3"):
+        perplexity(Fixed(torch.full((8,), float("nan"))), WINDOWS)
