@@ -1,0 +1,36 @@
+"""Kernels for post-training weight quantization: tensors in, tensors out.
+
+Three operations carry the work, and everything has an expert axis E (a dense layer is E = 1):
+
+    gram_accumulate_    activations of a calibration batch -> running Gram X^T X, row counts, sums of |x|
+    quantize_columns    weight + factor of the Gram -> codes, scales, zeros, by column rounding with error feedback
+    w4a16_matmul        activations times the packed weight, dense or grouped by expert
+
+with `fit_grid` and `round_to_grid` (grids and plain rounding), `symmetrize_` (completes a Gram), and `pack` / `unpack`
+(2 to 8 bit codes in 32-bit words). Activations are rows [T, K] sorted by expert with `offsets` [E + 1]; the weight that
+codes stand for is (code - zero) * scale.
+
+Each operation is a room: `<op>/__init__.py` states the contract and checks it, `<op>/reference.py` is the same in plain
+torch. `backend.py` decides which implementation runs (SARQC_BACKEND forces one) and `explain` says why. Every error is
+a `SarqcError`. Nothing here knows models, files or names, and importing it needs torch alone.
+"""
+
+from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
+from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
+from sarqc_kernels.gram import gram_accumulate_, symmetrize_
+from sarqc_kernels.packing import pack, unpack
+from sarqc_kernels.w4a16 import w4a16_matmul
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "SarqcError",
+    "fit_grid",
+    "gram_accumulate_",
+    "pack",
+    "quantize_columns",
+    "round_to_grid",
+    "symmetrize_",
+    "unpack",
+    "w4a16_matmul",
+]

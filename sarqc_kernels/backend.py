@@ -63,7 +63,9 @@ def pick(
             reason = implementation.unsupported(*args)
             if reason is None:
                 return implementation
-            raise BackendError(f"{said_by} = {wish!r} cannot run {op}: {reason}; leave {said_by} unset to let it choose")
+            raise BackendError(
+                f"{said_by} = {wish!r} cannot run {op}: {reason}; leave {said_by} unset to let it choose"
+            )
     available = ", ".join(implementation.name for implementation in implementations)
     raise BackendError(f"{said_by} = {wish!r} cannot run {op}: it is not implemented there; use one of {available}")
 

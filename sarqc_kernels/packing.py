@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sarqc_kernels.checks import check_bits
 from sarqc_kernels.errors import ArgumentError
 
 __all__ = ["pack", "unpack", "words_per_row"]
@@ -36,7 +37,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises ArgumentError for another dtype or width, or for a code that does not fit (it would spill into its
     neighbours); looking for one waits for the device, so packing does not belong in a hot path.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() == 0:
         raise ArgumentError(f"codes is {codes.dtype} {list(codes.shape)}: pass uint8 with at least one dimension")
     if codes.numel() and int(codes.max()) >= 1 << bits:
@@ -58,12 +59,13 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     words: int32 [..., w] with w >= ceil(count * bits / 32). Returns uint8 [..., count].
     Raises ArgumentError for another dtype or width, or for rows too short to hold `count` codes.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if words.dtype != torch.int32 or words.dim() == 0:
         raise ArgumentError(f"words is {words.dtype} {list(words.shape)}: pass int32 with at least one dimension")
     if count < 0 or words.shape[-1] < words_per_row(count, bits):
         raise ArgumentError(
-            f"count = {count} codes of {bits} bits need {words_per_row(count, bits)} words a row: words has {words.shape[-1]}"
+            f"count = {count} codes of {bits} bits need {words_per_row(count, bits)} words a row: "
+            f"words has {words.shape[-1]}"
         )
     lanes = -(-count // LANES)
     stream = _contiguous(words).view(torch.uint8)
@@ -75,7 +77,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _rounds(bits: int) -> list[tuple[int, int, int]]:
-    """For each round of packing: where the low and the high half of every lane end up, and how far the high one moves."""
+    """For each round of packing: where the halves of every lane end up, and how far the high one moves."""
     rounds = []
     for lane in (16, 32, 64):
         width = bits * lane // 16
@@ -94,8 +96,3 @@ def _contiguous(tensor: Tensor) -> Tensor:
     """`tensor` with the strides of its shape: `.contiguous()` lets those of dimensions of size 1 be anything."""
     wanted = torch.empty(tensor.shape, device="meta").stride()
     return tensor if tensor.stride() == wanted else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
-        raise ArgumentError(f"bits = {bits} is out of range: use a whole number from 2 to 8")

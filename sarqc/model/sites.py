@@ -20,19 +20,7 @@ from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import experts
 from sarqc.model.skeleton import Skeleton
-from sarqc.model.targets import Target, Targets, auto_group_size, check_group_size, targets
-
-__all__ = [
-    "Site",
-    "Target",
-    "Targets",
-    "auto_group_size",
-    "check_group_size",
-    "find_sites",
-    "observe",
-    "separate_sites",
-    "targets",
-]
+from sarqc.model.targets import Target
 
 
 @dataclass(frozen=True)

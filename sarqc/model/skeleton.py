@@ -75,7 +75,7 @@ class Skeleton:
             return
         for path, module in self._build(dtype).named_modules():
             for name in module._non_persistent_buffers_set:
-                self.model.get_submodule(path)._buffers[name] = module._buffers[name]
+                self.model.get_submodule(path)._buffers[name] = module._buffers[name].to(self.device)
         self.model.config.dtype = dtype
         self.dtype = dtype
         self._calls.clear()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
 from sarqc_kernels.columns import grid, reference
 from sarqc_kernels.errors import ArgumentError
 
@@ -61,24 +62,26 @@ def fit_grid(
     least the smallest normal number of its dtype, also for a group of zeros, which the grid represents exactly.
     """
     _check_weight(weight)
-    _check_grid(weight, bits, group_size, scale_dtype)
+    _check_rule(weight, bits, group_size, scale_dtype)
     if importance is not None:
-        _check("importance", importance, (weight.shape[0], weight.shape[2]), torch.float32)
-    return _fit_grid(weight, importance, bits, group_size, sym, search, scale_dtype, backend)
+        check_tensor("importance", importance, (weight.shape[0], weight.shape[2]), torch.float32)
+    check_same_device(weight=weight, importance=importance)
+    out: tuple[Tensor, Tensor] = _fit_grid(weight, importance, bits, group_size, sym, search, scale_dtype, backend)
+    return out
 
 
-def round_to_grid(
-    weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, backend: str | None = None
-) -> Tensor:
+def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, backend: str | None = None) -> Tensor:
     """Codes of plain rounding: round half even of weight / scale in fp32, plus zero, clamped to 0 .. 2^bits - 1.
 
     weight: fp32 [E, N, K]. scales: floating [E, N, G] with G dividing K; where one is 0 any code stands for 0.
     zeros: uint8 [E, N, G], below 2^bits. Returns uint8 [E, N, K].
     """
     _check_weight(weight)
-    _check_bits(bits)
-    _check_given_grid(weight, scales, zeros)
-    return _round_to_grid(weight, scales, zeros, bits, backend)
+    check_bits(bits)
+    check_grid((weight.shape[0], weight.shape[1], weight.shape[2]), scales, zeros)
+    check_same_device(weight=weight, scales=scales, zeros=zeros)
+    out: Tensor = _round_to_grid(weight, scales, zeros, bits, backend)
+    return out
 
 
 def quantize_columns(
@@ -110,21 +113,25 @@ def quantize_columns(
     own column order. Raises ArgumentError for what is outside of this; what `order` holds is checked on the CPU only.
     """
     _check_weight(weight)
-    _check_grid(weight, bits, group_size, scale_dtype)
-    experts, rows, columns = weight.shape
-    _check("factor", factor, (experts, columns, columns), torch.float32)
+    _check_rule(weight, bits, group_size, scale_dtype)
+    experts, _, columns = weight.shape
+    check_tensor("factor", factor, (experts, columns, columns), torch.float32)
     if order is not None:
-        _check("order", order, (experts, columns), torch.int64)
+        check_tensor("order", order, (experts, columns), torch.int64)
     if scales is None and zeros is not None:
         raise ArgumentError("zeros is given without scales: pass both for a given grid, or neither to have one fitted")
     if scales is not None:
-        _check_given_grid(weight, scales, zeros)
+        check_grid((weight.shape[0], weight.shape[1], weight.shape[2]), scales, zeros)
         if scales.shape[-1] * group_size != columns:
-            raise ArgumentError(f"scales has {scales.shape[-1]} groups: {columns} inputs in groups of {group_size} make "
-                                f"{columns // group_size}")  # fmt: skip
-    return _quantize_columns(
+            raise ArgumentError(
+                f"scales has {scales.shape[-1]} groups: {columns} inputs in groups of {group_size} make "
+                f"{columns // group_size}"
+            )
+    check_same_device(weight=weight, factor=factor, order=order, scales=scales, zeros=zeros)
+    out: tuple[Tensor, Tensor, Tensor] = _quantize_columns(
         weight, factor, order, scales, zeros, bits, group_size, sym, search, scale_dtype, backend
     )
+    return out
 
 
 @torch.library.custom_op("sarqc::fit_grid", mutates_args=())
@@ -210,11 +217,6 @@ def _(
     return codes, weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=torch.uint8)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise ArgumentError(f"{name} is {tensor.dtype} {list(tensor.shape)}: pass {dtype} {list(shape)}")
-
-
 def _check_weight(weight: Tensor) -> None:
     if weight.dim() != 3 or weight.dtype != torch.float32:
         raise ArgumentError(
@@ -223,37 +225,25 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
-def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
-        raise ArgumentError(f"bits = {bits} is out of range: use a whole number from 2 to 8")
-
-
-def _check_grid(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype) -> None:
-    _check_bits(bits)
+def _check_rule(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype) -> None:
+    check_bits(bits)
     if group_size < 1 or weight.shape[2] % group_size:
         raise ArgumentError(
             f"group_size = {group_size} does not divide {weight.shape[2]} columns: use a divisor, or "
             f"{weight.shape[2]} for one group per row"
         )
     if scale_dtype not in SCALE_DTYPES:
-        raise ArgumentError(f"scale_dtype = {scale_dtype} is not storable: use one of {', '.join(map(str, SCALE_DTYPES))}")
-
-
-def _check_given_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
-    experts, rows, columns = weight.shape
-    fits = scales.dim() == 3 and tuple(scales.shape[:2]) == (experts, rows) and scales.is_floating_point()
-    if not fits or scales.shape[2] < 1 or columns % scales.shape[2]:
         raise ArgumentError(
-            f"scales is {scales.dtype} {list(scales.shape)}: pass floating [{experts}, {rows}, G] with G dividing {columns}"
+            f"scale_dtype = {scale_dtype} is not storable: use one of {', '.join(map(str, SCALE_DTYPES))}"
         )
-    if zeros is not None:
-        _check("zeros", zeros, tuple(scales.shape), torch.uint8)
 
 
 def _check_order(order: Tensor, group_size: int) -> None:
     every = torch.arange(order.shape[1])
     if not torch.equal(order.sort(1).values, every.expand_as(order)):
-        raise ArgumentError(f"order does not hold each of 0 .. {order.shape[1] - 1} once for every expert: pass permutations")
+        raise ArgumentError(
+            f"order does not hold each of 0 .. {order.shape[1] - 1} once for every expert: pass permutations"
+        )
     if group_size > 1:
         owner = order.div(group_size, rounding_mode="floor").unflatten(1, (-1, group_size))
         if bool((owner != owner[..., :1]).any()):

@@ -59,7 +59,13 @@ class GridRule:
 
 
 def fit_grid(
-    weight: Tensor, importance: Tensor | None, bits: int, group_size: int, sym: bool, search: bool, scale_dtype: torch.dtype
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.fit_grid`."""
     rule = GridRule(bits, sym, search, scale_dtype)
@@ -141,13 +147,14 @@ def _loss(
     return total.mul_(scale).mul_(scale)
 
 
-def levels_of(values: Tensor, scale: Tensor, zero: Tensor, top: int, out: Tensor) -> Tensor:
-    """Signed levels (code - zero) of fp32 values: round half even of value / scale, kept within the codes 0 .. top.
+def levels_of(values: Tensor, scale: Tensor, low: Tensor, high: Tensor, out: Tensor) -> Tensor:
+    """Signed levels (code - zero) of fp32 values: round half even of value / scale, kept within low .. high.
 
-    All fp32; scale must not be 0. The division is IEEE's, so any implementation can reproduce the level exactly.
+    low is -zero and high is 2^bits - 1 - zero, both fp32; scale must not be 0. The division is IEEE's, so any
+    implementation can reproduce the level exactly.
     """
     torch.div(values, scale, out=out).round_()
-    return torch.clamp(out, -zero, top - zero, out=out)
+    return torch.clamp(out, low, high, out=out)
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -163,7 +170,7 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> T
             at = (expert, slice(row, row + tall))
             values = weight[at].unflatten(-1, (groups, -1))
             scale, zero = safe_scale(scales[at].float()).unsqueeze(-1), zeros[at].float().unsqueeze(-1)
-            levels = levels_of(values, scale, zero, (1 << bits) - 1, out=torch.empty_like(values))
+            levels = levels_of(values, scale, -zero, (1 << bits) - 1 - zero, out=torch.empty_like(values))
             codes[at] = levels.add_(zero).flatten(-2).to(torch.uint8)
     return codes
 

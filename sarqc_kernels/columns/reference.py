@@ -196,14 +196,15 @@ def _solve_panel(work: _Work, first: int, last: int) -> None:
 
 
 def _solve_micro(work: _Work, start: int, stop: int, pull: Tensor, coefficients: Tensor) -> None:
-    """Columns start .. stop - 1 one by one. pull: [m, E, N], complete up to `start`; coefficients: [m, m, E, 1] of M'."""
+    """Columns start .. stop - 1 one by one. pull: [m, E, N], up to `start`; coefficients: [m, m, E, 1] of M'."""
     scales, zeros = _columns_grid(work, start, stop)
     levels = torch.empty_like(pull)
     value = torch.empty_like(pull[0])
-    rows = zip(work.weight[start:stop], work.delta[start:stop], pull, levels, scales, zeros)
-    for column, (weight, delta, pulled, level, scale, zero) in enumerate(rows):
+    low, high = -zeros, work.rule.top - zeros
+    rows = zip(work.weight[start:stop], work.delta[start:stop], pull, levels, scales, low, high)
+    for column, (weight, delta, pulled, level, scale, least, most) in enumerate(rows):
         torch.add(weight, pulled, out=value)
-        levels_of(value, scale, zero, work.rule.top, out=level)
+        levels_of(value, scale, least, most, out=level)
         torch.mul(level, scale, out=value)
         torch.sub(weight, value, out=delta)
         if column + 1 < stop - start:

@@ -10,7 +10,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from sarqc.errors import ModelError
 from sarqc.model import experts
-from sarqc.model.sites import targets
+from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec
 
 

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from sarqc.model.inference import QuantExperts, QuantLinear, build
-from sarqc.model.sites import targets
 from sarqc.model.source import StateDictSource
+from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec
 
 QUANT = QuantSpec(bits=4, group_size=32)

@@ -8,7 +8,8 @@ from torch import nn
 
 from sarqc.errors import ArgumentError, ModelError
 from sarqc.model.names import Piece
-from sarqc.model.sites import auto_group_size, check_group_size, find_sites, observe, separate_sites, targets
+from sarqc.model.sites import find_sites, observe, separate_sites
+from sarqc.model.targets import auto_group_size, check_group_size, targets
 from sarqc.spec import QuantSpec
 
 QUANT = QuantSpec(group_size=32)
