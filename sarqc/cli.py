@@ -21,13 +21,20 @@ app = typer.Typer(
     help="Quantize language models to 2..8 bits with regularised calibration, and see what it cost.",
 )
 
-ModelArgument = Annotated[str, typer.Argument(help="Local folder, hub id (OWNER/NAME), or 'smollm2', the packaged one.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Local folder, hub id (OWNER/NAME), or 'smollm2', the packaged one.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
-    str, typer.Option(help="Of activations: auto (float32 on a CPU, the checkpoint's on a GPU), float32, bfloat16, float16.")
+    str,
+    typer.Option(
+        help="Of activations: auto (float32 on a CPU, the checkpoint's on a GPU), float32, bfloat16, float16."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-TrustOption = Annotated[bool, typer.Option(help="Run Python code that comes with the model. Off: such models are refused.")]
+TrustOption = Annotated[
+    bool, typer.Option(help="Run Python code that comes with the model. Off: such models are refused.")
+]
 
 
 def _values_from_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -54,7 +61,9 @@ def _values_from_file(context: typer.Context, path: Path | None) -> Path | None:
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option(is_eager=True, callback=_values_from_file, help="YAML file with any of these options; the command line wins."),
+    typer.Option(
+        is_eager=True, callback=_values_from_file, help="YAML file with any of these options; the command line wins."
+    ),
 ]
 
 
@@ -64,11 +73,14 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")],
     method: Annotated[
         str,
-        typer.Option(help="sarqc-gptq (saliency-regularised), rqc-gptq (isotropic), gptq (as common tools), rtn (rounding)."),
+        typer.Option(
+            help="sarqc-gptq (saliency-regularised), rqc-gptq (isotropic), gptq (as common tools), rtn (rounding)."
+        ),
     ] = "sarqc-gptq",
     bits: Annotated[int, typer.Option(help="2 to 8.")] = 4,
     group_size: Annotated[
-        str, typer.Option(help="Inputs per scale: a number, -1 for a whole row, or auto: largest of 128, 64, 32 that fits.")
+        str,
+        typer.Option(help="Inputs per scale: a number, -1 for a whole row, or auto: largest of 128, 64, 32 that fits."),
     ] = "auto",
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One fixed zero, or a zero for each group.")] = True,
     strength: Annotated[

@@ -101,14 +101,14 @@ def saliency_exponent(saliency: str) -> float | None:
             exponent = -1.0
         if 0 <= exponent <= 4:
             return exponent
-    raise ArgumentError(f"saliency = {saliency!r} is not known: use iso, abs, rms, energy or power:A with A from 0 to 4")
+    raise ArgumentError(
+        f"saliency = {saliency!r} is not known: use iso, abs, rms, energy or power:A with A from 0 to 4"
+    )
 
 
 METHODS: dict[str, SolveSpec] = {
     "rtn": SolveSpec(method="rtn", gram=False, strength=0.0, saliency="iso", grid="minmax", act_order="none"),
-    "gptq": SolveSpec(
-        method="gptq", strength=0.01, saliency="iso", grid="minmax", act_order="static", damp=0.0
-    ),
+    "gptq": SolveSpec(method="gptq", strength=0.01, saliency="iso", grid="minmax", act_order="static", damp=0.0),
     "rqc-gptq": SolveSpec(method="rqc-gptq", saliency="iso"),
     "sarqc-gptq": SolveSpec(method="sarqc-gptq", saliency="energy"),
 }

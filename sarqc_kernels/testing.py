@@ -43,8 +43,8 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 def product_bound(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Largest error, element by element, of a @ b summed in `dtype` in any order: n * eps * |a| @ |b|.
 
-    n counts the terms of a sum; every product and every addition rounds once, each by at most eps / 2 (Higham's gamma_n;
-    eps instead of eps / 2 covers its denominator). A sum in another order has the same bound.
+    n counts the terms of a sum; every product and every addition rounds once, each by at most eps / 2 (Higham's
+    gamma_n; eps instead of eps / 2 covers its denominator). A sum in another order has the same bound.
     """
     eps = torch.finfo(dtype).eps
     return (a.double().abs() @ b.double().abs()) * (a.shape[-1] * eps)
@@ -92,7 +92,8 @@ def random_gram(generator: torch.Generator, experts: int, inputs: int, spread: f
 
 def upper_factor(hessian: Tensor) -> Tensor:
     """The upper triangular M with hessian = M M^T, [E, K, K], in hessian's dtype: a Cholesky factor seen backwards."""
-    return torch.linalg.cholesky(hessian.flip(-2, -1)).flip(-2, -1).contiguous()
+    lower: Tensor = torch.linalg.cholesky(hessian.flip(-2, -1))
+    return lower.flip(-2, -1).contiguous()
 
 
 def uneven_offsets(generator: torch.Generator, tokens: int, experts: int) -> Tensor:

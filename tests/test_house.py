@@ -37,8 +37,18 @@ ROOMS = {
     ),
     "sarqc": (("sarqc", "sarqc_kernels"), ("rich", "typer", "yaml")),
 }
-LOWEST = tuple(f"sarqc_kernels.{name}" for name in ("errors", "packing", "backend", "build", "testing"))
-GUARDED = ("transformers", "accelerate", "datasets", "safetensors", "huggingface_hub", "rich", "typer", "yaml", "triton")
+LOWEST = tuple(f"sarqc_kernels.{name}" for name in ("errors", "checks", "packing", "backend", "build", "testing"))
+GUARDED = (
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "huggingface_hub",
+    "rich",
+    "typer",
+    "yaml",
+    "triton",
+)
 PURE_ROOMS = ("sarqc.method", "sarqc.spec")
 IMPURE = ("pathlib", "logging", "tqdm")
 

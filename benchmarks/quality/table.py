@@ -91,9 +91,7 @@ def main() -> None:
         case, folder = entry.split("=", 1)
         bits, windows, name = case.split(":", 2)
         perplexity = judge(folder, args.evaluation)
-        results["runs"].append(
-            {"bits": int(bits), "windows": int(windows), "method": name, "perplexity": perplexity}
-        )
+        results["runs"].append({"bits": int(bits), "windows": int(windows), "method": name, "perplexity": perplexity})
     args.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\nunquantized: {results['unquantized']:.2f}\n\n{markdown(results)}")
 

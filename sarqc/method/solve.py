@@ -22,12 +22,17 @@ from sarqc.spec import QuantSpec, SolveSpec
 from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
 
 
+JUDGED_ROWS = 256
+"""Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving does."""
+
+
 @dataclass(frozen=True)
 class SolveReport:
     """What happened at one site.
 
     rows: calibration rows of each expert. error: tr(E H E^T) / tr(W H W^T) over all experts, E = W - Q, H without the
-    regulariser (H = I where there is no Gram). rounding_error: the same for plain rounding on a min-max grid.
+    regulariser (H = I where there is no Gram), on at most 256 rows of each matrix, evenly spaced. rounding_error: the
+    same for plain rounding on a min-max grid.
     strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
     """
 
@@ -123,13 +128,14 @@ def solve_site(
     if not bool(torch.isfinite(weight).all()):
         raise NumericError(f"{site}: its weight holds NaN or Inf; repair the checkpoint before quantizing it")
     gram = None if statistics is None or not solve.gram else statistics.total()
-    plain = round_plainly(weight, quant, "minmax", scale_dtype)
     if gram is None:
-        rounded = plain if solve.grid == "minmax" else round_plainly(weight, quant, solve.grid, scale_dtype)
-        solution = Solution(rounded, torch.zeros(1), torch.zeros(1))
+        solution = Solution(round_plainly(weight, quant, solve.grid, scale_dtype), torch.zeros(1), torch.zeros(1))
     else:
         solution = solver(site, weight, gram, quant, solve, scale_dtype)
-    error, rounding_error = _relative_errors(weight, [solution.weight, plain], gram)
+    judged = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
+    sample = weight[:, judged]
+    plain = round_plainly(sample, quant, "minmax", scale_dtype)
+    error, rounding_error = _relative_errors(sample, [solution.weight.rows(judged), plain], gram)
     unfactored = torch.isinf(solution.damping)
     report = SolveReport(
         site=site,

@@ -43,6 +43,10 @@ class QuantizedWeight:
         parts = zip(self.codes.split(list(rows), 1), self.scales.split(list(rows), 1), self.zeros.split(list(rows), 1))
         return [QuantizedWeight(*part, bits=self.bits) for part in parts]
 
+    def rows(self, index: Tensor) -> QuantizedWeight:
+        """The rows `index` (int64) of every matrix, in that order."""
+        return QuantizedWeight(self.codes[:, index], self.scales[:, index], self.zeros[:, index], self.bits)
+
     def expert(self, index: int) -> QuantizedWeight:
         """Expert `index` alone, still with an expert axis of 1."""
         at = slice(index, index + 1)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GridRule", "fit_grid", "fit_slab", "levels_of", "round_to_grid", "safe_scale", "span_factors"]
+__all__ = ["GridRule", "fit_grid", "fit_slab", "fit_slabs", "levels_of", "round_to_grid", "safe_scale", "span_factors"]
 
 TRIALS = 24  # with 80 the loss is 0.1 to 0.3 % lower
 WIDEST = 1.08  # a symmetric grid has one code less above zero than below: room for a largest weight that is positive
@@ -73,6 +73,8 @@ def fit_grid(
     groups = columns // group_size
     scales = torch.empty((experts, rows, groups), dtype=scale_dtype, device=weight.device)
     zeros = torch.empty((experts, rows, groups), dtype=torch.uint8, device=weight.device)
+    if not weight.numel():
+        return scales, zeros
     tall = max(64, min(2048, SLAB // group_size))  # rows in a slab: long vectors first,
     wide = max(1, SLAB // (min(tall, rows) * group_size))  # then as many groups as fit
     for expert in range(experts):
@@ -91,6 +93,14 @@ def fit_grid(
     return scales, zeros
 
 
+def fit_slabs(groups: Tensor, importance: Tensor | None, rule: GridRule, scales: Tensor, zeros: Tensor) -> None:
+    """`fit_slab` of [g, B, N], as many rows at a time as a slab may have, written into fp32 scales and zeros [B, N]."""
+    tall = max(64, SLAB // max(1, groups[..., 0].numel()))
+    for row in range(0, groups.shape[2], tall):
+        at = (..., slice(row, row + tall))
+        scales[at], zeros[at] = fit_slab(groups[at], importance, rule)
+
+
 def fit_slab(slab: Tensor, importance: Tensor | None, rule: GridRule) -> tuple[Tensor, Tensor]:
     """Scales and zeros, fp32 [B, N] both, of a slab [g, B, N] fp32 with importance [g, B] or None for all ones."""
     low, high = slab.amin(0), slab.amax(0)
@@ -103,7 +113,7 @@ def fit_slab(slab: Tensor, importance: Tensor | None, rule: GridRule) -> tuple[T
     if not rule.search:
         return scale, zero
     counts = None if importance is None else importance.unsqueeze(-1)
-    work = (torch.empty_like(slab), torch.empty_like(slab))
+    work = (slab.new_empty(slab.shape), slab.new_empty(slab.shape))
     least = _loss(slab, counts, scale, zero, rule, work)
     for factor in span_factors(rule.bits)[1:]:
         trial, trial_zero = _grid_of(span, low, factor, rule)

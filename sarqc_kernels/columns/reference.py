@@ -8,10 +8,10 @@ called `pull`, is built left-looking in three sizes: one GEMM per panel (about 1
 the panel; inside it one small GEMM per micro-panel (16 columns); inside that a rank-1 update per column. Only the last
 is bound by memory, and it stays in cache.
 
-Rows are taken in batches that bound the work buffers. Every elementwise step is a single IEEE operation and every sum
-runs over columns, so a row's codes do not depend on which rows or experts share its batch as long as BLAS sums each
-element of a product in an order that does not depend on the product's width: MKL and OpenBLAS do so for all but
-products of very few rows (below about 16), where they switch to other kernels and the last bit may differ.
+Rows are taken in batches that bound the work buffers. A row's codes do not depend on which rows or experts share its
+batch: every elementwise step is one IEEE operation, and every sum runs over columns, in an order that BLAS (MKL, seen
+for all widths tried) keeps the same for every product that is at least two wide on both sides; `_add_product_` sees to
+that.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarqc_kernels.columns.grid import GridRule, fit_slab, levels_of, safe_scale
+from sarqc_kernels.columns.grid import GridRule, fit_slabs, levels_of, safe_scale
 
 __all__ = ["quantize_columns"]
 
 PANEL = 128
 MICRO = 16
-BATCH = 8192  # rows in flight, over all experts of a batch
+BATCH = 8192  # rows in flight, over all experts of a batch,
+ELEMENTS = 1 << 25  # and fewer where their weights would be more than this many: the buffers take 9 bytes for each
+LEAST_BATCH = 512  # rows; every batch divides the factor by its diagonal once more
 
 
 @dataclass
@@ -77,7 +79,7 @@ def quantize_columns(
     diagonal = factor.diagonal(dim1=1, dim2=2)
     usable = (diagonal.isfinite() & (diagonal > 0)).all(1)
     diagonal = torch.where(usable.unsqueeze(1), diagonal, 1.0)
-    for some, span in _batches(experts, rows):
+    for some, span in _batches(experts, rows, columns):
         own = order[some]
         part = weight[some, span]
         work = _Work(
@@ -105,12 +107,13 @@ def quantize_columns(
     return codes, out_scales, out_zeros
 
 
-def _batches(experts: int, rows: int) -> Iterator[tuple[slice, slice]]:
+def _batches(experts: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     """Slices of experts and of rows: several whole experts while they are small, else parts of one."""
-    together = max(1, BATCH // max(1, rows))
+    tall = min(BATCH, max(LEAST_BATCH, ELEMENTS // max(1, columns)))
+    together = max(1, tall // max(1, rows))
     for first in range(0, experts, together):
-        for row in range(0, rows, BATCH):
-            yield slice(first, min(first + together, experts)), slice(row, min(row + BATCH, rows))
+        for row in range(0, rows, tall):
+            yield slice(first, min(first + together, experts)), slice(row, min(row + tall, rows))
 
 
 def _transposed(weight: Tensor, order: Tensor) -> Tensor:
@@ -149,8 +152,26 @@ def _pull(work: _Work, panel: Tensor, first: int) -> Tensor:
     pull = torch.zeros((panel.shape[2], *work.weight.shape[1:]), device=panel.device)
     if first:
         for expert in range(pull.shape[1]):
-            torch.mm(panel[expert, :first].T, work.delta[:first, expert], out=pull[:, expert])
+            _add_product_(pull[:, expert], panel[expert, :first], work.delta[:first, expert])
     return pull
+
+
+def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out [w, n] += left^T right, of left [a, w] and right [a, n].
+
+    BLAS hands a product that is one wide to another routine (GEMV), which sums in an order that depends on the other
+    width. A twin of the lone column keeps every product a GEMM and so every row's sums in one order.
+    """
+    if min(out.shape) > 1:
+        out.addmm_(left.T, right)
+    else:
+        wide = torch.addmm(_two_wide(_two_wide(out).T).T, _two_wide(left).T, _two_wide(right))
+        out.copy_(wide[: out.shape[0], : out.shape[1]])
+
+
+def _two_wide(matrix: Tensor) -> Tensor:
+    """[a, n], or [a, 2] with the column twice if n is 1."""
+    return matrix.expand(-1, 2) if matrix.shape[1] == 1 else matrix
 
 
 def _fit(work: _Work, first: int, pull: Tensor) -> None:
@@ -166,11 +187,11 @@ def _fit(work: _Work, first: int, pull: Tensor) -> None:
         inside = torch.where(work.usable[:, None, None], inside, 0.0).mT
         group = group.clone()
         for expert in range(group.shape[1]):
-            solved = torch.linalg.solve_triangular(inside[expert], pull[:, expert], upper=False, unitriangular=True)
-            group[:, expert] += solved
-    scale, zero = fit_slab(group, work.diagonal[:, first:last].T.square(), work.rule)
-    work.scales[first // work.group_size] = scale
-    work.zeros[first // work.group_size] = zero
+            asked = _two_wide(pull[:, expert])  # for the reason given in _add_product_
+            solved = torch.linalg.solve_triangular(inside[expert], asked, upper=False, unitriangular=True)
+            group[:, expert] += solved[:, : group.shape[2]]
+    scales, zeros = (grid[first // work.group_size] for grid in (work.scales, work.zeros))
+    fit_slabs(group, work.diagonal[:, first:last].T.square(), work.rule, scales, zeros)
 
 
 def _solve_panel(work: _Work, first: int, last: int) -> None:
@@ -191,8 +212,8 @@ def _solve_panel(work: _Work, first: int, last: int) -> None:
                          coefficients[start - first : stop - first, start - first : stop - first])  # fmt: skip
             if stop < last:
                 for expert in range(pull.shape[1]):
-                    coming = inside[expert, start - first : stop - first, stop - first :].T
-                    pull[stop - first :, expert].addmm_(coming, work.delta[start:stop, expert])
+                    coming = inside[expert, start - first : stop - first, stop - first :]
+                    _add_product_(pull[stop - first :, expert], coming, work.delta[start:stop, expert])
 
 
 def _solve_micro(work: _Work, start: int, stop: int, pull: Tensor, coefficients: Tensor) -> None:

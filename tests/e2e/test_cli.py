@@ -113,7 +113,7 @@ def test_bad_models_and_texts_are_one_line(source, quantized, tmp_path):
     out = tmp_path / "out"
     nan, inf = broken(source, tmp_path / "nan", poison), broken(source, tmp_path / "inf", explode)
     encoder = tmp_path / "encoder"
-    encoder.mkdir()
+    broken(source, encoder, lambda tensors: None)
     (encoder / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
     cases = [
         (("no/such/folder",), ("no/such/folder",)),

@@ -26,9 +26,7 @@ def logits(model, folder):
         return model(text.tokens, use_cache=False).logits.float()
 
 
-@pytest.mark.parametrize(
-    ("bits", "group_size"), [(4, "auto"), (3, 32), (2, 16), (8, -1)]
-)
+@pytest.mark.parametrize(("bits", "group_size"), [(4, "auto"), (3, 32), (2, 16), (8, -1)])
 def test_transformers_reads_what_we_write_as_we_do(source, tmp_path, bits, group_size):
     """The oracle is transformers with compressed-tensors, which we did not write.
 

@@ -52,7 +52,9 @@ def test_energy_is_held_harder_than_iso():
     assert choose(gram, SolveSpec(saliency="energy")) == pytest.approx(3 * choose(gram, SolveSpec(saliency="iso")))
 
 
-@pytest.mark.parametrize("values", [dict(strength=-1), dict(saliency="loud"), dict(saliency="power:x"), dict(grid="fine")])
+@pytest.mark.parametrize(
+    "values", [dict(strength=-1), dict(saliency="loud"), dict(saliency="power:x"), dict(grid="fine")]
+)
 def test_a_spec_refuses_what_it_does_not_know(values):
     with pytest.raises(ArgumentError, match=next(iter(values))):
         SolveSpec(**values)

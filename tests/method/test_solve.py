@@ -30,7 +30,9 @@ def output_error(weight: Tensor, quantized: Tensor, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.gram])
-@pytest.mark.parametrize("quant", [QUANT, QuantSpec(bits=4, group_size=-1), QuantSpec(bits=2, group_size=32, sym=False)])
+@pytest.mark.parametrize(
+    "quant", [QUANT, QuantSpec(bits=4, group_size=-1), QuantSpec(bits=2, group_size=32, sym=False)]
+)
 def test_every_gram_method_beats_rounding_on_what_it_saw_and_says_so_truly(method, quant, generator):
     x = correlated(512, 64, generator)
     weight = torch.randn(1, 48, 64, generator=generator)
