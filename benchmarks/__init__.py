@@ -1,0 +1,1 @@
+"""Measurements: speed, quality, rivals. Nothing here is needed to use the packages."""

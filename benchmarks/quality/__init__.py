@@ -1,0 +1,1 @@
+"""Perplexity tables, and the texts, tokens and models they are made with."""

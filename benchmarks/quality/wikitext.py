@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.wikitext wiki.valid.tokens calibration.txt evaluation.txt [--max-unknown 2]
 
-Lines with more unknown words than that are dropped and the spaces around punctuation undone. The first 65 % of the lines
-are for calibration, the rest for evaluation; no article is cut in two.
+Lines with more unknown words than that are dropped and the spaces around punctuation undone. The first 65 % of the
+lines are for calibration, the rest for evaluation; no article is cut in two.
 """
 
 import argparse
@@ -17,7 +17,7 @@ _RULES = [
     (r" (n't|'s|'re|'ve|'ll|'d|'m)\b", r"\1"),
     (r"(\w) ' (\w)", r"\1' \2"),
     (r'" ([^"]*?) "', r'"\1"'),
-    (r"(\d) – (\d)", r"\1–\2"),
+    (r"(\d) \u2013 (\d)", "\\1\u2013\\2"),
     (r" +", " "),
 ]
 

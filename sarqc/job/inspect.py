@@ -11,7 +11,7 @@ from sarqc.job import report as reports
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
-    """Format, tensors, bits per weight and the run's report, as JSON values; `CheckpointError` if it is not quantized."""
+    """Format, tensors, bits per weight and the run's report, as JSON values; `CheckpointError` if not quantized."""
     checkpoint = open_checkpoint(Path(folder))
     if checkpoint.format is None:
         raise CheckpointError(f"{folder} is not quantized: inspect wants a folder that `sarqc quantize` wrote")

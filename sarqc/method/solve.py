@@ -21,7 +21,6 @@ from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import QuantSpec, SolveSpec
 from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
 
-
 JUDGED_ROWS = 256
 """Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving does."""
 
@@ -56,7 +55,7 @@ class Solution:
 
 
 class Solver(Protocol):
-    """weight fp32 [E, N, K] and a Gram of its inputs -> Solution. Pure: no state, no files, no randomness of its own."""
+    """weight fp32 [E, N, K] and a Gram of its inputs -> Solution. Pure: no state, no files, no random numbers."""
 
     def __call__(
         self, site: str, weight: Tensor, gram: Gram, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
@@ -95,13 +94,30 @@ def solve_gram(
     metric = objective.regularised(hessian, salience, chosen, solve.damp)
     diagonal = metric.diagonal(dim1=-2, dim2=-1)
     order = column_order(diagonal, group_size, solve.act_order)
+    search = solve.grid == "search"
     scales = zeros = None
-    grid = dict(bits=quant.bits, group_size=group_size, sym=quant.sym, search=solve.grid == "search")
     if solve.act_order == "static":
-        scales, zeros = fit_grid(weight, diagonal.contiguous(), scale_dtype=scale_dtype, **grid)
+        scales, zeros = fit_grid(
+            weight,
+            diagonal.contiguous(),
+            bits=quant.bits,
+            group_size=group_size,
+            sym=quant.sym,
+            search=search,
+            scale_dtype=scale_dtype,
+        )
     factor = objective.factor(metric if order is None else _permuted(metric, order), site)
     codes, scales, zeros = quantize_columns(
-        weight, factor.matrix, order, scales, zeros, scale_dtype=scale_dtype, **grid
+        weight,
+        factor.matrix,
+        order,
+        scales,
+        zeros,
+        bits=quant.bits,
+        group_size=group_size,
+        sym=quant.sym,
+        search=search,
+        scale_dtype=scale_dtype,
     )
     return Solution(QuantizedWeight(codes, scales, zeros, quant.bits), chosen, factor.damping)
 

@@ -79,8 +79,8 @@ def run(
 
     tokens: int64 [S, L] windows to calibrate on; None only where `solve.gram` is False, and then nothing is run
     forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
-    by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are kept apart. gram_budget:
-    bytes for Grams at a time; experts beyond it are observed in further passes over the block.
+    by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
+    kept apart. gram_budget: bytes for Grams at a time; experts beyond it are observed in further passes.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Raises `NumericError` naming the layer where weights or activations are not finite.

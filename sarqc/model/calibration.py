@@ -41,7 +41,8 @@ class Windows:
         """Windows of the caller's own tokens, int64 [S, L]."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
             raise ArgumentError(
-                f"tokens are {str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}: give int64 [windows, seqlen]"
+                f"tokens are {str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}: "
+                "give int64 [windows, seqlen]"
             )
         return cls(tokens, False, text, len(tokens))
 
@@ -57,8 +58,8 @@ class Windows:
             raise ArgumentError(f"num_samples = {count} is too small: use 1 or more")
         if count > len(self.tokens):
             raise TextError(
-                f"text {self.text!r} has {len(self.tokens)} windows of {self.tokens.shape[1]} tokens, {count} asked for: "
-                "give more text, or lower --num-samples or --seqlen"
+                f"text {self.text!r} has {len(self.tokens)} windows of {self.tokens.shape[1]} tokens, {count} asked "
+                "for: give more text, or lower --num-samples or --seqlen"
             )
         chosen = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))[:count]
         return dataclasses.replace(self, tokens=self.tokens[chosen.sort().values])
@@ -84,7 +85,7 @@ class Windows:
 
 
 def read_text(text: str, part: Part) -> str:
-    """The text behind a name: `builtin`, the path of a UTF-8 file, or a data set (NAME, NAME:CONFIG, NAME:CONFIG:SPLIT)."""
+    """The text behind a name: `builtin`, the path of a UTF-8 file, or a data set NAME[:CONFIG[:SPLIT]]."""
     if text == BUILTIN:
         return builtin_text(part)
     path = Path(text).expanduser()
@@ -157,7 +158,7 @@ def _dataset_text(name: str, part: Part) -> str:
     split = split or ("train" if part == "calibration" else "test")
     try:
         data = datasets.load_dataset(path, config or None, split=split)
-    except Exception as error:  # noqa: BLE001 - the library raises its own and its backends' errors without a common base
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TextError(f"text {name!r} is no file and did not load as a data set: {reason}") from error
     if "text" not in data.column_names:

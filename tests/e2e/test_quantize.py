@@ -30,8 +30,8 @@ def logits(model, folder):
 def test_transformers_reads_what_we_write_as_we_do(source, tmp_path, bits, group_size):
     """The oracle is transformers with compressed-tensors, which we did not write.
 
-    Symmetric: compressed-tensors 0.20 builds the zero points of asymmetric weights in a shape transformers then refuses;
-    those are held to its packer and decompressor in tests/checkpoint.
+    Symmetric: compressed-tensors 0.20 builds the zero points of asymmetric weights in a shape transformers then
+    refuses; those are held to its packer and decompressor in tests/checkpoint.
     """
     result = sarqc.quantize(source, tmp_path / "out", bits=bits, group_size=group_size, **CALIBRATION)
     ours, _ = sarqc.load(result.out, dtype="bfloat16")

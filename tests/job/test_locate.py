@@ -16,7 +16,7 @@ def test_what_is_neither_folder_nor_hub_id_is_said_so(name):
 
 def test_a_hub_id_without_a_hub_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="owner/name.*hub") as caught:
+    with pytest.raises(ModelError, match=r"owner/name.*hub") as caught:
         locate("owner/name")
     assert "\n" not in str(caught.value)
 
