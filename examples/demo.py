@@ -6,16 +6,17 @@ language reference, split by topic). The whole takes a few minutes.
 
 from __future__ import annotations
 
-import shutil
-import sys
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import sarqc
 from sarqc.job.generate import generate
+from sarqc.job.locate import locate
 from sarqc.terminal import RunWatcher, Ticker
 
 OUT = Path("demo-output")
@@ -41,7 +42,7 @@ def perplexity(model: str | Path) -> float:
         return sarqc.evaluate(model, on_window=show, **EVALUATION).perplexity
 
 
-def quantize(method: str, bits: int) -> tuple[Path, dict]:
+def quantize(method: str, bits: int) -> tuple[Path, dict[str, Any]]:
     """One run; its folder and its report."""
     out = OUT / f"smollm2-w{bits}-{method}"
     console.print(f"[bold]{method}[/] at {bits} bits")
@@ -52,36 +53,59 @@ def quantize(method: str, bits: int) -> tuple[Path, dict]:
     return out, result.report
 
 
+def row(
+    method: str, bits: int, size: int, bits_per_weight: float, found: float, seconds: float | None
+) -> dict[str, Any]:
+    """One line of the table."""
+    return {
+        "method": method,
+        "bits": bits,
+        "bytes": size,
+        "bits_per_weight": bits_per_weight,
+        "perplexity": found,
+        "seconds": seconds,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a person wants to see them."""
+    shown = Table(title="SmolLM2-135M-Instruct, symmetric, groups of 64", title_justify="left")
+    for heading in ("method", "bits", "size", "bits/weight", "perplexity", "seconds"):
+        shown.add_column(heading, justify="left" if heading == "method" else "right")
+    for number, line in enumerate(rows):
+        shown.add_row(
+            line["method"],
+            str(line["bits"]),
+            f"{line['bytes'] / 1e6:.1f} MB",
+            f"{line['bits_per_weight']:.3f}",
+            f"{line['perplexity']:.2f}",
+            "" if line["seconds"] is None else f"{line['seconds']:.0f}",
+            end_section=number % len(METHODS) == 0,
+        )
+    return shown
+
+
 def main() -> None:
     """Make the table, say a sentence, say where the checkpoints lie."""
     began = time.perf_counter()
     OUT.mkdir(exist_ok=True)
-    table = Table(title="SmolLM2-135M-Instruct, symmetric, groups of 64", title_justify="left")
-    for heading in ("method", "bits", "size", "bits/weight", "perplexity", "seconds"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
     console.print("reading SmolLM2-135M-Instruct (converted to an ordinary checkpoint the first time, half a minute)")
-    table.add_row("unquantized", "16", "269.1 MB", "16.000", f"{perplexity(MODEL):.2f}", "")
+    original = sum(path.stat().st_size for path in locate(MODEL).glob("*.safetensors"))
+    rows = [row("unquantized", 16, original, 16.0, perplexity(MODEL), None)]
     for bits in BITS:
-        table.add_section()
         for method in METHODS:
             out, report = quantize(method, bits)
-            size = report["size"]
-            table.add_row(
-                method,
-                str(bits),
-                f"{size['bytes'] / 1e6:.1f} MB",
-                f"{size['bits_per_weight']:.3f}",
-                f"{perplexity(out):.2f}",
-                f"{report['seconds']['total']:.0f}",
-            )
+            size, seconds = report["size"], report["seconds"]["total"]
+            rows.append(row(method, bits, size["bytes"], size["bits_per_weight"], perplexity(out), seconds))
+    (OUT / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     best = OUT / f"smollm2-w4-{METHODS[-1]}"
     sentence = generate(best, "The most important thing about a library is")
     stdout = Console()
-    stdout.print(table)
+    stdout.print(table(rows))
     stdout.print(f"\n[bold]{best.name} says:[/] {sentence}\n", highlight=False)
     stdout.print(f"The checkpoints lie in {OUT.resolve()}; this one in {best.resolve()}", soft_wrap=True)
-    stdout.print(f"{time.perf_counter() - began:.0f} s in all; free disk {shutil.disk_usage(OUT).free / 1e9:.0f} GB")
+    stdout.print(f"{time.perf_counter() - began:.0f} s in all")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

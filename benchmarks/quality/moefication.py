@@ -4,7 +4,7 @@
 
 The neurons of each MLP are clustered by their gate weights into equal experts; a linear router is fitted to how much
 each expert adds to the output on a little text; each token runs the `top_k` experts the router ranks first. The
-result is an ordinary Mixtral checkpoint: routing is uneven by nature, and its perplexity is that of a real, worse model.
+result is an ordinary Mixtral checkpoint: routing is uneven by nature, its perplexity that of a real, worse model.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def build(
         "peak_memory_mib": peak_memory_mib(),
         "device": device,
         "versions": versions(),
-        "sites": [asdict(site) for site in sites],
+        "sites": [asdict(site) | {"rows": list(site.rows)} for site in sites],
     }
 
 

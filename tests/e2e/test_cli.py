@@ -117,7 +117,7 @@ def test_bad_models_and_texts_are_one_line(source, quantized, tmp_path):
     (encoder / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
     cases = [
         (("no/such/folder",), ("no/such/folder",)),
-        ((encoder,), ("vit",)),
+        ((encoder,), ("ViTModel",)),
         ((quantized,), ("quantized already",)),
         ((source, "--calib", empty), ("empty",)),
         ((nan, *RUN), ("model.layers.1.mlp.up_proj",)),

@@ -1,0 +1,62 @@
+"""Builds one job for a card that is not here, and says what is wrong with its machine code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.aot import sass
+from sarqc_kernels.targets import AotJob, Card
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Built(NamedTuple):
+    """One line of the table. shared: bytes of one program. problems: what must not be; empty is good."""
+
+    name: str
+    arch: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    opcodes: dict[str, int]
+    problems: tuple[str, ...]
+
+
+def build(job: AotJob) -> Built:
+    """Compile and check a job; a compiler that fails is a problem of the line, not the end of the run."""
+    names = job.kernel.arg_names
+    types = {name: "constexpr" if name in job.constants else job.signature[name] for name in names}
+    source = ASTSource(
+        fn=job.kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in job.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job.divisible},
+    )
+    warps = int(job.options["num_warps"])
+    try:
+        kernel = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+    except Exception as error:  # noqa: BLE001  (whatever a compiler raises is what the table has to say)
+        reason = f"does not compile: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return Built(job.name, f"sm_{job.arch}", warps, 0, 0, 0, {}, (reason,))
+    code = sass.read(kernel.asm["cubin"], TOOLS)
+    shared = int(kernel.metadata.shared)
+    problems = tuple(_problems(job, code, shared))
+    return Built(job.name, f"sm_{job.arch}", warps, code.registers, code.stack, shared, dict(code.opcodes), problems)
+
+
+def _problems(job: AotJob, code: sass.MachineCode, shared: int) -> list[str]:
+    problems = []
+    if code.stack:
+        problems.append(f"{code.stack} bytes of a thread in local memory")
+    problems += [f"{code.opcodes[opcode]} x {opcode}" for opcode in ("LDL", "STL") if code.opcodes[opcode]]
+    limit = Card(job.arch, multiprocessors=1).shared_bytes
+    if shared > limit:
+        problems.append(f"{shared} bytes of shared memory, the card has {limit}")
+    problems += [f"no {opcode}" for opcode in job.instructions if not code.opcodes[opcode]]
+    return problems

@@ -1,0 +1,74 @@
+"""CUDA C++ through nvcc: the same questions to ptxas, for each kernel of each file in csrc/."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from benchmarks.aot import sass
+from benchmarks.aot.compiler import TOOLS, Built
+
+CSRC = Path(__file__).parents[2] / "csrc"
+CARDS = ("80", "90a", "100")
+FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v")
+
+
+def nvcc() -> tuple[str, str] | None:
+    """The compiler and its version; None where there is none."""
+    path = shutil.which("nvcc")
+    if path is None:
+        return None
+    printed = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", printed)
+    return path, found[1] if found else "unknown"
+
+
+def works() -> list[tuple[Path, str]]:
+    """What there is to compile: each file for each card."""
+    return [(source, card) for source in sorted(CSRC.glob("*.cu")) for card in CARDS]
+
+
+def build(compiler: str, source: Path, card: str) -> list[Built]:
+    """Compile one file for one card: a line for each kernel in it, or one that says why it does not compile."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        architecture = f"-gencode=arch=compute_{card},code=sm_{card}"
+        command = [compiler, *FLAGS, architecture, "-o", str(cubin), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+            return [Built(source.name, f"sm_{card}", 0, 0, 0, 0, {}, (f"does not compile: {reason}",))]
+        opcodes = _opcodes_by_kernel(cubin)
+    return [_line(source, card, block, opcodes) for block in done.stderr.split("Compiling entry function ")[1:]]
+
+
+def _line(source: Path, card: str, block: str, opcodes: dict[str, dict[str, int]]) -> Built:
+    def number(pattern: str) -> int:
+        found = re.search(pattern, block)
+        return int(found[1]) if found else 0
+
+    mangled = block.split("'")[1]
+    stack, spilled = number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores")
+    counts = opcodes.get(mangled, {})
+    problems = [f"{stack} bytes of stack, {spilled} spilled"] if stack or spilled else []
+    name = f"{source.name} {_readable(mangled)}"
+    registers, shared = number(r"Used (\d+) registers"), number(r"(\d+) bytes smem")
+    return Built(name, f"sm_{card}", 0, registers, stack, shared, counts, tuple(problems))
+
+
+def _opcodes_by_kernel(cubin: Path) -> dict[str, dict[str, int]]:
+    listing = subprocess.run([str(TOOLS / "nvdisasm"), "-c", str(cubin)], check=True, capture_output=True, text=True)
+    sections = re.split(r"\.section\s+\.text\.(\w+)", listing.stdout)
+    return {name: dict(sass.opcodes(body.splitlines())) for name, body in zip(sections[1::2], sections[2::2])}
+
+
+def _readable(mangled: str) -> str:
+    """The name as C++ spells it, without arguments where a demangler is at hand."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None:
+        return mangled
+    printed = subprocess.run([tool, mangled], check=True, capture_output=True, text=True).stdout.strip()
+    return re.sub(r"\((?!.*<).*\)$", "", printed).removeprefix("void ")

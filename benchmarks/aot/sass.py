@@ -1,0 +1,52 @@
+"""Reads a compiled kernel with the disassembler that comes with Triton."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA", "IMMA")
+COUNTED = (*TENSOR_CORE, "UTMALDG", "LDGSTS", "LDL", "STL", "SHFL", "BAR")
+"""Opcodes in the table: products on tensor cores, bulk and async copies, local memory, shuffles, barriers."""
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """registers: of one thread. stack: bytes of one thread in local memory, which is where spills go."""
+
+    registers: int
+    stack: int
+    opcodes: Counter[str]
+
+
+def read(cubin: bytes, tools: Path) -> MachineCode:
+    """Take a cubin of one kernel apart. tools: the folder with cuobjdump and nvdisasm."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
+        listing = _run(tools / "nvdisasm", "-c", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump prints no resource usage:\n{usage}")
+    return MachineCode(int(found[1]), int(found[2]), opcodes(listing.splitlines()))
+
+
+def opcodes(lines: Iterable[str]) -> Counter[str]:
+    """How often each opcode of `COUNTED` occurs in a listing; `HGMMA.64x128x16.F32.BF16 ...` counts as HGMMA."""
+    counts: Counter[str] = Counter()
+    for line in lines:
+        found = re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", line)
+        if found and found[1] in COUNTED:
+            counts[found[1]] += 1
+    return counts
+
+
+def _run(tool: Path, *arguments: object) -> str:
+    command = [str(tool), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

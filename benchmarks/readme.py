@@ -1,0 +1,89 @@
+"""Write the tables of README.md from the committed results: python -m benchmarks.readme [--check].
+
+Each table stands between two markers, <!-- name --> and <!-- /name -->. --check only says whether they are current.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.table import markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def demo() -> str:
+    """What `make demo` measured."""
+    lines = ["| method | bits | size | bits per weight | perplexity | seconds |", "|---|---|---|---|---|---|"]
+    for row in _read("cpu-demo"):
+        cells = (row["method"], row["bits"], f"{row['bytes'] / 1e6:.0f} MB", row["bits_per_weight"])
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['perplexity']:.2f} | {seconds} |")
+    return "\n".join(lines)
+
+
+def quality() -> str:
+    """Methods and rivals on the same tokens."""
+    found = _read("cpu-smollm2-quality")
+    return f"Unquantized: {found['unquantized']:.2f}.\n\n{markdown(found)}"
+
+
+def speed() -> str:
+    """One run beside a forward pass and a rival."""
+    found = _read("cpu-smollm2-speed")
+    names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
+    lines = [
+        f"SmolLM2-135M at W4 g64, 16 windows of 512 tokens, {found['cpus']} CPU cores, medians over one run in turns; "
+        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}:",
+        "",
+        "| | seconds, the work alone | seconds, whole process | CPU seconds | peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in found["medians"].items():
+        cells = (row["inner_seconds"], row["wall_seconds"], row["cpu_seconds"], row["peak_mib"])
+        lines.append(f"| {names[name]} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
+    ratios = found["ratios"]
+    lines += [
+        "",
+        f"A run takes {ratios['run / forward']} times a forward pass (two passes, the Grams, and the solving). "
+        f"The rival takes {ratios['rival / ours, inner_seconds']} times as long as we do, "
+        f"and {ratios['rival / ours, peak_mib']} times the memory.",
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "speed": speed}
+
+
+def filled(text: str) -> str:
+    """The README with its tables as the results have them."""
+    for name, make in SECTIONS.items():
+        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no markers for {name!r}")
+        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+        text = pattern.sub(lambda _, block=block: block, text)
+    return text
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = filled(before)
+    if "--check" in sys.argv:
+        raise SystemExit(0 if before == after else "README.md is not what the results say: python -m benchmarks.readme")
+    readme.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What a Triton kernel is built for: the card of a call, the interpreter on a CPU, the ahead-of-time compiler.
+
+The three questions that every `triton_impl.py` has, answered once: can Triton take these tensors (`triton_unsupported`),
+which implementation comes first where they lie (`fastest_first`), and what is to be compiled where no card is at hand
+(`AotJob`, made by each `triton_impl.aot_jobs()`). Nothing here imports triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarqc_kernels.backend import Implementation
+
+__all__ = ["ARCHS", "SHARED_BYTES", "AotJob", "Card", "card_of", "fastest_first", "interpreting", "triton_unsupported"]
+
+ARCHS = (80, 90, 100)
+"""Compute capabilities (times ten) whose machine code is checked ahead of time."""
+
+SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
+"""Shared memory that one program can have, by capability; a card not listed here counts as the least, 101 376."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a choice of tiles may depend on. arch: capability times ten. multiprocessors: how many run at once."""
+
+    arch: int
+    multiprocessors: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one program can have."""
+        return SHARED_BYTES.get(self.arch, min(SHARED_BYTES.values()))
+
+
+INTERPRETED = Card(arch=90, multiprocessors=4)
+"""The card that the interpreter stands for: it takes tensor descriptors; few processors keep its launches small."""
+
+
+def interpreting() -> bool:
+    """TRITON_INTERPRET is set, so that kernels run in Triton's interpreter (if set before triton was imported)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def card_of(device: torch.device) -> Card:
+    """The card behind a device; asks the driver once and never waits for the device."""
+    return _cuda_card(device.index or 0) if device.type == "cuda" and not interpreting() else INTERPRETED
+
+
+@functools.cache
+def _cuda_card(index: int) -> Card:
+    properties = torch.cuda.get_device_properties(index)
+    return Card(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_unsupported(tensor: Tensor) -> str | None:
+    """Why Triton cannot take tensors that lie where `tensor` does; None where it can."""
+    if not _triton_is_installed():
+        return "triton is not installed"
+    if interpreting():
+        return None
+    if tensor.device.type == "cpu":
+        return "tensors are on the CPU and TRITON_INTERPRET is not set"
+    if tensor.device.type != "cuda" or torch.version.hip:
+        return f"tensors are on {tensor.device.type}{' (ROCm)' if torch.version.hip else ''}, not on an NVIDIA card"
+    arch = card_of(tensor.device).arch
+    return None if arch >= 80 else f"the card has compute capability {arch / 10}, 8.0 or later is needed"
+
+
+def fastest_first(implementations: Sequence[Implementation], tensor: Tensor) -> Sequence[Implementation]:
+    """`implementations` in the order in which to try them where `tensor` lies.
+
+    On a CPU the reference goes first: Triton there means the interpreter, which runs on request and never by default.
+    """
+    if tensor.device.type != "cpu":
+        return implementations
+    return sorted(implementations, key=lambda implementation: implementation.name != "reference")
+
+
+@dataclass(frozen=True)
+class AotJob:
+    """One kernel to compile where no card is at hand, and what its machine code must show.
+
+    name: unique; shows in the table. kernel: the `@triton.jit` function. signature: type of each run-time argument as
+    Triton spells it ("*bf16", "i32", "tensordesc<bf16[64, 128]>"). constants: value of each `tl.constexpr`.
+    divisible: run-time arguments (pointers, sizes, strides) that are multiples of 16, as a launch would find out.
+    options: num_warps, num_stages. instructions: machine instructions that must occur, such as "HGMMA". Spills and
+    shared memory are checked for every job.
+    """
+
+    name: str
+    kernel: Any
+    arch: int
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    divisible: Sequence[str] = ()
+    instructions: Sequence[str] = field(default=())

@@ -1,0 +1,86 @@
+"""The repaired interpreter against torch: bf16 casts bit for bit, bf16 products, refusal of raw bf16 arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.interpreter import round_to_bf16, widen_bf16
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+
+@triton.jit
+def cast_kernel(source, target, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    values = tl.load(source + at, mask=at < count)
+    tl.store(target + at, values.to(target.dtype.element_ty), mask=at < count)
+
+
+@triton.jit
+def dot_kernel(a, b, c, steps, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    square = at[:, None] * SIZE + at[None, :]
+    total = tl.zeros((SIZE, SIZE), tl.float32)
+    for _ in range(steps):
+        total = tl.dot(tl.load(a + square), tl.load(b + square), total)
+    tl.store(c + square, total)
+
+
+@triton.jit
+def add_kernel(a, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(a + at, tl.load(a + at) + tl.load(a + at))
+
+
+SPECIAL = [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3.3895e38, 3.4e38, 1e-40, float("inf"), float("-inf"), float("nan")]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+        (torch.int32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.int32),
+    ],
+    ids=str,
+)
+def test_casts_round_as_torch_does(source, target, device, generator):
+    values = torch.randn(1000, generator=generator) * 100
+    if not {source, target} & {torch.int32}:
+        values = torch.cat([values, torch.tensor(SPECIAL)])
+    values = values.to(source).to(device)
+    result = torch.empty(len(values), dtype=target, device=device)
+    cast_kernel[(1,)](values, result, len(values), BLOCK=1024)
+    expected = values.to(target)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result[~result.isnan()], expected[~expected.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dot_is_exact_where_it_can_be(dtype, device, generator):
+    a, b = (torch.randint(-8, 9, (32, 32), generator=generator).to(dtype).to(device) for _ in range(2))
+    c = torch.empty(32, 32, device=device)
+    dot_kernel[(1,)](a, b, c, 3, SIZE=32)
+    assert torch.equal(c, 3 * (a.float() @ b.float()))
+
+
+def test_raw_bf16_arithmetic_is_refused(device):
+    if device == "cuda":
+        pytest.skip("a GPU adds bf16 as it should")
+    with pytest.raises(Exception, match="widen with"):
+        add_kernel[(1,)](torch.ones(16, dtype=torch.bfloat16), BLOCK=16)
+
+
+def test_bits_agree_with_torch(generator):
+    values = torch.cat([torch.randn(4096, generator=generator), torch.tensor(SPECIAL)])
+    bits = torch.from_numpy(round_to_bf16(values.numpy()).view("int16")).view(torch.bfloat16)
+    expected = values.bfloat16()
+    assert torch.equal(bits.isnan(), expected.isnan())
+    assert torch.equal(bits[~bits.isnan()], expected[~expected.isnan()])
+    widened = torch.from_numpy(widen_bf16(expected.view(torch.int16).numpy()))
+    assert torch.equal(widened.nan_to_num(7.0), expected.float().nan_to_num(7.0))
