@@ -1,15 +1,17 @@
-"""What all tests share: two threads, random numbers by the test's own name, no network."""
+"""What all tests share: one thread each, random numbers by the test's own name, no network."""
 
 from __future__ import annotations
 
 import os
 import zlib
 
-import pytest
-import torch
-
+# Before torch is imported. Tests run side by side; small operations on more threads than cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
 
 
 @pytest.fixture

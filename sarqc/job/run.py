@@ -21,7 +21,7 @@ from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.verify import verify
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.errors import CheckpointError
+from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.job import report as reports
 from sarqc.job.load import resolve_device, resolve_dtype
 from sarqc.job.locate import locate
@@ -127,6 +127,8 @@ def quantize(
     Raises `SarqcError` for anything wrong with the input, before `out` exists.
     """
     watcher = watcher or Silent()
+    if format not in FORMATS:
+        raise ArgumentError(f"format = {format!r} is not known: use {', '.join(FORMATS)}")
     quant = QuantSpec(bits=bits, group_size=128 if group_size == AUTO else group_size, sym=sym, ignore=tuple(ignore))
     solve = solve_spec(method, strength=strength, saliency=saliency, seed=seed)
     refuse_existing(out, overwrite)
