@@ -12,14 +12,20 @@ codes stand for is (code - zero) * scale.
 
 Each operation is a room: `<op>/__init__.py` states the contract and checks it, `<op>/reference.py` is the same in plain
 torch. `backend.py` decides which implementation runs (SARQC_BACKEND forces one) and `explain` says why. Every error is
-a `SarqcError`. Nothing here knows models, files or names, and importing it needs torch alone.
+a `SarqcError`. Nothing here knows models, files or names; torch is imported with the first name that needs it.
 """
 
-from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
-from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
-from sarqc_kernels.gram import gram_accumulate_, symmetrize_
-from sarqc_kernels.packing import pack, unpack
-from sarqc_kernels.w4a16 import w4a16_matmul
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
+    from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
+    from sarqc_kernels.gram import gram_accumulate_, symmetrize_
+    from sarqc_kernels.packing import pack, unpack
+    from sarqc_kernels.w4a16 import w4a16_matmul
 
 __all__ = [
     "ArgumentError",
@@ -34,3 +40,27 @@ __all__ = [
     "unpack",
     "w4a16_matmul",
 ]
+
+_HOME = {
+    "ArgumentError": "errors",
+    "BackendError": "errors",
+    "SarqcError": "errors",
+    "fit_grid": "columns",
+    "gram_accumulate_": "gram",
+    "pack": "packing",
+    "quantize_columns": "columns",
+    "round_to_grid": "columns",
+    "symmetrize_": "gram",
+    "unpack": "packing",
+    "w4a16_matmul": "w4a16",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sarqc_kernels' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sarqc_kernels.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
