@@ -21,13 +21,16 @@ The weight that codes stand for is (code - zero) * scale in fp32, throughout. Na
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
-from sarqc_kernels.columns import grid, reference
+from sarqc_kernels.columns import grid, panels, reference
 from sarqc_kernels.errors import ArgumentError
+from sarqc_kernels.targets import fastest_first, triton_unsupported
 
 __all__ = ["fit_grid", "quantize_columns", "round_to_grid"]
 
@@ -35,7 +38,35 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _FIT = (Implementation("reference", takes_all, grid.fit_grid),)
 _ROUND = (Implementation("reference", takes_all, grid.round_to_grid),)
-_QUANTIZE = (Implementation("reference", takes_all, reference.quantize_columns),)
+
+
+def _triton_unsupported(weight: Tensor, *_: object) -> str | None:
+    return triton_unsupported(weight) or panels.too_large(weight.shape[2])
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from sarqc_kernels.columns import triton_impl
+
+    return triton_impl.quantize_columns(*args)
+
+
+def _cuda_unsupported(*args: Any) -> str | None:
+    from sarqc_kernels.columns import cuda_impl
+
+    return cuda_impl.unsupported(*args)
+
+
+def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from sarqc_kernels.columns import cuda_impl
+
+    return cuda_impl.quantize_columns(*args)
+
+
+_QUANTIZE = (
+    Implementation("cuda", _cuda_unsupported, _cuda),
+    Implementation("triton", _triton_unsupported, _triton),
+    Implementation("reference", takes_all, reference.quantize_columns),
+)
 
 
 def fit_grid(
@@ -194,7 +225,7 @@ def _quantize_columns(
     if order is not None and order.device.type == "cpu":  # elsewhere, looking would wait for the device
         _check_order(order, 1 if scales is not None else group_size)
     args = (weight, factor, order, scales, zeros, bits, group_size, sym, search, scale_dtype)
-    codes, scales_out, zeros_out = pick("quantize_columns", _QUANTIZE, args, backend).run(*args)
+    codes, scales_out, zeros_out = pick("quantize_columns", fastest_first(_QUANTIZE, weight), args, backend).run(*args)
     return codes, scales_out, zeros_out
 
 

@@ -1,0 +1,121 @@
+"""CUDA C++ on first use: csrc/<name>.cu through nvcc into the user's cache, then loaded with ctypes.
+
+The sources include no header of torch: they export plain C functions that take pointers and a stream, so a build takes
+seconds, needs nvcc and a host compiler and nothing else, and one library serves every version of torch. A library's
+name holds a hash of all that shaped it (every source in csrc/, card, flags, version of nvcc), so a stale one is never
+loaded; it is compiled in a folder of its own and moved into place at once, so that processes may race.
+
+The cache is $SARQC_CACHE, or else sarqc/ in $XDG_CACHE_HOME or ~/.cache. The CUDA runtime is linked in statically: it
+joins the context that torch made, whichever runtime torch brought along.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from sarqc_kernels.errors import BackendError
+
+__all__ = ["FLAGS", "cache_folder", "card_name", "compile_library", "library", "nvcc", "sources", "why_not"]
+
+FLAGS = ("-std=c++17", "-O3", "--shared", "-Xcompiler", "-fPIC", "--cudart=static")
+
+HERE = Path(__file__).parent
+PLACES = (HERE / "csrc", HERE.parent / "csrc")  # of an installed package, of a checkout
+
+
+def sources() -> Path:
+    """The folder of the .cu files. Raises BackendError where the package came without them."""
+    for place in PLACES:
+        if any(place.glob("*.cu")):
+            return place
+    raise BackendError(f"no csrc/*.cu beside {HERE}: install the package with its sources")
+
+
+def nvcc() -> str:
+    """Path of nvcc: on PATH, in $CUDA_HOME/bin, or in /usr/local/cuda/bin. Raises BackendError where there is none."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
+    found = shutil.which("nvcc", path=path)
+    if found is None:
+        raise BackendError("nvcc is neither on PATH nor in $CUDA_HOME/bin: install the CUDA toolkit")
+    return found
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept; need not exist."""
+    own = os.environ.get("SARQC_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(shared) if shared else Path.home() / ".cache") / "sarqc"
+
+
+def card_name(arch: int) -> str:
+    """What nvcc calls a card of capability arch / 10: "90a" for 9.0, whose own instructions need the letter."""
+    return "90a" if arch == 90 else str(arch)
+
+
+def compile_library(name: str, arch: int) -> Path:
+    """The shared library of csrc/<name>.cu for capability arch / 10, built now if the cache does not hold it.
+
+    Raises BackendError with the reason where it cannot be built.
+    """
+    compiler, folder = nvcc(), sources()
+    source = folder / f"{name}.cu"
+    if not source.exists():
+        raise BackendError(f"there is no {source}")
+    card = card_name(arch)
+    flags = (*FLAGS, f"-gencode=arch=compute_{card},code=sm_{card}")
+    target = cache_folder() / f"{name}-sm{card}-{_key(compiler, folder, flags)}.so"
+    if not target.exists():
+        try:
+            _build([compiler, *flags, str(source)], target)
+        except OSError as error:
+            raise BackendError(f"cannot build {source.name} in {target.parent}: {error}; set SARQC_CACHE") from error
+    return target
+
+
+def _key(compiler: str, folder: Path, flags: tuple[str, ...]) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key = hashlib.sha256("\n".join((version, *flags)).encode())
+    for path in sorted(folder.glob("*.cu*")):
+        key.update(path.name.encode() + b"\0" + path.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def _build(command: list[str], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            said = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
+            raise BackendError(f"nvcc failed for {target.stem}: {said[:400]}")
+        made.replace(target)
+
+
+@functools.cache
+def library(name: str, arch: int) -> ctypes.CDLL:
+    """csrc/<name>.cu as a loaded library, kept for the life of the process. Raises BackendError with the reason."""
+    path = compile_library(name, arch)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"{path} was built but does not load: {error}") from error
+
+
+@functools.cache
+def why_not(name: str, arch: int) -> str | None:
+    """The reason why `library(name, arch)` cannot be had, None if it can. The first call builds it; asked once."""
+    try:
+        library(name, arch)
+    except BackendError as error:
+        return str(error)
+    return None

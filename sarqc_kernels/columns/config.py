@@ -1,0 +1,55 @@
+"""Tiles of the device kernels: a pure function of the shape and the card, so codes do not depend on a measurement.
+
+Two kernels have tiles. The panel product is a GEMM of few columns (a panel) by all rows: small tiles spread a dense
+layer of some thousand rows over the card, large ones read less when experts make enough of them. The column kernel
+gives every row a thread; a program of 32 rows (one warp) is the smallest there is, and 4096 rows are 128 of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sarqc_kernels.targets import Card
+
+__all__ = ["MICRO", "PANEL", "Config", "choose", "configurations"]
+
+PANEL = 128
+"""Columns between two products with everything before them."""
+
+MICRO = 16
+"""Columns whose errors a thread keeps in registers; unrolled, so the time to compile grows with their square."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """product_columns x product_rows: tile of the panel product, of `product_depth` columns at a time.
+
+    rows: rows of a column program, 32 to a warp.
+    """
+
+    product_columns: int
+    product_rows: int
+    product_depth: int
+    product_warps: int
+    product_stages: int
+    rows: int
+
+    @property
+    def warps(self) -> int:
+        """Warps of a column program: every row has a thread of its own."""
+        return self.rows // 32
+
+
+_FEW_ROWS = Config(64, 64, 32, 4, 3, 32)
+_MANY_ROWS = Config(128, 128, 32, 8, 3, 128)
+
+
+def choose(experts: int, rows: int, card: Card) -> Config:
+    """The tiles for `experts` weights of `rows` rows."""
+    programs = experts * -(-rows // _MANY_ROWS.rows) * (PANEL // _MANY_ROWS.product_columns)
+    return _MANY_ROWS if programs >= 2 * card.multiprocessors else _FEW_ROWS
+
+
+def configurations() -> tuple[Config, ...]:
+    """Everything that `choose` can return."""
+    return _FEW_ROWS, _MANY_ROWS

@@ -1,0 +1,308 @@
+"""`quantize_columns` in Triton: the steps of `panels.py` as three kernels.
+
+    _pull       panel product: a GEMM of M^T and Delta by tiles, on tensor cores as three TF32 products (tf32x3), which
+                keeps 21 bits of each factor: one TF32 product keeps 10, an error in p_j of a few hundredths of a
+                step where sums are some tens of steps. (torch.bmm would do as well, but follows a global TF32 flag.)
+    _columns    a program owns `ROWS` rows of one expert, a thread one row. For every micro-panel of 16 columns it adds
+                what earlier columns of the panel ask (tile products), leaves that in a scratch that only it sees, and
+                takes the columns one by one, unrolled, the errors of the micro-panel in registers. Fitted grids: each
+                group is walked free, fitted and walked again.
+    fit_wide    (`grid_impl.py`) the fit of a group that is wider than a panel.
+
+Bytes and flops for an expert's panel of P columns that begins at column b: `_pull` reads 4 b (P + N) bytes at least and
+does 2 b P N flops, three times that in TF32. `_columns` reads and writes some 25 P N bytes of memory once, 4 P N P / 32
+of earlier errors from cache, and does P^2 N flops; a fit doubles that and adds, for each of 24 trials, 8 P N bytes from
+cache and 8 P N flops.
+
+Rounding is the reference's, operation for operation: IEEE division, half to even, no contraction of a product and a
+sum into one (`enable_fp_fusion=False`) but where `tl.fma` says so. Sums differ: their order, and that M is divided out
+at the end of a sum instead of before it. So codes can differ where a value lies within a few units in the last place of
+the middle between two codes, and a fitted scale where two trials of the search are that close.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# (Triton's kernels take no annotations but tl.constexpr.)
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose, configurations
+from sarqc_kernels.columns.grid import TRIALS, GridRule
+from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
+from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
+from sarqc_kernels.targets import ARCHS, AotJob, card_of
+
+__all__ = ["Steps", "aot_jobs", "quantize_columns"]
+
+CHUNK = 16
+"""Columns of a group that the fit takes at once."""
+
+DEPTH = 32
+"""Columns of the panel that `_columns` brings in at once."""
+
+SCALES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _add_pull(acc, factor, delta, begin, end, column, live_column, row, live_row, rows, stride, DEPTH: tl.constexpr):
+    """acc [columns, rows] + sum over begin <= i < end of M[i, column] delta[i, row]."""
+    for start in range(begin, end, DEPTH):
+        i = start + tl.arange(0, DEPTH)
+        live = (i < end)[:, None]
+        m = tl.load(factor + i[:, None] * stride + column[None, :], mask=live & live_column[None, :], other=0.0)
+        d = tl.load(delta + i[:, None] * rows + row[None, :], mask=live & live_row[None, :], other=0.0)
+        acc = tl.dot(tl.trans(m), d, acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit(do_not_specialize=["last"])
+def _pull(
+    pull, delta, factor, usable, first, last, rows, columns, factor_expert,
+    PANEL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """pull[e, j - first, n] = sum over i < first of M[e, i, j] delta[e, i, n] for first <= j < last."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = first + tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    live_row, live_column = row < rows, column < last
+    depth = tl.where(tl.load(usable + expert) != 0, first, 0)
+    acc = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+    acc = _add_pull(acc, factor + expert * factor_expert, delta + expert * columns * rows, 0, depth,
+                    column, live_column, row, live_row, rows, columns, DEPTH)  # fmt: skip
+    out = pull + expert * PANEL * rows + (column - first)[:, None] * rows + row[None, :]
+    tl.store(out, acc, mask=live_column[:, None] & live_row[None, :])
+
+
+@triton.jit
+def _micro_panel(
+    weight, delta, codes, ahead, factor, inverse, group_of, scales, zeros, good, start, end, row, live, rows, columns,
+    top, ROUND: tl.constexpr, MICRO: tl.constexpr,
+):  # fmt: skip
+    """Columns start .. min(start + MICRO, end) - 1, one by one; `ahead` holds what the columns before them ask."""
+    errors = ()
+    for k in tl.static_range(MICRO):
+        j = start + k
+        inside = j < end
+        both = live & inside
+        asked = tl.load(ahead + k * rows + row, mask=live, other=0.0)
+        for i in tl.static_range(k):
+            m = tl.load(factor + (start + i) * columns + j, mask=inside & good, other=0.0)
+            asked = tl.fma(errors[i], m, asked)
+        moved = asked * tl.load(inverse + j, mask=inside, other=0.0)
+        if ROUND:
+            group = tl.load(group_of + j, mask=inside, other=0)
+            scale = tl.load(scales + group * rows + row, mask=both, other=1.0)
+            zero = tl.load(zeros + group * rows + row, mask=both, other=0.0)
+            w = tl.load(weight + j * rows + row, mask=both, other=0.0)
+            level = clamped(half_even(tl.div_rn(w + moved, scale)), -zero, top - zero)
+            error = w - level * scale
+            tl.store(codes + j * rows + row, (level + zero).to(tl.int32).to(tl.uint8), mask=both)
+        else:
+            error = -moved
+        tl.store(delta + j * rows + row, error, mask=both)
+        errors = errors + (error,)  # type: ignore[assignment]  # noqa: RUF005
+
+
+@triton.jit
+def _advance(
+    weight, delta, codes, pull, ahead, factor, inverse, group_of, scales, zeros, good, begin, end, row, live, rows,
+    columns, top, ROUND: tl.constexpr, MICRO: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Columns begin .. end - 1 of the panel. What a tile wrote other threads read: hence the barriers."""
+    for start in range(begin, end, MICRO):
+        k = tl.arange(0, MICRO)
+        inside = start + k < end
+        own = live[None, :] & inside[:, None]
+        asked = tl.load(pull + (start + k)[:, None] * rows + row[None, :], mask=own, other=0.0)
+        asked = _add_pull(asked, factor, delta, 0, tl.where(good, start, 0), start + k, inside, row, live, rows,
+                          columns, DEPTH)  # fmt: skip
+        tl.store(ahead + k[:, None] * rows + row[None, :], asked, mask=live[None, :] & (k >= 0)[:, None])
+        tl.debug_barrier()
+        _micro_panel(weight, delta, codes, ahead, factor, inverse, group_of, scales, zeros, good, start, end, row,
+                     live, rows, columns, top, ROUND, MICRO)  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["last", "stretch"])
+def _columns(
+    weight, delta, codes, pull, ahead, factor, usable, inverse, importance, group_of, scales, zeros, table,
+    first, last, stretch, rows, columns, groups, factor_expert, top, middle, tiny, most,
+    ROUND: tl.constexpr, FIT: tl.constexpr, SYM: tl.constexpr, SEARCH: tl.constexpr, SCALE: tl.constexpr,
+    TRIALS: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr, MICRO: tl.constexpr, DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Columns first .. last - 1, in stretches (groups, if they are fitted); all pointers move to column `first`."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    good = tl.load(usable + expert) != 0
+    matrix, vector = (expert * columns + first) * rows, expert * columns + first
+    weight, delta, codes = weight + matrix, delta + matrix, codes + matrix
+    pull, ahead = pull + expert * PANEL * rows, ahead + expert * MICRO * rows
+    factor += expert * factor_expert + first * columns + first
+    inverse, importance, group_of = inverse + vector, importance + vector, group_of + vector
+    scales, zeros = scales + expert * groups * rows, zeros + expert * groups * rows
+    for begin in range(0, last - first, stretch):
+        end = tl.minimum(begin + stretch, last - first)
+        if FIT:
+            _advance(weight, delta, codes, pull, ahead, factor, inverse, group_of, scales, zeros, good, begin, end,
+                     row, live, rows, columns, top, False, MICRO, DEPTH)  # fmt: skip
+            scale, zero = fit(weight, delta, importance, table, begin, end, row, live, rows, top, middle, tiny, most,
+                               SYM, SEARCH, SCALE, TRIALS, ROWS, CHUNK)  # fmt: skip
+            group = tl.load(group_of + begin)
+            tl.store(scales + group * rows + row, scale, mask=live)
+            tl.store(zeros + group * rows + row, zero, mask=live)
+            tl.debug_barrier()
+        _advance(weight, delta, codes, pull, ahead, factor, inverse, group_of, scales, zeros, good, begin, end, row,
+                 live, rows, columns, top, ROUND, MICRO, DEPTH)  # fmt: skip
+
+
+def quantize_columns(
+    weight: Tensor,
+    factor: Tensor,
+    order: Tensor | None,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sarqc_kernels.columns.quantize_columns` in Triton."""
+    rule = GridRule(bits, sym, search, scale_dtype)
+    steps = Steps(choose(weight.shape[0], weight.shape[1], card_of(weight.device)))
+    with torch.cuda.device_of(weight):
+        return quantize(steps, weight, factor, order, scales, zeros, group_size, rule)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of `panels.py`, launched on the current stream."""
+
+    config: Config
+
+    def pull(self, work: Work, first: int, last: int) -> None:
+        """See `panels.Steps`."""
+        own = self.config
+        grid = (-(-work.rows // own.product_rows), work.experts, -(-(last - first) // own.product_columns))
+        _pull[grid](
+            work.pull, work.delta, work.factor, work.usable, first, last, work.rows, work.columns,
+            work.factor.stride(0), PANEL, own.product_columns, own.product_rows, own.product_depth,
+            num_warps=own.product_warps, num_stages=own.product_stages,
+        )  # fmt: skip
+
+    def columns(self, work: Work, first: int, last: int, action: Action) -> None:
+        """See `panels.Steps`."""
+        own, fits = self.config, action == "fit"
+        kind = _kind(work.rule) if fits else _NO_FIT
+        _columns[(-(-work.rows // own.rows), work.experts)](
+            work.weight, work.delta, work.codes, work.pull, work.ahead, work.factor, work.usable, work.inverse,
+            work.importance, work.group_of, work.scales, work.zeros, _table(work),
+            first, last, work.group_size if fits else last - first, work.rows, work.columns, work.scales.shape[1],
+            work.factor.stride(0), *_limits(work.rule), ROUND=action != "free", FIT=fits, **kind, ROWS=own.rows,
+            PANEL=PANEL, MICRO=MICRO, DEPTH=DEPTH, CHUNK=CHUNK, num_warps=own.warps, **_OPTIONS,
+        )  # fmt: skip
+
+    def fit(self, work: Work, first: int, last: int) -> None:
+        """See `panels.Steps`."""
+        own = self.config
+        fit_wide[(-(-work.rows // own.rows), work.experts)](
+            work.weight, work.delta, work.importance, work.group_of, work.scales, work.zeros, _table(work),
+            first, last, work.rows, work.columns, work.scales.shape[1], *_limits(work.rule), **_kind(work.rule),
+            ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **_OPTIONS,
+        )  # fmt: skip
+
+
+_OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+"""Of the kernels that round. One stage: loads must not be moved ahead of the stores of the columns before them."""
+
+_NO_FIT = {"SYM": True, "SEARCH": False, "SCALE": tl.float32, "TRIALS": TRIALS}
+
+
+def _kind(rule: GridRule) -> dict[str, Any]:
+    return {"SYM": rule.sym, "SEARCH": rule.search, "SCALE": SCALES[rule.scale_dtype], "TRIALS": TRIALS}
+
+
+def _limits(rule: GridRule) -> tuple[float, float, float, float]:
+    kept = torch.finfo(rule.scale_dtype)
+    return float(rule.top), float(rule.middle), kept.tiny, kept.max
+
+
+def _table(work: Work) -> Tensor:
+    return factors_of(work.rule.bits, work.rule.sym, work.weight.device)
+
+
+def aot_jobs() -> Iterator[AotJob]:
+    """Every kernel for every tile that `choose` can return; the panel product for odd K and N too (loads by words)."""
+    for arch in ARCHS:
+        for own in configurations():
+            yield _pull_job(own, arch, odd=False)
+            yield _pull_job(own, arch, odd=True)
+            for action in ("round", "free"):
+                yield _columns_job(action, own, arch, _NO_FIT)
+            for kind in _KINDS:
+                yield _columns_job("fit", own, arch, kind)
+                yield _fit_wide_job(own, arch, kind)
+
+
+_KINDS: tuple[dict[str, Any], ...] = (  # a scale's dtype is one conversion: it need not meet every kind
+    {"SYM": True, "SEARCH": True, "SCALE": tl.float16, "TRIALS": TRIALS},
+    {"SYM": False, "SEARCH": True, "SCALE": tl.bfloat16, "TRIALS": TRIALS},
+    {"SYM": False, "SEARCH": False, "SCALE": tl.float32, "TRIALS": TRIALS},
+)
+
+
+_TYPES = {
+    **dict.fromkeys(("weight", "delta", "pull", "ahead", "factor", "inverse", "importance", "table"), "*fp32"),
+    **dict.fromkeys(("scales", "zeros"), "*fp32"), **dict.fromkeys(("usable", "group_of"), "*i32"), "codes": "*u8",
+    **dict.fromkeys(("first", "last", "stretch", "rows", "columns", "groups"), "i32"), "factor_expert": "i64",
+    **dict.fromkeys(("top", "middle", "tiny", "most"), "fp32"),
+}  # fmt: skip
+
+
+def _job(
+    name: str, kernel: Any, arch: int, constants: dict[str, Any], options: dict[str, Any], odd: bool = False
+) -> AotJob:
+    signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument in _TYPES}
+    loose: tuple[str, ...] = ("last", "stretch", "groups", "top", "middle", "tiny", "most")
+    if odd:
+        loose += ("first", "rows", "columns", "factor_expert")
+    divisible = [argument for argument in signature if argument not in loose]
+    tensor_core = (_TENSOR_CORE[arch],) if kernel is _pull else ()
+    return AotJob(f"columns {name}", kernel, arch, signature, constants, options, divisible, tensor_core)
+
+
+_TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+def _pull_job(own: Config, arch: int, odd: bool) -> AotJob:
+    tile = (own.product_columns, own.product_rows, own.product_depth)
+    constants = dict(zip(("PANEL", "COLUMNS", "ROWS", "DEPTH"), (PANEL, *tile)))
+    options = {"num_warps": own.product_warps, "num_stages": own.product_stages}
+    return _job(f"pull {'x'.join(map(str, tile))}{' odd' * odd}", _pull, arch, constants, options, odd)
+
+
+def _columns_job(action: str, own: Config, arch: int, kind: dict[str, Any]) -> AotJob:
+    constants = {"ROUND": action != "free", "FIT": action == "fit", **kind, "ROWS": own.rows, "PANEL": PANEL,
+                 "MICRO": MICRO, "DEPTH": DEPTH, "CHUNK": CHUNK}  # fmt: skip
+    name = _spelled(action, kind) if action == "fit" else action
+    return _job(f"{name} {own.rows}", _columns, arch, constants, {"num_warps": own.warps, **_OPTIONS})
+
+
+def _fit_wide_job(own: Config, arch: int, kind: dict[str, Any]) -> AotJob:
+    constants = {**kind, "ROWS": own.rows, "CHUNK": CHUNK}
+    name = f"{_spelled('fit wide', kind)} {own.rows}"
+    return _job(name, fit_wide, arch, constants, {"num_warps": own.warps, **_OPTIONS})
+
+
+def _spelled(action: str, kind: dict[str, Any]) -> str:
+    return f"{action} {'sym' if kind['SYM'] else 'asym'}{' search' * kind['SEARCH']} {kind['SCALE']}"
