@@ -21,7 +21,7 @@ import sarqc
 from benchmarks.quality.tokens import first_windows
 from sarqc.job.report import versions
 
-METHODS = ("rtn", "gptq", "rqc-gptq", "sarqc-gptq")
+METHODS = ("rtn", "gptq", "sarqc-gptq")
 
 
 def judge(model: str | Path, text: str) -> float:
