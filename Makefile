@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean aot
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -34,3 +34,7 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output
+
+# make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU, with two versions of triton; read the machine code
+aot: $(READY)
+	$(BIN)/python -m benchmarks.aot --also 3.6.0

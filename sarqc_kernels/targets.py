@@ -1,8 +1,8 @@
 """What a Triton kernel is built for: the card of a call, the interpreter on a CPU, the ahead-of-time compiler.
 
-The three questions that every `triton_impl.py` has, answered once: can Triton take these tensors (`triton_unsupported`),
-which implementation comes first where they lie (`fastest_first`), and what is to be compiled where no card is at hand
-(`AotJob`, made by each `triton_impl.aot_jobs()`). Nothing here imports triton.
+The three questions that every operation has of Triton, answered once: can it take these tensors
+(`triton_unsupported`), which implementation comes first where they lie (`fastest_first`), and what is to be compiled
+where no card is at hand (`AotJob`, made by `aot_jobs()` of a `*_impl.py`). Nothing here imports triton.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from sarqc_kernels.backend import Implementation
 
-__all__ = ["ARCHS", "SHARED_BYTES", "AotJob", "Card", "card_of", "fastest_first", "interpreting", "triton_unsupported"]
+__all__ = [
+    "ARCHS",
+    "SHARED_BYTES",
+    "AotJob",
+    "Card",
+    "card_of",
+    "fastest_first",
+    "interpreting",
+    "on_device",
+    "triton_unsupported",
+]
 
 ARCHS = (80, 90, 100)
 """Compute capabilities (times ten) whose machine code is checked ahead of time."""
@@ -53,6 +64,11 @@ def interpreting() -> bool:
 def card_of(device: torch.device) -> Card:
     """The card behind a device; asks the driver once and never waits for the device."""
     return _cuda_card(device.index or 0) if device.type == "cuda" and not interpreting() else INTERPRETED
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """While it lasts, launches go to the card that holds `tensor`; Triton by itself launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 @functools.cache

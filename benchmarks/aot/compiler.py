@@ -42,7 +42,8 @@ def build(job: AotJob) -> Built:
     try:
         kernel = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
     except Exception as error:  # noqa: BLE001  (whatever a compiler raises is what the table has to say)
-        reason = f"does not compile: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        message = str(error.__cause__ or error).strip().splitlines() or ["no message"]
+        reason = f"does not compile: {type(error).__name__}: {message[-1]}"
         return Built(job.name, f"sm_{job.arch}", warps, 0, 0, 0, {}, (reason,))
     code = sass.read(kernel.asm["cubin"], TOOLS)
     shared = int(kernel.metadata.shared)

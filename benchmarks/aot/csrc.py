@@ -10,6 +10,8 @@ from pathlib import Path
 
 from benchmarks.aot import sass
 from benchmarks.aot.compiler import TOOLS, Built
+from sarqc_kernels import build
+from sarqc_kernels.errors import BackendError
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CARDS = ("80", "90a", "100")
@@ -18,8 +20,9 @@ FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v")
 
 def nvcc() -> tuple[str, str] | None:
     """The compiler and its version; None where there is none."""
-    path = shutil.which("nvcc")
-    if path is None:
+    try:
+        path = build.nvcc()
+    except BackendError:
         return None
     printed = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout
     found = re.search(r"release [\d.]+, V([\d.]+)", printed)
@@ -31,7 +34,7 @@ def works() -> list[tuple[Path, str]]:
     return [(source, card) for source in sorted(CSRC.glob("*.cu")) for card in CARDS]
 
 
-def build(compiler: str, source: Path, card: str) -> list[Built]:
+def compile_file(compiler: str, source: Path, card: str) -> list[Built]:
     """Compile one file for one card: a line for each kernel in it, or one that says why it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -2,11 +2,14 @@
 
 Everything the method needs to know of the inputs is additive: the Gram, the number of rows, the sum of |x| per input.
 So calibration streams: one call per batch of activations, no division until the sums are read. The Gram is symmetric
-and only its lower triangle is kept up to date (half the work); `symmetrize_` mirrors it once, when somebody reads it.
+and only its lower triangle is kept up to date (half the work); `symmetrize_` mirrors it once, when somebody reads it,
+and `gram_finalize` makes of the sums the regularised matrix that is factored, on the device and in one pass.
 A dense layer is one expert that sees every row.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +18,62 @@ from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device, check_tensor
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.gram import reference
+from sarqc_kernels.targets import fastest_first, triton_unsupported
 
-__all__ = ["gram_accumulate_", "symmetrize_"]
+__all__ = ["gram_accumulate_", "gram_finalize", "symmetrize_"]
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_IMPLEMENTATIONS = (Implementation("reference", takes_all, reference.gram_accumulate_),)
+LARGEST_ADDRESS = 1 << 31  # rows, and elements from one end of a tile to the other, that a 32-bit number can count
+
+
+def _accumulate_unsupported(
+    gram: Tensor, rows: Tensor, abs_sum: Tensor, x: Tensor, offsets: Tensor | None
+) -> str | None:
+    """Why the Triton kernel cannot take the call; None where it can."""
+    if reason := triton_unsupported(x):
+        return reason
+    if not (gram.is_contiguous() and rows.is_contiguous() and abs_sum.is_contiguous()):
+        return "gram, rows or abs_sum is not contiguous"
+    if offsets is not None and not offsets.is_contiguous():
+        return "offsets is not contiguous"
+    if not x.shape[1]:
+        return "x has no inputs"
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        return f"x has a stride of {x.stride(1)} between the inputs of a row, which have to lie side by side"
+    if max(x.shape[0], 64 * x.stride(0), 256 * x.shape[1]) >= LARGEST_ADDRESS:
+        return f"x {list(x.shape)} with a row stride of {x.stride(0)} is beyond 32-bit indices of rows and tiles"
+    return None
+
+
+def _finalize_unsupported(gram: Tensor, *others: Tensor | float) -> str | None:
+    """Why the Triton kernels cannot take the call; None where they can."""
+    if reason := triton_unsupported(gram):
+        return reason
+    tensors = [gram, *(other for other in others if isinstance(other, Tensor))]
+    return None if all(tensor.is_contiguous() for tensor in tensors) else "an argument is not contiguous"
+
+
+def _triton_accumulate(*args: Any) -> None:
+    from sarqc_kernels.gram import triton_impl
+
+    triton_impl.gram_accumulate_(*args)
+
+
+def _triton_finalize(*args: Any) -> Tensor:
+    from sarqc_kernels.gram import finalize_impl
+
+    return finalize_impl.gram_finalize(*args)
+
+
+_ACCUMULATE = (
+    Implementation("triton", _accumulate_unsupported, _triton_accumulate),
+    Implementation("reference", takes_all, reference.gram_accumulate_),
+)
+_FINALIZE = (
+    Implementation("triton", _finalize_unsupported, _triton_finalize),
+    Implementation("reference", takes_all, reference.gram_finalize),
+)
 
 
 def gram_accumulate_(
@@ -52,13 +105,34 @@ def symmetrize_(gram: Tensor) -> Tensor:
     return reference.symmetrize_(gram)
 
 
+def gram_finalize(
+    gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float, *, backend: str | None = None
+) -> Tensor:
+    """The matrix that is factored: H + diag(strength_e * salience_e) + damp * mean(diag H_e) I with H = gram / rows.
+
+    gram: fp32 [E, K, K], its lower triangle, as `gram_accumulate_` leaves it. rows: int64 [E]; no row counts as one.
+    salience: fp32 [E, K]. strength: fp32 [E]. damp: relative to the mean of H's diagonal, which counts as 1 where it
+    is not above zero. Returns fp32 [E, K, K] in memory of its own, exactly symmetric. Nothing waits for the device.
+    Raises ArgumentError for other shapes, dtypes or devices.
+    """
+    if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or gram.dtype != torch.float32:
+        raise ArgumentError(f"gram is {gram.dtype} {list(gram.shape)}: pass torch.float32 [experts, inputs, inputs]")
+    experts, inputs = gram.shape[:2]
+    check_tensor("rows", rows, (experts,), torch.int64)
+    check_tensor("salience", salience, (experts, inputs), torch.float32)
+    check_tensor("strength", strength, (experts,), torch.float32)
+    check_same_device(gram=gram, rows=rows, salience=salience, strength=strength)
+    out: Tensor = _gram_finalize(gram, rows, salience, strength, damp, backend)
+    return out
+
+
 @torch.library.custom_op("sarqc::gram_accumulate_", mutates_args=("gram", "rows", "abs_sum"))
 def _gram_accumulate_(
     gram: Tensor, rows: Tensor, abs_sum: Tensor, x: Tensor, offsets: Tensor | None, backend: str | None = None
 ) -> None:
     check_cut(offsets, x.shape[0])
     args = (gram, rows, abs_sum, x, offsets)
-    pick("gram_accumulate_", _IMPLEMENTATIONS, args, backend).run(*args)
+    pick("gram_accumulate_", fastest_first(_ACCUMULATE, x), args, backend).run(*args)
 
 
 @_gram_accumulate_.register_fake
@@ -66,3 +140,19 @@ def _(
     gram: Tensor, rows: Tensor, abs_sum: Tensor, x: Tensor, offsets: Tensor | None, backend: str | None = None
 ) -> None:
     return None
+
+
+@torch.library.custom_op("sarqc::gram_finalize", mutates_args=())
+def _gram_finalize(
+    gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float, backend: str | None = None
+) -> Tensor:
+    args = (gram, rows, salience, strength, damp)
+    out: Tensor = pick("gram_finalize", fastest_first(_FINALIZE, gram), args, backend).run(*args)
+    return out
+
+
+@_gram_finalize.register_fake
+def _(
+    gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float, backend: str | None = None
+) -> Tensor:
+    return torch.empty_like(gram, memory_format=torch.contiguous_format)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
-__all__ = ["gram_accumulate_", "symmetrize_"]
+__all__ = ["gram_accumulate_", "gram_finalize", "symmetrize_"]
 
 BLOCKS = 4  # block rows of a Gram: with 4 of them 5/8 of the full product is computed
 LEAST_BLOCK = 128  # columns; smaller GEMMs lose more than the triangle saves
@@ -49,3 +50,12 @@ def symmetrize_(gram: Tensor) -> Tensor:
         corner.copy_(corner.tril() + corner.tril(-1).mT)
         gram[..., first:last, last:] = gram[..., last:, first:last].mT
     return gram
+
+
+def gram_finalize(gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float) -> Tensor:
+    """Reference of `sarqc_kernels.gram.gram_finalize`."""
+    out = symmetrize_(gram / rows.clamp(min=1)[:, None, None])
+    diagonal = out.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    diagonal += strength[:, None] * salience + damp * torch.where(mean > 0, mean, torch.ones_like(mean))
+    return out

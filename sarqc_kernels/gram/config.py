@@ -1,0 +1,102 @@
+"""Which tiles the Gram kernel uses: a pure function of shape, dtype and card. Nothing is tried out at run time.
+
+A tile of the Gram is M x N inputs; the rows of x pass through it DEPTH at a time. Per element of x that a tile reads,
+N (or M) products are made, so wide tiles ask less of the L2 cache: 128 x 128 needs a byte for 64 flops, 128 x 256 a
+byte for 85. The wide one has half as many tiles, which only a large Gram can spare.
+
+Where the tiles do not fill the card evenly, the rows are cut into `splits` stretches with partial sums of their own,
+added up in order by a second kernel: that costs their memory written and read once, and is deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sarqc_kernels.targets import ARCHS, Card
+
+__all__ = ["FLUSH", "Plan", "Tile", "choose", "configurations"]
+
+FLUSH = 4096
+"""Most rows summed in registers before the sum goes to memory: bounds what truncating adders of a tensor core lose."""
+
+ROOMY = (80, 87, 90, 100, 103)  # cards on which a program can have 160 KiB of shared memory; others have 99
+WIDE_FROM = 8192  # inputs; from here 128 x 256 tiles are many enough to fill any card evenly
+MOST_SPLITS = 16
+LEAST_ROWS = 512  # in a split; below, starting up and partial sums cost more than they gain
+PARTIAL_ROWS = 256  # rows that a tile could have read in the time in which a partial sum is written and read back
+MOST_WORKSPACE = 1 << 28  # bytes of partial sums
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What is compiled. m x n: inputs; depth: rows at a time; descriptors: x is read by bulk copies (sm_90 on)."""
+
+    m: int
+    n: int
+    depth: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+    def units(self, inputs: int) -> int:
+        """Tiles that touch the lower triangle of a Gram of `inputs`: row i of tiles has i // (n / m) + 1 of them."""
+        ratio = self.n // self.m
+        groups, rest = divmod(-(-inputs // self.m), ratio)
+        return ratio * groups * (groups + 1) // 2 + rest * (groups + 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs. splits: stretches that the rows are cut into. programs: of the launch."""
+
+    tile: Tile
+    splits: int
+    programs: int
+
+
+def choose(experts: int, tokens: int, inputs: int, dtype: torch.dtype, card: Card, even: bool) -> Plan:
+    """The plan of a call. even: inputs, row stride and address of x are multiples of 16, so that copies can be wide."""
+    tile = _tile(inputs, dtype, card.arch, even)
+    units = experts * tile.units(inputs)
+    splits = _splits(units, tokens // max(1, experts), 4 * tile.m * tile.n, card.multiprocessors)
+    items = units * splits
+    # Experts get very different numbers of rows: a program for each tile lets the hardware balance them. The equal
+    # tiles of a single Gram stay with one program on each multiprocessor.
+    return Plan(tile, splits, items if experts > 1 else min(items, card.multiprocessors))
+
+
+def configurations() -> Iterator[tuple[int, torch.dtype, bool, Tile]]:
+    """Every (arch, dtype, even, tile) that `choose` can return for the cards that are checked ahead of time."""
+    for arch in ARCHS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for even in (True, False):
+                tiles = dict.fromkeys(_tile(inputs, dtype, arch, even) for inputs in (1, WIDE_FROM))
+                yield from ((arch, dtype, even, tile) for tile in tiles)
+
+
+def _tile(inputs: int, dtype: torch.dtype, arch: int, even: bool) -> Tile:
+    if not even:  # element by element, whatever the card: small, so that the addresses fit into registers
+        return Tile(64, 64, 16, warps=8 if dtype == torch.float32 and arch < 90 else 4, stages=2)
+    roomy = arch in ROOMY  # shared memory of a server's card
+    if dtype == torch.float32:
+        if arch < 90:
+            return Tile(64, 64, 32, warps=4, stages=3)
+        return Tile(128, 128, 32, warps=8, stages=3 if roomy else 2, descriptors=True)
+    if arch < 90:
+        return Tile(128, 128, 64 if roomy else 32, warps=8, stages=4)
+    wide = roomy and inputs >= WIDE_FROM
+    return Tile(128, 256 if wide else 128, 64 if roomy else 32, warps=8, stages=4, descriptors=True)
+
+
+def _splits(units: int, rows: int, tile_bytes: int, processors: int) -> int:
+    """The number of splits with the least time of the longest program, in rows that a tile reads."""
+
+    def cost(splits: int) -> float:
+        waves = -(-units * splits // processors)
+        return waves * (rows / splits + (PARTIAL_ROWS if splits > 1 else 0))
+
+    most = min(MOST_SPLITS, rows // LEAST_ROWS, MOST_WORKSPACE // max(1, units * tile_bytes))
+    return min(range(1, max(1, most) + 1), key=cost)
