@@ -1,9 +1,9 @@
 """Which implementation of an operation runs, and why.
 
-An operation lists its implementations, fastest first: cuda, triton, reference. Each can say why it cannot take a call.
-`pick` returns the first that can; `explain` returns every verdict. A caller (`backend=`) or the environment variable
-SARQC_BACKEND, read at every call, may name one: then that one runs or `BackendError` says why it cannot. Nothing falls
-back in silence.
+An operation lists its implementations, fastest first: cuda, triton, cpu, reference. Each can say why it cannot take a
+call. `pick` returns the first that can; `explain` returns every verdict. A caller (`backend=`) or the environment
+variable SARQC_BACKEND, read at every call, may name one: then that one runs or `BackendError` says why it cannot.
+Nothing falls back in silence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sarqc_kernels.errors import ArgumentError, BackendError
 
 __all__ = ["BACKENDS", "ENVIRONMENT", "Implementation", "explain", "pick", "takes_all"]
 
-BACKENDS = ("cuda", "triton", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT = "SARQC_BACKEND"
 
 

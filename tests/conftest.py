@@ -13,6 +13,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Without a GPU, Triton kernels are held by its interpreter, which has to be asked for before anything imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:

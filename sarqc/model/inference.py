@@ -18,39 +18,53 @@ from sarqc.model import experts
 from sarqc.model.names import Piece
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
-from sarqc_kernels.packing import pack
-from sarqc_kernels.w4a16 import w4a16_matmul
+from sarqc_kernels.w4a16 import PreparedWeight, prepare, w4a16_matmul
 
 
 class PackedWeight(nn.Module):
-    """Matrices of E experts as words, scales and zeros: what the kernel takes.
+    """Matrices of E experts in the layout that the kernel of this device reads (`sarqc_kernels.w4a16.layout`).
 
-    qweight: int32 [E, N, ceil(K * bits / 32)]. scales: [E, N, G]. zeros: uint8 [E, N, G], None where symmetric.
+    weight: what the codes are. dtype: of the activations to come, which the choice of a layout depends on.
     """
 
-    qweight: Tensor
+    words: Tensor
     scales: Tensor
     zeros: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, weight: QuantizedWeight, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.bits = weight.bits
-        self.out_features, self.in_features = weight.codes.shape[1:]
-        self.register_buffer("qweight", pack(weight.codes, weight.bits).to(device), persistent=False)
-        self.register_buffer("scales", weight.scales.to(device), persistent=False)
-        self.register_buffer("zeros", None if weight.sym else weight.zeros.to(device), persistent=False)
+        zeros = None if weight.sym else weight.zeros
+        prepared = prepare(weight.codes, weight.scales, zeros, bits=weight.bits, dtype=dtype, device=device)
+        for name in ("words", "scales", "zeros"):
+            self.register_buffer(name, getattr(prepared, name), persistent=False)
+        self.layout, self.bits = prepared.layout, prepared.bits
+        self.out_features, self.in_features, self.group_size = prepared[-3:]
+
+    def prepared(self) -> PreparedWeight:
+        """The weight as the kernel takes it; `sarqc_kernels.w4a16.restore` makes codes of it again."""
+        return PreparedWeight(
+            self.words, self.scales, self.zeros,
+            self.layout, self.bits, self.out_features, self.in_features, self.group_size,
+        )  # fmt: skip
 
     def matmul(self, x: Tensor, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
         """x [T, K], sorted by expert where there are offsets [E + 1] -> [T, N]."""
-        out: Tensor = w4a16_matmul(x, self.qweight, self.scales, self.zeros, offsets, bias, bits=self.bits)
-        return out
+        return w4a16_matmul(x, self.prepared(), offsets, bias)
 
 
 class QuantLinear(PackedWeight):
     """A Linear whose weight is packed; `bias` is a parameter as before."""
 
-    def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, device: torch.device | str = "cpu") -> None:
-        super().__init__(weight, device)
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: nn.Parameter | None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight, device, dtype)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,12 +98,14 @@ def build(
     skeleton.load_outer(source, device, dtype, head=True)
     for index in range(len(skeleton.blocks)):
         if packed:
-            _pack_block(skeleton, index, source, device)
+            _pack_block(skeleton, index, source, device, dtype or skeleton.dtype)
         skeleton.load_block(index, source, device, dtype)
     return skeleton.model
 
 
-def _pack_block(skeleton: Skeleton, index: int, source: TensorSource, device: torch.device | str) -> None:
+def _pack_block(
+    skeleton: Skeleton, index: int, source: TensorSource, device: torch.device | str, dtype: torch.dtype
+) -> None:
     """Put packed modules where the source has codes; what is left dense is loaded afterwards."""
     start = f"{skeleton.prefix}.{index}"
     for path, module in list(skeleton.blocks[index].named_modules()):
@@ -98,13 +114,13 @@ def _pack_block(skeleton: Skeleton, index: int, source: TensorSource, device: to
             weight = _codes(skeleton.pieces.get(f"{name}.weight", ()), source)
             if weight is not None:
                 parent, _, leaf = name.rpartition(".")
-                setattr(skeleton.model.get_submodule(parent), leaf, QuantLinear(weight, module.bias, device))
+                setattr(skeleton.model.get_submodule(parent), leaf, QuantLinear(weight, module.bias, device, dtype))
         elif experts.is_experts(module):
             for projection in experts.projections(module):
                 weight = _codes(skeleton.pieces[f"{name}.{projection}"], source)
                 if weight is not None:
                     delattr(module, projection)
-                    setattr(module, projection, QuantExperts(weight, device))
+                    setattr(module, projection, QuantExperts(weight, device, dtype))
 
 
 def _codes(pieces: Sequence[Piece], source: TensorSource) -> QuantizedWeight | None:

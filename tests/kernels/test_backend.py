@@ -52,7 +52,7 @@ def test_a_forced_backend_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_names_are_argument_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArgumentError, match="backend = 'fast' is not known: use one of cuda, triton, reference"):
+    with pytest.raises(ArgumentError, match="backend = 'fast' is not known: use one of cuda, triton, cpu, reference"):
         pick("op", TABLE, (2,), "fast")
     monkeypatch.setenv(ENVIRONMENT, "fast")
     with pytest.raises(ArgumentError, match=ENVIRONMENT):
@@ -66,7 +66,8 @@ def test_nobody_can() -> None:
 
 def test_explain_names_every_backend() -> None:
     assert explain("op", TABLE, (3,)) == [
-        ("cuda", "op is not implemented there"), ("triton", "3 is odd"), ("reference", None)
+        ("cuda", "op is not implemented there"), ("triton", "3 is odd"), ("cpu", "op is not implemented there"),
+        ("reference", None),
     ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from sarqc.model.inference import QuantExperts, QuantLinear, build
 from sarqc.model.source import StateDictSource
 from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec
+from sarqc_kernels.w4a16 import restore
 
 QUANT = QuantSpec(bits=4, group_size=32)
 
@@ -52,6 +53,44 @@ def test_other_widths_and_asymmetric_grids(tiny, rounded, bits):
     dense, packed = (build(case.skeleton(source), source, packed=packed) for packed in (False, True))
     assert any(isinstance(m, QuantExperts) and m.zeros is not None and m.bits == bits for m in packed.modules())
     torch.testing.assert_close(logits(packed, case.tokens), logits(dense, case.tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_on_a_cpu_takes_torchs_int4_product(tiny, rounded):
+    case = tiny("llama", torch.bfloat16)
+    source = rounded(case, QUANT)
+    dense, packed = (build(case.skeleton(source), source, packed=packed) for packed in (False, True))
+    layouts = {module.layout for module in packed.modules() if isinstance(module, QuantLinear)}
+    assert layouts == {"int4pack"}
+    exact = logits(build(case.skeleton(source), source, dtype=torch.float32), case.tokens)
+    off = (logits(packed, case.tokens).float() - exact).norm()
+    assert off < 1.25 * (logits(dense, case.tokens).float() - exact).norm()  # weights are not even rounded to bf16
+
+
+def test_packed_weights_are_small_and_give_their_codes_back(tiny, rounded):
+    case = tiny("mixtral", torch.bfloat16)
+    source = rounded(case, QUANT)
+    packed = build(case.skeleton(source), source, packed=True)
+    found = [module for module in packed.modules() if isinstance(module, (QuantLinear, QuantExperts))]
+    for module in found:
+        stored = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+        assert stored <= (0.5 + 4 / 32) * module.words.shape[0] * (
+            -(-module.out_features // 64) * 64 * module.in_features
+        )
+    name = "model.layers.0.self_attn.q_proj"
+    codes, scales, zeros = restore(packed.get_submodule(name).prepared())
+    want = source.quantized(name)
+    assert torch.equal(codes, want.codes) and torch.equal(scales, want.scales) and zeros is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiles_into_one_graph(tiny, rounded, dtype):
+    case = tiny("qwen2", dtype)
+    source = rounded(case, QUANT)
+    linear = build(case.skeleton(source), source, packed=True).model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 3, linear.in_features, dtype=dtype)
+    with torch.no_grad():
+        compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), linear(x))
 
 
 def test_biases_are_added(tiny, rounded):

@@ -1,0 +1,111 @@
+"""Which kernel, which tile, how many splits: pure functions of the shape and the card. Nothing is tuned at run time.
+
+The rules follow from counting, none from a timing; no GPU has run them yet.
+
+* gemv, one or two tokens: no tensor core, one fp32 multiply-add for each weight and token beside three instructions
+  that unpack it. At 4 tokens those seven instructions a weight would take longer than reading it.
+* dot: weights are the first operand of the tensor core, 128 rows a tile, so a tile pads tokens to 16, not to 64.
+  With 16 tokens a stage holds 8 KiB of words and 4 KiB of activations: four stages and two programs on a processor
+  keep about 70 KiB in flight there, more than bandwidth times latency asks for (4.3 TB/s x 0.8 us / 132 = 26 KiB).
+* splits: where tiles of rows are fewer than processors, inputs are cut so that programs reach about the number of
+  processors, with at least four bricks (512 inputs) each; partial sums are fp32, added in order by a second kernel.
+* expand, dense, from 2048 tokens on: writing and reading N K 16-bit weights once costs 1/T of the product's own
+  traffic and cuBLAS does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sarqc_kernels.targets import Card
+from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, TILE_ROWS
+
+__all__ = ["EXPAND", "Plan", "choose", "configurations", "dot", "gemv", "groups_per_brick", "takes_group"]
+
+GEMV_TOKENS = 2
+GROUPED_GEMV_ROWS = 8  # of all experts together: each row reads its own expert, so there is nothing to share
+GEMV_ROWS = 16  # of a tile
+DOT_TOKENS = (16, 32, 64, 128)
+EXPAND_TOKENS = 2048
+LEAST_BRICKS = 4  # of a split
+MOST_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is computed.
+
+    kernel: "gemv", "dot" or "expand". tokens, rows: of a tile. splits: stretches of inputs summed apart. warps, stages:
+    of a program.
+    """
+
+    kernel: str
+    tokens: int
+    rows: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def takes_group(group_size: int, inputs: int) -> bool:
+    """Whether a brick holds whole groups or lies within one: 16, 32, 64, multiples of 128, or one group a row."""
+    return group_size == inputs or group_size % BRICK_COLUMNS == 0 or group_size in (16, 32, 64)
+
+
+def groups_per_brick(group_size: int, inputs: int) -> int:
+    """Scales that a row of a brick meets."""
+    return 1 if group_size == inputs else max(1, BRICK_COLUMNS // group_size)
+
+
+def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card) -> Plan:
+    """The plan for x [tokens, inputs] times a weight [experts, outputs, inputs]; experts = 0: dense."""
+    bricks = -(-inputs // BRICK_COLUMNS)
+    if experts == 0 and tokens >= EXPAND_TOKENS:
+        return EXPAND
+    if tokens <= (GROUPED_GEMV_ROWS if experts else GEMV_TOKENS):
+        programs = -(-outputs // GEMV_ROWS) * (tokens if experts else 1)
+        return gemv(1 if experts else tokens, _splits(programs, bricks, 4 * card.multiprocessors))
+    share = -(-tokens // max(1, experts))  # of an expert, were they all alike
+    most = most_tokens(groups_per_brick(group_size, inputs), card)
+    plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card)
+    programs = -(-outputs // plan.rows) * (-(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0))
+    splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= 64 else 1
+    return replace(plan, splits=splits)
+
+
+EXPAND = Plan("expand", 0, 64, 1, 4, 1)
+
+
+def gemv(tokens: int, splits: int) -> Plan:
+    """The gemv plan for one or two tokens."""
+    return Plan("gemv", tokens, GEMV_ROWS, splits, 4, 3)
+
+
+def dot(tokens: int, splits: int, card: Card) -> Plan:
+    """The dot plan for a tile of so many tokens.
+
+    Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a tile. On sm_100
+    they live in tensor memory, of which Triton gives each of the eight dots a part of its own: 512 columns hold eight
+    times 32 tokens of 128 rows, or eight times 64 of 64 rows.
+    """
+    if card.arch < 100:
+        return Plan("dot", tokens, TILE_ROWS, splits, *((4, 4) if tokens < 64 else (8, 3)))
+    return Plan("dot", tokens, TILE_ROWS if tokens < 64 else BRICK_ROWS, splits, 4, 4 if tokens < 64 else 3)
+
+
+def most_tokens(groups: int, card: Card) -> int:
+    """Tokens of the largest dot tile that does not spill with so many groups to a brick (seen ahead of time)."""
+    return 128 if groups <= 2 and card.arch < 100 else 64
+
+
+def _splits(programs: int, bricks: int, wanted: int) -> int:
+    return max(1, min(wanted // programs, bricks // LEAST_BRICKS, MOST_SPLITS))
+
+
+def configurations(card: Card) -> list[tuple[Plan, int]]:
+    """(plan, groups to a brick): every tile that `choose` can return, with splits and without."""
+    every = [(gemv(tokens, splits), groups) for tokens, splits, groups in ((1, 1, 1), (1, 2, 2), (2, 1, 4), (2, 2, 8))]
+    for tokens in DOT_TOKENS:
+        fitting = [groups for groups in (1, 2, 4, 8) if tokens <= most_tokens(groups, card)]
+        every += [(dot(tokens, 2 if tokens <= 32 else 1, card), groups) for groups in fitting]
+    return [*every, (EXPAND, 1), (EXPAND, 4)]

@@ -1,0 +1,202 @@
+"""How a quantized weight lies in memory while a model runs: chosen once, when it is loaded, and never lossy.
+
+    stream    words int32 [E, N, ceil(K b / 32)]       any width; the checkpoint's form, what the reference reads
+    int4pack  words uint8 [E, N', K / 2]               4 bits on a CPU; the order of torch's int4 product
+    bricks    words int32 [E, N'/64, K'/128, 64, 16]   4 bits on a GPU; what the Triton kernels read
+
+N' and K' are N and K padded with code 0 of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
+weight plus its grid, and `restore` gives back the very codes, scales and zeros that went in: one offline layout serves
+every number of tokens, and an export needs no second copy.
+
+A brick is 64 rows by 128 inputs, 4 KiB in one piece. Word p of a row of a brick holds in nibble i (lowest first) the
+code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep as one
+tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code ever moves to
+another thread. Scales and zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read together.
+
+torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
+its low nibble and row j + B/2 in its high one. `int4pack_block` asks torch once which it is, and believes nothing else.
+Its grid is bf16 [E, G, N', 2], (scale, (8 - zero) * scale): the product computes (code - 8) * scale + offset.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sarqc_kernels.checks import check_bits, check_grid, check_tensor
+from sarqc_kernels.errors import ArgumentError
+from sarqc_kernels.packing import pack, unpack
+
+__all__ = [
+    "BRICKS",
+    "BRICK_COLUMNS",
+    "BRICK_ROWS",
+    "INT4PACK",
+    "LAYOUTS",
+    "STREAM",
+    "TILE_ROWS",
+    "PreparedWeight",
+    "codes_of",
+    "grid_of",
+    "int4pack_block",
+    "prepare",
+    "restore",
+]
+
+STREAM, INT4PACK, BRICKS = "stream", "int4pack", "bricks"
+LAYOUTS = (STREAM, INT4PACK, BRICKS)
+
+BRICK_ROWS, BRICK_COLUMNS = 64, 128
+WORDS = BRICK_COLUMNS // 8  # of one row of a brick
+TILE_ROWS = 128  # bricks come in pairs: rows of a tile of the Triton kernels
+INT4PACK_ROWS = 64  # rows are padded to whole blocks, so that every block has the same order
+INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's product takes
+
+
+class PreparedWeight(NamedTuple):
+    """A quantized weight [E, N, K] in one of `LAYOUTS`, ready for `w4a16_matmul`.
+
+    words, scales and zeros are as the layout says (zeros None: symmetric). layout: its name. bits: of a code.
+    outputs: N, not padded. inputs: K, not padded. group_size: inputs that share a scale.
+    """
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    layout: str
+    bits: int
+    outputs: int
+    inputs: int
+    group_size: int
+
+
+def prepare(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: str | None = None,
+) -> PreparedWeight:
+    """Lay a weight out for the device that will multiply with it.
+
+    codes: uint8 [E, N, K], below 2^bits. scales: floating [E, N, G], G dividing K. zeros: uint8 [E, N, G] or None
+    (2^(bits-1)). dtype: of the activations to come. device: where the result lies. layout: a name from `LAYOUTS`, or
+    None for the fastest that can hold this weight. Raises ArgumentError for what does not fit.
+    """
+    check_bits(bits)
+    if codes.dim() != 3 or 0 in codes.shape:
+        raise ArgumentError(f"codes is {codes.dtype} {list(codes.shape)}: pass uint8 [experts, outputs, inputs]")
+    check_tensor("codes", codes, tuple(codes.shape), torch.uint8)
+    shape = (codes.shape[0], codes.shape[1], codes.shape[2])
+    check_grid(shape, scales, zeros)
+    wanted = layout or _fastest(bits, scales, shape[2], dtype, torch.device(device))
+    if wanted not in LAYOUTS:
+        raise ArgumentError(f"layout = {wanted!r} is not known: use one of {', '.join(LAYOUTS)}, or None")
+    if wanted == STREAM:
+        parts = (pack(codes, bits), scales, zeros)
+    else:
+        if bits != 4:
+            raise ArgumentError(f"layout = {wanted!r} holds 4 bits, not {bits}: use {STREAM!r}")
+        parts = (_to_int4pack if wanted == INT4PACK else _to_bricks)(codes, scales, zeros)
+    words, grid, offset = (None if part is None else part.to(device) for part in parts)
+    assert words is not None and grid is not None
+    return PreparedWeight(words, grid, offset, wanted, bits, shape[1], shape[2], shape[2] // scales.shape[2])
+
+
+def restore(weight: PreparedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """codes uint8 [E, N, K], scales [E, N, G] and zeros uint8 [E, N, G] or None: exactly what was prepared."""
+    every = [codes_of(weight, expert, slice(0, weight.outputs)) for expert in range(weight.words.shape[0])]
+    return torch.stack(every), *grid_of(weight)
+
+
+def codes_of(weight: PreparedWeight, expert: int, rows: slice) -> Tensor:
+    """uint8 [rows, K], the codes of some rows of one expert; no more than these and their blocks are unpacked."""
+    words = weight.words[expert]
+    if weight.layout == STREAM:
+        return unpack(words[rows], weight.bits, weight.inputs)
+    block = BRICK_ROWS if weight.layout == BRICKS else INT4PACK_ROWS
+    first, last = rows.start // block, -(-rows.stop // block)
+    if weight.layout == BRICKS:
+        nibbles = torch.stack([(words[first:last] >> 4 * i) & 15 for i in range(8)], -2)  # [blocks, tiles, 64, 8, 16]
+        codes = nibbles.to(torch.uint8).permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+    else:
+        half = _known_block() // 2
+        stretch = words[first * block : last * block].reshape(-1, weight.inputs, half)
+        codes = torch.stack([stretch & 15, stretch >> 4], 1).transpose(-1, -2).flatten(0, 2)
+    return codes[rows.start - first * block : rows.stop - first * block, : weight.inputs]
+
+
+def grid_of(weight: PreparedWeight) -> tuple[Tensor, Tensor | None]:
+    """scales [E, N, G] and zeros uint8 [E, N, G] or None, as they were prepared."""
+    scales, zeros, count = weight.scales, weight.zeros, weight.inputs // weight.group_size
+    if weight.layout == INT4PACK:
+        scales = scales[..., 0].mT[:, : weight.outputs]
+    elif weight.layout == BRICKS:
+        scales = scales.mT[:, : weight.outputs, :count]
+        zeros = None if zeros is None else zeros.mT[:, : weight.outputs, :count]
+    return scales, zeros
+
+
+@functools.cache
+def int4pack_block() -> int | None:
+    """Rows that torch's int4 order interleaves on this CPU: 64, 32, or None where it is an order not known here."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (2 * INT4PACK_ROWS, 32), generator=generator, dtype=torch.uint8)
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1).flatten()
+    return next((block for block in (64, 32) if torch.equal(_interleave(codes, block).flatten(), theirs)), None)
+
+
+def _fastest(bits: int, scales: Tensor, inputs: int, dtype: torch.dtype, device: torch.device) -> str:
+    if bits == 4 and device.type == "cuda":
+        return BRICKS
+    fits = bits == 4 and inputs // scales.shape[2] in INT4PACK_GROUPS and dtype == torch.bfloat16
+    return INT4PACK if fits and device.type == "cpu" and scales.dtype == torch.bfloat16 and int4pack_block() else STREAM
+
+
+def _to_int4pack(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    if scales.dtype != torch.bfloat16 or codes.shape[2] // scales.shape[2] not in INT4PACK_GROUPS:
+        raise ArgumentError(
+            f"scales is {scales.dtype} {list(scales.shape)} for {codes.shape[2]} inputs: layout {INT4PACK!r} takes "
+            f"torch.bfloat16 and groups of {', '.join(map(str, INT4PACK_GROUPS))}; use {STREAM!r}"
+        )
+    if int(codes.max()) > 15:
+        raise ArgumentError(f"codes holds {int(codes.max())}: 4 bits take 0 to 15")
+    rows = -codes.shape[1] % INT4PACK_ROWS
+    words = _interleave(pad(codes, (0, 0, 0, rows)), _known_block())
+    offset = torch.zeros_like(scales) if zeros is None else ((8.0 - zeros.float()) * scales.float()).bfloat16()
+    grid = pad(torch.stack([scales, offset], -1), (0, 0, 0, 0, 0, rows))
+    return words, grid.transpose(1, 2).contiguous(), zeros
+
+
+def _interleave(codes: Tensor, block: int) -> Tensor:
+    """uint8 [..., N, K] -> uint8 [..., N, K / 2] in the order of torch's int4 product; N is whole blocks."""
+    halves = codes.unflatten(-2, (-1, 2, block // 2))  # [..., blocks, 2, block / 2, K]
+    octets = halves.select(-3, 0) | (halves.select(-3, 1) << 4)
+    words: Tensor = octets.mT.contiguous().view(*codes.shape[:-1], codes.shape[-1] // 2)
+    return words
+
+
+def _known_block() -> int:
+    block = int4pack_block()
+    if block is None:
+        raise ArgumentError(f"layout = {INT4PACK!r}: torch packs int4 in an unknown order on this CPU; use {STREAM!r}")
+    return block
+
+
+def _to_bricks(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    group = codes.shape[2] // scales.shape[2]
+    rows, columns = -codes.shape[1] % TILE_ROWS, -codes.shape[2] % BRICK_COLUMNS
+    codes = pad(codes, (0, columns, 0, rows))
+    nibbles = codes.unflatten(2, (-1, 8, WORDS)).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
+    words = pack(nibbles.mT.contiguous(), 4).squeeze(-1)  # [E, blocks, tiles, 64, 16, 8] -> one word for each eight
+    groups = max(scales.shape[2], -(-codes.shape[2] // group))
+    edge = (0, groups - scales.shape[2], 0, rows)
+    grid = pad(scales, edge).mT.contiguous()
+    return words, grid, None if zeros is None else pad(zeros, edge).mT.contiguous()

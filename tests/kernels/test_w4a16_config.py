@@ -1,0 +1,96 @@
+"""Plans are pure, cover every token count, use only tiles that are compiled ahead of time, and all tiles agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sarqc_kernels import w4a16_matmul
+from sarqc_kernels.targets import ARCHS, Card
+from sarqc_kernels.testing import dequantize, random_quantized, relative_error, uneven_offsets
+from sarqc_kernels.w4a16 import config, prepare
+
+CARDS = [Card(arch, 132) for arch in ARCHS]
+SHAPES = [(64, 64, 32), (4096, 4096, 128), (14336, 4096, 64), (4096, 14336, 16), (576, 1536, 1536)]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_choices_are_compiled_ahead_of_time(card: Card) -> None:
+    known = {(replace(plan, splits=1), groups) for plan, groups in config.configurations(card)}
+    tiles = {plan for plan, _ in known}
+    for outputs, inputs, group in SHAPES:
+        groups = config.groups_per_brick(group, inputs)
+        for experts in (0, 8, 128):
+            for tokens in (1, 2, 3, 4, 8, 9, 16, 17, 33, 64, 65, 129, 1000, 2047, 2048, 16384):
+                plan = config.choose(tokens, outputs, inputs, group, experts, card)
+                assert plan == config.choose(tokens, outputs, inputs, group, experts, card)
+                alone = replace(plan, splits=1)
+                assert alone in tiles and (plan.kernel != "dot" or (alone, groups) in known)
+                assert 1 <= plan.splits <= max(1, -(-inputs // 128) // config.LEAST_BRICKS)
+
+
+def test_few_tokens_fill_the_card_by_splits() -> None:
+    plan = config.choose(16, 4096, 4096, 128, 0, CARDS[1])
+    assert plan.kernel == "dot" and 32 * plan.splits > 66
+    assert config.choose(16, 28672, 8192, 128, 0, CARDS[1]).splits == 1
+    assert config.choose(4096, 4096, 4096, 128, 0, CARDS[1]).kernel == "expand"
+    assert config.choose(4096, 4096, 4096, 128, 8, CARDS[1]).kernel == "dot"
+
+
+def test_groups_that_fit_bricks() -> None:
+    assert all(config.takes_group(group, 1024) for group in (16, 32, 64, 128, 256, 1024))
+    assert config.takes_group(72, 72) and not config.takes_group(24, 72) and not config.takes_group(96, 192)
+    assert [config.groups_per_brick(group, 1024) for group in (16, 32, 64, 128, 256, 1024)] == [8, 4, 2, 1, 1, 1]
+
+
+PLANS = [
+    config.gemv(1, 1), config.gemv(2, 2),
+    config.dot(16, 2, CARDS[1]), config.dot(32, 1, CARDS[1]), config.dot(64, 1, CARDS[2]), config.dot(128, 1, CARDS[1]),
+    config.EXPAND,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_plan_gives_the_product(plan: config.Plan, experts: int, device: str, generator: torch.Generator) -> None:
+    """Any tile holds for any call, not only for those that `choose` gives it."""
+    pytest.importorskip("triton")
+    from sarqc_kernels.w4a16 import triton_impl
+
+    if plan.kernel == "expand" and experts:
+        pytest.skip("expand is for dense weights")
+    tokens = 3 if plan.kernel == "gemv" else 20
+    shape = (max(1, experts), 40, 288)
+    weight = random_quantized(generator, shape, 9, 4, sym=False, scale_dtype=torch.bfloat16)
+    x = torch.randn(tokens, 288, generator=generator).bfloat16()
+    bias = torch.randn(shape[:2], generator=generator).bfloat16()
+    offsets = uneven_offsets(generator, tokens, experts) if experts else None
+    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=4, layout="bricks", device=device)
+    args = [None if part is None else part.to(device) for part in (offsets, bias)]
+    out = triton_impl.run(plan, x.to(device), ready, *args).cpu()
+    bounds = [0, tokens] if offsets is None else offsets.tolist()
+    exact = torch.cat([
+        x[begin:end].double() @ values.double().T + bias[e].double()
+        for e, (values, begin, end) in enumerate(zip(dequantize(weight), bounds, bounds[1:]))
+    ])  # fmt: skip
+    assert relative_error(out, exact) < 2.0**-8  # at most 2^-9 from the weights (expand) and 2^-9 from the result
+    if device == "cpu":  # the interpreter says nothing about another order of sums; a second run on a card does
+        return
+    assert torch.equal(out, triton_impl.run(plan, x.to(device), ready, *args).cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tokens", [1, 16, 200, 2048])
+def test_a_cuda_graph_repeats_the_call(tokens: int, generator: torch.Generator) -> None:
+    weight = random_quantized(generator, (1, 1024, 2048), 16, 4, scale_dtype=torch.bfloat16)
+    ready = prepare(weight.codes, weight.scales, None, bits=4, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(tokens, 2048, generator=generator).bfloat16().cuda()
+    want = w4a16_matmul(x, ready, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = w4a16_matmul(x, ready, backend="triton")
+    graph.replay()
+    assert torch.equal(out, want)
