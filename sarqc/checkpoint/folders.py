@@ -33,7 +33,7 @@ def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
     if not path.exists() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(f"output folder {out} exists and is not empty: choose another one or ask to overwrite it")
+        raise CheckpointError(f"output folder {out} exists and is not empty: choose another one, or --overwrite")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"output folder {out} holds no checkpoint (no config.json) and is not overwritten")
 

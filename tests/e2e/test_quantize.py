@@ -36,6 +36,7 @@ def test_transformers_reads_what_we_write_as_we_do(source, tmp_path, bits, group
     result = sarqc.quantize(source, tmp_path / "out", bits=bits, group_size=group_size, **CALIBRATION)
     ours, _ = sarqc.load(result.out, dtype="bfloat16")
     theirs = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.bfloat16).eval()
+    theirs.set_experts_implementation("eager")  # whose sums ours reproduces bit for bit; no matter for dense models
     original, _ = sarqc.load(source, dtype="bfloat16")
     expected = logits(ours, source)
     assert torch.equal(logits(theirs, source), expected)
@@ -46,8 +47,9 @@ def test_packed_and_expanded_models_agree(source, tmp_path):
     result = sarqc.quantize(source, tmp_path / "out", **CALIBRATION)
     expanded, _ = sarqc.load(result.out)
     packed, _ = sarqc.load(result.out, packed=True)
-    # Same numbers, multiplied in another order.
-    torch.testing.assert_close(logits(packed, source), logits(expanded, source), rtol=1e-3, atol=1e-3)
+    # Expanding rounds each weight to the checkpoint's bf16, 8 bits of mantissa; packed weights are exact in fp32.
+    expected = logits(expanded, source)
+    assert (logits(packed, source) - expected).abs().max() < 2**-8 * 4 * expected.abs().max()
 
 
 def test_same_input_same_bytes(source, tmp_path):
