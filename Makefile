@@ -1,6 +1,7 @@
 # make demo   quantize a real small model and show what it cost (no GPU, no model hub)
 # make test   all tests
 # make lint   format, lint, types
+# make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
@@ -20,6 +21,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+aot: $(READY)
+	$(BIN)/python -m benchmarks.aot --also 3.6.0
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -34,7 +38,3 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output
-
-# make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU, with two versions of triton; read the machine code
-aot: $(READY)
-	$(BIN)/python -m benchmarks.aot --also 3.6.0

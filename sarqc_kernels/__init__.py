@@ -7,8 +7,9 @@ Three operations carry the work, and everything has an expert axis E (a dense la
     w4a16_matmul        activations times the packed weight, dense or grouped by expert
 
 with `fit_grid` and `round_to_grid` (grids and plain rounding), `symmetrize_` (completes a Gram), and `pack` / `unpack`
-(2 to 8 bit codes in 32-bit words). Activations are rows [T, K] sorted by expert with `offsets` [E + 1]; the weight that
-codes stand for is (code - zero) * scale.
+(2 to 8 bit codes in 32-bit words), `prepare` / `restore` (a packed weight as the machine multiplies it, and back).
+Activations are rows [T, K] sorted by expert with `offsets` [E + 1]; the weight that codes stand for is
+(code - zero) * scale.
 
 Each operation is a room: `<op>/__init__.py` states the contract and checks it, `<op>/reference.py` is the same in plain
 torch. `backend.py` decides which implementation runs (SARQC_BACKEND forces one) and `explain` says why. Every error is
@@ -25,16 +26,19 @@ if TYPE_CHECKING:
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
     from sarqc_kernels.gram import gram_accumulate_, symmetrize_
     from sarqc_kernels.packing import pack, unpack
-    from sarqc_kernels.w4a16 import w4a16_matmul
+    from sarqc_kernels.w4a16 import PreparedWeight, prepare, restore, w4a16_matmul
 
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "PreparedWeight",
     "SarqcError",
     "fit_grid",
     "gram_accumulate_",
     "pack",
+    "prepare",
     "quantize_columns",
+    "restore",
     "round_to_grid",
     "symmetrize_",
     "unpack",
@@ -44,11 +48,14 @@ __all__ = [
 _HOME = {
     "ArgumentError": "errors",
     "BackendError": "errors",
+    "PreparedWeight": "w4a16",
     "SarqcError": "errors",
     "fit_grid": "columns",
     "gram_accumulate_": "gram",
     "pack": "packing",
+    "prepare": "w4a16",
     "quantize_columns": "columns",
+    "restore": "w4a16",
     "round_to_grid": "columns",
     "symmetrize_": "gram",
     "unpack": "packing",
