@@ -1,7 +1,7 @@
 """SARQC: post-training weight quantization that generalises.
 
     import sarqc
-    result = sarqc.quantize("smollm2", "out")      # a low-bit checkpoint that vLLM, SGLang and transformers load
+    result = sarqc.quantize("smollm2", "out")      # a low-bit checkpoint in compressed-tensors form
     model, tokenizer = sarqc.load("out")           # and that runs here
     sarqc.evaluate("out").perplexity               # what it cost
 

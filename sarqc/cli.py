@@ -104,7 +104,7 @@ def quantize(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize a model to a checkpoint that vLLM, SGLang and transformers load.
+    """Quantize a model to a checkpoint in compressed-tensors form, which vLLM, SGLang and transformers read.
 
     Example: sarqc quantize Qwen/Qwen3-8B -o qwen3-8b-w4 --bits 4
     """
