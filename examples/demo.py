@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 import sarqc
+from sarqc.cli.terminal import RunWatcher, Ticker
 from sarqc.job.generate import generate
 from sarqc.job.locate import locate
-from sarqc.terminal import RunWatcher, Ticker
 
 OUT = Path("demo-output")
 MODEL = "smollm2"

@@ -1,0 +1,27 @@
+"""`sarqc inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sarqc.cli.options import JsonOption, print_json
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that `sarqc quantize` wrote.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What is in a quantized checkpoint: format, bits, size, and how the run went."""
+    from sarqc.job.inspect import inspect as run
+
+    found = run(checkpoint)
+    if as_json:
+        print_json(found)
+        return
+    from sarqc.cli.summary import checkpoint_summary
+
+    Console().print(checkpoint_summary(found))

@@ -1,0 +1,78 @@
+"""Options that several commands share, and how their answers are printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Local folder, hub id (OWNER/NAME), or 'smollm2', the packaged one.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="Of activations: auto (float32 on a CPU, the checkpoint's on a GPU), float32, bfloat16, float16."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+TrustOption = Annotated[
+    bool, typer.Option(help="Run Python code that comes with the model. Off: such models are refused.")
+]
+
+
+def _values_from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take defaults of the other options from a YAML file; what stands on the command line wins."""
+    if path is None:
+        return None
+    import yaml
+
+    from sarqc.errors import ArgumentError
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ArgumentError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ArgumentError(f"--config {path} must hold option: value lines, it holds a {type(values).__name__}")
+    known = {p.name: p for p in context.command.params if p.name not in {"config", "help"}}
+    for key in values:
+        if str(key).replace("-", "_") not in known:
+            raise ArgumentError(f"--config {path}: no option {key!r}; known are {', '.join(sorted(map(str, known)))}")
+    context.default_map = {str(key).replace("-", "_"): value for key, value in values.items()}
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        is_eager=True, callback=_values_from_file, help="YAML file with any of these options; the command line wins."
+    ),
+]
+
+
+def auto_or(kind: type[int] | type[float], name: str, value: str) -> Any:
+    """`auto`, or `value` as a number; `ArgumentError` naming the option otherwise."""
+    from sarqc.errors import ArgumentError
+    from sarqc.spec import AUTO
+
+    if value == AUTO:
+        return AUTO
+    try:
+        return kind(value)
+    except ValueError:
+        raise ArgumentError(f"{name} = {value!r} is not usable: use auto or a number") from None
+
+
+def stderr() -> Console:
+    """Where progress goes, so that stdout holds results alone."""
+    return Console(stderr=True)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """The result of a command for scripts."""
+    print(json.dumps(values, indent=2, allow_nan=False))

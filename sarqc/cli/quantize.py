@@ -1,0 +1,92 @@
+"""`sarqc quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sarqc.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+    auto_or,
+    print_json,
+    stderr,
+)
+
+
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="sarqc-gptq (saliency-regularised), rqc-gptq (isotropic), gptq (as common tools), rtn (rounding)."
+        ),
+    ] = "sarqc-gptq",
+    bits: Annotated[int, typer.Option(help="2 to 8.")] = 4,
+    group_size: Annotated[
+        str,
+        typer.Option(help="Inputs per scale: a number, -1 for a whole row, or auto: largest of 128, 64, 32 that fits."),
+    ] = "auto",
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="One fixed zero, or a zero for each group.")] = True,
+    strength: Annotated[
+        str | None, typer.Option(help="Weight lambda of the regulariser: auto or a number. Default: the method's own.")
+    ] = None,
+    calib: Annotated[
+        str, typer.Option(help="Calibration text: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin.")
+    ] = "builtin",
+    num_samples: Annotated[
+        int | None, typer.Option(help="Windows of text to calibrate on. Default: up to 128, as many as the text has.")
+    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window. Default: 2048.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Regular expression; Linears it finds stay as they are. Repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder, once the new one is whole.")] = False,
+    trust_remote_code: TrustOption = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model to a checkpoint in compressed-tensors form, which vLLM, SGLang and transformers read.
+
+    Example: sarqc quantize Qwen/Qwen3-8B -o qwen3-8b-w4 --bits 4
+    """
+    from sarqc.cli.terminal import RunWatcher
+    from sarqc.job.run import quantize as run
+
+    with RunWatcher(stderr()) as watcher:
+        result = run(
+            model,
+            output,
+            method=method,
+            bits=bits,
+            group_size=auto_or(int, "group_size", group_size),
+            sym=sym,
+            strength=None if strength is None else auto_or(float, "strength", strength),
+            calib=calib,
+            num_samples=num_samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            ignore=tuple(ignore or ()),
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            watcher=watcher,
+        )
+    if as_json:
+        print_json({"out": str(result.out)} | result.report)
+        return
+    from sarqc.cli.summary import run_summary
+
+    Console().print(run_summary(result.out, result.report))
