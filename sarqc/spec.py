@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 from sarqc.errors import ArgumentError
 
 AUTO: Literal["auto"] = "auto"
+DEFAULT_METHOD = "sarqc-gptq"
+Solver = Literal["round", "gram"]
 GridSearch = Literal["minmax", "search"]
 Order = Literal["none", "static", "group"]
 
@@ -59,17 +61,21 @@ class QuantSpec:
 class SolveSpec:
     """How codes are chosen.
 
-    method: name in `METHODS`. gram: whether calibration data is used at all.
+    method: name in `METHODS`. gram: whether calibration data is used at all; the other fields need it.
+    solver: "round" takes the nearest code, "gram" corrects each column's error in the columns that follow.
+    channel_scale: whether inputs are rescaled first, by a search, wherever the model stays the same (AWQ's idea).
     strength: lambda, the weight of the regulariser relative to the mean of diag(H); "auto" chooses it from the data.
     saliency: what the regulariser is weighted with: "iso", "abs", "rms", "energy" or "power:A" (diag(H)^A).
     grid: "minmax" spans each group; "search" shrinks that span to the least weighted error.
-    act_order: order of the columns: "none", "static" (by saliency, grid fixed before) or "group" (groups by saliency
-    and columns inside each group, grid fitted as the solver arrives). None of them needs a g_idx on disk.
+    act_order: order of the Gram solver's columns: "none", "static" (by saliency, grid fixed before) or "group" (groups
+    by saliency and columns inside each group, grid fitted as the solver arrives). None of them needs a g_idx on disk.
     damp: floor added to the diagonal, relative to its mean. seed: of every random draw of the run.
     """
 
-    method: str = "sarqc-gptq"
+    method: str = DEFAULT_METHOD
     gram: bool = True
+    solver: Solver = "gram"
+    channel_scale: bool = False
     strength: float | Literal["auto"] = AUTO
     saliency: str = "energy"
     grid: GridSearch = "search"
@@ -81,12 +87,15 @@ class SolveSpec:
         if self.strength != AUTO and not (isinstance(self.strength, int | float) and 0 <= self.strength < float("inf")):
             raise ArgumentError(f"strength = {self.strength!r} is not usable: use 'auto' or a number from 0 up")
         saliency_exponent(self.saliency)
-        for name, accepted in (("grid", get_args(GridSearch)), ("act_order", get_args(Order))):
+        known = (("solver", get_args(Solver)), ("grid", get_args(GridSearch)), ("act_order", get_args(Order)))
+        for name, accepted in known:
             value = getattr(self, name)
             if value not in accepted:
                 raise ArgumentError(f"{name} = {value!r} is not known: use one of {', '.join(accepted)}")
         if not 0 <= self.damp < 1:
             raise ArgumentError(f"damp = {self.damp!r} is out of range: use a number from 0 up to 1")
+        if not self.gram and (self.solver == "gram" or self.channel_scale):
+            raise ArgumentError("gram = False leaves nothing to solve with: use solver 'round' and no channel_scale")
 
 
 def saliency_exponent(saliency: str) -> float | None:
@@ -106,16 +115,34 @@ def saliency_exponent(saliency: str) -> float | None:
     )
 
 
-METHODS: dict[str, SolveSpec] = {
-    "rtn": SolveSpec(method="rtn", gram=False, strength=0.0, saliency="iso", grid="minmax", act_order="none"),
-    "gptq": SolveSpec(method="gptq", strength=0.01, saliency="iso", grid="minmax", act_order="static", damp=0.0),
-    "rqc-gptq": SolveSpec(method="rqc-gptq", saliency="iso"),
-    "sarqc-gptq": SolveSpec(method="sarqc-gptq", saliency="energy"),
-}
-"""Presets: plain rounding; the Gram solver as the common tools ship it; regularised; regularised by saliency."""
+_FREE: dict[str, Any] = {"strength": 0.0, "saliency": "iso"}
+_ROUND: dict[str, Any] = {"solver": "round", "act_order": "none"}
+_GPTQ: dict[str, Any] = {"strength": 0.01, "saliency": "iso", "grid": "minmax", "act_order": "static", "damp": 0.0}
+_TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("rtn", "plain rounding on min-max grids; needs no text", _ROUND | _FREE | {"gram": False, "grid": "minmax"}),
+    ("rtn-search", "rounding on grids searched for the least output error", _ROUND | _FREE),
+    ("awq", "channel scales, then such grids: as the common tools", _ROUND | _FREE | {"channel_scale": True}),
+    ("rqc-awq", "the same, regularised evenly", _ROUND | {"channel_scale": True, "saliency": "iso"}),
+    ("sarqc-awq", "the same, regularised by saliency", _ROUND | {"channel_scale": True}),
+    ("gptq", "the Gram solver as the common tools ship it", _GPTQ),
+    ("rqc-gptq", "Gram solver, regularised evenly, searched grids", {"saliency": "iso"}),
+    ("sarqc-gptq", "Gram solver, regularised by saliency, searched grids", {}),
+    ("sarqc", "channel scales, then sarqc-gptq", {"channel_scale": True}),
+)
+METHODS: dict[str, SolveSpec] = {name: SolveSpec(method=name, **fields) for name, _, fields in _TABLE}
+"""Presets. `gptq` is what GPTQ tools do: damping 0.01 of the mean diagonal, min-max grids, static activation order.
+
+`awq` is AWQ's search (arXiv 2306.00978) over 20 exponents of E|x_j|, s divided by sqrt(max s * min s), no regulariser,
+then a search for the span of every group, then rounding. It differs from the tools in four ways. A candidate is judged
+by the output error of the Linears that read the tensor, not of the whole attention or MLP. Spans are searched over the
+factors of all our grids, for q and k too. Scales go into v_proj also where several heads share it. Scales are powers
+of two where they touch a tensor that is not quantized, a router's or a bias, so that nothing is rounded on the way.
+"""
+ABOUT: dict[str, str] = {name: line for name, line, _ in _TABLE}
+"""What each method is, in a line."""
 
 
-def solve_spec(method: str = "sarqc-gptq", **changes: Any) -> SolveSpec:
+def solve_spec(method: str = DEFAULT_METHOD, **changes: Any) -> SolveSpec:
     """The preset called `method` with some of its fields changed; None as a value means "as the preset has it"."""
     if method not in METHODS:
         raise ArgumentError(f"method = {method!r} is not known: use one of {', '.join(METHODS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -19,17 +20,13 @@ from sarqc.cli.options import (
     print_json,
     stderr,
 )
+from sarqc.spec import ABOUT, DEFAULT_METHOD
 
 
 def quantize(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")],
-    method: Annotated[
-        str,
-        typer.Option(
-            help="sarqc-gptq (saliency-regularised), rqc-gptq (isotropic), gptq (as common tools), rtn (rounding)."
-        ),
-    ] = "sarqc-gptq",
+    method: Annotated[str, typer.Option(help="One of the methods above.")] = DEFAULT_METHOD,
     bits: Annotated[int, typer.Option(help="2 to 8.")] = 4,
     group_size: Annotated[
         str,
@@ -38,6 +35,12 @@ def quantize(
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One fixed zero, or a zero for each group.")] = True,
     strength: Annotated[
         str | None, typer.Option(help="Weight lambda of the regulariser: auto or a number. Default: the method's own.")
+    ] = None,
+    saliency: Annotated[
+        str | None,
+        typer.Option(
+            help="What the regulariser is weighted with: iso, abs, rms, energy or power:A. Default: as strength."
+        ),
     ] = None,
     calib: Annotated[
         str, typer.Option(help="Calibration text: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin.")
@@ -73,6 +76,7 @@ def quantize(
             group_size=auto_or(int, "group_size", group_size),
             sym=sym,
             strength=None if strength is None else auto_or(float, "strength", strength),
+            saliency=saliency,
             calib=calib,
             num_samples=num_samples,
             seqlen=seqlen,
@@ -90,3 +94,13 @@ def quantize(
     from sarqc.cli.summary import run_summary
 
     Console().print(run_summary(result.out, result.report))
+
+
+# \b keeps the lines of a paragraph apart in the help.
+quantize.__doc__ = "\n".join(
+    [
+        inspect.cleandoc(quantize.__doc__ or ""),
+        "\n\b\nMethods:",
+        *(f"  {name:<12}{line}" for name, line in ABOUT.items()),
+    ]
+)

@@ -30,7 +30,7 @@ from sarqc.model import blocks, calibration
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.targets import Targets, auto_group_size, check_group_size, targets
 from sarqc.model.tokenizer import load_tokenizer
-from sarqc.spec import AUTO, QuantSpec, SolveSpec, solve_spec
+from sarqc.spec import AUTO, DEFAULT_METHOD, QuantSpec, SolveSpec, solve_spec
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 2048
@@ -98,7 +98,7 @@ def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    method: str = "sarqc-gptq",
+    method: str = DEFAULT_METHOD,
     bits: int = 4,
     group_size: int | Literal["auto"] = AUTO,
     sym: bool = True,
@@ -181,9 +181,7 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
     size = reports.Size()
     with atomic_folder(plan.out, overwrite=overwrite) as partial:
         writer = ShardWriter(partial)
-        for name, tensor in _left_alone(plan):
-            size.left(tensor)
-            writer.add(name, tensor)
+        changed: set[str] = set()
         watcher.begin_blocks(len(plan.skeleton.blocks))
         for result in _solve_blocks(plan, watcher):
             for linear, weight in result.weights.items():
@@ -191,11 +189,18 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
                 size.quantized(weight, packed)
                 for name, tensor in packed.items():
                     writer.add(name, tensor)
+            for name, tensor in result.changed.items():
+                size.left(tensor)
+                writer.add(name, tensor)
+            changed |= result.changed.keys()
             solved += result.reports
             for stage, seconds in result.seconds.items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
             watcher.block(result)
         watcher.note("writing and checking the checkpoint")
+        for name, tensor in _left_alone(plan, changed):
+            size.left(tensor)
+            writer.add(name, tensor)
         writer.close()
         copy_side_files(plan.folder, partial, code=trust_remote_code)
         write_config(partial, plan.checkpoint.config, plan.format.config(plan.quant, plan.targets.untouched))
@@ -216,9 +221,9 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
     return Result(plan.out, report)
 
 
-def _left_alone(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the source that stays as it is, byte for byte."""
-    replaced = {f"{linear}.weight" for linear in plan.targets.linears}
+def _left_alone(plan: Plan, changed: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the source that stays as it is, byte for byte; `changed` names those that took up scales."""
+    replaced = {f"{linear}.weight" for linear in plan.targets.linears} | changed
     for name in plan.checkpoint.names():
         if name not in replaced:
             yield name, plan.checkpoint.load(name)

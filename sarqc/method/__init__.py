@@ -3,6 +3,8 @@
 statistics  what is remembered of a site's inputs: Grams that add, merge and fold
 objective   Gram + lambda * saliency -> the matrix that is factored, and its factor
 strength    which lambda
+channel_scale  inputs rescaled so that the ones that matter get finer steps
+grid        spans searched for the least output error
 order       in which order columns are taken
 solve       a weight and its statistics -> codes, scales, zeros and a report
 weight      the quantized weight all rooms exchange

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from sarqc.errors import NumericError
 from sarqc.method import objective, strength
+from sarqc.method.channel_scale import Scaling
+from sarqc.method.grid import search_grid
 from sarqc.method.order import column_order
 from sarqc.method.statistics import Gram, Statistics
 from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import QuantSpec, SolveSpec
 from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
+from sarqc_kernels.columns.grid import GridRule
 
 JUDGED_ROWS = 256
 """Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving does."""
@@ -33,6 +36,7 @@ class SolveReport:
     regulariser (H = I where there is no Gram), on at most 256 rows of each matrix, evenly spaced. rounding_error: the
     same for plain rounding on a min-max grid.
     strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
+    exponent: of the channel scales, the mean over experts; unscaled: why there are none though they were asked for.
     """
 
     site: str
@@ -43,6 +47,8 @@ class SolveReport:
     damping: float
     fallback: str | None
     seconds: float
+    exponent: float = 0.0
+    unscaled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,20 @@ class Solution:
 
 
 class Solver(Protocol):
-    """weight fp32 [E, N, K] and a Gram of its inputs -> Solution. Pure: no state, no files, no random numbers."""
+    """weight fp32 [E, N, K] and a Gram of its inputs -> Solution. Pure: no state, no files, no random numbers.
+
+    The Gram is that of the original inputs; with a `scaling` the solution is that of the scaled weight.
+    """
 
     def __call__(
-        self, site: str, weight: Tensor, gram: Gram, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
+        self,
+        site: str,
+        weight: Tensor,
+        gram: Gram,
+        quant: QuantSpec,
+        solve: SolveSpec,
+        scale_dtype: torch.dtype,
+        scaling: Scaling | None = None,
     ) -> Solution:
         """Quantize the weight of one site."""
         ...
@@ -79,8 +95,56 @@ def round_plainly(weight: Tensor, quant: QuantSpec, grid: str, scale_dtype: torc
     return QuantizedWeight(round_to_grid(weight, scales, zeros, bits=quant.bits), scales, zeros, quant.bits)
 
 
+def regularised_metric(gram: Gram, solve: SolveSpec) -> tuple[Tensor, Tensor]:
+    """H + lambda D and the floor, fp32 [E, K, K], and the lambda of each expert, [E]."""
+    chosen = strength.choose(gram, solve)
+    hessian = gram.hessian()
+    salience = objective.saliency(hessian, gram.abs_mean(), solve.saliency)
+    return objective.regularised(hessian, salience, chosen, solve.damp), chosen
+
+
+def error_cost(site: str, gram: Gram, quant: QuantSpec, solve: SolveSpec) -> Tensor:
+    """What the scale search judges errors by: the metric [E, K, K], or M_jj^2 [E, K] where the Gram solver follows."""
+    metric, _ = regularised_metric(gram, solve)
+    if solve.solver == "round":
+        return metric
+    order = _order(metric, quant, solve)
+    factor = objective.factor(metric if order is None else _permuted(metric, order), site)
+    price = factor.matrix.diagonal(dim1=-2, dim2=-1).square()
+    return price if order is None else torch.empty_like(price).scatter_(1, order, price)
+
+
+def solve_round(
+    site: str,
+    weight: Tensor,
+    gram: Gram,
+    quant: QuantSpec,
+    solve: SolveSpec,
+    scale_dtype: torch.dtype,
+    scaling: Scaling | None = None,
+) -> Solution:
+    """Every weight to its nearest code, on grids searched in the metric H + lambda D (`method.grid`)."""
+    metric, chosen = regularised_metric(gram, solve)
+    if scaling is not None:
+        weight, metric = scaling.apply(weight), scaling.metric(metric)
+    if solve.grid == "minmax":
+        rounded = round_plainly(weight, quant, solve.grid, scale_dtype)
+    else:
+        rule = GridRule(quant.bits, quant.sym, True, scale_dtype)
+        scales, zeros = search_grid(weight, metric, rule, weight.shape[-1] // quant.groups(weight.shape[-1]))
+        codes = round_to_grid(weight, scales, zeros, bits=quant.bits)
+        rounded = QuantizedWeight(codes, scales, zeros, quant.bits)
+    return Solution(rounded, chosen, torch.zeros_like(chosen))
+
+
 def solve_gram(
-    site: str, weight: Tensor, gram: Gram, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
+    site: str,
+    weight: Tensor,
+    gram: Gram,
+    quant: QuantSpec,
+    solve: SolveSpec,
+    scale_dtype: torch.dtype,
+    scaling: Scaling | None = None,
 ) -> Solution:
     """Column by column with error feedback in the metric H + lambda D (GPTQ, arXiv 2210.17323, without an inverse).
 
@@ -88,12 +152,11 @@ def solve_gram(
     searched grid is fitted with those weights.
     """
     group_size = quant.group_size if quant.group_size > 0 else weight.shape[-1]
-    chosen = strength.choose(gram, solve)
-    hessian = gram.hessian()
-    salience = objective.saliency(hessian, gram.abs_mean(), solve.saliency)
-    metric = objective.regularised(hessian, salience, chosen, solve.damp)
+    metric, chosen = regularised_metric(gram, solve)
+    if scaling is not None:
+        weight, metric = scaling.apply(weight), scaling.metric(metric)
     diagonal = metric.diagonal(dim1=-2, dim2=-1)
-    order = column_order(diagonal, group_size, solve.act_order)
+    order = _order(metric, quant, solve)
     search = solve.grid == "search"
     scales = zeros = None
     if solve.act_order == "static":
@@ -130,13 +193,14 @@ def solve_site(
     solve: SolveSpec,
     *,
     scale_dtype: torch.dtype,
-    solver: Solver = solve_gram,
+    scaling: Scaling | None = None,
 ) -> tuple[QuantizedWeight, SolveReport]:
     """Quantize one site's weight [E, N, K] and say how well.
 
     statistics: of the site's inputs, or None for plain rounding (`solve.gram` False). scale_dtype: the dtype scales
-    are stored in; they are rounded to it before any weight is. Raises `NumericError` naming the site where the weight
-    is not finite, and `ArgumentError` where the group size does not divide K.
+    are stored in; they are rounded to it before any weight is. scaling: what is done to the weight first; statistics
+    and errors are those of the original all the same. Raises `NumericError` naming the site where the weight is not
+    finite, and `ArgumentError` where the group size does not divide K.
     """
     began = time.perf_counter()
     quant.groups(weight.shape[-1])
@@ -147,11 +211,14 @@ def solve_site(
     if gram is None:
         solution = Solution(round_plainly(weight, quant, solve.grid, scale_dtype), torch.zeros(1), torch.zeros(1))
     else:
-        solution = solver(site, weight, gram, quant, solve, scale_dtype)
+        solution = SOLVERS[solve.solver](site, weight, gram, quant, solve, scale_dtype, scaling)
     judged = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
     sample = weight[:, judged]
-    plain = round_plainly(sample, quant, "minmax", scale_dtype)
-    error, rounding_error = _relative_errors(sample, [solution.weight.rows(judged), plain], gram)
+    plain = round_plainly(sample, quant, "minmax", scale_dtype).dequantize()
+    quantized = solution.weight.rows(judged).dequantize()
+    if scaling is not None:
+        quantized = scaling.rows_at(judged).undo(quantized)
+    error, rounding_error = _relative_errors(sample, [quantized, plain], gram)
     unfactored = torch.isinf(solution.damping)
     report = SolveReport(
         site=site,
@@ -162,8 +229,13 @@ def solve_site(
         damping=float(solution.damping[~unfactored].max()) if bool((~unfactored).any()) else 0.0,
         fallback=_fallback(unfactored),
         seconds=time.perf_counter() - began,
+        exponent=0.0 if scaling is None else scaling.exponent,
+        unscaled=None if scaling is None else scaling.unscaled,
     )
     return solution.weight, report
+
+
+SOLVERS: dict[str, Solver] = {"round": solve_round, "gram": solve_gram}
 
 
 def _fallback(unfactored: Tensor) -> str | None:
@@ -172,7 +244,7 @@ def _fallback(unfactored: Tensor) -> str | None:
     return f"{int(unfactored.sum())} of {unfactored.numel()} matrices have no factor at any damping: rounded plainly"
 
 
-def _relative_errors(weight: Tensor, candidates: list[QuantizedWeight], gram: Gram | None) -> list[float]:
+def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None) -> list[float]:
     """tr(E H E^T) / tr(W H W^T) for each candidate, in fp32 products summed in fp64."""
     hessian = None if gram is None else gram.hessian()
 
@@ -181,7 +253,12 @@ def _relative_errors(weight: Tensor, candidates: list[QuantizedWeight], gram: Gr
         return float((passed * rows).sum(-1).double().sum())
 
     signal = max(energy(weight), torch.finfo(torch.float64).tiny)
-    return [energy(weight - candidate.dequantize()) / signal for candidate in candidates]
+    return [energy(weight - candidate) / signal for candidate in candidates]
+
+
+def _order(metric: Tensor, quant: QuantSpec, solve: SolveSpec) -> Tensor | None:
+    group_size = quant.group_size if quant.group_size > 0 else metric.shape[-1]
+    return column_order(metric.diagonal(dim1=-2, dim2=-1), group_size, solve.act_order)
 
 
 def _permuted(metric: Tensor, order: Tensor) -> Tensor:

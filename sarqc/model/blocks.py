@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ArgumentError, ModelError, NumericError
-from sarqc.method.solve import SolveReport, solve_site
+from sarqc.method.solve import SolveReport, error_cost, solve_site
 from sarqc.method.statistics import Statistics
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.sites import Site, find_sites, observe, separate_sites, write_back
+from sarqc.model.absorb import find_folds
+from sarqc.model.rescale import BlockScales
+from sarqc.model.sites import Share, Site, find_sites, observe, separate_sites, write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.targets import Target, Targets, check_group_size, targets
@@ -37,27 +39,15 @@ OnProgress = Callable[[int, str], None]
 @dataclass(frozen=True)
 class BlockResult:
     """weights: by the checkpoint's names, without ".weight"; E = 1, on the CPU. reports: one for each solve.
-    seconds: of each stage (load, observe, solve, replay)."""
+    seconds: of each stage (load, observe, scale, solve, replay). changed: tensors that are not quantized and took up
+    channel scales (norms, routers, biases), on the CPU; they replace the checkpoint's own, by its names, in its dtypes.
+    """
 
     index: int
     weights: dict[str, QuantizedWeight]
     reports: list[SolveReport]
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Share:
-    """Experts first .. stop of a site: as much as fits into the byte budget at once."""
-
-    site: Site
-    first: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        """The site's name, with the experts where they are not all."""
-        whole = (self.first, self.stop) == (0, self.site.experts)
-        return self.site.name if whole else f"{self.site.name}[{self.first}:{self.stop}]"
+    changed: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -168,18 +158,22 @@ def _run_block(work: _Work, index: int, found: Targets, states: _States | None, 
             sites = find_sites(skeleton, index, members, glance)
     weights: dict[str, QuantizedWeight] = {}
     reports: list[SolveReport] = []
-    for shares in _passes(sites, states.folds if states else 0, gram_budget):
-        collected: list[Statistics] | None = None
-        if states is not None:
+    portions = list(_passes(sites, states.folds if states else 0, gram_budget))
+    scales, collected = None, None
+    if work.solve.channel_scale and states is not None:
+        scales, collected = _scale(work, index, sites, portions, states)
+    for shares in portions:
+        if states is not None and not collected:
             with work.stage(index, "observe"):
                 collected = _observe(work, index, shares, states)
         with work.stage(index, "solve"):
             for share in shares:
                 statistics = collected.pop(0) if collected else None
-                reports.append(_solve(work, share, statistics, weights))
+                reports.append(_solve(work, share, statistics, scales, weights))
     lost = [target.linear for target in members if target.linear not in weights]
     if lost:
         raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
+    changed = scales.fold_in() if scales else {}
     if states is not None and index + 1 < len(skeleton.blocks):
         with work.stage(index, "replay"):
             for target in members:
@@ -187,7 +181,27 @@ def _run_block(work: _Work, index: int, found: Targets, states: _States | None, 
             _replay(work, index, states)
     skeleton.unload_block(index)
     ordered = {target.linear: weights[target.linear] for target in members}
-    return BlockResult(index, ordered, reports, dict(work.seconds))
+    return BlockResult(index, ordered, reports, dict(work.seconds), changed)
+
+
+def _scale(
+    work: _Work, index: int, sites: Sequence[Site], portions: Sequence[Sequence[Share]], states: _States
+) -> tuple[BlockScales, list[Statistics] | None]:
+    """The channel scales of a block, all before any of its weights is quantized, because scales end up in weights of
+    other sites; and the statistics, where those of all sites fit at once and need not be collected again."""
+    with work.stage(index, "scale"):
+        glance = states.hidden[:1, :_GLANCE].to(work.device)
+        folds, reasons = find_folds(work.skeleton, index, sites, glance)
+        scales = BlockScales(work.skeleton, work.source, sites, folds, reasons)
+    collected: list[Statistics] = []
+    for shares in portions:
+        with work.stage(index, "observe"):
+            collected = _observe(work, index, shares, states)
+        with work.stage(index, "scale"):
+            grams = [statistics.total() for statistics in collected]
+            costs = (error_cost(s.name, gram, work.quant, work.solve) for s, gram in zip(shares, grams))
+            scales.decide(shares, grams, costs, work.quant, _scale_dtype(work, shares[0].site))
+    return scales, collected if len(portions) == 1 else None
 
 
 def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
@@ -250,17 +264,26 @@ def _observe(work: _Work, index: int, shares: Sequence[Share], states: _States) 
 
 
 def _solve(
-    work: _Work, share: Share, statistics: Statistics | None, weights: dict[str, QuantizedWeight]
+    work: _Work,
+    share: Share,
+    statistics: Statistics | None,
+    scales: BlockScales | None,
+    weights: dict[str, QuantizedWeight],
 ) -> SolveReport:
     """Quantize one share and add its members to `weights`."""
-    site = share.site
-    weight = site.weight(work.skeleton.model, share.first, share.stop)
-    stored = work.source.dtype(f"{site.members[0].linear}.weight")
-    scale_dtype = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
-    solved, report = solve_site(share.name, weight, statistics, work.quant, work.solve, scale_dtype=scale_dtype)
-    for target, part in site.split(solved, share.first):
+    weight, dtype = share.weight(work.skeleton.model), _scale_dtype(work, share.site)
+    scaling = scales.of(share) if scales else None
+    solved, report = solve_site(
+        share.name, weight, statistics, work.quant, work.solve, scale_dtype=dtype, scaling=scaling
+    )
+    for target, part in share.site.split(solved, share.first):
         weights[target.linear] = QuantizedWeight(part.codes.cpu(), part.scales.cpu(), part.zeros.cpu(), part.bits)
     return report
+
+
+def _scale_dtype(work: _Work, site: Site) -> torch.dtype:
+    stored = work.source.dtype(f"{site.members[0].linear}.weight")
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def _replay(work: _Work, index: int, states: _States) -> None:

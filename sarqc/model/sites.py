@@ -39,7 +39,7 @@ class Site:
 
     def weight(self, model: Any, first: int, stop: int) -> Tensor:
         """Weights fp32 [stop - first, N, K] of experts first .. stop, rows of all members concatenated."""
-        rows = [_stack(model, name)[first:stop, start : start + out] for name, start, out in self.slabs]
+        rows = [stack(model, name)[first:stop, start : start + out] for name, start, out in self.slabs]
         return torch.cat(rows, 1).float()
 
     def split(self, weight: QuantizedWeight, first: int) -> Iterator[tuple[Target, QuantizedWeight]]:
@@ -51,13 +51,32 @@ class Site:
                 yield target, part.expert(target.expert - first)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Experts first .. stop of a site: as much as fits into the byte budget at once."""
+
+    site: Site
+    first: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """The site's name, with the experts where they are not all."""
+        whole = (self.first, self.stop) == (0, self.site.experts)
+        return self.site.name if whole else f"{self.site.name}[{self.first}:{self.stop}]"
+
+    def weight(self, model: Any) -> Tensor:
+        """As `Site.weight`, of the share's experts."""
+        return self.site.weight(model, self.first, self.stop)
+
+
 Sink = Callable[[Site, Tensor, Tensor | None], None]
 """Called as sink(site, x [T, K], offsets int64 [E + 1] or None for a site of Linears)."""
 
 
 def write_back(model: Any, target: Target, weight: QuantizedWeight) -> None:
     """Put a target's dequantized weight in the place of its own."""
-    rows = _stack(model, target.parameter)[target.expert, target.start : target.start + target.shape[0]]
+    rows = stack(model, target.parameter)[target.expert, target.start : target.start + target.shape[0]]
     rows.copy_(weight.dequantize(rows.dtype)[0])
 
 
@@ -142,14 +161,14 @@ def _sites(skeleton: Skeleton, found: Sequence[Target], inputs: dict[str, tuple[
         Site(
             name=members[0].linear,
             members=tuple(members),
-            experts=len(_stack(skeleton.model, members[0].parameter)),
+            experts=len(stack(skeleton.model, members[0].parameter)),
             in_features=members[0].shape[1],
         )
         for members in groups.values()
     ]
 
 
-def _stack(model: Any, parameter: str) -> Tensor:
+def stack(model: Any, parameter: str) -> Tensor:
     """A parameter as matrices [E, rows, K]; a Linear's is a stack of one."""
     tensor: Tensor = model.get_parameter(parameter).detach()
     return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)

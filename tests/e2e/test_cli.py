@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sarqc.spec import ABOUT, solve_spec, to_json
 from tests.support import tiny
 
 RUN = ["--num-samples", "4", "--seqlen", "64"]
@@ -94,6 +95,7 @@ def refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
         (("--group-size", "many"), ("group_size", "many")),
         (("--strength", "-1"), ("strength", "-1")),
         (("--method", "magic"), ("magic", "sarqc-gptq")),
+        (("--saliency", "magic"), ("saliency", "magic", "power:A")),
         (("--ignore", "no_such_layer"), ("no_such_layer",)),
         (("--device", "cuda:7"), ("cuda:7",)),
         (("--calib", "nowhere.txt"), ("nowhere.txt",)),
@@ -136,3 +138,13 @@ def test_bad_models_and_texts_are_one_line(source, quantized, tmp_path):
 def test_help_teaches_and_is_quick():
     shown = sarqc("quantize", "--help")
     assert shown.returncode == 0 and "Example:" in shown.stdout and "--group-size" in shown.stdout
+    lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    assert all(f"{method} {about}" in lines for method, about in ABOUT.items())
+
+
+def test_saliency_and_strength_reach_the_solver(source, tmp_path):
+    options = ("--method", "sarqc", "--saliency", "power:0.5", "--strength", "0.3")
+    done = sarqc("quantize", source, "-o", tmp_path / "out", *RUN, *options, "--json")
+    report = json.loads(done.stdout)
+    assert report["solve"] == to_json(solve_spec("sarqc", saliency="power:0.5", strength=0.3))
+    assert {site["strength"] for site in report["sites"]} == {pytest.approx(0.3)}

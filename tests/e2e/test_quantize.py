@@ -20,10 +20,18 @@ def source(request, tmp_path_factory):
     return tiny.save(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
-def logits(model, folder):
+def logits(model):
     text = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(2)
     with torch.inference_mode():
         return model(text.tokens, use_cache=False).logits.float()
+
+
+def both_logits(out):
+    """Of a checkpoint as transformers loads it, and as we do."""
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
+    theirs.set_experts_implementation("eager")  # whose sums ours reproduces bit for bit; no matter for dense models
+    ours, _ = sarqc.load(out, dtype="bfloat16")
+    return logits(theirs), logits(ours)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, "auto"), (3, 32), (2, 16), (8, -1)])
@@ -34,13 +42,10 @@ def test_transformers_reads_what_we_write_as_we_do(source, tmp_path, bits, group
     refuses; those are held to its packer and decompressor in tests/checkpoint.
     """
     result = sarqc.quantize(source, tmp_path / "out", bits=bits, group_size=group_size, **CALIBRATION)
-    ours, _ = sarqc.load(result.out, dtype="bfloat16")
-    theirs = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.bfloat16).eval()
-    theirs.set_experts_implementation("eager")  # whose sums ours reproduces bit for bit; no matter for dense models
+    theirs, expected = both_logits(result.out)
     original, _ = sarqc.load(source, dtype="bfloat16")
-    expected = logits(ours, source)
-    assert torch.equal(logits(theirs, source), expected)
-    assert not torch.equal(logits(original, source), expected)
+    assert torch.equal(theirs, expected)
+    assert not torch.equal(logits(original), expected)
 
 
 def test_packed_and_expanded_models_agree(source, tmp_path):
@@ -48,8 +53,8 @@ def test_packed_and_expanded_models_agree(source, tmp_path):
     expanded, _ = sarqc.load(result.out)
     packed, _ = sarqc.load(result.out, packed=True, dtype="float32")
     # Expanding rounds each weight to the checkpoint's bf16, 8 bits of mantissa; packed weights are exact in fp32.
-    expected = logits(expanded, source)
-    assert (logits(packed, source) - expected).abs().max() < 2**-8 * 4 * expected.abs().max()
+    expected = logits(expanded)
+    assert (logits(packed) - expected).abs().max() < 2**-8 * 4 * expected.abs().max()
 
 
 def test_same_input_same_bytes(source, tmp_path):
@@ -64,11 +69,14 @@ def test_same_input_same_bytes(source, tmp_path):
 def test_every_method_runs_and_reports(source, tmp_path):
     for method in sarqc.METHODS:
         report = sarqc.quantize(source, tmp_path / method, method=method, **CALIBRATION).report
+        assert torch.equal(*both_logits(tmp_path / method)), method
         assert json.loads((tmp_path / method / "report.json").read_text()) == report
         assert report["solve"]["method"] == method
         assert 0 < report["error"] < 1
         if sarqc.METHODS[method].gram:
             assert report["error"] < report["rounding_error"]
+        scaled = [site for site in report["sites"] if site["exponent"] > 0]
+        assert bool(scaled) == sarqc.METHODS[method].channel_scale
 
 
 def test_what_is_not_quantized_is_copied_bit_for_bit(source, tmp_path):
@@ -83,3 +91,21 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(source, tmp_path):
         assert torch.equal(before.load(name), after.load(name)), name
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert "lm_head" in ignored and "model.layers.0.self_attn.o_proj" in ignored
+
+
+@pytest.mark.parametrize("method", ["awq", "sarqc"])
+def test_channel_scales_reach_the_checkpoint(source, tmp_path, method):
+    """Only what may take scales differs from the source: norms, and routers, by powers of two."""
+    from sarqc.checkpoint.reader import open_checkpoint
+
+    out = sarqc.quantize(source, tmp_path / "out", method=method, **CALIBRATION).out
+    before, after = open_checkpoint(source), open_checkpoint(out)
+    assert before.names() == after.names()
+    kept = [name for name in before.names() if after.quantized(name.removesuffix(".weight")) is None]
+    changed = [name for name in kept if not torch.equal(before.load(name), after.load(name))]
+    assert any("norm" in name for name in changed)
+    for name in changed:
+        assert ".layers." in name and ("norm" in name or name.endswith("gate.weight"))
+        if "gate" in name:
+            power = (after.load(name).double() / before.load(name).double()).log2()
+            assert torch.equal(power, power.round())

@@ -63,11 +63,11 @@ def test_choose_returns_what_is_listed() -> None:
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_table_holds_what_the_reference_multiplies_by(sym: bool) -> None:
-    from sarqc_kernels.columns.grid import _grid_of, span_factors
+    from sarqc_kernels.columns.grid import grid_of, span_factors
 
     rule = GridRule(3, sym, True, torch.float32)
     span, low = torch.tensor([0.7, 1.3]), torch.tensor([-0.3, -1.3])
     for pair, factor in zip(panels.factors_of(3, sym, torch.device("cpu")), span_factors(3), strict=True):
-        scale, zero = _grid_of(span, low, factor, rule)
+        scale, zero = grid_of(span, low, factor, rule)
         assert torch.equal(span * pair[0], scale)
         assert sym or torch.equal((low * pair[1] / scale).round().clamp(0, rule.top), zero)

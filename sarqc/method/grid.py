@@ -1,0 +1,81 @@
+"""Grids searched for the least output error: within a group, errors may cancel each other.
+
+The kernels' search weighs every squared error by itself, which is right where a solver corrects errors as it goes.
+Plain rounding corrects nothing, so the error e of a group costs e H_gg e^T, with all of the group's block of the
+metric. The candidates are the kernels' own: the min-max span times every factor of `span_factors`, the first of equals
+winning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sarqc_kernels.columns.grid import GridRule, grid_of, levels_of, span_factors
+
+ELEMENTS = 1 << 22
+"""Weights in flight: rows are taken in portions of about so many."""
+
+
+def search_grid(weight: Tensor, metric: Tensor, rule: GridRule, group_size: int) -> tuple[Tensor, Tensor]:
+    """Scales [E, N, G] in the rule's scale_dtype and zeros uint8 [E, N, G] of the least e H_gg e^T in every group.
+
+    weight: fp32 [E, N, K]. metric: fp32 [E, K, K], of which the G blocks on the diagonal are read. Never worse, in
+    that measure, than the min-max grid, which is among the candidates.
+    """
+    experts, rows, columns = weight.shape
+    groups = columns // group_size
+    square = metric.unflatten(2, (groups, group_size)).unflatten(1, (groups, group_size))
+    blocks = square.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()  # [E, G, g, g]
+    scales = weight.new_empty((experts, rows, groups), dtype=rule.scale_dtype)
+    zeros = torch.empty((experts, rows, groups), dtype=torch.uint8, device=weight.device)
+    tall = max(1, ELEMENTS // (experts * columns))
+    for row in range(0, rows, tall):
+        part = weight[:, row : row + tall].unflatten(2, (groups, group_size)).transpose(1, 2).contiguous()
+        scale, zero = _search(part, blocks, rule)  # [E, G, rows]
+        scales[:, row : row + tall] = scale.mT.to(rule.scale_dtype)
+        zeros[:, row : row + tall] = zero.mT.to(torch.uint8)
+    return scales, zeros
+
+
+def minmax_error(weight: Tensor, rule: GridRule, group_size: int) -> Tensor:
+    """What plain rounding on min-max grids takes away: W - Q, fp32 [E, N, K]."""
+    part = weight.unflatten(-1, (-1, group_size))
+    scale, zero = grid_of(*_span(part, rule), 1.0, rule)
+    return _error(part, scale, zero, rule, torch.empty_like(part)).flatten(-2)
+
+
+def _search(part: Tensor, blocks: Tensor, rule: GridRule) -> tuple[Tensor, Tensor]:
+    """fp32 scales and zeros [E, G, N] of groups [E, G, N, g]."""
+    span, low = _span(part, rule)
+    scale, zero = grid_of(span, low, 1.0, rule)
+    work = torch.empty_like(part)
+    least = _loss(part, blocks, scale, zero, rule, work)
+    for factor in span_factors(rule.bits)[1:]:
+        trial, trial_zero = grid_of(span, low, factor, rule)
+        loss = _loss(part, blocks, trial, trial_zero, rule, work)
+        better = loss < least
+        torch.where(better, loss, least, out=least)
+        torch.where(better, trial, scale, out=scale)
+        torch.where(better, trial_zero, zero, out=zero)
+    return scale, zero
+
+
+def _span(part: Tensor, rule: GridRule) -> tuple[Tensor, Tensor]:
+    """Width and lower end of what a min-max grid covers, of groups [..., g]."""
+    low, high = part.amin(-1), part.amax(-1)
+    if rule.sym:
+        return torch.maximum(low.neg(), high), low
+    low = low.clamp(max=0)
+    return high.clamp(min=0) - low, low
+
+
+def _error(part: Tensor, scale: Tensor, zero: Tensor, rule: GridRule, work: Tensor) -> Tensor:
+    """part - rounded part, of groups [..., g] with one scale and zero each, in the memory of `work`."""
+    scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    return levels_of(part, scale, -zero, rule.top - zero, out=work).mul_(scale).sub_(part).neg_()
+
+
+def _loss(part: Tensor, blocks: Tensor, scale: Tensor, zero: Tensor, rule: GridRule, work: Tensor) -> Tensor:
+    error = _error(part, scale, zero, rule, work)
+    return (error @ blocks).mul_(error).sum(-1)
