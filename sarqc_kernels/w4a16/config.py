@@ -99,7 +99,7 @@ def most_tokens(groups: int, card: Card) -> int:
 
 
 def _splits(programs: int, bricks: int, wanted: int) -> int:
-    return max(1, min(wanted // programs, bricks // LEAST_BRICKS, MOST_SPLITS))
+    return max(1, min(wanted // max(1, programs), bricks // LEAST_BRICKS, MOST_SPLITS))
 
 
 def configurations(card: Card) -> list[tuple[Plan, int]]:

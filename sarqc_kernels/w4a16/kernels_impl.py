@@ -8,7 +8,9 @@ rounded to 16 bits at all, and one that meets an activation of 1 comes out as (c
 
 Brick b of a row block starts at word 1024 b; a tile takes consecutive row blocks; rows and inputs are padded in the
 layout, so loads of weights, scales and zeros need no mask. `locate` finds a program's tile of tokens among ragged
-experts from `offsets` in registers: no list of tiles is built, nothing waits for the device.
+experts from `offsets` in registers: no list of tiles is built, nothing waits for the device. INDEXED: row r of x is
+x[index[r]], so that tokens need not be copied into the order of their experts. GATED: a tile pairs gate rows with their
+up rows and gives silu(gate) * up, so that neither is ever written.
 """
 
 # Triton reads the annotations of a kernel: those of run-time arguments have to be absent.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dot_kernel", "expand_kernel", "gemv_kernel", "sum_kernel"]
+__all__ = ["combine_kernel", "dot_kernel", "expand_kernel", "gemv_kernel", "sum_kernel"]
 
 
 @triton.jit
@@ -55,24 +57,57 @@ def locate(offsets, block, tokens, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SI
 
 
 @triton.jit
-def store(out, sums, rows, tokens, last, bias, expert, split, count,
-          outputs, SPLIT: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
-    """sums [rows, tokens] to out [splits, count, outputs], bias added in the first split."""
-    keep = (rows < outputs)[:, None] & (tokens < last)[None, :]
+def rows_of(tile, outputs, ROWS: tl.constexpr, GATED: tl.constexpr):
+    """Rows of the weight in a tile. GATED: half of them gate rows, the other half the up rows that belong to them."""
+    lane = tl.arange(0, ROWS)
+    if GATED:
+        return tile * (ROWS // 2) + lane % (ROWS // 2) + lane // (ROWS // 2) * outputs
+    return tile * ROWS + lane
+
+
+@triton.jit
+def silu_times(gate, up):
+    """silu(gate) * up in fp32; where exp overflows, silu is 0 as it should be."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def store(out, sums, tile, tokens, last, bias, expert, split, count, outputs,
+          ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, BIASED: tl.constexpr,
+          GATED: tl.constexpr):  # fmt: skip
+    """sums [ROWS, TOKENS] to out [splits, count, width], bias added in the first split.
+
+    width is outputs; GATED with splits keeps gate and up apart, 2 * outputs wide, for `sum_kernel` to join.
+    """
+    rows = rows_of(tile, outputs, ROWS, GATED)
+    width = outputs
+    inside = rows < outputs
+    if GATED:
+        width = outputs * 2
+        inside = tile * (ROWS // 2) + tl.arange(0, ROWS) % (ROWS // 2) < outputs
     if BIASED:
-        offset = tl.load(bias + expert * outputs + rows, mask=rows < outputs, other=0.0).to(tl.float32)
+        offset = tl.load(bias + expert * width + rows, mask=inside, other=0.0).to(tl.float32)
         sums += tl.where(split == 0, offset, 0.0)[:, None]
+    if GATED and not SPLIT:
+        pairs = tl.permute(tl.reshape(sums, (2, ROWS // 2, TOKENS)), (1, 2, 0))
+        gate, up = tl.split(pairs)
+        sums = silu_times(gate, up)
+        rows = rows_of(tile, outputs, ROWS // 2, False)
+        width = outputs
+        inside = rows < outputs
     place = tokens.to(tl.int64)
     if SPLIT:
         place += split.to(tl.int64) * count
-    tl.store(out + place[None, :] * outputs + rows[:, None], sums.to(out.dtype.element_ty), mask=keep)
+    keep = inside[:, None] & (tokens < last)[None, :]
+    tl.store(out + place[None, :] * width + rows[:, None], sums.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def dot_kernel(
-    x, words, scales, zeros, offsets, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group, padded,
-    bricks_per_split, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr, ASYMMETRIC: tl.constexpr,
-    BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
+    padded, bricks_per_split, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr, GATED: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A tile [ROWS of the weight, TOKENS] on the tensor cores, weights as first operand from registers.
@@ -85,13 +120,14 @@ def dot_kernel(
         if expert == EXPERTS:
             return
     expert = tl.cast(expert, tl.int64)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    rows = rows_of(tl.program_id(1), outputs, ROWS, GATED)
     token = first + tl.arange(0, TOKENS)
+    source = tl.load(index + token, mask=token < last, other=0) if INDEXED else token
     depth = tl.arange(0, 16)
     word = words + expert * bricks * padded * 16
     word += ((rows // 64) * (bricks * 1024) + (rows % 64) * 16)[:, None] + depth[None, :]
     scale_of, zero_of = scales + expert * groups * padded + rows, zeros + expert * groups * padded + rows
-    active = x + token.to(tl.int64)[None, :] * inputs + depth[:, None]
+    active = x + source.to(tl.int64)[None, :] * inputs + depth[:, None]
     begin = tl.program_id(2) * bricks_per_split
     sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     for brick in range(begin, tl.minimum(begin + bricks_per_split, bricks)):
@@ -111,14 +147,16 @@ def dot_kernel(
                 weight = centered((packed >> (4 * nibble)) & 15, zero[:, None], act.dtype, INTERPRETED)
                 part = tl.dot(weight, act, part)
             sums += part * scale[:, None]
-    store(out, sums, rows, token, last, bias, expert, tl.program_id(2), tokens, outputs, SPLIT, BIASED)
+    store(out, sums, tl.program_id(1), token, last, bias, expert, tl.program_id(2), tokens, outputs,
+          ROWS, TOKENS, SPLIT, BIASED, GATED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def gemv_kernel(
-    x, words, scales, zeros, offsets, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group, padded,
-    bricks_per_split, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr, ASYMMETRIC: tl.constexpr,
-    BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
+    padded, bricks_per_split, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr, ASYMMETRIC: tl.constexpr,
+    BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr, GATED: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One or two tokens: fp32 multiply-adds in place of the tensor core; arguments and grid as of `dot_kernel`.
@@ -131,7 +169,7 @@ def gemv_kernel(
         if expert == EXPERTS:
             return
     expert = tl.cast(expert, tl.int64)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    rows = rows_of(tl.program_id(1), outputs, ROWS, GATED)
     lane = tl.arange(0, 64)
     mine, depth = lane // 16, lane % 16
     word = words + expert * bricks * padded * 16
@@ -143,7 +181,8 @@ def gemv_kernel(
     begin = tl.program_id(2) * bricks_per_split
     end = tl.minimum(begin + bricks_per_split, bricks)
     token = tl.arange(0, TOKENS)
-    active = x + (first + token).to(tl.int64)[:, None, None] * inputs
+    source = tl.load(index + first + token, mask=first + token < last, other=0) if INDEXED else first + token
+    active = x + source.to(tl.int64)[:, None, None] * inputs
     sums = tl.zeros((TOKENS, ROWS, 64), dtype=tl.float32)
     for brick in tl.range(begin, end, 4, num_stages=STAGES):
         here = (brick + mine < end)[None, :]
@@ -167,23 +206,57 @@ def gemv_kernel(
                 part += weight[None] * act
             sums += part * scale[None]
     total = tl.trans(tl.sum(sums, 2))
-    store(out, total, rows, first + token, last, bias, expert, tl.program_id(2), tokens, outputs, SPLIT, BIASED)
+    store(out, total, tl.program_id(1), first + token, last, bias, expert, tl.program_id(2), tokens, outputs,
+          ROWS, TOKENS, SPLIT, BIASED, GATED)  # fmt: skip
+
+
+@triton.jit
+def added(parts, row, column, keep, rows, width, splits, SIZE: tl.constexpr):
+    """Columns of one row of parts [splits, rows, width], added in order in fp32."""
+    total = tl.zeros((SIZE,), dtype=tl.float32)
+    part = parts + row.to(tl.int64) * width + column
+    for _ in range(splits):
+        total += tl.load(part, mask=keep, other=0.0).to(tl.float32)
+        part += tl.cast(rows, tl.int64) * width
+    return total
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def sum_kernel(parts, offsets, out, tokens, outputs, splits, EXPERTS: tl.constexpr, SIZE: tl.constexpr):
-    """out [tokens, outputs] = parts [splits, tokens, outputs], added in order; rows of no expert become 0."""
+def sum_kernel(parts, offsets, out, tokens, outputs, splits, EXPERTS: tl.constexpr, GATED: tl.constexpr,
+               SIZE: tl.constexpr):  # fmt: skip
+    """out [tokens, outputs] = the sum of parts [splits, tokens, width]; rows of no expert become 0.
+
+    width is outputs; GATED: 2 * outputs, gate before up, and out is silu(gate) * up of the sums.
+    """
     column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     token = tl.program_id(0)
     keep = column < outputs
     if EXPERTS > 0:
         keep = keep & (token >= tl.load(offsets)) & (token < tl.load(offsets + EXPERTS))
-    total = tl.zeros((SIZE,), dtype=tl.float32)
-    part = parts + token.to(tl.int64) * outputs + column
-    for _ in range(splits):
-        total += tl.load(part, mask=keep, other=0.0)
-        part += tl.cast(tokens, tl.int64) * outputs
+    if GATED:
+        gate = added(parts, token, column, keep, tokens, outputs * 2, splits, SIZE)
+        up = added(parts, token, column + outputs, keep, tokens, outputs * 2, splits, SIZE)
+        total = silu_times(gate, up)
+    else:
+        total = added(parts, token, column, keep, tokens, outputs, splits, SIZE)
     tl.store(out + token.to(tl.int64) * outputs + column, total.to(out.dtype.element_ty), mask=column < outputs)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows"])
+def combine_kernel(parts, slots, weights, out, tokens, rows, outputs, splits, CHOICES: tl.constexpr,
+                   SIZE: tl.constexpr):  # fmt: skip
+    """out [tokens, outputs]: each token's rows of parts [splits, rows, outputs], times their router weights, added up.
+
+    slots: int64 [CHOICES, tokens], rows of a token in the order in which they are added. weights: [rows].
+    """
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    token = tl.program_id(0)
+    keep = column < outputs
+    total = tl.zeros((SIZE,), dtype=tl.float32)
+    for choice in range(CHOICES):
+        row = tl.load(slots + choice * tl.cast(tokens, tl.int64) + token)
+        total += tl.load(weights + row).to(tl.float32) * added(parts, row, column, keep, rows, outputs, splits, SIZE)
+    tl.store(out + token.to(tl.int64) * outputs + column, total.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
