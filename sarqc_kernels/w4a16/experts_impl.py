@@ -22,10 +22,10 @@ __all__ = ["aot_jobs", "w4a16_experts"]
 def w4a16_experts(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing) -> Tensor:
     """See `sarqc_kernels.w4a16.experts`; takes weights that `triton_impl.product` takes."""
     rows, experts, card = routing.tokens.shape[0], gate_up.words.shape[0], card_of(x.device)
-    first = choose(rows, gate_up.outputs, gate_up.inputs, gate_up.group_size, experts, card)
+    first = choose(rows, gate_up.outputs, gate_up.inputs, gate_up.group_size, experts, card, gate_up.bits)
     parts = product(first, x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True)
     hidden = summed(parts, gate_up, routing.offsets, x.dtype, gated=True)
-    second = choose(rows, down.outputs, down.inputs, down.group_size, experts, card)
+    second = choose(rows, down.outputs, down.inputs, down.group_size, experts, card, down.bits)
     return _combined(product(second, hidden, down, routing.offsets), x, routing)
 
 

@@ -2,12 +2,12 @@
 
 What they share: codes become 16-bit floats without a conversion. A code OR-ed into the bits of a constant whose last
 mantissa bit counts 1 is the number constant + code: 0x4300 is 128 in bf16, 0x6400 is 1024 in fp16. Subtracting
-constant + zero, itself exact, leaves code - zero, an integer of at most 15: exact in either dtype. Dots are then sums
+constant + zero, itself exact, leaves code - zero, a small integer: exact in either dtype. Dots are then sums
 of exact integers times activations in fp32, and the scale of a group multiplies the fp32 sum once. So a weight is never
 rounded to 16 bits at all, and one that meets an activation of 1 comes out as (code - zero) * scale, rounded once.
 
-Brick b of a row block starts at word 1024 b; a tile takes consecutive row blocks; rows and inputs are padded in the
-layout, so loads of weights, scales and zeros need no mask. `locate` finds a program's tile of tokens among ragged
+Stretch s of a row block starts at word 1024 P s; a tile takes consecutive row blocks; rows and inputs are padded in
+the layout, so loads of weights, scales and zeros need no mask. `locate` finds a program's tile of tokens among ragged
 experts from `offsets` in registers: no list of tiles is built, nothing waits for the device. INDEXED: row r of x is
 x[index[r]], so that tokens need not be copied into the order of their experts. GATED: a tile pairs gate rows with their
 up rows and gives silu(gate) * up, so that neither is ever written.
@@ -25,14 +25,36 @@ __all__ = ["combine_kernel", "dot_kernel", "expand_kernel", "gemv_kernel", "sum_
 
 
 @triton.jit
-def centered(codes, zeros, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """code - zero, exactly, in DTYPE (bf16 or fp16); both are int32 below 16."""
+def centered(codes, zeros, BITS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """code - zero, exactly, in DTYPE (bf16 or fp16); both are int32 below 2^BITS."""
+    if BITS == 8 or INTERPRETED:  # the constant's mantissa has room for 7 bits; the interpreter has no bf16 arithmetic
+        return (codes - zeros).to(tl.float32).to(DTYPE)
     magic: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400  # noqa: SIM300
     weight = (codes | magic).to(tl.int16).to(DTYPE, bitcast=True)
     zero = (zeros | magic).to(tl.int16).to(DTYPE, bitcast=True)
-    if INTERPRETED:  # which has no arithmetic on bf16
-        return (weight.to(tl.float32) - zero.to(tl.float32)).to(DTYPE)
     return weight - zero
+
+
+@triton.jit
+def pieces(word, BITS: tl.constexpr):
+    """The pieces of a stretch that starts at `word`; those that this width does not have repeat the first."""
+    first = tl.load(word)
+    second = tl.load(word + 1024) if BITS == 3 or BITS == 8 else first
+    third = tl.load(word + 2048) if BITS == 3 else first
+    return first, second, third
+
+
+@triton.jit
+def slice_of(first, second, third, brick: tl.constexpr, i: tl.constexpr, BITS: tl.constexpr):
+    """Codes of inputs 16 i .. 16 i + 15 of a stretch's brick: a shift and a mask for each plane (see `layout`)."""
+    if BITS == 2:
+        return (first >> (16 * brick + 2 * i)) & 3
+    if BITS == 3:
+        low = ((first if brick < 2 else second) >> (16 * (brick % 2) + 2 * i)) & 3
+        return low | (((third >> (8 * brick + i)) & 1) << 2)
+    if BITS == 8:
+        return ((first >> (4 * i)) & 15) | (((second >> (4 * i)) & 15) << 4)
+    return (first >> (4 * i)) & 15
 
 
 @triton.jit
@@ -104,16 +126,16 @@ def store(out, sums, tile, tokens, last, bias, expert, split, count, outputs,
 
 @triton.jit(do_not_specialize=["tokens"])
 def dot_kernel(
-    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
-    padded, bricks_per_split, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr, ASYMMETRIC: tl.constexpr,
-    BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr, GATED: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, stretches, groups, bricks_per_group,
+    padded, stretches_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
+    ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
+    GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A tile [ROWS of the weight, TOKENS] on the tensor cores, weights as first operand from registers.
 
     Grid (tiles of tokens, tiles of rows, splits): programs beside each other read the same weights. Eight dots of depth
-    16 for each brick, one for each nibble; SUB groups to a brick, their sums scaled apart. WHOLE: inputs % 128 == 0.
+    16 for each brick; SUB groups to a brick, their sums scaled apart. WHOLE: inputs are whole stretches.
     """
     expert, first, last = locate(offsets, tl.program_id(0), tokens, EXPERTS, SPAN, TOKENS)
     if EXPERTS > 0:  # noqa: SIM102  (known when compiled; the next line is not)
@@ -124,39 +146,44 @@ def dot_kernel(
     token = first + tl.arange(0, TOKENS)
     source = tl.load(index + token, mask=token < last, other=0) if INDEXED else token
     depth = tl.arange(0, 16)
-    word = words + expert * bricks * padded * 16
-    word += ((rows // 64) * (bricks * 1024) + (rows % 64) * 16)[:, None] + depth[None, :]
+    BRICKS: tl.constexpr = 4 if BITS == 3 else (2 if BITS == 2 else 1)  # of a stretch
+    WORDS: tl.constexpr = 256 * BITS * BRICKS  # of a stretch of a row block
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    word = words + expert * stretches * (padded // 64) * WORDS
+    word += ((rows // 64) * (stretches * WORDS) + (rows % 64) * 16)[:, None] + depth[None, :]
     scale_of, zero_of = scales + expert * groups * padded + rows, zeros + expert * groups * padded + rows
     active = x + source.to(tl.int64)[None, :] * inputs + depth[:, None]
-    begin = tl.program_id(2) * bricks_per_split
+    begin = tl.program_id(2) * stretches_per_split
     sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for brick in range(begin, tl.minimum(begin + bricks_per_split, bricks)):
-        packed = tl.load(word + brick * 1024)
-        for j in tl.static_range(SUB):
-            group = (brick * SUB + j if SUB > 1 else brick // bricks_per_group) * padded
-            scale = tl.load(scale_of + group).to(tl.float32)  # before the dots: they hide some of its latency
-            zero = tl.load(zero_of + group).to(tl.int32) if ASYMMETRIC else tl.full((ROWS,), 8, tl.int32)
-            part = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-            for i in tl.static_range(8 // SUB):
-                nibble = j * (8 // SUB) + i
-                start = brick * 128 + nibble * 16
-                keep = (token < last)[None, :]
-                if not WHOLE:
-                    keep = keep & (start + depth < inputs)[:, None]
-                act = tl.load(active + start, mask=keep, other=0.0)
-                weight = centered((packed >> (4 * nibble)) & 15, zero[:, None], act.dtype, INTERPRETED)
-                part = tl.dot(weight, act, part)
-            sums += part * scale[:, None]
+    for stretch in range(begin, tl.minimum(begin + stretches_per_split, stretches)):
+        first_piece, second_piece, third_piece = pieces(word + stretch * WORDS, BITS)
+        for inner in tl.static_range(BRICKS):
+            brick = stretch * BRICKS + inner
+            for j in tl.static_range(SUB):
+                group = (brick * SUB + j if SUB > 1 else brick // bricks_per_group) * padded
+                scale = tl.load(scale_of + group).to(tl.float32)  # before the dots: they hide some of its latency
+                zero = tl.load(zero_of + group).to(tl.int32) if ASYMMETRIC else tl.full((ROWS,), MIDDLE, tl.int32)
+                part = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+                for i in tl.static_range(8 // SUB):
+                    start = brick * 128 + (j * (8 // SUB) + i) * 16
+                    keep = (token < last)[None, :]
+                    if not WHOLE:
+                        keep = keep & (start + depth < inputs)[:, None]
+                    act = tl.load(active + start, mask=keep, other=0.0)
+                    codes = slice_of(first_piece, second_piece, third_piece, inner, j * (8 // SUB) + i, BITS)
+                    weight = centered(codes, zero[:, None], BITS, act.dtype, INTERPRETED)
+                    part = tl.dot(weight, act, part)
+                sums += part * scale[:, None]
     store(out, sums, tl.program_id(1), token, last, bias, expert, tl.program_id(2), tokens, outputs,
           ROWS, TOKENS, SPLIT, BIASED, GATED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def gemv_kernel(
-    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
-    padded, bricks_per_split, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr, ASYMMETRIC: tl.constexpr,
-    BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr, GATED: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, stretches, groups, bricks_per_group,
+    padded, stretches_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
+    ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
+    GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One or two tokens: fp32 multiply-adds in place of the tensor core; arguments and grid as of `dot_kernel`.
@@ -172,25 +199,38 @@ def gemv_kernel(
     rows = rows_of(tl.program_id(1), outputs, ROWS, GATED)
     lane = tl.arange(0, 64)
     mine, depth = lane // 16, lane % 16
-    word = words + expert * bricks * padded * 16
-    word += ((rows // 64) * (bricks * 1024) + (rows % 64) * 16)[:, None] + (mine * 1024 + depth)[None, :]
+    BRICKS: tl.constexpr = 4 if BITS == 3 else (2 if BITS == 2 else 1)  # of a stretch
+    WORDS: tl.constexpr = 256 * BITS * BRICKS  # of a stretch of a row block
+    inner = mine % BRICKS  # the brick within its stretch, the same in every step
+    word = words + expert * stretches * (padded // 64) * WORDS
+    word += ((rows // 64) * (stretches * WORDS) + (rows % 64) * 16)[:, None]
+    word += (mine // BRICKS * WORDS + depth)[None, :]
     scale_of, zero_of = (
         scales + expert * groups * padded + rows[:, None],
         zeros + expert * groups * padded + rows[:, None],
     )
-    begin = tl.program_id(2) * bricks_per_split
-    end = tl.minimum(begin + bricks_per_split, bricks)
+    begin = tl.program_id(2) * stretches_per_split * BRICKS
+    end = tl.minimum(begin + stretches_per_split * BRICKS, stretches * BRICKS)
     token = tl.arange(0, TOKENS)
     source = tl.load(index + first + token, mask=first + token < last, other=0) if INDEXED else first + token
     active = x + source.to(tl.int64)[:, None, None] * inputs
     sums = tl.zeros((TOKENS, ROWS, 64), dtype=tl.float32)
     for brick in tl.range(begin, end, 4, num_stages=STAGES):
         here = (brick + mine < end)[None, :]
-        packed = tl.load(word + brick * 1024, mask=here, other=0)
+        place = word + brick // BRICKS * WORDS
+        if BITS == 3:  # two pieces of the low plane, then one of the high plane
+            low = tl.load(place + (inner // 2 * 1024)[None, :], mask=here, other=0) >> (16 * (inner % 2))[None, :]
+            high = tl.load(place + 2048, mask=here, other=0) >> (8 * inner)[None, :]
+        elif BITS == 8:
+            low = tl.load(place, mask=here, other=0)
+            high = tl.load(place + 1024, mask=here, other=0)
+        else:
+            low = tl.load(place, mask=here, other=0) >> (16 * inner)[None, :]  # inner is 0 but for 2 bits
+            high = low
         for j in tl.static_range(SUB):
             group = ((brick + mine) * SUB + j if SUB > 1 else (brick + mine) // bricks_per_group) * padded
             scale = tl.load(scale_of + group[None, :], mask=here, other=0.0).to(tl.float32)
-            zero = 8.0
+            zero = float(1 << (BITS - 1))
             if ASYMMETRIC:
                 zero = tl.load(zero_of + group[None, :], mask=here, other=0).to(tl.float32)
             part = tl.zeros((TOKENS, ROWS, 64), dtype=tl.float32)
@@ -199,10 +239,16 @@ def gemv_kernel(
                 column = (brick + mine) * 128 + nibble * 16 + depth
                 keep = (column < inputs)[None, None, :] & (first + token < last)[:, None, None] & here[None]
                 act = tl.load(active + column[None, None, :], mask=keep, other=0.0).to(tl.float32)
+                if BITS == 3:
+                    codes = ((low >> (2 * nibble)) & 3) | (((high >> nibble) & 1) << 2)
+                elif BITS == 8:
+                    codes = ((low >> (4 * nibble)) & 15) | (((high >> (4 * nibble)) & 15) << 4)
+                elif BITS == 2:
+                    codes = (low >> (2 * nibble)) & 3
+                else:
+                    codes = (low >> (4 * nibble)) & 15
                 # 2^23 + code in fp32's bits: the same trick, one float wider
-                weight = (((packed >> (4 * nibble)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - (
-                    zero + 8388608.0
-                )
+                weight = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)
                 part += weight[None] * act
             sums += part * scale[None]
     total = tl.trans(tl.sum(sums, 2))
@@ -261,21 +307,25 @@ def combine_kernel(parts, slots, weights, out, tokens, rows, outputs, splits, CH
 
 @triton.jit
 def expand_kernel(
-    words, scales, zeros, out, outputs, inputs, bricks, bricks_per_group, padded, SUB: tl.constexpr,
-    ASYMMETRIC: tl.constexpr, ROWS: tl.constexpr,
+    words, scales, zeros, out, outputs, inputs, stretches, bricks_per_group, padded, BITS: tl.constexpr,
+    SUB: tl.constexpr, ASYMMETRIC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out [outputs, inputs] of one expert in 16 bits: (code - zero) * scale in fp32, rounded once; a brick each."""
-    brick = tl.program_id(0)
+    """out [outputs, inputs] of one expert in 16 bits: (code - zero) * scale in fp32, rounded once; a stretch each."""
+    stretch = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, 16)
-    word = words + ((rows // 64) * (bricks * 1024) + (rows % 64) * 16).to(tl.int64)[:, None] + depth[None, :]
-    packed = tl.load(word + brick * 1024)
+    BRICKS: tl.constexpr = 4 if BITS == 3 else (2 if BITS == 2 else 1)  # of a stretch
+    WORDS: tl.constexpr = 256 * BITS * BRICKS  # of a stretch of a row block
+    word = words + ((rows // 64) * (stretches * WORDS) + (rows % 64) * 16).to(tl.int64)[:, None] + depth[None, :]
+    first, second, third = pieces(word + stretch * WORDS, BITS)
     target = out + rows.to(tl.int64)[:, None] * inputs + depth[None, :]
-    for nibble in tl.static_range(8):
-        group = (brick * SUB + nibble * SUB // 8 if SUB > 1 else brick // bricks_per_group) * padded
-        scale = tl.load(scales + group + rows).to(tl.float32)[:, None]
-        zero = tl.load(zeros + group + rows).to(tl.float32)[:, None] if ASYMMETRIC else 8.0
-        weight = (((packed >> (4 * nibble)) & 15).to(tl.float32) - zero) * scale
-        start = brick * 128 + nibble * 16
-        keep = (rows < outputs)[:, None] & (start + depth < inputs)[None, :]
-        tl.store(target + start, weight.to(out.dtype.element_ty), mask=keep)
+    for inner in tl.static_range(BRICKS):
+        brick = stretch * BRICKS + inner
+        for i in tl.static_range(8):
+            group = (brick * SUB + i * SUB // 8 if SUB > 1 else brick // bricks_per_group) * padded
+            scale = tl.load(scales + group + rows).to(tl.float32)[:, None]
+            zero = tl.load(zeros + group + rows).to(tl.float32)[:, None] if ASYMMETRIC else float(1 << (BITS - 1))
+            weight = (slice_of(first, second, third, inner, i, BITS).to(tl.float32) - zero) * scale
+            start = brick * 128 + i * 16
+            keep = (rows < outputs)[:, None] & (start + depth < inputs)[None, :]
+            tl.store(target + start, weight.to(out.dtype.element_ty), mask=keep)

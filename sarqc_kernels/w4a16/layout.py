@@ -2,16 +2,20 @@
 
     stream    words int32 [E, N, ceil(K b / 32)]       any width; the checkpoint's form, what the reference reads
     int4pack  words uint8 [E, N', K / 2]               4 bits on a CPU; the order of torch's int4 product
-    bricks    words int32 [E, N'/64, K'/128, 64, 16]   4 bits on a GPU; what the Triton kernels read
+    bricks    words int32 [E, N'/64, K'/S, P, 64, 16]  2, 3, 4, 8 bits on a GPU; what the Triton kernels read
 
 N' and K' are N and K padded with code 0 of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
 weight plus its grid, and `restore` gives back the very codes, scales and zeros that went in: one offline layout serves
 every number of tokens, and an export needs no second copy.
 
-A brick is 64 rows by 128 inputs, 4 KiB in one piece. Word p of a row of a brick holds in nibble i (lowest first) the
-code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep as one
-tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code ever moves to
-another thread. Scales and zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read together.
+A brick is 64 rows by 128 inputs; at 4 bits it is 4 KiB in one piece. Word p of a row of a brick holds in nibble i
+(lowest first) the code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep,
+as deep as one tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code
+ever moves to another thread. Other widths are cut into planes of 4, 2 or 1 bits (3 = 2 + 1, 8 = 4 + 4), each in the
+same order: a word of a plane of w bits has 32 / w fields, so a piece of sixteen words a row spans 4 / w bricks. A
+stretch is as many inputs S as the thinnest plane's piece spans (128, 256 or 512), its P = bits S / 512 pieces lie
+together, wider planes first. Scales and zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read
+together.
 
 torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
 its low nibble and row j + B/2 in its high one. `int4pack_block` asks torch once which it is, and believes nothing else.
@@ -37,6 +41,7 @@ __all__ = [
     "BRICK_ROWS",
     "INT4PACK",
     "LAYOUTS",
+    "PLANES",
     "STREAM",
     "TILE_ROWS",
     "PreparedWeight",
@@ -45,13 +50,16 @@ __all__ = [
     "int4pack_block",
     "prepare",
     "restore",
+    "stretch",
 ]
 
 STREAM, INT4PACK, BRICKS = "stream", "int4pack", "bricks"
 LAYOUTS = (STREAM, INT4PACK, BRICKS)
 
 BRICK_ROWS, BRICK_COLUMNS = 64, 128
-WORDS = BRICK_COLUMNS // 8  # of one row of a brick
+WORDS = 16  # of a row of a piece, and inputs of a slice
+PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((4, 0), (4, 4))}
+"""Of a code of so many bits: (width, lowest bit) of the planes that bricks cut it into."""
 TILE_ROWS = 128  # bricks come in pairs: rows of a tile of the Triton kernels
 INT4PACK_ROWS = 64  # rows are padded to whole blocks, so that every block has the same order
 INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's product takes
@@ -72,6 +80,11 @@ class PreparedWeight(NamedTuple):
     outputs: int
     inputs: int
     group_size: int
+
+
+def stretch(bits: int) -> int:
+    """Bricks of a stretch: what a piece of the thinnest plane spans."""
+    return 4 // min(width for width, _ in PLANES[bits])
 
 
 def prepare(
@@ -102,9 +115,14 @@ def prepare(
     if wanted == STREAM:
         parts = (pack(codes, bits), scales, zeros)
     else:
-        if bits != 4:
-            raise ArgumentError(f"layout = {wanted!r} holds 4 bits, not {bits}: use {STREAM!r}")
-        parts = (_to_int4pack if wanted == INT4PACK else _to_bricks)(codes, scales, zeros)
+        held = (4,) if wanted == INT4PACK else tuple(PLANES)
+        if bits not in held:
+            raise ArgumentError(
+                f"layout = {wanted!r} holds {', '.join(map(str, held))} bits, not {bits}: use {STREAM!r}"
+            )
+        if int(codes.max()) >= 1 << bits:
+            raise ArgumentError(f"codes holds {int(codes.max())}: {bits} bits take 0 to {(1 << bits) - 1}")
+        parts = _to_int4pack(codes, scales, zeros) if wanted == INT4PACK else _to_bricks(codes, scales, zeros, bits)
     words, grid, offset = (None if part is None else part.to(device) for part in parts)
     assert words is not None and grid is not None
     return PreparedWeight(words, grid, offset, wanted, bits, shape[1], shape[2], shape[2] // scales.shape[2])
@@ -124,8 +142,7 @@ def codes_of(weight: PreparedWeight, expert: int, rows: slice) -> Tensor:
     block = BRICK_ROWS if weight.layout == BRICKS else INT4PACK_ROWS
     first, last = rows.start // block, -(-rows.stop // block)
     if weight.layout == BRICKS:
-        nibbles = torch.stack([(words[first:last] >> 4 * i) & 15 for i in range(8)], -2)  # [blocks, tiles, 64, 8, 16]
-        codes = nibbles.to(torch.uint8).permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+        codes = _from_bricks(words[first:last], weight.bits)
     else:
         half = _known_block() // 2
         stretch = words[first * block : last * block].reshape(-1, weight.inputs, half)
@@ -154,7 +171,7 @@ def int4pack_block() -> int | None:
 
 
 def _fastest(bits: int, scales: Tensor, inputs: int, dtype: torch.dtype, device: torch.device) -> str:
-    if bits == 4 and device.type == "cuda":
+    if bits in PLANES and device.type == "cuda":
         return BRICKS
     fits = bits == 4 and inputs // scales.shape[2] in INT4PACK_GROUPS and dtype == torch.bfloat16
     return INT4PACK if fits and device.type == "cpu" and scales.dtype == torch.bfloat16 and int4pack_block() else STREAM
@@ -166,8 +183,6 @@ def _to_int4pack(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[T
             f"scales is {scales.dtype} {list(scales.shape)} for {codes.shape[2]} inputs: layout {INT4PACK!r} takes "
             f"torch.bfloat16 and groups of {', '.join(map(str, INT4PACK_GROUPS))}; use {STREAM!r}"
         )
-    if int(codes.max()) > 15:
-        raise ArgumentError(f"codes holds {int(codes.max())}: 4 bits take 0 to 15")
     rows = -codes.shape[1] % INT4PACK_ROWS
     words = _interleave(pad(codes, (0, 0, 0, rows)), _known_block())
     offset = torch.zeros_like(scales) if zeros is None else ((8.0 - zeros.float()) * scales.float()).bfloat16()
@@ -190,13 +205,35 @@ def _known_block() -> int:
     return block
 
 
-def _to_bricks(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _to_bricks(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
     group = codes.shape[2] // scales.shape[2]
-    rows, columns = -codes.shape[1] % TILE_ROWS, -codes.shape[2] % BRICK_COLUMNS
+    rows, columns = -codes.shape[1] % TILE_ROWS, -codes.shape[2] % (BRICK_COLUMNS * stretch(bits))
     codes = pad(codes, (0, columns, 0, rows))
-    nibbles = codes.unflatten(2, (-1, 8, WORDS)).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
-    words = pack(nibbles.mT.contiguous(), 4).squeeze(-1)  # [E, blocks, tiles, 64, 16, 8] -> one word for each eight
+    blocks = codes.unflatten(2, (-1, BRICK_COLUMNS * stretch(bits))).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
+    pieces = [_plane(blocks, width, low) for width, low in PLANES[bits]]  # [E, blocks, stretches, P, 64, 16]
     groups = max(scales.shape[2], -(-codes.shape[2] // group))
     edge = (0, groups - scales.shape[2], 0, rows)
     grid = pad(scales, edge).mT.contiguous()
-    return words, grid, None if zeros is None else pad(zeros, edge).mT.contiguous()
+    return torch.cat(pieces, 3), grid, None if zeros is None else pad(zeros, edge).mT.contiguous()
+
+
+def _plane(blocks: Tensor, width: int, low: int) -> Tensor:
+    """Bits low .. low + width of uint8 [..., 64, S] as pieces int32 [..., S width / 512, 64, 16]."""
+    fields = blocks.unflatten(-1, (-1, 32 // width, WORDS)).movedim(-4, -3)
+    words = torch.zeros(fields.select(-2, 0).shape, dtype=torch.int32, device=blocks.device)
+    for field in range(32 // width):
+        words |= ((fields.select(-2, field) >> low) & ((1 << width) - 1)).int() << width * field
+    return words
+
+
+def _from_bricks(words: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, inputs], padded, of int32 [blocks, stretches, P, 64, 16]."""
+    codes, first = None, 0
+    for width, low in PLANES[bits]:
+        pieces = words[:, :, first : first + stretch(bits) * width // 4]
+        first += pieces.shape[2]
+        fields = torch.stack([(pieces >> width * f) & ((1 << width) - 1) for f in range(32 // width)], -2)
+        part = fields.to(torch.uint8).permute(0, 3, 1, 2, 4, 5).flatten(2).flatten(0, 1) << low
+        codes = part if codes is None else codes | part
+    assert codes is not None
+    return codes

@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 
 from sarqc_kernels.targets import ARCHS, AotJob, Card, card_of, interpreting
-from sarqc_kernels.w4a16.config import Plan, choose, configurations, dot, groups_per_brick
+from sarqc_kernels.w4a16.config import Plan, choose, configurations, dot, groups_per_brick, other_widths
 from sarqc_kernels.w4a16.kernels_impl import dot_kernel, expand_kernel, gemv_kernel, sum_kernel
-from sarqc_kernels.w4a16.layout import BRICK_ROWS, PreparedWeight
+from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PreparedWeight, stretch
 
 __all__ = ["SUM_COLUMNS", "aot_jobs", "product", "product_job", "sum_job", "summed", "w4a16_matmul"]
 
@@ -26,7 +26,7 @@ SUM_COLUMNS = 256  # of a program of `sum_kernel`
 def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """See `sarqc_kernels.w4a16.w4a16_matmul`; takes what `config` and the layout `bricks` take."""
     experts = 0 if offsets is None else weight.words.shape[0]
-    plan = choose(x.shape[0], weight.outputs, weight.inputs, weight.group_size, experts, card_of(x.device))
+    plan = choose(x.shape[0], weight.outputs, weight.inputs, weight.group_size, experts, card_of(x.device), weight.bits)
     return run(plan, x.contiguous(), weight, offsets, bias)
 
 
@@ -62,18 +62,17 @@ def product(
     experts = 0 if offsets is None else weight.words.shape[0]
     # each expert has at most one tile that is not full, and none without a row
     tiles = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
-    bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
-    sub = groups_per_brick(weight.group_size, weight.inputs)
-    per_group = bricks if weight.group_size == weight.inputs else max(1, weight.group_size // 128)
+    stretches, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
     kernel, more = (gemv_kernel, {"STAGES": plan.stages}) if plan.kernel == "gemv" else (dot_kernel, {})
     kernel[(tiles, triton.cdiv(outputs, plan.rows // 2 if gated else plan.rows), plan.splits)](
         x, weight.words, weight.scales, _or(weight.zeros, weight.words), _or(offsets, weight.words),
-        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.inputs, bricks, weight.scales.shape[1],
-        per_group, padded, triton.cdiv(bricks, plan.splits),
-        EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)), SUB=sub, ASYMMETRIC=weight.zeros is not None,
-        BIASED=bias is not None, SPLIT=split, WHOLE=weight.inputs % 128 == 0, INDEXED=index is not None, GATED=gated,
-        TOKENS=plan.tokens, ROWS=plan.rows, INTERPRETED=interpreting(), num_warps=plan.warps, num_stages=plan.stages,
-        **more,
+        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.inputs, stretches,
+        weight.scales.shape[1], _bricks_per_group(weight), padded, triton.cdiv(stretches, plan.splits),
+        BITS=weight.bits, EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)),
+        SUB=groups_per_brick(weight.group_size, weight.inputs), ASYMMETRIC=weight.zeros is not None,
+        BIASED=bias is not None, SPLIT=split, WHOLE=weight.inputs % (BRICK_COLUMNS * stretch(weight.bits)) == 0,
+        INDEXED=index is not None, GATED=gated, TOKENS=plan.tokens, ROWS=plan.rows, INTERPRETED=interpreting(),
+        num_warps=plan.warps, num_stages=plan.stages, **more,
     )  # fmt: skip
     return parts
 
@@ -101,14 +100,19 @@ def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
     return instead if tensor is None else tensor
 
 
+def _bricks_per_group(weight: PreparedWeight) -> int:
+    """Bricks that share a scale; beyond the last one where a scale is for a whole row."""
+    whole = weight.words.shape[2] * stretch(weight.bits)
+    return whole if weight.group_size == weight.inputs else max(1, weight.group_size // BRICK_COLUMNS)
+
+
 def _expanded(plan: Plan, x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
     """Dense: write the weight to memory for the time of this call, and let cuBLAS multiply."""
     matrix = x.new_empty((weight.outputs, weight.inputs))
-    bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
-    per_group = bricks if weight.group_size == weight.inputs else max(1, weight.group_size // 128)
-    expand_kernel[(bricks, padded // plan.rows)](
-        weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.outputs, weight.inputs, bricks,
-        per_group, padded, SUB=groups_per_brick(weight.group_size, weight.inputs),
+    stretches, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
+    expand_kernel[(stretches, padded // plan.rows)](
+        weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.outputs, weight.inputs, stretches,
+        _bricks_per_group(weight), padded, BITS=weight.bits, SUB=groups_per_brick(weight.group_size, weight.inputs),
         ASYMMETRIC=weight.zeros is not None, ROWS=plan.rows, num_warps=plan.warps,
     )  # fmt: skip
     return x @ matrix.T if bias is None else torch.addmm(bias[0].to(x.dtype), x, matrix.T)
@@ -127,22 +131,23 @@ def aot_jobs() -> list[AotJob]:
             jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, experts))
         jobs.append(product_job(dot(64, 1, card), arch, "fp16", 1, True, 0))
         jobs.append(product_job(dot(16, 1, card), arch, "bf16", 2, False, 0, whole=False))
+        jobs += [product_job(plan, arch, "bf16", 2, True, 0, bits=bits) for bits, plan in other_widths(card)]
         jobs.append(sum_job(arch))
     return jobs
 
 
 def product_job(
     plan: Plan, arch: int, kind: str, sub: int, asymmetric: bool, experts: int, *, whole: bool = True,
-    gated: bool = False,
+    gated: bool = False, bits: int = 4,
 ) -> AotJob:  # fmt: skip
     """One product ahead of time; gated ones read their rows by index, as the experts' first product does."""
     grid = f"g{128 // sub}{'a' if asymmetric else 's'}"
     kinds = [word for word, said in (("ragged", not whole), ("gated", gated)) if said]
     tile = " ".join([plan.kernel, f"{plan.tokens}x{plan.rows}", f"split{plan.splits}", *kinds])
-    name = f"w4a16 {tile} {kind} {grid} e{experts}"
+    name = f"w{bits}a16 {tile} {kind} {grid} e{experts}"
     signature = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": f"*{kind}"}
-    sizes = ["outputs", "inputs", "bricks", "bricks_per_group", "padded"]
-    constants: dict[str, Any] = {"SUB": sub, "ASYMMETRIC": asymmetric, "ROWS": plan.rows}
+    sizes = ["outputs", "inputs", "stretches", "bricks_per_group", "padded"]
+    constants: dict[str, Any] = {"BITS": bits, "SUB": sub, "ASYMMETRIC": asymmetric, "ROWS": plan.rows}
     if plan.kernel == "expand":
         kernel, divisible = expand_kernel, [*signature, "outputs", "inputs", "padded"]
     else:
@@ -150,7 +155,7 @@ def product_job(
         signature |= {"x": f"*{kind}", "offsets": "*i64", "index": "*i64", "bias": f"*{kind}"}
         signature["out"] = "*fp32" if plan.splits > 1 else signature["out"]
         divisible = [*signature, "outputs", "inputs", "padded"]
-        sizes += ["tokens", "groups", "bricks_per_split"]
+        sizes += ["tokens", "groups", "stretches_per_split"]
         constants |= {
             "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": plan.splits > 1, "WHOLE": whole,
             "INDEXED": gated, "GATED": gated, "TOKENS": plan.tokens, "INTERPRETED": False,
