@@ -77,7 +77,7 @@ def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int
         return gemv(1 if experts else tokens, _splits(programs, bricks, 4 * card.multiprocessors))
     share = -(-tokens // max(1, experts))  # of an expert, were they all alike
     most = most_tokens(groups_per_brick(group_size, inputs), card, bits)
-    plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card, bits)
+    plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card)
     programs = -(-outputs // plan.rows) * (-(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0))
     splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= 64 else 1
     return replace(plan, splits=splits)
@@ -91,26 +91,20 @@ def gemv(tokens: int, splits: int) -> Plan:
     return Plan("gemv", tokens, GEMV_ROWS, splits, 4, 3)
 
 
-def dot(tokens: int, splits: int, card: Card, bits: int = 4) -> Plan:
+def dot(tokens: int, splits: int, card: Card) -> Plan:
     """The dot plan for a tile of so many tokens.
 
     Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a tile. On sm_100
     they live in tensor memory, of which Triton gives each of the eight dots a part of its own: 512 columns hold eight
-    times 32 tokens of 128 rows, or eight times 64 of 64 rows. A stage is a stretch, so widths whose stretch is longer
-    keep fewer of them: two of 512 inputs at 3 bits, three of 256 at 2 bits.
+    times 32 tokens of 128 rows, or eight times 64 of 64 rows.
     """
-    most = {2: 3, 3: 2}.get(bits, 4)
     if card.arch < 100:
-        return Plan("dot", tokens, TILE_ROWS, splits, *((4, most) if tokens < 64 else (8, min(3, most))))
-    return Plan(
-        "dot", tokens, TILE_ROWS if tokens < 64 else BRICK_ROWS, splits, 4, most if tokens < 64 else min(3, most)
-    )
+        return Plan("dot", tokens, TILE_ROWS, splits, *((4, 4) if tokens < 64 else (8, 3)))
+    return Plan("dot", tokens, TILE_ROWS if tokens < 64 else BRICK_ROWS, splits, 4, 4 if tokens < 64 else 3)
 
 
 def most_tokens(groups: int, card: Card, bits: int = 4) -> int:
     """Tokens of the largest dot tile that does not spill with so many groups to a brick (seen ahead of time)."""
-    if bits in (2, 3):
-        return 64 if card.arch < 100 else 16
     return 128 if groups <= 2 and card.arch < 100 and bits == 4 else 64
 
 
@@ -128,7 +122,7 @@ def other_widths(card: Card) -> list[tuple[int, Plan]]:
 
 
 def _dots(card: Card, bits: int) -> list[Plan]:
-    return [dot(tokens, 1, card, bits) for tokens in DOT_TOKENS if tokens <= most_tokens(2, card, bits)]
+    return [dot(tokens, 1, card) for tokens in DOT_TOKENS if tokens <= most_tokens(2, card, bits)]
 
 
 def configurations(card: Card) -> list[tuple[Plan, int]]:

@@ -6,8 +6,8 @@ constant + zero, itself exact, leaves code - zero, a small integer: exact in eit
 of exact integers times activations in fp32, and the scale of a group multiplies the fp32 sum once. So a weight is never
 rounded to 16 bits at all, and one that meets an activation of 1 comes out as (code - zero) * scale, rounded once.
 
-Stretch s of a row block starts at word 1024 P s; a tile takes consecutive row blocks; rows and inputs are padded in
-the layout, so loads of weights, scales and zeros need no mask. `locate` finds a program's tile of tokens among ragged
+Brick b of a row block starts at word 256 BITS b; a tile takes consecutive row blocks; rows and inputs are padded in the
+layout, so loads of weights, scales and zeros need no mask. `locate` finds a program's tile of tokens among ragged
 experts from `offsets` in registers: no list of tiles is built, nothing waits for the device. INDEXED: row r of x is
 x[index[r]], so that tokens need not be copied into the order of their experts. GATED: a tile pairs gate rows with their
 up rows and gives silu(gate) * up, so that neither is ever written.
@@ -36,25 +36,31 @@ def centered(codes, zeros, BITS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED:
 
 
 @triton.jit
-def pieces(word, BITS: tl.constexpr):
-    """The pieces of a stretch that starts at `word`; those that this width does not have repeat the first."""
-    first = tl.load(word)
-    second = tl.load(word + 1024) if BITS == 3 or BITS == 8 else first
-    third = tl.load(word + 2048) if BITS == 3 else first
-    return first, second, third
+def plane(words, row, depth, first, WIDTH: tl.constexpr):
+    """Words of a plane of WIDTH bits that begins at `words` + `first`, so shifted that slice i begins at bit 4 i."""
+    place = row * (4 * WIDTH) + depth % (4 * WIDTH)
+    return tl.load(words + (first + place)) >> (depth // (4 * WIDTH) * WIDTH)
 
 
 @triton.jit
-def slice_of(first, second, third, brick: tl.constexpr, i: tl.constexpr, BITS: tl.constexpr):
-    """Codes of inputs 16 i .. 16 i + 15 of a stretch's brick: a shift and a mask for each plane (see `layout`)."""
-    if BITS == 2:
-        return (first >> (16 * brick + 2 * i)) & 3
+def planes(words, row, depth, BITS: tl.constexpr):
+    """The planes of a brick of BITS bits, low bits first (see `layout`); the second is the first where there is one."""
     if BITS == 3:
-        low = ((first if brick < 2 else second) >> (16 * (brick % 2) + 2 * i)) & 3
-        return low | (((third >> (8 * brick + i)) & 1) << 2)
+        return plane(words, row, depth, 0, 2), plane(words, row, depth, 512, 1)
     if BITS == 8:
-        return ((first >> (4 * i)) & 15) | (((second >> (4 * i)) & 15) << 4)
-    return (first >> (4 * i)) & 15
+        return plane(words, row, depth, 0, 4), plane(words, row, depth, 1024, 4)
+    only = plane(words, row, depth, 0, BITS)
+    return only, only
+
+
+@triton.jit
+def slice_of(low, high, i: tl.constexpr, BITS: tl.constexpr):
+    """Codes of inputs 16 i .. 16 i + 15 of a brick: a shift and a mask for each plane."""
+    if BITS == 3:
+        return ((low >> (4 * i)) & 3) | (((high >> (4 * i)) & 1) << 2)
+    if BITS == 8:
+        return ((low >> (4 * i)) & 15) | (((high >> (4 * i)) & 15) << 4)
+    return (low >> (4 * i)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -126,8 +132,8 @@ def store(out, sums, tile, tokens, last, bias, expert, split, count, outputs,
 
 @triton.jit(do_not_specialize=["tokens"])
 def dot_kernel(
-    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, stretches, groups, bricks_per_group,
-    padded, stretches_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
+    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
+    padded, bricks_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
     GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -135,7 +141,7 @@ def dot_kernel(
     """A tile [ROWS of the weight, TOKENS] on the tensor cores, weights as first operand from registers.
 
     Grid (tiles of tokens, tiles of rows, splits): programs beside each other read the same weights. Eight dots of depth
-    16 for each brick; SUB groups to a brick, their sums scaled apart. WHOLE: inputs are whole stretches.
+    16 for each brick; SUB groups to a brick, their sums scaled apart. WHOLE: inputs % 128 == 0.
     """
     expert, first, last = locate(offsets, tl.program_id(0), tokens, EXPERTS, SPAN, TOKENS)
     if EXPERTS > 0:  # noqa: SIM102  (known when compiled; the next line is not)
@@ -146,42 +152,39 @@ def dot_kernel(
     token = first + tl.arange(0, TOKENS)
     source = tl.load(index + token, mask=token < last, other=0) if INDEXED else token
     depth = tl.arange(0, 16)
-    BRICKS: tl.constexpr = 4 if BITS == 3 else (2 if BITS == 2 else 1)  # of a stretch
-    WORDS: tl.constexpr = 256 * BITS * BRICKS  # of a stretch of a row block
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
-    word = words + expert * stretches * (padded // 64) * WORDS
-    word += ((rows // 64) * (stretches * WORDS) + (rows % 64) * 16)[:, None] + depth[None, :]
+    word = words + expert * bricks * padded * (4 * BITS)
+    word += ((rows // 64) * (bricks * (256 * BITS)))[:, None]
     scale_of, zero_of = scales + expert * groups * padded + rows, zeros + expert * groups * padded + rows
     active = x + source.to(tl.int64)[None, :] * inputs + depth[:, None]
-    begin = tl.program_id(2) * stretches_per_split
+    begin = tl.program_id(2) * bricks_per_split
     sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for stretch in range(begin, tl.minimum(begin + stretches_per_split, stretches)):
-        first_piece, second_piece, third_piece = pieces(word + stretch * WORDS, BITS)
-        for inner in tl.static_range(BRICKS):
-            brick = stretch * BRICKS + inner
-            for j in tl.static_range(SUB):
-                group = (brick * SUB + j if SUB > 1 else brick // bricks_per_group) * padded
-                scale = tl.load(scale_of + group).to(tl.float32)  # before the dots: they hide some of its latency
-                zero = tl.load(zero_of + group).to(tl.int32) if ASYMMETRIC else tl.full((ROWS,), MIDDLE, tl.int32)
-                part = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-                for i in tl.static_range(8 // SUB):
-                    start = brick * 128 + (j * (8 // SUB) + i) * 16
-                    keep = (token < last)[None, :]
-                    if not WHOLE:
-                        keep = keep & (start + depth < inputs)[:, None]
-                    act = tl.load(active + start, mask=keep, other=0.0)
-                    codes = slice_of(first_piece, second_piece, third_piece, inner, j * (8 // SUB) + i, BITS)
-                    weight = centered(codes, zero[:, None], BITS, act.dtype, INTERPRETED)
-                    part = tl.dot(weight, act, part)
-                sums += part * scale[:, None]
+    for brick in range(begin, tl.minimum(begin + bricks_per_split, bricks)):
+        low, high = planes(word + brick * (256 * BITS), (rows % 64)[:, None], depth[None, :], BITS)
+        for j in tl.static_range(SUB):
+            group = (brick * SUB + j if SUB > 1 else brick // bricks_per_group) * padded
+            scale = tl.load(scale_of + group).to(tl.float32)  # before the dots: they hide some of its latency
+            zero = tl.load(zero_of + group).to(tl.int32) if ASYMMETRIC else tl.full((ROWS,), MIDDLE, tl.int32)
+            part = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            for i in tl.static_range(8 // SUB):
+                nibble = j * (8 // SUB) + i
+                start = brick * 128 + nibble * 16
+                keep = (token < last)[None, :]
+                if not WHOLE:
+                    keep = keep & (start + depth < inputs)[:, None]
+                act = tl.load(active + start, mask=keep, other=0.0)
+                codes = slice_of(low, high, nibble, BITS)
+                weight = centered(codes, zero[:, None], BITS, act.dtype, INTERPRETED)
+                part = tl.dot(weight, act, part)
+            sums += part * scale[:, None]
     store(out, sums, tl.program_id(1), token, last, bias, expert, tl.program_id(2), tokens, outputs,
           ROWS, TOKENS, SPLIT, BIASED, GATED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def gemv_kernel(
-    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, stretches, groups, bricks_per_group,
-    padded, stretches_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
+    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
+    padded, bricks_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
     GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -199,34 +202,23 @@ def gemv_kernel(
     rows = rows_of(tl.program_id(1), outputs, ROWS, GATED)
     lane = tl.arange(0, 64)
     mine, depth = lane // 16, lane % 16
-    BRICKS: tl.constexpr = 4 if BITS == 3 else (2 if BITS == 2 else 1)  # of a stretch
-    WORDS: tl.constexpr = 256 * BITS * BRICKS  # of a stretch of a row block
-    inner = mine % BRICKS  # the brick within its stretch, the same in every step
-    word = words + expert * stretches * (padded // 64) * WORDS
-    word += ((rows // 64) * (stretches * WORDS) + (rows % 64) * 16)[:, None]
-    word += (mine // BRICKS * WORDS + depth)[None, :]
+    word = words + expert * bricks * padded * (4 * BITS)
+    word += ((rows // 64) * (bricks * (256 * BITS)))[:, None] + (mine * (256 * BITS))[None, :]
     scale_of, zero_of = (
         scales + expert * groups * padded + rows[:, None],
         zeros + expert * groups * padded + rows[:, None],
     )
-    begin = tl.program_id(2) * stretches_per_split * BRICKS
-    end = tl.minimum(begin + stretches_per_split * BRICKS, stretches * BRICKS)
+    begin = tl.program_id(2) * bricks_per_split
+    end = tl.minimum(begin + bricks_per_split, bricks)
     token = tl.arange(0, TOKENS)
     source = tl.load(index + first + token, mask=first + token < last, other=0) if INDEXED else first + token
     active = x + source.to(tl.int64)[:, None, None] * inputs
     sums = tl.zeros((TOKENS, ROWS, 64), dtype=tl.float32)
     for brick in tl.range(begin, end, 4, num_stages=STAGES):
         here = (brick + mine < end)[None, :]
-        place = word + brick // BRICKS * WORDS
-        if BITS == 3:  # two pieces of the low plane, then one of the high plane
-            low = tl.load(place + (inner // 2 * 1024)[None, :], mask=here, other=0) >> (16 * (inner % 2))[None, :]
-            high = tl.load(place + 2048, mask=here, other=0) >> (8 * inner)[None, :]
-        elif BITS == 8:
-            low = tl.load(place, mask=here, other=0)
-            high = tl.load(place + 1024, mask=here, other=0)
-        else:
-            low = tl.load(place, mask=here, other=0) >> (16 * inner)[None, :]  # inner is 0 but for 2 bits
-            high = low
+        # the last step's lanes may stand behind the last brick: they read the first one and count for nothing
+        place = word + tl.where(here, brick, -mine[None, :]) * (256 * BITS)
+        low, high = planes(place, (rows % 64)[:, None], depth[None, :], BITS)
         for j in tl.static_range(SUB):
             group = ((brick + mine) * SUB + j if SUB > 1 else (brick + mine) // bricks_per_group) * padded
             scale = tl.load(scale_of + group[None, :], mask=here, other=0.0).to(tl.float32)
@@ -239,14 +231,7 @@ def gemv_kernel(
                 column = (brick + mine) * 128 + nibble * 16 + depth
                 keep = (column < inputs)[None, None, :] & (first + token < last)[:, None, None] & here[None]
                 act = tl.load(active + column[None, None, :], mask=keep, other=0.0).to(tl.float32)
-                if BITS == 3:
-                    codes = ((low >> (2 * nibble)) & 3) | (((high >> nibble) & 1) << 2)
-                elif BITS == 8:
-                    codes = ((low >> (4 * nibble)) & 15) | (((high >> (4 * nibble)) & 15) << 4)
-                elif BITS == 2:
-                    codes = (low >> (2 * nibble)) & 3
-                else:
-                    codes = (low >> (4 * nibble)) & 15
+                codes = slice_of(low, high, nibble, BITS)
                 # 2^23 + code in fp32's bits: the same trick, one float wider
                 weight = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)
                 part += weight[None] * act
@@ -307,25 +292,21 @@ def combine_kernel(parts, slots, weights, out, tokens, rows, outputs, splits, CH
 
 @triton.jit
 def expand_kernel(
-    words, scales, zeros, out, outputs, inputs, stretches, bricks_per_group, padded, BITS: tl.constexpr,
+    words, scales, zeros, out, outputs, inputs, bricks, bricks_per_group, padded, BITS: tl.constexpr,
     SUB: tl.constexpr, ASYMMETRIC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out [outputs, inputs] of one expert in 16 bits: (code - zero) * scale in fp32, rounded once; a stretch each."""
-    stretch = tl.program_id(0)
+    """out [outputs, inputs] of one expert in 16 bits: (code - zero) * scale in fp32, rounded once; a brick each."""
+    brick = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, 16)
-    BRICKS: tl.constexpr = 4 if BITS == 3 else (2 if BITS == 2 else 1)  # of a stretch
-    WORDS: tl.constexpr = 256 * BITS * BRICKS  # of a stretch of a row block
-    word = words + ((rows // 64) * (stretches * WORDS) + (rows % 64) * 16).to(tl.int64)[:, None] + depth[None, :]
-    first, second, third = pieces(word + stretch * WORDS, BITS)
+    word = words + ((rows // 64) * bricks + brick).to(tl.int64)[:, None] * (256 * BITS)
+    low, high = planes(word, (rows % 64)[:, None], depth[None, :], BITS)
     target = out + rows.to(tl.int64)[:, None] * inputs + depth[None, :]
-    for inner in tl.static_range(BRICKS):
-        brick = stretch * BRICKS + inner
-        for i in tl.static_range(8):
-            group = (brick * SUB + i * SUB // 8 if SUB > 1 else brick // bricks_per_group) * padded
-            scale = tl.load(scales + group + rows).to(tl.float32)[:, None]
-            zero = tl.load(zeros + group + rows).to(tl.float32)[:, None] if ASYMMETRIC else float(1 << (BITS - 1))
-            weight = (slice_of(first, second, third, inner, i, BITS).to(tl.float32) - zero) * scale
-            start = brick * 128 + i * 16
-            keep = (rows < outputs)[:, None] & (start + depth < inputs)[None, :]
-            tl.store(target + start, weight.to(out.dtype.element_ty), mask=keep)
+    for i in tl.static_range(8):
+        group = (brick * SUB + i * SUB // 8 if SUB > 1 else brick // bricks_per_group) * padded
+        scale = tl.load(scales + group + rows).to(tl.float32)[:, None]
+        zero = tl.load(zeros + group + rows).to(tl.float32)[:, None] if ASYMMETRIC else float(1 << (BITS - 1))
+        weight = (slice_of(low, high, i, BITS).to(tl.float32) - zero) * scale
+        start = brick * 128 + i * 16
+        keep = (rows < outputs)[:, None] & (start + depth < inputs)[None, :]
+        tl.store(target + start, weight.to(out.dtype.element_ty), mask=keep)

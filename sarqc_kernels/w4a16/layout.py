@@ -2,20 +2,19 @@
 
     stream    words int32 [E, N, ceil(K b / 32)]       any width; the checkpoint's form, what the reference reads
     int4pack  words uint8 [E, N', K / 2]               4 bits on a CPU; the order of torch's int4 product
-    bricks    words int32 [E, N'/64, K'/S, P, 64, 16]  2, 3, 4, 8 bits on a GPU; what the Triton kernels read
+    bricks    words int32 [E, N'/64, K'/128, 256 b]    2, 3, 4, 8 bits on a GPU; what its kernels read
 
 N' and K' are N and K padded with code 0 of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
 weight plus its grid, and `restore` gives back the very codes, scales and zeros that went in: one offline layout serves
 every number of tokens, and an export needs no second copy.
 
-A brick is 64 rows by 128 inputs; at 4 bits it is 4 KiB in one piece. Word p of a row of a brick holds in nibble i
-(lowest first) the code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep,
-as deep as one tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code
-ever moves to another thread. Other widths are cut into planes of 4, 2 or 1 bits (3 = 2 + 1, 8 = 4 + 4), each in the
-same order: a word of a plane of w bits has 32 / w fields, so a piece of sixteen words a row spans 4 / w bricks. A
-stretch is as many inputs S as the thinnest plane's piece spans (128, 256 or 512), its P = bits S / 512 pieces lie
-together, wider planes first. Scales and zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read
-together.
+A brick is 64 rows by 128 inputs in one piece, 4 KiB at 4 bits. Word p of a row of a brick holds in nibble i (lowest
+first) the code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep
+as one tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code ever
+moves to another thread. Other widths are cut into planes of w = 4, 2 or 1 bits (3 = 2 + 1, 8 = 4 + 4), one behind the
+other in the brick. A row of a plane has only 4 w words, so a nibble is shared: input 16 i + p is in word p mod 4 w, in
+its nibble i from bit w (p div 4 w) on. A reader of slice i shifts by p's share once and by 4 i as ever. Scales and
+zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read together.
 
 torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
 its low nibble and row j + B/2 in its high one. `int4pack_block` asks torch once which it is, and believes nothing else.
@@ -50,14 +49,13 @@ __all__ = [
     "int4pack_block",
     "prepare",
     "restore",
-    "stretch",
 ]
 
 STREAM, INT4PACK, BRICKS = "stream", "int4pack", "bricks"
 LAYOUTS = (STREAM, INT4PACK, BRICKS)
 
 BRICK_ROWS, BRICK_COLUMNS = 64, 128
-WORDS = 16  # of a row of a piece, and inputs of a slice
+SLICE = 16  # inputs
 PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((4, 0), (4, 4))}
 """Of a code of so many bits: (width, lowest bit) of the planes that bricks cut it into."""
 TILE_ROWS = 128  # bricks come in pairs: rows of a tile of the Triton kernels
@@ -80,11 +78,6 @@ class PreparedWeight(NamedTuple):
     outputs: int
     inputs: int
     group_size: int
-
-
-def stretch(bits: int) -> int:
-    """Bricks of a stretch: what a piece of the thinnest plane spans."""
-    return 4 // min(width for width, _ in PLANES[bits])
 
 
 def prepare(
@@ -207,33 +200,34 @@ def _known_block() -> int:
 
 def _to_bricks(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
     group = codes.shape[2] // scales.shape[2]
-    rows, columns = -codes.shape[1] % TILE_ROWS, -codes.shape[2] % (BRICK_COLUMNS * stretch(bits))
+    rows, columns = -codes.shape[1] % TILE_ROWS, -codes.shape[2] % BRICK_COLUMNS
     codes = pad(codes, (0, columns, 0, rows))
-    blocks = codes.unflatten(2, (-1, BRICK_COLUMNS * stretch(bits))).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
-    pieces = [_plane(blocks, width, low) for width, low in PLANES[bits]]  # [E, blocks, stretches, P, 64, 16]
+    bricks = codes.unflatten(2, (-1, BRICK_COLUMNS)).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
+    words = torch.cat([_plane(bricks, width, low) for width, low in PLANES[bits]], -1)
     groups = max(scales.shape[2], -(-codes.shape[2] // group))
     edge = (0, groups - scales.shape[2], 0, rows)
     grid = pad(scales, edge).mT.contiguous()
-    return torch.cat(pieces, 3), grid, None if zeros is None else pad(zeros, edge).mT.contiguous()
+    return words, grid, None if zeros is None else pad(zeros, edge).mT.contiguous()
 
 
-def _plane(blocks: Tensor, width: int, low: int) -> Tensor:
-    """Bits low .. low + width of uint8 [..., 64, S] as pieces int32 [..., S width / 512, 64, 16]."""
-    fields = blocks.unflatten(-1, (-1, 32 // width, WORDS)).movedim(-4, -3)
-    words = torch.zeros(fields.select(-2, 0).shape, dtype=torch.int32, device=blocks.device)
-    for field in range(32 // width):
-        words |= ((fields.select(-2, field) >> low) & ((1 << width) - 1)).int() << width * field
-    return words
+def _plane(bricks: Tensor, width: int, low: int) -> Tensor:
+    """Bits low .. low + width of uint8 [..., 64, 128] as int32 [..., 64 * 4 width]."""
+    fields = bricks.unflatten(-1, (-1, SLICE // (4 * width), 4 * width))  # [..., 64, slices, shares, words]
+    words = torch.zeros(fields[..., 0, 0, :].shape, dtype=torch.int32, device=bricks.device)
+    for i in range(fields.shape[-3]):
+        for share in range(fields.shape[-2]):
+            words |= ((fields[..., i, share, :] >> low) & ((1 << width) - 1)).int() << (4 * i + width * share)
+    return words.flatten(-2)
 
 
 def _from_bricks(words: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, inputs], padded, of int32 [blocks, stretches, P, 64, 16]."""
-    codes, first = None, 0
-    for width, low in PLANES[bits]:
-        pieces = words[:, :, first : first + stretch(bits) * width // 4]
-        first += pieces.shape[2]
-        fields = torch.stack([(pieces >> width * f) & ((1 << width) - 1) for f in range(32 // width)], -2)
-        part = fields.to(torch.uint8).permute(0, 3, 1, 2, 4, 5).flatten(2).flatten(0, 1) << low
+    """uint8 [rows, inputs], padded, of int32 [blocks, bricks, 256 bits]."""
+    codes = None
+    for (width, low), plane in zip(PLANES[bits], words.split([256 * width for width, _ in PLANES[bits]], -1)):
+        rows = plane.unflatten(-1, (BRICK_ROWS, 4 * width))
+        shifts = [4 * i + width * share for i in range(8) for share in range(SLICE // (4 * width))]
+        fields = torch.stack([((rows >> shift) & ((1 << width) - 1)).to(torch.uint8) << low for shift in shifts], -2)
+        part = fields.transpose(1, 2).flatten(2).flatten(0, 1)  # [blocks, 64, bricks, 8 x shares, words]
         codes = part if codes is None else codes | part
     assert codes is not None
     return codes

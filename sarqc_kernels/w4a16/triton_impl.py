@@ -16,7 +16,7 @@ from torch import Tensor
 from sarqc_kernels.targets import ARCHS, AotJob, Card, card_of, interpreting
 from sarqc_kernels.w4a16.config import Plan, choose, configurations, dot, groups_per_brick, other_widths
 from sarqc_kernels.w4a16.kernels_impl import dot_kernel, expand_kernel, gemv_kernel, sum_kernel
-from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PreparedWeight, stretch
+from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PreparedWeight
 
 __all__ = ["SUM_COLUMNS", "aot_jobs", "product", "product_job", "sum_job", "summed", "w4a16_matmul"]
 
@@ -62,15 +62,15 @@ def product(
     experts = 0 if offsets is None else weight.words.shape[0]
     # each expert has at most one tile that is not full, and none without a row
     tiles = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
-    stretches, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
+    bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
     kernel, more = (gemv_kernel, {"STAGES": plan.stages}) if plan.kernel == "gemv" else (dot_kernel, {})
     kernel[(tiles, triton.cdiv(outputs, plan.rows // 2 if gated else plan.rows), plan.splits)](
         x, weight.words, weight.scales, _or(weight.zeros, weight.words), _or(offsets, weight.words),
-        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.inputs, stretches,
-        weight.scales.shape[1], _bricks_per_group(weight), padded, triton.cdiv(stretches, plan.splits),
+        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.inputs, bricks,
+        weight.scales.shape[1], _bricks_per_group(weight), padded, triton.cdiv(bricks, plan.splits),
         BITS=weight.bits, EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)),
         SUB=groups_per_brick(weight.group_size, weight.inputs), ASYMMETRIC=weight.zeros is not None,
-        BIASED=bias is not None, SPLIT=split, WHOLE=weight.inputs % (BRICK_COLUMNS * stretch(weight.bits)) == 0,
+        BIASED=bias is not None, SPLIT=split, WHOLE=weight.inputs % BRICK_COLUMNS == 0,
         INDEXED=index is not None, GATED=gated, TOKENS=plan.tokens, ROWS=plan.rows, INTERPRETED=interpreting(),
         num_warps=plan.warps, num_stages=plan.stages, **more,
     )  # fmt: skip
@@ -102,16 +102,16 @@ def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
 
 def _bricks_per_group(weight: PreparedWeight) -> int:
     """Bricks that share a scale; beyond the last one where a scale is for a whole row."""
-    whole = weight.words.shape[2] * stretch(weight.bits)
-    return whole if weight.group_size == weight.inputs else max(1, weight.group_size // BRICK_COLUMNS)
+    whole = weight.group_size == weight.inputs
+    return weight.words.shape[2] if whole else max(1, weight.group_size // BRICK_COLUMNS)
 
 
 def _expanded(plan: Plan, x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
     """Dense: write the weight to memory for the time of this call, and let cuBLAS multiply."""
     matrix = x.new_empty((weight.outputs, weight.inputs))
-    stretches, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
-    expand_kernel[(stretches, padded // plan.rows)](
-        weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.outputs, weight.inputs, stretches,
+    bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
+    expand_kernel[(bricks, padded // plan.rows)](
+        weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.outputs, weight.inputs, bricks,
         _bricks_per_group(weight), padded, BITS=weight.bits, SUB=groups_per_brick(weight.group_size, weight.inputs),
         ASYMMETRIC=weight.zeros is not None, ROWS=plan.rows, num_warps=plan.warps,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def product_job(
     tile = " ".join([plan.kernel, f"{plan.tokens}x{plan.rows}", f"split{plan.splits}", *kinds])
     name = f"w{bits}a16 {tile} {kind} {grid} e{experts}"
     signature = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": f"*{kind}"}
-    sizes = ["outputs", "inputs", "stretches", "bricks_per_group", "padded"]
+    sizes = ["outputs", "inputs", "bricks", "bricks_per_group", "padded"]
     constants: dict[str, Any] = {"BITS": bits, "SUB": sub, "ASYMMETRIC": asymmetric, "ROWS": plan.rows}
     if plan.kernel == "expand":
         kernel, divisible = expand_kernel, [*signature, "outputs", "inputs", "padded"]
@@ -155,7 +155,7 @@ def product_job(
         signature |= {"x": f"*{kind}", "offsets": "*i64", "index": "*i64", "bias": f"*{kind}"}
         signature["out"] = "*fp32" if plan.splits > 1 else signature["out"]
         divisible = [*signature, "outputs", "inputs", "padded"]
-        sizes += ["tokens", "groups", "stretches_per_split"]
+        sizes += ["tokens", "groups", "bricks_per_split"]
         constants |= {
             "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": plan.splits > 1, "WHOLE": whole,
             "INDEXED": gated, "GATED": gated, "TOKENS": plan.tokens, "INTERPRETED": False,

@@ -48,23 +48,23 @@ def test_bricks_of_every_width(bits: int, generator: torch.Generator) -> None:
     assert all(torch.equal(*pair) for pair in zip(restore(ready), weight))
     some = slice(65, 68)
     assert torch.equal(codes_of(ready, 1, some), weight.codes[1, some])
-    assert ready.words.numel() * 32 == 2 * 128 * {2: 768, 3: 1024, 4: 640, 8: 640}[bits] * bits
+    assert ready.words.numel() * 32 == 2 * 128 * 640 * bits
 
 
 def test_three_bits_are_two_planes() -> None:
-    codes = torch.zeros(1, 128, 512, dtype=torch.uint8)
-    codes[0, 64, 256 + 16 * 5 + 3] = 6  # brick 2 of the stretch: the second piece of the plane of two bits
+    codes = torch.zeros(1, 128, 256, dtype=torch.uint8)
+    codes[0, 65, 128 + 16 * 5 + 11] = 6  # word 3 of both planes: the second share of 8 words, the third of 4
     words = prepare(codes, torch.ones(1, 128, 1), None, bits=3, layout="bricks").words
-    assert words.shape == (1, 2, 1, 3, 64, 16) and int((words != 0).sum()) == 2
-    assert words[0, 1, 0, 1, 0, 3] == 2 << 2 * 5 and words[0, 1, 0, 2, 0, 3] == 1 << (8 * 2 + 5)
+    assert words.shape == (1, 2, 2, 768) and int((words != 0).sum()) == 2
+    assert words[0, 1, 1, 8 + 3] == 2 << (4 * 5 + 2) and words[0, 1, 1, 512 + 4 + 3] == 1 << (4 * 5 + 2)
 
 
 def test_a_brick_as_documented() -> None:
     codes = torch.zeros(1, 200, 300, dtype=torch.uint8)
     codes[0, 70, 128 + 16 * 5 + 3] = 9
     ready = prepare(codes, torch.ones(1, 200, 1), None, bits=4, layout="bricks")
-    assert ready.words.shape == (1, 4, 3, 1, 64, 16) and ready.words.dtype == torch.int32
-    assert ready.words[0, 1, 1, 0, 6, 3] == 9 << 20 and int((ready.words != 0).sum()) == 1
+    assert ready.words.shape == (1, 4, 3, 1024) and ready.words.dtype == torch.int32
+    assert ready.words[0, 1, 1, 6 * 16 + 3] == 9 << 20 and int((ready.words != 0).sum()) == 1
     assert ready.scales.shape[2] == 256
 
 
