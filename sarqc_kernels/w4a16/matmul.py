@@ -11,7 +11,7 @@ from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.targets import triton_unsupported
-from sarqc_kernels.w4a16 import config, cpu_impl, reference
+from sarqc_kernels.w4a16 import config, cpu_impl, cuda_impl, reference
 from sarqc_kernels.w4a16.layout import BRICKS, PreparedWeight
 
 __all__ = ["ACTIVATION_DTYPES", "implementations", "triton_unsupported_product", "w4a16_matmul"]
@@ -42,9 +42,10 @@ def _run_triton(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias:
 
 _REFERENCE = Implementation("reference", takes_all, reference.w4a16_matmul)
 _CPU = Implementation("cpu", cpu_impl.unsupported, cpu_impl.w4a16_matmul)
+_CUDA = Implementation("cuda", cuda_impl.unsupported, cuda_impl.w4a16_matmul)
 _TRITON = Implementation("triton", triton_unsupported_product, _run_triton)
-_ON_CPU = (_CPU, _REFERENCE, _TRITON)
-_ON_GPU = (_TRITON, _CPU, _REFERENCE)
+_ON_CPU = (_CPU, _REFERENCE, _TRITON, _CUDA)
+_ON_GPU = (_CUDA, _TRITON, _CPU, _REFERENCE)
 
 
 def w4a16_matmul(
