@@ -77,7 +77,7 @@ def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int
         return gemv(1 if experts else tokens, _splits(programs, bricks, 4 * card.multiprocessors))
     share = -(-tokens // max(1, experts))  # of an expert, were they all alike
     most = most_tokens(groups_per_brick(group_size, inputs), card, bits)
-    plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card)
+    plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card, bits)
     programs = -(-outputs // plan.rows) * (-(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0))
     splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= 64 else 1
     return replace(plan, splits=splits)
@@ -91,7 +91,7 @@ def gemv(tokens: int, splits: int) -> Plan:
     return Plan("gemv", tokens, GEMV_ROWS, splits, 4, 3)
 
 
-def dot(tokens: int, splits: int, card: Card) -> Plan:
+def dot(tokens: int, splits: int, card: Card, bits: int = 4) -> Plan:
     """The dot plan for a tile of so many tokens.
 
     Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a tile. On sm_100
@@ -99,7 +99,8 @@ def dot(tokens: int, splits: int, card: Card) -> Plan:
     times 32 tokens of 128 rows, or eight times 64 of 64 rows.
     """
     if card.arch < 100:
-        return Plan("dot", tokens, TILE_ROWS, splits, *((4, 4) if tokens < 64 else (8, 3)))
+        shared = tokens >= (32 if bits == 3 and card.arch < 90 else 64)  # two planes take registers: 32 tokens spill
+        return Plan("dot", tokens, TILE_ROWS, splits, 8 if shared else 4, 3 if tokens >= 64 else 4)
     return Plan("dot", tokens, TILE_ROWS if tokens < 64 else BRICK_ROWS, splits, 4, 4 if tokens < 64 else 3)
 
 
@@ -122,7 +123,7 @@ def other_widths(card: Card) -> list[tuple[int, Plan]]:
 
 
 def _dots(card: Card, bits: int) -> list[Plan]:
-    return [dot(tokens, 1, card) for tokens in DOT_TOKENS if tokens <= most_tokens(2, card, bits)]
+    return [dot(tokens, 1, card, bits) for tokens in DOT_TOKENS if tokens <= most_tokens(2, card, bits)]
 
 
 def configurations(card: Card) -> list[tuple[Plan, int]]:
