@@ -113,8 +113,8 @@ class AotJob:
     name: unique; shows in the table. kernel: the `@triton.jit` function. signature: type of each run-time argument as
     Triton spells it ("*bf16", "i32", "tensordesc<bf16[64, 128]>"). constants: value of each `tl.constexpr`.
     divisible: run-time arguments (pointers, sizes, strides) that are multiples of 16, as a launch would find out.
-    options: num_warps, num_stages. instructions: machine instructions that must occur, such as "HGMMA". Spills and
-    shared memory are checked for every job.
+    options: num_warps, num_stages. instructions: machine instructions that must occur, such as "HGMMA" or "HGMMA from
+    registers" (then all of them). Spills and shared memory are checked for every job.
     """
 
     name: str

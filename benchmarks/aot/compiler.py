@@ -60,4 +60,7 @@ def _problems(job: AotJob, code: sass.MachineCode, shared: int) -> list[str]:
     if shared > limit:
         problems.append(f"{shared} bytes of shared memory, the card has {limit}")
     problems += [f"no {opcode}" for opcode in job.instructions if not code.opcodes[opcode]]
+    stored = code.opcodes["HGMMA"] - code.opcodes["HGMMA from registers"]
+    if "HGMMA from registers" in job.instructions and stored:
+        problems.append(f"{stored} x HGMMA with both operands from shared memory")
     return problems

@@ -14,6 +14,13 @@ TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA", "IMMA")
 COUNTED = (*TENSOR_CORE, "UTMALDG", "LDGSTS", "LDL", "STL", "SHFL", "BAR")
 """Opcodes in the table: products on tensor cores, bulk and async copies, local memory, shuffles, barriers."""
 
+FORMS = {
+    "HGMMA from registers": re.compile(r"HGMMA\S*\s+R\d+, R\d+,"),
+    "16-byte LDGSTS": re.compile(r"LDGSTS\S*\.128"),
+}
+"""Instructions of a certain form, counted a second time under a name of their own: a product whose first operand never
+was in shared memory, and an asynchronous copy of the widest kind."""
+
 
 @dataclass(frozen=True)
 class MachineCode:
@@ -38,12 +45,13 @@ def read(cubin: bytes, tools: Path) -> MachineCode:
 
 
 def opcodes(lines: Iterable[str]) -> Counter[str]:
-    """How often each opcode of `COUNTED` occurs in a listing; `HGMMA.64x128x16.F32.BF16 ...` counts as HGMMA."""
+    """How often each opcode of `COUNTED` and each of `FORMS` occurs; `HGMMA.64x128x16.F32.BF16 ...` counts as HGMMA."""
     counts: Counter[str] = Counter()
     for line in lines:
         found = re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", line)
         if found and found[1] in COUNTED:
             counts[found[1]] += 1
+            counts.update(name for name, form in FORMS.items() if form.search(line))
     return counts
 
 

@@ -18,9 +18,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sarqc_kernels.targets import Card
-from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, TILE_ROWS
+from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PLANES, TILE_ROWS
 
-__all__ = ["EXPAND", "Plan", "choose", "configurations", "dot", "gemv", "groups_per_brick", "takes_group"]
+__all__ = [
+    "EXPAND",
+    "Plan",
+    "choose",
+    "configurations",
+    "dot",
+    "gemv",
+    "groups_per_brick",
+    "other_widths",
+    "takes_group",
+]
 
 GEMV_TOKENS = 2
 GROUPED_GEMV_ROWS = 8  # of all experts together: each row reads its own expert, so there is nothing to share
@@ -57,8 +67,8 @@ def groups_per_brick(group_size: int, inputs: int) -> int:
     return 1 if group_size == inputs else max(1, BRICK_COLUMNS // group_size)
 
 
-def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card) -> Plan:
-    """The plan for x [tokens, inputs] times a weight [experts, outputs, inputs]; experts = 0: dense."""
+def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card, bits: int = 4) -> Plan:
+    """The plan for x [tokens, inputs] times a weight [experts, outputs, inputs] of `bits`; experts = 0: dense."""
     bricks = -(-inputs // BRICK_COLUMNS)
     if experts == 0 and tokens >= EXPAND_TOKENS:
         return EXPAND
@@ -66,8 +76,8 @@ def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int
         programs = -(-outputs // GEMV_ROWS) * (tokens if experts else 1)
         return gemv(1 if experts else tokens, _splits(programs, bricks, 4 * card.multiprocessors))
     share = -(-tokens // max(1, experts))  # of an expert, were they all alike
-    most = most_tokens(groups_per_brick(group_size, inputs), card)
-    plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card)
+    most = most_tokens(groups_per_brick(group_size, inputs), card, bits)
+    plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card, bits)
     programs = -(-outputs // plan.rows) * (-(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0))
     splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= 64 else 1
     return replace(plan, splits=splits)
@@ -81,7 +91,7 @@ def gemv(tokens: int, splits: int) -> Plan:
     return Plan("gemv", tokens, GEMV_ROWS, splits, 4, 3)
 
 
-def dot(tokens: int, splits: int, card: Card) -> Plan:
+def dot(tokens: int, splits: int, card: Card, bits: int = 4) -> Plan:
     """The dot plan for a tile of so many tokens.
 
     Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a tile. On sm_100
@@ -89,21 +99,35 @@ def dot(tokens: int, splits: int, card: Card) -> Plan:
     times 32 tokens of 128 rows, or eight times 64 of 64 rows.
     """
     if card.arch < 100:
-        return Plan("dot", tokens, TILE_ROWS, splits, *((4, 4) if tokens < 64 else (8, 3)))
+        shared = tokens >= (32 if bits == 3 and card.arch < 90 else 64)  # two planes take registers: 32 tokens spill
+        return Plan("dot", tokens, TILE_ROWS, splits, 8 if shared else 4, 3 if tokens >= 64 else 4)
     return Plan("dot", tokens, TILE_ROWS if tokens < 64 else BRICK_ROWS, splits, 4, 4 if tokens < 64 else 3)
 
 
-def most_tokens(groups: int, card: Card) -> int:
+def most_tokens(groups: int, card: Card, bits: int = 4) -> int:
     """Tokens of the largest dot tile that does not spill with so many groups to a brick (seen ahead of time)."""
-    return 128 if groups <= 2 and card.arch < 100 else 64
+    return 128 if groups <= 2 and card.arch < 100 and bits == 4 else 64
 
 
 def _splits(programs: int, bricks: int, wanted: int) -> int:
-    return max(1, min(wanted // programs, bricks // LEAST_BRICKS, MOST_SPLITS))
+    return max(1, min(wanted // max(1, programs), bricks // LEAST_BRICKS, MOST_SPLITS))
+
+
+def other_widths(card: Card) -> list[tuple[int, Plan]]:
+    """(bits, plan) of tiles that `choose` can return for widths other than 4."""
+    return [
+        (bits, plan)
+        for bits in sorted(set(PLANES) - {4})
+        for plan in (gemv(1, 1), gemv(2, 2), EXPAND, *_dots(card, bits))
+    ]
+
+
+def _dots(card: Card, bits: int) -> list[Plan]:
+    return [dot(tokens, 1, card, bits) for tokens in DOT_TOKENS if tokens <= most_tokens(2, card, bits)]
 
 
 def configurations(card: Card) -> list[tuple[Plan, int]]:
-    """(plan, groups to a brick): every tile that `choose` can return, with splits and without."""
+    """(plan, groups to a brick): every tile that `choose` can return for 4 bits, with splits and without."""
     every = [(gemv(tokens, splits), groups) for tokens, splits, groups in ((1, 1, 1), (1, 2, 2), (2, 1, 4), (2, 2, 8))]
     for tokens in DOT_TOKENS:
         fitting = [groups for groups in (1, 2, 4, 8) if tokens <= most_tokens(groups, card)]

@@ -2,16 +2,19 @@
 
     stream    words int32 [E, N, ceil(K b / 32)]       any width; the checkpoint's form, what the reference reads
     int4pack  words uint8 [E, N', K / 2]               4 bits on a CPU; the order of torch's int4 product
-    bricks    words int32 [E, N'/64, K'/128, 64, 16]   4 bits on a GPU; what the Triton kernels read
+    bricks    words int32 [E, N'/64, K'/128, 256 b]    2, 3, 4, 8 bits on a GPU; what its kernels read
 
 N' and K' are N and K padded with code 0 of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
 weight plus its grid, and `restore` gives back the very codes, scales and zeros that went in: one offline layout serves
 every number of tokens, and an export needs no second copy.
 
-A brick is 64 rows by 128 inputs, 4 KiB in one piece. Word p of a row of a brick holds in nibble i (lowest first) the
-code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep as one
-tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code ever moves to
-another thread. Scales and zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read together.
+A brick is 64 rows by 128 inputs in one piece, 4 KiB at 4 bits. Word p of a row of a brick holds in nibble i (lowest
+first) the code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep
+as one tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code ever
+moves to another thread. Other widths are cut into planes of w = 4, 2 or 1 bits (3 = 2 + 1, 8 = 4 + 4), one behind the
+other in the brick. A row of a plane has only 4 w words, so a nibble is shared: input 16 i + p is in word p mod 4 w, in
+its nibble i from bit w (p div 4 w) on. A reader of slice i shifts by p's share once and by 4 i as ever. Scales and
+zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read together.
 
 torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
 its low nibble and row j + B/2 in its high one. `int4pack_block` asks torch once which it is, and believes nothing else.
@@ -37,6 +40,7 @@ __all__ = [
     "BRICK_ROWS",
     "INT4PACK",
     "LAYOUTS",
+    "PLANES",
     "STREAM",
     "TILE_ROWS",
     "PreparedWeight",
@@ -51,7 +55,9 @@ STREAM, INT4PACK, BRICKS = "stream", "int4pack", "bricks"
 LAYOUTS = (STREAM, INT4PACK, BRICKS)
 
 BRICK_ROWS, BRICK_COLUMNS = 64, 128
-WORDS = BRICK_COLUMNS // 8  # of one row of a brick
+SLICE = 16  # inputs
+PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((4, 0), (4, 4))}
+"""Of a code of so many bits: (width, lowest bit) of the planes that bricks cut it into."""
 TILE_ROWS = 128  # bricks come in pairs: rows of a tile of the Triton kernels
 INT4PACK_ROWS = 64  # rows are padded to whole blocks, so that every block has the same order
 INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's product takes
@@ -102,9 +108,14 @@ def prepare(
     if wanted == STREAM:
         parts = (pack(codes, bits), scales, zeros)
     else:
-        if bits != 4:
-            raise ArgumentError(f"layout = {wanted!r} holds 4 bits, not {bits}: use {STREAM!r}")
-        parts = (_to_int4pack if wanted == INT4PACK else _to_bricks)(codes, scales, zeros)
+        held = (4,) if wanted == INT4PACK else tuple(PLANES)
+        if bits not in held:
+            raise ArgumentError(
+                f"layout = {wanted!r} holds {', '.join(map(str, held))} bits, not {bits}: use {STREAM!r}"
+            )
+        if int(codes.max()) >= 1 << bits:
+            raise ArgumentError(f"codes holds {int(codes.max())}: {bits} bits take 0 to {(1 << bits) - 1}")
+        parts = _to_int4pack(codes, scales, zeros) if wanted == INT4PACK else _to_bricks(codes, scales, zeros, bits)
     words, grid, offset = (None if part is None else part.to(device) for part in parts)
     assert words is not None and grid is not None
     return PreparedWeight(words, grid, offset, wanted, bits, shape[1], shape[2], shape[2] // scales.shape[2])
@@ -124,8 +135,7 @@ def codes_of(weight: PreparedWeight, expert: int, rows: slice) -> Tensor:
     block = BRICK_ROWS if weight.layout == BRICKS else INT4PACK_ROWS
     first, last = rows.start // block, -(-rows.stop // block)
     if weight.layout == BRICKS:
-        nibbles = torch.stack([(words[first:last] >> 4 * i) & 15 for i in range(8)], -2)  # [blocks, tiles, 64, 8, 16]
-        codes = nibbles.to(torch.uint8).permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+        codes = _from_bricks(words[first:last], weight.bits)
     else:
         half = _known_block() // 2
         stretch = words[first * block : last * block].reshape(-1, weight.inputs, half)
@@ -154,7 +164,7 @@ def int4pack_block() -> int | None:
 
 
 def _fastest(bits: int, scales: Tensor, inputs: int, dtype: torch.dtype, device: torch.device) -> str:
-    if bits == 4 and device.type == "cuda":
+    if bits in PLANES and device.type == "cuda":
         return BRICKS
     fits = bits == 4 and inputs // scales.shape[2] in INT4PACK_GROUPS and dtype == torch.bfloat16
     return INT4PACK if fits and device.type == "cpu" and scales.dtype == torch.bfloat16 and int4pack_block() else STREAM
@@ -166,8 +176,6 @@ def _to_int4pack(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[T
             f"scales is {scales.dtype} {list(scales.shape)} for {codes.shape[2]} inputs: layout {INT4PACK!r} takes "
             f"torch.bfloat16 and groups of {', '.join(map(str, INT4PACK_GROUPS))}; use {STREAM!r}"
         )
-    if int(codes.max()) > 15:
-        raise ArgumentError(f"codes holds {int(codes.max())}: 4 bits take 0 to 15")
     rows = -codes.shape[1] % INT4PACK_ROWS
     words = _interleave(pad(codes, (0, 0, 0, rows)), _known_block())
     offset = torch.zeros_like(scales) if zeros is None else ((8.0 - zeros.float()) * scales.float()).bfloat16()
@@ -190,13 +198,36 @@ def _known_block() -> int:
     return block
 
 
-def _to_bricks(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _to_bricks(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
     group = codes.shape[2] // scales.shape[2]
     rows, columns = -codes.shape[1] % TILE_ROWS, -codes.shape[2] % BRICK_COLUMNS
     codes = pad(codes, (0, columns, 0, rows))
-    nibbles = codes.unflatten(2, (-1, 8, WORDS)).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
-    words = pack(nibbles.mT.contiguous(), 4).squeeze(-1)  # [E, blocks, tiles, 64, 16, 8] -> one word for each eight
+    bricks = codes.unflatten(2, (-1, BRICK_COLUMNS)).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
+    words = torch.cat([_plane(bricks, width, low) for width, low in PLANES[bits]], -1)
     groups = max(scales.shape[2], -(-codes.shape[2] // group))
     edge = (0, groups - scales.shape[2], 0, rows)
     grid = pad(scales, edge).mT.contiguous()
     return words, grid, None if zeros is None else pad(zeros, edge).mT.contiguous()
+
+
+def _plane(bricks: Tensor, width: int, low: int) -> Tensor:
+    """Bits low .. low + width of uint8 [..., 64, 128] as int32 [..., 64 * 4 width]."""
+    fields = bricks.unflatten(-1, (-1, SLICE // (4 * width), 4 * width))  # [..., 64, slices, shares, words]
+    words = torch.zeros(fields[..., 0, 0, :].shape, dtype=torch.int32, device=bricks.device)
+    for i in range(fields.shape[-3]):
+        for share in range(fields.shape[-2]):
+            words |= ((fields[..., i, share, :] >> low) & ((1 << width) - 1)).int() << (4 * i + width * share)
+    return words.flatten(-2)
+
+
+def _from_bricks(words: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, inputs], padded, of int32 [blocks, bricks, 256 bits]."""
+    codes = None
+    for (width, low), plane in zip(PLANES[bits], words.split([256 * width for width, _ in PLANES[bits]], -1)):
+        rows = plane.unflatten(-1, (BRICK_ROWS, 4 * width))
+        shifts = [4 * i + width * share for i in range(8) for share in range(SLICE // (4 * width))]
+        fields = torch.stack([((rows >> shift) & ((1 << width) - 1)).to(torch.uint8) << low for shift in shifts], -2)
+        part = fields.transpose(1, 2).flatten(2).flatten(0, 1)  # [blocks, 64, bricks, 8 x shares, words]
+        codes = part if codes is None else codes | part
+    assert codes is not None
+    return codes

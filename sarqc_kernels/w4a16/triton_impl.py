@@ -14,11 +14,11 @@ import triton
 from torch import Tensor
 
 from sarqc_kernels.targets import ARCHS, AotJob, Card, card_of, interpreting
-from sarqc_kernels.w4a16.config import Plan, choose, configurations, dot, groups_per_brick
+from sarqc_kernels.w4a16.config import Plan, choose, configurations, dot, groups_per_brick, other_widths
 from sarqc_kernels.w4a16.kernels_impl import dot_kernel, expand_kernel, gemv_kernel, sum_kernel
-from sarqc_kernels.w4a16.layout import BRICK_ROWS, PreparedWeight
+from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PreparedWeight
 
-__all__ = ["aot_jobs", "w4a16_matmul"]
+__all__ = ["SUM_COLUMNS", "aot_jobs", "product", "product_job", "sum_job", "summed", "w4a16_matmul"]
 
 SUM_COLUMNS = 256  # of a program of `sum_kernel`
 
@@ -26,7 +26,7 @@ SUM_COLUMNS = 256  # of a program of `sum_kernel`
 def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """See `sarqc_kernels.w4a16.w4a16_matmul`; takes what `config` and the layout `bricks` take."""
     experts = 0 if offsets is None else weight.words.shape[0]
-    plan = choose(x.shape[0], weight.outputs, weight.inputs, weight.group_size, experts, card_of(x.device))
+    plan = choose(x.shape[0], weight.outputs, weight.inputs, weight.group_size, experts, card_of(x.device), weight.bits)
     return run(plan, x.contiguous(), weight, offsets, bias)
 
 
@@ -34,31 +34,64 @@ def run(plan: Plan, x: Tensor, weight: PreparedWeight, offsets: Tensor | None, b
     """The product by a given plan."""
     if plan.kernel == "expand":
         return _expanded(plan, x, weight, bias)
-    tokens, outputs = x.shape[0], weight.outputs
-    out = x.new_empty((tokens, outputs)) if offsets is None else x.new_zeros((tokens, outputs))
-    if tokens == 0:
-        return out
-    parts = out if plan.splits == 1 else x.new_empty((plan.splits, tokens, outputs), dtype=torch.float32)
+    return summed(product(plan, x, weight, offsets, bias), weight, offsets, x.dtype)
+
+
+def product(
+    plan: Plan,
+    x: Tensor,
+    weight: PreparedWeight,
+    offsets: Tensor | None,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """Partial products [splits, rows, N] of a plan that is not "expand": in x's dtype where splits is 1, else fp32.
+
+    index: int64 [rows], the row of x behind each row; None: x has them in order. gated: rows of the weight are gate and
+    then up; the result is silu(gate) * up, N / 2 wide, where splits is 1, and still both, N wide, where it is not.
+    """
+    rows, split = x.shape[0] if index is None else index.shape[0], plan.splits > 1
+    outputs = weight.outputs // 2 if gated else weight.outputs
+    wide, dtype = (weight.outputs, torch.float32) if split else (outputs, x.dtype)
+    # rows outside of all experts are zeroed here, or left out of the sum over splits
+    make = x.new_empty if split or offsets is None else x.new_zeros
+    parts: Tensor = make((plan.splits, rows, wide), dtype=dtype)
+    if rows == 0:
+        return parts
     experts = 0 if offsets is None else weight.words.shape[0]
     # each expert has at most one tile that is not full, and none without a row
-    tiles = triton.cdiv(tokens, plan.tokens) if experts == 0 else tokens // plan.tokens + min(experts, tokens)
+    tiles = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
     bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
-    sub = groups_per_brick(weight.group_size, weight.inputs)
-    per_group = bricks if weight.group_size == weight.inputs else max(1, weight.group_size // 128)
     kernel, more = (gemv_kernel, {"STAGES": plan.stages}) if plan.kernel == "gemv" else (dot_kernel, {})
-    kernel[(tiles, triton.cdiv(outputs, plan.rows), plan.splits)](
-        x, weight.words, weight.scales, _or(weight.zeros, weight.words), _or(offsets, weight.words), _or(bias, x),
-        parts, tokens, outputs, weight.inputs, bricks, weight.scales.shape[1], per_group, padded,
-        triton.cdiv(bricks, plan.splits),
-        EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)), SUB=sub, ASYMMETRIC=weight.zeros is not None,
-        BIASED=bias is not None, SPLIT=plan.splits > 1, WHOLE=weight.inputs % 128 == 0, TOKENS=plan.tokens,
-        ROWS=plan.rows, INTERPRETED=interpreting(), num_warps=plan.warps, num_stages=plan.stages, **more,
+    kernel[(tiles, triton.cdiv(outputs, plan.rows // 2 if gated else plan.rows), plan.splits)](
+        x, weight.words, weight.scales, _or(weight.zeros, weight.words), _or(offsets, weight.words),
+        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.inputs, bricks,
+        weight.scales.shape[1], _bricks_per_group(weight), padded, triton.cdiv(bricks, plan.splits),
+        BITS=weight.bits, EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)),
+        SUB=groups_per_brick(weight.group_size, weight.inputs), ASYMMETRIC=weight.zeros is not None,
+        BIASED=bias is not None, SPLIT=split, WHOLE=weight.inputs % BRICK_COLUMNS == 0,
+        INDEXED=index is not None, GATED=gated, TOKENS=plan.tokens, ROWS=plan.rows, INTERPRETED=interpreting(),
+        num_warps=plan.warps, num_stages=plan.stages, **more,
     )  # fmt: skip
-    if plan.splits > 1:
-        grid = (tokens, triton.cdiv(outputs, SUM_COLUMNS))
-        sum_kernel[grid](
-            parts, _or(offsets, weight.words), out, tokens, outputs, plan.splits, EXPERTS=experts, SIZE=SUM_COLUMNS
-        )
+    return parts
+
+
+def summed(
+    parts: Tensor, weight: PreparedWeight, offsets: Tensor | None, dtype: torch.dtype, gated: bool = False
+) -> Tensor:
+    """[rows, N] in `dtype` of what `product` made, with the same `gated`."""
+    splits, rows = parts.shape[:2]
+    if splits == 1:
+        return parts[0]
+    outputs = weight.outputs // 2 if gated else weight.outputs
+    out = parts.new_empty((rows, outputs), dtype=dtype)
+    experts = 0 if offsets is None else weight.words.shape[0]
+    if rows:
+        sum_kernel[(rows, triton.cdiv(outputs, SUM_COLUMNS))](
+            parts, _or(offsets, weight.words), out, rows, outputs, splits, EXPERTS=experts, GATED=gated,
+            SIZE=SUM_COLUMNS,
+        )  # fmt: skip
     return out
 
 
@@ -67,14 +100,19 @@ def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
     return instead if tensor is None else tensor
 
 
+def _bricks_per_group(weight: PreparedWeight) -> int:
+    """Bricks that share a scale; beyond the last one where a scale is for a whole row."""
+    whole = weight.group_size == weight.inputs
+    return weight.words.shape[2] if whole else max(1, weight.group_size // BRICK_COLUMNS)
+
+
 def _expanded(plan: Plan, x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
     """Dense: write the weight to memory for the time of this call, and let cuBLAS multiply."""
     matrix = x.new_empty((weight.outputs, weight.inputs))
     bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
-    per_group = bricks if weight.group_size == weight.inputs else max(1, weight.group_size // 128)
     expand_kernel[(bricks, padded // plan.rows)](
         weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.outputs, weight.inputs, bricks,
-        per_group, padded, SUB=groups_per_brick(weight.group_size, weight.inputs),
+        _bricks_per_group(weight), padded, BITS=weight.bits, SUB=groups_per_brick(weight.group_size, weight.inputs),
         ASYMMETRIC=weight.zeros is not None, ROWS=plan.rows, num_warps=plan.warps,
     )  # fmt: skip
     return x @ matrix.T if bias is None else torch.addmm(bias[0].to(x.dtype), x, matrix.T)
@@ -90,45 +128,54 @@ def aot_jobs() -> list[AotJob]:
         card = Card(arch, 132)
         for plan, groups in configurations(card):
             experts = 128 if groups == 2 and plan.kernel != "expand" else 0
-            jobs.append(_job(plan, arch, "bf16", groups, groups == 2, experts))
-        jobs.append(_job(dot(64, 1, card), arch, "fp16", 1, True, 0))
-        jobs.append(_job(dot(16, 1, card), arch, "bf16", 2, False, 0, whole=False))
-        jobs.append(_sum_job(arch))
+            jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, experts))
+        jobs.append(product_job(dot(64, 1, card), arch, "fp16", 1, True, 0))
+        jobs.append(product_job(dot(16, 1, card), arch, "bf16", 2, False, 0, whole=False))
+        jobs += [product_job(plan, arch, "bf16", 2, True, 0, bits=bits) for bits, plan in other_widths(card)]
+        jobs.append(sum_job(arch))
     return jobs
 
 
-def _job(plan: Plan, arch: int, kind: str, sub: int, asymmetric: bool, experts: int, whole: bool = True) -> AotJob:
+def product_job(
+    plan: Plan, arch: int, kind: str, sub: int, asymmetric: bool, experts: int, *, whole: bool = True,
+    gated: bool = False, bits: int = 4,
+) -> AotJob:  # fmt: skip
+    """One product ahead of time; gated ones read their rows by index, as the experts' first product does."""
     grid = f"g{128 // sub}{'a' if asymmetric else 's'}"
-    tile = f"{plan.kernel} {plan.tokens}x{plan.rows} split{plan.splits}{'' if whole else ' ragged'}"
-    name = f"w4a16 {tile} {kind} {grid} e{experts}"
+    kinds = [word for word, said in (("ragged", not whole), ("gated", gated)) if said]
+    tile = " ".join([plan.kernel, f"{plan.tokens}x{plan.rows}", f"split{plan.splits}", *kinds])
+    name = f"w{bits}a16 {tile} {kind} {grid} e{experts}"
     signature = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": f"*{kind}"}
     sizes = ["outputs", "inputs", "bricks", "bricks_per_group", "padded"]
-    constants: dict[str, Any] = {"SUB": sub, "ASYMMETRIC": asymmetric, "ROWS": plan.rows}
+    constants: dict[str, Any] = {"BITS": bits, "SUB": sub, "ASYMMETRIC": asymmetric, "ROWS": plan.rows}
     if plan.kernel == "expand":
         kernel, divisible = expand_kernel, [*signature, "outputs", "inputs", "padded"]
     else:
         kernel = dot_kernel if plan.kernel == "dot" else gemv_kernel
-        signature |= {"x": f"*{kind}", "offsets": "*i64", "bias": f"*{kind}"}
+        signature |= {"x": f"*{kind}", "offsets": "*i64", "index": "*i64", "bias": f"*{kind}"}
         signature["out"] = "*fp32" if plan.splits > 1 else signature["out"]
         divisible = [*signature, "outputs", "inputs", "padded"]
         sizes += ["tokens", "groups", "bricks_per_split"]
         constants |= {
-            "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": True, "SPLIT": plan.splits > 1, "WHOLE": whole,
-            "TOKENS": plan.tokens, "INTERPRETED": False,
+            "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": plan.splits > 1, "WHOLE": whole,
+            "INDEXED": gated, "GATED": gated, "TOKENS": plan.tokens, "INTERPRETED": False,
         }  # fmt: skip
         if plan.kernel == "gemv":
             constants["STAGES"] = plan.stages
-    tensor_core = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
+    # on sm_90 weights go from the register that held the word into the tensor core, and words come 16 bytes at a time
+    wanted = {80: ("HMMA",), 90: ("HGMMA from registers", "16-byte LDGSTS"), 100: ("UTCHMMA",)}[arch]
     return AotJob(
         name, kernel, arch, signature | dict.fromkeys(sizes, "i32"), constants,
         {"num_warps": plan.warps, "num_stages": plan.stages}, divisible,
-        (tensor_core,) if plan.kernel == "dot" else (),
+        wanted if plan.kernel == "dot" else (),
     )  # fmt: skip
 
 
-def _sum_job(arch: int) -> AotJob:
+def sum_job(arch: int, *, gated: bool = False) -> AotJob:
+    """The sum over splits ahead of time."""
     signature = {"parts": "*fp32", "offsets": "*i64", "out": "*bf16"}
     sizes = {"tokens": "i32", "outputs": "i32", "splits": "i32"}
-    constants = {"EXPERTS": 128, "SIZE": SUM_COLUMNS}
+    constants = {"EXPERTS": 128, "GATED": gated, "SIZE": SUM_COLUMNS}
     options = {"num_warps": 4, "num_stages": 1}
-    return AotJob("w4a16 sum", sum_kernel, arch, signature | sizes, constants, options, tuple(signature))
+    name = f"w4a16 sum{' gated' if gated else ''}"
+    return AotJob(name, sum_kernel, arch, signature | sizes, constants, options, tuple(signature))

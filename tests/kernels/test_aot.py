@@ -43,5 +43,10 @@ def test_opcodes_are_counted_by_their_stem() -> None:
         /*01b0*/             @!UP1 UTMALDG.2D [UR8], [UR6] ;
         /*01c0*/              @PT  STL [R1], R2 ;
         /*01d0*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*01e0*/                   HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR20], R24, gsb0 ;
+        /*01f0*/                   LDGSTS.E.BYPASS.128 [R92], desc[UR18][R4.64], !P1 ;
+        /*0200*/                   LDGSTS.E.64 [R90], desc[UR18][R8.64], P3 ;
     """
-    assert sass.opcodes(listing.splitlines()) == {"HGMMA": 1, "LDL": 1, "UTMALDG": 1, "STL": 1}
+    forms = {"HGMMA from registers": 1, "16-byte LDGSTS": 1}
+    stems = {"HGMMA": 2, "LDL": 1, "UTMALDG": 1, "STL": 1, "LDGSTS": 2}
+    assert sass.opcodes(listing.splitlines()) == stems | forms

@@ -81,6 +81,35 @@ def test_every_plan_gives_the_product(plan: config.Plan, experts: int, device: s
     assert torch.equal(out, triton_impl.run(plan, x.to(device), ready, *args).cpu())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("plan", [config.gemv(2, 2), config.dot(16, 2, CARDS[1]), config.EXPAND], ids=str)
+def test_every_width_gives_the_product(bits: int, plan: config.Plan, device: str, generator: torch.Generator) -> None:
+    pytest.importorskip("triton")
+    from sarqc_kernels.w4a16 import triton_impl
+
+    experts = 1 if plan.kernel == "expand" else 2
+    weight = random_quantized(generator, (experts, 24, 1088), 17, bits, sym=False, scale_dtype=torch.bfloat16)
+    x = torch.randn(3, 1088, generator=generator).bfloat16()
+    offsets = torch.tensor([0, 1, 3], device=device) if experts > 1 else None
+    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=bits, layout="bricks", device=device)
+    out = triton_impl.run(plan, x.to(device), ready, offsets, None).cpu()
+    values = dequantize(weight).double().mT
+    exact = (
+        x.double() @ values[0] if experts == 1 else torch.cat([x[:1].double() @ values[0], x[1:].double() @ values[1]])
+    )
+    assert relative_error(out, exact) < 2.0**-8
+
+
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_choices_of_other_widths_are_compiled_ahead_of_time(card: Card) -> None:
+    known = {(bits, replace(plan, splits=1)) for bits, plan in config.other_widths(card)}
+    for bits in (2, 3, 8):
+        for experts in (0, 8):
+            for tokens in (1, 2, 3, 16, 17, 33, 64, 65, 129, 1000, 2048):
+                plan = config.choose(tokens, 4096, 4096, 128, experts, card, bits)
+                assert (bits, replace(plan, splits=1)) in known
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("tokens", [1, 16, 200, 2048])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sarqc_kernels import ArgumentError, pack
 from sarqc_kernels.testing import random_quantized
 from sarqc_kernels.w4a16 import prepare, restore
-from sarqc_kernels.w4a16.layout import LAYOUTS, codes_of, int4pack_block
+from sarqc_kernels.w4a16.layout import LAYOUTS, PLANES, codes_of, int4pack_block
 
 
 @settings(deadline=None, max_examples=30)
@@ -41,12 +41,30 @@ def test_the_stream_takes_every_width(bits: int, generator: torch.Generator) -> 
     assert torch.equal(restore(ready)[0], weight.codes)
 
 
+@pytest.mark.parametrize("bits", PLANES)
+def test_bricks_of_every_width(bits: int, generator: torch.Generator) -> None:
+    weight = random_quantized(generator, (2, 70, 640), 5, bits, sym=False)
+    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=bits, layout="bricks")
+    assert all(torch.equal(*pair) for pair in zip(restore(ready), weight))
+    some = slice(65, 68)
+    assert torch.equal(codes_of(ready, 1, some), weight.codes[1, some])
+    assert ready.words.numel() * 32 == 2 * 128 * 640 * bits
+
+
+def test_three_bits_are_two_planes() -> None:
+    codes = torch.zeros(1, 128, 256, dtype=torch.uint8)
+    codes[0, 65, 128 + 16 * 5 + 11] = 6  # word 3 of both planes: the second share of 8 words, the third of 4
+    words = prepare(codes, torch.ones(1, 128, 1), None, bits=3, layout="bricks").words
+    assert words.shape == (1, 2, 2, 768) and int((words != 0).sum()) == 2
+    assert words[0, 1, 1, 8 + 3] == 2 << (4 * 5 + 2) and words[0, 1, 1, 512 + 4 + 3] == 1 << (4 * 5 + 2)
+
+
 def test_a_brick_as_documented() -> None:
     codes = torch.zeros(1, 200, 300, dtype=torch.uint8)
     codes[0, 70, 128 + 16 * 5 + 3] = 9
     ready = prepare(codes, torch.ones(1, 200, 1), None, bits=4, layout="bricks")
-    assert ready.words.shape == (1, 4, 3, 64, 16) and ready.words.dtype == torch.int32
-    assert ready.words[0, 1, 1, 6, 3] == 9 << 20 and int((ready.words != 0).sum()) == 1
+    assert ready.words.shape == (1, 4, 3, 1024) and ready.words.dtype == torch.int32
+    assert ready.words[0, 1, 1, 6 * 16 + 3] == 9 << 20 and int((ready.words != 0).sum()) == 1
     assert ready.scales.shape[2] == 256
 
 
@@ -74,8 +92,8 @@ def test_the_fastest_that_can_hold_it() -> None:
 @pytest.mark.parametrize("layout", ["int4pack", "bricks"])
 def test_refuses_what_it_cannot_hold(layout: str) -> None:
     codes, scales = torch.zeros(1, 8, 64, dtype=torch.uint8), torch.ones(1, 8, 2, dtype=torch.bfloat16)
-    with pytest.raises(ArgumentError, match="holds 4 bits, not 3"):
-        prepare(codes, scales, None, bits=3, layout=layout)
+    with pytest.raises(ArgumentError, match=r"holds (2, 3, )?4(, 8)? bits, not 5"):
+        prepare(codes, scales, None, bits=5, layout=layout)
     with pytest.raises(ArgumentError, match="codes holds 16"):
         prepare(codes + 16, scales, None, bits=4, layout=layout)
     with pytest.raises(ArgumentError, match="layout = 'marlin' is not known"):

@@ -14,3 +14,4 @@ static inline uint16_t __float2bfloat16_rn(float value) {  // to nearest, ties t
     std::memcpy(&bits, &value, sizeof bits);
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+static inline uint16_t __bfloat16_as_ushort(uint16_t bits) { return bits; }

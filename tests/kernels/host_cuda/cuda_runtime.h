@@ -12,6 +12,12 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(threads)
 
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+struct ushort4 {
+    uint16_t x, y, z, w;
+};
 struct Index {
     int x = 0, y = 0;
 };
@@ -22,4 +28,13 @@ static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
+template <typename T>
+static inline T __ldcs(const T* place) {
+    return *place;
+}
+static inline float __uint_as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
 using std::min;

@@ -1,0 +1,150 @@
+"""The experts of a layer on packed weights: two products, a gate between them, and each token's sum of its experts.
+
+    y_t = sum over e in top-k(t) of  r_te * W2_e (silu(G_e x_t) * U_e x_t),    W1_e = [G_e; U_e]
+
+Tokens are not copied into the order of their experts: a `Routing` says which token stands behind each row. The Triton
+implementation is three launches (a fourth and a fifth where inputs are split): the gated first product, which reads x
+by index and never writes gate or up; the second product; and the sum, which multiplies by the router's weights on its
+way. Elsewhere it is the same steps, one after another, on whichever product runs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.checks import check_offsets, check_same_device
+from sarqc_kernels.errors import ArgumentError
+from sarqc_kernels.w4a16 import cpu_impl, matmul, reference
+from sarqc_kernels.w4a16.layout import PreparedWeight
+
+__all__ = ["Routing", "implementations", "w4a16_experts"]
+
+
+class Routing(NamedTuple):
+    """Which tokens go to which experts, R = T k rows sorted by expert.
+
+    offsets: int64 [E + 1], expert e has rows offsets[e] .. offsets[e + 1] - 1. tokens: int64 [R], the token behind each
+    row. slots: int64 [k, T], the rows of each token in the order in which they are added. weights: floating [R], the
+    router's weight of each row.
+    """
+
+    offsets: Tensor
+    tokens: Tensor
+    slots: Tensor
+    weights: Tensor
+
+
+_Product = Callable[[Tensor, PreparedWeight, Tensor | None, Tensor | None], Tensor]
+
+
+def _step_by_step(
+    product: _Product, x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing
+) -> Tensor:
+    gate, up = product(x[routing.tokens], gate_up, routing.offsets, None).float().chunk(2, -1)
+    rows = product((silu(gate) * up).to(x.dtype), down, routing.offsets, None)
+    weighted = rows.float() * routing.weights.float().unsqueeze(-1)
+    out = weighted.new_zeros((x.shape[0], down.outputs))
+    for slot in routing.slots:
+        out += weighted[slot]
+    return out.to(x.dtype)
+
+
+def _cpu_unsupported(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing) -> str | None:
+    reasons = (cpu_impl.unsupported(x, weight, routing.offsets, None) for weight in (gate_up, down))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _triton_unsupported(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing) -> str | None:
+    reasons = (matmul.triton_unsupported_product(x, weight, routing.offsets, None) for weight in (gate_up, down))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _run_triton(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing) -> Tensor:
+    from sarqc_kernels.w4a16 import experts_impl
+
+    return experts_impl.w4a16_experts(x, gate_up, down, routing)
+
+
+_REFERENCE = Implementation("reference", takes_all, partial(_step_by_step, reference.w4a16_matmul))
+_CPU = Implementation("cpu", _cpu_unsupported, partial(_step_by_step, cpu_impl.w4a16_matmul))
+_TRITON = Implementation("triton", _triton_unsupported, _run_triton)
+
+
+def implementations(x: Tensor) -> Sequence[Implementation]:
+    """What can run where `x` lies, in the order in which to try; as for `w4a16_matmul`."""
+    return (_CPU, _REFERENCE, _TRITON) if x.device.type == "cpu" else (_TRITON, _CPU, _REFERENCE)
+
+
+def w4a16_experts(
+    x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing, *, backend: str | None = None
+) -> Tensor:
+    """The experts of a layer, for every token.
+
+    x: bf16, fp16 or fp32 [T, H]. gate_up: prepared weight [E, 2 I, H], gate rows first. down: prepared weight
+    [E, H', I]. routing: see `Routing`. backend: see `sarqc_kernels.backend`. Returns [T, H'] in x's dtype.
+
+    Rounding: products as in `w4a16_matmul`; gate, up and the rows of the second product are rounded to x's dtype or
+    kept in fp32; silu(gate) * up, computed in fp32, is rounded once; the sum over a token's experts is fp32, in the
+    order of `slots`, rounded once. The same call gives the same bits. No gradient is defined. Raises ArgumentError for
+    shapes, dtypes or devices that do not fit; what `routing` holds is not checked.
+    """
+    experts = gate_up.words.shape[0]
+    if x.dim() != 2 or x.dtype not in matmul.ACTIVATION_DTYPES or x.shape[1] != gate_up.inputs:
+        raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {gate_up.inputs}]")
+    if gate_up.outputs != 2 * down.inputs or down.words.shape[0] != experts:
+        raise ArgumentError(
+            f"gate_up is [{experts}, {gate_up.outputs}, {gate_up.inputs}] and down [{down.words.shape[0]}, "
+            f"{down.outputs}, {down.inputs}]: pass [E, 2 I, H] and [E, H', I]"
+        )
+    offsets, tokens, slots, weights = routing
+    check_offsets(offsets, experts)
+    sizes = (tokens.numel(), weights.numel())
+    if slots.dim() != 2 or slots.shape[1] != x.shape[0] or sizes != (slots.numel(), slots.numel()):
+        raise ArgumentError(
+            f"routing has tokens {list(tokens.shape)}, slots {list(slots.shape)} and weights {list(weights.shape)} for "
+            f"{x.shape[0]} tokens: pass [T k], [k, T] and [T k]"
+        )
+    check_same_device(
+        x=x, gate_up=gate_up.words, down=down.words, offsets=offsets, tokens=tokens, slots=slots, weights=weights
+    )
+    out: Tensor = _OP(x, *gate_up, *down, *routing, backend)
+    return out
+
+
+_WEIGHT = (
+    "Tensor {0}_words, Tensor {0}_scales, Tensor? {0}_zeros, str {0}_layout, int {0}_bits, SymInt {0}_outputs, "
+    "SymInt {0}_inputs, SymInt {0}_group_size"
+)
+_LIBRARY = torch.library.Library("sarqc", "FRAGMENT")
+_LIBRARY.define(
+    f"w4a16_experts(Tensor x, {_WEIGHT.format('first')}, {_WEIGHT.format('second')}, Tensor offsets, Tensor tokens, "
+    "Tensor slots, Tensor weights, str? backend=None) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_FIELDS = len(PreparedWeight._fields)
+
+
+def _run(x: Tensor, *fields: object) -> Tensor:
+    gate_up, down = PreparedWeight(*fields[:_FIELDS]), PreparedWeight(*fields[_FIELDS : 2 * _FIELDS])  # type: ignore[arg-type]
+    routing = Routing(*fields[2 * _FIELDS : 2 * _FIELDS + 4])  # type: ignore[arg-type]
+    backend = fields[2 * _FIELDS + 4] if len(fields) > 2 * _FIELDS + 4 else None
+    args = (x, gate_up, down, routing)
+    out: Tensor = pick("w4a16_experts", implementations(x), args, backend).run(*args)  # type: ignore[arg-type]
+    return out
+
+
+def _fake(x: Tensor, *fields: object) -> Tensor:
+    return x.new_empty((x.shape[0], fields[_FIELDS + PreparedWeight._fields.index("outputs")]))  # type: ignore[arg-type]
+
+
+_LIBRARY.impl("w4a16_experts", _run, "CPU")
+_LIBRARY.impl("w4a16_experts", _run, "CUDA")
+torch.library.register_fake("sarqc::w4a16_experts", _fake, lib=_LIBRARY)
+_OP = torch.ops.sarqc.w4a16_experts.default

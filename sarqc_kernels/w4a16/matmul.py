@@ -1,0 +1,126 @@
+"""The product of activations with a packed weight, dense or grouped by expert: contract, dispatch, registration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.checks import check_cut, check_offsets, check_same_device
+from sarqc_kernels.errors import ArgumentError
+from sarqc_kernels.targets import triton_unsupported
+from sarqc_kernels.w4a16 import config, cpu_impl, cuda_impl, reference
+from sarqc_kernels.w4a16.layout import BRICKS, PreparedWeight
+
+__all__ = ["ACTIVATION_DTYPES", "implementations", "triton_unsupported_product", "w4a16_matmul"]
+
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def triton_unsupported_product(
+    x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None
+) -> str | None:
+    """Why the Triton kernels cannot take the call; None where they can."""
+    if reason := triton_unsupported(x):
+        return reason
+    if weight.layout != BRICKS:
+        return f"the weight lies as {weight.layout!r}: the kernels read {BRICKS!r}, which holds 2, 3, 4 or 8 bits"
+    if x.dtype == torch.float32:
+        return "x is torch.float32: the tensor cores take torch.bfloat16 and torch.float16"
+    if not config.takes_group(weight.group_size, weight.inputs):
+        return f"groups of {weight.group_size} do not fit bricks: use 16, 32, 64, multiples of 128, or one a row"
+    return None
+
+
+def _run_triton(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+    from sarqc_kernels.w4a16 import triton_impl
+
+    return triton_impl.w4a16_matmul(x, weight, offsets, bias)
+
+
+_REFERENCE = Implementation("reference", takes_all, reference.w4a16_matmul)
+_CPU = Implementation("cpu", cpu_impl.unsupported, cpu_impl.w4a16_matmul)
+_CUDA = Implementation("cuda", cuda_impl.unsupported, cuda_impl.w4a16_matmul)
+_TRITON = Implementation("triton", triton_unsupported_product, _run_triton)
+_ON_CPU = (_CPU, _REFERENCE, _TRITON, _CUDA)
+_ON_GPU = (_CUDA, _TRITON, _CPU, _REFERENCE)
+
+
+def w4a16_matmul(
+    x: Tensor,
+    weight: PreparedWeight,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """x times the transpose of a packed weight, expert by expert.
+
+    x: bf16, fp16 or fp32 [T, K], rows sorted by expert. weight: what `prepare` made of a weight [E, N, K].
+    offsets: int64 [E + 1], expert e has rows offsets[e] .. offsets[e + 1] - 1; None: E = 1, all rows. bias: floating
+    [E, N] or None. backend: see `sarqc_kernels.backend`.
+    Returns [T, N] in x's dtype; rows outside of offsets[0] .. offsets[E] are 0.
+
+    Rounding: (code - zero) * scale in fp32, at most rounded once to x's dtype; products summed in fp32 at least; the
+    bias joins the sum, rounded to x's dtype or not; at most two roundings to x's dtype at the end, one without a bias.
+    With identity activations the result is the dequantized weight exactly (one exception: see `cpu_impl`). No gradient
+    is defined. Raises ArgumentError for other shapes, dtypes or devices; what `offsets` holds is checked on a CPU only.
+    """
+    if x.dim() != 2 or x.dtype not in ACTIVATION_DTYPES or x.shape[1] != weight.inputs:
+        raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {weight.inputs}]")
+    experts, outputs = weight.words.shape[0], weight.outputs
+    if bias is not None and (tuple(bias.shape) != (experts, outputs) or not bias.is_floating_point()):
+        raise ArgumentError(f"bias is {bias.dtype} {list(bias.shape)}: pass floating [{experts}, {outputs}] or None")
+    check_offsets(offsets, experts)
+    check_same_device(x=x, words=weight.words, scales=weight.scales, offsets=offsets, bias=bias)
+    out: Tensor = _OP(x, *weight, offsets, bias, backend)
+    return out
+
+
+def implementations(x: Tensor) -> Sequence[Implementation]:
+    """What can run where `x` lies, in the order in which to try. The interpreter runs on request, never by default."""
+    return _ON_CPU if x.device.type == "cpu" else _ON_GPU
+
+
+# Registered by hand: torch.library.custom_op wraps each call in Python of its own, tens of microseconds a call, which
+# a decode step pays hundreds of times.
+_LIBRARY = torch.library.Library("sarqc", "FRAGMENT")
+_LIBRARY.define(
+    "w4a16_matmul(Tensor x, Tensor words, Tensor scales, Tensor? zeros, str layout, int bits, SymInt outputs, "
+    "SymInt inputs, SymInt group_size, Tensor? offsets, Tensor? bias, str? backend=None) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+def _run(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    layout: str,
+    bits: int,
+    outputs: int,
+    inputs: int,
+    group_size: int,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    backend: str | None = None,
+) -> Tensor:
+    check_cut(offsets, x.shape[0])
+    weight = PreparedWeight(words, scales, zeros, layout, bits, outputs, inputs, group_size)
+    args = (x, weight, offsets, bias)
+    out: Tensor = pick("w4a16_matmul", implementations(x), args, backend).run(*args)
+    return out
+
+
+def _fake(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, layout: str, bits: int, outputs: int,
+          *_: object) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], outputs))
+
+
+_LIBRARY.impl("w4a16_matmul", _run, "CPU")
+_LIBRARY.impl("w4a16_matmul", _run, "CUDA")
+torch.library.register_fake("sarqc::w4a16_matmul", _fake, lib=_LIBRARY)
+_OP = torch.ops.sarqc.w4a16_matmul.default
