@@ -20,6 +20,14 @@ DtypeOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        help="compressed-tensors, gptq (v1 if symmetric, else v2), gptq_v2 or awq (gemm, 4 bits). "
+        "The first is what vLLM, SGLang and transformers all read."
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option(help="Replace the output folder, once the new one is whole.")]
 TrustOption = Annotated[
     bool, typer.Option(help="Run Python code that comes with the model. Off: such models are refused.")
 ]
