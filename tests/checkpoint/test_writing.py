@@ -148,6 +148,7 @@ def small_disk():
     signal.signal(signal.SIGXFSZ, old)
 
 
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, small_disk):
     writer = ShardWriter(tmp_path, shard_bytes=30_000)
     writer.add("a", torch.zeros(5000))
@@ -161,6 +162,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, small_disk):
         writer.close()
 
 
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_a_disk_that_fills_while_a_shard_is_finished(tmp_path, small_disk):
     """The spool fits 64 kB, the shard (header and the same bytes) does not."""
     writer = ShardWriter(tmp_path)
@@ -170,6 +172,7 @@ def test_a_disk_that_fills_while_a_shard_is_finished(tmp_path, small_disk):
     assert everything(tmp_path) == []
 
 
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_a_disk_that_fills_at_the_index(tmp_path, small_disk):
     writer = ShardWriter(tmp_path, shard_bytes=1)
     for number in range(3):
@@ -179,6 +182,7 @@ def test_a_disk_that_fills_at_the_index(tmp_path, small_disk):
     assert everything(tmp_path) == []
 
 
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_a_disk_that_fills_at_the_manifest(tmp_path, small_disk):
     """Names of 250 letters, 200 of them: the index fits 64 kB, the manifest, which says more of each, does not."""
     writer = ShardWriter(tmp_path, shard_bytes=400)
@@ -205,6 +209,7 @@ def test_the_manifest_holds_the_sum_of_each_tensor_whatever_the_shards(tmp_path,
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_no_space_left_on_device(tmp_path, monkeypatch):
     """/dev/full takes the place of the spool: every write to it fails with ENOSPC."""
     writer = ShardWriter(tmp_path)

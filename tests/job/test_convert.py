@@ -95,7 +95,9 @@ def test_three_bits_in_old_padded_words_become_dense(tmp_path):
             for name in checkpoint.raw_names():
                 linear, _, part = name.rpartition(".")
                 packed = part == "weight_packed"
-                writer.add(name, padded(checkpoint.quantized(linear).codes[0], 3) if packed else checkpoint.raw_load(name))
+                writer.add(
+                    name, padded(checkpoint.quantized(linear).codes[0], 3) if packed else checkpoint.raw_load(name)
+                )
         quantization = checkpoint.config["quantization_config"] | {"version": "0.17.1"}
         write_config(old, checkpoint.config, quantization)
     out = convert(old, tmp_path / "out", format="compressed-tensors").out

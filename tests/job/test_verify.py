@@ -198,7 +198,9 @@ def test_the_record_of_the_run_is_held(out, source):
     assert verify(out, against=source).sound
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1, "algorithm": "sha256", "tensors": {"a": {}}}', "[" * 99999])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"version": 1, "algorithm": "sha256", "tensors": {"a": {}}}', "[" * 99999]
+)
 @pytest.mark.fault("a damaged manifest", outcome="clear error")
 def test_a_damaged_manifest(out, text):
     (out / MANIFEST).write_text(text)
