@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from sarqc_kernels.checks import check_bits
 from sarqc_kernels.errors import ArgumentError
 
-__all__ = ["pack", "unpack", "words_per_row"]
+__all__ = ["pack", "unpack", "unpack_padded", "words_per_row"]
 
 LANES = 8  # elements that share one 64-bit integer
 
@@ -74,6 +74,26 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     for low, high, shift in reversed(_rounds(bits)):
         eights = (eights & low) | ((eights & high) << shift)
     return _contiguous(eights).view(torch.uint8)[..., :count].contiguous()
+
+
+def unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of rows in which no code straddles two words: floor(32 / bits) to a word, lowest first.
+
+    words: int32 [..., w] with w >= ceil(count / floor(32 / bits)). Returns uint8 [..., count]. Old files of 3, 5, 6 and
+    7 bits look like this; nothing writes it any more. Raises ArgumentError as `unpack` does.
+    """
+    check_bits(bits)
+    if words.dtype != torch.int32 or words.dim() == 0:
+        raise ArgumentError(f"words is {words.dtype} {list(words.shape)}: pass int32 with at least one dimension")
+    lanes = 32 // bits
+    if count < 0 or words.shape[-1] * lanes < count:
+        raise ArgumentError(
+            f"count = {count} codes of {bits} bits, {lanes} to a word, need {-(-count // lanes)} words a row: "
+            f"words has {words.shape[-1]}"
+        )
+    shifts = torch.arange(lanes, dtype=torch.int32, device=words.device) * bits
+    codes = ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
+    return codes.flatten(-2)[..., :count].contiguous()
 
 
 def _rounds(bits: int) -> list[tuple[int, int, int]]:

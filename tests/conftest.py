@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(name, outcome): tries a fault; it ends in a clear error or is recovered")
+
+
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A random generator seeded by the test's id: the same numbers on every run, others in every test."""

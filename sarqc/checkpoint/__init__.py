@@ -5,10 +5,12 @@ headers   the safetensors file format: what a header says, how one is made
 shards    one open safetensors file; the list of them that makes a checkpoint
 reader    `open_checkpoint`: tensors by name, one at a time, also out of a quantized checkpoint
 writer    `ShardWriter`: tensors in, shards out, at most one tensor in memory
+manifest  the sum of every tensor that was written
 folders   an output folder that appears whole or not at all
 side_files  tokenizer, templates, licence, config.json
 formats   how a quantized weight lies on disk
 verify    reads back what was written
+compare   what was written against what it was made of
 
 Everything wrong with a file is a `CheckpointError` of one line that names it.
 """

@@ -21,6 +21,10 @@ JSON_LIMIT = 100_000_000
 """Bytes of JSON that are read at most; the index of a model with 100 000 tensors has about 10 MB."""
 
 
+DEPTH_LIMIT = 100
+"""Objects inside objects at most; real files have about six."""
+
+
 def file_in(folder: Path, name: str) -> Path | None:
     """The regular file `name` of `folder`, or None where there is none.
 
@@ -71,9 +75,23 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{what} is not usable JSON: nested too deep") from None
     except ValueError as error:
         raise CheckpointError(f"{what} is not usable JSON: {error}") from error
+    if _deeper(value, DEPTH_LIMIT):
+        raise CheckpointError(f"{what} is not usable JSON: nested too deep")
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} holds a JSON {type(value).__name__}, where an object {{...}} is expected")
     return value
+
+
+def _deeper(value: object, limit: int) -> bool:
+    """Whether `value` has more than `limit` levels: whoever walks through it by recursion would fail on it."""
+    level = [value]
+    for _ in range(limit):
+        inner: list[object] = []
+        for node in level:
+            inner += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        if not (level := [node for node in inner if isinstance(node, dict | list)]):
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

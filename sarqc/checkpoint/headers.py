@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sarqc.checkpoint.files import parse_json
 from sarqc.errors import CheckpointError
@@ -128,3 +129,9 @@ def make_header(tensors: Mapping[str, Entry]) -> tuple[bytes, list[str]]:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8
     return len(text).to_bytes(8, "little") + text, order
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The elements of `tensor`, of any device and strides, in row-major order as bytes: what a file holds of it."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -74,7 +74,7 @@ class Checkpoint:
             method = self._quantization.get("quant_method")
             raise CheckpointError(
                 f"{self.folder} is quantized already, with quant_method {method!r}, which is not read; "
-                f"{', '.join(FORMATS)} is: start from the unquantized model"
+                f"{', '.join(FORMATS)} are: start from the unquantized model"
             )
         for name in self._home:
             if name.endswith((".weight_packed", ".qweight")):

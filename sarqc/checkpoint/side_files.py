@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sarqc.checkpoint.files import file_in, write_json
+from sarqc.checkpoint.formats import detect
 from sarqc.errors import CheckpointError
 
 PATTERNS = (
@@ -67,11 +68,15 @@ def copy_side_files(source: Path | str, out: Path | str, code: bool = False) -> 
 def write_config(out: Path | str, config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> Path:
     """Writes `config` as config.json of the folder `out`, with `quantization` as its quantization_config.
 
-    None writes the config of an unquantized model; what was under that key before is dropped in both cases.
+    None writes the config of an unquantized model; what was under that key before is dropped in both cases. Files that
+    readers of the format want beside it are written too.
     """
     merged = {key: value for key, value in config.items() if key != "quantization_config"}
     if quantization is not None:
         merged["quantization_config"] = dict(quantization)
     path = Path(out) / "config.json"
     write_json(path, merged)
+    if (known := detect(merged)) is not None:
+        for name, content in known.side_files(merged["quantization_config"]).items():
+            write_json(path.with_name(name), content)
     return path

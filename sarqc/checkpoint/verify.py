@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sarqc.checkpoint.files import read_json
+from sarqc.checkpoint.headers import bytes_of
+from sarqc.checkpoint.manifest import MANIFEST, Fingerprint, fingerprint, read_manifest
 from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.checkpoint.shards import INDEX
 from sarqc.errors import CheckpointError
@@ -16,37 +19,82 @@ _CHECKED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def verify(folder: Path | str) -> Storage:
-    """Reads every tensor of `folder` and counts them; `CheckpointError` naming the first that is not sound.
-
-    Headers agree with the index, every promised byte can be read, packed tensors have the shapes that weight_shape
-    and the config ask for, what belongs to a packed weight is finite, and no other tensor holds a NaN.
-    """
+    """Reads every tensor of `folder` and counts them; `CheckpointError` naming the first that is not sound."""
     with open_checkpoint(folder) as checkpoint:
-        storage = checkpoint.storage()
-        _check_folder(checkpoint, storage.total_bytes)
-        packed = {name for linear in checkpoint.linears() for name in checkpoint.raw_members(linear)}
-        for name in checkpoint.raw_names():
-            _check_numbers(checkpoint, name, checkpoint.raw_load(name), finite=name in packed)
-    return storage
+        for problem in problems(checkpoint):
+            raise CheckpointError(problem)
+        return checkpoint.storage()
 
 
-def _check_folder(checkpoint: Checkpoint, total: int) -> None:
-    """No safetensors file that nothing names, and the sum in the index is right."""
+def problems(checkpoint: Checkpoint, on_tensor: Callable[[str], None] | None = None) -> Iterator[str]:
+    """Everything that is wrong with an open checkpoint, a line each; `on_tensor(name)` after each tensor on disk.
+
+    Headers agree with the index (seen when it was opened), every promised byte can be read, every tensor is the one
+    of the manifest bit for bit, packed tensors have the shapes that the config asks for and unpack to codes and zeros
+    in range, what belongs to a packed weight is finite, and no other tensor holds a NaN.
+    """
+    yield from _folder(checkpoint)
+    manifest = read_manifest(checkpoint.folder)
+    if manifest is not None:
+        yield from _names(checkpoint, manifest)
+    packed = {name: linear for linear in checkpoint.linears() for name in checkpoint.raw_members(linear)}
+    for name in checkpoint.raw_names():
+        try:
+            tensor = checkpoint.raw_load(name)
+        except CheckpointError as error:
+            yield str(error)
+            continue
+        if manifest is not None and name in manifest:
+            yield from _changed(checkpoint, name, tensor, manifest[name])
+        yield from _numbers(checkpoint, name, tensor, finite=name in packed)
+        if on_tensor is not None:
+            on_tensor(name)
+    for linear in checkpoint.linears():
+        try:
+            checkpoint.quantized(linear)
+        except CheckpointError as error:
+            yield str(error)
+
+
+def _folder(checkpoint: Checkpoint) -> Iterator[str]:
+    """A safetensors file that nothing names, and a wrong sum in the index."""
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         if path not in checkpoint.files:
-            raise CheckpointError(f"{path} belongs to no index: remove it")
+            yield f"{path} belongs to no index: remove it"
     index = checkpoint.folder / INDEX
     if index.exists():
         metadata = read_json(index).get("metadata")
         said = metadata.get("total_size") if isinstance(metadata, dict) else None
+        total = sum(checkpoint.raw_entry(name).nbytes for name in checkpoint.raw_names())
         if said != total:
-            raise CheckpointError(f"{index} says total_size {said!r}, its shards hold {total} bytes of tensors")
+            yield f"{index} says total_size {said!r}, its shards hold {total} bytes of tensors"
 
 
-def _check_numbers(checkpoint: Checkpoint, name: str, tensor: Tensor, finite: bool) -> None:
+def _names(checkpoint: Checkpoint, manifest: Mapping[str, Fingerprint]) -> Iterator[str]:
+    """Tensors that only the manifest or only the files have."""
+    names = set(checkpoint.raw_names())
+    for name in sorted(manifest.keys() - names):
+        yield f"{checkpoint.folder} lacks tensor {name!r}, which {MANIFEST} lists"
+    for name in sorted(names - manifest.keys()):
+        yield f"{checkpoint.folder} holds tensor {name!r}, which {MANIFEST} does not list"
+
+
+def _changed(checkpoint: Checkpoint, name: str, tensor: Tensor, written: Fingerprint) -> Iterator[str]:
+    """A tensor that is not what was written."""
+    found = fingerprint(tensor, bytes_of(tensor))
+    if (found.dtype, found.shape) != (written.dtype, written.shape):
+        yield (
+            f"{checkpoint.folder}: tensor {name!r} is {found.dtype} {found.shape}, where {written.dtype} "
+            f"{written.shape} was written"
+        )
+    elif found.sha256 != written.sha256:
+        yield f"{checkpoint.folder}: tensor {name!r} has changed since it was written: its sha256 is another"
+
+
+def _numbers(checkpoint: Checkpoint, name: str, tensor: Tensor, finite: bool) -> Iterator[str]:
     if tensor.dtype not in _CHECKED:
         return
     bad = ~tensor.isfinite() if finite else tensor.isnan()
     if bool(bad.any()):
         what = "not finite" if finite else "NaN"
-        raise CheckpointError(f"{checkpoint.folder}: tensor {name!r} has {int(bad.sum())} numbers that are {what}")
+        yield f"{checkpoint.folder}: tensor {name!r} has {int(bad.sum())} numbers that are {what}"

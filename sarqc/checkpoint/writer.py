@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.files import write_json
-from sarqc.checkpoint.headers import Entry, dtype_name, make_header
+from sarqc.checkpoint.headers import Entry, bytes_of, dtype_name, make_header
+from sarqc.checkpoint.manifest import Fingerprint, fingerprint, write_manifest
 from sarqc.checkpoint.shards import INDEX, SINGLE
 from sarqc.errors import ArgumentError, CheckpointError
 
@@ -29,7 +30,7 @@ _CHUNK = 16_000_000
 
 
 class ShardWriter:
-    """Writes `model.safetensors`, or shards with their index, into `folder`.
+    """Writes `model.safetensors`, or shards with their index, and a manifest of all tensors into `folder`.
 
     A shard takes tensors while they fit `shard_bytes`; a larger tensor gets a shard of its own. As a context manager
     it closes at the end and, on an error, removes what it has written. The same tensors in the same order give the
@@ -41,7 +42,7 @@ class ShardWriter:
             raise ArgumentError(f"shard_bytes = {shard_bytes} is out of range: use a number of bytes from 1 up")
         self.folder = Path(folder)
         self.shard_bytes = shard_bytes
-        self._seen: set[str] = set()
+        self._seen: dict[str, Fingerprint] = {}
         self._pending: dict[str, Entry] = {}  # `begin` is the place in the spool
         self._pending_bytes = 0
         self._total_bytes = 0
@@ -70,14 +71,15 @@ class ShardWriter:
             self._finish_shard()
             entry = Entry(tensor.dtype, tuple(tensor.shape), 0)
         spool = self._open_spool()
+        data = bytes_of(tensor)
         with self._writing(Path(spool.name)):
-            _write(spool, _bytes_of(tensor))
-        self._seen.add(name)
+            _write(spool, data)
+        self._seen[name] = fingerprint(tensor, data)
         self._pending[name] = entry
         self._pending_bytes += entry.nbytes
 
     def close(self) -> tuple[Path, ...]:
-        """Finishes the last shard, gives all shards their names and writes the index; returns the files written."""
+        """Finishes the last shard, gives shards their names, writes index and manifest; returns the files written."""
         if self._state != "open":
             raise CheckpointError(f"{self.folder}: the checkpoint was {self._state} before")
         if self._pending:
@@ -97,6 +99,8 @@ class ShardWriter:
             with self._writing(index):
                 write_json(index, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
             self._final.append(index)
+        with self._writing(self.folder):
+            self._final.append(write_manifest(self.folder, self._seen))
         self._drop_spool()
         self._state = "closed"
         return tuple(self._final)
@@ -162,12 +166,6 @@ class ShardWriter:
             self.abort()
         elif self._state != "closed":
             self.close()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The elements of `tensor` in row-major order, as bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _write(file: FileIO, view: memoryview) -> None:

@@ -12,16 +12,20 @@ from typing import NoReturn
 
 import typer
 
+from sarqc.cli.convert import convert
 from sarqc.cli.evaluate import evaluate
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
 from sarqc.cli.quantize import quantize
+from sarqc.cli.verify import verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
+    "verify": verify,
+    "convert": convert,
 }
 
 app = typer.Typer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,14 @@ DtypeOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        help="compressed-tensors, gptq (v1 if symmetric, else v2), gptq_v2 or awq (gemm, 4 bits). "
+        "The first is what vLLM, SGLang and transformers all read."
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option(help="Replace the output folder, once the new one is whole.")]
 TrustOption = Annotated[
     bool, typer.Option(help="Run Python code that comes with the model. Off: such models are refused.")
 ]
@@ -74,5 +83,13 @@ def stderr() -> Console:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """The result of a command for scripts."""
-    print(json.dumps(values, indent=2, allow_nan=False))
+    """The result of a command for scripts; a number that is not finite, which JSON has no word for, becomes null."""
+    print(json.dumps(_finite(values), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

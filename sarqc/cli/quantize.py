@@ -13,8 +13,10 @@ from sarqc.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    FormatOption,
     JsonOption,
     ModelArgument,
+    OverwriteOption,
     TrustOption,
     auto_or,
     print_json,
@@ -55,12 +57,13 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Regular expression; Linears it finds stay as they are. Repeatable.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder, once the new one is whole.")] = False,
+    format: FormatOption = "compressed-tensors",
+    overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize a model to a checkpoint in compressed-tensors form, which vLLM, SGLang and transformers read.
+    """Quantize a model to a checkpoint that vLLM, SGLang and transformers read.
 
     Example: sarqc quantize Qwen/Qwen3-8B -o qwen3-8b-w4 --bits 4
     """
@@ -84,6 +87,7 @@ def quantize(
             device=device,
             dtype=dtype,
             ignore=tuple(ignore or ()),
+            format=format,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             watcher=watcher,

@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 
 def run_summary(out: Path, report: dict[str, Any]) -> Table:
     """What a run did, in a dozen lines."""
     table = _facts("quantized")
-    table.add_row("checkpoint", str(out))
-    _add_report(table, report)
-    table.add_row("next", f"sarqc eval {out}    vllm serve {out}")
+    table.add_row("checkpoint", escape(str(out)))
+    for row in _report_rows(report):
+        table.add_row(*row)
+    table.add_row("next", escape(f"sarqc eval {out}    vllm serve {out}"))
     return table
 
 
 def checkpoint_summary(found: dict[str, Any]) -> Table:
     """What `inspect` found."""
     table = _facts("checkpoint")
-    table.add_row("folder", found["folder"])
+    table.add_row("folder", escape(found["folder"]))
     table.add_row("format", found["format"])
     table.add_row("tensors", f"{found['tensors']} in {found['shards']} files, {_size(found['bytes'])}")
     table.add_row("quantized", f"{found['quantized_linears']} Linears, {found['bits_per_weight']:.3f} bits per weight")
-    if found["report"]:
-        _add_report(table, found["report"])
-    else:
+    if found["report"] is None:
         table.add_row("run", "no report.json: not written by sarqc, or removed")
+        return table
+    try:
+        rows = list(_report_rows(found["report"]))
+    except (KeyError, TypeError, ValueError, AttributeError):  # anybody may have edited the file
+        rows = [("run", "report.json does not hold what sarqc writes there")]
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _add_report(table: Table, report: dict[str, Any]) -> None:
+def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Label and text of each line about a run."""
     quant, solve, size = report["quant"], report["solve"], report["size"]
     kind = "symmetric" if quant["sym"] else "asymmetric"
     group = "one scale a row" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
-    table.add_row("weights", f"{quant['bits']} bits, {group}, {kind}; {size['bits_per_weight']} bits with scales")
-    table.add_row("size", _size(size["bytes"]))
+    yield "weights", escape(f"{quant['bits']} bits, {group}, {kind}; {size['bits_per_weight']} bits with scales")
+    yield "size", _size(size["bytes"])
     calibration = report["calibration"]
     how = "no calibration"
     if calibration:
         how = f"{calibration['windows']} windows of {calibration['seqlen']} tokens of {calibration['text']}"
-    table.add_row("method", f"{solve['method']}, strength {solve['strength']}; {how}")
+    yield "method", escape(f"{solve['method']}, strength {solve['strength']}; {how}")
     measured = "output error" if calibration else "weight error"
-    table.add_row(measured, f"{report['error']:.3%} (plain rounding {report['rounding_error']:.3%})")
+    yield measured, f"{report['error']:.3%} (plain rounding {report['rounding_error']:.3%})"
     for site, reason in report["fallbacks"].items():
-        table.add_row("fallback", f"{site}: {reason}")
+        yield "fallback", escape(f"{site}: {reason}")
     memory = ", ".join(f"{name} {mib} MiB" for name, mib in report["peak_memory_mib"].items())
-    table.add_row("cost", f"{report['seconds']['total']:.0f} s, peak memory {memory}")
+    yield "cost", escape(f"{report['seconds']['total']:.0f} s, peak memory {memory}")
 
 
 def _facts(title: str) -> Table:

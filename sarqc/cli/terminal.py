@@ -6,10 +6,12 @@ Everything here goes to stderr, so that stdout holds results alone.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
@@ -78,6 +80,16 @@ class Ticker:
             self.console.print(
                 f"{self._label} {self._done}/{self._total}: {text}, {_duration(left)} left", highlight=False
             )
+
+    def follow(self, label: str) -> Callable[[int, int, str], None]:
+        """A function of (done, total, text) that moves this on; `text` may come from a file and is shown as it is."""
+
+        def step(done: int, total: int, text: str) -> None:
+            if done == 1:
+                self.begin(label, total)
+            self.advance(escape(text))
+
+        return step
 
 
 class RunWatcher(Ticker):

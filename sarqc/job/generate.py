@@ -9,6 +9,7 @@ import torch
 
 from sarqc.errors import ArgumentError
 from sarqc.job.load import load
+from sarqc.model.tokenizer import check_tokens, encode
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 48, **how: Any) -> str:
@@ -18,7 +19,10 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 48, **how:
     if max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens = {max_new_tokens} is too small: use 1 or more")
     built, tokenizer = load(model, **how)
-    inputs = tokenizer(prompt, return_tensors="pt").to(built.device)
+    inputs = torch.tensor([encode(tokenizer, prompt)], dtype=torch.int64, device=built.device)
+    check_tokens(inputs, built)
     with torch.inference_mode():
-        tokens = built.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        tokens = built.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False
+        )
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))

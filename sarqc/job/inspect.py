@@ -16,6 +16,8 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     if checkpoint.format is None:
         raise CheckpointError(f"{folder} is not quantized: inspect wants a folder that `sarqc quantize` wrote")
     stored = checkpoint.storage()
+    if not stored.quantized_linears:
+        raise CheckpointError(f"{folder} says it is quantized ({checkpoint.format.name}) but holds no quantized Linear")
     return {
         "folder": str(folder),
         "format": checkpoint.format.name,

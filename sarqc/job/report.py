@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sarqc.checkpoint.files import file_in, read_json
 from sarqc.errors import CheckpointError
 from sarqc.method.solve import SolveReport
 from sarqc.method.weight import QuantizedWeight
@@ -93,10 +94,10 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any] | None:
     """The report in `folder`, or None where there is none that is whole."""
     try:
-        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        path = file_in(folder, REPORT)
+        return None if path is None else read_json(path)
+    except CheckpointError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def versions() -> dict[str, str]:

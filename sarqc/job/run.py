@@ -19,12 +19,12 @@ from sarqc.checkpoint.folders import atomic_folder, refuse_existing, refuse_over
 from sarqc.checkpoint.formats import FORMATS, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
-from sarqc.checkpoint.verify import verify
 from sarqc.checkpoint.writer import ShardWriter
 from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.job import report as reports
 from sarqc.job.load import resolve_device, resolve_dtype
 from sarqc.job.locate import locate
+from sarqc.job.verify import verify
 from sarqc.method.solve import SolveReport
 from sarqc.model import blocks, calibration
 from sarqc.model.skeleton import Skeleton
@@ -145,6 +145,8 @@ def quantize(
     check_group_size(found, quant)
     chosen = FORMATS[format]
     chosen.check(quant)
+    for target in found.selected:
+        chosen.check_layer(target.linear, target.shape, quant)
     where = resolve_device(device)
     plan = Plan(
         model=str(model),
@@ -204,7 +206,8 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
         writer.close()
         copy_side_files(plan.folder, partial, code=trust_remote_code)
         write_config(partial, plan.checkpoint.config, plan.format.config(plan.quant, plan.targets.untouched))
-        verify(partial)
+        checked = verify(partial, against=plan.folder, trust_remote_code=trust_remote_code)
+        checked.require()
         stages["total"] = time.perf_counter() - began
         report = reports.build(
             model=plan.model,
@@ -217,6 +220,7 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
             size=size.record(),
             device=str(plan.device),
         )
+        report["weight_errors"] = checked.errors
         reports.write(partial, report)
     return Result(plan.out, report)
 

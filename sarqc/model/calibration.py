@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ArgumentError, TextError
+from sarqc.model.tokenizer import encode
 
 BUILTIN = "builtin"
 Part = Literal["calibration", "evaluation"]
@@ -121,7 +122,7 @@ def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
     if not raw.strip():
         raise TextError(f"text {text!r} is empty: give a file with at least {seqlen} tokens")
     prefix = _prefix(tokenizer)
-    body = torch.tensor(tokenizer(raw, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    body = torch.tensor(encode(tokenizer, raw, special=False), dtype=torch.int64)
     step = seqlen - len(prefix)
     count = body.numel() // step
     if count == 0:
@@ -137,8 +138,8 @@ def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
 
 def _prefix(tokenizer: Any) -> list[int]:
     """The tokens a tokenizer puts before every text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    bare = encode(tokenizer, "a", special=False)
+    full = encode(tokenizer, "a")
     for length in range(len(full) - len(bare) + 1):
         if full[length : length + len(bare)] == bare:
             return list(full[:length])

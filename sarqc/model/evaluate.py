@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sarqc.errors import NumericError
 from sarqc.model.calibration import Windows
+from sarqc.model.tokenizer import check_tokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def perplexity(
     Logits are taken in fp32. Raises `NumericError` where the model returns NaN or Inf. on_window(done, total, running
     perplexity) is called after each window.
     """
+    check_tokens(windows.tokens, model)
     began = time.perf_counter()
     nll, predicted = 0.0, 0
     total = len(windows.tokens)

@@ -23,7 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from sarqc.errors import ModelError
 from sarqc.model import experts
 from sarqc.model.names import Piece, trace
+from sarqc.model.sanity import check_config, check_layers, first_line
 from sarqc.model.source import TensorSource
+from sarqc.model.tokenizer import check_tokens
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -38,6 +40,7 @@ class Skeleton:
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
         self.dtype: torch.dtype = config.dtype or torch.float32
+        check_layers(config, len(source.names()))
         self._build = partial(_build, config, trust_remote_code)
         self.model = model = self._build(self.dtype)
         self.device = torch.device("cpu")
@@ -60,10 +63,11 @@ class Skeleton:
     @classmethod
     def from_folder(cls, folder: str | Path, source: TensorSource, *, trust_remote_code: bool = False) -> Skeleton:
         """Build from the folder that holds config.json; otherwise as `from_config`."""
+        check_config(folder)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no usable configuration in {folder}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # transformers checks a config with whatever its fields happen to raise
+            raise ModelError(f"no usable configuration in {folder}: {first_line(error)}") from error
         return cls.from_config(config, source, trust_remote_code=trust_remote_code)
 
     def use_dtype(self, dtype: torch.dtype) -> None:
@@ -135,6 +139,7 @@ class Skeleton:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [B, L, H] entering block 0, for tokens int64 [B, L]; needs `load_outer`."""
+        check_tokens(tokens, self.model)
         self.prepare(*tokens.shape)
         return self._record(tokens)[0].hidden
 
@@ -259,6 +264,8 @@ def _text_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of our own of a decoder-only text model's configuration, without the record of a quantizer."""
     config = copy.deepcopy(config)
     named = config.architectures or ["CausalLM"]
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(f"architectures = {str(named)[:80]!r} in the configuration is no list of names")
     if not any(word in name for name in named for word in ("CausalLM", "LMHead")):
         raise ModelError(f"{named[0]} is not a causal language model; give one that generates text")
     if config.is_encoder_decoder:
@@ -279,9 +286,8 @@ def _build(config: PreTrainedConfig, trust_remote_code: bool, dtype: torch.dtype
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"model type {config.model_type!r} is not a causal language model: {reason}") from error
+    except Exception as error:  # sizes that do not go together end in any kind of error
+        raise ModelError(f"no {config.model_type!r} model can be built as configured: {first_line(error)}") from error
     return model.eval()
 
 

@@ -46,6 +46,7 @@ def test_folder(tmp_path):
         (b'{"a": 1, "a": 2}', "the key 'a' is given twice"),
     ],
 )
+@pytest.mark.fault("an unusable config.json", outcome="clear error")
 def test_config(two_shards, content, message):
     (two_shards / "config.json").unlink()
     if content is not None:
@@ -60,6 +61,7 @@ def test_config_that_is_a_folder(two_shards):
     assert "config.json is not a regular file" in refusal(two_shards)
 
 
+@pytest.mark.fault("a pickle in the weights' place", outcome="clear error")
 def test_no_weights(two_shards):
     for file in (FIRST, SECOND, INDEX):
         (two_shards / file).unlink()
@@ -83,6 +85,7 @@ def test_no_weights(two_shards):
         (f'{{"weight_map": {{"a": "{FIRST}", "a": "{SECOND}"}}}}', "'a' is given twice"),
     ],
 )
+@pytest.mark.fault("an unusable index", outcome="clear error")
 def test_malformed_index(two_shards, index, message):
     (two_shards / INDEX).write_text(index)
     line = refusal(two_shards)
@@ -108,12 +111,14 @@ def test_malformed_index(two_shards, index, message):
         "",
     ],
 )
+@pytest.mark.fault("an index that points out of the folder", outcome="clear error")
 def test_index_that_points_elsewhere(two_shards, shard):
     save_file({"a": torch.ones(1)}, two_shards.parent / "x.safetensors")  # what a traversal would find
     (two_shards / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
     refusal(two_shards)
 
 
+@pytest.mark.fault("a link out of the folder", outcome="clear error")
 def test_links_out_of_the_folder(two_shards):
     outside = two_shards.parent / "outside.safetensors"
     (two_shards / SECOND).rename(outside)
@@ -133,24 +138,28 @@ def test_links_out_of_the_folder(two_shards):
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX])
+@pytest.mark.fault("a link out of the folder", outcome="clear error")
 def test_links_out_of_the_folder_for_json(two_shards, name):
     (two_shards / name).rename(two_shards.parent / name)
     (two_shards / name).symlink_to(two_shards.parent / name)
     assert "link out of its folder" in refusal(two_shards)
 
 
+@pytest.mark.fault("a pipe in a file's place", outcome="clear error")
 def test_a_fifo_is_refused_and_not_waited_for(two_shards):
     (two_shards / SECOND).unlink()
     os.mkfifo(two_shards / SECOND)
     assert "not a regular file" in refusal(two_shards)
 
 
+@pytest.mark.fault("a missing shard", outcome="clear error")
 def test_missing_shard(two_shards):
     (two_shards / SECOND).unlink()
     line = refusal(two_shards)
     assert f"{SECOND} is missing" in line and INDEX in line
 
 
+@pytest.mark.fault("a missing, doubled or changed tensor", outcome="clear error")
 def test_index_and_headers_disagree(two_shards):
     index = {"a": FIRST, "b": FIRST, "c": SECOND}
     (two_shards / INDEX).write_text(json.dumps({"weight_map": index | {"d": SECOND}}))
@@ -168,9 +177,11 @@ def test_hostile_names_in_a_damaged_header_are_not_printed_raw(two_shards):
     assert "\x1b" not in refusal(two_shards)
 
 
-def test_truncation_at_every_byte(two_shards):
+@pytest.mark.fault("a truncated shard", outcome="clear error")
+def test_truncation_at_every_byte(two_shards, record_property):
     """Cut anywhere (in the length, the header, the data, before the last byte): refused when opened, and named."""
     whole = (two_shards / SECOND).read_bytes()
+    record_property("trials", len(whole))
     for size in range(len(whole)):
         (two_shards / SECOND).write_bytes(whole[:size])
         line = refusal(two_shards)
@@ -179,6 +190,7 @@ def test_truncation_at_every_byte(two_shards):
     assert open_checkpoint(two_shards).load("c").sum() == 7
 
 
+@pytest.mark.fault("bytes behind the end of a shard", outcome="clear error")
 def test_bytes_behind_the_end(two_shards):
     with (two_shards / SECOND).open("ab") as file:
         file.write(b"\0")
@@ -223,6 +235,7 @@ def f32(begin: int, end: int, shape: list[int] | None = None) -> dict[str, objec
         (b"PK\x03\x04" + bytes(200), "claims a header of|damaged|truncated"),  # a pickle in a zip under another name
     ],
 )
+@pytest.mark.fault("a damaged or hostile header", outcome="clear error")
 def test_damaged_headers(two_shards, content, message):
     (two_shards / SECOND).write_bytes(content)
     line = refusal(two_shards)

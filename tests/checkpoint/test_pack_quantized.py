@@ -205,7 +205,7 @@ def test_the_dense_view(quantized_folder):
 
 
 def test_detect():
-    assert detect({}) is None and detect({"quantization_config": {"quant_method": "awq"}}) is None
+    assert detect({}) is None and detect({"quantization_config": {"quant_method": "exl2"}}) is None
     assert detect({"quantization_config": FORMAT.config(QuantSpec(), [])}) is FORMAT
 
 
@@ -306,21 +306,34 @@ def test_several_groups_are_told_apart_by_name_then_pattern_then_class(tmp_path,
         open_checkpoint(tmp_path / "out")
 
 
-def test_padded_words_of_old_versions_are_refused_never_misread(random_weight):
+def padded(table: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows of codes in words as compressed-tensors 0.17 wrote them: floor(32 / bits) codes to a word, lowest first."""
+    lanes = 32 // bits
+    words = [[0] * -(-table.shape[1] // lanes) for _ in table]
+    for row, codes in enumerate(table.tolist()):
+        for place, code in enumerate(codes):
+            words[row][place // lanes] |= code << (bits * (place % lanes))
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32)  # no code reaches bit 31, so nothing wraps
+
+
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+@pytest.mark.parametrize("columns", [256, 192, 40])
+def test_padded_words_of_old_versions_are_read(random_weight, columns, bits, sym):
     """Ten 3-bit codes to a word, as 0.17 wrote: mostly the width tells, and where it does not, the version does."""
-    for columns, dense_width in ((256, 24), (40, 4)):
-        weight = random_weight(4, columns, 3, 8, True)
-        quant = QuantSpec(3, 8)
-        packed = FORMAT.pack("p", weight, quant)
-        assert packed["p.weight_packed"].shape[1] == dense_width
-        padded = torch.zeros(4, -(-columns // 10), dtype=torch.int32)
-        for k in range(columns):
-            padded[:, k // 10] |= weight.codes[0, :, k].int() << (3 * (k % 10))
-        packed["p.weight_packed"] = padded
-        config = FORMAT.config(quant, []) | {"version": "0.17.1"}
-        with pytest.raises(CheckpointError, match="dense bit stream" if columns == 256 else "words are padded"):
-            FORMAT.unpack("p", config, packed.__getitem__)
-    four = random_weight(4, 40, 4, 8, True)  # 4 bits never changed
+    weight = random_weight(200, columns, bits, 8, sym)
+    packed = FORMAT.pack("p", weight, QuantSpec(bits, 8, sym))
+    packed["p.weight_packed"] = padded(weight.codes[0], bits)
+    if not sym:
+        packed["p.weight_zero_point"] = padded(weight.zeros[0].T, bits).T.contiguous()
+    config = FORMAT.config(QuantSpec(bits, 8, sym), []) | {"version": "0.17.1"}
+    read = FORMAT.unpack("p", config, packed.__getitem__)
+    for field in ("codes", "scales", "zeros"):
+        assert torch.equal(getattr(read, field), getattr(weight, field)), field
+
+
+def test_four_bits_never_changed(random_weight):
+    four = random_weight(4, 40, 4, 8, True)
     config = FORMAT.config(QuantSpec(4, 8), []) | {"version": "0.9.0"}
     assert torch.equal(
         FORMAT.unpack("p", config, FORMAT.pack("p", four, QuantSpec(4, 8)).__getitem__).codes, four.codes
@@ -332,8 +345,11 @@ def test_width_alone_tells_padded_from_dense_in_every_real_layer():
     for bits in (3, 5, 6, 7):
         for columns in range(192, 20_000):
             assert -(-columns // (32 // bits)) != -(-columns * bits // 32)
-    assert scheme.is_padded(scheme.Scheme(3, 8, True, "0.17.2.a20260601"), 40)
-    assert not scheme.is_padded(scheme.Scheme(3, 8, True, "0.18.0"), 40)
+    assert scheme.is_padded(scheme.Scheme(3, 8, True, "0.17.2.a20260601"), 40, 4)
+    assert not scheme.is_padded(scheme.Scheme(3, 8, True, "0.18.0"), 40, 4)
+    assert not scheme.is_padded(scheme.Scheme(3, 8, True, None), 40, 4)
+    assert scheme.is_padded(scheme.Scheme(3, 8, True, "0.20.0"), 256, 26)
+    assert not scheme.is_padded(scheme.Scheme(3, 8, True, "0.17.1"), 256, 24)
 
 
 # --- sets of tensors that are not whole ------------------------------------------------------------------------------

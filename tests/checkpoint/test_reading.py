@@ -104,7 +104,7 @@ def test_a_file_that_shrinks_while_open_is_an_error_and_no_bus_error(two_shards)
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantized already, with quant_method 'gptq', which is not read"),
+        ({"quant_method": "exl2", "bits": 4}, "quantized already, with quant_method 'exl2', which is not read"),
         ({"bits": 4}, "quant_method None"),
         ("int4", "quantization_config in config.json is 'int4'"),
     ],

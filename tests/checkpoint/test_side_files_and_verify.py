@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.verify import verify
 from sarqc.checkpoint.writer import ShardWriter
@@ -90,6 +91,7 @@ def test_a_sound_checkpoint(written):
 
 
 def test_nan_is_named(written):
+    (written / MANIFEST).unlink()
     bad = torch.zeros(10)
     bad[3] = float("nan")
     save_file({"t2": bad}, written / "model-00003-of-00004.safetensors")

@@ -1,5 +1,6 @@
 """ShardWriter: exact bytes, splits, names, and what is left behind when something fails."""
 
+import hashlib
 import json
 import resource
 import signal
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.writer import ShardWriter
 from sarqc.errors import ArgumentError, CheckpointError
@@ -22,7 +24,7 @@ def test_one_file_is_what_the_safetensors_library_writes(tmp_path, tensors):
     with ShardWriter(tmp_path) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-    assert everything(tmp_path) == ["model.safetensors"]
+    assert everything(tmp_path) == ["model.safetensors", MANIFEST]
     assert (tmp_path / "model.safetensors").read_bytes() == save(tensors, metadata={"format": "pt"})
 
 
@@ -47,8 +49,8 @@ def test_shards_fill_up_to_their_size(tmp_path):
         files = writer.close()
     names = [f"model-{i:05d}-of-00005.safetensors" for i in range(1, 6)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert everything(tmp_path) == [*names, "model.safetensors.index.json"]
-    assert [file.name for file in files] == [*names, "model.safetensors.index.json"]
+    assert everything(tmp_path) == [*names, "model.safetensors.index.json", MANIFEST]
+    assert [file.name for file in files] == [*names, "model.safetensors.index.json", MANIFEST]
     assert index["metadata"] == {"total_size": 702}
     home = {"a": 0, "b": 0, "c": 1, "huge": 2, "d": 3, "e": 4}
     assert index["weight_map"] == {name: names[number] for name, number in home.items()}
@@ -60,7 +62,7 @@ def test_exactly_full_is_one_shard(tmp_path):
     with ShardWriter(tmp_path, shard_bytes=8) as writer:
         writer.add("a", torch.zeros(1))
         writer.add("b", torch.zeros(1))
-    assert everything(tmp_path) == ["model.safetensors"]
+    assert everything(tmp_path) == ["model.safetensors", MANIFEST]
 
 
 def test_bytes_do_not_depend_on_the_order_inside_a_shard(tmp_path, tensors):
@@ -146,6 +148,7 @@ def small_disk():
     signal.signal(signal.SIGXFSZ, old)
 
 
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, small_disk):
     writer = ShardWriter(tmp_path, shard_bytes=30_000)
     writer.add("a", torch.zeros(5000))
@@ -159,6 +162,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, small_disk):
         writer.close()
 
 
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_a_disk_that_fills_while_a_shard_is_finished(tmp_path, small_disk):
     """The spool fits 64 kB, the shard (header and the same bytes) does not."""
     writer = ShardWriter(tmp_path)
@@ -168,6 +172,7 @@ def test_a_disk_that_fills_while_a_shard_is_finished(tmp_path, small_disk):
     assert everything(tmp_path) == []
 
 
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_a_disk_that_fills_at_the_index(tmp_path, small_disk):
     writer = ShardWriter(tmp_path, shard_bytes=1)
     for number in range(3):
@@ -177,7 +182,34 @@ def test_a_disk_that_fills_at_the_index(tmp_path, small_disk):
     assert everything(tmp_path) == []
 
 
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
+def test_a_disk_that_fills_at_the_manifest(tmp_path, small_disk):
+    """Names of 250 letters, 200 of them: the index fits 64 kB, the manifest, which says more of each, does not."""
+    writer = ShardWriter(tmp_path, shard_bytes=400)
+    for number in range(200):
+        writer.add(f"{number:03d}." + "x" * 246, torch.zeros(1))
+    with pytest.raises(CheckpointError, match=r"sarqc-manifest\.json cannot be written: File too large"):
+        writer.close()
+    assert everything(tmp_path) == []
+
+
+def test_the_manifest_holds_the_sum_of_each_tensor_whatever_the_shards(tmp_path, tensors):
+    for folder, size in (("one", 10_000), ("many", 50)):
+        with ShardWriter(tmp_path / folder, shard_bytes=size) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+    written = (tmp_path / "one" / MANIFEST).read_bytes()
+    assert written == (tmp_path / "many" / MANIFEST).read_bytes()
+    said = json.loads(written)
+    assert said["algorithm"] == "sha256" and said["tensors"].keys() == tensors.keys()
+    plain = said["tensors"]["layer.2.weight"]
+    assert plain["sha256"] == hashlib.sha256(tensors["layer.2.weight"].numpy().tobytes()).hexdigest()
+    assert (plain["dtype"], plain["shape"]) == ("F32", [5, 5])
+    assert said["tensors"]["empty"]["sha256"] == hashlib.sha256(b"").hexdigest()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.fault("a full disk while writing", outcome="clear error")
 def test_no_space_left_on_device(tmp_path, monkeypatch):
     """/dev/full takes the place of the spool: every write to it fails with ENOSPC."""
     writer = ShardWriter(tmp_path)

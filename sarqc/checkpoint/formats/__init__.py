@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sarqc.checkpoint.formats.awq import Awq
 from sarqc.checkpoint.formats.base import DenseInfo, Format
 from sarqc.checkpoint.formats.compressed_tensors import CompressedTensors
+from sarqc.checkpoint.formats.gptq import Gptq
 from sarqc.errors import CheckpointError
 
 __all__ = ["FORMATS", "DenseInfo", "Format", "detect", "quantization_of"]
 
-FORMATS: dict[str, Format] = {CompressedTensors.name: CompressedTensors()}
-"""Formats by the name that --format and `quant_method` in config.json give them."""
+_TABLE: tuple[Format, ...] = (CompressedTensors(), Gptq("gptq"), Gptq("gptq_v2"), Awq())
+
+FORMATS: dict[str, Format] = {known.name: known for known in _TABLE}
+"""Formats by the name that --format gives them. `gptq` writes version 1 for symmetric weights and 2 for others."""
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

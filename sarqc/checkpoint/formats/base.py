@@ -53,11 +53,20 @@ class Format(Protocol):
     def check(self, quant: QuantSpec) -> None:
         """Refuses what the format cannot hold; asked before calibration starts."""
 
+    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantSpec) -> None:
+        """Refuses a Linear whose weight [N, K] the format cannot hold; asked for each before calibration starts."""
+
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
         """The tensors on disk, by full name, of `weight` (E = 1), which must be as `quant` says."""
 
     def config(self, quant: QuantSpec, ignored: Sequence[str]) -> dict[str, Any]:
         """The `quantization_config` to write; `ignored` are the full names of the Linears left unquantized."""
+
+    def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
+        """What a config names as left unquantized, without its patterns: the other way round of `config`."""
+
+    def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """JSON files that readers of the format want beside config.json, by name."""
 
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears among the tensor names of a checkpoint, each with the tensors that make it up."""

@@ -11,7 +11,8 @@ The format speaks of signed codes v and stores v + 2^(b-1). Ours are unsigned wi
 are our codes and our zeros as they are.
 
 Versions of the compressed-tensors package before 0.18 padded each word (ten 3-bit codes, six of 5 bits) instead of
-letting codes cross words. A version says so, and mostly the shape does; such files are refused, never misread.
+letting codes cross words. Mostly the shape says so, and where it does not the version does; both are read, the dense
+one is written.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.formats.base import DenseInfo, TensorInfo
+from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, collect_parts, names_of, say, strings
 from sarqc.checkpoint.formats.scheme import LAYOUT, Scheme, check_config, is_padded, scheme_of
-from sarqc.errors import CheckpointError, NumericError
+from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import QuantSpec
-from sarqc_kernels.packing import pack, unpack
+from sarqc_kernels.packing import pack, unpack, unpack_padded
 
 VERSION = "0.20.0"
 """Version of compressed-tensors whose layout is written; anything from 0.18 on reads it."""
 
+_SCALES = (torch.bfloat16, torch.float16, torch.float32)
 _PART = re.compile(r"(?P<linear>.+)\.(?P<part>weight_(?:packed|scale|shape|zero_point|g_idx))")
 
 
@@ -50,13 +53,17 @@ class CompressedTensors:
         if not 2 <= quant.bits <= 8:
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name} {LAYOUT}: use 2 to 8")
 
+    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantSpec) -> None:
+        """Any size can be held: the last word of a row may be part empty."""
+
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
         """The three (symmetric) or four tensors of `linear`, on the device of `weight`.
 
         `quant` is needed because the files must agree with one config: a weight whose zeros happen to be in the
         middle still stores them when `quant` is asymmetric. `NumericError` for scales that are not finite.
         """
-        self._fits(linear, weight, quant)
+        check_weight(linear, weight, quant)
+        check_scale_dtype(linear, weight.scales.dtype, _SCALES, self.name)
         rows, columns = weight.codes.shape[1:]
         tensors = {
             f"{linear}.weight_packed": pack(weight.codes[0], weight.bits),
@@ -67,29 +74,6 @@ class CompressedTensors:
             packed = pack(weight.zeros[0].T.contiguous(), weight.bits)  # [G, words]
             tensors[f"{linear}.weight_zero_point"] = packed.T.contiguous()
         return tensors
-
-    def _fits(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None:
-        if weight.codes.ndim != 3 or weight.codes.shape[0] != 1:
-            raise CheckpointError(
-                f"{linear!r} has codes of shape {tuple(weight.codes.shape)}: write one expert at a time"
-            )
-        rows, columns = weight.codes.shape[1:]
-        groups = (1, rows, quant.groups(columns))
-        if (
-            weight.bits != quant.bits
-            or tuple(weight.scales.shape) != groups
-            or weight.zeros.shape != weight.scales.shape
-        ):
-            raise CheckpointError(
-                f"{linear!r} has {weight.bits} bits, scales {tuple(weight.scales.shape)} and zeros "
-                f"{tuple(weight.zeros.shape)}, where {quant.bits} bits and {groups} are to be written"
-            )
-        if quant.sym and not weight.sym:
-            raise CheckpointError(f"{linear!r} has zeros off the middle code, which a symmetric checkpoint cannot hold")
-        if weight.scales.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise CheckpointError(f"{linear!r} has scales of {weight.scales.dtype}: use bfloat16, float16 or float32")
-        if not bool(weight.scales.isfinite().all()):
-            raise NumericError(f"{linear!r} has a scale that is not finite: its weights or activations were not")
 
     def config(self, quant: QuantSpec, ignored: Sequence[str]) -> dict[str, Any]:
         """The `quantization_config` that the compressed-tensors package writes for such a checkpoint.
@@ -132,14 +116,19 @@ class CompressedTensors:
             "version": VERSION,
         }
 
+    def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
+        """Plain names in `ignore`; its patterns are not names."""
+        return tuple(name for name in strings(quantization, "ignore") if not name.startswith("re:"))
+
+    def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """None: config.json says it all."""
+        return {}
+
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""
         check_config(quantization)
         every = set(names)
-        found: dict[str, set[str]] = {}
-        for name in sorted(every):
-            if match := _PART.fullmatch(name):
-                found.setdefault(match["linear"], set()).add(match["part"])
+        found = collect_parts(_PART, every)
         for linear, parts in found.items():
             expected = _parts(scheme_of(linear, quantization))
             if parts != expected or f"{linear}.weight" in every:
@@ -148,7 +137,7 @@ class CompressedTensors:
                     f"{linear!r} is stored as {', '.join(sorted(parts) + also)}, where its config says "
                     f"{', '.join(sorted(expected))}"
                 )
-        return {linear: tuple(f"{linear}.{part}" for part in sorted(parts)) for linear, parts in found.items()}
+        return {linear: names_of(linear, parts) for linear, parts in found.items()}
 
     def describe(
         self,
@@ -168,13 +157,19 @@ class CompressedTensors:
         tensors = {part: load(f"{linear}.{part}") for part in sorted(_parts(scheme))}
         (rows, columns) = _check(linear, scheme, tensors, tensors["weight_shape"]).shape
         scales = tensors["weight_scale"].unsqueeze(0)
-        codes = unpack(tensors["weight_packed"], scheme.bits, columns).unsqueeze(0)
+        codes = _codes(tensors["weight_packed"], scheme, columns).unsqueeze(0)
         if scheme.sym:
             zeros = torch.full(scales.shape, 1 << (scheme.bits - 1), dtype=torch.uint8)
         else:
             packed = tensors["weight_zero_point"].T.contiguous()  # [G, words]
-            zeros = unpack(packed, scheme.bits, rows).T.contiguous().unsqueeze(0)
+            zeros = _codes(packed, scheme, rows).T.contiguous().unsqueeze(0)
         return QuantizedWeight(codes, scales, zeros, scheme.bits)
+
+
+def _codes(words: Tensor, scheme: Scheme, count: int) -> Tensor:
+    """The first `count` codes of every row of `words`, in the layout of the version that wrote them."""
+    read = unpack_padded if is_padded(scheme, count, words.shape[-1]) else unpack
+    return read(words, scheme.bits, count)
 
 
 def _parts(scheme: Scheme) -> set[str]:
@@ -185,7 +180,7 @@ def _parts(scheme: Scheme) -> set[str]:
 def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weight_shape: Tensor) -> DenseInfo:
     """Compares the tensors of one Linear with each other and with its scheme; `CheckpointError` where they differ."""
     if weight_shape.dtype != torch.int64 or tuple(weight_shape.shape) != (2,):
-        raise CheckpointError(f"weight_shape of {linear!r} is {_say(weight_shape)}, where int64 [2] is expected")
+        raise CheckpointError(f"weight_shape of {linear!r} is {say(weight_shape)}, where int64 [2] is expected")
     rows, columns = (int(size) for size in weight_shape)
     group_size = columns if scheme.group_size == -1 else scheme.group_size
     if rows < 1 or columns < 1 or columns % group_size:
@@ -194,29 +189,24 @@ def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weigh
         )
     groups = columns // group_size
     expected = {
-        "weight_packed": (rows, -(-columns * scheme.bits // 32)),
-        "weight_scale": (rows, groups),
-        "weight_shape": (2,),
-        "weight_zero_point": (-(-rows * scheme.bits // 32), groups),
+        "weight_packed": [(rows, words) for words in _widths(columns, scheme.bits)],
+        "weight_scale": [(rows, groups)],
+        "weight_shape": [(2,)],
+        "weight_zero_point": [(words, groups) for words in _widths(rows, scheme.bits)],
     }
     for part, tensor in tensors.items():
-        if tuple(tensor.shape) != expected[part]:
+        if tuple(tensor.shape) not in expected[part]:
             raise CheckpointError(
-                f"{part} of {linear!r} is {_say(tensor)}, where a weight [{rows}, {columns}] of {scheme.bits} bits and "
-                f"{groups} groups needs {list(expected[part])} in the dense bit stream of compressed-tensors >= 0.18"
+                f"{part} of {linear!r} is {say(tensor)}, where a weight [{rows}, {columns}] of {scheme.bits} bits and "
+                f"{groups} groups needs {' or '.join(str(list(shape)) for shape in expected[part])}"
             )
         if part in ("weight_packed", "weight_zero_point") and tensor.dtype != torch.int32:
-            raise CheckpointError(f"{part} of {linear!r} is {_say(tensor)}, where int32 is expected")
+            raise CheckpointError(f"{part} of {linear!r} is {say(tensor)}, where int32 is expected")
     dtype = tensors["weight_scale"].dtype
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise CheckpointError(f"weight_scale of {linear!r} is {dtype}, where bfloat16, float16 or float32 is expected")
-    if is_padded(scheme, columns) or (not scheme.sym and is_padded(scheme, rows)):
-        raise CheckpointError(
-            f"{linear!r} was written by compressed-tensors {scheme.version}, whose {scheme.bits}-bit words are padded: "
-            "write it again with 0.18 or later"
-        )
+    check_scale_dtype(linear, dtype, _SCALES, LAYOUT)
     return DenseInfo((rows, columns), dtype, scheme.bits, groups, scheme.sym)
 
 
-def _say(tensor: TensorInfo) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _widths(count: int, bits: int) -> list[int]:
+    """Words that `count` codes take, densely and with padded words, without repetition."""
+    return list(dict.fromkeys((-(-count * bits // 32), -(-count // (32 // bits)))))

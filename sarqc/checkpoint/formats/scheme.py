@@ -58,14 +58,17 @@ def scheme_of(linear: str, quantization: Mapping[str, Any]) -> Scheme:
     return _scheme(best[1], quantization)
 
 
-def is_padded(scheme: Scheme, count: int) -> bool:
-    """Whether `count` codes lie in padded words that have the same number as dense ones, so that shapes cannot tell.
+def is_padded(scheme: Scheme, count: int, words: int) -> bool:
+    """Whether `count` codes in `words` words lie as compressed-tensors before 0.18 wrote them, floor(32 / b) to a word.
 
-    True only for files of compressed-tensors before 0.18 whose codes of 3, 5, 6 or 7 bits fill more than one word.
+    The number of words tells wherever the two layouts differ in it, which from 192 codes on they always do; only where
+    they do not is the version asked. Codes of 2, 4 and 8 bits never changed.
     """
-    per_word = 32 // scheme.bits
-    if 32 % scheme.bits == 0 or count <= per_word or scheme.version is None:
+    dense, padded = -(-count * scheme.bits // 32), -(-count // (32 // scheme.bits))
+    if 32 % scheme.bits == 0 or count <= 32 // scheme.bits or words != padded:
         return False
+    if dense != padded or scheme.version is None:
+        return dense != padded
     numbers = re.match(r"(\d+)\.(\d+)", scheme.version)
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
 
@@ -96,7 +99,7 @@ def _rank(target: str, linear: str) -> int | None:
 def _pattern(target: str) -> re.Pattern[str]:
     try:
         return re.compile(target.removeprefix("re:"))
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise CheckpointError(f"target {target!r} in quantization_config is no regular expression: {error}") from error
 
 

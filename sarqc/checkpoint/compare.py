@@ -1,0 +1,95 @@
+"""Two checkpoints beside each other, tensor by tensor of the dense view: what a checkpoint became of its source.
+
+The error of a weight is ||W - Q||_F / ||W||_F, W the source's weight and Q the dequantized one, in fp64: 0 for the
+same numbers, about 0.1 at 4 bits, 1 for a weight of zeros, 1.41 for another weight of the same size, 2 for the
+opposite sign. The optimum for the layer's output lies a little above that of plain rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from sarqc.checkpoint.headers import bytes_of
+from sarqc.checkpoint.reader import Checkpoint
+
+WORST_ERROR = 1.2
+"""A larger error is no rounding at any width: the weight is another one, or lies in another order."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A tensor of the dense view. error: of a quantized weight that has one to speak of, else None. problem: one line
+    where the tensor is not what it should be."""
+
+    name: str
+    error: float | None
+    problem: str | None
+
+
+def compare(checkpoint: Checkpoint, source: Checkpoint, changed: Collection[str] = ()) -> Iterator[Compared]:
+    """Every tensor of both, sorted by name; one at a time in memory.
+
+    changed: names of tensors that were rescaled on purpose, whose values say nothing beside the source's.
+    """
+    ours, theirs = set(checkpoint.names()), set(source.names())
+    quantized = {f"{linear}.weight" for linear in checkpoint.linears()}
+    for name in sorted(ours | theirs):
+        if name not in ours or name not in theirs:
+            lacking = checkpoint if name not in ours else source
+            yield Compared(name, None, f"{lacking.folder} lacks tensor {name!r}")
+        elif checkpoint.shape(name) != source.shape(name):
+            shapes = f"{list(checkpoint.shape(name))}, where {source.folder} has {list(source.shape(name))}"
+            yield Compared(name, None, f"{checkpoint.folder}: tensor {name!r} is {shapes}")
+        elif name in changed:
+            yield Compared(name, None, None)
+        elif name in quantized:
+            yield _weight(checkpoint, source, name)
+        else:
+            yield _copy(checkpoint, source, name)
+
+
+def differences(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
+    """What two quantized checkpoints do not share, whatever their formats: names, codes, scales, zeros, other tensors.
+
+    A line each; none where one is the other in another layout, bit for bit.
+    """
+    if checkpoint.names() != source.names() or set(checkpoint.linears()) != set(source.linears()):
+        yield f"{checkpoint.folder} and {source.folder} hold tensors of other names"
+        return
+    for name in source.names():
+        ours, theirs = (side.quantized(name.removesuffix(".weight")) for side in (checkpoint, source))
+        if ours is None or theirs is None:
+            problem = _copy(checkpoint, source, name).problem
+            if problem is not None:
+                yield problem
+            continue
+        for part in ("codes", "scales", "zeros"):
+            mine, other = getattr(ours, part), getattr(theirs, part)
+            if mine.shape != other.shape or mine.dtype != other.dtype or bytes_of(mine) != bytes_of(other):
+                yield f"{checkpoint.folder}: {part} of {name!r} are not those in {source.folder}"
+
+
+def _weight(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
+    """A quantized weight against what it stands for."""
+    found = checkpoint.quantized(name.removesuffix(".weight"))
+    assert found is not None
+    weight = source.load(name).double()
+    size = float(weight.norm())
+    distance = float((found.dequantize()[0].double() - weight).norm())
+    error = distance / size if size else 0.0 if not distance else math.inf
+    if error <= WORST_ERROR:  # False for NaN too
+        return Compared(name, error, None)
+    return Compared(
+        name, None, f"{checkpoint.folder}: {name!r} is {error:.3g} of its size away from the weight in {source.folder}"
+    )
+
+
+def _copy(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
+    """A tensor that was to be left as it was."""
+    ours, theirs = checkpoint.load(name), source.load(name)
+    same = ours.dtype == theirs.dtype and bytes_of(ours) == bytes_of(theirs)
+    return Compared(
+        name, None, None if same else f"{checkpoint.folder}: tensor {name!r} is not the one in {source.folder}"
+    )

@@ -1,0 +1,76 @@
+"""What all formats share: the look at a weight before it is packed, and at a set of tensors before it is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from sarqc.checkpoint.formats.base import TensorInfo
+from sarqc.errors import CheckpointError, NumericError
+from sarqc.method.weight import QuantizedWeight
+from sarqc.spec import QuantSpec
+
+
+def check_weight(linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None:
+    """`CheckpointError` where `weight` is not one matrix as `quant` says; `NumericError` for a scale not finite."""
+    if weight.codes.ndim != 3 or weight.codes.shape[0] != 1:
+        raise CheckpointError(f"{linear!r} has codes of shape {tuple(weight.codes.shape)}: write one expert at a time")
+    rows, columns = weight.codes.shape[1:]
+    groups = (1, rows, quant.groups(columns))
+    if weight.bits != quant.bits or tuple(weight.scales.shape) != groups or weight.zeros.shape != weight.scales.shape:
+        raise CheckpointError(
+            f"{linear!r} has {weight.bits} bits, scales {tuple(weight.scales.shape)} and zeros "
+            f"{tuple(weight.zeros.shape)}, where {quant.bits} bits and {groups} are to be written"
+        )
+    if quant.sym and not weight.sym:
+        raise CheckpointError(f"{linear!r} has zeros off the middle code, which a symmetric checkpoint cannot hold")
+    if not bool(weight.scales.isfinite().all()):
+        raise NumericError(f"{linear!r} has a scale that is not finite: its weights or activations were not")
+
+
+def check_scale_dtype(linear: str, dtype: torch.dtype, accepted: tuple[torch.dtype, ...], name: str) -> None:
+    """`CheckpointError` for scales of a dtype that the format `name` has no place for."""
+    if dtype not in accepted:
+        names = " or ".join(str(kind).removeprefix("torch.") for kind in accepted)
+        raise CheckpointError(
+            f"{linear!r} has scales of {str(dtype).removeprefix('torch.')}, where {name} holds {names}"
+        )
+
+
+def collect_parts(pattern: re.Pattern[str], names: Iterable[str]) -> dict[str, set[str]]:
+    """Linears and the last names of their tensors, sorted; `pattern` has the groups `linear` and `part`."""
+    found: dict[str, set[str]] = {}
+    for name in sorted(names):
+        if match := pattern.fullmatch(name):
+            found.setdefault(match["linear"], set()).add(match["part"])
+    return found
+
+
+def names_of(linear: str, parts: Iterable[str]) -> tuple[str, ...]:
+    """Full names of the tensors of a Linear, sorted."""
+    return tuple(f"{linear}.{part}" for part in sorted(parts))
+
+
+def check_tensor(
+    linear: str, part: str, tensor: TensorInfo, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], why: str
+) -> None:
+    """`CheckpointError` where a tensor has not this shape and one of these dtypes; `why` says what asks for it."""
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise CheckpointError(f"{part} of {linear!r} is {say(tensor)}, where {why} needs {wanted} {list(shape)}")
+
+
+def say(tensor: TensorInfo) -> str:
+    """Dtype and shape for a message."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def strings(quantization: Mapping[str, Any], key: str) -> list[str]:
+    """The list of strings under `key`; empty where there is none."""
+    values = quantization.get(key) or []
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise CheckpointError(f"{key} in quantization_config is {values!r}, where a list of names is expected")
+    return values

@@ -1,0 +1,47 @@
+"""`sarqc verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sarqc.cli.options import JsonOption, TrustOption, print_json, stderr
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that `sarqc quantize` or `convert` wrote.")],
+    against: Annotated[
+        str | None, typer.Option(help="The model it was made of: every tensor is compared with its own.")
+    ] = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Is a checkpoint sound: every bit as it was written, every weight of the model there once.
+
+    Exit code 0 if it is, 1 if it is not, with a line for each problem.
+    """
+    from sarqc.cli.terminal import Ticker
+    from sarqc.job.verify import verify as run
+
+    with Ticker(stderr()) as ticker:
+        found = run(checkpoint, against=against, trust_remote_code=trust_remote_code, progress=ticker.follow("tensors"))
+    if as_json:
+        print_json(found.record())
+    else:
+        for problem in found.problems:
+            print(problem)
+        print(_verdict(found.record(), against))
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+def _verdict(record: dict[str, object], against: str | None) -> str:
+    """The last line."""
+    if not record["sound"]:
+        return f"{record['folder']}: not sound"
+    told = "as written, bit for bit" if record["manifest"] else "readable (no manifest to compare the bits with)"
+    error = record["weight_error"]
+    beside = f"; relative weight error {error:.4f} against {against}" if isinstance(error, float) else ""
+    return f"{record['folder']}: sound; {record['tensors']} tensors in {record['shards']} files, {told}{beside}"

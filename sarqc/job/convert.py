@@ -1,0 +1,151 @@
+"""From one format of quantized weights to another: the same codes, scales and zeros in another order of bits.
+
+Nothing is rounded, so nothing is lost; what the other format cannot hold is refused before the output exists. Tensors
+go through one at a time, and at the end every one of them is read back and compared with where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sarqc.checkpoint.compare import differences
+from sarqc.checkpoint.folders import atomic_folder, refuse_existing, refuse_overlap
+from sarqc.checkpoint.formats import FORMATS, Format, quantization_of
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.checkpoint.side_files import copy_side_files, write_config
+from sarqc.checkpoint.verify import problems
+from sarqc.checkpoint.writer import ShardWriter
+from sarqc.errors import ArgumentError, CheckpointError
+from sarqc.job import report as reports
+from sarqc.job.locate import locate
+from sarqc.spec import QuantSpec, to_json
+
+
+@dataclass(frozen=True)
+class Converted:
+    """out: the new folder. record: from, to and what it takes on disk, as JSON values."""
+
+    out: Path
+    record: dict[str, Any]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Converted:
+    """Write the quantized checkpoint `source` in another format to the folder `out`, whole or not at all.
+
+    source: folder or hub id. format: a key of the table of formats. progress(done, total, tensor) follows it.
+    Symmetric is what has every zero in the middle, whatever its config says. Raises `ArgumentError` for an unknown
+    format and `CheckpointError` for what the format cannot hold: bits, sizes, scales, or layers that are not all alike.
+    """
+    if format not in FORMATS:
+        raise ArgumentError(f"format = {format!r} is not known: use {', '.join(FORMATS)}")
+    target = FORMATS[format]
+    refuse_existing(out, overwrite)
+    folder = locate(source, trust_remote_code=trust_remote_code)
+    refuse_overlap(out, folder)
+    with open_checkpoint(folder) as checkpoint:
+        if checkpoint.format is None:
+            raise CheckpointError(f"{folder} is not quantized: `sarqc quantize` does that")
+        quant = spec_of(checkpoint)
+        target.check(quant)
+        for linear in checkpoint.linears():
+            target.check_layer(linear, checkpoint.describe(linear).shape, quant)
+        with atomic_folder(out, overwrite=overwrite) as partial:
+            _write(checkpoint, partial, target, quant, progress)
+            copy_side_files(folder, partial, code=trust_remote_code)
+            write_config(partial, checkpoint.config, target.config(quant, _ignored(checkpoint)))
+            record = _checked(partial, checkpoint, quant)
+            if (report := reports.read(folder)) is not None:
+                reports.write(partial, report | {"converted": record})
+    return Converted(Path(out), record)
+
+
+def spec_of(checkpoint: Checkpoint) -> QuantSpec:
+    """The one spec that all quantized Linears follow; `CheckpointError` where they differ."""
+    found = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
+    if not found:
+        raise CheckpointError(f"{checkpoint.folder} says it is quantized but holds no quantized Linear")
+    channel = all(info.groups == 1 for info in found.values())
+    first: tuple[str, tuple[int, int]] | None = None
+    for linear, info in found.items():
+        kind = (info.bits, -1 if channel else info.shape[1] // info.groups)
+        first = first or (linear, kind)
+        if kind != first[1]:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {linear!r} has {kind[0]} bits in groups of {kind[1]}, {first[0]!r} has "
+                f"{first[1][0]} in groups of {first[1][1]}: only checkpoints of one kind are converted"
+            )
+    assert first is not None
+    # Lazy, so that a checkpoint with real zeros is read no further than to the first of them.
+    sym = all(info.sym or _centred(checkpoint, linear) for linear, info in found.items())
+    bits, group_size = first[1]
+    if group_size != -1 and group_size < 8:
+        raise CheckpointError(f"{checkpoint.folder} has groups of {group_size} inputs: 8 is the least that is written")
+    return QuantSpec(bits=bits, group_size=group_size, sym=sym)
+
+
+def _centred(checkpoint: Checkpoint, linear: str) -> bool:
+    weight = checkpoint.quantized(linear)
+    return weight is not None and weight.sym
+
+
+def _ignored(checkpoint: Checkpoint) -> list[str]:
+    """Full names of Linears left unquantized: what the config names, and every other matrix that is no embedding."""
+    assert checkpoint.format is not None
+    linears = set(checkpoint.linears())
+    names = dict.fromkeys(checkpoint.format.ignored(quantization_of(checkpoint.config)))
+    for name in checkpoint.names():
+        linear = name.removesuffix(".weight")
+        if linear != name and linear not in linears:
+            shape = checkpoint.shape(name)
+            if len(shape) == 2 and shape[0] != checkpoint.config.get("vocab_size"):
+                names[linear] = None
+    return [name for name in names if name not in linears]
+
+
+def _write(
+    checkpoint: Checkpoint,
+    partial: Path,
+    target: Format,
+    quant: QuantSpec,
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    names = checkpoint.names()
+    with ShardWriter(partial) as writer:
+        for done, name in enumerate(names, 1):
+            linear = name.removesuffix(".weight")
+            weight = checkpoint.quantized(linear) if linear != name else None
+            tensors = {name: checkpoint.load(name)} if weight is None else target.pack(linear, weight, quant)
+            for full, tensor in tensors.items():
+                writer.add(full, tensor)
+            if progress is not None:
+                progress(done, len(names), name)
+
+
+def _checked(partial: Path, source: Checkpoint, quant: QuantSpec) -> dict[str, Any]:
+    """Reads all of it back; what it is in numbers, or `CheckpointError`."""
+    with closing(open_checkpoint(partial)) as written:
+        for problem in (*problems(written), *differences(written, source)):
+            raise CheckpointError(f"the converted checkpoint is not the one it was made of: {problem}")
+        stored = written.storage()
+        assert written.format is not None and source.format is not None
+        return {
+            "from": source.format.name,
+            "format": written.format.name,
+            "quant": to_json(quant),
+            "tensors": stored.tensors,
+            "bytes": stored.total_bytes,
+            "quantized_linears": stored.quantized_linears,
+            "bits_per_weight": stored.bits_per_weight,
+        }
