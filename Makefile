@@ -2,13 +2,14 @@
 # make test   all tests
 # make lint   format, lint, types
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
+# make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format clean aot
+.PHONY: demo test lint format clean aot bench
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,9 @@ lint: $(READY)
 
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks/micro -o addopts= -p no:xdist --benchmark-max-time=0.5 --benchmark-columns=min,median,stddev,rounds
 
 format: $(READY)
 	$(BIN)/ruff format .

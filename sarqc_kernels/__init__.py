@@ -6,8 +6,9 @@ Three operations carry the work, and everything has an expert axis E (a dense la
     quantize_columns    weight + factor of the Gram -> codes, scales, zeros, by column rounding with error feedback
     w4a16_matmul        activations times the packed weight, dense or grouped by expert
 
-with `fit_grid` and `round_to_grid` (grids and plain rounding), `symmetrize_` (completes a Gram), and `pack` / `unpack`
-(2 to 8 bit codes in 32-bit words), `prepare` / `restore` (a packed weight as the machine multiplies it, and back).
+with `fit_grid` and `round_to_grid` (grids and plain rounding), `gram_finalize` (a Gram's sums -> the regularised matrix
+that is factored), `symmetrize_` (completes a Gram), `pack` / `unpack` (2 to 8 bit codes in 32-bit words), `prepare` /
+`restore` (a packed weight as the machine multiplies it, and back).
 Activations are rows [T, K] sorted by expert with `offsets` [E + 1]; the weight that codes stand for is
 (code - zero) * scale.
 
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
-    from sarqc_kernels.gram import gram_accumulate_, symmetrize_
+    from sarqc_kernels.gram import gram_accumulate_, gram_finalize, symmetrize_
     from sarqc_kernels.packing import pack, unpack
     from sarqc_kernels.w4a16 import PreparedWeight, prepare, restore, w4a16_matmul
 
@@ -35,6 +36,7 @@ __all__ = [
     "SarqcError",
     "fit_grid",
     "gram_accumulate_",
+    "gram_finalize",
     "pack",
     "prepare",
     "quantize_columns",
@@ -52,6 +54,7 @@ _HOME = {
     "SarqcError": "errors",
     "fit_grid": "columns",
     "gram_accumulate_": "gram",
+    "gram_finalize": "gram",
     "pack": "packing",
     "prepare": "w4a16",
     "quantize_columns": "columns",

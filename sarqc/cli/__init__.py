@@ -13,6 +13,7 @@ from typing import NoReturn
 import typer
 
 from sarqc.cli.convert import convert
+from sarqc.cli.doctor import doctor
 from sarqc.cli.evaluate import evaluate
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "verify": verify,
     "convert": convert,
+    "doctor": doctor,
 }
 
 app = typer.Typer(

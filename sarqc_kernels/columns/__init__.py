@@ -21,6 +21,7 @@ The weight that codes stand for is (code - zero) * scale in fp32, throughout. Na
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from sarqc_kernels.columns import grid, panels, reference
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.targets import fastest_first, triton_unsupported
 
-__all__ = ["fit_grid", "quantize_columns", "round_to_grid"]
+__all__ = ["fit_grid", "implementations", "quantize_columns", "round_to_grid"]
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,6 +68,11 @@ _QUANTIZE = (
     Implementation("triton", _triton_unsupported, _triton),
     Implementation("reference", takes_all, reference.quantize_columns),
 )
+
+
+def implementations() -> dict[str, Sequence[Implementation]]:
+    """What there is of each operation, fastest first on a card; for `backend.explain`."""
+    return {"fit_grid": _FIT, "round_to_grid": _ROUND, "quantize_columns": _QUANTIZE}
 
 
 def fit_grid(

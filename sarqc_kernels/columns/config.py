@@ -1,4 +1,5 @@
-"""Tiles of the device kernels: a pure function of the shape and the card, so codes do not depend on a measurement.
+"""Tiles of the device kernels: a pure function of the shape, the card and a committed table (`tuned.py`) where there is
+one. Nothing is measured at run time, so codes do not depend on it.
 
 Two kernels have tiles. The panel product is a GEMM of few columns (a panel) by all rows: small tiles spread a dense
 layer of some thousand rows over the card, large ones read less when experts make enough of them. The column kernel
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sarqc_kernels.errors import BackendError
 from sarqc_kernels.targets import Card
+from sarqc_kernels.tuned import bucket, choices
 
-__all__ = ["MICRO", "PANEL", "Config", "choose", "configurations"]
+__all__ = ["CONFIGURATIONS", "MICRO", "PANEL", "Config", "choose", "configurations", "key", "rule"]
 
 PANEL = 128
 """Columns between two products with everything before them."""
@@ -44,12 +47,30 @@ _FEW_ROWS = Config(64, 64, 32, 4, 3, 32)
 _MANY_ROWS = Config(128, 128, 32, 8, 3, 128)
 
 
+CONFIGURATIONS = {"few rows": _FEW_ROWS, "many rows": _MANY_ROWS}
+"""What a table may choose from, by name."""
+
+
+def key(experts: int, rows: int) -> str:
+    """Of a call in the table; sizes by powers of two."""
+    return f"e{bucket(experts)} n{bucket(rows)}"
+
+
 def choose(experts: int, rows: int, card: Card) -> Config:
     """The tiles for `experts` weights of `rows` rows."""
+    if measured := choices("columns", card.arch).get(key(experts, rows)):
+        if measured["tiles"] not in CONFIGURATIONS:
+            raise BackendError(f"the columns table of sm_{card.arch} names {measured['tiles']!r}: run benchmarks.tune")
+        return CONFIGURATIONS[measured["tiles"]]
+    return rule(experts, rows, card)
+
+
+def rule(experts: int, rows: int, card: Card) -> Config:
+    """The tiles of a call that no table has."""
     programs = experts * -(-rows // _MANY_ROWS.rows) * (PANEL // _MANY_ROWS.product_columns)
     return _MANY_ROWS if programs >= 2 * card.multiprocessors else _FEW_ROWS
 
 
 def configurations() -> tuple[Config, ...]:
     """Everything that `choose` can return."""
-    return _FEW_ROWS, _MANY_ROWS
+    return tuple(CONFIGURATIONS.values())

@@ -9,6 +9,7 @@ A dense layer is one expert that sees every row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.gram import reference
 from sarqc_kernels.targets import fastest_first, triton_unsupported
 
-__all__ = ["gram_accumulate_", "gram_finalize", "symmetrize_"]
+__all__ = ["gram_accumulate_", "gram_finalize", "implementations", "symmetrize_"]
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -74,6 +75,11 @@ _FINALIZE = (
     Implementation("triton", _finalize_unsupported, _triton_finalize),
     Implementation("reference", takes_all, reference.gram_finalize),
 )
+
+
+def implementations() -> dict[str, Sequence[Implementation]]:
+    """What there is of each operation, fastest first on a card; for `backend.explain`."""
+    return {"gram_accumulate_": _ACCUMULATE, "gram_finalize": _FINALIZE}
 
 
 def gram_accumulate_(

@@ -1,4 +1,5 @@
-"""Which tiles the Gram kernel uses: a pure function of shape, dtype and card. Nothing is tried out at run time.
+"""Which tiles the Gram kernel uses: a pure function of shape, dtype, card and a committed table (`tuned.py`), where
+there is one. Nothing is tried out at run time; without an entry in the table the rules below decide.
 
 A tile of the Gram is M x N inputs; the rows of x pass through it DEPTH at a time. Per element of x that a tile reads,
 N (or M) products are made, so wide tiles ask less of the L2 cache: 128 x 128 needs a byte for 64 flops, 128 x 256 a
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sarqc_kernels.errors import BackendError
 from sarqc_kernels.targets import ARCHS, Card
+from sarqc_kernels.tuned import bucket, choices
 
-__all__ = ["FLUSH", "Plan", "Tile", "choose", "configurations"]
+__all__ = ["FLUSH", "Plan", "Tile", "choose", "configurations", "key", "plan_of", "rule", "tiles"]
 
 FLUSH = 4096
 """Most rows summed in registers before the sum goes to memory: bounds what truncating adders of a tensor core lose."""
@@ -59,13 +62,40 @@ class Plan:
 
 def choose(experts: int, tokens: int, inputs: int, dtype: torch.dtype, card: Card, even: bool) -> Plan:
     """The plan of a call. even: inputs, row stride and address of x are multiples of 16, so that copies can be wide."""
-    tile = _tile(inputs, dtype, card.arch, even)
-    units = experts * tile.units(inputs)
-    splits = _splits(units, tokens // max(1, experts), 4 * tile.m * tile.n, card.multiprocessors)
+    if measured := choices("gram", card.arch).get(key(experts, tokens, inputs, dtype, even)):
+        known = tiles(card.arch, dtype, even)
+        if measured["tile"] not in known:
+            raise BackendError(f"the gram table of sm_{card.arch} names tile {measured['tile']!r}: run benchmarks.tune")
+        return plan_of(known[measured["tile"]], experts, tokens, inputs, card, measured["splits"])
+    return rule(experts, tokens, inputs, dtype, card, even)
+
+
+def rule(experts: int, tokens: int, inputs: int, dtype: torch.dtype, card: Card, even: bool) -> Plan:
+    """The plan of a call that no table has."""
+    return plan_of(_tile(inputs, dtype, card.arch, even), experts, tokens, inputs, card)
+
+
+def plan_of(tile: Tile, experts: int, tokens: int, inputs: int, card: Card, splits: int | None = None) -> Plan:
+    """The plan with a given tile. splits: no more than these (by the rule for None), and no more than pay at all."""
+    units, rows, tile_bytes = experts * tile.units(inputs), tokens // max(1, experts), 4 * tile.m * tile.n
+    most = _most_splits(units, rows, tile_bytes)
+    splits = _splits(units, rows, most, card.multiprocessors) if splits is None else min(splits, most)
     items = units * splits
     # Experts get very different numbers of rows: a program for each tile lets the hardware balance them. The equal
     # tiles of a single Gram stay with one program on each multiprocessor.
     return Plan(tile, splits, items if experts > 1 else min(items, card.multiprocessors))
+
+
+def key(experts: int, tokens: int, inputs: int, dtype: torch.dtype, even: bool) -> str:
+    """Of a call in the table; sizes by powers of two."""
+    kind, access = str(dtype).removeprefix("torch."), "even" if even else "odd"
+    return f"{kind} {access} e{bucket(experts)} t{bucket(tokens)} k{bucket(inputs)}"
+
+
+def tiles(arch: int, dtype: torch.dtype, even: bool) -> dict[str, Tile]:
+    """Tiles that are checked ahead of time for such calls, by name: what a table may choose from."""
+    found = [tile for *known, tile in configurations() if known == [arch, dtype, even]]
+    return {f"{tile.m}x{tile.n}x{tile.depth}": tile for tile in found}
 
 
 def configurations() -> Iterator[tuple[int, torch.dtype, bool, Tile]]:
@@ -91,12 +121,15 @@ def _tile(inputs: int, dtype: torch.dtype, arch: int, even: bool) -> Tile:
     return Tile(128, 256 if wide else 128, 64 if roomy else 32, warps=8, stages=4, descriptors=True)
 
 
-def _splits(units: int, rows: int, tile_bytes: int, processors: int) -> int:
+def _most_splits(units: int, rows: int, tile_bytes: int) -> int:
+    return max(1, min(MOST_SPLITS, rows // LEAST_ROWS, MOST_WORKSPACE // max(1, units * tile_bytes)))
+
+
+def _splits(units: int, rows: int, most: int, processors: int) -> int:
     """The number of splits with the least time of the longest program, in rows that a tile reads."""
 
     def cost(splits: int) -> float:
         waves = -(-units * splits // processors)
         return waves * (rows / splits + (PARTIAL_ROWS if splits > 1 else 0))
 
-    most = min(MOST_SPLITS, rows // LEAST_ROWS, MOST_WORKSPACE // max(1, units * tile_bytes))
-    return min(range(1, max(1, most) + 1), key=cost)
+    return min(range(1, most + 1), key=cost)

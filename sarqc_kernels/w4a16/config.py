@@ -1,6 +1,7 @@
-"""Which kernel, which tile, how many splits: pure functions of the shape and the card. Nothing is tuned at run time.
+"""Which kernel, which tile, how many splits: pure functions of the shape, the card and a committed table (`tuned.py`)
+where there is one. Nothing is tuned at run time.
 
-The rules follow from counting, none from a timing; no GPU has run them yet.
+The rules, for shapes that no table has, follow from counting, none from a timing; no GPU has run them yet.
 
 * gemv, one or two tokens: no tensor core, one fp32 multiply-add for each weight and token beside three instructions
   that unpack it. At 4 tokens those seven instructions a weight would take longer than reading it.
@@ -15,20 +16,27 @@ The rules follow from counting, none from a timing; no GPU has run them yet.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sarqc_kernels.errors import BackendError
 from sarqc_kernels.targets import Card
+from sarqc_kernels.tuned import bucket, choices
 from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PLANES, TILE_ROWS
 
 __all__ = [
     "EXPAND",
     "Plan",
+    "candidates",
     "choose",
     "configurations",
     "dot",
     "gemv",
     "groups_per_brick",
+    "key",
     "other_widths",
+    "rule",
     "takes_group",
 ]
 
@@ -69,6 +77,18 @@ def groups_per_brick(group_size: int, inputs: int) -> int:
 
 def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card, bits: int = 4) -> Plan:
     """The plan for x [tokens, inputs] times a weight [experts, outputs, inputs] of `bits`; experts = 0: dense."""
+    shape = (tokens, outputs, inputs, group_size, experts)
+    table = choices("w4a16", card.arch) if bits == 4 else {}
+    if table and (measured := table.get(key(*shape))):
+        known = candidates(*shape, card)
+        if measured["plan"] not in known:
+            raise BackendError(f"the w4a16 table of sm_{card.arch} names {measured['plan']!r}: run benchmarks.tune")
+        return known[measured["plan"]]
+    return rule(*shape, card, bits)
+
+
+def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card, bits: int = 4) -> Plan:
+    """The plan of a call that no table has; tables are of 4 bits."""
     bricks = -(-inputs // BRICK_COLUMNS)
     if experts == 0 and tokens >= EXPAND_TOKENS:
         return EXPAND
@@ -81,6 +101,28 @@ def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int
     programs = -(-outputs // plan.rows) * (-(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0))
     splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= 64 else 1
     return replace(plan, splits=splits)
+
+
+def key(tokens: int, outputs: int, inputs: int, group_size: int, experts: int) -> str:
+    """Of a call in the table: tokens by powers of two, the weight as it is (a model has few)."""
+    groups = groups_per_brick(group_size, inputs)
+    return f"e{experts} m{bucket(tokens)} n{outputs} k{inputs} g{groups}"
+
+
+@functools.lru_cache(maxsize=1024)  # a call that a table has would make them anew each time
+def candidates(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card) -> Mapping[str, Plan]:
+    """Every plan that could run a call and is checked ahead of time, by name: what a table may choose from."""
+    groups, bricks = groups_per_brick(group_size, inputs), -(-inputs // BRICK_COLUMNS)
+    checked = {(plan.kernel, plan.tokens, plan.splits > 1) for plan, _ in configurations(card)}
+    plans = [] if experts else [EXPAND]
+    for splits in (1, 2, 4, 8, MOST_SPLITS):
+        if splits > max(1, bricks // LEAST_BRICKS):
+            continue
+        if experts or bucket(tokens) <= GEMV_TOKENS:
+            plans.append(gemv(1 if experts else bucket(tokens), splits))
+        plans += [dot(size, splits, card) for size in DOT_TOKENS if size <= most_tokens(groups, card)]
+    plans = [plan for plan in plans if (plan.kernel, plan.tokens, plan.splits > 1) in checked]
+    return {f"{plan.kernel} {plan.tokens} splits {plan.splits}": plan for plan in plans}
 
 
 EXPAND = Plan("expand", 0, 64, 1, 4, 1)

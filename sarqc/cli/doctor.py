@@ -1,0 +1,94 @@
+"""`sarqc doctor`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from sarqc.cli.options import JsonOption, print_json
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """What this machine can do: versions, GPUs, which kernels run and why others do not, a self-test of each.
+
+    Exit code 1 where a self-test fails.
+    """
+    from sarqc.job.doctor import examine
+
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        Console().print(_shown(found))
+    if not found["healthy"]:
+        raise typer.Exit(1)
+
+
+def _shown(found: dict[str, Any]) -> Group:
+    return Group(_machine(found), Text(), _operations(found["operations"]), *_end(found))
+
+
+def _machine(found: dict[str, Any]) -> Table:
+    table = Table(title="machine", title_justify="left", title_style="bold", show_header=False, box=None,
+                  padding=(0, 2, 0, 0))  # fmt: skip
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    table.add_row("python", f"{found['machine']['python']} on {found['machine']['platform']}")
+    for gpu in found["gpus"]:
+        memory = f"{_gib(gpu['free'])} of {_gib(gpu['memory'])} free"
+        table.add_row(gpu["device"], f"{gpu['name']}, sm_{gpu['arch']}, {gpu['multiprocessors']} processors, {memory}")
+    if not found["gpus"]:
+        table.add_row("GPU", "none: everything runs on the CPU")
+    csrc = found["csrc"]
+    table.add_row("nvcc", csrc["nvcc"])
+    for device, state in csrc["libraries"].items():
+        table.add_row(f"csrc {device}", state)
+    free = found["free"]
+    table.add_row("free", f"memory {_gib(free['memory'])}; disk {_gib(free['here'])} here, {_gib(free['cache'])} at "
+                          f"the cache {csrc['cache']}")  # fmt: skip
+    for variable, value in found["environment"].items():
+        table.add_row("set", f"{variable}={value}")
+    return table
+
+
+def _operations(verdicts: list[dict[str, Any]]) -> Table:
+    table = Table(title="operations (the one that runs is marked)", title_justify="left", title_style="bold", box=None,
+                  padding=(0, 2, 0, 0))  # fmt: skip
+    for name in ("operation", "device", "implementation", "self-test, or why it does not run"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("operation", "device"), header_style="dim")
+    last: tuple[str, str] | None = None
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for verdict in verdicts:  # implementations that one reason keeps from running share a line
+        alone = verdict["backend"] if verdict["reason"] is None else verdict["reason"]
+        lines.setdefault((verdict["op"], verdict["device"], alone), []).append(verdict)
+    for (op, device, _), same in lines.items():
+        chosen, where = same[0]["chosen"], (op, device)
+        names = ", ".join(verdict["backend"] for verdict in same)
+        name = Text(f"{'>' if chosen else ' '} {names}", "bold" if chosen else "")
+        table.add_row(*(("", "") if where == last else where), name, _said(same[0]))
+        last = where
+    return table
+
+
+def _said(verdict: dict[str, Any]) -> Text:
+    if verdict["reason"] is not None:
+        return Text(verdict["reason"], "dim")
+    if verdict["failed"] is not None:
+        return Text(f"FAILED: {verdict['failed']}", "bold red")
+    return Text(f"ok, off by {verdict['error']:.1e} in {verdict['seconds']:.1f} s", "green")
+
+
+def _end(found: dict[str, Any]) -> list[Text]:
+    lines = [Text(f"known trouble: {warning}", "yellow") for warning in found["warnings"]]
+    if not found["healthy"]:
+        lines.append(Text("a self-test failed: results of that implementation cannot be trusted", "bold red"))
+    return lines
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
