@@ -103,6 +103,13 @@ def on_gpu_only(point: Point, device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"needs an NVIDIA card, tensors are on {device.type}"
 
 
+def no_interpreter(backend: str, device: torch.device) -> str | None:
+    """Why an implementation in Triton is not timed on a CPU, where it could run in the interpreter; None otherwise."""
+    if backend == "triton" and device.type == "cpu":
+        return "on a CPU there is the interpreter alone, whose times mean nothing"
+    return None
+
+
 def installed(package: str) -> str | None:
     """Why a rival that comes as a package cannot run; `package` is the name it is imported by."""
     return None if importlib.util.find_spec(package) else f"{package} is not installed"

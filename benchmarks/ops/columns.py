@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal
+from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, no_interpreter, normal
 from benchmarks.rivals import gptq_eager, llmcompressor_fused
 from sarqc_kernels import fit_grid, quantize_columns
 from sarqc_kernels.backend import explain
@@ -85,6 +85,8 @@ def _ours(backend: str, part: str) -> Contender:
         return lambda: _solve(backend, inputs, known)
 
     def unsupported(point: Point, device: torch.device) -> str | None:
+        if reason := no_interpreter(backend, device):
+            return reason
         sizes = point.sizes
         weight = torch.empty(1, 1, sizes["columns"], device=device)  # what each implementation looks at
         known = dict(explain("quantize_columns", implementations()["quantize_columns"], (weight, *[None] * 9)))

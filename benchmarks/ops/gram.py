@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal, on_gpu_only
+from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, no_interpreter, normal, on_gpu_only
 from sarqc_kernels.gram import gram_accumulate_
 from sarqc_kernels.targets import triton_unsupported
 
@@ -80,7 +80,7 @@ def _ours(backend: str) -> Contender:
 
     def unsupported(point: Point, device: torch.device) -> str | None:
         if backend == "triton":
-            return triton_unsupported(torch.empty(0, device=device))
+            return no_interpreter(backend, device) or triton_unsupported(torch.empty(0, device=device))
         slow = device.type == "cuda" and point.flops > SLOWEST
         return "plain fp32 products would take seconds at this size" if slow else None
 

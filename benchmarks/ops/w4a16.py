@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal, runs_anywhere
+from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, no_interpreter, normal, runs_anywhere
 from benchmarks.rivals import packed_matmul
 from sarqc_kernels import prepare, w4a16_matmul
 from sarqc_kernels.backend import explain
@@ -86,6 +86,8 @@ def why_not(backend: str) -> Any:
     def unsupported(point: Point, device: torch.device) -> str | None:
         if backend == "reference" and device.type == "cuda":
             return "unpacks in plain torch and waits for the device: timed on a CPU alone"
+        if reason := no_interpreter(backend, device):
+            return reason
         if backend == "cpu" and device.type != "cpu":
             return "runs on a CPU alone"
         x = torch.zeros(1, GROUP, dtype=torch.bfloat16, device=device)
