@@ -38,6 +38,8 @@ def measure(op: Op, settings: Settings, roof: Roof, budget: Budget, sink: record
             return
         with budget.step():
             line = measure_point(op, point, settings, roof, sink)
+            if settings.device.type == "cuda":
+                torch.cuda.empty_cache()  # graphs have pools of their own, which the next point cannot use
         print(f"[{budget}] {op.name} {point.name}: {line}", flush=True)
 
 

@@ -27,7 +27,7 @@ from benchmarks.quantize import command as quantize
 from sarqc.job.load import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
-GATE_SHARE = 0.4  # of the time that the tests may take
+GATE_SHARE = 0.5  # of the time that the tests may take
 SECONDS = {True: 0.02, False: 0.4}  # of the clock for each contender at a point: quick, or not
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from sarqc_kernels.checks import check_bits
 from sarqc_kernels.errors import ArgumentError
 
-__all__ = ["pack", "unpack", "unpack_padded", "words_per_row"]
+__all__ = ["pack", "unpack", "unpack_padded", "words_of", "words_per_row"]
 
 LANES = 8  # elements that share one 64-bit integer
 
@@ -42,6 +42,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ArgumentError(f"codes is {codes.dtype} {list(codes.shape)}: pass uint8 with at least one dimension")
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise ArgumentError(f"codes holds {int(codes.max())}: {bits} bits take 0 to {(1 << bits) - 1}")
+    return words_of(codes, bits)
+
+
+def words_of(codes: Tensor, bits: int) -> Tensor:
+    """`pack` of codes that are known to fit, such as an operation's own: nothing is looked at, nothing waits."""
     count = codes.shape[-1]
     if count == 0:
         return codes.new_empty(codes.shape, dtype=torch.int32)

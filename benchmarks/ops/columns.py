@@ -131,7 +131,11 @@ def error(inputs: Inputs, result: Any) -> float:
 
 OP = Op(
     name="columns",
-    tests=("tests/kernels/test_columns.py", "tests/kernels/test_columns_backends.py", "tests/kernels/test_grid.py"),
+    tests=(
+        "tests/kernels/test_columns.py",
+        "tests/kernels/test_columns_backends.py",
+        "tests/kernels/test_grid_backends.py",
+    ),
     points=points,
     inputs=make,
     contenders=(

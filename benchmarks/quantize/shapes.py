@@ -19,6 +19,11 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         {**_SMALL, "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2,
          "norm_topk_prob": True},
     ),
+    "smollm2-135m": (
+        LlamaConfig,
+        {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+         "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192},
+    ),
     "llama3-8b": (
         LlamaConfig,
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

@@ -31,14 +31,12 @@ from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
 from sarqc_kernels.columns import grid, panels, reference
 from sarqc_kernels.errors import ArgumentError
+from sarqc_kernels.packing import words_of
 from sarqc_kernels.targets import fastest_first, triton_unsupported
 
 __all__ = ["fit_grid", "implementations", "quantize_columns", "round_to_grid"]
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_FIT = (Implementation("reference", takes_all, grid.fit_grid),)
-_ROUND = (Implementation("reference", takes_all, grid.round_to_grid),)
 
 
 def _triton_unsupported(weight: Tensor, *_: object) -> str | None:
@@ -63,6 +61,26 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return cuda_impl.quantize_columns(*args)
 
 
+def _triton_fit(*args: Any) -> tuple[Tensor, Tensor]:
+    from sarqc_kernels.columns import fit_impl
+
+    return fit_impl.fit_grid(*args)
+
+
+def _triton_round(*args: Any) -> Tensor:
+    from sarqc_kernels.columns import fit_impl
+
+    return fit_impl.round_to_grid(*args)
+
+
+_FIT = (
+    Implementation("triton", _triton_unsupported, _triton_fit),
+    Implementation("reference", takes_all, grid.fit_grid),
+)
+_ROUND = (
+    Implementation("triton", _triton_unsupported, _triton_round),
+    Implementation("reference", takes_all, grid.round_to_grid),
+)
 _QUANTIZE = (
     Implementation("cuda", _cuda_unsupported, _cuda),
     Implementation("triton", _triton_unsupported, _triton),
@@ -133,6 +151,7 @@ def quantize_columns(
     sym: bool,
     search: bool,
     scale_dtype: torch.dtype,
+    packed: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes that follow the error made so far, column by column.
@@ -146,6 +165,8 @@ def quantize_columns(
     W_g + (Delta_{<g} M_{<g,g}) M_gg^-1 with importance diag(M)^2; the columns of a group must then be consecutive in
     `order`.
     bits, group_size, sym, search, scale_dtype: as in `fit_grid`; with scales given, sym and search are not used.
+    packed: return int32 words [E, N, ceil(K bits / 32)] as `packing.pack` makes them instead of codes, packed where the
+    codes lie (a pass of its own over them: one byte a code read, bits / 8 written) and without waiting for the device.
     Returns (codes uint8 [E, N, K], scales in scale_dtype and zeros uint8 [E, N, K / group_size]), all in the weight's
     own column order. Raises ArgumentError for what is outside of this; what `order` holds is checked on the CPU only.
     """
@@ -168,7 +189,7 @@ def quantize_columns(
     out: tuple[Tensor, Tensor, Tensor] = _quantize_columns(
         weight, factor, order, scales, zeros, bits, group_size, sym, search, scale_dtype, backend
     )
-    return out
+    return (words_of(out[0], bits), *out[1:]) if packed else out
 
 
 @torch.library.custom_op("sarqc::fit_grid", mutates_args=())
@@ -183,7 +204,7 @@ def _fit_grid(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     args = (weight, importance, bits, group_size, sym, search, scale_dtype)
-    scales, zeros = pick("fit_grid", _FIT, args, backend).run(*args)
+    scales, zeros = pick("fit_grid", fastest_first(_FIT, weight), args, backend).run(*args)
     return scales, zeros
 
 
@@ -205,7 +226,7 @@ def _(
 @torch.library.custom_op("sarqc::round_to_grid", mutates_args=())
 def _round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, backend: str | None = None) -> Tensor:
     args = (weight, scales, zeros, bits)
-    codes: Tensor = pick("round_to_grid", _ROUND, args, backend).run(*args)
+    codes: Tensor = pick("round_to_grid", fastest_first(_ROUND, weight), args, backend).run(*args)
     return codes
 
 

@@ -1,9 +1,9 @@
 """`grid.py` in Triton: the scale and zero of a group, for programs in which every row has a thread of its own.
 
-The group is what a free pass of `_columns` left (see `panels.py`): weight - delta. It is read once for its range and
-once for every trial of the search, from the first-level cache; a trial costs about 8 flops per weight. Steps are those
-of `grid.fit_slab`, so a grid differs from the reference's only where the sums of two trials are equal but for the order
-in which they were taken.
+The group is what a free pass of `_columns` left (see `panels.py`), weight - delta, or the weight itself (`fit_impl`).
+It is read once for its range and once for every trial of the search, from the first-level cache; a trial costs about 8
+flops per weight. Steps are those of `grid.fit_slab`, so a grid differs from the reference's only where the sums of two
+trials are equal but for the order in which they were taken.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -34,25 +34,29 @@ def clamped(value, low, high):
 
 
 @triton.jit
-def _group(weight, delta, begin, end, row, live, rows, CHUNK: tl.constexpr):
-    """Columns begin .. of the compensated group that a free pass left: ([CHUNK, rows], which columns are its own)."""
+def _group(weight, delta, begin, end, row, live, rows, MOVED: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns begin .. of a group, compensated as a free pass left it or (not MOVED) as it is: ([CHUNK, rows], which
+    columns are its own)."""
     j = begin + tl.arange(0, CHUNK)
     inside = (j < end)[:, None]
     at, mask = j[:, None] * rows + row[None, :], inside & live[None, :]
-    return tl.load(weight + at, mask=mask, other=0.0) - tl.load(delta + at, mask=mask, other=0.0), inside
+    value = tl.load(weight + at, mask=mask, other=0.0)
+    if MOVED:
+        value -= tl.load(delta + at, mask=mask, other=0.0)
+    return value, inside
 
 
 @triton.jit
 def fit(
     weight, delta, importance, table, begin, end, row, live, rows, top, middle, tiny, most,
-    SYM: tl.constexpr, SEARCH: tl.constexpr, SCALE: tl.constexpr, TRIALS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SYM: tl.constexpr, SEARCH: tl.constexpr, SCALE: tl.constexpr, TRIALS: tl.constexpr, MOVED: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Scale and zero [rows] of the group begin .. end - 1; `grid.fit_slab` says what and why."""
     low = tl.full((CHUNK, ROWS), float("inf"), tl.float32)
     high = tl.full((CHUNK, ROWS), float("-inf"), tl.float32)
     for j in range(begin, end, CHUNK):
-        value, inside = _group(weight, delta, j, end, row, live, rows, CHUNK)
+        value, inside = _group(weight, delta, j, end, row, live, rows, MOVED, CHUNK)
         low = tl.minimum(low, tl.where(inside, value, float("inf")))
         high = tl.maximum(high, tl.where(inside, value, float("-inf")))
     low, high = tl.min(low, 0), tl.max(high, 0)
@@ -63,10 +67,11 @@ def fit(
         span = tl.maximum(high, 0.0) - low
     scale, zero = _grid(span, low, table, top, middle, tiny, most, SYM, SCALE)
     if SEARCH:
-        least = _loss(weight, delta, importance, scale, zero, begin, end, row, live, rows, top, ROWS, CHUNK)
+        least = _loss(weight, delta, importance, scale, zero, begin, end, row, live, rows, top, MOVED, ROWS, CHUNK)
         for trial in range(1, TRIALS):
             other, other_zero = _grid(span, low, table + 2 * trial, top, middle, tiny, most, SYM, SCALE)
-            loss = _loss(weight, delta, importance, other, other_zero, begin, end, row, live, rows, top, ROWS, CHUNK)
+            loss = _loss(weight, delta, importance, other, other_zero, begin, end, row, live, rows, top, MOVED, ROWS,
+                         CHUNK)  # fmt: skip
             better = loss < least
             least = tl.where(better, loss, least)
             scale = tl.where(better, other, scale)
@@ -87,14 +92,15 @@ def _grid(span, low, pair, top, middle, tiny, most, SYM: tl.constexpr, SCALE: tl
 
 @triton.jit
 def _loss(
-    weight, delta, importance, scale, zero, begin, end, row, live, rows, top, ROWS: tl.constexpr, CHUNK: tl.constexpr
+    weight, delta, importance, scale, zero, begin, end, row, live, rows, top, MOVED: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Weighted squared rounding error [rows] of the group on a grid."""
     total = tl.zeros((CHUNK, ROWS), dtype=tl.float32)
     per_scale = tl.div_rn(1.0, scale)[None, :]
     least, most = -zero[None, :], (top - zero)[None, :]
     for j in range(begin, end, CHUNK):
-        value, _ = _group(weight, delta, j, end, row, live, rows, CHUNK)
+        value, _ = _group(weight, delta, j, end, row, live, rows, MOVED, CHUNK)
         steps = value * per_scale
         error = clamped(half_even(steps), least, most) - steps
         at = j + tl.arange(0, CHUNK)
@@ -115,7 +121,7 @@ def fit_wide(
     live = row < rows
     matrix, vector = expert * columns * rows, expert * columns
     scale, zero = fit(weight + matrix, delta + matrix, importance + vector, table, first, last, row, live, rows, top,
-                       middle, tiny, most, SYM, SEARCH, SCALE, TRIALS, ROWS, CHUNK)  # fmt: skip
+                       middle, tiny, most, SYM, SEARCH, SCALE, TRIALS, True, ROWS, CHUNK)  # fmt: skip
     at = (expert * groups + tl.load(group_of + vector + first)) * rows + row
     tl.store(scales + at, scale, mask=live)
     tl.store(zeros + at, zero, mask=live)

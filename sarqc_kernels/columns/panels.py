@@ -31,7 +31,7 @@ from torch import Tensor
 from sarqc_kernels.columns.config import MICRO, PANEL
 from sarqc_kernels.columns.grid import GridRule, safe_scale, span_factors
 
-__all__ = ["Action", "Steps", "Work", "factors_of", "plan", "quantize", "too_large"]
+__all__ = ["Action", "Steps", "Work", "batches", "factors_of", "plan", "quantize", "too_large"]
 
 ELEMENTS = 1 << 28  # weights in flight: 2.3 GB of buffers
 LEAST_ROWS = 4096  # of a batch: fewer would leave multiprocessors idle
@@ -132,7 +132,7 @@ def quantize(
     if not weight.numel():
         return codes, out_scales, out_zeros
     factor = factor if factor.stride()[1:] == (columns, 1) else factor.contiguous()  # experts may share one
-    for some, span in _batches(experts, rows, columns):
+    for some, span in batches(experts, rows, columns):
         own = None if order is None else order[some]
         at = (some, span)
         work = _begin(weight[at], factor[some], own, out_scales[at], out_zeros[at], group_size, rule)
@@ -190,7 +190,7 @@ def _reordered(columns: Tensor, order: Tensor | None) -> Tensor:
     return columns if order is None else columns.gather(1, order.unsqueeze(-1).expand(-1, -1, columns.shape[2]))
 
 
-def _batches(experts: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+def batches(experts: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     """Slices of experts and of rows: several whole experts while they are small, else parts of one."""
     tall = max(LEAST_ROWS, ELEMENTS // max(columns, PANEL))
     together = min(max(1, tall // rows), LAUNCH)
@@ -200,7 +200,7 @@ def _batches(experts: int, rows: int, columns: int) -> Iterator[tuple[slice, sli
 
 
 def too_large(columns: int) -> str | None:
-    """Why the matrices of one expert are too large; None where they are not. `_batches` sees to the other sizes."""
+    """Why the matrices of one expert are too large; None where they are not. `batches` sees to the other sizes."""
     if columns <= WIDEST:
         return None
     return f"{columns} columns are more than {WIDEST}: elements of a factor are counted in 32 bits"

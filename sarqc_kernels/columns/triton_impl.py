@@ -40,7 +40,7 @@ from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
 from sarqc_kernels.targets import ARCHS, AotJob, card_of
 
-__all__ = ["Steps", "aot_jobs", "quantize_columns"]
+__all__ = ["CHUNK", "KINDS", "OPTIONS", "Steps", "aot_jobs", "kind_of", "limits", "quantize_columns", "spelled"]
 
 CHUNK = 16
 """Columns of a group that the fit takes at once."""
@@ -156,7 +156,7 @@ def _columns(
             _advance(weight, delta, codes, pull, ahead, factor, inverse, group_of, scales, zeros, good, begin, end,
                      row, live, rows, columns, top, False, MICRO, DEPTH)  # fmt: skip
             scale, zero = fit(weight, delta, importance, table, begin, end, row, live, rows, top, middle, tiny, most,
-                               SYM, SEARCH, SCALE, TRIALS, ROWS, CHUNK)  # fmt: skip
+                               SYM, SEARCH, SCALE, TRIALS, True, ROWS, CHUNK)  # fmt: skip
             group = tl.load(group_of + begin)
             tl.store(scales + group * rows + row, scale, mask=live)
             tl.store(zeros + group * rows + row, zero, mask=live)
@@ -203,13 +203,13 @@ class Steps:
     def columns(self, work: Work, first: int, last: int, action: Action) -> None:
         """See `panels.Steps`."""
         own, fits = self.config, action == "fit"
-        kind = _kind(work.rule) if fits else _NO_FIT
+        kind = kind_of(work.rule) if fits else _NO_FIT
         _columns[(-(-work.rows // own.rows), work.experts)](
             work.weight, work.delta, work.codes, work.pull, work.ahead, work.factor, work.usable, work.inverse,
             work.importance, work.group_of, work.scales, work.zeros, _table(work),
             first, last, work.group_size if fits else last - first, work.rows, work.columns, work.scales.shape[1],
-            work.factor.stride(0), *_limits(work.rule), ROUND=action != "free", FIT=fits, **kind, ROWS=own.rows,
-            PANEL=PANEL, MICRO=MICRO, DEPTH=DEPTH, CHUNK=CHUNK, num_warps=own.warps, **_OPTIONS,
+            work.factor.stride(0), *limits(work.rule), ROUND=action != "free", FIT=fits, **kind, ROWS=own.rows,
+            PANEL=PANEL, MICRO=MICRO, DEPTH=DEPTH, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
         )  # fmt: skip
 
     def fit(self, work: Work, first: int, last: int) -> None:
@@ -217,22 +217,24 @@ class Steps:
         own = self.config
         fit_wide[(-(-work.rows // own.rows), work.experts)](
             work.weight, work.delta, work.importance, work.group_of, work.scales, work.zeros, _table(work),
-            first, last, work.rows, work.columns, work.scales.shape[1], *_limits(work.rule), **_kind(work.rule),
-            ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **_OPTIONS,
+            first, last, work.rows, work.columns, work.scales.shape[1], *limits(work.rule), **kind_of(work.rule),
+            ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
         )  # fmt: skip
 
 
-_OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 """Of the kernels that round. One stage: loads must not be moved ahead of the stores of the columns before them."""
 
 _NO_FIT = {"SYM": True, "SEARCH": False, "SCALE": tl.float32, "TRIALS": TRIALS}
 
 
-def _kind(rule: GridRule) -> dict[str, Any]:
+def kind_of(rule: GridRule) -> dict[str, Any]:
+    """The compile-time arguments of a fit."""
     return {"SYM": rule.sym, "SEARCH": rule.search, "SCALE": SCALES[rule.scale_dtype], "TRIALS": TRIALS}
 
 
-def _limits(rule: GridRule) -> tuple[float, float, float, float]:
+def limits(rule: GridRule) -> tuple[float, float, float, float]:
+    """top, middle, tiny and most of a kernel that fits or rounds."""
     kept = torch.finfo(rule.scale_dtype)
     return float(rule.top), float(rule.middle), kept.tiny, kept.max
 
@@ -249,12 +251,12 @@ def aot_jobs() -> Iterator[AotJob]:
             yield _pull_job(own, arch, odd=True)
             for action in ("round", "free"):
                 yield _columns_job(action, own, arch, _NO_FIT)
-            for kind in _KINDS:
+            for kind in KINDS:
                 yield _columns_job("fit", own, arch, kind)
                 yield _fit_wide_job(own, arch, kind)
 
 
-_KINDS: tuple[dict[str, Any], ...] = (  # a scale's dtype is one conversion: it need not meet every kind
+KINDS: tuple[dict[str, Any], ...] = (  # a scale's dtype is one conversion: it need not meet every kind
     {"SYM": True, "SEARCH": True, "SCALE": tl.float16, "TRIALS": TRIALS},
     {"SYM": False, "SEARCH": True, "SCALE": tl.bfloat16, "TRIALS": TRIALS},
     {"SYM": False, "SEARCH": False, "SCALE": tl.float32, "TRIALS": TRIALS},
@@ -294,15 +296,16 @@ def _pull_job(own: Config, arch: int, odd: bool) -> AotJob:
 def _columns_job(action: str, own: Config, arch: int, kind: dict[str, Any]) -> AotJob:
     constants = {"ROUND": action != "free", "FIT": action == "fit", **kind, "ROWS": own.rows, "PANEL": PANEL,
                  "MICRO": MICRO, "DEPTH": DEPTH, "CHUNK": CHUNK}  # fmt: skip
-    name = _spelled(action, kind) if action == "fit" else action
-    return _job(f"{name} {own.rows}", _columns, arch, constants, {"num_warps": own.warps, **_OPTIONS})
+    name = spelled(action, kind) if action == "fit" else action
+    return _job(f"{name} {own.rows}", _columns, arch, constants, {"num_warps": own.warps, **OPTIONS})
 
 
 def _fit_wide_job(own: Config, arch: int, kind: dict[str, Any]) -> AotJob:
     constants = {**kind, "ROWS": own.rows, "CHUNK": CHUNK}
-    name = f"{_spelled('fit wide', kind)} {own.rows}"
-    return _job(name, fit_wide, arch, constants, {"num_warps": own.warps, **_OPTIONS})
+    name = f"{spelled('fit wide', kind)} {own.rows}"
+    return _job(name, fit_wide, arch, constants, {"num_warps": own.warps, **OPTIONS})
 
 
-def _spelled(action: str, kind: dict[str, Any]) -> str:
+def spelled(action: str, kind: dict[str, Any]) -> str:
+    """An action on a kind of grid, for the name of a job."""
     return f"{action} {'sym' if kind['SYM'] else 'asym'}{' search' * kind['SEARCH']} {kind['SCALE']}"

@@ -39,7 +39,7 @@ def test_a_wide_group_is_walked_free_then_fitted_then_rounded() -> None:
 def test_batches_cover_everything_in_32_bits(shape: tuple[int, int, int]) -> None:
     experts, rows, columns = shape
     seen = 0
-    for some, span in panels._batches(*shape):
+    for some, span in panels.batches(*shape):
         size = (some.stop - some.start, span.stop - span.start)
         seen += size[0] * size[1]
         assert size[0] <= panels.LAUNCH and size[1] * max(columns, PANEL) < 1 << 31

@@ -1,0 +1,136 @@
+"""`fit_grid` and `round_to_grid` in Triton: grids and codes of a weight as it is, with no feedback between columns.
+
+The fit is that of `grid_impl.py`, a row to a thread, over the weight transposed (one copy of it): a group is read once
+for its range and, with a search, once for each of 24 trials, from cache. Rounding reads 4 bytes a weight and writes one.
+
+Rounding and clamping are the reference's to the bit, so `round_to_grid` gives its very codes. A searched scale can be
+the neighbour of the reference's where the losses of two trials are equal but for the order of their sums.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# (Triton's kernels take no annotations but tl.constexpr.)
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sarqc_kernels.columns.config import configurations, rule
+from sarqc_kernels.columns.grid import GridRule
+from sarqc_kernels.columns.grid_impl import clamped, fit, half_even
+from sarqc_kernels.columns.panels import batches, factors_of
+from sarqc_kernels.columns.triton_impl import CHUNK, KINDS, OPTIONS, kind_of, limits, spelled
+from sarqc_kernels.targets import ARCHS, AotJob, card_of, on_device
+
+__all__ = ["aot_jobs", "fit_grid", "round_to_grid"]
+
+LINES, WIDTH = 16, 128  # of a program of `_round`
+
+
+@triton.jit
+def _fit_groups(
+    weight, importance, scales, zeros, table, rows, columns, group_size, top, middle, tiny, most,
+    SYM: tl.constexpr, SEARCH: tl.constexpr, SCALE: tl.constexpr, TRIALS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """scales, zeros [E, G, N] of weight [E, K, N] with importance [E, K]; programs (rows, expert, group)."""
+    expert, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    own, begin = weight + expert * columns * rows, group * group_size
+    scale, zero = fit(own, own, importance + expert * columns, table, begin, begin + group_size, row, live, rows, top,
+                       middle, tiny, most, SYM, SEARCH, SCALE, TRIALS, False, ROWS, CHUNK)  # fmt: skip
+    at = (expert * tl.num_programs(2) + group) * rows + row
+    tl.store(scales + at, scale, mask=live)
+    tl.store(zeros + at, zero, mask=live)
+
+
+@triton.jit
+def _round(
+    weight, scales, zeros, codes, lines, columns, groups, group_size, top, LINES: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Codes of weight [lines, columns] on the grid [lines, groups]."""
+    line = (tl.program_id(0) * LINES + tl.arange(0, LINES))[:, None].to(tl.int64)
+    column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[None, :]
+    mask = (line < lines) & (column < columns)
+    spot = line * groups + column // group_size
+    scale = tl.load(scales + spot, mask=mask, other=1.0).to(tl.float32)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    zero = tl.load(zeros + spot, mask=mask, other=0).to(tl.float32)
+    value = tl.load(weight + line * columns + column, mask=mask, other=0.0)
+    level = clamped(half_even(tl.div_rn(value, scale)), -zero, top - zero)
+    tl.store(codes + line * columns + column, (level + zero).to(tl.int32).to(tl.uint8), mask=mask)
+
+
+def fit_grid(
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    search: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`sarqc_kernels.columns.fit_grid` in Triton; does not wait for the device."""
+    wanted = GridRule(bits, sym, search, scale_dtype)
+    experts, rows, columns = weight.shape
+    groups = columns // group_size
+    scales = torch.empty((experts, rows, groups), dtype=scale_dtype, device=weight.device)
+    zeros = torch.empty((experts, rows, groups), dtype=torch.uint8, device=weight.device)
+    if not weight.numel():
+        return scales, zeros
+    counts = torch.ones((experts, columns), device=weight.device) if importance is None else importance.contiguous()
+    table = factors_of(bits, sym, weight.device)
+    own = rule(experts * groups, rows, card_of(weight.device))
+    with on_device(weight):
+        for some, span in batches(experts, rows, columns):
+            part = weight[some, span].mT.contiguous()
+            grid = part.new_empty((2, len(part), groups, part.shape[2]))
+            _fit_groups[(-(-part.shape[2] // own.rows), len(part), groups)](
+                part, counts[some], grid[0], grid[1], table, part.shape[2], columns, group_size, *limits(wanted),
+                **kind_of(wanted), ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
+            )  # fmt: skip
+            scales[some, span] = grid[0].mT.to(scale_dtype)
+            zeros[some, span] = grid[1].mT.to(torch.uint8)
+    return scales, zeros
+
+
+def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """`sarqc_kernels.columns.round_to_grid` in Triton; does not wait for the device."""
+    experts, rows, columns = weight.shape
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    if weight.numel():
+        lines, groups = experts * rows, scales.shape[2]
+        with on_device(weight):
+            _round[(-(-lines // LINES), -(-columns // WIDTH))](
+                weight.contiguous(), scales.contiguous(), zeros.contiguous(), codes, lines, columns, groups,
+                columns // groups, float((1 << bits) - 1), LINES=LINES, WIDTH=WIDTH, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+    return codes
+
+
+def aot_jobs() -> Iterator[AotJob]:
+    """The fit for every tile of `columns.config` and kind of grid; rounding for every dtype of scales."""
+    pointers = {"weight": "*fp32", "importance": "*fp32", "scales": "*fp32", "zeros": "*fp32", "table": "*fp32"}
+    numbers = dict.fromkeys(("rows", "columns", "group_size"), "i32") | dict.fromkeys(
+        ("top", "middle", "tiny", "most"), "fp32"
+    )
+    sizes = dict.fromkeys(("lines", "columns", "groups", "group_size"), "i32")
+    for arch in ARCHS:
+        for own in configurations():
+            for kind in KINDS:
+                yield AotJob(
+                    f"columns {spelled('fit groups', kind)} {own.rows}", _fit_groups, arch, pointers | numbers,
+                    {**kind, "ROWS": own.rows, "CHUNK": CHUNK}, {"num_warps": own.warps, **OPTIONS},
+                    (*pointers, "rows", "columns", "group_size"),
+                )  # fmt: skip
+        for dtype in ("fp32", "bf16", "fp16"):
+            tensors = {"weight": "*fp32", "scales": f"*{dtype}", "zeros": "*u8", "codes": "*u8"}
+            yield AotJob(
+                f"columns round {dtype}", _round, arch, tensors | sizes | {"top": "fp32"},
+                {"LINES": LINES, "WIDTH": WIDTH}, {"num_warps": 4, **OPTIONS}, (*tensors, "columns", "group_size"),
+            )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Shapes, group sizes and dtypes that nobody thought of: drawn by Hypothesis, the same ones on every run.
+
+The reference is held to float64, the kernels to the reference. In the interpreter an example costs most of a second, so
+there are few and small; on a GPU there are many and larger.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sarqc_kernels import fit_grid, gram_accumulate_, quantize_columns, round_to_grid
+from sarqc_kernels.testing import product_bound, random_gram, uneven_offsets, upper_factor
+from tests.kernels.columns_cases import Case, assert_alike
+from tests.kernels.conftest import DEVICE, why_not
+
+ON_GPU = DEVICE == "cuda"
+MOST = 4 if ON_GPU else 1  # times larger on a GPU
+DRAWN = settings(
+    derandomize=True, deadline=None, database=None, max_examples=150 if ON_GPU else 6,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+needs_triton = pytest.mark.skipif(bool(why_not("triton")), reason=str(why_not("triton")))
+
+
+@needs_triton
+@DRAWN
+@given(
+    experts=st.integers(1, 3), tokens=st.integers(0, 90 * MOST), inputs=st.integers(1, 70 * MOST),
+    dtype=st.sampled_from(DTYPES), extra=st.sampled_from([0, 3, 16]), calls=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_gram(experts, tokens, inputs, dtype, extra, calls, seed):
+    """Sums of one or two calls, from a view into wider rows, against float64 within the bound of any fp32 sum."""
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.zeros(experts, inputs, inputs), torch.zeros(experts, dtype=torch.int64), torch.zeros(experts, inputs)
+    ours = [part.to(DEVICE) for part in sums]
+    exact, slack, counted = torch.zeros_like(sums[0]).double(), 0.0, torch.zeros_like(sums[1])
+    for _ in range(calls):
+        wide = torch.randn(tokens, inputs + extra, generator=generator).to(dtype)
+        x, offsets = wide[:, extra:], uneven_offsets(generator, tokens, experts)
+        gram_accumulate_(*ours, wide.to(DEVICE)[:, extra:], offsets.to(DEVICE), backend="triton")
+        for expert in range(experts):
+            rows = x[offsets[expert] : offsets[expert + 1]].double()
+            exact[expert] += rows.T @ rows
+            # one more unit in the last place for adding the call's sum; fp32 is multiplied by halves (16 eps a product)
+            bound = product_bound(rows.T, rows) + 17 * 2.0**-23 * (rows.abs().T @ rows.abs())
+            slack = slack + torch.zeros_like(exact).index_add_(0, torch.tensor([expert]), bound[None])
+        counted += offsets.diff()
+    assert torch.equal(ours[1].cpu(), counted)
+    assert ((ours[0].cpu().double() - exact).abs().tril() <= slack + 1e-30).all()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A problem for the column solver; groups narrower and wider than a panel, given grids and fitted ones."""
+    group_size = draw(st.sampled_from([1, 5, 16, 30] if not ON_GPU else [1, 5, 16, 32, 64, 128, 130, 200]))
+    given_grid = draw(st.booleans())
+    return Case(
+        experts=draw(st.integers(1, 2)),
+        rows=draw(st.integers(1, 36 * MOST)),
+        columns=group_size * draw(st.integers(1, max(1, 33 * MOST // group_size))),
+        group_size=group_size,
+        bits=draw(st.integers(2, 8)),
+        sym=draw(st.booleans()),
+        given=given_grid,
+        order=draw(st.sampled_from(["none", "any" if given_grid else "group"])),
+        dtype=draw(st.sampled_from(DTYPES)),
+    )
+
+
+def drawn_problem(case: Case, seed: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(case.experts, case.rows, case.columns, generator=generator)
+    hessian = random_gram(generator, case.experts, case.columns)
+    order = case.processing_order(generator)
+    if order is not None:
+        hessian = torch.stack([matrix[own][:, own] for matrix, own in zip(hessian, order)])
+    return weight, hessian, order
+
+
+@needs_triton
+@DRAWN
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_columns_like_the_reference(case, seed):
+    weight, hessian, order = drawn_problem(case, seed)
+    factor = upper_factor(hessian).float()
+    grid = fit_grid(weight, None, **case.rule) if case.given else (None, None)
+    want = quantize_columns(weight, factor, order, *grid, **case.rule, backend="reference")
+    moved = [each if each is None else each.to(DEVICE) for each in (weight, factor, order, *grid)]
+    got = quantize_columns(*moved, **case.rule, backend="triton")
+    # of a small matrix one code is more than a thousandth: where a value lies half-way, or by a grid a bit beside
+    assert_alike(tuple(part.cpu() for part in got), want, share=min(0.999, 1 - 3 / weight.numel()))
+
+
+@settings(DRAWN, max_examples=40)
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_the_reference_like_the_recurrence_in_fp64(case, seed):
+    """On the grid it found, the codes are those of the recurrence in float64 but where a value lies half-way."""
+    weight, hessian, order = drawn_problem(case, seed)
+    factor = upper_factor(hessian)
+    grid = fit_grid(weight, None, **case.rule) if case.given else (None, None)
+    codes, scales, zeros = quantize_columns(weight, factor.float(), order, *grid, **case.rule, backend="reference")
+    scale, zero = (part.double().repeat_interleave(case.group_size, -1) for part in (scales, zeros))
+    order = torch.arange(case.columns).expand(case.experts, -1) if order is None else order
+    at = order[:, None, :].expand_as(weight)
+    w, scale, zero, codes = (part.double().gather(2, at) for part in (weight, scale, zero, codes))
+    delta = w - (codes - zero) * scale
+    # fed with the codes as they are, no earlier difference can carry on: each code is judged alone
+    pull = torch.matmul(delta, factor.triu(1)) / factor.diagonal(dim1=1, dim2=2)[:, None]
+    steps = (w + pull) / scale
+    level = steps.round().clamp(-zero, (1 << case.bits) - 1 - zero)
+    half_way = ((steps - steps.floor() - 0.5).abs() < 1e-3 * (1 + steps.abs())) | (scale < 1e-30)
+    assert ((level == codes - zero) | half_way).all()
+
+
+@needs_triton
+@DRAWN
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_grids_and_rounding_like_the_reference(case, seed):
+    weight = drawn_problem(case, seed)[0] * 10.0 ** (seed % 7 - 3)
+    want = fit_grid(weight, None, **case.rule, backend="reference")
+    got = [part.cpu() for part in fit_grid(weight.to(DEVICE), None, **case.rule, backend="triton")]
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    codes = round_to_grid(weight.to(DEVICE), *(part.to(DEVICE) for part in want), bits=case.bits, backend="triton")
+    assert torch.equal(codes.cpu(), round_to_grid(weight, *want, bits=case.bits, backend="reference"))
