@@ -21,7 +21,7 @@ MODELS = (  # name, experts, chosen, hidden, intermediate, goals by tokens
     ("Mixtral-8x7B", 8, 2, 4096, 14336, {1: 0.56, 8: 0.68, 64: 0.57, 4096: 0.57}),
     ("DeepSeek-V3", 256, 8, 7168, 2048, {}),
 )
-TOKENS = ((1, 0), (16, 0), (64, 0), (4096, 1), (256, 2), (4, 2), (1024, 3))
+TOKENS = ((1, 0), (16, 0), (64, 0), (4096, 1), (256, 2), (8, 2), (4, 2), (1024, 3))
 
 
 def points(quick: bool) -> list[Point]:

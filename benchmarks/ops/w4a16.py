@@ -36,7 +36,7 @@ def points(quick: bool) -> list[Point]:
     if quick:
         return [_point(tokens, 192, 256, "small", 0, None) for tokens in (1, 16, 80)]
     return [
-        _point(tokens, outputs, inputs, f"{why}; {tokens} tokens", rank + later, goals.get(tokens))
+        _point(tokens, outputs, inputs, why, rank + later, goals.get(tokens))
         for tokens, later in TOKENS
         for outputs, inputs, why, rank, goals in SHAPES
     ]

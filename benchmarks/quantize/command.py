@@ -89,7 +89,8 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
 
     folder: what is written goes into a folder of its own in here (None: the temporary folder), and away at the end.
     """
-    config = config_of(run.model, run.blocks)
+    # One block more than is measured: the last of a model is not run forward through its quantized weights.
+    config = config_of(run.model, None if run.blocks is None else run.blocks + 1)
     source = RandomSource(tensors_of(config))
     skeleton = Skeleton.from_config(config, source)
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +104,7 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     try:
         with OpTimes(device) as ops, ShardWriter(target) as writer:
             results = blocks.run(skeleton, source, tokens, quant, solve_spec(run.method), device=device, dtype=dtype)
-            while budget.has_time():
+            while (run.blocks is None or spent.blocks < run.blocks) and budget.has_time():
                 with budget.step():
                     result = next(results, None)
                     if result is None:

@@ -69,8 +69,8 @@ def _operations(verdicts: list[dict[str, Any]]) -> Table:
     for (op, device, _), same in lines.items():
         chosen, where = same[0]["chosen"], (op, device)
         names = ", ".join(verdict["backend"] for verdict in same)
-        name = Text(f"{'>' if chosen else ' '} {names}", "bold" if chosen else "")
-        table.add_row(*(("", "") if where == last else where), name, _said(same[0]))
+        shown = Text(f"{'>' if chosen else ' '} {names}", "bold" if chosen else "")
+        table.add_row(*(("", "") if where == last else where), shown, _said(same[0]))
         last = where
     return table
 
