@@ -127,7 +127,7 @@ def error(inputs: Inputs, result: Any) -> float:
 
 OP = Op(
     name="moe",
-    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_config.py"),
+    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_experts.py"),
     points=points,
     inputs=make,
     contenders=(

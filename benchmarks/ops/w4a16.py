@@ -90,7 +90,7 @@ def why_not(backend: str) -> Any:
             return reason
         if backend == "cpu" and device.type != "cpu":
             return "runs on a CPU alone"
-        x = torch.zeros(1, GROUP, dtype=torch.bfloat16, device=device)
+        x = torch.zeros(min(8, point.sizes["tokens"]), GROUP, dtype=torch.bfloat16, device=device)
         codes = torch.zeros(1, 64, GROUP, dtype=torch.uint8, device=device)
         scales = torch.ones(1, 64, 1, dtype=torch.bfloat16, device=device)
         weight = prepare(codes, scales, None, bits=4, dtype=x.dtype, device=device, layout=LAYOUT[backend])
@@ -111,10 +111,11 @@ def error(inputs: Inputs, result: Any) -> float:
 
 OP = Op(
     name="w4a16",
-    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_config.py", "tests/kernels/test_w4a16_layout.py"),
+    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_config.py", "tests/kernels/test_w4a16_csrc.py"),
     points=points,
     inputs=make,
     contenders=(
+        _ours("cuda"),
         _ours("triton"),
         _ours("cpu"),
         Contender("torch bf16", False, runs_anywhere, _bf16),
