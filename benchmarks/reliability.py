@@ -21,7 +21,7 @@ import pytest
 OUT = Path(__file__).parent / "results" / "reliability.json"
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps its plugins in a set
 class Faults:
     """A pytest plugin that collects them. tried: (fault, outcome) -> [trials, of which lost]."""
 

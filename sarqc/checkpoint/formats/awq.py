@@ -144,7 +144,7 @@ def _pack(table: Tensor) -> Tensor:
 
 def _unpack(words: Tensor, rows: int) -> Tensor:
     """int32 [*, N / 8] -> uint8 [N, *]."""
-    table = unpack(words, BITS, rows).unflatten(-1, (-1, _LANES))[..., _BACK].flatten(-2)
+    table: Tensor = unpack(words, BITS, rows).unflatten(-1, (-1, _LANES))[..., _BACK].flatten(-2)
     return table.T.contiguous()
 
 

@@ -188,7 +188,7 @@ def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weigh
             f"weight_shape of {linear!r} is [{rows}, {columns}], which has no groups of {group_size} inputs"
         )
     groups = columns // group_size
-    expected = {
+    expected: dict[str, list[tuple[int, ...]]] = {
         "weight_packed": [(rows, words) for words in _widths(columns, scheme.bits)],
         "weight_scale": [(rows, groups)],
         "weight_shape": [(2,)],
