@@ -5,4 +5,5 @@ packaged     the small model that a Python package ships  blocks     load -> obs
 source       where tensors come from, as a protocol       inference  a quantized model that runs
 skeleton     the model without its weights                evaluate   perplexity, with its protocol
 experts      mixtures of experts; nothing else knows them
+absorb       where channel scales can go, seen and proved  rescale   the scales of one block, and who takes them up
 """

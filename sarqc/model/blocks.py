@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sarqc.errors import ArgumentError, ModelError, NumericError
 from sarqc.method.solve import SolveReport, error_cost, solve_site
-from sarqc.method.statistics import Statistics
+from sarqc.method.statistics import Gram, Statistics
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.absorb import find_folds
 from sarqc.model.rescale import BlockScales
@@ -98,6 +98,10 @@ class _Work:
     dtype: torch.dtype | None
     on_progress: OnProgress
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def cost(self, share: Share, gram: Gram) -> Tensor:
+        """What errors in a share's weight cost, for the scale search."""
+        return error_cost(share.name, gram, self.quant, self.solve)
 
     @contextmanager
     def stage(self, index: int, name: str) -> Iterator[None]:
@@ -199,8 +203,7 @@ def _scale(
             collected = _observe(work, index, shares, states)
         with work.stage(index, "scale"):
             grams = [statistics.total() for statistics in collected]
-            costs = (error_cost(s.name, gram, work.quant, work.solve) for s, gram in zip(shares, grams))
-            scales.decide(shares, grams, costs, work.quant, _scale_dtype(work, shares[0].site))
+            scales.decide(shares, grams, work.cost, work.quant, _scale_dtype(work, shares[0].site))
     return scales, collected if len(portions) == 1 else None
 
 

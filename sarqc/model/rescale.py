@@ -8,7 +8,7 @@ layer that was ignored, a bias), scales are powers of two, which floating-point 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,24 +51,24 @@ class BlockScales:
         self,
         shares: Sequence[Share],
         grams: Sequence[Gram],
-        costs: Iterable[Tensor],
+        cost: Callable[[Share, Gram], Tensor],
         quant: QuantSpec,
         scale_dtype: torch.dtype,
     ) -> None:
-        """Choose what these shares decide, given their Grams and what errors cost them.
+        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`Reader.cost`).
 
         A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
         their own decide each for themselves.
         """
         model = self._skeleton.model
-        given = {share.site.name: (share, gram, cost) for share, gram, cost in zip(shares, grams, costs)}
+        given = {share.site.name: (share, gram) for share, gram in zip(shares, grams)}
         for fold in self._folds:
             found = [given[site.name] for site in fold.sites if site.name in given]
             shared = fold.experts == 1
             if not found or (shared and fold.giver in self._chosen):
                 continue
             chosen = search(
-                [Reader(share.weight(model), cost, gram) for share, gram, cost in found],
+                [Reader(share.weight(model), cost(share, gram), gram) for share, gram in found],
                 quant,
                 scale_dtype,
                 shared=shared,
