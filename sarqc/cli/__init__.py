@@ -17,6 +17,7 @@ from sarqc.cli.evaluate import evaluate
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
 from sarqc.cli.quantize import quantize
+from sarqc.cli.report import report
 from sarqc.cli.verify import verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "verify": verify,
     "convert": convert,
+    "report": report,
 }
 
 app = typer.Typer(
