@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import typer
 
+from sarqc.cli.compare import compare
 from sarqc.cli.convert import convert
 from sarqc.cli.evaluate import evaluate
 from sarqc.cli.generate import generate
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "convert": convert,
     "report": report,
+    "compare": compare,
 }
 
 app = typer.Typer(

@@ -7,6 +7,7 @@ licence is taken over.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from pathlib import Path
@@ -59,7 +60,24 @@ def card(report: facts.Report) -> str:
         f"Versions: {', '.join(f'{_inline(k)} {_inline(str(v))}' for k, v in report['versions'].items())}. "
         "The same input on the same machine gives the same bytes. `report.html` has every layer's numbers.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _sealed("\n\n".join(part for part in parts if part) + "\n")
+
+
+def edited(folder: Path) -> bool:
+    """Whether the card in `folder` is not as some version of this module wrote it; one that is missing is not."""
+    try:
+        found = (folder / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    except (OSError, UnicodeDecodeError):
+        return True
+    return found != _sealed(found.rpartition("\n<!-- sarqc")[0])
+
+
+def _sealed(words: str) -> str:
+    """The words with their own fingerprint below, by which it is seen later whether somebody edited them."""
+    seal = hashlib.sha256(words.encode()).hexdigest()[:16]
+    return f"{words}\n<!-- sarqc renews this file for as long as what is above is {seal} -->\n"
 
 
 def base_name(model: str) -> str:

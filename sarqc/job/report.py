@@ -130,13 +130,7 @@ def update(folder: Path, report: dict[str, Any]) -> bool:
 
     A model card that somebody edited is left as it is; returns whether the card is current.
     """
-    made = card.card(load(folder))
-    try:
-        ours = (folder / card.CARD).read_text(encoding="utf-8") == made
-    except FileNotFoundError:
-        ours = True
-    except (OSError, UnicodeDecodeError):
-        ours = False
+    ours = not card.edited(folder)
     write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     write_text(folder / PAGE, report_page.page(report))
     if ours:

@@ -203,7 +203,8 @@ def _drawable(value: float, kind: Kind) -> bool:
 def _y_scale(values: Sequence[float], kind: Kind, height: int) -> Scale:
     low, high = min(values), max(values)
     if kind == "log":
-        low, high = low / 1.15, high * 1.15
+        room = max((high / low) ** 0.06, 1.01)
+        low, high = low / room, high * room
     elif kind == "count":
         low = 0.0
     else:
@@ -261,7 +262,8 @@ def _line(s: Series, index: int, x: Scale, y: Scale, kind: Kind) -> list[str]:
         if _drawable(low, kind) and _drawable(high, kind):
             middle = f"{x(at):.1f}"
             parts.append(
-                f'<line x1="{middle}" x2="{middle}" y1="{y(low):.1f}" y2="{y(high):.1f}" style="stroke:{colour}" opacity=".6"/>'
+                f'<line x1="{middle}" x2="{middle}" y1="{y(low):.1f}" y2="{y(high):.1f}" '
+                f'style="stroke:{colour}" opacity=".6"/>'
             )
     radius = 2.6 if len(s.points) <= 60 else 1.6
     for px, py, said in s.points:

@@ -85,3 +85,33 @@ class StateDictSource:
         if name not in self._tensors:
             raise ModelError(f"tensor {name!r} is not in this source: it has {len(self._tensors)} others")
         return self._tensors[name]
+
+
+class Overlay:
+    """A source with some linear layers quantized in memory: what a checkpoint of them would read back as."""
+
+    def __init__(self, source: TensorSource, quantized: Mapping[str, QuantizedWeight]) -> None:
+        self._source = source
+        self._quantized = {f"{linear}.weight": weight for linear, weight in quantized.items()}
+
+    def names(self) -> list[str]:
+        """Names of all dense tensors."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense tensor."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a dense tensor; that of its scales where it is quantized."""
+        weight = self._quantized.get(name)
+        return self._source.dtype(name) if weight is None else weight.scales.dtype
+
+    def load(self, name: str) -> Tensor:
+        """The dense tensor, dequantized where need be."""
+        weight = self._quantized.get(name)
+        return self._source.load(name) if weight is None else weight.dequantize(weight.scales.dtype)[0].cpu()
+
+    def quantized(self, linear: str) -> QuantizedWeight | None:
+        """Codes of a linear layer, or None where it is dense."""
+        return self._quantized.get(f"{linear}.weight") or self._source.quantized(linear)
