@@ -29,6 +29,7 @@ def save_statistics(path: Path, sites: Mapping[str, Statistics]) -> None:
         for name, statistics in sites.items()
         for fold, gram in enumerate(statistics.folds)
         for field in _FIELDS
+        if getattr(gram, field) is not None
     }
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -50,7 +51,8 @@ def load_statistics(path: Path, name: str, first: int, stop: int, device: torch.
                 part: Tensor = file.get_slice(f"{fold} {field} {name}")[first:stop]
                 return part.to(device)
 
-            grams = tuple(Gram(**{field: read(fold, field) for field in _FIELDS}) for fold in range(folds))
+            kept = [field for field in _FIELDS if f"0 {field} {name}" in stored]
+            grams = tuple(Gram(**{field: read(fold, field) for field in kept}) for fold in range(folds))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): delete it, it is made again") from error
     return Statistics(grams) if grams else None

@@ -42,6 +42,10 @@ def compare(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Regular expression; Linears it finds stay as they are. Repeatable.")
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="A checkpoint of another tool, METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER. Repeatable."),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -58,6 +62,7 @@ def compare(
     """
     from sarqc.cli.terminal import RunWatcher
     from sarqc.job.compare import compare as run
+    from sarqc.job.compare_bench import Other
 
     with RunWatcher(stderr()) as watcher:
         found = run(
@@ -75,6 +80,7 @@ def compare(
             eval_seqlen=eval_seqlen,
             eval_windows=eval_windows,
             ignore=tuple(ignore or ()),
+            also=[Other.parsed(said) for said in also or ()],
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,

@@ -47,7 +47,7 @@ def _fill(table: Table, rows: list[dict[str, Any]]) -> None:
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:
-    seconds = f"{row['seconds']:.1f}"
+    seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
     if row["perplexity"] is None:
         return ["not finite", "", "", "", seconds]
     spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"

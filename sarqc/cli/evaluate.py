@@ -21,24 +21,39 @@ def evaluate(
     original: Annotated[
         str | None, typer.Option(help="With --save: where the original is now, if not where it was.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval's tasks instead, with commas between; `cloze` is made from --text.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: only so many questions of each.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of a model, quantized or not, with the protocol it was measured by."""
-    how = {
-        "text": text,
-        "seqlen": seqlen,
-        "max_windows": max_windows,
-        "device": device,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-    }
-    if save:
+    """Perplexity of a model, quantized or not, with the protocol it was measured by; or zero-shot tasks."""
+    from sarqc.errors import ArgumentError
+
+    if tasks and save:
+        raise ArgumentError("--save puts perplexity into the report: leave out --tasks, or run twice")
+    where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    how = {"text": text, "seqlen": seqlen, "max_windows": max_windows} | where
+    if tasks:
+        _ask(model, [task for task in tasks.split(",") if task], {"text": text, "limit": limit} | where, as_json)
+    elif save:
         _save(model, original, how, as_json)
     else:
         _show(model, how, as_json)
+
+
+def _ask(model: str, tasks: list[str], how: dict[str, Any], as_json: bool) -> None:
+    from sarqc.job.measure import zero_shot
+
+    found = zero_shot(model, tasks, **how)
+    if as_json:
+        print_json({"model": model, "tasks": found})
+        return
+    for task, metrics in found.items():
+        print(f"{task}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
 
 
 def _show(model: str, how: dict[str, Any], as_json: bool) -> None:

@@ -147,6 +147,7 @@ def _row(text: str, windows: int | None, cells: dict[int | None, dict[str, Any]]
     by_seed = {str(seed): cell["quality"].get(text) for seed, cell in cells.items()}
     found = [quality for quality in by_seed.values() if quality is not None]
     whole = len(found) == len(by_seed)
+    spent = [cell["seconds"]["solve"] for cell in cells.values()]
     values = [quality["perplexity"] for quality in found]
     mean = sum(values) / len(values) if whole else None
     return {
@@ -162,7 +163,7 @@ def _row(text: str, windows: int | None, cells: dict[int | None, dict[str, Any]]
         "highest": max(values, default=None),
         "agreement": sum(q["agreement"] for q in found) / len(found) if whole else None,
         "kl": sum(q["kl"] for q in found) / len(found) if whole else None,
-        "seconds": sum(cell["seconds"]["solve"] for cell in cells.values()) / len(cells),
+        "seconds": None if None in spent else sum(spent) / len(spent),
         "by_seed": {seed: None if quality is None else quality["perplexity"] for seed, quality in by_seed.items()},
         "best": False,
         "tied": False,

@@ -1,8 +1,8 @@
-"""Perplexity of a checkpoint by name, and beside its original's."""
+"""Perplexity and accuracy of a checkpoint by name, alone or beside its original."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.job import report as reports
 from sarqc.job.load import load, resolve_device, resolve_dtype
 from sarqc.job.locate import locate
-from sarqc.model import calibration, stream
+from sarqc.model import calibration, harness, stream
 from sarqc.model.evaluate import Perplexity, perplexity
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.tokenizer import load_tokenizer
@@ -38,6 +38,21 @@ def evaluate(
     if max_windows is not None:
         windows = windows.last(max_windows)
     return perplexity(built, windows, on_window=on_window)
+
+
+def zero_shot(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    text: str = calibration.BUILTIN,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Metrics by task from lm-eval; tasks and text as in `sarqc.model.harness.zero_shot`."""
+    built, tokenizer = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return harness.zero_shot(built, tokenizer, tasks, text=text, limit=limit)
 
 
 @dataclass(frozen=True)

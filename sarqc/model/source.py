@@ -88,11 +88,20 @@ class StateDictSource:
 
 
 class Overlay:
-    """A source with some linear layers quantized in memory: what a checkpoint of them would read back as."""
+    """A source with some linear layers quantized in memory: what a checkpoint of them would read back as.
 
-    def __init__(self, source: TensorSource, quantized: Mapping[str, QuantizedWeight]) -> None:
+    quantized: by name without ".weight", E = 1. changed: other tensors that take the place of the source's.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        quantized: Mapping[str, QuantizedWeight],
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._source = source
         self._quantized = {f"{linear}.weight": weight for linear, weight in quantized.items()}
+        self._changed = dict(changed or {})
 
     def names(self) -> list[str]:
         """Names of all dense tensors."""
@@ -104,13 +113,15 @@ class Overlay:
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a dense tensor; that of its scales where it is quantized."""
-        weight = self._quantized.get(name)
-        return self._source.dtype(name) if weight is None else weight.scales.dtype
+        if name in self._quantized:
+            return self._quantized[name].scales.dtype
+        return self._changed[name].dtype if name in self._changed else self._source.dtype(name)
 
     def load(self, name: str) -> Tensor:
         """The dense tensor, dequantized where need be."""
-        weight = self._quantized.get(name)
-        return self._source.load(name) if weight is None else weight.dequantize(weight.scales.dtype)[0].cpu()
+        if name in self._quantized:
+            return self._quantized[name].dequantize(self._quantized[name].scales.dtype)[0].cpu()
+        return self._changed[name].to("cpu", copy=True) if name in self._changed else self._source.load(name)
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
         """Codes of a linear layer, or None where it is dense."""

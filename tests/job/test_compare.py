@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import sarqc
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
-from sarqc.job import compare as module
+from sarqc.job import compare_bench as module
 from sarqc.job import compare_table
 from sarqc.job.compare import Silent, compare
+from sarqc.job.compare_bench import Other
 from sarqc.method.statistics import Statistics
 from tests.support import tiny
 
@@ -37,17 +39,27 @@ def cell(found, method, **what):
 
 
 def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
-    found = compare(shallow, tmp_path / "table", methods=("rtn", "gptq"), bits=(3,), seeds=(5,), **HOW)
-    for method in ("rtn", "gptq"):
+    """Of every method, and by another way to judge: the run's checkpoint, loaded whole, and taken into the table."""
+    methods = tuple(sarqc.METHODS)
+    found = compare(shallow, tmp_path / "table", methods=methods, bits=(3,), seeds=(5,), **HOW)
+    for method in methods:
         run = sarqc.quantize(shallow, tmp_path / method, method=method, bits=3, num_samples=4, seqlen=32, seed=5)
         judged = sarqc.evaluate(run.out, seqlen=48, max_windows=3)
         one = cell(found, method)
         # Micro-batches and folds add up in another order, so that a code at a tie may fall the other way.
-        assert one["quality"]["builtin"]["perplexity"] == pytest.approx(judged.perplexity, rel=2e-4)
-        assert one["error"] == pytest.approx(run.report["error"], rel=0.02)
-        assert one["rounding_error"] == pytest.approx(run.report["rounding_error"], rel=0.02)
+        assert one["quality"]["builtin"]["perplexity"] == pytest.approx(judged.perplexity, rel=2e-4), method
+        assert one["error"] == pytest.approx(run.report["error"], rel=0.02), method
+        assert one["rounding_error"] == pytest.approx(run.report["rounding_error"], rel=0.02), method
     text = found.table["protocol"]["texts"][0]
     assert text["perplexity"] == pytest.approx(sarqc.evaluate(shallow, seqlen=48, max_windows=3).perplexity, rel=1e-4)
+    also = [Other("the run", 3, 64, 4, 5, tmp_path / "gptq")]
+    grown = compare(shallow, tmp_path / "table", methods=methods, bits=(3,), seeds=(5,), also=also, **HOW)
+    quality = cell(grown, "the run")["quality"]["builtin"]
+    assert quality["perplexity"] == pytest.approx(
+        sarqc.evaluate(tmp_path / "gptq", seqlen=48, max_windows=3).perplexity
+    )
+    assert quality["kl"] == pytest.approx(cell(found, "gptq")["quality"]["builtin"]["kl"], rel=0.02)
+    assert len(grown.table["cells"]) == len(methods) + 1
 
 
 def test_agreement_and_divergence_are_those_of_the_two_models(deep, tmp_path):
@@ -166,6 +178,14 @@ def test_other_refusals(deep, tmp_path):
     (tmp_path / "bad" / "cells.jsonl").write_text("[1, 2]\n")
     with pytest.raises(CheckpointError, match="line 1"):
         compare(deep, tmp_path / "bad", methods=("rtn",), **HOW)
+
+
+def test_other_checkpoints_are_written_in_one_word():
+    assert Other.parsed("AWQ:4:64:16:0=a/b=c") == Other("AWQ", 4, 64, 16, 0, Path("a/b=c"))
+    assert Other.parsed("RTN:4:64::=x") == Other("RTN", 4, 64, None, None, Path("x"))
+    for said in ("AWQ", "AWQ:four:64:16:0=x", "AWQ:4:64:16=x", "AWQ:4:64:16:0:9=x"):
+        with pytest.raises(ArgumentError, match="METHOD:BITS:GROUP"):
+            Other.parsed(said)
 
 
 def test_a_disk_without_room_is_said_after_the_first_block(deep, tmp_path, monkeypatch):
