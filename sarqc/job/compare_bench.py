@@ -26,6 +26,7 @@ from sarqc.job.report import versions
 from sarqc.method.solve import SolveReport
 from sarqc.model import blocks, calibration, stream
 from sarqc.model.collect import GLANCE, collect
+from sarqc.model.sites import Share
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import Overlay
 from sarqc.model.targets import Targets
@@ -207,9 +208,10 @@ def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> di
     reports: list[SolveReport] = []
     solving = 0.0
     for result in _solved(bench, cell, grams, detail):
-        solving += result.seconds.get("solve", 0.0)
+        solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
         reports += result.reports
-        bench.judge.load_block(result.index, Overlay(bench.checkpoint, result.weights), bench.device, bench.dtype)
+        after = Overlay(bench.checkpoint, result.weights, result.changed)
+        bench.judge.load_block(result.index, after, bench.device, bench.dtype)
         for states in hidden:
             stream.through(bench.judge, result.index, states)
         bench.judge.unload_block(result.index)
@@ -229,7 +231,7 @@ def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> It
     if grams is not None and size is not None:
         tokens = bench.calibration.tokens[:1, :GLANCE]
 
-        def recall(index: int, shares: Sequence[blocks.Share]) -> list[Any]:
+        def recall(index: int, shares: Sequence[Share]) -> list[Any]:
             return [grams.load(index, size, s.site.name, s.first, s.stop, bench.device) for s in shares]
 
     return blocks.run(

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -173,7 +172,7 @@ def _run_block(work: _Work, index: int, found: Targets, states: _States | None, 
     for shares in portions:
         if states is not None and not collected:
             with work.stage(index, "observe"):
-                collected = (work.recall or partial(_observe, work, states))(index, shares)
+                collected = _observe(work, index, shares, states)
         with work.stage(index, "solve"):
             for share in shares:
                 statistics = collected.pop(0) if collected else None
@@ -246,8 +245,10 @@ def _passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Sha
         yield portion
 
 
-def _observe(work: _Work, states: _States, index: int, shares: Sequence[Share]) -> list[Statistics]:
-    """Statistics of every share, from one pass of all windows through the block."""
+def _observe(work: _Work, index: int, shares: Sequence[Share], states: _States) -> list[Statistics]:
+    """Statistics of every share, recalled or from one pass of all windows through the block."""
+    if work.recall:
+        return work.recall(index, shares)
     kept = [Statistics.zeros(s.stop - s.first, s.site.in_features, states.folds, work.device) for s in shares]
     fold = 0
 

@@ -11,12 +11,21 @@ import pytest
 import torch
 
 import sarqc
+from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.job import compare_bench as module
 from sarqc.job import compare_table
 from sarqc.job.compare import Silent, compare
 from sarqc.job.compare_bench import Other
 from sarqc.method.statistics import Statistics
+from sarqc.model.calibration import Windows, windows
+from sarqc.model.collect import collect
+from sarqc.model.evaluate import perplexity
+from sarqc.model.inference import build
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.source import Overlay
+from sarqc.model.targets import targets
+from sarqc.spec import QuantSpec, solve_spec
 from tests.support import tiny
 
 HOW = dict(seqlen=32, eval_seqlen=48, eval_windows=3, num_samples=(4,))
@@ -39,8 +48,8 @@ def cell(found, method, **what):
 
 
 def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
-    """Of every method, and by another way to judge: the run's checkpoint, loaded whole, and taken into the table."""
-    methods = tuple(sarqc.METHODS)
+    """Judged another way: the run's checkpoint, loaded whole; and the same checkpoint taken into the table."""
+    methods = ("rtn", "gptq")
     found = compare(shallow, tmp_path / "table", methods=methods, bits=(3,), seeds=(5,), **HOW)
     for method in methods:
         run = sarqc.quantize(shallow, tmp_path / method, method=method, bits=3, num_samples=4, seqlen=32, seed=5)
@@ -62,10 +71,26 @@ def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
     assert len(grown.table["cells"]) == len(methods) + 1
 
 
+def test_every_method_solves_from_what_was_collected_as_from_what_it_observes(shallow, tmp_path):
+    """Channel scales and chosen strengths included: against the block loop on the same windows, loaded whole."""
+    found = compare(shallow, tmp_path / "table", methods=tuple(sarqc.METHODS), bits=(3,), seeds=(5,), **HOW)
+    source = open_checkpoint(shallow)
+    text = windows("builtin", tiny.tokenizer(), part="calibration", seqlen=32).draw(4, 5)
+    judged_on = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(3)
+    for method in sarqc.METHODS:
+        solve, skeleton = solve_spec(method, seed=5), Skeleton.from_folder(shallow, source)
+        (block,) = module.blocks.run(skeleton, source, text.tokens, QuantSpec(3, 64), solve, dtype=torch.float32)
+        model = build(
+            Skeleton.from_folder(shallow, source), Overlay(source, block.weights, block.changed), dtype=torch.float32
+        )
+        quality = cell(found, method)["quality"]["builtin"]
+        assert quality["perplexity"] == pytest.approx(perplexity(model, judged_on).perplexity, rel=2e-4), method
+
+
 def test_agreement_and_divergence_are_those_of_the_two_models(deep, tmp_path):
     found = compare(deep, tmp_path / "table", methods=("rtn",), bits=(2, 8), **HOW)
     out = sarqc.quantize(deep, tmp_path / "out", method="rtn", bits=2).out
-    texts = sarqc.model.calibration.windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(3)
+    texts = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(3)
     with torch.no_grad():
         before, after = (
             torch.log_softmax(sarqc.load(folder)[0](texts.tokens).logits[:, :-1], -1) for folder in (deep, out)
@@ -120,9 +145,8 @@ def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_p
 
 def test_statistics_are_collected_once_for_all_methods_bits_and_sizes(deep, tmp_path, monkeypatch):
     calls = []
-    collect = module.collect
     monkeypatch.setattr(module, "collect", lambda *a, **k: calls.append(a[4]) or collect(*a, **k))
-    monkeypatch.setattr(module.blocks, "_observe", None)
+    monkeypatch.setattr(module.blocks, "observe", None)
     how = HOW | dict(num_samples=(4, 2), group_sizes=(32, "auto"))
     compare(deep, tmp_path / "a", methods=("gptq",), bits=(4, 3), **how)
     assert calls == [[2, 4]]
@@ -230,8 +254,6 @@ def test_logits_that_are_not_finite_are_a_result():
 
 
 def test_smaller_sizes_are_the_beginning_of_larger_ones(deep):
-    from sarqc.model.calibration import Windows
-
     text = Windows.of_tokens(torch.arange(40)[:, None].expand(-1, 4).contiguous())
     nested = text.nested([3, 8, 20], seed=7).tokens
     for size in (3, 8, 20):
@@ -241,11 +263,6 @@ def test_smaller_sizes_are_the_beginning_of_larger_ones(deep):
 
 def test_statistics_of_a_size_are_those_of_its_windows_alone(deep, tmp_path):
     from sarqc.checkpoint.grams import load_statistics, save_statistics
-    from sarqc.checkpoint.reader import open_checkpoint
-    from sarqc.model.collect import collect
-    from sarqc.model.skeleton import Skeleton
-    from sarqc.model.targets import targets
-    from sarqc.spec import QuantSpec
 
     source = open_checkpoint(deep)
     skeleton = Skeleton.from_folder(deep, source)
