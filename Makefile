@@ -1,5 +1,6 @@
 # make demo   quantize a real small model and show what it cost (no GPU, no model hub)
 # make test   all tests
+# make quality   methods side by side on the packaged model: the small setting of the quality table (minutes)
 # make lint   format, lint, types
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
@@ -9,13 +10,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format clean aot bench
+.PHONY: demo test quality lint format clean aot bench
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+quality: $(READY)
+	$(BIN)/python -m benchmarks.quality.proof quality-output/compare-smollm2.json --work quality-output/work
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -41,4 +45,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-output
+	rm -rf .venv build dist *.egg-info demo-output quality-output

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import proof
 from benchmarks.quality.table import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +59,14 @@ def speed() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "speed": speed}
+def compare() -> str:
+    """Every method on the same statistics, with the spread over seeds: a table for each committed comparison."""
+    return "\n\n".join(proof.markdown(_read(path.stem)) for path in sorted(RESULTS.glob("compare-*.json")))
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "speed": speed, "compare": compare}
+UNPLACED = frozenset({"compare"})
+"""Sections the README need not have: there may be no comparison worth its lines."""
 
 
 def filled(text: str) -> str:
@@ -66,6 +74,8 @@ def filled(text: str) -> str:
     for name, make in SECTIONS.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         if not pattern.search(text):
+            if name in UNPLACED:
+                continue
             raise SystemExit(f"README.md has no markers for {name!r}")
         block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
         text = pattern.sub(lambda _, block=block: block, text)

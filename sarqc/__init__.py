@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sarqc.errors import SarqcError
+    from sarqc.job.compare import Comparison, compare
     from sarqc.job.load import load
     from sarqc.job.measure import evaluate
     from sarqc.job.run import Result, quantize
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "Comparison",
     "QuantSpec",
     "Result",
     "SarqcError",
     "SolveSpec",
+    "compare",
     "evaluate",
     "load",
     "quantize",
@@ -35,10 +38,12 @@ __all__ = [
 
 _HOME = {
     "METHODS": "sarqc.spec",
+    "Comparison": "sarqc.job.compare",
     "QuantSpec": "sarqc.spec",
     "Result": "sarqc.job.run",
     "SarqcError": "sarqc.errors",
     "SolveSpec": "sarqc.spec",
+    "compare": "sarqc.job.compare",
     "evaluate": "sarqc.job.measure",
     "load": "sarqc.job.load",
     "quantize": "sarqc.job.run",

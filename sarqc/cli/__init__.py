@@ -12,12 +12,14 @@ from typing import NoReturn
 
 import typer
 
+from sarqc.cli.compare import compare
 from sarqc.cli.convert import convert
 from sarqc.cli.doctor import doctor
 from sarqc.cli.evaluate import evaluate
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
 from sarqc.cli.quantize import quantize
+from sarqc.cli.report import report
 from sarqc.cli.verify import verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -28,6 +30,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "convert": convert,
     "doctor": doctor,
+    "report": report,
+    "compare": compare,
 }
 
 app = typer.Typer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,49 @@ def evaluate(
     text: Annotated[str, typer.Option(help="A UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin.")] = "builtin",
     seqlen: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
     max_windows: Annotated[int | None, typer.Option(help="Only the last so many windows of the text.")] = None,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Measure the original too, and put both into the checkpoint's report and card."),
+    ] = False,
+    original: Annotated[
+        str | None, typer.Option(help="With --save: where the original is now, if not where it was.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval's tasks instead, with commas between; `cloze` is made from --text.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: only so many questions of each.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of a model, quantized or not, with the protocol it was measured by."""
+    """Perplexity of a model, quantized or not, with the protocol it was measured by; or zero-shot tasks."""
+    from sarqc.errors import ArgumentError
+
+    if tasks and save:
+        raise ArgumentError("--save puts perplexity into the report: leave out --tasks, or run twice")
+    where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    how = {"text": text, "seqlen": seqlen, "max_windows": max_windows} | where
+    if tasks:
+        _ask(model, [task for task in tasks.split(",") if task], {"text": text, "limit": limit} | where, as_json)
+    elif save:
+        _save(model, original, how, as_json)
+    else:
+        _show(model, how, as_json)
+
+
+def _ask(model: str, tasks: list[str], how: dict[str, Any], as_json: bool) -> None:
+    from sarqc.job.measure import zero_shot
+
+    found = zero_shot(model, tasks, **how)
+    if as_json:
+        print_json({"model": model, "tasks": found})
+        return
+    for task, metrics in found.items():
+        print(f"{task}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
+
+
+def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
     from dataclasses import asdict
 
     from sarqc.cli.terminal import Ticker
@@ -32,18 +69,34 @@ def evaluate(
                 ticker.begin("windows", total)
             ticker.advance(f"perplexity {so_far:.3f}")
 
-        found = run(
-            model,
-            text=text,
-            seqlen=seqlen,
-            max_windows=max_windows,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            on_window=on_window,
-        )
+        found = run(model, on_window=on_window, **how)
     if as_json:
         print_json({"model": model} | asdict(found))
         return
     windows, length = found.protocol["windows"], found.protocol["seqlen"]
-    print(f"perplexity {found.perplexity:.3f}  ({windows} windows of {length} tokens of {text}, {found.seconds:.0f} s)")
+    about = f"{windows} windows of {length} tokens of {how['text']}, {found.seconds:.0f} s"
+    print(f"perplexity {found.perplexity:.3f}  ({about})")
+
+
+def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) -> None:
+    from sarqc.cli.terminal import Ticker
+    from sarqc.job.measure import evaluate_and_save
+
+    with Ticker(stderr()) as ticker:
+
+        def on_block(done: int, total: int) -> None:
+            if not done:
+                ticker.begin("blocks", total)
+            ticker.advance("original" if done < total // 2 else "quantized")
+
+        found = evaluate_and_save(model, original=original, on_block=on_block, **how)
+    entry = found.entry
+    if as_json:
+        print_json({"model": model, "card": found.card} | entry)
+        return
+    print(
+        f"perplexity {entry['before']:.3f} -> {entry['after']:.3f}, next token agrees {entry['agreement']:.1%}, "
+        f"KL {entry['kl']:.4f}  ({entry['windows']} windows of {entry['seqlen']} tokens of {how['text']})"
+    )
+    card = "" if found.card else "; README.md was edited and is left as it is"
+    print(f"saved in {model}/report.json and report.html{card}")

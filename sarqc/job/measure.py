@@ -1,13 +1,20 @@
-"""Perplexity of a checkpoint by name."""
+"""Perplexity and accuracy of a checkpoint by name, alone or beside its original."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sarqc.job.load import load
-from sarqc.model import calibration
+from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.job import report as reports
+from sarqc.job.load import load, resolve_device, resolve_dtype
+from sarqc.job.locate import locate
+from sarqc.model import calibration, harness, stream
 from sarqc.model.evaluate import Perplexity, perplexity
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.tokenizer import load_tokenizer
 
 
 def evaluate(
@@ -31,3 +38,77 @@ def evaluate(
     if max_windows is not None:
         windows = windows.last(max_windows)
     return perplexity(built, windows, on_window=on_window)
+
+
+def zero_shot(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    text: str = calibration.BUILTIN,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Metrics by task from lm-eval; tasks and text as in `sarqc.model.harness.zero_shot`."""
+    built, tokenizer = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return harness.zero_shot(built, tokenizer, tasks, text=text, limit=limit)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """entry: what was added to the report's `quality`. card: whether the model card says it too, or was edited."""
+
+    entry: dict[str, Any]
+    card: bool
+
+
+def evaluate_and_save(
+    out: str | Path,
+    *,
+    original: str | Path | None = None,
+    text: str = calibration.BUILTIN,
+    seqlen: int = 512,
+    max_windows: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    on_block: Callable[[int, int], None] | None = None,
+) -> Saved:
+    """Measure a checkpoint and the model it was made from on the same windows, and put it into its report and card.
+
+    Both run block by block, so that neither is ever whole in memory. original: where that model is now; by default
+    where the report says it was. on_block(done, total). Another measurement of the same windows replaces the first.
+    """
+    folder = Path(out).expanduser()
+    report = reports.load(folder)
+    source = locate(original or report["model"], trust_remote_code=trust_remote_code)
+    windows = calibration.windows(
+        text, load_tokenizer(folder, trust_remote_code=trust_remote_code), part="evaluation", seqlen=seqlen
+    )
+    windows = windows if max_windows is None else windows.last(max_windows)
+    where, left = resolve_device(device), []
+    for number, place in enumerate((source, folder)):
+        checkpoint = open_checkpoint(place)
+        skeleton = Skeleton.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
+        kept, total = resolve_dtype(dtype, where, skeleton.dtype), 2 * len(skeleton.blocks)
+        skeleton.load_outer(checkpoint, where, kept, head=True)
+
+        def told(index: int, done: int = number * len(skeleton.blocks), total: int = total) -> None:
+            if on_block:
+                on_block(done + index, total)
+
+        left.append(stream.leave(skeleton, checkpoint, windows.tokens, told))
+    # What stands outside the blocks is the original's, byte for byte, so that one head serves both.
+    before = stream.judge(skeleton, windows, left[0]).perplexity
+    after = stream.judge(skeleton, windows, left[1], left[0])
+    entry = windows.record() | {
+        "before": before,
+        "after": after.perplexity,
+        "agreement": after.agreement,
+        "kl": after.kl,
+        "dtype": str(kept).removeprefix("torch."),
+        "device": str(where),
+    }
+    others = [e for e in report.get("quality", []) if e.get("fingerprint") != entry["fingerprint"]]
+    return Saved(entry, reports.update(folder, report | {"quality": [*others, entry]}))

@@ -1,13 +1,21 @@
-"""What a run leaves behind beside the weights: report.json, every setting and every number of the run."""
+"""What a run leaves behind beside the weights: report.json, and what is made of it.
+
+report.json holds every setting and every number of the run. report.html (`report_page`) and the model card (`card`)
+say the same to people; both are functions of report.json alone, so `write` writes the three together and `rebuild`
+makes the page again wherever only report.json survived. Readers take older reports, which lack some keys, and newer
+ones, which have more.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
+import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +25,14 @@ from torch import Tensor
 
 from sarqc.checkpoint.files import file_in, read_json
 from sarqc.errors import CheckpointError
+from sarqc.job import card, report_page
+from sarqc.job.report_shape import check
 from sarqc.method.solve import SolveReport
 from sarqc.method.weight import QuantizedWeight
+from sarqc.model.source import TensorSource
 from sarqc.spec import QuantSpec, SolveSpec, to_json
 
-REPORT = "report.json"
+REPORT, PAGE = "report.json", "report.html"
 _PACKAGES = ("sarqc", "torch", "transformers", "safetensors", "triton")
 
 
@@ -60,13 +71,16 @@ def build(
     calibration: dict[str, Any] | None,
     targets: dict[str, Any],
     sites: Sequence[SolveReport],
+    blocks: Sequence[tuple[int, Mapping[str, float]]],
     stages: dict[str, float],
+    source: dict[str, Any],
     size: dict[str, Any],
     device: str,
 ) -> dict[str, Any]:
-    """The report as JSON values."""
+    """The report as JSON values. blocks: index and seconds of each stage. source: as `source_record` gives it."""
     return {
         "model": model,
+        "source": source,
         "quant": to_json(quant),
         "solve": to_json(solve),
         "calibration": calibration,
@@ -76,6 +90,10 @@ def build(
         "rounding_error": _mean([site.rounding_error for site in sites]),
         "fallbacks": {site.site: site.fallback for site in sites if site.fallback},
         "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},
+        "blocks": [
+            {"index": index, "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()}}
+            for index, seconds in blocks
+        ],
         "peak_memory_mib": peak_memory_mib(),
         "device": device,
         "versions": versions(),
@@ -83,12 +101,41 @@ def build(
     }
 
 
+def source_record(folder: Path, source: TensorSource) -> dict[str, Any]:
+    """Of the original: bytes of its tensors, and the licence its own card states."""
+    found = 0
+    for name in source.names():
+        found += math.prod(source.shape(name)) * source.dtype(name).itemsize
+    return {"bytes": found, **card.licence(folder)}
+
+
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """Write report.json into `folder`."""
-    try:
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{folder / REPORT} cannot be written: {error.strerror or error}") from error
+    """Write report.json, report.html and the model card README.md into `folder`."""
+    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    write_text(folder / PAGE, report_page.page(report))
+    write_text(folder / card.CARD, card.card(report))
+
+
+def rebuild(folder: Path) -> Path:
+    """Make report.html in `folder` again from its report.json, and say where it is.
+
+    Raises `CheckpointError` where there is no report.json that can be read.
+    """
+    write_text(folder / PAGE, report_page.page(load(folder)))
+    return folder / PAGE
+
+
+def update(folder: Path, report: dict[str, Any]) -> bool:
+    """Write a report that grew in the place of the one in `folder`, and what is made of it.
+
+    A model card that somebody edited is left as it is; returns whether the card is current.
+    """
+    ours = not card.edited(folder)
+    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    write_text(folder / PAGE, report_page.page(report))
+    if ours:
+        write_text(folder / card.CARD, card.card(report))
+    return ours
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -98,6 +145,28 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None if path is None else read_json(path)
     except CheckpointError:
         return None
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The report in `folder`, with everything in it that is shown; `CheckpointError` saying what is missing."""
+    found = read(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{folder / REPORT} is not there or is not JSON: give a folder that `sarqc quantize` wrote"
+        )
+    check(found, str(folder / REPORT))
+    return found
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a small file whole: beside its place first, so that what was there is never half replaced."""
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def versions() -> dict[str, str]:

@@ -180,6 +180,7 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
     began = time.perf_counter()
     solved: list[SolveReport] = []
     stages: dict[str, float] = {}
+    spent: list[tuple[int, dict[str, float]]] = []
     size = reports.Size()
     with atomic_folder(plan.out, overwrite=overwrite) as partial:
         writer = ShardWriter(partial)
@@ -196,6 +197,7 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
                 writer.add(name, tensor)
             changed |= result.changed.keys()
             solved += result.reports
+            spent.append((result.index, result.seconds))
             for stage, seconds in result.seconds.items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
             watcher.block(result)
@@ -216,7 +218,9 @@ def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Wa
             calibration=plan.windows.record() if plan.windows else None,
             targets=plan.targets.record(),
             sites=solved,
+            blocks=spent,
             stages=stages,
+            source=reports.source_record(plan.folder, plan.checkpoint),
             size=size.record(),
             device=str(plan.device),
         )

@@ -50,6 +50,10 @@ class BlockResult:
     changed: dict[str, Tensor] = field(default_factory=dict)
 
 
+Recall = Callable[[int, Sequence[Share]], list[Statistics]]
+"""recall(block, shares): what is known of the inputs of these shares, one `Statistics` for each."""
+
+
 @torch.no_grad()
 def run(
     skeleton: Skeleton,
@@ -63,6 +67,7 @@ def run(
     micro_batch: int | None = None,
     folds: int = 1,
     gram_budget: int = GRAM_BUDGET,
+    recall: Recall | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[BlockResult]:
     """Quantize every block of `skeleton` in order.
@@ -70,14 +75,15 @@ def run(
     tokens: int64 [S, L] windows to calibrate on; None only where `solve.gram` is False, and then nothing is run
     forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
     by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
-    kept apart. gram_budget: bytes for Grams at a time; experts beyond it are observed in further passes.
+    kept apart. gram_budget: bytes for Grams at a time; experts beyond it are observed in further passes. recall: has
+    the statistics already; `tokens` are then only looked at to see which layers read what, a few of them will do.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Raises `NumericError` naming the layer where weights or activations are not finite.
     """
     found = targets(skeleton, quant)
     check_group_size(found, quant)
-    work = _Work(skeleton, source, quant, solve, torch.device(device), dtype, on_progress or (lambda *_: None))
+    work = _Work(skeleton, source, quant, solve, torch.device(device), dtype, on_progress or (lambda *_: None), recall)
     states = None
     if solve.gram:
         if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
@@ -97,6 +103,7 @@ class _Work:
     device: torch.device
     dtype: torch.dtype | None
     on_progress: OnProgress
+    recall: Recall | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def cost(self, share: Share, gram: Gram) -> Tensor:
@@ -242,7 +249,9 @@ def _passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Sha
 
 
 def _observe(work: _Work, index: int, shares: Sequence[Share], states: _States) -> list[Statistics]:
-    """Statistics of every share, from one pass of all windows through the block."""
+    """Statistics of every share, recalled or from one pass of all windows through the block."""
+    if work.recall:
+        return work.recall(index, shares)
     kept = [Statistics.zeros(s.stop - s.first, s.site.in_features, states.folds, work.device) for s in shares]
     fold = 0
 

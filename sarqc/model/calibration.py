@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +57,16 @@ class Windows:
 
     def draw(self, count: int, seed: int) -> Windows:
         """`count` windows drawn with `seed`, in the order of the text; `TextError` where there are fewer."""
+        return dataclasses.replace(self, tokens=self.tokens[self._lot(count, seed).sort().values])
+
+    def nested(self, sizes: Sequence[int], seed: int) -> Windows:
+        """The windows that `draw` draws for the last of the rising `sizes`, the ones it draws for each size first."""
+        lot = self._lot(sizes[-1], seed)
+        stretches = [lot[first:size].sort().values for first, size in pairwise([0, *sizes])]
+        return dataclasses.replace(self, tokens=self.tokens[torch.cat(stretches)])
+
+    def _lot(self, count: int, seed: int) -> Tensor:
+        """Which windows are drawn; a smaller count draws the first ones of a larger one's."""
         if count < 1:
             raise ArgumentError(f"num_samples = {count} is too small: use 1 or more")
         if count > len(self.tokens):
@@ -62,8 +74,7 @@ class Windows:
                 f"text {self.text!r} has {len(self.tokens)} windows of {self.tokens.shape[1]} tokens, {count} asked "
                 "for: give more text, or lower --num-samples or --seqlen"
             )
-        chosen = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))[:count]
-        return dataclasses.replace(self, tokens=self.tokens[chosen.sort().values])
+        return torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))[:count]
 
     def last(self, count: int) -> Windows:
         """The last `count` windows of the text, or all where there are fewer."""

@@ -85,3 +85,44 @@ class StateDictSource:
         if name not in self._tensors:
             raise ModelError(f"tensor {name!r} is not in this source: it has {len(self._tensors)} others")
         return self._tensors[name]
+
+
+class Overlay:
+    """A source with some linear layers quantized in memory: what a checkpoint of them would read back as.
+
+    quantized: by name without ".weight", E = 1. changed: other tensors that take the place of the source's.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        quantized: Mapping[str, QuantizedWeight],
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._source = source
+        self._quantized = {f"{linear}.weight": weight for linear, weight in quantized.items()}
+        self._changed = dict(changed or {})
+
+    def names(self) -> list[str]:
+        """Names of all dense tensors."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense tensor."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a dense tensor; that of its scales where it is quantized."""
+        if name in self._quantized:
+            return self._quantized[name].scales.dtype
+        return self._changed[name].dtype if name in self._changed else self._source.dtype(name)
+
+    def load(self, name: str) -> Tensor:
+        """The dense tensor, dequantized where need be."""
+        if name in self._quantized:
+            return self._quantized[name].dequantize(self._quantized[name].scales.dtype)[0].cpu()
+        return self._changed[name].to("cpu", copy=True) if name in self._changed else self._source.load(name)
+
+    def quantized(self, linear: str) -> QuantizedWeight | None:
+        """Codes of a linear layer, or None where it is dense."""
+        return self._quantized.get(f"{linear}.weight") or self._source.quantized(linear)

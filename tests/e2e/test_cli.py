@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,33 @@ def test_saliency_and_strength_reach_the_solver(source, tmp_path):
     report = json.loads(done.stdout)
     assert report["solve"] == to_json(solve_spec("sarqc", saliency="power:0.5", strength=0.3))
     assert {site["strength"] for site in report["sites"]} == {pytest.approx(0.3)}
+
+
+def test_a_report_is_made_again_and_quality_is_saved_into_it(source, quantized, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized, copy)
+    (copy / "report.html").unlink()
+    done = sarqc("report", copy)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(copy / "report.html")
+    assert done.stdout.startswith("It went well: 4 bits by")
+    assert (copy / "report.html").read_bytes() == (quantized / "report.html").read_bytes()
+    saved = json.loads(sarqc("eval", copy, "--save", "--seqlen", 64, "--max-windows", 2, "--json").stdout)
+    assert saved["before"] > 1 and saved["card"]
+    told = json.loads(sarqc("report", copy, "--json").stdout)
+    assert f"perplexity {saved['before']:.2f}" in told["verdict"] and told["good"]
+    refused(sarqc("report", source), "report.json")
+    refused(sarqc("eval", source, "--save"), "report.json")
+    refused(sarqc("eval", copy, "--save", "--tasks", "cloze"), "--save")
+
+
+def test_compare_prints_a_table_and_goes_on(source, tmp_path):
+    arguments = ["compare", source, "-o", tmp_path / "out", "--methods", "rtn,gptq", "--bits", "3", "--seqlen", "32"]
+    arguments += ["--num-samples", "2", "--eval-seqlen", "32", "--eval-windows", "2"]
+    done = sarqc(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "W3 g64" in done.stdout and "best" in done.stdout and "steps 3/3" in done.stderr
+    again = sarqc(*arguments, "--json")
+    assert "2 cells, 2 of them there already" in again.stderr
+    assert [cell["method"] for cell in json.loads(again.stdout)["cells"]] == ["rtn", "gptq"]
+    refused(sarqc(*arguments, "--seeds", "one"), "seeds = 'one'")
+    refused(sarqc(*arguments, "--also", "x"), "METHOD:BITS")

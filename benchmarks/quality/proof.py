@@ -1,0 +1,100 @@
+"""The quality table: methods x bits x calibration sizes on a real model, and what stands in the README for it.
+
+    python -m benchmarks.quality.proof RESULTS.json                          the small setting, minutes on two cores
+    python -m benchmarks.quality.proof RESULTS.json --full --model MODEL --calib A.txt --eval A-test.txt --eval B.txt
+
+Everything is measured by `sarqc.compare`, whose folder (--work) makes it resumable: run it again after an interruption.
+The small setting needs no network: the packaged SmolLM2, and the topics of Python's language reference, part of them to
+calibrate on and the others to judge on. --also judges checkpoints of other tools by the same code, as in
+`sarqc compare --also`. RESULTS.json gets rows, protocol, versions and duration, RESULTS.svg the plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import sarqc
+from sarqc.cli.comparison import comparison_tables
+from sarqc.cli.terminal import RunWatcher
+from sarqc.job.compare_bench import Other
+from sarqc.job.compare_table import as_markdown, plot
+
+SMALL: dict[str, Any] = dict(
+    methods=("rtn", "gptq", "sarqc-gptq"),
+    bits=(3,),
+    group_sizes=(64,),
+    num_samples=(4, 16),
+    seeds=(0, 1),
+    eval_windows=8,
+)
+FULL: dict[str, Any] = dict(
+    methods=tuple(sarqc.METHODS),
+    bits=(4, 3, 2),
+    group_sizes=(64, 32),
+    num_samples=(4, 16, 64, 256),
+    seeds=(0, 1, 2),
+    eval_windows=32,
+)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The README's table: what was measured how, the perplexities, and how to read them."""
+    protocol = results["protocol"]
+    texts = ", ".join(f"{entry['text'].rpartition('/')[2]} {entry['perplexity']:.2f}" for entry in protocol["texts"])
+    seeds = max(row["seeds"] for row in results["rows"])
+    return "\n".join(
+        [
+            f"{protocol['model'].rpartition('/')[2]}, one-shot, calibrated on "
+            f"{protocol['calibration']['text'].rpartition('/')[2]} in windows of {protocol['calibration']['seqlen']} "
+            f"tokens, {seeds} seeds; perplexity, mean ± largest distance of a seed from it. Unquantized: {texts}.",
+            "",
+            as_markdown(results),
+            "",
+            "**Bold**: best; ≈: tied with it, because the difference, seed by seed, varies by more than it amounts to. "
+            f"Solving and judging took {results['minutes']:.0f} minutes on {results['cpus']} CPU cores.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--calib", default="builtin")
+    parser.add_argument("--eval", action="append", dest="texts")
+    parser.add_argument("--methods", help="instead of the setting's, with commas between")
+    parser.add_argument("--also", action="append", default=[], type=Other.parsed)
+    parser.add_argument("--work", type=Path, default=Path("quality-output/work"))
+    args = parser.parse_args()
+    setting = dict(FULL if args.full else SMALL)
+    if args.methods:
+        setting["methods"] = tuple(args.methods.split(","))
+    with RunWatcher(Console(stderr=True)) as watcher:
+        found = sarqc.compare(
+            args.model,
+            args.work,
+            calib=args.calib,
+            texts=args.texts or ["builtin"],
+            also=args.also,
+            watcher=watcher,
+            **setting,
+        )
+    spent = sum(cell["seconds"]["total"] for cell in found.table["cells"])
+    kept = {key: found.table[key] for key in ("protocol", "rows")}
+    results = kept | {"minutes": round(spent / 60, 1), "cpus": os.cpu_count()}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    args.results.with_suffix(".svg").write_text(plot(found.table), encoding="utf-8")
+    for table in comparison_tables(found.table):
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A comparison as tables for a terminal, one for each text that was judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+_HEADINGS = ("format", "windows", "method", "perplexity", "", "agrees", "KL", "solve s")
+
+
+def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
+    """A line for each method, the best bold, ties with the best marked; what the unquantized model has below."""
+    protocol = found["protocol"]
+    several = any(row["seeds"] > 1 for row in found["rows"])
+    note = "≈: no further from the best than that distance varies over seeds" if several else "one seed: no spread"
+    for text in protocol["texts"]:
+        table = Table(
+            title=escape(f"{protocol['model']} on {text['text']}, one-shot"),
+            caption=escape(f"unquantized: {text['perplexity']:.2f}. {note}"),
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            title_justify="left",
+            caption_justify="left",
+        )
+        for heading in _HEADINGS:
+            table.add_column(heading, no_wrap=True, justify="left" if heading in {"format", "method", ""} else "right")
+        _fill(table, [row for row in found["rows"] if row["text"] == text["text"]])
+        yield table
+
+
+def _fill(table: Table, rows: list[dict[str, Any]]) -> None:
+    before = None
+    for row in rows:
+        case = (row["bits"], row["group_size"], row["windows"])
+        shown = ["", ""]
+        if case != before:
+            if before is not None:
+                table.add_section()
+            shown = [f"W{case[0]} g{case[1]}", "" if case[2] is None else str(case[2])]
+        before = case
+        table.add_row(*map(Text, [*shown, row["method"], *_numbers(row)]), style="bold" if row["best"] else None)
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+    if row["perplexity"] is None:
+        return ["not finite", "", "", "", seconds]
+    spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
+    mark = "best" if row["best"] else "≈" if row["tied"] else ""
+    return [f"{row['perplexity']:.2f}{spread}", mark, f"{row['agreement']:.1%}", f"{row['kl']:.4f}", seconds]

@@ -1,0 +1,26 @@
+"""`sarqc report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sarqc.cli.options import JsonOption, print_json
+
+
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that `sarqc quantize` wrote.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make report.html of a checkpoint again from its report.json, and say how the run went."""
+    from sarqc.job import report as reports
+    from sarqc.job.report_facts import verdict
+
+    page = reports.rebuild(checkpoint)
+    found = verdict(reports.load(checkpoint))
+    if as_json:
+        print_json({"page": str(page), "good": found.good, "verdict": found.sentence, "concerns": found.concerns})
+        return
+    print("\n".join([found.sentence, *(f"- {concern}" for concern in found.concerns), str(page)]))

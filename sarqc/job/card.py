@@ -1,0 +1,184 @@
+"""The model card: README.md of a checkpoint, for whoever finds it on a hub.
+
+It says what was done, with what, how to run it and how to do it again; numbers stand in it only where they were
+measured. The original's own card is not copied, because what it claims was measured on another model; of it only the
+licence is taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from sarqc.job import report_facts as facts
+from sarqc.job.svg import text
+from sarqc.model.packaged import SMOLLM2
+from sarqc.spec import METHODS
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BASES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_TERMS = ("license", "license_name", "license_link")
+_PLAIN = r"[\w.:/+-]+"
+_LICENCE = re.compile(rf"^({'|'.join(_TERMS)}):[ \t]*['\"]?({_PLAIN})['\"]?[ \t]*$", re.MULTILINE)
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """license, license_name and license_link as the card in `folder` states them, those that are plain words."""
+    try:
+        found = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    front = re.match(r"---\r?\n(.*?)\r?\n---\s", found, re.DOTALL)
+    return dict(_LICENCE.findall(front.group(1).replace("\r", ""))) if front else {}
+
+
+def card(report: facts.Report) -> str:
+    """The card of a report (as `sarqc.job.report.read` returns it), Markdown with front matter."""
+    name, quant = base_name(report["model"]), report["quant"]
+    parts = [
+        f"---\n{_front_matter(report)}\n---",
+        f"# {_inline(name)}, {quant['bits']}-bit",
+        f"{_inline(name)} with its weights in {_format(quant)}, made by "
+        f"[sarqc](https://arxiv.org/abs/2605.05693) {_inline(report['versions'].get('sarqc', ''))}. "
+        "Activations stay in 16 bits.",
+        "## Run",
+        "From inside this folder; elsewhere its path, or its hub id, in the place of the dot.",
+        _fenced("vllm serve .", "bash"),
+        _fenced("python -m sglang.launch_server --model-path .", "bash"),
+        _fenced(_TRANSFORMERS, "python"),
+        "vLLM and SGLang read the format from config.json, transformers needs the package `compressed-tensors`. "
+        "The run that made this started none of the three.",
+        "## What was done",
+        _done(report),
+        _quality(report),
+        "## Do it again",
+        _fenced(command(report), "bash"),
+        f"Versions: {', '.join(f'{_inline(k)} {_inline(str(v))}' for k, v in report['versions'].items())}. "
+        "The same input on the same machine gives the same bytes. `report.html` has every layer's numbers.",
+    ]
+    return _sealed("\n\n".join(part for part in parts if part) + "\n")
+
+
+def edited(folder: Path) -> bool:
+    """Whether the card in `folder` is not as some version of this module wrote it; one that is missing is not."""
+    try:
+        found = (folder / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    except (OSError, UnicodeDecodeError):
+        return True
+    return found != _sealed(found.rpartition("\n<!-- sarqc")[0])
+
+
+def _sealed(words: str) -> str:
+    """The words with their own fingerprint below, by which it is seen later whether somebody edited them."""
+    seal = hashlib.sha256(words.encode()).hexdigest()[:16]
+    return f"{words}\n<!-- sarqc renews this file for as long as what is above is {seal} -->\n"
+
+
+def base_name(model: str) -> str:
+    """What the model is called: a hub id, or a folder's own name without the path to it."""
+    if model in _BASES:
+        return _BASES[model]
+    return model if _HUB_ID.fullmatch(model) else model.rstrip("/").rpartition("/")[2] or "model"
+
+
+def command(report: facts.Report) -> str:
+    """The command line that repeats the run, with names for paths: a card is read on other machines."""
+    quant, solve, calibration = report["quant"], report["solve"], report["calibration"]
+    model = report["model"] if report["model"] in _BASES else base_name(report["model"])
+    words = ["sarqc", "quantize", model, "-o", "OUT", "--method", solve["method"]]
+    words += ["--bits", str(quant["bits"]), "--group-size", str(quant["group_size"])]
+    words += [] if quant["sym"] else ["--asym"]
+    preset = METHODS.get(solve["method"])
+    for key in ("strength", "saliency"):
+        if key in solve and solve[key] != getattr(preset, key, None):
+            words += [f"--{key}", str(solve[key])]
+    if calibration:
+        words += ["--calib", calibration["text"].rpartition("/")[2], "--num-samples", str(calibration["windows"])]
+        words += ["--seqlen", str(calibration["seqlen"]), "--seed", str(solve.get("seed", 0))]
+    for pattern in quant.get("ignore", []):
+        words += ["--ignore", str(pattern)]
+    return " ".join(shlex.quote(_one_line(word)) for word in words)
+
+
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(".")"""
+
+
+def _front_matter(report: facts.Report) -> str:
+    from huggingface_hub import ModelCardData
+
+    model, bits = report["model"], report["quant"]["bits"]
+    base = _BASES.get(model) or (model if _HUB_ID.fullmatch(model) else None)
+    source = report.get("source", {})
+    stated = {term: source[term] for term in _TERMS if re.fullmatch(_PLAIN, str(source.get(term, "")))}
+    values: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sarqc", "quantized", report.get("format", "compressed-tensors"), f"w{bits}a16"],
+        **stated,
+    }
+    return str(ModelCardData(**{key: value for key, value in values.items() if value is not None}).to_yaml()).strip()
+
+
+def _format(quant: dict[str, Any]) -> str:
+    group = "one scale a row" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
+    return f"{quant['bits']} bits ({group}, {'symmetric' if quant['sym'] else 'asymmetric'})"
+
+
+def _done(report: facts.Report) -> str:
+    solve, calibration, size = report["solve"], report["calibration"], report["size"]
+    lines = [f"- method `{_inline(solve['method'])}`, strength {_inline(str(solve.get('strength', '')))}"]
+    if calibration:
+        lines.append(
+            f"- calibrated on {calibration['windows']} windows of {calibration['seqlen']} tokens of "
+            f"{_inline(calibration['text'].rpartition('/')[2])} (sha256 of the tokens "
+            f"{_inline(str(calibration.get('fingerprint', 'not recorded')))[:16]})"
+        )
+    else:
+        lines.append("- no calibration text")
+    kind = "output error on the calibration text" if calibration else "weight error"
+    lines.append(f"- {kind} {report['error']:.3%}; plain rounding has {report['rounding_error']:.3%}")
+    lines.append(f"- {report['targets']['quantized']} layers at {size['bits_per_weight']} bits per weight with scales")
+    if fallbacks := report["fallbacks"]:
+        lines.append(f"- {len(fallbacks)} of {len(report['sites'])} sites were rounded plainly; report.html says why")
+    lines += [f"- to be looked at: {_inline(concern)}" for concern in facts.verdict(report).concerns]
+    return "\n".join(lines)
+
+
+def _quality(report: facts.Report) -> str:
+    rows = [
+        f"| {_inline(entry['text'].rpartition('/')[2])} | {entry.get('windows', '')} of {entry.get('seqlen', '')} "
+        f"| {_cell(entry.get('before'), '.3f')} | {entry['after']:.3f} "
+        f"| {_cell(entry.get('agreement'), '.1%')} | {_cell(entry.get('kl'), '.4f')} |"
+        for entry in report.get("quality", [])
+    ]
+    head = "| text | windows | perplexity of the original | of this | next token agrees | KL, nats |"
+    return "\n".join(["## Quality, measured\n", head, "|---" * 6 + "|", *rows]) if rows else ""
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _one_line(word: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in word)
+
+
+def _inline(word: str) -> str:
+    """Foreign words inside Markdown: nothing in them may begin a tag, a link, a cell or code."""
+    return re.sub(r"([\\`*_\[\]|#!])", r"\\\1", text(word)) if re.search(r"[\\`*\[\]|#!<>&]", word) else text(word)
+
+
+def _fenced(code: str, language: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"

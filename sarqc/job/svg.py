@@ -1,0 +1,296 @@
+"""Small charts as SVG text: lines, ranges and stacked bars, drawn by a few functions and nothing else.
+
+A chart is one string that stands alone in a page. Colours are CSS variables (`STYLE`), so one drawing serves light and
+dark; every mark carries a <title>, which browsers show under the pointer, so that numbers need no script. All text
+is escaped: labels come from models that others named. Coordinates are rounded, so equal input gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Literal
+
+STYLE = """
+svg.chart { --ink: #1c2126; --soft: #68727c; --rule: #e3e6e9; --c0: #1b6ca8; --c1: #cf5a2e; --c2: #24926a;
+  --c3: #8a56b4; --c4: #b07d00; --c5: #0b8fa6; --c6: #c0407c; --c7: #5d6b78;
+  font: 12px system-ui, sans-serif; max-width: 100%; }
+@media (prefers-color-scheme: dark) { svg.chart { --ink: #e8ebee; --soft: #9aa5b0; --rule: #343b42; --c0: #62ade4;
+  --c1: #f08a5d; --c2: #57c79a; --c3: #bd93e0; --c4: #e0b040; --c5: #4fc3d9; --c6: #ee82b3; --c7: #a3b0bc; } }
+svg.chart text { fill: var(--soft); } svg.chart text.ink { fill: var(--ink); }
+svg.chart .rule { stroke: var(--rule); } svg.chart .mark { stroke: var(--soft); stroke-dasharray: 4 3; }
+"""
+"""What the charts need in the page they stand in, or in themselves where they stand alone (`standalone`)."""
+
+COLOURS = 8
+_DASHES = ("", "6 3", "2 3")
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 196, 14, 40
+
+Kind = Literal["linear", "log", "count"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: its label and its points (x, y, what the pointer is told). Points that are not finite break it.
+    spans: (x, low, high), thin upright lines that say how sure a point is."""
+
+    label: str
+    points: tuple[tuple[float, float, str], ...]
+    spans: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Numbers low .. high to pixels start .. stop. "count" is log(1 + n), which has a place for zero."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    kind: Kind = "linear"
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a value."""
+        low, high, at = (_bent(number, self.kind) for number in (self.low, self.high, value))
+        share = (at - low) / (high - low) if high > low else 0.5
+        return self.start + share * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        """About five round values inside."""
+        if self.kind == "linear":
+            return _round_steps(self.low, self.high)
+        first, last = (math.floor(math.log10(max(v, 1e-12))) for v in (max(self.low, 1e-12), self.high))
+        first = max(first, 0) if self.kind == "count" else first
+        step = 1 + (last - first) // 6
+        fine = (1, 2, 5) if self.high < 40 * self.low else (1,)
+        found = [m * 10.0**e for e in range(first, last + 1, step) for m in fine]
+        found = [0.0, *found] if self.kind == "count" else found
+        inside = [value for value in found if self.low <= value * (1 + 1e-9) and value <= self.high * (1 + 1e-9)]
+        return inside if len(inside) > 1 else _round_steps(self.low, self.high)
+
+
+def text(value: str) -> str:
+    """Any string as text of a page or a drawing: escaped, and what cannot be seen (controls, lone surrogates, marks
+    that turn the direction of writing) as a space."""
+    return escape("".join(letter if letter.isprintable() else " " for letter in value))
+
+
+def short(value: float) -> str:
+    """A number in at most four digits: 0.003, 1.25, 18 k."""
+    if not math.isfinite(value):
+        return "?"
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    kind: Kind = "linear",
+    x_kind: Kind = "linear",
+    x_ticks: Sequence[float] | None = None,
+    mark: tuple[float, str] | None = None,
+    unit: Callable[[float], str] = short,
+    title: str = "",
+    width: int = 760,
+    height: int = 270,
+) -> str:
+    """Lines with points over a common x. mark: a horizontal line to compare with, and what it says."""
+    ends = [[p[1] for p in s.points if _drawable(p[1], kind)] for s in series]
+    xs = [x for s in series for x, at, _ in s.points if _drawable(at, kind)]
+    ys = [at for found in ends for at in found]
+    ys += [at for s in series for span in s.spans for at in span[1:] if _drawable(at, kind)]
+    if not xs:
+        return ""
+    x = Scale(min(xs), max(xs), _LEFT, width - _RIGHT, x_kind)
+    y = _y_scale([*ys, mark[0]] if mark else ys, kind, height)
+    parts = [*_grid(x, y, x_label, y_label, unit, x_ticks or _whole(x.ticks()), title)]
+    if mark:
+        at = y(mark[0])
+        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{width - _RIGHT - 4}" y="{at - 4:.1f}" text-anchor="end">{text(mark[1])}</text>')
+    for index, s in enumerate(series):
+        parts += _line(s, index, x, y, kind)
+    order = sorted(range(len(series)), key=lambda i: y(ends[i][-1]) if ends[i] else math.inf)
+    parts += _legend([(series[i].label, i) for i in order], width)
+    return _svg(parts, width, max(height, 18 * len(series) + 30), title or y_label)
+
+
+def range_chart(
+    rows: Sequence[tuple[float, float, float, float, str]], *, x_label: str, y_label: str, title: str = ""
+) -> str:
+    """At each x the span from low to high with a dot at the middle: rows (x, low, middle, high, what it says)."""
+    width, height = 760, 240
+    x = Scale(rows[0][0], rows[-1][0], _LEFT + 8, width - _RIGHT - 8)
+    values = [value for row in rows for value in row[1:4]]
+    y = _y_scale(values, "linear" if 20 * min(values) > max(values) else "count", height)
+    parts = [*_grid(x, y, x_label, y_label, short, _whole(x.ticks()), title)]
+    for at, low, middle, high, said in rows:
+        px = x(at)
+        parts.append(
+            f'<g style="stroke:var(--c0)" fill="var(--c0)"><title>{text(said)}</title>'
+            f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}" stroke-width="5" opacity=".35"/>'
+            f'<circle cx="{px:.1f}" cy="{y(middle):.1f}" r="3.5"/></g>'
+        )
+    left = width - _RIGHT + 16
+    parts.append(f'<text x="{left}" y="{_TOP + 12}" class="ink">bar: least to most</text>')
+    parts.append(f'<text x="{left}" y="{_TOP + 30}" class="ink">dot: median</text>')
+    return _svg(parts, width, height, title or y_label)
+
+
+def stacked_bars(
+    columns: Sequence[tuple[float, Sequence[float]]],
+    labels: Sequence[str],
+    *,
+    x_label: str,
+    y_label: str,
+    unit: Callable[[float], str] = short,
+    title: str = "",
+) -> str:
+    """A bar for each column (x, a part for each label), parts on top of each other."""
+    width, height = 760, 240
+    x = Scale(columns[0][0] - 0.5, columns[-1][0] + 0.5, _LEFT, width - _RIGHT)
+    y = _y_scale([0.0, *(sum(parts) for _, parts in columns)], "linear", height)
+    bar = max(min((width - _LEFT - _RIGHT) / len(columns) * 0.8, 40), 1)
+    drawn = [*_grid(x, y, x_label, y_label, unit, _whole(x.ticks()), title)]
+    for at, parts in columns:
+        base = 0.0
+        for index, part in enumerate(parts):
+            top, bottom = y(base + part), y(base)
+            base += part
+            said = text(f"{x_label} {short(at)}, {labels[index]}: {unit(part)}")
+            drawn.append(
+                f'<rect x="{x(at) - bar / 2:.1f}" y="{top:.1f}" width="{bar:.1f}" height="{bottom - top:.1f}" '
+                f'fill="var(--c{index % COLOURS})"><title>{said}</title></rect>'
+            )
+    drawn += _legend([(label, index) for index, label in reversed(list(enumerate(labels)))], width)
+    return _svg(drawn, width, height, title or y_label)
+
+
+def beside(charts: Sequence[str], *, columns: int, width: int, height: int) -> str:
+    """Charts of one size as one, row by row."""
+    placed = [
+        chart.replace("<svg ", f'<svg x="{index % columns * width}" y="{index // columns * height}" ', 1)
+        for index, chart in enumerate(charts)
+    ]
+    used = min(columns, len(charts))
+    return _svg(placed, used * width, -(-len(charts) // columns) * height, "")
+
+
+def standalone(chart: str) -> str:
+    """The chart as a file of its own."""
+    head, _, rest = chart.partition(">")
+    back = '<rect width="100%" height="100%" fill="Canvas"/>'
+    scheme = "<style>:root { color-scheme: light dark; }"
+    return f"{head}>{scheme}{STYLE}</style>{back}{rest}\n"
+
+
+def _bent(value: float, kind: Kind) -> float:
+    return value if kind == "linear" else math.log(value) if kind == "log" else math.log1p(max(value, 0.0))
+
+
+def _drawable(value: float, kind: Kind) -> bool:
+    return math.isfinite(value) and (kind != "log" or value > 0)
+
+
+def _y_scale(values: Sequence[float], kind: Kind, height: int) -> Scale:
+    low, high = min(values), max(values)
+    if kind == "log":
+        room = max((high / low) ** 0.06, 1.01)
+        low, high = low / room, high * room
+    elif kind == "count":
+        low = 0.0
+    else:
+        room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+        low, high = (0.0 if low >= 0 and low < 0.5 * high else low - room), high + room
+    return Scale(low, high, height - _BOTTOM, _TOP, kind)
+
+
+def _round_steps(low: float, high: float) -> list[float]:
+    raw = (high - low) / 5
+    if not raw > 0 or not math.isfinite(raw):
+        return [low]
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw * 0.999)
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _whole(ticks: Sequence[float]) -> list[float]:
+    """Only whole numbers: blocks have no halves."""
+    return [tick for tick in ticks if tick == int(tick)]
+
+
+def _grid(
+    x: Scale, y: Scale, x_label: str, y_label: str, unit: Callable[[float], str], x_ticks: Sequence[float], title: str
+) -> list[str]:
+    left, right, bottom = min(x.start, _LEFT), x.stop, y.start
+    parts = [f'<text class="ink" x="{left:.0f}" y="{_TOP - 3}">{text(title)}</text>'] if title else []
+    for tick in y.ticks():
+        at = y(tick)
+        parts.append(f'<line class="rule" x1="{left:.1f}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{at + 4:.1f}" text-anchor="end">{text(unit(tick))}</text>')
+    for tick in x_ticks:
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{text(short(tick))}</text>')
+    middle = (left + right) / 2
+    parts.append(f'<text x="{middle:.1f}" y="{bottom + 33:.1f}" text-anchor="middle">{text(x_label)}</text>')
+    centre = (_TOP + bottom) / 2
+    parts.append(
+        f'<text transform="translate(13 {centre:.1f}) rotate(-90)" text-anchor="middle">{text(y_label)}</text>'
+    )
+    return parts
+
+
+def _line(s: Series, index: int, x: Scale, y: Scale, kind: Kind) -> list[str]:
+    colour = f"var(--c{index % COLOURS})"
+    dash = _DASHES[index // COLOURS % len(_DASHES)]
+    parts = []
+    for whole, run in groupby(s.points, key=lambda point: _drawable(point[1], kind)):
+        if whole:
+            path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _ in run)
+            parts.append(
+                f'<polyline points="{path}" fill="none" style="stroke:{colour}" stroke-width="1.8" '
+                f'stroke-dasharray="{dash}"/>'
+            )
+    for at, low, high in s.spans:
+        if _drawable(low, kind) and _drawable(high, kind):
+            middle = f"{x(at):.1f}"
+            parts.append(
+                f'<line x1="{middle}" x2="{middle}" y1="{y(low):.1f}" y2="{y(high):.1f}" '
+                f'style="stroke:{colour}" opacity=".6"/>'
+            )
+    radius = 2.6 if len(s.points) <= 60 else 1.6
+    for px, py, said in s.points:
+        if _drawable(py, kind):
+            parts.append(
+                f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="{radius}" fill="{colour}">'
+                f"<title>{text(said)}</title></circle>"
+            )
+    return parts
+
+
+def _legend(labels: Sequence[tuple[str, int]], width: int) -> list[str]:
+    left = width - _RIGHT + 12
+    parts = []
+    for row, (label, index) in enumerate(labels):
+        at = _TOP + 8 + 18 * row
+        clipped = label if len(label) <= 23 else f"…{label[-22:]}"  # names differ at their ends
+        parts.append(
+            f'<line x1="{left}" x2="{left + 16}" y1="{at}" y2="{at}" style="stroke:var(--c{index % COLOURS})" '
+            f'stroke-width="3" stroke-dasharray="{_DASHES[index // COLOURS % len(_DASHES)]}"/>'
+            f'<text class="ink" x="{left + 22}" y="{at + 4}"><title>{text(label)}</title>{text(clipped)}</text>'
+        )
+    return parts
+
+
+def _svg(parts: Sequence[str], width: int, height: int, label: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" aria-label="{text(label)}">{"".join(parts)}</svg>'
+    )

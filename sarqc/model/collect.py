@@ -1,0 +1,114 @@
+"""Statistics of every site of a model as it is, collected once, so that many methods can be tried on them.
+
+Every block sees the *unquantized* blocks before it: unlike a run of `blocks.run`, what one method does to a block has
+no say in what another is given, and one pass serves all. Sums add up, so a longer text extends the statistics of a
+shorter one that it begins with: text of several sizes costs one pass over the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import NumericError
+from sarqc.method.statistics import Statistics
+from sarqc.model import stream
+from sarqc.model.blocks import GRAM_BUDGET
+from sarqc.model.sites import Site, find_sites, observe
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.source import TensorSource
+from sarqc.model.targets import Targets
+
+GLANCE = 8
+"""Tokens of the forward in which sites are found."""
+
+
+@torch.no_grad()
+def collect(
+    skeleton: Skeleton,
+    source: TensorSource,
+    found: Targets,
+    tokens: Tensor,
+    sizes: Sequence[int],
+    *,
+    folds: int,
+    gram_budget: int = GRAM_BUDGET,
+) -> Iterator[tuple[int, int, dict[str, Statistics]]]:
+    """Yields (block, size, statistics by site) for each block and each size, of the first `size` windows.
+
+    tokens: int64 [S, L]. sizes: rising, the last at most S. folds: each stretch from one size to the next is cut into
+    so many parts, and fold f is the f-th part of them all. gram_budget: bytes; sites beyond it come in a further pass,
+    so that a block and size may come several times with other sites. What is yielded grows as the loop goes on: keep
+    nothing of it. Needs `load_outer`. Raises `NumericError` naming a site whose inputs are not finite.
+    """
+    hidden = stream.enter(skeleton, tokens[: sizes[-1]])
+    skeleton.prepare(1, min(GLANCE, tokens.shape[1]))
+    batches = _batches(sizes, folds, max(1, stream.TOKENS_AT_ONCE[skeleton.device.type] // tokens.shape[1]))
+    for index in range(len(skeleton.blocks)):
+        skeleton.load_block(index, source, skeleton.device, skeleton.dtype)
+        glance = hidden[:1, :GLANCE].to(skeleton.device)
+        passes = list(_passes(find_sites(skeleton, index, found.of_block(index), glance), folds, gram_budget))
+        for number, sites in enumerate(passes, start=1):
+            for size, kept in _observe(skeleton, index, sites, hidden, batches, folds, last=number == len(passes)):
+                yield index, size, kept
+        skeleton.unload_block(index)
+
+
+def _observe(
+    skeleton: Skeleton,
+    index: int,
+    sites: Sequence[Site],
+    hidden: Tensor,
+    batches: dict[int, list[tuple[slice, int]]],
+    folds: int,
+    *,
+    last: bool,
+) -> Iterator[tuple[int, dict[str, Statistics]]]:
+    """One pass of all windows through a block; the last pass also moves the hidden states on."""
+    kept = {s.name: Statistics.zeros(s.experts, s.in_features, folds, skeleton.device) for s in sites}
+    fold = 0
+
+    def sink(site: Site, x: Tensor, offsets: Tensor | None) -> None:
+        kept[site.name].add(x, offsets, fold)
+
+    with observe(skeleton, sites, sink):
+        for size, parts in batches.items():
+            for windows, fold in parts:  # noqa: B007 (the sink reads it)
+                leaving = skeleton.call_block(index, hidden[windows].to(skeleton.device))
+                if last:
+                    hidden[windows].copy_(leaving)
+            for name, statistics in kept.items():
+                if not all(bool(torch.isfinite(gram.abs_sum).all()) for gram in statistics.folds):
+                    raise NumericError(f"the inputs of {name} hold NaN or Inf on the calibration text")
+            yield size, kept
+
+
+def _batches(sizes: Sequence[int], folds: int, step: int) -> dict[int, list[tuple[slice, int]]]:
+    """Micro-batches (windows, fold) that lead from each size to the next."""
+    found: dict[int, list[tuple[slice, int]]] = {}
+    for first, size in pairwise([0, *sizes]):
+        edges = [first + fold * (size - first) // folds for fold in range(folds + 1)]
+        found[size] = [
+            (slice(start, min(start + step, stop)), fold)
+            for fold, (begin, stop) in enumerate(pairwise(edges))
+            for start in range(begin, stop, step)
+        ]
+    return found
+
+
+def _passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Site]]:
+    """Portions of the sites whose Grams fit the budget; one site always fits."""
+    portion: list[Site] = []
+    room = budget
+    for site in sites:
+        needed = 4 * folds * site.experts * site.in_features**2
+        if portion and needed > room:
+            yield portion
+            portion, room = [], budget
+        portion.append(site)
+        room -= needed
+    if portion:
+        yield portion

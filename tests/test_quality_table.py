@@ -1,0 +1,28 @@
+"""What the README shows of a comparison is what its results say."""
+
+from benchmarks.quality.proof import FULL, SMALL, markdown
+from sarqc.job.compare_table import table
+from sarqc.spec import METHODS
+
+
+def test_the_readme_table_names_best_ties_and_spread():
+    def cell(method, seed, perplexity, windows=16):
+        quality = {"a/wiki.txt": {"perplexity": perplexity, "agreement": 0.5, "kl": 0.1}}
+        what = dict(method=method, bits=3, group_size=64, windows=windows, seed=seed, error=0.1, failed=None)
+        return what | {"quality": quality, "seconds": {"solve": 1.0, "total": 60.0}}
+
+    protocol = {
+        "model": "x/smollm2",
+        "calibration": {"text": "builtin", "seqlen": 512},
+        "texts": [{"text": "a/wiki.txt", "perplexity": 9.0}],
+    }
+    cells = [cell("rtn", None, 30.0, None), cell("gptq", 0, 12.0), cell("gptq", 1, 10.0)]
+    cells += [cell("sarqc", 0, 11.0), cell("sarqc", 1, 10.5)]
+    shown = markdown(table(protocol, cells) | {"minutes": 5.0, "cpus": 2})
+    assert "| wiki.txt | 3 | 64 | 16 | 30.00 | 11.00 ± 1.00 ≈ | **10.75 ± 0.25** |" in shown
+    assert "Unquantized: wiki.txt 9.00" in shown and "2 seeds" in shown and "5 minutes on 2 CPU cores" in shown
+
+
+def test_the_settings_ask_for_methods_that_exist():
+    for setting in (SMALL, FULL):
+        assert set(setting["methods"]) <= METHODS.keys() and len(setting["seeds"]) > 1
