@@ -1,6 +1,7 @@
 # make demo   quantize a real small model and show what it cost (no GPU, no model hub)
 # make test   all tests
 # make lint   format, lint, types
+# make soak   kill a run at 60 random moments and let it go on each time (minutes)
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format clean aot
+.PHONY: demo test lint format clean aot soak
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -20,6 +21,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+soak: $(READY)
+	SARQC_KILLS=60 $(BIN)/python -m pytest tests/job/test_killed.py
 
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0

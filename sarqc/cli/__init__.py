@@ -14,6 +14,7 @@ import typer
 
 from sarqc.cli.convert import convert
 from sarqc.cli.evaluate import evaluate
+from sarqc.cli.export import export
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
 from sarqc.cli.quantize import quantize
@@ -21,6 +22,7 @@ from sarqc.cli.verify import verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "export": export,
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
@@ -41,14 +43,14 @@ for _name, _command in COMMANDS.items():
 
 def main() -> NoReturn:
     """Run the command line; errors of the user become one line on stderr and exit code 2."""
-    from sarqc.errors import SarqcError
+    from sarqc.errors import Interrupted, SarqcError
 
     try:
         app(standalone_mode=True)
+    except Interrupted as error:
+        print(f"sarqc: {error}", file=sys.stderr)
+        sys.exit(130)
     except SarqcError as error:
         print(f"sarqc: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("sarqc: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
     sys.exit(0)

@@ -63,6 +63,7 @@ def build(
     stages: dict[str, float],
     size: dict[str, Any],
     device: str,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report as JSON values."""
     return {
@@ -74,6 +75,7 @@ def build(
         "size": size,
         "error": _mean([site.error for site in sites]),
         "rounding_error": _mean([site.rounding_error for site in sites]),
+        "notes": list(notes),
         "fallbacks": {site.site: site.fallback for site in sites if site.fallback},
         "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},
         "peak_memory_mib": peak_memory_mib(),
