@@ -2,6 +2,7 @@
 # make test   all tests
 # make quality   methods side by side on the packaged model: the small setting of the quality table (minutes)
 # make lint   format, lint, types
+# make soak   kill a run at 60 random moments and let it go on each time (minutes)
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test quality lint format clean aot bench
+.PHONY: demo test quality lint format clean aot bench soak
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -25,6 +26,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+soak: $(READY)
+	SARQC_KILLS=60 $(BIN)/python -m pytest tests/job/test_killed.py
 
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0

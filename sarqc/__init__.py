@@ -18,9 +18,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sarqc.errors import SarqcError
     from sarqc.job.compare import Comparison, compare
+    from sarqc.job.export import Result, export
     from sarqc.job.load import load
     from sarqc.job.measure import evaluate
-    from sarqc.job.run import Result, quantize
+    from sarqc.job.preflight import preflight
+    from sarqc.job.run import quantize
     from sarqc.spec import METHODS, QuantSpec, SolveSpec
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "SolveSpec",
     "compare",
     "evaluate",
+    "export",
     "load",
+    "preflight",
     "quantize",
 ]
 
@@ -40,12 +44,14 @@ _HOME = {
     "METHODS": "sarqc.spec",
     "Comparison": "sarqc.job.compare",
     "QuantSpec": "sarqc.spec",
-    "Result": "sarqc.job.run",
+    "Result": "sarqc.job.export",
     "SarqcError": "sarqc.errors",
     "SolveSpec": "sarqc.spec",
     "compare": "sarqc.job.compare",
     "evaluate": "sarqc.job.measure",
+    "export": "sarqc.job.export",
     "load": "sarqc.job.load",
+    "preflight": "sarqc.job.preflight",
     "quantize": "sarqc.job.run",
 }
 

@@ -2,7 +2,17 @@
 
 from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
 
-__all__ = ["ArgumentError", "BackendError", "CheckpointError", "ModelError", "NumericError", "SarqcError", "TextError"]
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "CheckpointError",
+    "Interrupted",
+    "ModelError",
+    "NumericError",
+    "ResourceError",
+    "SarqcError",
+    "TextError",
+]
 
 
 class ModelError(SarqcError):
@@ -19,3 +29,11 @@ class TextError(SarqcError):
 
 class NumericError(SarqcError):
     """Numbers that must not be there (NaN, Inf, a matrix without a factor), with the layer they were found in."""
+
+
+class ResourceError(SarqcError):
+    """A machine that cannot hold the job: too little disk or memory, or a work folder that another process uses."""
+
+
+class Interrupted(SarqcError):
+    """A run that was asked to stop and did, with its finished blocks saved; the command line exits with 130."""

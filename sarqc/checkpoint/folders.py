@@ -39,14 +39,18 @@ def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def atomic_folder(out: Path | str, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(out: Path | str, overwrite: bool = False, token: str | None = None) -> Iterator[Path]:
     """A fresh hidden folder beside `out`, which becomes `out` when the block ends well and vanishes when it does not.
 
     An old folder at `out` is replaced (only with `overwrite`) at the very end: a failed run leaves it as it was.
+    token: of the hidden folder's name, random by default. With one that nobody else uses, whatever an earlier attempt
+    left when it was killed is cleared away, and what it had moved aside is put back.
     """
-    refuse_existing(out, overwrite)
     target = Path(out).resolve()  # a link keeps pointing at the folder it points at
-    token = secrets.token_hex(4)
+    if token is not None:
+        _clear_remains(target, token)
+    refuse_existing(out, overwrite)
+    token = token or secrets.token_hex(4)
     building = target.with_name(f".{target.name}.{token}.partial")
     made = [place for place in target.parents if not place.exists()]
     finished = False
@@ -78,6 +82,17 @@ def _move_into_place(building: Path, target: Path, aside: Path, overwrite: bool)
         aside.rename(target)
         raise
     shutil.rmtree(aside)
+
+
+def _clear_remains(target: Path, token: str) -> None:
+    """Undo what an attempt that was killed left under `token`."""
+    aside = target.with_name(f".{target.name}.{token}.old")
+    with _disk(target):
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        for path in (aside, target.with_name(f".{target.name}.{token}.partial")):
+            if path.exists():
+                shutil.rmtree(path)
 
 
 @contextmanager

@@ -112,14 +112,14 @@ def dtype_name(dtype: torch.dtype) -> str | None:
     return _NAMES.get(dtype)
 
 
-def make_header(tensors: Mapping[str, Entry]) -> tuple[bytes, list[str]]:
+def make_header(tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[str]]:
     """Length prefix and header of a file with `tensors`, and the order in which their bytes follow it.
 
     The order is the library's: wide dtypes first, so that every tensor is aligned to its element, then by name. The
     bytes do not depend on the order in which the tensors arrived. `begin` of the entries is not used.
     """
     order = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begin = 0
     for name in order:
         entry = tensors[name]

@@ -16,6 +16,7 @@ from sarqc.cli.compare import compare
 from sarqc.cli.convert import convert
 from sarqc.cli.doctor import doctor
 from sarqc.cli.evaluate import evaluate
+from sarqc.cli.export import export
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
 from sarqc.cli.quantize import quantize
@@ -24,6 +25,7 @@ from sarqc.cli.verify import verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "export": export,
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
@@ -47,14 +49,14 @@ for _name, _command in COMMANDS.items():
 
 def main() -> NoReturn:
     """Run the command line; errors of the user become one line on stderr and exit code 2."""
-    from sarqc.errors import SarqcError
+    from sarqc.errors import Interrupted, SarqcError
 
     try:
         app(standalone_mode=True)
+    except Interrupted as error:
+        print(f"sarqc: {error}", file=sys.stderr)
+        sys.exit(130)
     except SarqcError as error:
         print(f"sarqc: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("sarqc: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
     sys.exit(0)

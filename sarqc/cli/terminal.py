@@ -5,9 +5,10 @@ Everything here goes to stderr, so that stdout holds results alone.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -31,7 +32,7 @@ class Ticker:
         self._task: TaskID | None = None
         self._label = ""
         self._total = 0
-        self._done = 0
+        self._done = self._before = 0
         self._began = self._printed = 0.0
 
     def __enter__(self) -> Self:
@@ -43,9 +44,9 @@ class Ticker:
         if self._bar:
             self._bar.stop()
 
-    def begin(self, label: str, total: int) -> None:
-        """Start counting to `total`."""
-        self._label, self._total, self._done = label, total, 0
+    def begin(self, label: str, total: int, done: int = 0) -> None:
+        """Start counting to `total`; `done` steps were made earlier and say nothing about the time left."""
+        self._label, self._total, self._done, self._before = label, total, done, done
         self._began = self._printed = time.monotonic()
         if self.console.is_terminal:
             self._bar = Progress(
@@ -59,7 +60,7 @@ class Ticker:
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task(label, total=total, detail="")
+            self._task = self._bar.add_task(label, total=total, completed=done, detail="")
             self._bar.start()
 
     def detail(self, text: str) -> None:
@@ -76,7 +77,7 @@ class Ticker:
         now = time.monotonic()
         if now - self._printed >= QUIET_SECONDS or self._done == self._total:
             self._printed = now
-            left = (now - self._began) / self._done * (self._total - self._done)
+            left = (now - self._began) / (self._done - self._before) * (self._total - self._done)
             self.console.print(
                 f"{self._label} {self._done}/{self._total}: {text}, {_duration(left)} left", highlight=False
             )
@@ -93,15 +94,37 @@ class Ticker:
 
 
 class RunWatcher(Ticker):
-    """Shows a quantization run."""
+    """Shows a run, and takes Ctrl-C while blocks are solved: the first time as a wish, then as an order."""
+
+    _asked = False
+
+    def __enter__(self) -> Self:
+        self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._handler)
+        super().__exit__(kind, error, trace)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._asked or not self._before <= self._done < self._total:
+            raise KeyboardInterrupt
+        self._asked = True
+        self.note("finishing this block, then saving and stopping; Ctrl-C again stops at once")
+
+    def stop_asked(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._asked
 
     def note(self, text: str) -> None:
         """One line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def begin_blocks(self, blocks: int) -> None:
+    def begin_blocks(self, blocks: int, done: int) -> None:
         """The blocks start."""
-        self.begin("blocks", blocks)
+        self.begin("blocks", blocks, done)
 
     def stage(self, block: int, name: str) -> None:
         """A block begins a stage."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
+from sarqc.checkpoint.headers import DTYPES
 from sarqc.errors import ModelError
 from sarqc.model.packaged import SMOLLM2, smollm2_folder
 
@@ -29,13 +32,51 @@ def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     return _download(str(model), trust_remote_code)
 
 
-def _download(hub_id: str, trust_remote_code: bool) -> Path:
+def is_local(model: str | Path) -> bool:
+    """Whether a model's name stands for something that needs no hub."""
+    return Path(model).expanduser().exists() or str(model) == SMOLLM2 or not _HUB_ID.fullmatch(str(model))
+
+
+def hub_headers(
+    hub_id: str, *, trust_remote_code: bool = False
+) -> tuple[Path, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Folder with the configuration of a model on a hub, and (shape, dtype) of its tensors; no weights are fetched.
+
+    The tensors are empty where the hub holds no safetensors headers that can be read. Raises `ModelError` where the
+    hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    folder = _download(hub_id, trust_remote_code, headers_only=True)
+    try:
+        found = HfApi().get_safetensors_metadata(hub_id).files_metadata.values()
+    except (NotASafetensorsRepoError, SafetensorsParsingError):
+        return folder, {}
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(f"the hub did not give the headers of {hub_id!r}: {_first_line(error)}") from error
+    tensors = {}
+    for file in found:
+        for name, info in file.tensors.items():
+            if info.dtype not in DTYPES:
+                raise ModelError(f"{hub_id}: tensor {name!r} has dtype {info.dtype}, which is not read")
+            tensors[name] = (tuple(info.shape), DTYPES[info.dtype])
+    return folder, tensors
+
+
+def _download(hub_id: str, trust_remote_code: bool, headers_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    needed = [name for name in _NEEDED if not (headers_only and name == "*.safetensors")]
     try:
-        patterns = [*_NEEDED, "*.py"] if trust_remote_code else _NEEDED
+        patterns = [*needed, "*.py"] if trust_remote_code else needed
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no model {hub_id!r}: no such folder, and the hub did not give it ({reason})") from error
+        raise ModelError(
+            f"no model {hub_id!r}: no such folder, and the hub did not give it ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -76,6 +76,7 @@ def build(
     source: dict[str, Any],
     size: dict[str, Any],
     device: str,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report as JSON values. blocks: index and seconds of each stage. source: as `source_record` gives it."""
     return {
@@ -88,6 +89,7 @@ def build(
         "size": size,
         "error": _mean([site.error for site in sites]),
         "rounding_error": _mean([site.rounding_error for site in sites]),
+        "notes": list(notes),
         "fallbacks": {site.site: site.fallback for site in sites if site.fallback},
         "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},
         "blocks": [

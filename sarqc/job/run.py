@@ -1,97 +1,30 @@
 """Quantize: a model goes in, a low-bit checkpoint comes out, whole or not at all.
 
-Everything that can be refused is refused before the first block: names, text, shapes, the output folder. Then blocks
-are solved one by one and written as they come, into a hidden folder beside the output that takes its name at the end.
+Everything that can be refused is refused before the first block: names, text, shapes, the output folder, a disk that
+is too small. Then blocks are solved one by one and saved as they come, in a work folder beside the output; a run that
+ends early goes on from there. At the end the checkpoint is written from the work folder.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.folders import atomic_folder, refuse_existing, refuse_overlap
-from sarqc.checkpoint.formats import FORMATS, Format
-from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
-from sarqc.checkpoint.side_files import copy_side_files, write_config
-from sarqc.checkpoint.writer import ShardWriter
-from sarqc.errors import ArgumentError, CheckpointError
-from sarqc.job import report as reports
-from sarqc.job.load import resolve_device, resolve_dtype
-from sarqc.job.locate import locate
-from sarqc.job.verify import verify
-from sarqc.method.solve import SolveReport
+from sarqc.checkpoint.folders import refuse_existing, refuse_overlap
+from sarqc.errors import ArgumentError, Interrupted, ResourceError
+from sarqc.job import preflight
+from sarqc.job.export import Result, write_checkpoint
+from sarqc.job.fingerprint import fingerprint
+from sarqc.job.plan import Plan, Settings, make_plan, read_windows
+from sarqc.job.watcher import Silent, Watcher
+from sarqc.job.work import Work, begin, default_work
 from sarqc.model import blocks, calibration
-from sarqc.model.skeleton import Skeleton
-from sarqc.model.targets import Targets, auto_group_size, check_group_size, targets
-from sarqc.model.tokenizer import load_tokenizer
-from sarqc.spec import AUTO, DEFAULT_METHOD, QuantSpec, SolveSpec, solve_spec
-
-DEFAULT_SAMPLES = 128
-DEFAULT_SEQLEN = 2048
-
-
-class Watcher(Protocol):
-    """Whoever wants to follow a run. All methods are called from the thread that runs it."""
-
-    def note(self, text: str) -> None:
-        """Something worth one line: what was chosen, what is being read."""
-
-    def begin_blocks(self, blocks: int) -> None:
-        """The blocks start; there are so many."""
-
-    def stage(self, block: int, name: str) -> None:
-        """Block number `block` (from 0) begins a stage: load, observe, solve, replay."""
-
-    def block(self, result: blocks.BlockResult) -> None:
-        """A block is solved and written."""
-
-
-class Silent:
-    """The watcher that looks away."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def begin_blocks(self, blocks: int) -> None:
-        """Nothing."""
-
-    def stage(self, block: int, name: str) -> None:
-        """Nothing."""
-
-    def block(self, result: blocks.BlockResult) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """out: the checkpoint's folder. report: what report.json in it holds."""
-
-    out: Path
-    report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run with every choice made and every refusal behind it."""
-
-    model: str
-    folder: Path
-    out: Path
-    checkpoint: Checkpoint
-    skeleton: Skeleton
-    targets: Targets
-    quant: QuantSpec
-    solve: SolveSpec
-    format: Format
-    windows: calibration.Windows | None
-    device: torch.device
-    dtype: torch.dtype
+from sarqc.spec import AUTO, DEFAULT_METHOD
 
 
 def quantize(
@@ -110,141 +43,134 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    micro_batch: int | None = None,
+    gram_budget: int = blocks.GRAM_BUDGET,
     ignore: Sequence[str] = (),
     format: str = "compressed-tensors",
-    overwrite: bool = False,
+    tp: int | None = None,
     trust_remote_code: bool = False,
+    work: str | Path | None = None,
+    keep_work: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
     watcher: Watcher | None = None,
 ) -> Result:
-    """Quantize a causal language model to a checkpoint in the folder `out`.
+    """Quantize a causal language model to a checkpoint in the folder `out`; a run that ended early goes on.
 
     model: local folder, hub id, or `smollm2`. method: a key of `sarqc.METHODS`. bits: 2 to 8. group_size: inputs per
     scale, -1 for one scale a row, "auto" for the largest of 128, 64, 32 that divides every layer's inputs.
     strength, saliency: of the regulariser; None is the method's own. calib: text to calibrate on (a UTF-8 file, a data
     set, `builtin`) or tokens int64 [S, L]. num_samples: exactly so many windows of `seqlen` tokens, drawn with `seed`;
-    by default up to 128, of 2048. dtype: of the forward passes. ignore: regular expressions of Linears to leave.
+    by default up to 128, of 2048. dtype: of the forward passes. micro_batch: windows at once. gram_budget: bytes of
+    Grams at once. ignore: regular expressions of Linears to leave. tp: refuse what no server could run on so many
+    ranks. work: folder for what is finished, by default a hidden one beside `out`; removed in the end unless
+    `keep_work`. restart: forget what it holds.
 
-    Raises `SarqcError` for anything wrong with the input, before `out` exists.
+    Raises `SarqcError` for anything wrong with the input, before `out` exists; `Interrupted` where the watcher asked.
     """
     watcher = watcher or Silent()
-    if format not in FORMATS:
-        raise ArgumentError(f"format = {format!r} is not known: use {', '.join(FORMATS)}")
-    quant = QuantSpec(bits=bits, group_size=128 if group_size == AUTO else group_size, sym=sym, ignore=tuple(ignore))
-    solve = solve_spec(method, strength=strength, saliency=saliency, seed=seed)
+    settings = Settings(
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        strength=strength,
+        saliency=saliency,
+        calib=calib,
+        num_samples=num_samples,
+        seqlen=seqlen,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        micro_batch=micro_batch,
+        gram_budget=gram_budget,
+        ignore=ignore,
+        format=format,
+        tp=tp,
+        trust_remote_code=trust_remote_code,
+    )
     refuse_existing(out, overwrite)
-    folder = locate(model, trust_remote_code=trust_remote_code)
-    refuse_overlap(out, folder)
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.format is not None:
-        raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
-    skeleton = Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust_remote_code)
-    found = targets(skeleton, quant)
-    if group_size == AUTO:
-        quant = replace(quant, group_size=auto_group_size(found))
-        watcher.note(f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs")
-    check_group_size(found, quant)
-    chosen = FORMATS[format]
-    chosen.check(quant)
-    for target in found.selected:
-        chosen.check_layer(target.linear, target.shape, quant)
-    where = resolve_device(device)
-    plan = Plan(
-        model=str(model),
-        folder=folder,
-        out=Path(out),
-        checkpoint=checkpoint,
-        skeleton=skeleton,
-        targets=found,
-        quant=quant,
-        solve=solve,
-        format=chosen,
-        windows=_windows(calib, folder, num_samples, seqlen, seed, trust_remote_code) if solve.gram else None,
-        device=where,
-        dtype=resolve_dtype(dtype, where, skeleton.dtype),
-    )
-    return _carry_out(plan, overwrite, trust_remote_code, watcher)
-
-
-def _windows(
-    calib: str | Path | Tensor, folder: Path, count: int | None, seqlen: int | None, seed: int, trust: bool
-) -> calibration.Windows:
-    if isinstance(calib, Tensor):
-        found = calibration.Windows.of_tokens(calib)
-    else:
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-        found = calibration.windows(str(calib), tokenizer, part="calibration", seqlen=seqlen or DEFAULT_SEQLEN)
-    return found.draw(min(DEFAULT_SAMPLES, found.available) if count is None else count, seed)
-
-
-def _carry_out(plan: Plan, overwrite: bool, trust_remote_code: bool, watcher: Watcher) -> Result:
-    began = time.perf_counter()
-    solved: list[SolveReport] = []
-    stages: dict[str, float] = {}
-    spent: list[tuple[int, dict[str, float]]] = []
-    size = reports.Size()
-    with atomic_folder(plan.out, overwrite=overwrite) as partial:
-        writer = ShardWriter(partial)
-        changed: set[str] = set()
-        watcher.begin_blocks(len(plan.skeleton.blocks))
-        for result in _solve_blocks(plan, watcher):
-            for linear, weight in result.weights.items():
-                packed = plan.format.pack(linear, weight, plan.quant)
-                size.quantized(weight, packed)
-                for name, tensor in packed.items():
-                    writer.add(name, tensor)
-            for name, tensor in result.changed.items():
-                size.left(tensor)
-                writer.add(name, tensor)
-            changed |= result.changed.keys()
-            solved += result.reports
-            spent.append((result.index, result.seconds))
-            for stage, seconds in result.seconds.items():
-                stages[stage] = stages.get(stage, 0.0) + seconds
-            watcher.block(result)
+    plan = make_plan(model, settings)
+    place = _work_place(out, work, plan.folder)
+    windows = read_windows(plan)
+    found = preflight.look_ahead(plan, None if windows is None else windows.tokens.shape, Path(out), place)
+    for note in (*plan.notes, found.headline()):
+        watcher.note(note)
+    found.refuse()
+    with begin(place, fingerprint(plan, windows), _about(plan, windows), restart=restart) as opened:
+        _solve_blocks(plan, windows, opened, watcher)
         watcher.note("writing and checking the checkpoint")
-        for name, tensor in _left_alone(plan, changed):
-            size.left(tensor)
-            writer.add(name, tensor)
-        writer.close()
-        copy_side_files(plan.folder, partial, code=trust_remote_code)
-        write_config(partial, plan.checkpoint.config, plan.format.config(plan.quant, plan.targets.untouched))
-        checked = verify(partial, against=plan.folder, trust_remote_code=trust_remote_code)
-        checked.require()
-        stages["total"] = time.perf_counter() - began
-        report = reports.build(
-            model=plan.model,
-            quant=plan.quant,
-            solve=plan.solve,
-            calibration=plan.windows.record() if plan.windows else None,
-            targets=plan.targets.record(),
-            sites=solved,
-            blocks=spent,
-            stages=stages,
-            source=reports.source_record(plan.folder, plan.checkpoint),
-            size=size.record(),
-            device=str(plan.device),
+        result = write_checkpoint(opened, plan.checkpoint, Path(out), plan.format, overwrite=overwrite)
+        if not keep_work:
+            opened.remove()
+    return result
+
+
+def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
+    """The work folder, which must lie outside the model and the output."""
+    refuse_overlap(out, model)
+    place = default_work(out) if work is None else Path(work)
+    refuse_overlap(place, model)
+    inner, outer = place.resolve(), Path(out).resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise ArgumentError(
+            f"work = {str(place)!r} and the output folder {out} lie inside each other: use another --work"
         )
-        report["weight_errors"] = checked.errors
-        reports.write(partial, report)
-    return Result(plan.out, report)
+    return place
 
 
-def _left_alone(plan: Plan, changed: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the source that stays as it is, byte for byte; `changed` names those that took up scales."""
-    replaced = {f"{linear}.weight" for linear in plan.targets.linears} | changed
-    for name in plan.checkpoint.names():
-        if name not in replaced:
-            yield name, plan.checkpoint.load(name)
+def _about(plan: Plan, windows: calibration.Windows | None) -> dict[str, Any]:
+    """What export and report will want to know of a run, beside its fingerprint."""
+    return {
+        "model": plan.model,
+        "folder": str(plan.folder.resolve()),
+        "blocks": len(plan.skeleton.blocks),
+        "targets": plan.targets.record(),
+        "calibration": None if windows is None else windows.record(),
+        "device": str(plan.device),
+        "code": plan.settings.trust_remote_code,
+    }
 
 
-def _solve_blocks(plan: Plan, watcher: Watcher) -> Iterator[blocks.BlockResult]:
-    return blocks.run(
-        plan.skeleton,
-        plan.checkpoint,
-        plan.windows.tokens if plan.windows else None,
-        plan.quant,
-        plan.solve,
-        device=plan.device,
-        dtype=plan.dtype,
-        on_progress=watcher.stage,
-    )
+def _solve_blocks(plan: Plan, windows: calibration.Windows | None, work: Work, watcher: Watcher) -> None:
+    """Finish every block that is not finished yet, and save each."""
+    start, trouble = work.start(plan.solve.gram)
+    if trouble:
+        watcher.note(f"{trouble}; going on from what is sound")
+    if start.block:
+        watcher.note(f"resuming at block {start.block + 1} of {work.blocks}, from {work.folder}")
+    watcher.begin_blocks(work.blocks, start.block)
+    if start.block == work.blocks:
+        return
+    began = time.perf_counter()
+    try:
+        for result in blocks.run(
+            plan.skeleton,
+            plan.checkpoint,
+            None if windows is None else windows.tokens,
+            plan.quant,
+            plan.solve,
+            device=plan.device,
+            dtype=plan.dtype,
+            micro_batch=plan.settings.micro_batch,
+            gram_budget=plan.settings.gram_budget,
+            start=start,
+            on_progress=watcher.stage,
+        ):
+            now = time.perf_counter()
+            work.save(result, now - began)
+            began = now
+            for note in result.notes:
+                watcher.note(note)
+            watcher.block(result)
+            if result.index + 1 < work.blocks and watcher.stop_asked():
+                raise Interrupted(
+                    f"stopped after block {result.index + 1} of {work.blocks}, which is saved in {work.folder}: "
+                    "the same command goes on from there"
+                )
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise ResourceError(
+            f"{plan.device} has too little memory for one block ({reason}): use a larger one or --device cpu; "
+            f"finished blocks are kept in {work.folder}"
+        ) from error

@@ -10,30 +10,33 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sarqc.errors import ArgumentError, ModelError, NumericError
+from sarqc.errors import ArgumentError, ModelError, NumericError, ResourceError
+from sarqc.method.rows import MAX_LOST, lost_rows
 from sarqc.method.solve import SolveReport, error_cost, solve_site
 from sarqc.method.statistics import Gram, Statistics
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.absorb import find_folds
+from sarqc.model.passes import collect, gram_bytes, passes
 from sarqc.model.rescale import BlockScales
-from sarqc.model.sites import Share, Site, find_sites, observe, separate_sites, write_back
+from sarqc.model.sites import Share, Site, find_sites, separate_sites, write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
+from sarqc.model.states import GLANCE, States, cut, enter
 from sarqc.model.targets import Target, Targets, check_group_size, targets
 from sarqc.spec import QuantSpec, SolveSpec
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch: few enough for a CPU's caches, enough to fill a GPU."""
 GRAM_BUDGET = 16 << 30
-_GLANCE = 8
-"""Tokens of the forward in which sites are found."""
 
 OnProgress = Callable[[int, str], None]
+Weights = dict[str, QuantizedWeight]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,30 @@ class BlockResult:
     """weights: by the checkpoint's names, without ".weight"; E = 1, on the CPU. reports: one for each solve.
     seconds: of each stage (load, observe, scale, solve, replay). changed: tensors that are not quantized and took up
     channel scales (norms, routers, biases), on the CPU; they replace the checkpoint's own, by its names, in its dtypes.
-    """
+    notes: what did not go as planned, in words.
+    leaving: hidden states [S, L, H] that enter the next block, None where nothing is run forward or no block follows;
+    it is the run's own memory, and the next block overwrites it."""
 
     index: int
-    weights: dict[str, QuantizedWeight]
+    weights: Weights
     reports: list[SolveReport]
     seconds: dict[str, float]
-    changed: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, Tensor]
+    notes: list[str]
+    leaving: Tensor | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a continued run begins: at `block`, which is entered by `hidden` [S, L, H].
+
+    Without `hidden` (and where it is needed) the embeddings are moved through the blocks before once more, with the
+    weights and the changed tensors that `stored(index)` hands back: forward passes, no solving, and the same bits.
+    """
+
+    block: int
+    hidden: Tensor | None
+    stored: Callable[[int], tuple[Weights, dict[str, Tensor]]]
 
 
 Recall = Callable[[int, Sequence[Share]], list[Statistics]]
@@ -67,10 +87,11 @@ def run(
     micro_batch: int | None = None,
     folds: int = 1,
     gram_budget: int = GRAM_BUDGET,
+    start: Start | None = None,
     recall: Recall | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[BlockResult]:
-    """Quantize every block of `skeleton` in order.
+    """Quantize every block of `skeleton` in order, from `start` on.
 
     tokens: int64 [S, L] windows to calibrate on; None only where `solve.gram` is False, and then nothing is run
     forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
@@ -79,19 +100,28 @@ def run(
     the statistics already; `tokens` are then only looked at to see which layers read what, a few of them will do.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
-    keeps fp32's range. Raises `NumericError` naming the layer where weights or activations are not finite.
+    keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
+    rest of the run, and the result notes it. Rows of activations that are not finite are left out and noted.
+    Raises `NumericError` naming the layer where weights, or more than 1 % of the rows of activations, are not finite,
+    and `ResourceError` where there is nothing left to halve.
     """
     found = targets(skeleton, quant)
     check_group_size(found, quant)
-    work = _Work(skeleton, source, quant, solve, torch.device(device), dtype, on_progress or (lambda *_: None), recall)
+    announce = on_progress or (lambda *_: None)
+    work = _Work(skeleton, source, quant, solve, torch.device(device), dtype, gram_budget, announce, recall)
     states = None
+    start = start or Start(0, None, lambda _: ({}, {}))
     if solve.gram:
         if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
             shape = None if tokens is None else list(tokens.shape)
             raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
-        states = _embed(work, tokens, micro_batch or max(1, TOKENS_AT_ONCE[work.device.type] // tokens.shape[1]), folds)
-    for index in range(len(skeleton.blocks)):
-        yield _run_block(work, index, found, states, gram_budget)
+        micro_batch = micro_batch or max(1, TOKENS_AT_ONCE[work.device.type] // tokens.shape[1])
+        batches = cut(len(tokens), micro_batch, folds)
+        states = enter(skeleton, source, tokens, batches, folds, device=work.device, dtype=dtype, hidden=start.hidden)
+        for index in range(start.block if start.hidden is None else 0):
+            _pass_stored(work, index, found.of_block(index), states, *start.stored(index))
+    for index in range(start.block, len(skeleton.blocks)):
+        yield _run_block(work, index, found, states)
 
 
 @dataclass
@@ -102,9 +132,14 @@ class _Work:
     solve: SolveSpec
     device: torch.device
     dtype: torch.dtype | None
+    gram_budget: int
     on_progress: OnProgress
     recall: Recall | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    current: str = ""
+    together: int = 1  # the most matrices whose Grams are held at once, and the bytes of those
+    gram_bytes: int = 0
 
     def cost(self, share: Share, gram: Gram) -> Tensor:
         """What errors in a share's weight cost, for the scale search."""
@@ -113,6 +148,7 @@ class _Work:
     @contextmanager
     def stage(self, index: int, name: str) -> Iterator[None]:
         """Announce a stage and add its wall time to `seconds`."""
+        self.current = name
         self.on_progress(index, name)
         began = time.perf_counter()
         yield
@@ -121,97 +157,115 @@ class _Work:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-@dataclass
-class _States:
-    """Hidden states [S, L, H] on the host, with the windows of each micro-batch and the fold they belong to."""
-
-    hidden: Tensor
-    batches: list[tuple[slice, int]]
-    folds: int
-
-
-def _embed(work: _Work, tokens: Tensor, micro_batch: int, folds: int) -> _States:
-    """Hidden states entering block 0; whatever shapes will be replayed are recorded on the way."""
-    skeleton = work.skeleton
-    count, length = tokens.shape
-    skeleton.load_outer(work.source, work.device, work.dtype)
-    edges = [fold * count // folds for fold in range(folds + 1)]
-    batches = [
-        (slice(start, min(start + micro_batch, stop)), fold)
-        for fold, (first, stop) in enumerate(pairwise(edges))
-        for start in range(first, stop, micro_batch)
-    ]
-    hidden = torch.empty(0)
-    for windows, _ in batches:
-        skeleton.prepare(windows.stop - windows.start, length)
-        entering = skeleton.embed(tokens[windows])
-        if not len(hidden):
-            shape = (count, *entering.shape[1:])
-            hidden = torch.empty(shape, dtype=entering.dtype, pin_memory=work.device.type == "cuda")
-        hidden[windows].copy_(entering)
-    skeleton.prepare(1, min(_GLANCE, length))
-    skeleton.unload_outer()
-    if not bool(torch.isfinite(hidden).all()):
-        raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
-    return _States(hidden, batches, folds)
-
-
-def _run_block(work: _Work, index: int, found: Targets, states: _States | None, gram_budget: int) -> BlockResult:
+def _run_block(work: _Work, index: int, found: Targets, states: States | None) -> BlockResult:
     skeleton, members = work.skeleton, found.of_block(index)
-    work.seconds = {}
+    work.seconds, work.notes = {}, []
     with work.stage(index, "load"):
         skeleton.load_block(index, work.source, work.device, work.dtype)
         _check_weights(skeleton, members)
         if states is None:
             sites = separate_sites(skeleton, members)
         else:
-            glance = states.hidden[:1, :_GLANCE].to(work.device)
+            glance = states.hidden[:1, :GLANCE].to(work.device)
             sites = find_sites(skeleton, index, members, glance)
-    weights: dict[str, QuantizedWeight] = {}
+    weights, reports, scales = _with_memory(work, index, states, lambda: _solve_sites(work, index, sites, states))
+    lost = [target.linear for target in members if target.linear not in weights]
+    if lost:
+        raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
+    changed = scales.fold_in() if scales else {}
+    leaving = None
+    if states is not None and index + 1 < len(skeleton.blocks):
+        with work.stage(index, "replay"):
+            _with_memory(work, index, states, lambda: _replay(work, index, members, states, weights, changed))
+        leaving = states.hidden
+    skeleton.unload_block(index)
+    ordered = {target.linear: weights[target.linear] for target in members}
+    return BlockResult(index, ordered, reports, dict(work.seconds), changed, list(dict.fromkeys(work.notes)), leaving)
+
+
+def _solve_sites(
+    work: _Work, index: int, sites: Sequence[Site], states: States | None
+) -> tuple[Weights, list[SolveReport], BlockScales | None]:
+    """Observe and solve all sites of a block, as many at a time as the Grams have room for."""
+    weights: Weights = {}
     reports: list[SolveReport] = []
-    portions = list(_passes(sites, states.folds if states else 0, gram_budget))
+    folds = states.folds if states else 0
+    portions = list(passes(sites, folds, work.gram_budget))
+    work.together = max((sum(share.stop - share.first for share in shares) for shares in portions), default=1)
+    work.gram_bytes = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
     scales, collected = None, None
     if work.solve.channel_scale and states is not None:
         scales, collected = _scale(work, index, sites, portions, states)
     for shares in portions:
         if states is not None and not collected:
-            with work.stage(index, "observe"):
-                collected = _observe(work, index, shares, states)
+            collected = _observe(work, index, shares, states)
         with work.stage(index, "solve"):
             for share in shares:
                 statistics = collected.pop(0) if collected else None
                 reports.append(_solve(work, share, statistics, scales, weights))
-    lost = [target.linear for target in members if target.linear not in weights]
-    if lost:
-        raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
-    changed = scales.fold_in() if scales else {}
-    if states is not None and index + 1 < len(skeleton.blocks):
-        with work.stage(index, "replay"):
-            for target in members:
-                write_back(skeleton.model, target, weights[target.linear])
-            _replay(work, index, states)
-    skeleton.unload_block(index)
-    ordered = {target.linear: weights[target.linear] for target in members}
-    return BlockResult(index, ordered, reports, dict(work.seconds), changed)
+    return weights, reports, scales
+
+
+def _observe(work: _Work, index: int, shares: Sequence[Share], states: States) -> list[Statistics]:
+    """Statistics of every share, recalled or from a pass of all windows through the block."""
+    if work.recall:
+        return work.recall(index, shares)
+    with work.stage(index, "observe"):
+        collected, notes = collect(work.skeleton, index, shares, states, work.device)
+    work.notes += notes
+    return collected
 
 
 def _scale(
-    work: _Work, index: int, sites: Sequence[Site], portions: Sequence[Sequence[Share]], states: _States
+    work: _Work, index: int, sites: Sequence[Site], portions: Sequence[Sequence[Share]], states: States
 ) -> tuple[BlockScales, list[Statistics] | None]:
     """The channel scales of a block, all before any of its weights is quantized, because scales end up in weights of
     other sites; and the statistics, where those of all sites fit at once and need not be collected again."""
     with work.stage(index, "scale"):
-        glance = states.hidden[:1, :_GLANCE].to(work.device)
+        glance = states.hidden[:1, :GLANCE].to(work.device)
         folds, reasons = find_folds(work.skeleton, index, sites, glance)
         scales = BlockScales(work.skeleton, work.source, sites, folds, reasons)
     collected: list[Statistics] = []
     for shares in portions:
-        with work.stage(index, "observe"):
-            collected = _observe(work, index, shares, states)
+        collected = _observe(work, index, shares, states)
         with work.stage(index, "scale"):
             grams = [statistics.total() for statistics in collected]
             scales.decide(shares, grams, work.cost, work.quant, _scale_dtype(work, shares[0].site))
     return scales, collected if len(portions) == 1 else None
+
+
+def _with_memory(work: _Work, index: int, states: States | None, attempt: Callable[[], _Result]) -> _Result:
+    """`attempt()`, again with less at once for as long as the device runs out of memory."""
+    while True:
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+        # Only out here are the frames of the attempt gone, and with them the tensors that filled the device.
+        _take_less(work, index, states, reason)
+
+
+def _take_less(work: _Work, index: int, states: States | None, reason: str) -> None:
+    """Halve the micro-batch or the Grams, and load the block again; `ResourceError` where neither can be halved."""
+    skeleton, place = work.skeleton, f"{work.device} has no memory left at {work.skeleton.prefix}.{index}"
+    skeleton.unload_block(index)
+    if work.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if states is not None and work.current != "solve" and states.micro_batch > 1:
+        before = states.micro_batch
+        states.halve()
+        skeleton.load_outer(work.source, work.device, work.dtype)
+        states.prepare(skeleton)
+        skeleton.unload_outer()
+        work.notes.append(f"{place} ({reason}): micro-batch of {before} windows halved")
+    elif states is not None and work.current != "replay" and work.together > 1:
+        work.gram_budget = min(work.gram_budget // 2, work.gram_bytes // 2)
+        work.notes.append(f"{place} ({reason}): {work.together} Grams at a time halved")
+    else:
+        raise ResourceError(
+            f"{place} ({reason}), with one window and one Gram at a time: use a device with more memory or --device cpu"
+        )
+    skeleton.load_block(index, work.source, work.device, work.dtype)
 
 
 def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
@@ -227,60 +281,12 @@ def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
                 raise NumericError(f"{target.linear}.weight holds NaN or Inf; repair the checkpoint before quantizing")
 
 
-def _passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Share]]:
-    """Portions of the sites whose Grams fit the budget; sites are cut between experts. One expert always fits."""
-    portion: list[Share] = []
-    room = budget
-    for site in sites:
-        each = 4 * folds * site.in_features**2
-        first = 0
-        while first < site.experts:
-            fitting = site.experts - first if not each else min(site.experts - first, room // each)
-            if fitting == 0 and portion:
-                yield portion
-                portion, room = [], budget
-                continue
-            stop = first + max(fitting, 1)
-            portion.append(Share(site, first, stop))
-            room -= each * (stop - first)
-            first = stop
-    if portion:
-        yield portion
-
-
-def _observe(work: _Work, index: int, shares: Sequence[Share], states: _States) -> list[Statistics]:
-    """Statistics of every share, recalled or from one pass of all windows through the block."""
-    if work.recall:
-        return work.recall(index, shares)
-    kept = [Statistics.zeros(s.stop - s.first, s.site.in_features, states.folds, work.device) for s in shares]
-    fold = 0
-
-    def sink(site: Site, x: Tensor, offsets: Tensor | None) -> None:
-        for share, statistics in zip(shares, kept):
-            if share.site is not site:
-                continue
-            if offsets is None or share.stop - share.first == site.experts:
-                statistics.add(x, offsets, fold)
-            else:
-                own = offsets[share.first : share.stop + 1]
-                statistics.add(x[own[0] : own[-1]], own - own[0], fold)
-
-    with observe(work.skeleton, list(dict.fromkeys(share.site for share in shares)), sink):
-        for windows, fold in states.batches:  # noqa: B007 (the sink reads it)
-            work.skeleton.call_block(index, states.hidden[windows].to(work.device))
-    for share, statistics in zip(shares, kept):
-        # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed.
-        if not all(bool(torch.isfinite(fold.abs_sum).all()) for fold in statistics.folds):
-            raise NumericError(f"the inputs of {share.name} hold NaN or Inf on the calibration text")
-    return kept
-
-
 def _solve(
     work: _Work,
     share: Share,
     statistics: Statistics | None,
     scales: BlockScales | None,
-    weights: dict[str, QuantizedWeight],
+    weights: Weights,
 ) -> SolveReport:
     """Quantize one share and add its members to `weights`."""
     weight, dtype = share.weight(work.skeleton.model), _scale_dtype(work, share.site)
@@ -298,9 +304,38 @@ def _scale_dtype(work: _Work, site: Site) -> torch.dtype:
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
-def _replay(work: _Work, index: int, states: _States) -> None:
-    """Move the hidden states on through the quantized block."""
-    for windows, _ in states.batches:
-        states.hidden[windows].copy_(work.skeleton.call_block(index, states.hidden[windows].to(work.device)))
-    if not bool(torch.isfinite(states.hidden).all()):
-        raise NumericError(f"what leaves {work.skeleton.prefix}.{index} holds NaN or Inf on the calibration text")
+def _replay(
+    work: _Work,
+    index: int,
+    members: Sequence[Target],
+    states: States,
+    weights: Weights,
+    changed: dict[str, Tensor],
+) -> None:
+    """Move the hidden states on through the block as it is after quantization."""
+    skeleton = work.skeleton
+    for target in members:
+        write_back(skeleton.model, target, weights[target.linear])
+    for parameter in skeleton.parameters(index) if changed else ():
+        for piece in skeleton.pieces[parameter]:
+            if piece.name in changed:
+                whole = skeleton.model.get_parameter(parameter)
+                part = whole if piece.expert is None else whole[piece.expert, piece.start : piece.start + piece.rows]
+                part.copy_(changed[piece.name])
+    states.move_on(lambda hidden: work.skeleton.call_block(index, hidden), work.device)
+    if lost := lost_rows(states.hidden):
+        rows = states.hidden.shape[0] * states.hidden.shape[1]
+        where = f"{lost} of {rows} rows of what leaves {work.skeleton.prefix}.{index} hold NaN or Inf"
+        if lost > MAX_LOST * rows:
+            raise NumericError(f"{where} on the calibration text; look at the model, its dtype or the text")
+        work.notes.append(where)
+
+
+def _pass_stored(
+    work: _Work, index: int, members: Sequence[Target], states: States, weights: Weights, changed: dict[str, Tensor]
+) -> None:
+    """Move the hidden states through a block that was quantized before."""
+    work.skeleton.load_block(index, work.source, work.device, work.dtype)
+    with work.stage(index, "replay"):
+        _with_memory(work, index, states, lambda: _replay(work, index, members, states, weights, changed))
+    work.skeleton.unload_block(index)

@@ -41,7 +41,7 @@ class Skeleton:
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
         self.dtype: torch.dtype = config.dtype or torch.float32
         check_layers(config, len(source.names()))
-        self._build = partial(_build, config, trust_remote_code)
+        self._build = partial(build_on_meta, config, trust_remote_code)
         self.model = model = self._build(self.dtype)
         self.device = torch.device("cpu")
         self.prefix, self._layers = _find_blocks(model)
@@ -58,16 +58,12 @@ class Skeleton:
 
         Raises `ModelError` where this is not a decoder-only causal language model, or the names do not fit it.
         """
-        return cls(_text_decoder(config), source, trust_remote_code)
+        return cls(text_decoder(config), source, trust_remote_code)
 
     @classmethod
     def from_folder(cls, folder: str | Path, source: TensorSource, *, trust_remote_code: bool = False) -> Skeleton:
         """Build from the folder that holds config.json; otherwise as `from_config`."""
-        check_config(folder)
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers checks a config with whatever its fields happen to raise
-            raise ModelError(f"no usable configuration in {folder}: {first_line(error)}") from error
+        config = read_config(folder, trust_remote_code)
         return cls.from_config(config, source, trust_remote_code=trust_remote_code)
 
     def use_dtype(self, dtype: torch.dtype) -> None:
@@ -260,7 +256,17 @@ class _Recorder(nn.Module):
         return self.hidden if self.leaving is None else self.leaving
 
 
-def _text_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
+def read_config(folder: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration in a model's folder; `ModelError` where there is none that transformers knows."""
+    check_config(folder)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers checks a config with whatever its fields happen to raise
+        raise ModelError(f"no usable configuration in {folder}: {first_line(error)}") from error
+    return config
+
+
+def text_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of our own of a decoder-only text model's configuration, without the record of a quantizer."""
     config = copy.deepcopy(config)
     named = config.architectures or ["CausalLM"]
@@ -280,7 +286,7 @@ def _text_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _build(config: PreTrainedConfig, trust_remote_code: bool, dtype: torch.dtype) -> Any:
+def build_on_meta(config: PreTrainedConfig, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     """The model in eval mode, parameters on meta, buffers as an ordinary model of this dtype has them."""
     config = copy.deepcopy(config)
     try:

@@ -48,6 +48,8 @@ def test_json_is_one_object_and_nothing_else(source, quantized, tmp_path):
     assert found[0]["solve"]["method"] == "sarqc-gptq" and found[0]["out"] == str(tmp_path / "out")
     assert found[1]["perplexity"] > 1 and found[1]["protocol"]["windows"] == 2
     assert found[2]["text"].startswith("a list")
+    planned = sarqc("quantize", source, "-o", tmp_path / "dry", *RUN, "--dry-run", "--json")
+    assert json.loads(planned.stdout)["output_bytes"] == found[0]["size"]["bytes"] and not (tmp_path / "dry").exists()
     assert found[3]["quantized_linears"] == 14 and found[3]["report"]["quant"]["bits"] == 4
 
 
@@ -128,12 +130,48 @@ def test_bad_models_and_texts_are_one_line(source, quantized, tmp_path):
     ]
     for arguments, expected in cases:
         refused(sarqc("quantize", *arguments, "-o", out), *expected)
-        assert not out.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        assert not out.exists()
+        kept = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        # The NaN is in the second block: the first one is finished, and kept for whoever repairs the second.
+        assert kept == ([tmp_path / ".out.work"] if nan in arguments else [])
+        if kept:
+            shutil.rmtree(kept[0])
     refused(sarqc("quantize", source, "-o", quantized, *RUN), "--overwrite")
     refused(sarqc("quantize", source, "-o", source / "inside", *RUN), str(source))
     refused(sarqc("inspect", source), "not quantized")
     refused(sarqc("eval", source, "--text", empty), "empty")
     refused(sarqc("generate", source, "--prompt", ""), "prompt")
+
+
+PRESS = """
+import os, signal, sys
+from sarqc.cli import main, terminal
+
+def stage(self, block, name):
+    if (block, name) == (0, "observe"):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+
+terminal.RunWatcher.stage = stage
+times = int(sys.argv.pop())
+main()
+"""
+
+
+@pytest.mark.parametrize(("times", "says"), [(1, "stopped after block 1 of 2"), (2, "stopped at once")])
+def test_ctrl_c_is_exit_130_and_the_same_command_goes_on(source, quantized, tmp_path, times, says):
+    out = tmp_path / "out"
+    command = ["quantize", str(source), "-o", str(out), *RUN]
+    pressed = subprocess.run([sys.executable, "-c", PRESS, *command, str(times)], capture_output=True, text=True)
+    assert pressed.returncode == 130 and not out.exists(), pressed.stderr
+    last = pressed.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"sarqc: {says}") and "the same command goes on from there" in last
+    if times == 1:
+        done = sarqc(*command, "--keep-work")
+        assert done.returncode == 0 and "resuming at block 2 of 2" in done.stderr
+        assert (out / "model.safetensors").read_bytes() == (quantized / "model.safetensors").read_bytes()
+        exported = sarqc("export", tmp_path / ".out.work", "-o", tmp_path / "again", "--json")
+        assert json.loads(exported.stdout)["out"] == str(tmp_path / "again")
 
 
 def test_help_teaches_and_is_quick():

@@ -9,7 +9,7 @@ import torch
 
 import sarqc
 from sarqc.errors import ArgumentError, CheckpointError, SarqcError, TextError
-from sarqc.job.run import Silent
+from sarqc.job.watcher import Silent
 from tests.support import tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32}
@@ -22,8 +22,8 @@ class Diary(Silent):
     def note(self, text):
         self.lines.append("note")
 
-    def begin_blocks(self, blocks):
-        self.lines.append(f"begin {blocks}")
+    def begin_blocks(self, blocks, done):
+        self.lines.append(f"begin {blocks} done {done}")
 
     def stage(self, block, name):
         self.lines.append(f"{block} {name}")
@@ -40,7 +40,7 @@ def source(tmp_path_factory):
 def test_a_watcher_sees_every_stage_of_every_block(source, tmp_path):
     diary = Diary()
     sarqc.quantize(source, tmp_path / "out", watcher=diary, **SMALL)
-    expected = ["note", "begin 2", "0 load", "0 observe", "0 solve", "0 replay", "done 0"]
+    expected = ["note", "note", "begin 2 done 0", "0 load", "0 observe", "0 solve", "0 replay", "done 0"]
     assert diary.lines == [*expected, "1 load", "1 observe", "1 solve", "done 1", "note"]
 
 
@@ -59,7 +59,7 @@ def test_the_report_is_complete_json(source, tmp_path):
     assert 3.5 <= report["size"]["bits_per_weight"] < 3.6
     stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert report["size"]["bytes"] == pytest.approx(stored, rel=0.1)
-    assert {"load", "observe", "solve", "replay", "total"} == set(report["seconds"])
+    assert {"load", "observe", "solve", "replay", "write", "total"} == set(report["seconds"])
     assert {"sarqc", "torch", "transformers", "python"} <= set(report["versions"])
 
 

@@ -1,0 +1,93 @@
+"""A preflight on a terminal: what, how much, and who serves it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sarqc.job.preflight import Preflight
+    from sarqc.job.serve import Outlook
+
+
+def show(console: Console, found: Preflight) -> None:
+    """Print everything that is known before a run."""
+    from sarqc.job.preflight import human
+
+    console.print(f"[bold]{found.model}[/]  {found.architecture}, {found.headline()}", highlight=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"[dim]{note}[/]", highlight=False)
+    console.print(_layers(found))
+    facts = _plain()
+    text = f"{found.windows} windows of {found.seqlen} tokens" if found.windows else "none"
+    facts.add_row("text", text)
+    facts.add_row("runs on", f"{found.device} in {found.dtype}; at most {found.sites} sites")
+    stages = "  ".join(
+        f"{one.stage} {human(one.host)}" + (f"+{human(one.device)}" if one.device else "") for one in found.memory
+    )
+    facts.add_row("memory", f"{stages}" + ("  (host+device)" if any(one.device for one in found.memory) else ""))
+    for disk in found.disk:
+        facts.add_row("disk", f"{human(disk.needed)} of {human(disk.free)} free, for {' and '.join(disk.paths)}")
+    spent = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.time.seconds.items())
+    facts.add_row("time", f"{spent}; basis: {found.time.basis}")
+    console.print(facts)
+    console.print(_serve(found.serve))
+    for line, where in _failures(found.serve).items():
+        console.print(f"[red]fails[/] {line}  [dim]{', '.join(where)}[/]", highlight=False)
+    for problem in found.problems:
+        console.print(f"[bold red]refused[/] {problem}", highlight=False)
+
+
+def _plain() -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _layers(found: Preflight) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("layers", "count", "shape", ""):
+        table.add_column(title, justify="right" if title == "count" else "left", overflow="fold")
+    for kind in found.kinds:
+        shape = " x ".join(map(str, kind.shape))
+        table.add_row(kind.name, str(kind.count), shape, f"left: {kind.left}" if kind.left else "quantized")
+    return table
+
+
+def _serve(outlooks: tuple[Outlook, ...]) -> Table:
+    ranks = sorted({one.ranks for one in outlooks})
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("served by")
+    for count in ranks:
+        table.add_column(f"tp {count}", overflow="fold")
+    for server in dict.fromkeys(one.server for one in outlooks):
+        mine = {one.ranks: one for one in outlooks if one.server == server}
+        table.add_row(server, *(_cell(mine[count]) for count in ranks))
+    return table
+
+
+def _cell(one: Outlook) -> str:
+    if not one.known:
+        return "[dim]not known[/]"
+    if one.failures:
+        return "[red]fails[/]"
+    return ", ".join(f"{kernel} {count}" for kernel, count in one.kernels.items())
+
+
+def _failures(outlooks: tuple[Outlook, ...]) -> dict[str, list[str]]:
+    """Each reason once, with the ranks for which every server has it, and the servers that have it alone."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for one in outlooks:
+        for line in one.failures:
+            found.setdefault(line, {}).setdefault(one.ranks, []).append(one.server)
+    everyone = max((len(servers) for places in found.values() for servers in places.values()), default=0)
+    return {
+        line: [
+            f"tp {ranks}" if len(servers) == everyone else f"tp {ranks} ({', '.join(servers)})"
+            for ranks, servers in places.items()
+        ]
+        for line, places in found.items()
+    }

@@ -1,0 +1,256 @@
+"""How much a run will take: bytes on disk, bytes of memory in each stage, seconds. From shapes alone.
+
+Sizes on disk are exact up to headers. Memory is counted from what the loop holds at once. Time is flops and calls,
+over a rate and a latency that are measured on this machine in a fraction of a second; reading and writing is left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from sarqc.checkpoint.formats import Format
+from sarqc.job.plan import Plan
+from sarqc.job.report import peak_memory_mib
+from sarqc.method.weight import QuantizedWeight
+from sarqc.model.sites import Site, separate_sites
+from sarqc.model.targets import Target
+from sarqc.spec import QuantSpec
+from sarqc_kernels.packing import words_per_row
+
+STAGES = ("embed", "load", "observe", "solve", "replay", "write")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes. quantized: of the Linears that are, as they will be stored. left: of all other tensors. blocks: of the
+    work folder's blocks. hidden: of hidden states of all windows."""
+
+    quantized: int
+    left: int
+    blocks: int
+    hidden: int
+
+    @property
+    def output(self) -> int:
+        """Bytes of the checkpoint's tensors."""
+        return self.quantized + self.left
+
+    @property
+    def work(self) -> int:
+        """Bytes of the work folder at most: hidden states are written anew beside the old ones."""
+        return self.blocks + 2 * self.hidden
+
+
+def sizes(plan: Plan, windows: int, seqlen: int) -> Sizes:
+    """Bytes on disk of a run over `windows` windows of `seqlen` tokens."""
+    bits, quantized, blocks = plan.quant.bits, 0, 0
+    names = set(plan.source.names())
+    kinds: dict[tuple[int, int, torch.dtype], int] = {}
+    for target in plan.targets.selected:
+        names.discard(f"{target.linear}.weight")
+        kind = (*target.shape, _scale_dtype(plan, target))
+        kinds[kind] = kinds.get(kind, 0) + 1
+    for (rows, columns, dtype), count in kinds.items():
+        quantized += count * _packed_bytes(plan.format, plan.quant, rows, columns, dtype)
+        groups = plan.quant.groups(columns)
+        blocks += count * rows * (4 * words_per_row(columns, bits) + groups * (dtype.itemsize + 1))
+    left = sum(_bytes(plan, name) for name in names)
+    hidden = windows * seqlen * _hidden_size(plan) * plan.dtype.itemsize
+    return Sizes(quantized, left, blocks, hidden)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one stage at its peak, of the process on the host and of tensors on the device (0 without a GPU)."""
+
+    stage: str
+    host: int
+    device: int
+
+
+def memory(plan: Plan, windows: int, seqlen: int) -> list[Memory]:
+    """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
+    width = plan.dtype.itemsize
+    hidden = windows * seqlen * _hidden_size(plan) * width
+    tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
+    tensor = max(_bytes(plan, name) for name in plan.source.names())
+    body = f"{plan.skeleton.model.base_model_prefix}."
+    outer = width * sum(
+        _elements(plan, name)
+        for name in plan.skeleton.pieces
+        if name.startswith(body) and not name.startswith(f"{plan.skeleton.prefix}.")
+    )
+    peaks: dict[str, tuple[int, int]] = dict.fromkeys(STAGES, (0, 0))  # on the device, and on the host beside it
+    for index, sites in _blocks(plan):
+        members = plan.targets.of_block(index)
+        block = width * sum(_elements(plan, name) for name in plan.skeleton.parameters(index))
+        codes = sum(prod(target.shape) for target in members)
+        grams, share = _grams(sites, plan.settings.gram_budget if windows else 0)
+        flow = tokens * _flow(plan, members) * width
+        needs = {
+            "embed": (outer + 2 * tokens * _hidden_size(plan) * 4, hidden + tensor),
+            "load": (block + tensor, hidden + tensor),
+            "observe": (block + grams + flow, hidden),
+            "solve": (block + grams + max((_solving(site, share) for site in sites), default=0), hidden + codes),
+            "replay": (block + flow, hidden + codes),
+            "write": (0, 2 * tensor + 6 * max((prod(target.shape) for target in members), default=0)),
+        }
+        for stage, need in needs.items():
+            peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
+    if not windows:
+        peaks = {stage: peak for stage, peak in peaks.items() if stage in ("load", "solve", "write")}
+    base = peak_memory_mib()["host"] << 20
+    gpu = plan.device.type != "cpu"
+    return [
+        Memory(stage, base + beside + (0 if gpu else on), on if gpu else 0) for stage, (on, beside) in peaks.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of each stage, and what they are reckoned from."""
+
+    seconds: dict[str, float]
+    basis: str
+
+    @property
+    def total(self) -> float:
+        """Seconds of the run."""
+        return sum(self.seconds.values())
+
+
+CALLS = 150
+"""Calls that one micro-batch takes through a block, hooks and masks included."""
+CALLS_A_COLUMN = 0.6
+"""Calls that the solver takes for a column of a site."""
+PASSES = 120
+"""Times that the search for the grid passes over a weight."""
+
+
+def seconds(plan: Plan, windows: int, seqlen: int) -> Time:
+    """How long the blocks will take on this machine."""
+    rate, latency, stream = _measure(plan.device)
+    tokens = windows * seqlen
+    batches = -(-windows // plan.micro_batch(seqlen)) if windows else 0
+    spent = dict.fromkeys(("observe", "solve", "replay"), 0.0)
+    for _, sites in _blocks(plan):
+        forward = grams = solve = columns = passed = 0.0
+        for site in sites:
+            rows = sum(out for _, _, out in site.slabs)
+            used = min(site.experts, _choices(plan)) if site.experts > 1 else 1
+            forward += 2.0 * tokens * used * rows * site.in_features
+            grams += 2.0 * tokens * used * site.in_features**2
+            solve += site.experts * (site.in_features**3 + 2.0 * rows * site.in_features**2)
+            columns += site.in_features
+            passed += PASSES * site.experts * rows * site.in_features
+        calls = CALLS * batches * latency
+        if windows:
+            spent["observe"] += (forward + grams) / rate + calls
+            spent["replay"] += forward / rate + calls
+            spent["solve"] += solve / rate + CALLS_A_COLUMN * columns * latency
+        spent["solve"] += passed / stream + 100 * len(sites) * latency
+    basis = (
+        f"{rate / 1e9:.0f} GFLOP/s, {stream / 1e9:.1f} G elements/s and {1e6 * latency:.0f} us a call measured on "
+        f"{plan.device}; reading and writing not counted"
+    )
+    return Time(spent, basis)
+
+
+def bits_per_weight(plan: Plan, found: Sizes) -> float:
+    """Bits on disk of each quantized weight, scales and zeros included."""
+    return 8 * found.quantized / sum(prod(target.shape) for target in plan.targets.selected)
+
+
+def _measure(device: torch.device) -> tuple[float, float, float]:
+    """Matmul flop/s in fp32, seconds of a small call, and elements/s of a pass over memory; a fraction of a second."""
+    size = 512 if device.type == "cpu" else 4096
+    square, small = torch.ones(size, size, device=device), torch.ones(8, 8, device=device)
+    long = torch.ones(1 << 20, device=device)
+    rate = 2.0 * size**3 / _least(lambda: square @ square, device)
+    return rate, _least(lambda: small @ small, device), long.numel() / _least(lambda: long * 2.0, device)
+
+
+def _least(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the quickest of several calls, which is the one that was disturbed least."""
+    found = []
+    for _ in range(7):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return max(min(found), 1e-7)
+
+
+def _blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
+    """Sites of every block as shapes tell them: at least as many as a forward will show."""
+    return [
+        (index, separate_sites(plan.skeleton, plan.targets.of_block(index)))
+        for index in range(len(plan.skeleton.blocks))
+    ]
+
+
+def _grams(sites: list[Site], budget: int) -> tuple[int, int]:
+    """Bytes of Grams at once under a budget, and the bytes of one share of a site at most."""
+    if not budget:
+        return 0, 0
+    each = [4 * site.in_features**2 for site in sites]
+    wanted = sum(one * site.experts for one, site in zip(each, sites))
+    held = min(wanted, max(budget, max(each, default=0)))
+    return held, held
+
+
+def _solving(site: Site, share: int) -> int:
+    """Bytes that solving one share of a site takes beside its block and its Grams."""
+    gram, rows = 4 * site.in_features**2, sum(out for _, _, out in site.slabs)
+    experts = max(1, min(site.experts, share // gram)) if share else site.experts
+    return experts * (5 * (gram if share else 0) + 16 * rows * site.in_features)
+
+
+def _flow(plan: Plan, members: list[Target]) -> int:
+    """Elements that a token leaves in memory on its way through a block."""
+    widest = max((max(target.shape) for target in members), default=0)
+    return 12 * _hidden_size(plan) + 4 * widest * _choices(plan)
+
+
+def _choices(plan: Plan) -> int:
+    """Experts that a token passes through."""
+    return int(getattr(plan.skeleton.model.config, "num_experts_per_tok", None) or 1)
+
+
+def _hidden_size(plan: Plan) -> int:
+    return int(plan.skeleton.model.config.hidden_size)
+
+
+def _scale_dtype(plan: Plan, target: Target) -> torch.dtype:
+    stored = plan.source.dtype(f"{target.linear}.weight")
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _packed_bytes(format: Format, quant: QuantSpec, rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of one Linear in a format, by packing thin ones: they grow evenly with every 32 rows."""
+
+    def packed(count: int) -> int:
+        grid = torch.ones(1, count, quant.groups(columns), dtype=dtype)
+        middle = torch.full(grid.shape, 1 << (quant.bits - 1), dtype=torch.uint8)
+        codes = torch.zeros(1, count, columns, dtype=torch.uint8)
+        tensors = format.pack("linear", QuantizedWeight(codes, grid, middle, quant.bits), quant)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    step = packed(64) - packed(32)
+    fixed = packed(32) - step
+    return fixed + rows // 32 * step + (packed(rows % 32) - fixed if rows % 32 else 0)
+
+
+def _bytes(plan: Plan, name: str) -> int:
+    return prod(plan.source.shape(name)) * plan.source.dtype(name).itemsize
+
+
+def _elements(plan: Plan, parameter: str) -> int:
+    return int(plan.skeleton.model.get_parameter_or_buffer(parameter).numel())

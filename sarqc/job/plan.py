@@ -1,0 +1,166 @@
+"""A run before it runs: what was asked for, and what comes of it once names, shapes and settings are checked.
+
+A plan needs a configuration and the headers of the weights, nothing more, so one can be made for a model whose weights
+are on another machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sarqc.checkpoint.formats import FORMATS, Format
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.errors import ArgumentError, CheckpointError, ModelError
+from sarqc.job.load import resolve_device, resolve_dtype
+from sarqc.job.locate import hub_headers, is_local, locate
+from sarqc.model import calibration
+from sarqc.model.blocks import GRAM_BUDGET, TOKENS_AT_ONCE
+from sarqc.model.outline import Outline, outline
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.source import TensorSource
+from sarqc.model.targets import Targets, auto_group_size, check_group_size, targets
+from sarqc.model.tokenizer import load_tokenizer
+from sarqc.spec import AUTO, DEFAULT_METHOD, QuantSpec, SolveSpec, solve_spec
+
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQLEN = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be asked of a run; the arguments of `sarqc.quantize`, which explains them."""
+
+    method: str = DEFAULT_METHOD
+    bits: int = 4
+    group_size: int | Literal["auto"] = AUTO
+    sym: bool = True
+    strength: float | Literal["auto"] | None = None
+    saliency: str | None = None
+    calib: str | Path | Tensor = calibration.BUILTIN
+    num_samples: int | None = None
+    seqlen: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    micro_batch: int | None = None
+    gram_budget: int = GRAM_BUDGET
+    ignore: Sequence[str] = ()
+    format: str = "compressed-tensors"
+    tp: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with every choice made that needs no weights.
+
+    model: as it was named. source: its tensors, by name and shape at least. notes: choices worth telling.
+    """
+
+    model: str
+    folder: Path
+    source: TensorSource
+    skeleton: Skeleton
+    targets: Targets
+    quant: QuantSpec
+    solve: SolveSpec
+    format: Format
+    device: torch.device
+    dtype: torch.dtype
+    settings: Settings
+    notes: tuple[str, ...]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model's weights; `ModelError` where only their headers are here."""
+        if not isinstance(self.source, Checkpoint):
+            raise ModelError(f"the weights of {self.model} are not in {self.folder}: fetch them first")
+        return self.source
+
+    def micro_batch(self, seqlen: int) -> int:
+        """Windows that go through a block at once."""
+        return self.settings.micro_batch or max(1, TOKENS_AT_ONCE[self.device.type] // seqlen)
+
+
+def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = False) -> Plan:
+    """The plan for a model by name; `SarqcError` for whatever can be refused by now.
+
+    headers_only: do not fetch weights from a hub, and take a folder that has none.
+    """
+    if settings.format not in FORMATS:
+        raise ArgumentError(f"format = {settings.format!r} is not known: use {', '.join(FORMATS)}")
+    for name, value in (("micro_batch", settings.micro_batch), ("gram_budget", settings.gram_budget)):
+        if value is not None and value < 1:
+            raise ArgumentError(f"{name} = {value} is too small: use 1 or more")
+    chosen, trust = FORMATS[settings.format], settings.trust_remote_code
+    size = 128 if settings.group_size == AUTO else settings.group_size
+    quant = QuantSpec(bits=settings.bits, group_size=size, sym=settings.sym, ignore=tuple(settings.ignore))
+    solve = solve_spec(settings.method, strength=settings.strength, saliency=settings.saliency, seed=settings.seed)
+    folder, source = _open(model, trust, headers_only)
+    skeleton = Skeleton.from_folder(folder, source, trust_remote_code=trust)
+    found = targets(skeleton, quant)
+    notes: tuple[str, ...] = ()
+    if settings.group_size == AUTO:
+        quant = replace(quant, group_size=auto_group_size(found))
+        notes = (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
+    check_group_size(found, quant)
+    chosen.check(quant)
+    for target in found.selected:
+        chosen.check_layer(target.linear, target.shape, quant)
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device, skeleton.dtype)
+    return Plan(str(model), folder, source, skeleton, found, quant, solve, chosen, device, dtype, settings, notes)
+
+
+def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tuple[Path, TensorSource]:
+    """A model's folder and its tensors, or only their names and shapes."""
+    if headers_only and not is_local(model):
+        folder, tensors = hub_headers(str(model), trust_remote_code=trust_remote_code)
+        return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+    folder = locate(model, trust_remote_code=trust_remote_code)
+    if headers_only and not any(folder.glob("*.safetensors")):
+        return folder, outline(folder, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.format is not None:
+        raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
+    return folder, checkpoint
+
+
+def read_windows(plan: Plan) -> calibration.Windows | None:
+    """The windows to calibrate on; None for a method that looks at no text."""
+    asked = plan.settings
+    if not plan.solve.gram:
+        return None
+    if isinstance(asked.calib, Tensor):
+        found = calibration.Windows.of_tokens(asked.calib)
+    else:
+        tokenizer = load_tokenizer(plan.folder, trust_remote_code=asked.trust_remote_code)
+        found = calibration.windows(
+            str(asked.calib), tokenizer, part="calibration", seqlen=asked.seqlen or DEFAULT_SEQLEN
+        )
+    count = min(DEFAULT_SAMPLES, found.available) if asked.num_samples is None else asked.num_samples
+    return found.draw(count, asked.seed)
+
+
+def expected_windows(plan: Plan) -> tuple[int, int]:
+    """Windows and tokens per window as far as the settings say; (0, 0) for a method that looks at no text."""
+    asked = plan.settings
+    if not plan.solve.gram:
+        return 0, 0
+    if isinstance(asked.calib, Tensor):
+        available, seqlen = calibration.Windows.of_tokens(asked.calib).tokens.shape
+        return asked.num_samples or min(DEFAULT_SAMPLES, available), seqlen
+    return asked.num_samples or DEFAULT_SAMPLES, asked.seqlen or DEFAULT_SEQLEN
+
+
+def settings_of(**values: Any) -> Settings:
+    """`Settings` by keyword; `ArgumentError` naming one that does not exist."""
+    if unknown := sorted(values.keys() - Settings.__dataclass_fields__.keys()):
+        raise ArgumentError(f"{unknown[0]} is no setting: use one of {', '.join(Settings.__dataclass_fields__)}")
+    return Settings(**values)

@@ -1,0 +1,100 @@
+"""Hidden states of all windows, waiting on the host between two blocks.
+
+They are made once from the embeddings, or handed in by whoever continues a run; every block reads them and, once its
+weights are quantized, moves them on in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import NumericError
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.source import TensorSource
+
+GLANCE = 8
+"""Tokens of the forward in which sites are found."""
+
+
+@dataclass
+class States:
+    """hidden: [S, L, H] on the host. batches: the windows of each micro-batch and the fold they belong to.
+    passed: windows that are through the block that moves them on right now."""
+
+    hidden: Tensor
+    batches: list[tuple[slice, int]]
+    folds: int
+    passed: int = 0
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows in the largest micro-batch."""
+        return max(int(windows.stop - windows.start) for windows, _ in self.batches)
+
+    def move_on(self, call: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Replace hidden by call(hidden), a micro-batch at a time; called again after a failure, it goes on there."""
+        for windows, _ in self.batches:
+            if windows.start >= self.passed:
+                self.hidden[windows].copy_(call(self.hidden[windows].to(device)))
+                self.passed = windows.stop
+        self.passed = 0
+
+    def halve(self) -> None:
+        """Cut every micro-batch of more than one window in two."""
+        cut = []
+        for windows, fold in self.batches:
+            middle = (windows.start + windows.stop + 1) // 2
+            cut += [(part, fold) for part in (slice(windows.start, middle), slice(middle, windows.stop))]
+        self.batches = [(part, fold) for part, fold in cut if part.stop > part.start]
+
+    def prepare(self, skeleton: Skeleton) -> None:
+        """Record how blocks are called for all shapes that occur; needs the outer weights."""
+        for size in sorted({windows.stop - windows.start for windows, _ in self.batches}, reverse=True):
+            skeleton.prepare(size, self.hidden.shape[1])
+        skeleton.prepare(1, min(GLANCE, self.hidden.shape[1]))
+
+
+def cut(count: int, micro_batch: int, folds: int) -> list[tuple[slice, int]]:
+    """Micro-batches of `count` windows, none of them across two folds; folds are stretches of nearly equal length."""
+    edges = [fold * count // folds for fold in range(folds + 1)]
+    return [
+        (slice(start, min(start + micro_batch, stop)), fold)
+        for fold, (first, stop) in enumerate(pairwise(edges))
+        for start in range(first, stop, micro_batch)
+    ]
+
+
+def enter(
+    skeleton: Skeleton,
+    source: TensorSource,
+    tokens: Tensor,
+    batches: list[tuple[slice, int]],
+    folds: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    hidden: Tensor | None = None,
+) -> States:
+    """Hidden states of tokens int64 [S, L] before block 0, or `hidden` as it is, with all shapes prepared.
+
+    Raises `NumericError` where the embeddings are not finite.
+    """
+    skeleton.load_outer(source, device, dtype)
+    given, pinned = hidden, device.type == "cuda"
+    kept = torch.empty(0) if given is None else given.pin_memory() if pinned else given
+    for windows, _ in batches if given is None else ():
+        entering = skeleton.embed(tokens[windows])
+        if not len(kept):
+            kept = torch.empty((len(tokens), *entering.shape[1:]), dtype=entering.dtype, pin_memory=pinned)
+        kept[windows].copy_(entering)
+    states = States(kept, batches, folds)
+    states.prepare(skeleton)
+    skeleton.unload_outer()
+    if given is None and not bool(torch.isfinite(kept).all()):
+        raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
+    return states

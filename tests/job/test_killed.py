@@ -1,0 +1,98 @@
+"""A run that is killed goes on, and what it writes in the end is what a run that nobody killed writes."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+import sarqc
+from sarqc.job.work import default_work
+from tests.support import tiny
+from tests.support.killing import count_operations, in_child
+
+KILLS = int(os.environ.get("SARQC_KILLS", "10"))
+SETTINGS = {"num_samples": 2, "seqlen": 32, "group_size": 32}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+def straight(request, tmp_path_factory):
+    """A model, the bytes that a straight run makes of it, and how many file operations that takes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = tiny.save(request.param, folder / "model", num_hidden_layers=3)
+    run = {"model": source, **SETTINGS}
+    sarqc.quantize(**run, out=folder / "warm")
+    operations = count_operations(lambda: sarqc.quantize(**run, out=folder / "out"))
+    assert operations > 100
+    return run, contents(folder / "out"), operations
+
+
+def contents(folder):
+    """Bytes of every file but the report, whose times differ."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "report.json"}
+
+
+def leftovers(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "out")
+
+
+def test_kills_at_any_file_operation_lose_nothing(straight, tmp_path):
+    run, expected, operations = straight
+    chosen = random.Random(f"kills {sorted(expected)}")
+    out = tmp_path / "out"
+    killed = finished = 0
+    while killed < KILLS // 2:
+        code = in_child(lambda: sarqc.quantize(**run, out=out), kill_at=chosen.randint(1, operations))
+        assert code in (0, -9)
+        killed += code == -9
+        if out.exists():
+            assert contents(out) == expected
+            for path in sorted(out.rglob("*"), reverse=True):
+                path.unlink()
+            out.rmdir()
+            finished += 1
+    sarqc.quantize(**run, out=out)
+    assert contents(out) == expected
+    assert leftovers(tmp_path) == []
+
+
+def test_kills_at_any_time_lose_nothing(straight, tmp_path):
+    run, expected, _ = straight
+    chosen = random.Random(1)
+    out = tmp_path / "out"
+    for _ in range(KILLS - KILLS // 2):
+        in_child(lambda: sarqc.quantize(**run, out=out), kill_after=chosen.uniform(0.0, 1.0))
+        assert not out.exists() or contents(out) == expected
+    sarqc.quantize(**run, out=out, overwrite=True)
+    assert contents(out) == expected
+    assert leftovers(tmp_path) == []
+
+
+def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new_one(straight, tmp_path):
+    """The last operations are the ones that move folders: every one of them, from the back."""
+    run, expected, operations = straight
+    out = tmp_path / "out"
+    old = {"config.json": b"{}"}
+    for back in (2, 9, 16):
+        out.mkdir()
+        (out / "config.json").write_bytes(old["config.json"])
+        in_child(lambda: sarqc.quantize(**run, out=out, overwrite=True), kill_at=operations - back)
+        if out.exists():
+            assert contents(out) in (old, expected)
+        sarqc.quantize(**run, out=out, overwrite=True)
+        assert contents(out) == expected and leftovers(tmp_path) == []
+        for path in out.iterdir():
+            path.unlink()
+        out.rmdir()
+
+
+def test_the_work_folder_is_always_one_that_goes_on(straight, tmp_path):
+    run, expected, operations = straight
+    out = tmp_path / "out"
+    assert in_child(lambda: sarqc.quantize(**run, out=out), kill_at=operations * 3 // 4) == -9
+    assert not out.exists()
+    assert leftovers(tmp_path)[0].startswith(".out")
+    assert default_work(out).is_dir()
+    sarqc.quantize(**run, out=out)
+    assert contents(out) == expected
