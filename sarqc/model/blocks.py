@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ArgumentError, ModelError, NumericError
-from sarqc.method.solve import SolveReport, error_cost, solve_site
+from sarqc.method.pooling import borrowing
+from sarqc.method.solve import SolveReport, choose_strength, error_cost, solve_site
 from sarqc.method.statistics import Statistics
+from sarqc.method.strength import Choice, Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.absorb import find_folds
+from sarqc.model.gather import States, gather, passes
 from sarqc.model.rescale import BlockScales
-from sarqc.model.sites import Share, Site, find_sites, observe, separate_sites, write_back
+from sarqc.model.sites import Share, Site, find_sites, separate_sites, write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.targets import Target, Targets, check_group_size, targets
-from sarqc.spec import QuantSpec, SolveSpec
+from sarqc.spec import AUTO, QuantSpec, SolveSpec
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch: few enough for a CPU's caches, enough to fill a GPU."""
@@ -61,8 +64,9 @@ def run(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     micro_batch: int | None = None,
-    folds: int = 1,
+    folds: int | None = None,
     gram_budget: int = GRAM_BUDGET,
+    strengths: Strengths | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[BlockResult]:
     """Quantize every block of `skeleton` in order.
@@ -70,16 +74,19 @@ def run(
     tokens: int64 [S, L] windows to calibrate on; None only where `solve.gram` is False, and then nothing is run
     forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
     by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
-    kept apart. gram_budget: bytes for Grams at a time; experts beyond it are observed in further passes.
+    kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
+    beyond it are observed in further passes. strengths: what blocks that are done already have said about strengths.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Raises `NumericError` naming the layer where weights or activations are not finite.
     """
     found = targets(skeleton, quant)
     check_group_size(found, quant)
-    work = _Work(skeleton, source, quant, solve, torch.device(device), dtype, on_progress or (lambda *_: None))
+    announce = on_progress or (lambda *_: None)
+    work = _Work(skeleton, source, quant, solve, torch.device(device), dtype, announce, strengths or Strengths())
     states = None
     if solve.gram:
+        folds = folds or (min(2, len(tokens)) if tokens is not None and solve.strength == AUTO else 1)
         if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
             shape = None if tokens is None else list(tokens.shape)
             raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
@@ -97,6 +104,8 @@ class _Work:
     device: torch.device
     dtype: torch.dtype | None
     on_progress: OnProgress
+    strengths: Strengths
+    choices: dict[str, Choice] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -110,16 +119,7 @@ class _Work:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-@dataclass
-class _States:
-    """Hidden states [S, L, H] on the host, with the windows of each micro-batch and the fold they belong to."""
-
-    hidden: Tensor
-    batches: list[tuple[slice, int]]
-    folds: int
-
-
-def _embed(work: _Work, tokens: Tensor, micro_batch: int, folds: int) -> _States:
+def _embed(work: _Work, tokens: Tensor, micro_batch: int, folds: int) -> States:
     """Hidden states entering block 0; whatever shapes will be replayed are recorded on the way."""
     skeleton = work.skeleton
     count, length = tokens.shape
@@ -142,12 +142,12 @@ def _embed(work: _Work, tokens: Tensor, micro_batch: int, folds: int) -> _States
     skeleton.unload_outer()
     if not bool(torch.isfinite(hidden).all()):
         raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
-    return _States(hidden, batches, folds)
+    return States(hidden, hidden.clone() if work.solve.carry_error else None, batches, folds)
 
 
-def _run_block(work: _Work, index: int, found: Targets, states: _States | None, gram_budget: int) -> BlockResult:
+def _run_block(work: _Work, index: int, found: Targets, states: States | None, gram_budget: int) -> BlockResult:
     skeleton, members = work.skeleton, found.of_block(index)
-    work.seconds = {}
+    work.seconds, work.choices = {}, {}
     with work.stage(index, "load"):
         skeleton.load_block(index, work.source, work.device, work.dtype)
         _check_weights(skeleton, members)
@@ -158,18 +158,19 @@ def _run_block(work: _Work, index: int, found: Targets, states: _States | None, 
             sites = find_sites(skeleton, index, members, glance)
     weights: dict[str, QuantizedWeight] = {}
     reports: list[SolveReport] = []
-    portions = list(_passes(sites, states.folds if states else 0, gram_budget))
+    portions = list(passes(sites, states.folds if states else 0, gram_budget, cross=work.solve.carry_error))
     scales, collected = None, None
     if work.solve.channel_scale and states is not None:
         scales, collected = _scale(work, index, sites, portions, states)
     for shares in portions:
         if states is not None and not collected:
             with work.stage(index, "observe"):
-                collected = _observe(work, index, shares, states)
+                last = shares is portions[-1]
+                collected = gather(work.skeleton, index, shares, states, work.solve, work.device, last=last)
         with work.stage(index, "solve"):
             for share in shares:
                 statistics = collected.pop(0) if collected else None
-                reports.append(_solve(work, share, statistics, scales, weights))
+                reports.append(_solve(work, index, share, statistics, scales, weights))
     lost = [target.linear for target in members if target.linear not in weights]
     if lost:
         raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
@@ -185,7 +186,7 @@ def _run_block(work: _Work, index: int, found: Targets, states: _States | None, 
 
 
 def _scale(
-    work: _Work, index: int, sites: Sequence[Site], portions: Sequence[Sequence[Share]], states: _States
+    work: _Work, index: int, sites: Sequence[Site], portions: Sequence[Sequence[Share]], states: States
 ) -> tuple[BlockScales, list[Statistics] | None]:
     """The channel scales of a block, all before any of its weights is quantized, because scales end up in weights of
     other sites; and the statistics, where those of all sites fit at once and need not be collected again."""
@@ -196,10 +197,15 @@ def _scale(
     collected: list[Statistics] = []
     for shares in portions:
         with work.stage(index, "observe"):
-            collected = _observe(work, index, shares, states)
+            last = len(portions) == 1
+            collected = gather(work.skeleton, index, shares, states, work.solve, work.device, last=last)
         with work.stage(index, "scale"):
-            grams = [statistics.total() for statistics in collected]
-            costs = (error_cost(s.name, gram, work.quant, work.solve) for s, gram in zip(shares, grams))
+            grams = [borrowing(statistics, work.solve.borrow) for statistics in collected]
+            chosen = [_choose(work, index, *each).strength for each in zip(shares, collected)]
+            costs = (
+                error_cost(share.name, gram, strength, work.quant, work.solve)
+                for share, gram, strength in zip(shares, grams, chosen)
+            )
             scales.decide(shares, grams, costs, work.quant, _scale_dtype(work, shares[0].site))
     return scales, collected if len(portions) == 1 else None
 
@@ -217,54 +223,25 @@ def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
                 raise NumericError(f"{target.linear}.weight holds NaN or Inf; repair the checkpoint before quantizing")
 
 
-def _passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Share]]:
-    """Portions of the sites whose Grams fit the budget; sites are cut between experts. One expert always fits."""
-    portion: list[Share] = []
-    room = budget
-    for site in sites:
-        each = 4 * folds * site.in_features**2
-        first = 0
-        while first < site.experts:
-            fitting = site.experts - first if not each else min(site.experts - first, room // each)
-            if fitting == 0 and portion:
-                yield portion
-                portion, room = [], budget
-                continue
-            stop = first + max(fitting, 1)
-            portion.append(Share(site, first, stop))
-            room -= each * (stop - first)
-            first = stop
-    if portion:
-        yield portion
-
-
-def _observe(work: _Work, index: int, shares: Sequence[Share], states: _States) -> list[Statistics]:
-    """Statistics of every share, from one pass of all windows through the block."""
-    kept = [Statistics.zeros(s.stop - s.first, s.site.in_features, states.folds, work.device) for s in shares]
-    fold = 0
-
-    def sink(site: Site, x: Tensor, offsets: Tensor | None) -> None:
-        for share, statistics in zip(shares, kept):
-            if share.site is not site:
-                continue
-            if offsets is None or share.stop - share.first == site.experts:
-                statistics.add(x, offsets, fold)
-            else:
-                own = offsets[share.first : share.stop + 1]
-                statistics.add(x[own[0] : own[-1]], own - own[0], fold)
-
-    with observe(work.skeleton, list(dict.fromkeys(share.site for share in shares)), sink):
-        for windows, fold in states.batches:  # noqa: B007 (the sink reads it)
-            work.skeleton.call_block(index, states.hidden[windows].to(work.device))
-    for share, statistics in zip(shares, kept):
-        # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed.
-        if not all(bool(torch.isfinite(fold.abs_sum).all()) for fold in statistics.folds):
-            raise NumericError(f"the inputs of {share.name} hold NaN or Inf on the calibration text")
-    return kept
+def _choose(work: _Work, index: int, share: Share, statistics: Statistics) -> Choice:
+    """The strength of a share, chosen once in a block."""
+    if share.name not in work.choices:
+        work.choices[share.name] = choose_strength(
+            share.name,
+            share.site.name.removeprefix(f"{work.skeleton.prefix}.{index}."),
+            share.weight(work.skeleton.model),
+            statistics,
+            work.quant,
+            work.solve,
+            scale_dtype=_scale_dtype(work, share.site),
+            strengths=work.strengths,
+        )
+    return work.choices[share.name]
 
 
 def _solve(
     work: _Work,
+    index: int,
     share: Share,
     statistics: Statistics | None,
     scales: BlockScales | None,
@@ -273,8 +250,9 @@ def _solve(
     """Quantize one share and add its members to `weights`."""
     weight, dtype = share.weight(work.skeleton.model), _scale_dtype(work, share.site)
     scaling = scales.of(share) if scales else None
+    choice = None if statistics is None else _choose(work, index, share, statistics)
     solved, report = solve_site(
-        share.name, weight, statistics, work.quant, work.solve, scale_dtype=dtype, scaling=scaling
+        share.name, weight, statistics, work.quant, work.solve, scale_dtype=dtype, scaling=scaling, choice=choice
     )
     for target, part in share.site.split(solved, share.first):
         weights[target.linear] = QuantizedWeight(part.codes.cpu(), part.scales.cpu(), part.zeros.cpu(), part.bits)
@@ -286,7 +264,7 @@ def _scale_dtype(work: _Work, site: Site) -> torch.dtype:
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
-def _replay(work: _Work, index: int, states: _States) -> None:
+def _replay(work: _Work, index: int, states: States) -> None:
     """Move the hidden states on through the quantized block."""
     for windows, _ in states.batches:
         states.hidden[windows].copy_(work.skeleton.call_block(index, states.hidden[windows].to(work.device)))
