@@ -51,7 +51,7 @@ class Choice:
 
     def record(self) -> Record:
         """All but the strength, as JSON values: what `Strengths.restored` reads."""
-        return {"kind": self.kind, "why": self.why, "curve": list(self.curve.items())}
+        return {"kind": self.kind, "why": self.why, "curve": [list(point) for point in self.curve.items()]}
 
 
 @dataclass
