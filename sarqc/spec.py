@@ -69,7 +69,9 @@ class SolveSpec:
     grid: "minmax" spans each group; "search" shrinks that span to the least weighted error.
     act_order: order of the Gram solver's columns: "none", "static" (by saliency, grid fixed before) or "group" (groups
     by saliency and columns inside each group, grid fitted as the solver arrives). None of them needs a g_idx on disk.
-    damp: floor added to the diagonal, relative to its mean. seed: of every random draw of the run.
+    damp: floor added to the diagonal, relative to its mean. borrow: rows, for each input, that an expert's statistics
+    have from the average of its layer. carry_error: whether a site also makes up for the errors of the blocks before
+    it, as far as held-out text says that this helps. seed: of every random draw of the run.
     """
 
     method: str = DEFAULT_METHOD
@@ -81,6 +83,8 @@ class SolveSpec:
     grid: GridSearch = "search"
     act_order: Order = "group"
     damp: float = 1e-4
+    borrow: float = 0.25
+    carry_error: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class SolveSpec:
                 raise ArgumentError(f"{name} = {value!r} is not known: use one of {', '.join(accepted)}")
         if not 0 <= self.damp < 1:
             raise ArgumentError(f"damp = {self.damp!r} is out of range: use a number from 0 up to 1")
+        if not 0 <= self.borrow < float("inf"):
+            raise ArgumentError(f"borrow = {self.borrow!r} is out of range: use a number from 0 up")
         if not self.gram and (self.solver == "gram" or self.channel_scale):
             raise ArgumentError("gram = False leaves nothing to solve with: use solver 'round' and no channel_scale")
 
@@ -115,9 +121,9 @@ def saliency_exponent(saliency: str) -> float | None:
     )
 
 
-_FREE: dict[str, Any] = {"strength": 0.0, "saliency": "iso"}
+_FREE: dict[str, Any] = {"strength": 0.0, "saliency": "iso", "borrow": 0.0}
 _ROUND: dict[str, Any] = {"solver": "round", "act_order": "none"}
-_GPTQ: dict[str, Any] = {"strength": 0.01, "saliency": "iso", "grid": "minmax", "act_order": "static", "damp": 0.0}
+_GPTQ: dict[str, Any] = _FREE | {"strength": 0.01, "grid": "minmax", "act_order": "static", "damp": 0.0}
 _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("rtn", "plain rounding on min-max grids; needs no text", _ROUND | _FREE | {"gram": False, "grid": "minmax"}),
     ("rtn-search", "rounding on grids searched for the least output error", _ROUND | _FREE),

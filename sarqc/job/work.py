@@ -31,6 +31,7 @@ from sarqc.checkpoint.state import PARTIAL, State, durable, open_state, write_st
 from sarqc.errors import ArgumentError, CheckpointError, ResourceError
 from sarqc.job.fingerprint import MAY_CHANGE, first_difference
 from sarqc.method.solve import SolveReport
+from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.blocks import BlockResult, Start, Weights
 from sarqc_kernels.packing import pack, unpack
@@ -98,15 +99,19 @@ class Work:
                 break
             finished += 1
         if not gram or finished in (0, self.blocks):
-            return Start(finished, None, self.stored), trouble
+            return self._start(finished, None), trouble
         try:
             with open_state(self.folder / _HIDDEN) as state:
                 entering = int(state.record["block"])
                 if entering <= finished:
-                    return Start(entering, state.load("hidden"), self.stored), trouble
+                    return self._start(entering, state.load("hidden")), trouble
         except CheckpointError as error:
             trouble = trouble or str(error)
-        return Start(finished, None, self.stored), trouble
+        return self._start(finished, None), trouble
+
+    def _start(self, block: int, hidden: Tensor | None) -> Start:
+        said = [report.held_out for index in range(block) for report in self.record(index).reports]
+        return Start(block, hidden, self.stored, Strengths.restored(said))
 
     def linears(self, index: int) -> list[str]:
         """Names of the quantized Linears of a finished block."""

@@ -2,7 +2,10 @@
 
 statistics  what is remembered of a site's inputs: Grams that add, merge and fold
 objective   Gram + lambda * saliency -> the matrix that is factored, and its factor
-strength    which lambda
+strength    which lambda: what held-out text says, pooled over depth
+held_out    solve some rows on one stretch of text, judge them on another
+pooling     what an expert that saw few tokens borrows from the others
+carry       targets that make up for the errors of earlier blocks
 channel_scale  inputs rescaled so that the ones that matter get finer steps
 grid        spans searched for the least output error
 order       in which order columns are taken

@@ -7,20 +7,24 @@ rounding and refuses numbers that are not finite.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sarqc.errors import NumericError
-from sarqc.method import objective, strength
+from sarqc.method import objective
+from sarqc.method.carry import shifted
 from sarqc.method.channel_scale import Scaling
 from sarqc.method.grid import search_grid
+from sarqc.method.held_out import Judge
 from sarqc.method.order import column_order
+from sarqc.method.pooling import borrowing, kappa
 from sarqc.method.statistics import Gram, Statistics
+from sarqc.method.strength import Choice, Record, Strengths
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec, SolveSpec
+from sarqc.spec import AUTO, QuantSpec, SolveSpec
 from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
 from sarqc_kernels.columns.grid import GridRule
 
@@ -37,6 +41,8 @@ class SolveReport:
     same for plain rounding on a min-max grid.
     strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
     exponent: of the channel scales, the mean over experts; unscaled: why there are none though they were asked for.
+    borrowed_rows: kappa, rows that each expert has from the layer's pool. carried: share of the earlier blocks' error
+    that this site makes up for. held_out: how the strength was chosen, as `Choice.record` has it.
     """
 
     site: str
@@ -49,20 +55,23 @@ class SolveReport:
     seconds: float
     exponent: float = 0.0
     unscaled: str | None = None
+    borrowed_rows: int = 0
+    carried: float = 0.0
+    held_out: Record = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver returns: the weight, and of each expert the strength and the damping it used (fp [E])."""
+    """What a solver returns: the weight, and the damping each expert needed (fp [E])."""
 
     weight: QuantizedWeight
-    strength: Tensor
     damping: Tensor
 
 
 class Solver(Protocol):
-    """weight fp32 [E, N, K] and a Gram of its inputs -> Solution. Pure: no state, no files, no random numbers.
+    """weight fp32 [E, N, K], a Gram of its inputs, lambda of each expert fp32 [E] -> Solution.
 
+    Pure: no state, no files, no random numbers. Rows do not know of each other, nor do experts.
     The Gram is that of the original inputs; with a `scaling` the solution is that of the scaled weight.
     """
 
@@ -71,6 +80,7 @@ class Solver(Protocol):
         site: str,
         weight: Tensor,
         gram: Gram,
+        strength: Tensor,
         quant: QuantSpec,
         solve: SolveSpec,
         scale_dtype: torch.dtype,
@@ -95,17 +105,16 @@ def round_plainly(weight: Tensor, quant: QuantSpec, grid: str, scale_dtype: torc
     return QuantizedWeight(round_to_grid(weight, scales, zeros, bits=quant.bits), scales, zeros, quant.bits)
 
 
-def regularised_metric(gram: Gram, solve: SolveSpec) -> tuple[Tensor, Tensor]:
-    """H + lambda D and the floor, fp32 [E, K, K], and the lambda of each expert, [E]."""
-    chosen = strength.choose(gram, solve)
+def regularised_metric(gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
+    """H + lambda D and the floor, fp32 [E, K, K]; strength: the lambda of each expert, [E]."""
     hessian = gram.hessian()
     salience = objective.saliency(hessian, gram.abs_mean(), solve.saliency)
-    return objective.regularised(hessian, salience, chosen, solve.damp), chosen
+    return objective.regularised(hessian, salience, strength, solve.damp)
 
 
-def error_cost(site: str, gram: Gram, quant: QuantSpec, solve: SolveSpec) -> Tensor:
+def error_cost(site: str, gram: Gram, strength: Tensor, quant: QuantSpec, solve: SolveSpec) -> Tensor:
     """What the scale search judges errors by: the metric [E, K, K], or M_jj^2 [E, K] where the Gram solver follows."""
-    metric, _ = regularised_metric(gram, solve)
+    metric = regularised_metric(gram, strength, solve)
     if solve.solver == "round":
         return metric
     order = _order(metric, quant, solve)
@@ -118,13 +127,14 @@ def solve_round(
     site: str,
     weight: Tensor,
     gram: Gram,
+    strength: Tensor,
     quant: QuantSpec,
     solve: SolveSpec,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
     """Every weight to its nearest code, on grids searched in the metric H + lambda D (`method.grid`)."""
-    metric, chosen = regularised_metric(gram, solve)
+    metric = regularised_metric(gram, strength, solve)
     if scaling is not None:
         weight, metric = scaling.apply(weight), scaling.metric(metric)
     if solve.grid == "minmax":
@@ -134,13 +144,14 @@ def solve_round(
         scales, zeros = search_grid(weight, metric, rule, weight.shape[-1] // quant.groups(weight.shape[-1]))
         codes = round_to_grid(weight, scales, zeros, bits=quant.bits)
         rounded = QuantizedWeight(codes, scales, zeros, quant.bits)
-    return Solution(rounded, chosen, torch.zeros_like(chosen))
+    return Solution(rounded, torch.zeros_like(strength))
 
 
 def solve_gram(
     site: str,
     weight: Tensor,
     gram: Gram,
+    strength: Tensor,
     quant: QuantSpec,
     solve: SolveSpec,
     scale_dtype: torch.dtype,
@@ -152,7 +163,7 @@ def solve_gram(
     searched grid is fitted with those weights.
     """
     group_size = quant.group_size if quant.group_size > 0 else weight.shape[-1]
-    metric, chosen = regularised_metric(gram, solve)
+    metric = regularised_metric(gram, strength, solve)
     if scaling is not None:
         weight, metric = scaling.apply(weight), scaling.metric(metric)
     diagonal = metric.diagonal(dim1=-2, dim2=-1)
@@ -182,7 +193,39 @@ def solve_gram(
         search=search,
         scale_dtype=scale_dtype,
     )
-    return Solution(QuantizedWeight(codes, scales, zeros, quant.bits), chosen, factor.damping)
+    return Solution(QuantizedWeight(codes, scales, zeros, quant.bits), factor.damping)
+
+
+SOLVERS: dict[str, Solver] = {"round": solve_round, "gram": solve_gram}
+
+
+def choose_strength(
+    site: str,
+    kind: str,
+    weight: Tensor,
+    statistics: Statistics,
+    quant: QuantSpec,
+    solve: SolveSpec,
+    *,
+    scale_dtype: torch.dtype,
+    strengths: Strengths,
+) -> Choice:
+    """lambda of every expert of a site: as asked for, or what held-out text says; see `method.strength`.
+
+    weight: [E, N, K], tried without channel scales. kind: which sites share their answers. strengths: answers so far;
+    this site's is added.
+    """
+    judge = None
+    if solve.strength == AUTO and len(statistics.folds) > 1:
+
+        def trial(rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
+            return SOLVERS[solve.solver](site, rows, gram, strength, quant, solve, scale_dtype).weight.dequantize()
+
+        def rounding(rows: Tensor) -> Tensor:
+            return round_plainly(rows, quant, "minmax", scale_dtype).dequantize()
+
+        judge = Judge(weight.float(), statistics, solve.borrow, solve.seed, trial, rounding)
+    return strengths.choose(kind, statistics.rows(), weight.shape[-1], solve, judge)
 
 
 def solve_site(
@@ -194,24 +237,30 @@ def solve_site(
     *,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
+    choice: Choice | None = None,
 ) -> tuple[QuantizedWeight, SolveReport]:
     """Quantize one site's weight [E, N, K] and say how well.
 
     statistics: of the site's inputs, or None for plain rounding (`solve.gram` False). scale_dtype: the dtype scales
     are stored in; they are rounded to it before any weight is. scaling: what is done to the weight first; statistics
-    and errors are those of the original all the same. Raises `NumericError` naming the site where the weight is not
-    finite, and `ArgumentError` where the group size does not divide K.
+    and errors are those of the original all the same. choice: of the strength, made for this site alone by default.
+    Raises `NumericError` naming the site where the weight is not finite, and `ArgumentError` where the group size does
+    not divide K.
     """
     began = time.perf_counter()
     quant.groups(weight.shape[-1])
     weight = weight.float()
     if not bool(torch.isfinite(weight).all()):
         raise NumericError(f"{site}: its weight holds NaN or Inf; repair the checkpoint before quantizing it")
-    gram = None if statistics is None or not solve.gram else statistics.total()
-    if gram is None:
-        solution = Solution(round_plainly(weight, quant, solve.grid, scale_dtype), torch.zeros(1), torch.zeros(1))
+    gram, carried = None, 0.0
+    if statistics is None or not solve.gram:
+        solution = Solution(round_plainly(weight, quant, solve.grid, scale_dtype), torch.zeros(1))
     else:
-        solution = SOLVERS[solve.solver](site, weight, gram, quant, solve, scale_dtype, scaling)
+        gram = statistics.total()
+        choice = choice or choose_strength(
+            site, "", weight, statistics, quant, solve, scale_dtype=scale_dtype, strengths=Strengths()
+        )
+        solution, carried = _solve_chosen(site, weight, statistics, choice, quant, solve, scale_dtype, scaling)
     judged = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
     sample = weight[:, judged]
     plain = round_plainly(sample, quant, "minmax", scale_dtype).dequantize()
@@ -225,20 +274,44 @@ def solve_site(
         rows=() if gram is None else tuple(gram.rows.tolist()),
         error=error,
         rounding_error=rounding_error,
-        strength=float(solution.strength.max()),
+        strength=0.0 if choice is None or choice.rounded else float(choice.strength.max()),
         damping=float(solution.damping[~unfactored].max()) if bool((~unfactored).any()) else 0.0,
-        fallback=_fallback(unfactored),
+        fallback=_fallback(choice, unfactored),
         seconds=time.perf_counter() - began,
         exponent=0.0 if scaling is None else scaling.exponent,
         unscaled=None if scaling is None else scaling.unscaled,
+        borrowed_rows=0 if gram is None or len(weight) == 1 else kappa(weight.shape[-1], solve.borrow),
+        carried=carried,
+        held_out=choice.record() if choice else {},
     )
     return solution.weight, report
 
 
-SOLVERS: dict[str, Solver] = {"round": solve_round, "gram": solve_gram}
+def _solve_chosen(
+    site: str,
+    weight: Tensor,
+    statistics: Statistics,
+    choice: Choice,
+    quant: QuantSpec,
+    solve: SolveSpec,
+    scale_dtype: torch.dtype,
+    scaling: Scaling | None,
+) -> tuple[Solution, float]:
+    """The solution at the chosen strength, and the share of earlier errors in its target; or plain rounding."""
+    if choice.rounded:
+        scaled = weight if scaling is None else scaling.apply(weight)
+        return Solution(round_plainly(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight))), 0.0
+    target, carried = weight, 0.0
+    if solve.carry_error:
+        target, carried = shifted(site, weight, statistics, choice.strength, solve)
+    gram = borrowing(statistics, solve.borrow)
+    solver = SOLVERS[solve.solver]
+    return solver(site, target, gram, choice.strength, quant, solve, scale_dtype, scaling), carried
 
 
-def _fallback(unfactored: Tensor) -> str | None:
+def _fallback(choice: Choice | None, unfactored: Tensor) -> str | None:
+    if choice and choice.rounded:
+        return choice.why
     if not bool(unfactored.any()):
         return None
     return f"{int(unfactored.sum())} of {unfactored.numel()} matrices have no factor at any damping: rounded plainly"

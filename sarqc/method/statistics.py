@@ -5,6 +5,7 @@ Nothing here is ever divided before it is read: sums of two halves of the text a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,37 +19,60 @@ class Gram:
     """Second moments of the rows that E experts received; a dense layer is E = 1.
 
     sum: fp32 [E, K, K], X^T X, of which only the lower triangle is maintained. rows: int64 [E].
-    abs_sum: fp32 [E, K], sum of |x_j| over rows.
+    abs_sum: fp32 [E, K], sum of |x_j| over rows. cross: fp32 [1, K, K], O^T X where each row of O is what the original
+    model has in the place of a row of X; None where the original is not carried along.
     """
 
     sum: Tensor
     rows: Tensor
     abs_sum: Tensor
+    cross: Tensor | None = None
 
     @classmethod
-    def zeros(cls, experts: int, in_features: int, device: torch.device | str = "cpu") -> Gram:
-        """A Gram that has seen nothing."""
+    def zeros(cls, experts: int, in_features: int, device: torch.device | str = "cpu", *, cross: bool = False) -> Gram:
+        """A Gram that has seen nothing; `cross` is for a dense layer (E = 1)."""
         return cls(
             sum=torch.zeros(experts, in_features, in_features, device=device),
             rows=torch.zeros(experts, dtype=torch.int64, device=device),
             abs_sum=torch.zeros(experts, in_features, device=device),
+            cross=torch.zeros(1, in_features, in_features, device=device) if cross else None,
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None) -> None:
-        """Add rows x [T, K], sorted by expert with offsets [E + 1]; without offsets all rows belong to expert 0."""
+    def add(self, x: Tensor, offsets: Tensor | None = None, original: Tensor | None = None) -> None:
+        """Add rows x [T, K], sorted by expert with offsets [E + 1]; without offsets all rows belong to expert 0.
+
+        original: the original model's rows [T, K], where `cross` is kept.
+        """
         gram_accumulate_(self.sum, self.rows, self.abs_sum, x, offsets)
+        if self.cross is not None and original is not None:
+            self.cross[0].addmm_(original.float().T, x.float())
 
     def merge(self, other: Gram) -> None:
         """Add what another Gram of the same site has seen."""
         self.sum += other.sum
         self.rows += other.rows
         self.abs_sum += other.abs_sum
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+
+    def experts(self, index: Tensor) -> Gram:
+        """The experts `index` (int64) alone, in that order, in memory of their own."""
+        return Gram(self.sum[index], self.rows[index], self.abs_sum[index])
+
+    def repeat(self, times: int) -> Gram:
+        """All experts so many times over: expert e of repetition r is number r * E + e."""
+        return Gram(self.sum.repeat(times, 1, 1), self.rows.repeat(times), self.abs_sum.repeat(times, 1))
 
     def hessian(self) -> Tensor:
         """X^T X / rows, fp32 [E, K, K], symmetric, in memory of its own; zero for an expert without rows."""
         mean = self.sum / self.rows.clamp(min=1)[:, None, None]
         symmetrize_(mean)
         return mean
+
+    def drift(self) -> Tensor:
+        """(O - X)^T X / rows, fp32 [1, K, K]: how far the model has drifted from the original; needs `cross`."""
+        assert self.cross is not None
+        return self.cross / self.rows.clamp(min=1)[:, None, None] - self.hessian()
 
     def abs_mean(self) -> Tensor:
         """E|x_j|, fp32 [E, K]; zero for an expert without rows."""
@@ -60,25 +84,58 @@ class Statistics:
     """The Grams of one site, one for each fold of the calibration text.
 
     Folds are stretches of text far apart from each other, so that what is fitted on one can be judged on another.
+    rest: where these are some of a layer's experts, what all others saw, as one expert (E = 1) in each fold.
     """
 
     folds: tuple[Gram, ...]
+    rest: tuple[Gram, ...] = ()
 
     @classmethod
-    def zeros(cls, experts: int, in_features: int, folds: int = 1, device: torch.device | str = "cpu") -> Statistics:
+    def zeros(
+        cls,
+        experts: int,
+        in_features: int,
+        folds: int = 1,
+        device: torch.device | str = "cpu",
+        *,
+        rest: bool = False,
+        cross: bool = False,
+    ) -> Statistics:
         """Statistics that have seen nothing."""
-        return cls(tuple(Gram.zeros(experts, in_features, device) for _ in range(folds)))
+        return cls(
+            tuple(Gram.zeros(experts, in_features, device, cross=cross) for _ in range(folds)),
+            tuple(Gram.zeros(1, in_features, device) for _ in range(folds if rest else 0)),
+        )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, original: Tensor | None = None) -> None:
         """Add rows to one fold; shapes as in `Gram.add`."""
-        self.folds[fold].add(x, offsets)
+        self.folds[fold].add(x, offsets, original)
+
+    def add_rest(self, x: Tensor, fold: int = 0) -> None:
+        """Add rows x [T, K] that went to other experts of the layer, if those are kept."""
+        if self.rest:
+            self.rest[fold].add(x)
+
+    def rows(self) -> Tensor:
+        """Rows of each expert in all folds, int64 [E]."""
+        return torch.stack([fold.rows for fold in self.folds]).sum(0)
 
     def total(self) -> Gram:
         """All folds together; the only fold itself where there is one."""
-        if len(self.folds) == 1:
-            return self.folds[0]
-        first = self.folds[0]
-        total = Gram(first.sum.clone(), first.rows.clone(), first.abs_sum.clone())
-        for fold in self.folds[1:]:
-            total.merge(fold)
-        return total
+        return together(self.folds)
+
+    def total_rest(self) -> Gram | None:
+        """The same of what other experts saw."""
+        return together(self.rest) if self.rest else None
+
+
+def together(folds: Iterable[Gram]) -> Gram:
+    """The sum of Grams of one site: the only one itself where there is one, otherwise in memory of its own."""
+    first, *others = folds
+    if not others:
+        return first
+    cross = None if first.cross is None else first.cross.clone()
+    total = Gram(first.sum.clone(), first.rows.clone(), first.abs_sum.clone(), cross)
+    for other in others:
+        total.merge(other)
+    return total

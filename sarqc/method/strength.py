@@ -1,30 +1,167 @@
-"""Which lambda. For now a fixed rule in the ratio of inputs to rows; folds of the Gram are there for a better one.
+"""Which lambda: one whose codes, fitted on one half of the text, do well on the other half.
 
 With few rows the Gram's small eigenvalues are mostly sampling error, and the solver spends its freedom exactly there;
-the fewer rows per input, the stronger the pull to the original weights has to be.
+how strong the pull back to the original weights has to be can be measured, because Grams of two stretches of text are
+kept apart. Of the strengths that do about equally well the strongest is taken: the two halves are of one text, and the
+text a model will meet is not.
+
+One site's answer is noisy. Sites of one kind (all q/k/v, all down, ...) want about the same lambda, so answers are
+pooled over depth; blocks are solved in turn, so the pool is what the blocks so far have said, and to save time not
+every block is asked. `benchmarks/quality/STRENGTH.md` has the measurements behind the constants.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import log, log10
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sarqc.method.statistics import Gram
+from sarqc.method.held_out import Judge
 from sarqc.spec import AUTO, SolveSpec, saliency_exponent
 
-WEAKEST, STRONGEST = 0.03, 3.0
+GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Strengths to choose from. The loss is flat around its least: half a decade is fine enough."""
+ASKED_FIRST, ASKED_THEN = 4, 3
+"""The first so many sites of a kind are asked, and then each so many-th."""
+TOLERANCE = 0.03
+"""Of the strengths whose pooled log loss is within this of the least, the strongest is taken. On text of the same kind
+that costs nothing that could be measured; on text of another kind, of which the folds know nothing, it can pay."""
+PRIOR_BEND = 0.03
+"""Log loss that the rule expects one step of the grid (half a decade) away from its own strength."""
+
+Curve = Mapping[float, float]
+"""lambda -> loss on held-out text, relative to that of plain rounding on a min-max grid."""
+Record = Mapping[str, Any]
 
 
-def choose(gram: Gram, solve: SolveSpec) -> Tensor:
-    """lambda for each expert, fp32 [E]: the number that was asked for, or by rule c * (K / rows)^0.6 within bounds.
+@dataclass(frozen=True)
+class Choice:
+    """strength: lambda of each expert, fp32 [E]. rounded: whether held-out text prefers plain rounding to any lambda.
+    kind, curve: what this site was asked as one of and what it answered, empty where it was not. why: in words."""
+
+    strength: Tensor
+    rounded: bool
+    kind: str
+    curve: Curve
+    why: str
+
+    def record(self) -> Record:
+        """All but the strength, as JSON values: what `Strengths.restored` reads."""
+        return {"kind": self.kind, "why": self.why, "curve": [list(point) for point in self.curve.items()]}
+
+
+@dataclass
+class Track:
+    """Sites of one kind so far. seen: how many. curves: the answers of those that were asked."""
+
+    seen: int = 0
+    curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the next site is asked."""
+        return self.seen < ASKED_FIRST or self.seen % ASKED_THEN == 0
+
+
+@dataclass
+class Strengths:
+    """What the sites of a run have answered so far, by kind; `choose` reads it and adds to it.
+
+    It holds nothing but the sites' curves, so what an interrupted run knew can be read from the reports it left.
+    """
+
+    tracks: dict[str, Track] = field(default_factory=dict)
+
+    @classmethod
+    def restored(cls, records: Iterable[Record]) -> Strengths:
+        """From the `Choice.record` of every site that is done, in their order, also after a trip through JSON."""
+        strengths = cls()
+        for record in records:
+            if record:
+                strengths.remember(record["kind"], dict(record["curve"]))
+        return strengths
+
+    def remember(self, kind: str, curve: Curve) -> None:
+        """Count a site of `kind`, and its answer if it gave one."""
+        track = self.tracks.setdefault(kind, Track())
+        track.seen += 1
+        track.curves += [curve] if curve else []
+
+    def choose(self, kind: str, rows: Tensor, in_features: int, solve: SolveSpec, judge: Judge | None) -> Choice:
+        """lambda for each expert of the next site of `kind`.
+
+        rows: calibration rows of each expert, int64 [E]. judge: of this site; None where all text is in one fold, so
+        that there is nothing to judge on. A number in `solve.strength` is taken as it is.
+        """
+        if solve.strength != AUTO:
+            return Choice(torch.full(rows.shape, float(solve.strength), device=rows.device), False, kind, {}, "given")
+        prior = rule(rows, in_features, solve)
+        track = self.tracks.setdefault(kind, Track())
+        curve = ask(track.curves, float(prior.min()), judge) if judge and track.asks else {}
+        self.remember(kind, curve)
+        if not track.curves:
+            return Choice(prior, False, kind, curve, "rule in inputs per row: no second stretch of text to judge on")
+        pooled = pool(track.curves, float(prior.min()))
+        over = f"over {len(track.curves)} sites of this kind"
+        if sum(log(min(known.values())) for known in track.curves) >= 0:
+            return Choice(prior, True, kind, curve, f"no strength beats plain rounding on held-out text {over}")
+        best = max(at for at, loss in enumerate(pooled) if loss <= min(pooled) + TOLERANCE)
+        why = f"strongest within {TOLERANCE:.0%} of the least held-out loss {over}"
+        return Choice(torch.full_like(prior, GRID[best]), False, kind, curve, why)
+
+
+def rule(rows: Tensor, in_features: int, solve: SolveSpec) -> Tensor:
+    """c * (K / rows)^0.6 for each expert, fp32 [E], between 0.03 and 3.
 
     The exponent is a fit to simulated layers whose true covariance is known. c grows from 0.5 to 1.5 with the
     saliency's exponent: a regulariser that spares the weak inputs must be stronger to hold the rest as firmly.
     """
-    experts, in_features = gram.abs_sum.shape
-    if solve.strength != AUTO:
-        return torch.full((experts,), float(solve.strength), device=gram.sum.device)
     exponent = saliency_exponent(solve.saliency)
     constant = 0.5 + 1.0 * min(max((0.5 if exponent is None else exponent) - 0.5, 0.0), 0.5) / 0.5
-    scarcity = in_features / gram.rows.clamp(min=1).float()
-    return (constant * scarcity**0.6).clamp(WEAKEST, STRONGEST)
+    return (constant * (in_features / rows.clamp(min=1).float()) ** 0.6).clamp(GRID[1], GRID[-2])
+
+
+def ask(curves: Sequence[Curve], prior: float, judge: Judge) -> Curve:
+    """A site's curve: around the best so far, and on until the pool with it has its least between two known points.
+
+    curves: of earlier sites of the kind; who is next fits on the next fold in turn. prior: lambda by the rule. Empty
+    where no held-out row excites the weight.
+    """
+    turn = len(curves)
+    rounding = judge.rounding_loss(turn)
+    if rounding <= 0:
+        return {}
+    curve: dict[float, float] = {}
+    first = last = best = _least(pool(curves, prior))
+    while True:
+        first, last = max(min(first, best - 1), 0), min(max(last, best + 1), len(GRID) - 1)
+        wanted = [strength for strength in GRID[first : last + 1] if strength not in curve]
+        curve |= {at: max(loss / rounding, 1e-30) for at, loss in zip(wanted, judge.losses(wanted, turn))}
+        best = _least(pool([*curves, curve], prior))
+        known = {strength for each in (*curves, curve) for strength in each}
+        if known.issuperset(GRID[max(best - 1, 0) : best + 2]):
+            return dict(sorted(curve.items()))
+
+
+def pool(curves: Sequence[Curve], prior: float) -> list[float]:
+    """Mean log loss at each strength of the grid, up to a constant, of curves that may know other stretches of it.
+
+    Neighbours on the grid are compared within each curve that knows both, and the mean steps are chained. The rule
+    counts as one more curve, a shallow parabola around `prior`. Logarithms let easy and hard sites count alike.
+    """
+    logs = [{GRID.index(at): log(loss) for at, loss in curve.items()} for curve in curves]
+    centre = 2 * log10(prior / GRID[0])
+    chain = [0.0]
+    for at in range(len(GRID) - 1):
+        steps = [known[at + 1] - known[at] for known in logs if {at, at + 1} <= known.keys()]
+        steps.append(PRIOR_BEND * ((at + 1 - centre) ** 2 - (at - centre) ** 2))
+        chain.append(chain[-1] + sum(steps) / len(steps))
+    return chain
+
+
+def _least(pooled: Sequence[float]) -> int:
+    return min(range(len(pooled)), key=pooled.__getitem__)

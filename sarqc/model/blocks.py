@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ArgumentError, ModelError, NumericError, ResourceError
+from sarqc.method.pooling import borrowing
 from sarqc.method.rows import MAX_LOST, lost_rows
-from sarqc.method.solve import SolveReport, error_cost, solve_site
+from sarqc.method.solve import SolveReport, choose_strength, error_cost, solve_site
 from sarqc.method.statistics import Gram, Statistics
+from sarqc.method.strength import Choice, Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.absorb import find_folds
 from sarqc.model.passes import collect, gram_bytes, passes
@@ -28,7 +30,7 @@ from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.states import GLANCE, States, cut, enter
 from sarqc.model.targets import Target, Targets, check_group_size, targets
-from sarqc.spec import QuantSpec, SolveSpec
+from sarqc.spec import AUTO, QuantSpec, SolveSpec
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch: few enough for a CPU's caches, enough to fill a GPU."""
@@ -63,11 +65,13 @@ class Start:
 
     Without `hidden` (and where it is needed) the embeddings are moved through the blocks before once more, with the
     weights and the changed tensors that `stored(index)` hands back: forward passes, no solving, and the same bits.
+    strengths: what the blocks before have said about strengths.
     """
 
     block: int
     hidden: Tensor | None
     stored: Callable[[int], tuple[Weights, dict[str, Tensor]]]
+    strengths: Strengths = field(default_factory=Strengths)
 
 
 Recall = Callable[[int, Sequence[Share]], list[Statistics]]
@@ -85,7 +89,7 @@ def run(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     micro_batch: int | None = None,
-    folds: int = 1,
+    folds: int | None = None,
     gram_budget: int = GRAM_BUDGET,
     start: Start | None = None,
     recall: Recall | None = None,
@@ -96,8 +100,9 @@ def run(
     tokens: int64 [S, L] windows to calibrate on; None only where `solve.gram` is False, and then nothing is run
     forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
     by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
-    kept apart. gram_budget: bytes for Grams at a time; experts beyond it are observed in further passes. recall: has
-    the statistics already; `tokens` are then only looked at to see which layers read what, a few of them will do.
+    kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
+    beyond it are observed in further passes. recall: has the statistics already; `tokens` are then only looked at to
+    see which layers read what, a few of them will do.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
@@ -108,18 +113,23 @@ def run(
     found = targets(skeleton, quant)
     check_group_size(found, quant)
     announce = on_progress or (lambda *_: None)
-    work = _Work(skeleton, source, quant, solve, torch.device(device), dtype, gram_budget, announce, recall)
-    states = None
     start = start or Start(0, None, lambda _: ({}, {}))
+    target = torch.device(device)
+    work = _Work(skeleton, source, quant, solve, target, dtype, gram_budget, announce, start.strengths, recall)
+    states = None
     if solve.gram:
+        folds = folds or (min(2, len(tokens)) if tokens is not None and solve.strength == AUTO else 1)
         if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
             shape = None if tokens is None else list(tokens.shape)
             raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
         micro_batch = micro_batch or max(1, TOKENS_AT_ONCE[work.device.type] // tokens.shape[1])
         batches = cut(len(tokens), micro_batch, folds)
-        states = enter(skeleton, source, tokens, batches, folds, device=work.device, dtype=dtype, hidden=start.hidden)
-        for index in range(start.block if start.hidden is None else 0):
-            _pass_stored(work, index, found.of_block(index), states, *start.stored(index))
+        states = enter(
+            skeleton, source, tokens, batches, folds,
+            device=work.device, dtype=dtype, hidden=start.hidden, original=solve.carry_error,
+        )  # fmt: skip
+        for index in range(start.block if start.hidden is None or solve.carry_error else 0):
+            _pass_done(work, index, found.of_block(index), states, start)
     for index in range(start.block, len(skeleton.blocks)):
         yield _run_block(work, index, found, states)
 
@@ -134,7 +144,9 @@ class _Work:
     dtype: torch.dtype | None
     gram_budget: int
     on_progress: OnProgress
-    recall: Recall | None = None
+    strengths: Strengths
+    recall: Recall | None
+    choices: dict[str, Choice] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     current: str = ""
@@ -143,7 +155,7 @@ class _Work:
 
     def cost(self, share: Share, gram: Gram) -> Tensor:
         """What errors in a share's weight cost, for the scale search."""
-        return error_cost(share.name, gram, self.quant, self.solve)
+        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant, self.solve)
 
     @contextmanager
     def stage(self, index: int, name: str) -> Iterator[None]:
@@ -159,7 +171,7 @@ class _Work:
 
 def _run_block(work: _Work, index: int, found: Targets, states: States | None) -> BlockResult:
     skeleton, members = work.skeleton, found.of_block(index)
-    work.seconds, work.notes = {}, []
+    work.seconds, work.notes, work.choices = {}, [], {}
     with work.stage(index, "load"):
         skeleton.load_block(index, work.source, work.device, work.dtype)
         _check_weights(skeleton, members)
@@ -172,6 +184,9 @@ def _run_block(work: _Work, index: int, found: Targets, states: States | None) -
     lost = [target.linear for target in members if target.linear not in weights]
     if lost:
         raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
+    if states is not None and states.original is not None:
+        with work.stage(index, "replay"):  # as long as the block is what it was
+            _with_memory(work, index, states, lambda: _move_original_on(work, index, states))
     changed = scales.fold_in() if scales else {}
     leaving = None
     if states is not None and index + 1 < len(skeleton.blocks):
@@ -190,9 +205,11 @@ def _solve_sites(
     weights: Weights = {}
     reports: list[SolveReport] = []
     folds = states.folds if states else 0
-    portions = list(passes(sites, folds, work.gram_budget))
+    portions = list(passes(sites, folds, work.gram_budget, work.solve))
     work.together = max((sum(share.stop - share.first for share in shares) for shares in portions), default=1)
-    work.gram_bytes = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
+    work.gram_bytes = max(
+        (sum(gram_bytes(share, folds, work.solve) for share in shares) for shares in portions), default=0
+    )
     scales, collected = None, None
     if work.solve.channel_scale and states is not None:
         scales, collected = _scale(work, index, sites, portions, states)
@@ -202,7 +219,7 @@ def _solve_sites(
         with work.stage(index, "solve"):
             for share in shares:
                 statistics = collected.pop(0) if collected else None
-                reports.append(_solve(work, share, statistics, scales, weights))
+                reports.append(_solve(work, index, share, statistics, scales, weights))
     return weights, reports, scales
 
 
@@ -211,7 +228,7 @@ def _observe(work: _Work, index: int, shares: Sequence[Share], states: States) -
     if work.recall:
         return work.recall(index, shares)
     with work.stage(index, "observe"):
-        collected, notes = collect(work.skeleton, index, shares, states, work.device)
+        collected, notes = collect(work.skeleton, index, shares, states, work.solve, work.device)
     work.notes += notes
     return collected
 
@@ -229,7 +246,9 @@ def _scale(
     for shares in portions:
         collected = _observe(work, index, shares, states)
         with work.stage(index, "scale"):
-            grams = [statistics.total() for statistics in collected]
+            for share, statistics in zip(shares, collected):
+                _choose(work, index, share, statistics)
+            grams = [borrowing(statistics, work.solve.borrow) for statistics in collected]
             scales.decide(shares, grams, work.cost, work.quant, _scale_dtype(work, shares[0].site))
     return scales, collected if len(portions) == 1 else None
 
@@ -281,8 +300,25 @@ def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
                 raise NumericError(f"{target.linear}.weight holds NaN or Inf; repair the checkpoint before quantizing")
 
 
+def _choose(work: _Work, index: int, share: Share, statistics: Statistics) -> Choice:
+    """The strength of a share, chosen once in a block; sites of other blocks at the same place share their answers."""
+    if share.name not in work.choices:
+        work.choices[share.name] = choose_strength(
+            share.name,
+            share.site.name.removeprefix(f"{work.skeleton.prefix}.{index}."),
+            share.weight(work.skeleton.model),
+            statistics,
+            work.quant,
+            work.solve,
+            scale_dtype=_scale_dtype(work, share.site),
+            strengths=work.strengths,
+        )
+    return work.choices[share.name]
+
+
 def _solve(
     work: _Work,
+    index: int,
     share: Share,
     statistics: Statistics | None,
     scales: BlockScales | None,
@@ -291,8 +327,9 @@ def _solve(
     """Quantize one share and add its members to `weights`."""
     weight, dtype = share.weight(work.skeleton.model), _scale_dtype(work, share.site)
     scaling = scales.of(share) if scales else None
+    choice = None if statistics is None else _choose(work, index, share, statistics)
     solved, report = solve_site(
-        share.name, weight, statistics, work.quant, work.solve, scale_dtype=dtype, scaling=scaling
+        share.name, weight, statistics, work.quant, work.solve, scale_dtype=dtype, scaling=scaling, choice=choice
     )
     for target, part in share.site.split(solved, share.first):
         weights[target.linear] = QuantizedWeight(part.codes.cpu(), part.scales.cpu(), part.zeros.cpu(), part.bits)
@@ -331,11 +368,16 @@ def _replay(
         work.notes.append(where)
 
 
-def _pass_stored(
-    work: _Work, index: int, members: Sequence[Target], states: States, weights: Weights, changed: dict[str, Tensor]
-) -> None:
-    """Move the hidden states through a block that was quantized before."""
+def _move_original_on(work: _Work, index: int, states: States) -> None:
+    states.move_original_on(lambda hidden: work.skeleton.call_block(index, hidden), work.device)
+
+
+def _pass_done(work: _Work, index: int, members: Sequence[Target], states: States, start: Start) -> None:
+    """Move whatever hidden states are not there yet through a block that was quantized before."""
     work.skeleton.load_block(index, work.source, work.device, work.dtype)
     with work.stage(index, "replay"):
-        _with_memory(work, index, states, lambda: _replay(work, index, members, states, weights, changed))
+        _with_memory(work, index, states, lambda: _move_original_on(work, index, states))
+        if start.hidden is None:
+            weights, changed = start.stored(index)
+            _with_memory(work, index, states, lambda: _replay(work, index, members, states, weights, changed))
     work.skeleton.unload_block(index)

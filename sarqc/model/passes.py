@@ -1,7 +1,9 @@
 """Statistics of a block's sites, in as many passes of the text as their Grams need room for.
 
 A Gram takes K^2 floats for every expert and fold. What does not fit the byte budget at once waits for a further pass;
-sites are cut between experts, so one expert of one site is the least that must fit.
+sites are cut between experts, so one expert of one site is the least that must fit. Where sites are to make up for
+earlier errors, the original model's hidden states go through the block beside the quantized model's, and what both feed
+a site meets here, micro-batch by micro-batch.
 """
 
 from __future__ import annotations
@@ -17,19 +19,30 @@ from sarqc.method.statistics import Statistics
 from sarqc.model.sites import Share, Site, observe
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.states import States
+from sarqc.spec import SolveSpec
 
 
-def gram_bytes(share: Share, folds: int) -> int:
+def gram_bytes(share: Share, folds: int, solve: SolveSpec) -> int:
     """Bytes of the Grams of a share."""
-    return 4 * folds * share.site.in_features**2 * (share.stop - share.first)
+    return _each(share.site, folds, solve) * (share.stop - share.first)
 
 
-def passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Share]]:
+def _each(site: Site, folds: int, solve: SolveSpec) -> int:
+    return 4 * folds * site.in_features**2 * (2 if _crosses(site, solve) else 1)
+
+
+def _crosses(site: Site, solve: SolveSpec) -> bool:
+    """Whether a site has a second matrix, of what the original model feeds it; the tokens of experts have none, because
+    the two models may route them apart."""
+    return solve.carry_error and site.experts == 1
+
+
+def passes(sites: Sequence[Site], folds: int, budget: int, solve: SolveSpec) -> Iterator[list[Share]]:
     """Portions of the sites whose Grams fit the budget; sites are cut between experts. One expert always fits."""
     portion: list[Share] = []
     room = budget
     for site in sites:
-        each = 4 * folds * site.in_features**2
+        each = _each(site, folds, solve)
         first = 0
         while first < site.experts:
             fitting = site.experts - first if not each else min(site.experts - first, room // each)
@@ -46,19 +59,19 @@ def passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Shar
 
 
 def collect(
-    skeleton: Skeleton, index: int, shares: Sequence[Share], states: States, device: torch.device
+    skeleton: Skeleton, index: int, shares: Sequence[Share], states: States, solve: SolveSpec, device: torch.device
 ) -> tuple[list[Statistics], list[str]]:
     """Statistics of every share of block `index`, which is loaded, and a line for each that is not of all rows.
 
     One pass of all windows through the block; a second one where rows hold NaN or Inf. Raises `NumericError` naming
     the share where those are more than 1 %.
     """
-    kept = _one_pass(skeleton, index, shares, states, device, None)
+    kept = _one_pass(skeleton, index, shares, states, solve, device, None)
     if all(map(_finite, kept)):
         return kept, []
     del kept  # their memory is needed for the second pass
     lost = [0] * len(shares)
-    kept = _one_pass(skeleton, index, shares, states, device, lost)
+    kept = _one_pass(skeleton, index, shares, states, solve, device, lost)
     notes = []
     for share, statistics, count in zip(shares, kept, lost):
         rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
@@ -72,7 +85,7 @@ def collect(
 
 def _finite(statistics: Statistics) -> bool:
     # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed.
-    return all(bool(torch.isfinite(fold.abs_sum).all()) for fold in statistics.folds)
+    return all(bool(torch.isfinite(fold.abs_sum).all()) for fold in (*statistics.folds, *statistics.rest))
 
 
 def _one_pass(
@@ -80,28 +93,56 @@ def _one_pass(
     index: int,
     shares: Sequence[Share],
     states: States,
+    solve: SolveSpec,
     device: torch.device,
     lost: list[int] | None,
 ) -> list[Statistics]:
     """All windows once; with `lost`, rows that are not finite are left out and counted there, by share."""
-    kept = [Statistics.zeros(s.stop - s.first, s.site.in_features, states.folds, device) for s in shares]
+    kept = [_empty(share, states.folds, solve, device) for share in shares]
     fold = 0
+    originals: dict[str, Tensor] = {}
+
+    def remember(site: Site, x: Tensor, offsets: Tensor | None) -> None:
+        if offsets is None:
+            originals[site.name] = x
 
     def sink(site: Site, x: Tensor, offsets: Tensor | None) -> None:
+        original = originals.pop(site.name, None)
         for number, (share, statistics) in enumerate(zip(shares, kept)):
             if share.site is not site:
                 continue
             own, bounds = x, offsets
-            if offsets is not None and share.stop - share.first < site.experts:
-                bounds = offsets[share.first : share.stop + 1]
-                own, bounds = x[bounds[0] : bounds[-1]], bounds - bounds[0]
             if lost is not None:
-                before = len(own)
-                own, bounds = finite_rows(own, bounds)
-                lost[number] += before - len(own)
-            statistics.add(own, bounds, fold)
+                # A row counts where both models' are finite: they are stacked, so that they go or stay together.
+                stacked = own if original is None else torch.cat([own, original], -1)
+                stacked, bounds = finite_rows(stacked, bounds)
+                lost[number] += len(own) - len(stacked)
+                own = stacked[:, : own.shape[-1]]
+                original = None if original is None else stacked[:, own.shape[-1] :]
+            if bounds is not None and not share.whole:
+                first, last = bounds[share.first], bounds[share.stop]
+                statistics.add_rest(own[:first], fold)
+                statistics.add_rest(own[last:], fold)
+                own, bounds = own[first:last], bounds[share.first : share.stop + 1] - first
+            statistics.add(own, bounds, fold, original=original)
 
-    with observe(skeleton, list(dict.fromkeys(share.site for share in shares)), sink):
-        for windows, fold in states.batches:  # noqa: B007 (the sink reads it)
+    sites = list(dict.fromkeys(share.site for share in shares))
+    for windows, fold in states.batches:  # noqa: B007 (the sink reads it)
+        if states.original is not None:
+            with observe(skeleton, sites, remember):
+                skeleton.call_block(index, states.original[windows].to(device))
+        with observe(skeleton, sites, sink):
             skeleton.call_block(index, states.hidden[windows].to(device))
     return kept
+
+
+def _empty(share: Share, folds: int, solve: SolveSpec, device: torch.device) -> Statistics:
+    """Statistics of a share that have seen nothing."""
+    return Statistics.zeros(
+        share.stop - share.first,
+        share.site.in_features,
+        folds,
+        device,
+        rest=solve.borrow > 0 and not share.whole,
+        cross=_crosses(share.site, solve),
+    )

@@ -60,10 +60,14 @@ class Share:
     stop: int
 
     @property
+    def whole(self) -> bool:
+        """Whether these are all experts of the site."""
+        return self.stop - self.first == self.site.experts
+
+    @property
     def name(self) -> str:
         """The site's name, with the experts where they are not all."""
-        whole = (self.first, self.stop) == (0, self.site.experts)
-        return self.site.name if whole else f"{self.site.name}[{self.first}:{self.stop}]"
+        return self.site.name if self.whole else f"{self.site.name}[{self.first}:{self.stop}]"
 
     def weight(self, model: Any) -> Tensor:
         """As `Site.weight`, of the share's experts."""

@@ -1,7 +1,8 @@
 """Hidden states of all windows, waiting on the host between two blocks.
 
 They are made once from the embeddings, or handed in by whoever continues a run; every block reads them and, once its
-weights are quantized, moves them on in place.
+weights are quantized, moves them on in place. Where sites are to make up for earlier errors, those of the original
+model are kept beside them and go through every block before it is quantized.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ GLANCE = 8
 @dataclass
 class States:
     """hidden: [S, L, H] on the host. batches: the windows of each micro-batch and the fold they belong to.
-    passed: windows that are through the block that moves them on right now."""
+    original: the same of the unquantized model, or None. passed: windows that are through the block that moves them on
+    right now."""
 
     hidden: Tensor
     batches: list[tuple[slice, int]]
     folds: int
+    original: Tensor | None = None
     passed: int = 0
 
     @property
@@ -38,9 +41,17 @@ class States:
 
     def move_on(self, call: Callable[[Tensor], Tensor], device: torch.device) -> None:
         """Replace hidden by call(hidden), a micro-batch at a time; called again after a failure, it goes on there."""
+        self._move(self.hidden, call, device)
+
+    def move_original_on(self, call: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """The same for those of the unquantized model, if they are kept."""
+        if self.original is not None:
+            self._move(self.original, call, device)
+
+    def _move(self, states: Tensor, call: Callable[[Tensor], Tensor], device: torch.device) -> None:
         for windows, _ in self.batches:
             if windows.start >= self.passed:
-                self.hidden[windows].copy_(call(self.hidden[windows].to(device)))
+                states[windows].copy_(call(states[windows].to(device)))
                 self.passed = windows.stop
         self.passed = 0
 
@@ -79,22 +90,34 @@ def enter(
     device: torch.device,
     dtype: torch.dtype | None,
     hidden: Tensor | None = None,
+    original: bool = False,
 ) -> States:
     """Hidden states of tokens int64 [S, L] before block 0, or `hidden` as it is, with all shapes prepared.
 
-    Raises `NumericError` where the embeddings are not finite.
+    original: keep those of the unquantized model too; they begin before block 0 in any case. Raises `NumericError`
+    where the embeddings are not finite.
     """
     skeleton.load_outer(source, device, dtype)
-    given, pinned = hidden, device.type == "cuda"
-    kept = torch.empty(0) if given is None else given.pin_memory() if pinned else given
-    for windows, _ in batches if given is None else ():
-        entering = skeleton.embed(tokens[windows])
-        if not len(kept):
-            kept = torch.empty((len(tokens), *entering.shape[1:]), dtype=entering.dtype, pin_memory=pinned)
-        kept[windows].copy_(entering)
-    states = States(kept, batches, folds)
+    embedded = _embedded(skeleton, tokens, batches, device) if hidden is None or original else None
+    if hidden is None:
+        assert embedded is not None
+        kept, beside = embedded, embedded.clone() if original else None
+    else:
+        kept, beside = hidden.pin_memory() if device.type == "cuda" else hidden, embedded
+    states = States(kept, batches, folds, beside)
     states.prepare(skeleton)
     skeleton.unload_outer()
-    if given is None and not bool(torch.isfinite(kept).all()):
-        raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
     return states
+
+
+def _embedded(skeleton: Skeleton, tokens: Tensor, batches: list[tuple[slice, int]], device: torch.device) -> Tensor:
+    kept = torch.empty(0)
+    for windows, _ in batches:
+        entering = skeleton.embed(tokens[windows])
+        if not len(kept):
+            shape = (len(tokens), *entering.shape[1:])
+            kept = torch.empty(shape, dtype=entering.dtype, pin_memory=device.type == "cuda")
+        kept[windows].copy_(entering)
+    if not bool(torch.isfinite(kept).all()):
+        raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
+    return kept

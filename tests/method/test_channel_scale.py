@@ -9,6 +9,7 @@ from sarqc.method.channel_scale import EXPONENTS, Reader, Scaling, search
 from sarqc.method.objective import regularised, saliency
 from sarqc.method.solve import error_cost, regularised_metric, round_plainly, solve_site
 from sarqc.method.statistics import Gram, Statistics
+from sarqc.method.strength import Strengths
 from sarqc.spec import METHODS, QuantSpec, solve_spec
 
 # Asymmetric: the widest weight of a symmetric group stands exactly between two codes, where float32 and float64 differ.
@@ -30,8 +31,12 @@ def seen(*parts):
     return gram
 
 
+def strength(gram, spec):
+    return Strengths().choose("", gram.rows, INPUTS, spec, None).strength
+
+
 def reader(weight, gram, method="sarqc-awq"):
-    return Reader(weight, error_cost("site", gram, QUANT, METHODS[method]), gram)
+    return Reader(weight, error_cost("site", gram, strength(gram, METHODS[method]), QUANT, METHODS[method]), gram)
 
 
 def find(readers, *, shared=False, **options):
@@ -54,7 +59,7 @@ def loss_of(weight, scales, metric):
 def test_the_choice_is_the_least_loss_of_all_exponents(method, generator):
     gram = seen(activations(200, generator))
     weight = torch.randn(1, 24, INPUTS, generator=generator)
-    metric = regularised_metric(gram, METHODS[method])[0][0]
+    metric = regularised_metric(gram, strength(gram, METHODS[method]), METHODS[method])[0]
     magnitude = gram.abs_mean()[0]
     losses = [loss_of(weight[0], scales_for(magnitude, exponent), metric) for exponent in EXPONENTS]
     chosen = find([reader(weight, gram, method)])
@@ -68,8 +73,8 @@ def test_for_the_gram_solver_an_error_costs_what_the_later_columns_cannot_correc
     """M_jj^2 is the conditional energy of input j given those that come after it in the solver's order."""
     gram = seen(activations(400, generator))
     spec = solve_spec("sarqc", act_order="none")
-    cost = error_cost("site", gram, QUANT, spec)[0].double()
-    metric = regularised_metric(gram, spec)[0][0].double()
+    cost = error_cost("site", gram, strength(gram, spec), QUANT, spec)[0].double()
+    metric = regularised_metric(gram, strength(gram, spec), spec)[0].double()
     for column in range(INPUTS):
         later = metric[column + 1 :, column + 1 :]
         cross = metric[column, column + 1 :]
@@ -81,7 +86,8 @@ def test_the_cost_stands_at_its_own_input_whatever_the_order(generator):
     gram = seen(activations(400, generator))
     gram.sum = torch.diag_embed(gram.sum.diagonal(dim1=1, dim2=2))  # independent inputs: order does not matter
     plain, grouped = (
-        error_cost("site", gram, QUANT, solve_spec("sarqc", act_order=order)) for order in ("none", "group")
+        error_cost("site", gram, torch.ones(1), QUANT, solve_spec("sarqc", act_order=order))
+        for order in ("none", "group")
     )
     torch.testing.assert_close(plain, grouped)
 
@@ -167,12 +173,13 @@ def test_the_regulariser_stays_where_the_original_weights_are(generator):
     gram = seen(activations(100, generator))
     scales = torch.rand(1, INPUTS, generator=generator) + 0.5
     scaling = Scaling(scales, torch.ones(1, 4))
-    metric, strength = regularised_metric(gram, METHODS["rqc-awq"])
+    chosen = strength(gram, METHODS["rqc-awq"])
+    metric = regularised_metric(gram, chosen, METHODS["rqc-awq"])
     hessian = gram.hessian()
     even = saliency(hessian, gram.abs_mean(), "iso")
     inverse = torch.diag_embed(1 / scales)
-    by_hand = inverse @ hessian @ inverse + torch.diag_embed(strength[:, None] * even / scales**2)
-    damp = regularised(torch.zeros_like(hessian), torch.zeros(1, INPUTS), strength, METHODS["rqc-awq"].damp)
+    by_hand = inverse @ hessian @ inverse + torch.diag_embed(chosen[:, None] * even / scales**2)
+    damp = regularised(torch.zeros_like(hessian), torch.zeros(1, INPUTS), chosen, METHODS["rqc-awq"].damp)
     floor = inverse @ (damp * hessian.diagonal(dim1=1, dim2=2).mean()) @ inverse
     torch.testing.assert_close(scaling.metric(metric), by_hand + floor)
 

@@ -75,8 +75,9 @@ def test_linears_that_share_inputs_may_share_a_call(method, generator):
 def test_an_expert_with_no_rows_is_sound_and_disturbs_nobody(generator):
     x = correlated(200, 32, generator)
     weight = torch.randn(3, 16, 32, generator=generator)
-    quantized, report = solve(weight, seen(x, torch.tensor([0, 120, 120, 200])), METHODS["sarqc-gptq"])
-    alone, _ = solve(weight[:1], seen(x[:120]), METHODS["sarqc-gptq"])
+    spec = solve_spec("sarqc-gptq", borrow=0.0)
+    quantized, report = solve(weight, seen(x, torch.tensor([0, 120, 120, 200])), spec)
+    alone, _ = solve(weight[:1], seen(x[:120]), spec)
     assert torch.equal(quantized.expert(0).codes, alone.codes)
     assert report.rows == (120, 0, 80)
     starved = quantized.expert(1).dequantize()[0]

@@ -217,7 +217,7 @@ DEEP = textwrap.dedent(
         def load(self, name): return torch.full(self.shapes[name], 0.01)
         def quantized(self, linear): return None
 
-    def quickly(name, weight, statistics, quant, solve, *, scale_dtype, scaling):
+    def quickly(name, weight, statistics, quant, solve, *, scale_dtype, scaling, choice):
         report = SolveReport(name, tuple(statistics.total().rows.tolist()), 0.0, 0.0, 0.0, 0.0, None, 0.0)
         return round_plainly(weight, quant, "minmax", scale_dtype), report
 

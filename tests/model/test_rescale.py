@@ -63,9 +63,9 @@ def test_the_next_block_sees_the_quantized_and_scaled_one(tiny, monkeypatch):
     left = {}
     replay = blocks._replay
 
-    def keep(work, index, states):
+    def keep(work, index, members, states, *rest):
         before = states.hidden.clone()
-        replay(work, index, states)
+        replay(work, index, members, states, *rest)
         left[work.solve.method] = (before, states.hidden.clone())
 
     monkeypatch.setattr(blocks, "_replay", keep)

@@ -3,8 +3,6 @@ import torch
 
 from sarqc.errors import ArgumentError
 from sarqc.method.order import column_order
-from sarqc.method.statistics import Gram
-from sarqc.method.strength import STRONGEST, WEAKEST, choose
 from sarqc.spec import SolveSpec
 
 
@@ -29,27 +27,6 @@ def test_group_order_keeps_groups_together_and_sorts_both_levels(generator):
 
 def test_ties_keep_their_order():
     assert torch.equal(column_order(torch.ones(1, 8), 4, "group")[0], torch.arange(8))
-
-
-def gram_with_rows(*rows: int) -> Gram:
-    gram = Gram.zeros(len(rows), 512)
-    gram.rows += torch.tensor(rows)
-    return gram
-
-
-def test_a_given_strength_is_taken_as_it_is():
-    assert torch.equal(choose(gram_with_rows(5, 0), SolveSpec(strength=0.7)), torch.tensor([0.7, 0.7]))
-
-
-def test_fewer_rows_give_a_stronger_pull_within_bounds():
-    chosen = choose(gram_with_rows(0, 64, 512, 4096, 10**9), SolveSpec())
-    assert chosen[0] == STRONGEST and chosen[-1] == pytest.approx(WEAKEST)
-    assert (chosen[:-1] >= chosen[1:]).all() and chosen[1] > chosen[3]
-
-
-def test_energy_is_held_harder_than_iso():
-    gram = gram_with_rows(2048)
-    assert choose(gram, SolveSpec(saliency="energy")) == pytest.approx(3 * choose(gram, SolveSpec(saliency="iso")))
 
 
 @pytest.mark.parametrize(

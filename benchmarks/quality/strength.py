@@ -1,0 +1,125 @@
+"""Is the strength that a run chooses as good as the best one, chosen with the test text in hand?
+
+    python -m benchmarks.quality.strength MODEL results.jsonl --calibration wiki=calibration.txt \
+        --evaluation wiki=evaluation.txt --evaluation python=builtin \
+        --case 3:4:0 --case 3:16:0 --set strength=auto --set strength=0.3 --set strength=1 --set borrow=0.25 ...
+
+A case is BITS:WINDOWS:SEED; windows of --seqlen tokens are drawn from the calibration text with the seed. Each --set is
+a run: fields of `SolveSpec`, with commas between them. Judged on --eval-windows windows of each text, evenly spaced.
+Every run adds a line of JSON: perplexities, seconds of each stage, strengths and shares carried of each kind of site.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.job.locate import locate
+from sarqc.model import blocks, calibration
+from sarqc.model.evaluate import perplexity
+from sarqc.model.sites import write_back
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.targets import targets
+from sarqc.model.tokenizer import load_tokenizer
+from sarqc.spec import AUTO, QuantSpec, SolveSpec, solve_spec
+
+
+def fields(text: str) -> SolveSpec:
+    """`strength=0.3,borrow=0.25` as a spec; words, numbers and true or false."""
+    values: dict[str, Any] = {}
+    for pair in filter(None, text.split(",")):
+        name, value = pair.split("=", 1)
+        kind = type(getattr(SolveSpec(), name)) if name != "strength" or value == AUTO else float
+        values[name] = value == "true" if kind is bool else kind(value)
+    return solve_spec(**values)
+
+
+def evenly(windows: calibration.Windows, count: int) -> calibration.Windows:
+    """`count` windows, evenly spaced over the text."""
+    at = torch.linspace(0, len(windows.tokens) - 1, min(count, len(windows.tokens))).long()
+    return calibration.Windows(windows.tokens[at], windows.bos, windows.text, windows.available)
+
+
+@torch.no_grad()
+def quantized(
+    folder: Path, tokens: torch.Tensor, quant: QuantSpec, solve: SolveSpec, stop: int | None
+) -> tuple[Any, list[Any]]:
+    """The model with the weights of its first blocks replaced by what they dequantize to, in fp32, and the results."""
+    checkpoint = open_checkpoint(folder)
+    skeleton = Skeleton.from_folder(folder, checkpoint)
+    by_name = {target.linear: target for target in targets(skeleton, quant).selected}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    results = []
+    given = tokens if solve.gram else None
+    for result in islice(blocks.run(skeleton, checkpoint, given, quant, solve, dtype=torch.float32), stop):
+        for linear, weight in result.weights.items():
+            write_back(model, by_name[linear], weight)
+        result.weights.clear()
+        results.append(result)
+    return model, results
+
+
+def record(results: list[Any]) -> dict[str, Any]:
+    """Seconds of the stages, and of each kind of site its strengths and shares over depth."""
+    found: dict[str, Any] = {"seconds": {}, "strength": {}, "carried": {}, "error": 0.0}
+    reports = [report for result in results for report in result.reports]
+    for result in results:
+        for stage, seconds in result.seconds.items():
+            found["seconds"][stage] = round(found["seconds"].get(stage, 0.0) + seconds, 1)
+    for report in reports:
+        kind = report.held_out.get("kind", "")
+        found["strength"].setdefault(kind, []).append(round(report.strength, 2))
+        found["carried"].setdefault(kind, []).append(round(report.carried, 2))
+    found["error"] = sum(report.error for report in reports) / len(reports)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--calibration", required=True, help="NAME=TEXT")
+    parser.add_argument("--evaluation", action="append", required=True, help="NAME=TEXT")
+    parser.add_argument("--case", action="append", required=True, help="BITS:WINDOWS:SEED")
+    parser.add_argument("--set", action="append", required=True, help="fields of SolveSpec")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--eval-windows", type=int, default=4)
+    parser.add_argument("--blocks", type=int, help="quantize only the first so many (default: all)")
+    args = parser.parse_args()
+    folder = locate(args.model)
+    tokenizer = load_tokenizer(folder)
+    name, text = args.calibration.split("=", 1)
+    calib = calibration.windows(text, tokenizer, part="calibration", seqlen=args.seqlen)
+    judged = {
+        key: evenly(calibration.windows(text, tokenizer, part="evaluation", seqlen=args.seqlen), args.eval_windows)
+        for key, text in (entry.split("=", 1) for entry in args.evaluation)
+    }
+    for case in args.case:
+        bits, windows, seed = map(int, case.split(":"))
+        quant = QuantSpec(bits=bits, group_size=args.group_size)
+        for setting in args.set:
+            model, results = quantized(folder, calib.draw(windows, seed).tokens, quant, fields(setting), args.blocks)
+            line = {
+                "calibration": name,
+                "bits": bits,
+                "windows": windows,
+                "seed": seed,
+                "blocks": args.blocks,
+                "set": setting,
+            }
+            line["perplexity"] = {key: round(perplexity(model, text).perplexity, 3) for key, text in judged.items()}
+            print(line, flush=True)
+            with args.results.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(line | record(results)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Judging on other text: the numbers by hand in fp64, and that trials side by side are trials one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sarqc.method.held_out import EXPERTS, ROWS, Judge
+from sarqc.method.solve import SOLVERS, choose_strength, solve_gram, solve_site
+from sarqc.method.statistics import Statistics
+from sarqc.method.strength import Strengths
+from sarqc.spec import METHODS, QuantSpec, solve_spec
+
+QUANT = QuantSpec(bits=3, group_size=16)
+BF16 = torch.bfloat16
+
+
+def two_folds(first: Tensor, second: Tensor, offsets: tuple[Tensor, Tensor] | None = None) -> Statistics:
+    experts = 1 if offsets is None else len(offsets[0]) - 1
+    statistics = Statistics.zeros(experts, first.shape[1], folds=2)
+    for fold, x in enumerate((first, second)):
+        statistics.add(x, None if offsets is None else offsets[fold], fold=fold)
+    return statistics
+
+
+def shaky(rows: int, size: int, generator: torch.Generator) -> Tensor:
+    mix = torch.randn(size, size, generator=generator) / size**0.5 + torch.eye(size)
+    return torch.randn(rows, size, generator=generator) @ mix
+
+
+def by_rounding_down(rows: Tensor, *_: object) -> Tensor:
+    return rows.floor()
+
+
+def test_losses_are_those_of_the_text_that_was_not_fitted(generator):
+    first, second = shaky(30, 16, generator), shaky(20, 16, generator)
+    weight = torch.randn(1, 8, 16, generator=generator)
+    scale = []
+
+    def trial(rows: Tensor, gram, strength: Tensor) -> Tensor:
+        scale.append(gram.rows.tolist())
+        return rows * (1 - strength[:, None, None] / 100)
+
+    judge = Judge(weight, two_folds(first, second), 0.0, 0, trial, lambda rows: torch.zeros_like(rows))
+    for turn, unseen in enumerate((second, first, second)):
+        output = float((unseen.double() @ weight[0].double().T).pow(2).sum())
+        assert abs(judge.rounding_loss(turn) / output - 1) < 1e-5
+        for strength, loss in zip((1.0, 10.0), judge.losses([1.0, 10.0], turn)):
+            assert abs(loss / (output * (strength / 100) ** 2) - 1) < 1e-5
+    assert scale == [[30, 30], [20, 20], [30, 30]]
+
+
+def test_of_three_folds_two_judge(generator):
+    x = [shaky(rows, 16, generator) for rows in (10, 20, 30)]
+    statistics = Statistics.zeros(1, 16, folds=3)
+    for fold, rows in enumerate(x):
+        statistics.add(rows, fold=fold)
+    weight = torch.randn(1, 8, 16, generator=generator)
+    judge = Judge(weight, statistics, 0.0, 0, by_rounding_down, lambda rows: torch.zeros_like(rows))
+    output = float((torch.cat([x[0], x[2]]).double() @ weight[0].double().T).pow(2).sum())
+    assert abs(judge.rounding_loss(1) / output - 1) < 1e-5
+
+
+def test_trials_side_by_side_are_trials_one_by_one(generator, monkeypatch):
+    x = [shaky(60, 32, generator) for _ in range(2)]
+    offsets = (torch.tensor([0, 20, 20, 60]), torch.tensor([0, 10, 30, 60]))
+    weight = torch.randn(3, 24, 32, generator=generator)
+
+    def trial(rows: Tensor, gram, strength: Tensor) -> Tensor:
+        return solve_gram("s", rows, gram, strength, QUANT, METHODS["sarqc-gptq"], BF16).weight.dequantize()
+
+    for borrow in (0.0, 0.5):
+        judge = Judge(weight, two_folds(*x, offsets), borrow, 0, trial, by_rounding_down)
+        together = judge.losses([0.1, 1.0, 10.0], 0)
+        assert together == [judge.losses([s], 0)[0] for s in (0.1, 1.0, 10.0)]
+        monkeypatch.setattr("sarqc.method.held_out.TRIAL_BYTES", 1)
+        assert together == judge.losses([0.1, 1.0, 10.0], 0)
+        monkeypatch.undo()
+
+
+def test_only_some_rows_and_experts_are_tried(generator):
+    weight = torch.randn(3 * EXPERTS, 4 * ROWS, 8, generator=generator)
+    x = torch.randn(60, 8, generator=generator)
+    offsets = torch.linspace(0, 60, 3 * EXPERTS + 1).long()
+    judge = Judge(weight, two_folds(x, x, (offsets, offsets)), 0.0, 0, by_rounding_down, by_rounding_down)
+    assert judge.weight.shape == (EXPERTS, ROWS, 8)
+    again = Judge(weight, two_folds(x, x, (offsets, offsets)), 0.0, 0, by_rounding_down, by_rounding_down)
+    assert torch.equal(judge.weight, again.weight)
+    other = Judge(weight, two_folds(x, x, (offsets, offsets)), 0.0, 1, by_rounding_down, by_rounding_down)
+    assert not torch.equal(judge.weight, other.weight)
+
+
+def test_auto_does_better_on_new_text_than_no_regulariser(generator):
+    """Fewer rows than inputs: the choice must be a strong pull, and must beat plain GPTQ on rows from elsewhere."""
+    mix = torch.randn(64, 64, generator=generator) / 8 + torch.eye(64)
+    text = torch.randn(548, 64, generator=generator) @ mix
+    weight = torch.randn(1, 48, 64, generator=generator)
+    statistics = two_folds(text[:24], text[24:48])
+    new = {}
+    for method in ("rtn", "gptq", "sarqc-gptq"):
+        spec = METHODS[method]
+        quantized, report = solve_site("s", weight, statistics if spec.gram else None, QUANT, spec, scale_dtype=BF16)
+        new[method] = float(((weight - quantized.dequantize())[0] @ text[48:].T).pow(2).sum())
+    assert new["sarqc-gptq"] < 0.9 * min(new["rtn"], new["gptq"])
+    assert report.strength >= 0.3 and report.held_out["curve"]
+
+
+def test_hopeless_statistics_end_in_plain_rounding_and_say_so(generator, monkeypatch):
+    """Folds that contradict each other: what is learnt on one is wrong on the other, at every strength tried."""
+    weight = torch.randn(1, 32, 16, generator=generator)
+    statistics = two_folds(torch.ones(8, 16), torch.ones(8, 16))
+
+    def harmful(site, weight, *rest):
+        return solve_gram(site, -weight, *rest)
+
+    monkeypatch.setitem(SOLVERS, "gram", harmful)
+
+    quantized, report = solve_site("s", weight, statistics, QUANT, METHODS["sarqc-gptq"], scale_dtype=BF16)
+    plain, _ = solve_site("s", weight, None, QUANT, METHODS["rtn"], scale_dtype=BF16)
+    assert torch.equal(quantized.codes, plain.codes) and torch.equal(quantized.scales, plain.scales)
+    assert "plain rounding" in report.fallback and report.strength == 0.0
+
+
+def test_choosing_is_deterministic_and_leaves_the_statistics_alone(generator):
+    statistics = two_folds(shaky(40, 32, generator), shaky(40, 32, generator))
+    before = [fold.sum.clone() for fold in statistics.folds]
+    weight = torch.randn(1, 16, 32, generator=generator)
+    first, second = (
+        choose_strength(
+            "s", "k", weight, statistics, QUANT, solve_spec(), scale_dtype=BF16, strengths=Strengths()
+        ).record()
+        for _ in range(2)
+    )
+    assert first == second
+    assert all(torch.equal(fold.sum, kept) for fold, kept in zip(statistics.folds, before))

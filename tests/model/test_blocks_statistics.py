@@ -1,0 +1,120 @@
+"""What the block loop gathers beyond plain Grams: folds to choose a strength on, the pool, the original's states."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from sarqc.method.strength import GRID, Strengths
+from sarqc.model import blocks
+from sarqc.spec import QuantSpec, solve_spec
+
+QUANT = QuantSpec(bits=3, group_size=32)
+AUTO = solve_spec("sarqc-gptq")
+
+
+def run(case, solve=AUTO, **options):
+    return blocks.run(case.skeleton(), case.source, case.tokens, QUANT, solve, **options)
+
+
+def same(a, b):
+    return all(torch.equal(a.weights[name].codes, b.weights[name].codes) for name in a.weights)
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """Statistics of every site that was solved, by name."""
+    found = {}
+    solve_site = blocks.solve_site
+
+    def spy(name, weight, statistics, *rest, **options):
+        found[name] = statistics
+        return solve_site(name, weight, statistics, *rest, **options)
+
+    monkeypatch.setattr(blocks, "solve_site", spy)
+    return found
+
+
+def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over):
+    strengths = Strengths()
+    results = list(run(tiny("llama"), start=blocks.Start(0, None, lambda _: ({}, {}), strengths)))
+    assert all(len(statistics.folds) == 2 for statistics in handed_over.values())
+    kinds = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
+    assert strengths.tracks.keys() == kinds
+    assert all(track.seen == len(results) == 2 for track in strengths.tracks.values())
+    for report in (report for result in results for report in result.reports):
+        assert report.strength in [pytest.approx(s) for s in GRID]
+        assert report.held_out["kind"] in kinds and len(report.held_out["curve"]) >= 3
+
+
+def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, handed_over):
+    list(run(tiny("llama"), solve_spec(strength=0.5)))
+    assert all(len(statistics.folds) == 1 for statistics in handed_over.values())
+    case = tiny("llama")
+    results = list(blocks.run(case.skeleton(), case.source, case.tokens[:1], QUANT, AUTO))
+    assert all("rule" in report.held_out["why"] for result in results for report in result.reports)
+
+
+def test_reports_hold_all_that_was_learnt_about_strengths(tiny):
+    """What a run that is taken up again restores from the reports of a block is what was known when it was done."""
+    strengths = Strengths()
+    first = next(run(tiny("llama"), start=blocks.Start(0, None, lambda _: ({}, {}), strengths)))
+    records = json.loads(json.dumps([dict(report.held_out) for report in first.reports]))
+    assert Strengths.restored(records) == strengths and len(strengths.tracks) == 4
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_experts_borrow_the_same_however_the_layer_is_cut(tiny, kind):
+    case, solve = tiny(kind), solve_spec(strength=0.3, borrow=0.5)
+    whole, cut = list(run(case, solve)), list(run(case, solve, gram_budget=1))
+    assert len(cut[1].reports) > len(whole[1].reports)
+    for a, b in zip(whole, cut):
+        differing = sum(int((a.weights[n].codes != b.weights[n].codes).sum()) for n in a.weights)
+        assert differing <= 0.01 * sum(w.codes.numel() for w in a.weights.values())
+    borrowed = {report.borrowed_rows for report in whole[1].reports if len(report.rows) > 1}
+    assert borrowed and min(borrowed) > 0
+    assert not same(whole[1], next(islice(run(case, solve_spec(strength=0.3)), 1, None)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_the_original_is_carried_beside_the_quantized_model(tiny, kind, handed_over):
+    """cross = O^T X with O from the untouched model; only dense sites have it; block 0 has no drift yet."""
+    case = tiny(kind)
+    solve = solve_spec(carry_error=True)
+    results = list(run(case, solve, micro_batch=2))
+    seen = []
+    projection = case.model.model.layers[1].self_attn.q_proj
+    hook = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 64)))
+    with torch.no_grad():
+        case.model(case.tokens)
+    hook.remove()
+    statistics = handed_over["model.layers.1.self_attn.q_proj"]
+    hidden = seen[0].double()
+    # The cross-Gram of the original with itself plus the drift is known only through both; its trace is bounded.
+    total = statistics.total()
+    quantized = total.sum[0].diagonal().sum().double() ** 0.5
+    assert 0 < total.cross[0].diagonal().sum() <= quantized * hidden.norm() * (1 + 1e-5)
+    assert total.drift().abs().max() > 1e-4 * total.hessian().abs().max()
+    first = handed_over["model.layers.0.self_attn.q_proj"].total()
+    assert first.drift().abs().max() < 1e-4 * first.hessian().abs().max()
+    for name, statistics in handed_over.items():
+        assert (statistics.folds[0].cross is not None) == (len(statistics.rows()) == 1), name
+    assert all(report.carried == 0 for report in results[0].reports if "q_proj" in report.site)
+
+
+def test_what_is_carried_is_exactly_the_original(tiny, monkeypatch):
+    """After the last block the second stream is the untouched model's output before the final norm."""
+    case = tiny("llama")
+    kept = []
+    enter = blocks.enter
+    monkeypatch.setattr(blocks, "enter", lambda *args, **options: kept.append(enter(*args, **options)) or kept[0])
+    list(run(case, solve_spec(carry_error=True), micro_batch=2))
+    seen = []
+    hook = case.model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        case.model(case.tokens)
+    hook.remove()
+    torch.testing.assert_close(kept[0].original, seen[0], rtol=1e-5, atol=1e-5)
