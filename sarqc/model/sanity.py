@@ -18,6 +18,7 @@ from sarqc.errors import ModelError
 LARGEST = 1 << 40
 LARGEST_SIZE = 1 << 24
 LARGEST_COUNT = 100_000
+SHALLOW = 256
 _SIZE = re.compile(r".*_(size|dim|rank)|d_model|n_(embd|inner|positions|ctx)")
 _COUNT = re.compile(r"(num|n)_.*|.*_layers")
 
@@ -38,9 +39,12 @@ def check_config(folder: str | Path) -> None:
 
 
 def check_layers(config: Any, tensors: int) -> None:
-    """`ModelError` where a model would have more layers than its checkpoint has tensors."""
+    """`ModelError` where a deep model would have more layers than its checkpoint has tensors.
+
+    A shallow one is built quickly, and what it lacks is then said by name.
+    """
     layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > tensors:
+    if isinstance(layers, int) and layers > max(tensors, SHALLOW):
         raise ModelError(f"the configuration asks for {layers} layers, and the checkpoint has {tensors} tensors in all")
 
 

@@ -293,7 +293,8 @@ def build_on_meta(config: PreTrainedConfig, trust_remote_code: bool, dtype: torc
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # sizes that do not go together end in any kind of error
-        raise ModelError(f"no {config.model_type!r} model can be built as configured: {first_line(error)}") from error
+        what = f"model type {config.model_type!r} is not a causal language model that can be built as configured"
+        raise ModelError(f"{what}: {first_line(error)}") from error
     return model.eval()
 
 
