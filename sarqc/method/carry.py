@@ -50,9 +50,7 @@ def shifted(
 
 def shift(site: str, weight: Tensor, gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
     """W Delta H^-1, fp32 [E, N, K], by two triangular solves; H holds the regulariser."""
-    hessian = gram.hessian()
-    salience = objective.saliency(hessian, gram.abs_mean(), solve.saliency)
-    upper = objective.factor(objective.regularised(hessian, salience, strength, solve.damp), site).matrix
+    upper = objective.factor(objective.metric(gram, strength, solve), site).matrix
     half = torch.linalg.solve_triangular(upper.mT, weight @ gram.drift(), upper=False, left=False)
     full: Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
     return full

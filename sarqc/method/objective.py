@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import NumericError
-from sarqc.spec import saliency_exponent
+from sarqc.method.statistics import Gram
+from sarqc.spec import SolveSpec, saliency_exponent
+from sarqc_kernels.gram import gram_finalize
 
 SALIENCY_FLOOR = 1e-4
 """Least saliency relative to the mean: an input that calibration never excited still holds its weights."""
@@ -24,12 +26,11 @@ DAMP_LADDER = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """What is added to the diagonal, relative to its mean, when a matrix has no factor; tried in order, in fp64."""
 
 
-def saliency(hessian: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
+def saliency(diagonal: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
     """The regulariser's diagonal d, fp32 [E, K], scaled to mean(d) = mean(diag H) (1 for an expert without rows).
 
-    hessian: [E, K, K]. abs_mean: E|x_j|, [E, K]. kind: as `SolveSpec.saliency`.
+    diagonal: of H, [E, K]. abs_mean: E|x_j|, [E, K]. kind: as `SolveSpec.saliency`.
     """
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     scale = _mean_or_one(diagonal)
     exponent = saliency_exponent(kind)
     if exponent is None:
@@ -41,15 +42,13 @@ def saliency(hessian: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
     return scale * salient / salient.mean(-1, keepdim=True)
 
 
-def regularised(hessian: Tensor, salience: Tensor, strength: Tensor, damp: float) -> Tensor:
-    """H + lambda D + damp * mean(diag H) I, fp32 [E, K, K], in memory of its own.
+def metric(gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
+    """H + lambda D + damp * mean(diag H) I, fp32 [E, K, K], in memory of its own, made without waiting for the device.
 
-    salience: d, [E, K]. strength: lambda of each expert, [E]. damp: floor relative to the mean.
+    strength: lambda of each expert, fp32 [E].
     """
-    out = hessian.clone()
-    diagonal = out.diagonal(dim1=-2, dim2=-1)
-    diagonal += strength[:, None] * salience + damp * _mean_or_one(diagonal)
-    return out
+    salience = saliency(gram.diagonal(), gram.abs_mean(), solve.saliency)
+    return gram_finalize(gram.sum, gram.rows, salience, strength, solve.damp)
 
 
 @dataclass(frozen=True)

@@ -105,16 +105,9 @@ def round_plainly(weight: Tensor, quant: QuantSpec, grid: str, scale_dtype: torc
     return QuantizedWeight(round_to_grid(weight, scales, zeros, bits=quant.bits), scales, zeros, quant.bits)
 
 
-def regularised_metric(gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
-    """H + lambda D and the floor, fp32 [E, K, K]; strength: the lambda of each expert, [E]."""
-    hessian = gram.hessian()
-    salience = objective.saliency(hessian, gram.abs_mean(), solve.saliency)
-    return objective.regularised(hessian, salience, strength, solve.damp)
-
-
 def error_cost(site: str, gram: Gram, strength: Tensor, quant: QuantSpec, solve: SolveSpec) -> Tensor:
     """What the scale search judges errors by: the metric [E, K, K], or M_jj^2 [E, K] where the Gram solver follows."""
-    metric = regularised_metric(gram, strength, solve)
+    metric = objective.metric(gram, strength, solve)
     if solve.solver == "round":
         return metric
     order = _order(metric, quant, solve)
@@ -134,7 +127,7 @@ def solve_round(
     scaling: Scaling | None = None,
 ) -> Solution:
     """Every weight to its nearest code, on grids searched in the metric H + lambda D (`method.grid`)."""
-    metric = regularised_metric(gram, strength, solve)
+    metric = objective.metric(gram, strength, solve)
     if scaling is not None:
         weight, metric = scaling.apply(weight), scaling.metric(metric)
     if solve.grid == "minmax":
@@ -163,7 +156,7 @@ def solve_gram(
     searched grid is fitted with those weights.
     """
     group_size = quant.group_size if quant.group_size > 0 else weight.shape[-1]
-    metric = regularised_metric(gram, strength, solve)
+    metric = objective.metric(gram, strength, solve)
     if scaling is not None:
         weight, metric = scaling.apply(weight), scaling.metric(metric)
     diagonal = metric.diagonal(dim1=-2, dim2=-1)

@@ -69,6 +69,10 @@ class Gram:
         symmetrize_(mean)
         return mean
 
+    def diagonal(self) -> Tensor:
+        """diag(X^T X / rows), fp32 [E, K]; zero for an expert without rows."""
+        return self.sum.diagonal(dim1=-2, dim2=-1) / self.rows.clamp(min=1)[:, None]
+
     def drift(self) -> Tensor:
         """(O - X)^T X / rows, fp32 [1, K, K]: how far the model has drifted from the original; needs `cross`."""
         assert self.cross is not None

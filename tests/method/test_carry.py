@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sarqc.method import objective
 from sarqc.method.carry import held_out_share, shift, shifted
-from sarqc.method.objective import regularised, saliency
 from sarqc.method.solve import solve_site
 from sarqc.method.statistics import Gram, Statistics
 from sarqc.spec import QuantSpec, SolveSpec, solve_spec
@@ -51,10 +51,8 @@ def test_completing_the_square(generator):
     weight = torch.randn(1, 5, 12, generator=generator)
     gram = seen((original, x)).total()
     full = shift("s", weight, gram, STRENGTH, SPEC)[0].double()
-    hessian = gram.hessian()
-    pull = saliency(hessian, gram.abs_mean(), SPEC.saliency)
-    metric = regularised(hessian, pull, STRENGTH, SPEC.damp)[0].double()
-    anchor = metric - hessian[0].double()
+    metric = objective.metric(gram, STRENGTH, SPEC)[0].double()
+    anchor = metric - gram.hessian()[0].double()
     w, o, y = weight[0].double(), original.double(), x.double()
     for share in (0.3, 1.0):
         target, constants = w + share * full, []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sarqc.method import objective
 from sarqc.method.channel_scale import EXPONENTS, Reader, Scaling, search
-from sarqc.method.objective import regularised, saliency
-from sarqc.method.solve import error_cost, regularised_metric, round_plainly, solve_site
+from sarqc.method.solve import error_cost, round_plainly, solve_site
 from sarqc.method.statistics import Gram, Statistics
 from sarqc.method.strength import Strengths
 from sarqc.spec import METHODS, QuantSpec, solve_spec
@@ -59,7 +59,7 @@ def loss_of(weight, scales, metric):
 def test_the_choice_is_the_least_loss_of_all_exponents(method, generator):
     gram = seen(activations(200, generator))
     weight = torch.randn(1, 24, INPUTS, generator=generator)
-    metric = regularised_metric(gram, strength(gram, METHODS[method]), METHODS[method])[0]
+    metric = objective.metric(gram, strength(gram, METHODS[method]), METHODS[method])[0]
     magnitude = gram.abs_mean()[0]
     losses = [loss_of(weight[0], scales_for(magnitude, exponent), metric) for exponent in EXPONENTS]
     chosen = find([reader(weight, gram, method)])
@@ -74,7 +74,7 @@ def test_for_the_gram_solver_an_error_costs_what_the_later_columns_cannot_correc
     gram = seen(activations(400, generator))
     spec = solve_spec("sarqc", act_order="none")
     cost = error_cost("site", gram, strength(gram, spec), QUANT, spec)[0].double()
-    metric = regularised_metric(gram, strength(gram, spec), spec)[0].double()
+    metric = objective.metric(gram, strength(gram, spec), spec)[0].double()
     for column in range(INPUTS):
         later = metric[column + 1 :, column + 1 :]
         cross = metric[column, column + 1 :]
@@ -174,13 +174,12 @@ def test_the_regulariser_stays_where_the_original_weights_are(generator):
     scales = torch.rand(1, INPUTS, generator=generator) + 0.5
     scaling = Scaling(scales, torch.ones(1, 4))
     chosen = strength(gram, METHODS["rqc-awq"])
-    metric = regularised_metric(gram, chosen, METHODS["rqc-awq"])
+    metric = objective.metric(gram, chosen, METHODS["rqc-awq"])
     hessian = gram.hessian()
-    even = saliency(hessian, gram.abs_mean(), "iso")
+    even = objective.saliency(gram.diagonal(), gram.abs_mean(), "iso")
     inverse = torch.diag_embed(1 / scales)
     by_hand = inverse @ hessian @ inverse + torch.diag_embed(chosen[:, None] * even / scales**2)
-    damp = regularised(torch.zeros_like(hessian), torch.zeros(1, INPUTS), chosen, METHODS["rqc-awq"].damp)
-    floor = inverse @ (damp * hessian.diagonal(dim1=1, dim2=2).mean()) @ inverse
+    floor = inverse @ (METHODS["rqc-awq"].damp * gram.diagonal().mean() * torch.eye(INPUTS)) @ inverse
     torch.testing.assert_close(scaling.metric(metric), by_hand + floor)
 
 

@@ -4,6 +4,8 @@ from torch import Tensor
 
 from sarqc.errors import NumericError
 from sarqc.method import objective
+from sarqc.method.statistics import Gram
+from sarqc.spec import SolveSpec
 
 
 def spd(experts: int, size: int, generator: torch.Generator) -> Tensor:
@@ -11,41 +13,49 @@ def spd(experts: int, size: int, generator: torch.Generator) -> Tensor:
     return x.mT @ x / x.shape[1]
 
 
+def gram_of(hessian: Tensor, rows: int = 1) -> Gram:
+    experts, size = hessian.shape[:2]
+    return Gram(hessian * max(rows, 1), torch.full((experts,), rows), torch.ones(experts, size) * rows)
+
+
 @pytest.mark.parametrize("kind", ["iso", "rms", "energy", "abs", "power:0.25"])
 def test_saliency_has_the_mean_of_the_diagonal(kind, generator):
-    hessian = spd(2, 16, generator)
-    salience = objective.saliency(hessian, torch.rand(2, 16, generator=generator), kind)
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    diagonal = spd(2, 16, generator).diagonal(dim1=-2, dim2=-1)
+    salience = objective.saliency(diagonal, torch.rand(2, 16, generator=generator), kind)
     torch.testing.assert_close(salience.mean(-1), diagonal.mean(-1), rtol=1e-5, atol=0)
 
 
 def test_iso_is_flat_and_energy_is_the_diagonal(generator):
-    hessian = spd(1, 16, generator)
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    iso = objective.saliency(hessian, torch.ones(1, 16), "iso")
-    energy = objective.saliency(hessian, torch.ones(1, 16), "energy")
+    diagonal = spd(1, 16, generator).diagonal(dim1=-2, dim2=-1)
+    iso = objective.saliency(diagonal, torch.ones(1, 16), "iso")
+    energy = objective.saliency(diagonal, torch.ones(1, 16), "energy")
     torch.testing.assert_close(iso, diagonal.mean().expand(1, 16), rtol=1e-5, atol=0)
     torch.testing.assert_close(energy, diagonal, rtol=1e-4, atol=0)
 
 
 def test_an_input_never_seen_still_holds_its_weights(generator):
-    hessian = spd(1, 8, generator)
-    hessian[:, 3, :] = hessian[:, :, 3] = 0
-    assert (objective.saliency(hessian, torch.ones(1, 8), "energy") > 0).all()
+    diagonal = spd(1, 8, generator).diagonal(dim1=-2, dim2=-1).clone()
+    diagonal[:, 3] = 0
+    assert (objective.saliency(diagonal, torch.ones(1, 8), "energy") > 0).all()
 
 
 def test_an_expert_without_rows_is_held_evenly():
-    salience = objective.saliency(torch.zeros(1, 8, 8), torch.zeros(1, 8), "energy")
-    assert torch.equal(salience, torch.ones(1, 8))
-    metric = objective.regularised(torch.zeros(1, 8, 8), salience, torch.tensor([3.0]), 1e-4)
+    metric = objective.metric(gram_of(torch.zeros(1, 8, 8), rows=0), torch.tensor([3.0]), SolveSpec(damp=1e-4))
     assert torch.allclose(metric, (3 + 1e-4) * torch.eye(8))
 
 
+def test_the_metric_is_the_mean_the_pull_and_the_floor(generator):
+    hessian, strength = spd(2, 10, generator), torch.tensor([0.5, 2.0])
+    found = objective.metric(gram_of(hessian, rows=7), strength, SolveSpec(saliency="energy", damp=1e-2))
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    added = strength[:, None] * diagonal + 1e-2 * diagonal.mean(-1, keepdim=True)
+    torch.testing.assert_close(found, hessian + torch.diag_embed(added), rtol=1e-3, atol=1e-6)
+
+
 def test_strength_is_free_of_scale(generator):
-    hessian, ones = spd(1, 12, generator), torch.ones(1, 12)
-    strength = torch.tensor([0.3])
-    small = objective.regularised(hessian, objective.saliency(hessian, ones, "rms"), strength, 1e-3)
-    large = objective.regularised(1024 * hessian, objective.saliency(1024 * hessian, ones, "rms"), strength, 1e-3)
+    hessian, strength = spd(1, 12, generator), torch.tensor([0.3])
+    spec = SolveSpec(saliency="rms", damp=1e-3)
+    small, large = (objective.metric(gram_of(scale * hessian), strength, spec) for scale in (1, 1024))
     torch.testing.assert_close(1024 * small, large, rtol=1e-5, atol=0)
 
 
