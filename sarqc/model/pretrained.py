@@ -12,6 +12,7 @@ it. Which checkpoint tensor belongs where is traced (names.py), not known.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -70,8 +71,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dtype = torch.float32
 
     def is_serializable(self) -> bool:
-        """Yes: codes come back out of any layout."""
-        return True
+        """Codes come back out of any layout; what had to be expanded does not become codes again."""
+        return not self._dense
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")
@@ -104,14 +105,16 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             taken |= {piece.name for piece in place.pieces}
         if any(experts.is_experts(place.owner) for place in self._places):
             experts.use_sorted_experts(model)
-        self._dense = {
-            parameter: found
-            for parameter, found in pieces.items()
-            if any(piece.linear in self._packers and piece.name not in taken for piece in found)
+        for parameter, found in pieces.items():
+            if any(piece.linear in self._packers and piece.name not in taken for piece in found):
+                if parameter in tied:
+                    raise ModelError(f"{parameter!r} is quantized and tied to another parameter; such models are not run")
+                self._dense[parameter] = found
+                _hide(model, parameter)
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *(f"^{re.escape(parameter)}$" for parameter in self._dense),
         }
-        if self._dense:
-            ignored = model._keys_to_ignore_on_load_missing or ()
-            model._keys_to_ignore_on_load_missing = {*ignored, *(f"^{name}$" for name in self._dense)}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         with self._open(self._folder) as source:
@@ -120,10 +123,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 module = _packed(model, place)
                 assert weight is not None
                 module.fill(weight, module.words.device, self._dtype)
-            for name, pieces in self._dense.items():
-                there = model.get_parameter(name)
-                tensor = assemble(pieces, source, there.shape, there.device, there.dtype)
-                there.data.copy_(tensor)
+            for parameter, pieces in self._dense.items():
+                _show(model, parameter, partial(assemble, pieces, source))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,6 +136,23 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 assert piece.linear is not None
                 state |= self._packers[piece.linear](_part(weight, piece))
         return state, {}
+
+
+def _hide(model: nn.Module, parameter: str) -> None:
+    """Keep a parameter, on meta, from transformers, which has no rule to load it; a buffer reserves its room."""
+    path, _, leaf = parameter.rpartition(".")
+    owner, there = model.get_submodule(path), model.get_parameter(parameter)
+    delattr(owner, leaf)
+    owner.register_buffer(leaf, there.detach(), persistent=False)
+    owner._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _show(model: nn.Module, parameter: str, made: Callable[..., Tensor]) -> None:
+    """The parameter again, made(shape, device, dtype) by us."""
+    path, _, leaf = parameter.rpartition(".")
+    owner, there = model.get_submodule(path), model.get_buffer(parameter)
+    delattr(owner, leaf)
+    owner.register_parameter(leaf, nn.Parameter(made(there.shape, there.device, there.dtype), requires_grad=False))
 
 
 def _packed(model: nn.Module, place: Place) -> PackedWeight:
