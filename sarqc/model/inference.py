@@ -87,9 +87,7 @@ def places(root: nn.Module, pieces: Mapping[str, tuple[Piece, ...]], prefix: str
                 yield Place(module, projection, name, pieces[name])
 
 
-def gather(
-    pieces: Sequence[Piece], quantized: Callable[[str], QuantizedWeight | None]
-) -> QuantizedWeight | None:
+def gather(pieces: Sequence[Piece], quantized: Callable[[str], QuantizedWeight | None]) -> QuantizedWeight | None:
     """The codes of all matrices of a parameter, stacked; None where one of them is dense or they are not alike.
 
     quantized: the codes of a linear layer by the checkpoint's name, E = 1, or None.

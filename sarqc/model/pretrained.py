@@ -108,7 +108,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for parameter, found in pieces.items():
             if any(piece.linear in self._packers and piece.name not in taken for piece in found):
                 if parameter in tied:
-                    raise ModelError(f"{parameter!r} is quantized and tied to another parameter; such models are not run")
+                    raise ModelError(
+                        f"{parameter!r} is quantized and tied to another parameter; such models are not run"
+                    )
                 self._dense[parameter] = found
                 _hide(model, parameter)
         model._keys_to_ignore_on_load_unexpected = {
