@@ -1,8 +1,8 @@
 """`import sarqc` lets transformers keep the weights of quantized checkpoints packed, and imports neither it nor torch.
 
-transformers has no list of plugins to stand in: whoever adds a quantizer has to have been imported and to write into its
-tables. So that importing sarqc stays free, the writing waits for transformers: if its tables are there it is done at
-once, otherwise a finder at the front of `sys.meta_path` watches for the one module that holds them, steps aside, and
+transformers has no list of plugins to stand in: whoever adds a quantizer has to have been imported and to write into
+its tables. So that importing sarqc stays free, the writing waits for transformers: if its tables are there it is done
+at once, otherwise a finder at the front of `sys.meta_path` watches for the one module that holds them, steps aside, and
 acts when that module has run. `unregister` is the way out.
 """
 

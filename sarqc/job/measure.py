@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sarqc.job.load import load, resolve_device, resolve_dtype
 from sarqc.job.locate import locate
 from sarqc.model import calibration, harness, stream
 from sarqc.model.evaluate import Perplexity, perplexity
+from sarqc.model.packed import is_packed
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.tokenizer import load_tokenizer
 
@@ -41,7 +42,8 @@ def evaluate(
     windows = calibration.windows(text, tokenizer, part="evaluation", seqlen=seqlen)
     if max_windows is not None:
         windows = windows.last(max_windows)
-    return perplexity(built, windows, on_window=on_window)
+    found = perplexity(built, windows, on_window=on_window)
+    return replace(found, protocol=found.protocol | {"packed": is_packed(built)})
 
 
 def zero_shot(

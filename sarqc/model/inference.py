@@ -51,7 +51,7 @@ def build(
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter whose weight may be packed: `leaf` of module `owner`, which is a Linear's parent or an experts module.
+    """A parameter that may be packed: `leaf` of module `owner`, which is a Linear's parent or an experts module.
 
     path: full name of the packed module that would take it. pieces: the checkpoint tensors it is made of.
     """

@@ -18,7 +18,7 @@ from sarqc_kernels.packing import words_per_row
 from sarqc_kernels.w4a16 import PreparedWeight, prepare, restore, w4a16_matmul
 from sarqc_kernels.w4a16.layout import STREAM
 
-__all__ = ["PackedWeight", "QuantExperts", "QuantLinear"]
+__all__ = ["PackedWeight", "QuantExperts", "QuantLinear", "is_packed"]
 
 
 class PackedWeight(nn.Module):
@@ -121,6 +121,11 @@ class QuantExperts(PackedWeight):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [T, K] sorted by expert, offsets [E + 1] -> [T, N]."""
         return self.matmul(x, offsets, None)
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether any weight of a model is packed."""
+    return any(isinstance(module, PackedWeight) for module in model.modules())
 
 
 def _reserved(weight: QuantizedWeight) -> PreparedWeight:

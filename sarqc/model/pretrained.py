@@ -1,4 +1,4 @@
-"""`AutoModelForCausalLM.from_pretrained` on a quantized checkpoint, with the weights packed: a quantizer of transformers.
+"""`from_pretrained` of transformers on a quantized checkpoint, with the weights packed: a quantizer of its kind.
 
 transformers builds the model on meta, asks its quantizer what to change, loads what it finds names for, and asks again.
 Here the first question puts packed modules in the places of quantized Linears and expert projections, which only

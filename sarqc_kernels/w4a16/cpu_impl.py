@@ -11,7 +11,8 @@ without AMX does faster than bf16 (measured: 1.5 to 2 times at 256 tokens); wher
 Rounding. Weights stay (code - zero) * scale in fp32 (with AMX and many tokens: rounded once to bf16), sums are fp32,
 the result is rounded to bf16 once, and again where a bias joins the few-token product. The one exception: few tokens
 and asymmetric codes. There torch wants the offset (8 - zero) * scale in bf16, which needs up to 11 bits of 8: each
-weight may be off by |8 - zero| * scale / 512, at most 1/64 of a step (4 bits; narrower codes have their own middle). Symmetric weights come back exactly.
+weight may be off by |8 - zero| * scale / 512, at most 1/64 of a step; of narrower codes, whose middle is less, by less.
+Symmetric weights come back exactly.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
     bricks    words int32 [E, N'/64, K'/128, 256 b]    2, 3, 4, 8 bits on a GPU; what its kernels read
 
 N' and K' are N and K padded with codes of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
-weight plus its grid (int4pack half a byte: codes of 2 and 3 bits take the speed of 4 for the size of 4), and `restore` gives back the very codes, scales and zeros that went in: one offline layout serves
-every number of tokens, and an export needs no second copy.
+weight plus its grid (int4pack half a byte: codes of 2 and 3 bits get the speed of 4 for the size of 4), and `restore`
+gives back the very codes, scales and zeros that went in: one offline layout serves every number of tokens, and an
+export needs no second copy.
 
 A brick is 64 rows by 128 inputs in one piece, 4 KiB at 4 bits. Word p of a row of a brick holds in nibble i (lowest
 first) the code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep
@@ -177,7 +178,9 @@ def _fastest(bits: int, scales: Tensor, inputs: int, dtype: torch.dtype, device:
     return INT4PACK if fits and device.type == "cpu" and scales.dtype == torch.bfloat16 and int4pack_block() else STREAM
 
 
-def _to_int4pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _to_int4pack(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if scales.dtype != torch.bfloat16 or codes.shape[2] // scales.shape[2] not in INT4PACK_GROUPS:
         raise ArgumentError(
             f"scales is {scales.dtype} {list(scales.shape)} for {codes.shape[2]} inputs: layout {INT4PACK!r} takes "

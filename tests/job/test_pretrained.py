@@ -181,12 +181,15 @@ def test_unregistering_gives_transformers_its_own_way_back(quantized):
     sarqc.register()
     assert before[0] != AUTO_QUANTIZER_MAPPING
     sarqc.unregister()
-    assert (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING) == before
+    assert before == (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING)
     model = load(quantized("llama", bits=4, group_size=32))
     assert not any(isinstance(module, PackedWeight) for module in model.modules())
 
 
-SEAT = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as t; print(type(t['compressed-tensors']).__name__)"
+SEAT = (
+    "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table; "
+    "print(type(table['compressed-tensors']).__name__)"
+)
 
 
 @pytest.mark.parametrize(
