@@ -12,8 +12,9 @@ On a machine with a GPU: `pip install vllm`, and `--device cuda`. --set passes a
 `--set linear_backend=marlin`, `--set moe_backend=humming` or `--set tensor_parallel_size=2`.
 
 Tokens are compared with our module reading what vLLM said: at each position, is vLLM's token our likeliest too, and if
-not, how far behind ours is it? Kernels that round in another order may swap tokens that are nearly tied, and after one
-such token two texts have nothing to say about each other; this way each of them counts once.
+not, how far behind ours is it? Kernels that round in another order swap tokens that are nearly tied (and a mixture
+whose router is nearly tied other experts), and after one such token two texts have nothing to say about each other;
+this way each of them counts once. The same module in fp32 is the yardstick: how far rounding alone takes it.
 
 Writes RESULTS.md beside this file: machine, versions, command, and for each checkpoint what was said, or, where vLLM
 refuses it, with which words. Outside of CI: it wants an environment of several GB.
@@ -79,7 +80,7 @@ def telling(log: str) -> list[str]:
     return list(dict.fromkeys(line for line in lines if TELLING.search(line)))
 
 
-def agreement(model: Any, prompt: list[int], said: list[int]) -> tuple[int, float]:
+def agreement(model: Any, prompt: list[int], said: list[int]) -> str:
     """How many of the tokens that vLLM said are our likeliest too, and how far behind ours the worst other one is.
 
     The distance is in nats of log probability.
@@ -91,7 +92,8 @@ def agreement(model: Any, prompt: list[int], said: list[int]) -> tuple[int, floa
         logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     theirs = logits.gather(1, torch.tensor(said, device=logits.device).unsqueeze(1))[:, 0]
     behind = logits.max(1).values - theirs
-    return int((behind == 0).sum()), float(behind.max())
+    worst = float(behind.max())
+    return f"{int((behind == 0).sum())} of {len(said)}" + (f", {worst:.2f} nats" if worst else "")
 
 
 def section(name: str, folder: str, args: argparse.Namespace) -> tuple[str, str | None]:
@@ -99,24 +101,23 @@ def section(name: str, folder: str, args: argparse.Namespace) -> tuple[str, str 
     import sarqc
     from sarqc.model.packed import PackedWeight
 
-    model, tokenizer = sarqc.load(folder, device=args.device)
+    stored, tokenizer = sarqc.load(folder, device=args.device)
+    exact, _ = sarqc.load(folder, device=args.device, dtype="float32")
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     options = {key: _value(text) for key, text in (one.split("=", 1) for one in args.set)}
     found = ask(args.python, str(Path(folder).resolve()), prompts, args.device, options)
     lines = [f"## {name}", ""]
     if "said" in found:
-        packed = sum(isinstance(module, PackedWeight) for module in model.modules())
-        ours = f"Compared with {packed} packed modules of ours, {str(model.dtype).removeprefix('torch.')}, in one pass:"
+        packed = sum(isinstance(module, PackedWeight) for module in stored.modules())
+        dtype = str(stored.dtype).removeprefix("torch.")
         lines += [
-            ours,
-            "",
-            "| prompt | vLLM goes on | of these our likeliest too | the others behind by |",
-            "|---|---|---|---|",
+            f"Of the tokens that vLLM said, our likeliest too ({packed} packed modules), and how far behind ours the "
         ]
+        lines += ["worst of the others is:", "", f"| prompt | vLLM goes on | {dtype} | float32 |", "|---|---|---|---|"]
         for text, prompt, said in zip(PROMPTS, prompts, found["said"]):
-            same, behind = agreement(model, prompt, said)
             shown = json.dumps(tokenizer.decode(said), ensure_ascii=False).replace("|", "\\|")
-            lines.append(f"| {text} | `{shown}` | {same} of {len(said)} | {f'{behind:.3f} nats' if behind else ''} |")
+            cells = [agreement(model, prompt, said) for model in (stored, exact)]
+            lines.append(f"| {text} | `{shown}` | {' | '.join(cells)} |")
     else:
         lines.append("vLLM refuses it.")
     lines += ["", "Its own words:", "", "```", *found["log"][-12:], "```", ""]

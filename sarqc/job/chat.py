@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ class Chat:
         self.produced = 0
         """Tokens of the last answer."""
         self._stream = Stream(model)
-        self._options = {"limit": max_new_tokens, "temperature": temperature}
-        self._generator = torch.Generator().manual_seed(seed)
+        self._answer = partial(
+            self._stream.tokens,
+            limit=max_new_tokens,
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(seed),
+        )
 
     @property
     def has_template(self) -> bool:
@@ -57,7 +62,7 @@ class Chat:
         said, ids = "", []
         self.produced = 0
         try:
-            for token in self._stream.tokens(self._prompt(), generator=self._generator, **self._options):
+            for token in self._answer(self._prompt()):
                 ids.append(token)
                 self.produced = len(ids)
                 now = self.tokenizer.decode(ids, skip_special_tokens=True)

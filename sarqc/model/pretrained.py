@@ -40,6 +40,8 @@ Open = Callable[[Path], AbstractContextManager[PackedSource]]
 
 Packer = Callable[[QuantizedWeight], dict[str, Tensor]]
 
+_INITIALIZED = "_is_hf_initialized"  # a module with this mark is not filled with random numbers by transformers
+
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint, word for word, for a model that keeps its weights packed."""
@@ -100,7 +102,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             if weight is None or f"{place.path}.weight" in tied:
                 continue
             place.put(weight, "meta", self._dtype)
-            place.owner._is_hf_initialized = True  # transformers would draw random numbers for experts
+            setattr(place.owner, _INITIALIZED, True)
             self._places.append(place)
             taken |= {piece.name for piece in place.pieces}
         if any(experts.is_experts(place.owner) for place in self._places):
@@ -146,7 +148,7 @@ def _hide(model: nn.Module, parameter: str) -> None:
     owner, there = model.get_submodule(path), model.get_parameter(parameter)
     delattr(owner, leaf)
     owner.register_buffer(leaf, there.detach(), persistent=False)
-    owner._is_hf_initialized = True  # type: ignore[assignment]
+    setattr(owner, _INITIALIZED, True)
 
 
 def _show(model: nn.Module, parameter: str, made: Callable[..., Tensor]) -> None:

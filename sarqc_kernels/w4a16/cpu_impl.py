@@ -30,6 +30,8 @@ __all__ = ["FEW", "unsupported", "w4a16_matmul"]
 FEW = 64
 """Most tokens of an expert for which torch's int4 product is the faster way (measured: the lines cross near it)."""
 
+_INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default  # named whole: choosing it takes as long as a call
+
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 
 TILE = 1 << 20
@@ -61,9 +63,7 @@ def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias
 def _expert(x: Tensor, weight: PreparedWeight, expert: int, bias: Tensor | None) -> Tensor:
     if x.shape[0] > FEW:
         return _many(x, weight, expert, bias)
-    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.contiguous(), weight.words[expert], weight.group_size, weight.scales[expert]
-    )
+    out: Tensor = _INT4_PRODUCT(x.contiguous(), weight.words[expert], weight.group_size, weight.scales[expert])
     if out.shape[1] != weight.outputs:
         out = out[:, : weight.outputs].contiguous()
     return out if bias is None else out.add_(bias[expert])
