@@ -23,7 +23,7 @@ __all__ = ["leave", "take"]
 class Seat:
     """Stands in both tables for one `quant_method`.
 
-    config, quantizer: transformers' own entries, None where it has none. takes: whether a checkpoint with this
+    config, quantizer: transformers' own entries. takes: whether a checkpoint with this
     `quantization_config` can be kept packed. open_source: opens it.
     """
 
@@ -34,7 +34,7 @@ class Seat:
 
     def from_dict(self, values: dict[str, Any], **kwargs: Any) -> Any:
         """What transformers calls on the entry of its table of configurations."""
-        if self.config is None or self.takes(values):
+        if self.takes(values):
             from sarqc.model.pretrained import PackedConfig
 
             return PackedConfig(**values)
@@ -50,11 +50,11 @@ class Seat:
 
 
 def take(methods: Iterable[str], takes: Callable[[Mapping[str, Any]], bool], open_source: Open) -> None:
-    """Sit down for these methods; where we sit already, nothing happens."""
+    """Sit down for those of these methods that transformers knows; where we sit already, nothing happens."""
     for method in methods:
-        config, quantizer = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method), AUTO_QUANTIZER_MAPPING.get(method)
-        if not isinstance(config, Seat):
-            seat = Seat(config, quantizer, takes, open_source)
+        config = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+        if config is not None and not isinstance(config, Seat):
+            seat = Seat(config, AUTO_QUANTIZER_MAPPING[method], takes, open_source)
             AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method] = seat
 
 
@@ -62,11 +62,5 @@ def leave() -> None:
     """Give transformers its own entries back."""
     for method, seat in list(AUTO_QUANTIZATION_CONFIG_MAPPING.items()):
         if isinstance(seat, Seat):
-            for table, entry in (
-                (AUTO_QUANTIZATION_CONFIG_MAPPING, seat.config),
-                (AUTO_QUANTIZER_MAPPING, seat.quantizer),
-            ):
-                if entry is None:
-                    del table[method]
-                else:
-                    table[method] = entry
+            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = seat.config
+            AUTO_QUANTIZER_MAPPING[method] = seat.quantizer

@@ -17,7 +17,12 @@ from sarqc.job.pretrained import can_pack
 from sarqc.model.packed import PackedWeight, QuantExperts, QuantLinear
 from tests.support import tiny
 
-SETTINGS = {"w4": dict(bits=4, group_size=32), "w3 asymmetric": dict(bits=3, group_size=32, sym=False)}
+SETTINGS = {
+    "w4": dict(bits=4, group_size=32),
+    "w3 asymmetric": dict(bits=3, group_size=32, sym=False),
+    "gptq": dict(bits=4, group_size=32, format="gptq"),
+    "awq": dict(bits=4, group_size=32, sym=False, format="awq"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +168,10 @@ def test_only_weights_that_we_run_are_taken(registered, quantized):
     assert not can_pack(config | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}})
     assert not can_pack(config | {"format": "float-quantized"})
     assert not can_pack(config | {"quant_method": "bitsandbytes"})
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    assert can_pack(awq) and can_pack(gptq)
+    assert not can_pack(awq | {"version": "gemv"}) and not can_pack(gptq | {"bits": 5})
     group = config["config_groups"]["group_0"]
     activations = {"config_groups": {"group_0": group | {"input_activations": {"num_bits": 8}}}}
     assert not can_pack(config | activations)
