@@ -5,6 +5,8 @@
     model, tokenizer = sarqc.load("out")           # and that runs here
     sarqc.evaluate("out").perplexity               # what it cost
 
+    AutoModelForCausalLM.from_pretrained("out")    # transformers keeps it packed too, once sarqc is imported
+
 Nothing heavy is imported before it is used.
 """
 
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from sarqc.registration import register, unregister
 
 __version__ = "0.1.0"
 
@@ -38,6 +42,8 @@ __all__ = [
     "load",
     "preflight",
     "quantize",
+    "register",
+    "unregister",
 ]
 
 _HOME = {
@@ -64,3 +70,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register()

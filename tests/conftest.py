@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 
 # Before torch is imported. Tests run side by side; small operations on more threads than cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+import sarqc
+
+# transformers is an oracle here: it loads what we write in its own way, but for tests that ask for ours.
+sarqc.unregister()
+
 if not torch.cuda.is_available():
     # Without a GPU, Triton kernels are held by its interpreter, which has to be asked for before anything imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,6 +26,14 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(name, outcome): tries a fault; it ends in a clear error or is recovered")
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """transformers loads as it does for a user who imported sarqc."""
+    sarqc.register()
+    yield
+    sarqc.unregister()
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ METHODS = ("rtn", "gptq", "sarqc-gptq")
 
 
 def judge(model: str | Path, text: str) -> float:
-    """Perplexity over the last 4 windows of 2048 tokens."""
-    return sarqc.evaluate(model, text=text, seqlen=2048, max_windows=4).perplexity
+    """Perplexity over the last 4 windows of 2048 tokens, in the same arithmetic for whoever made the checkpoint."""
+    return sarqc.evaluate(model, text=text, seqlen=2048, max_windows=4, packed=False).perplexity
 
 
 def run_case(args: argparse.Namespace, bits: int, windows: int, method: str) -> dict[str, Any]:

@@ -7,9 +7,10 @@ so that whoever reads weights need not know that they were quantized. The `raw_`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
+from sarqc.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,13 @@ class Checkpoint:
             return None
         with self._named():
             return self.format.unpack(linear, self._quantization, self.raw_load)
+
+    def packer(self, linear: str) -> Callable[[QuantizedWeight], dict[str, Tensor]]:
+        """Makes the tensors on disk of the quantized Linear `linear` of a weight; works when the files are closed."""
+        stored = self.describe(linear)
+        assert self.format is not None
+        group_size = -1 if stored.groups == 1 else stored.shape[1] // stored.groups
+        return partial(self.format.pack, linear, quant=QuantSpec(stored.bits, group_size, stored.sym))
 
     def storage(self) -> Storage:
         """What is on disk, counted from the headers after checking the tensors of every quantized Linear."""

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import typer
 
+from sarqc.cli.chat import chat
 from sarqc.cli.compare import compare
 from sarqc.cli.convert import convert
 from sarqc.cli.doctor import doctor
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
     "inspect": inspect,
     "verify": verify,
     "convert": convert,

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from sarqc.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption, print_json, stderr
+from sarqc.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ExpandedOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+    print_json,
+    stderr,
+)
 
 
 def evaluate(
@@ -27,6 +36,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: only so many questions of each.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    expanded: ExpandedOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -37,12 +47,14 @@ def evaluate(
         raise ArgumentError("--save puts perplexity into the report: leave out --tasks, or run twice")
     where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     how = {"text": text, "seqlen": seqlen, "max_windows": max_windows} | where
+    packed = {"packed": not expanded}
     if tasks:
-        _ask(model, [task for task in tasks.split(",") if task], {"text": text, "limit": limit} | where, as_json)
-    elif save:
+        asked = [task for task in tasks.split(",") if task]
+        _ask(model, asked, {"text": text, "limit": limit} | where | packed, as_json)
+    elif save:  # beside the original, block by block, both expanded
         _save(model, original, how, as_json)
     else:
-        _show(model, how, as_json)
+        _show(model, how | packed, as_json)
 
 
 def _ask(model: str, tasks: list[str], how: dict[str, Any], as_json: bool) -> None:
@@ -74,7 +86,8 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
         print_json({"model": model} | asdict(found))
         return
     windows, length = found.protocol["windows"], found.protocol["seqlen"]
-    about = f"{windows} windows of {length} tokens of {how['text']}, {found.seconds:.0f} s"
+    form = f"{'packed' if found.protocol['packed'] else 'dense'} weights, {found.protocol['dtype']}"
+    about = f"{windows} windows of {length} tokens of {how['text']}, {form}, {found.seconds:.0f} s"
     print(f"perplexity {found.perplexity:.3f}  ({about})")
 
 

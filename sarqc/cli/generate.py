@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from sarqc.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption, print_json
+from sarqc.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ExpandedOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+    print_json,
+)
 
 
 def generate(
@@ -15,6 +23,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How far.")] = 48,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    expanded: ExpandedOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -27,6 +36,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         device=device,
         dtype=dtype,
+        packed=not expanded,
         trust_remote_code=trust_remote_code,
     )
     if as_json:

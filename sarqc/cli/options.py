@@ -17,8 +17,12 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
     str,
     typer.Option(
-        help="Of activations: auto (float32 on a CPU, the checkpoint's on a GPU), float32, bfloat16, float16."
+        help="Of activations: auto (the checkpoint's; float32 on a CPU where no weights are packed), float32, bfloat16 "
+        "or float16."
     ),
+]
+ExpandedOption = Annotated[
+    bool, typer.Option("--expanded", help="Expand quantized weights to dense ones first. Off: they stay packed.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 FormatOption = Annotated[

@@ -5,4 +5,5 @@ report   what a run leaves behind beside the weights: _facts what it says, _page
 run      quantize: model in, checkpoint out
 load     a checkpoint, quantized or not, as a model that runs
 measure  perplexity of a checkpoint
+chat     a conversation with a checkpoint       pretrained  what transformers' from_pretrained may keep packed
 """

@@ -22,23 +22,23 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    packed: bool = False,
+    packed: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """The model and its tokenizer.
 
-    model: folder, hub id or `smollm2`; a checkpoint that `quantize` wrote or an ordinary one. dtype: of activations and
-    unquantized weights; "auto" is the checkpoint's on a GPU and float32 on a CPU, where that is the fast one.
-    packed: keep quantized weights packed in memory and multiply with them as they are, in the checkpoint's dtype unless
-    another is named; otherwise they are expanded to `dtype` once. Returns a transformers model in eval mode and its
-    tokenizer.
+    model: folder, hub id or `smollm2`; a checkpoint that `quantize` wrote or an ordinary one. packed: keep quantized
+    weights packed in memory and multiply with them as they are; False expands them to `dtype` once. dtype: of
+    activations and unquantized weights; "auto" is the checkpoint's, but float32 on a CPU where nothing is packed: there
+    that is the fast one for dense products, and 16 bits the fast one for packed ones. Returns a transformers model in
+    eval mode and its tokenizer.
     """
     folder = locate(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     skeleton = Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust_remote_code)
     target = resolve_device(device)
-    # torch multiplies packed weights with 16-bit activations fast, with fp32 ones slowly.
-    wanted = skeleton.dtype if packed and dtype == "auto" else resolve_dtype(dtype, target, skeleton.dtype)
+    as_stored = dtype == "auto" and packed and checkpoint.format is not None
+    wanted = skeleton.dtype if as_stored else resolve_dtype(dtype, target, skeleton.dtype)
     built = inference.build(skeleton, checkpoint, device=target, dtype=wanted, packed=packed)
     return built, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 

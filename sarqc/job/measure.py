@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sarqc.job.load import load, resolve_device, resolve_dtype
 from sarqc.job.locate import locate
 from sarqc.model import calibration, harness, stream
 from sarqc.model.evaluate import Perplexity, perplexity
+from sarqc.model.packed import is_packed
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.tokenizer import load_tokenizer
 
@@ -25,19 +26,24 @@ def evaluate(
     max_windows: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    packed: bool = True,
     trust_remote_code: bool = False,
     on_window: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a model, quantized or not, on a text it was not calibrated on.
 
+    packed, dtype: as in `load`: by default a quantized model is measured as it is served, on its packed weights in the
+    checkpoint's dtype. To compare with an unquantized one in the same arithmetic, name the dtype of both; the protocol
+    of the result says what it was.
     text: a UTF-8 file, a data set, or `builtin` (whose evaluation part shares no topic with its calibration part).
     seqlen: tokens per window. max_windows: only the last so many windows of the text.
     """
-    built, tokenizer = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    built, tokenizer = load(model, device=device, dtype=dtype, packed=packed, trust_remote_code=trust_remote_code)
     windows = calibration.windows(text, tokenizer, part="evaluation", seqlen=seqlen)
     if max_windows is not None:
         windows = windows.last(max_windows)
-    return perplexity(built, windows, on_window=on_window)
+    found = perplexity(built, windows, on_window=on_window)
+    return replace(found, protocol=found.protocol | {"packed": is_packed(built)})
 
 
 def zero_shot(
@@ -48,10 +54,11 @@ def zero_shot(
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    packed: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Metrics by task from lm-eval; tasks and text as in `sarqc.model.harness.zero_shot`."""
-    built, tokenizer = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    built, tokenizer = load(model, device=device, dtype=dtype, packed=packed, trust_remote_code=trust_remote_code)
     return harness.zero_shot(built, tokenizer, tasks, text=text, limit=limit)
 
 

@@ -4,10 +4,11 @@ transformers stores the experts of a layer as two 3-D parameters and calls them 
 sorts the tokens by expert once and then works on ragged rows (x sorted by expert, offsets [E + 1]): the same form
 the kernels take. It tells whoever observes the module what goes into each of its two projections, and where a
 projection is a packed module instead of a parameter it calls that; nothing else changes between calibration and
-inference.
+inference. Where both are packed and the gate is the common one (SiLU), the whole layer is one operation of
+`sarqc_kernels`.
 
-The result is eager's, bit for bit: rows stand in eager's order within an expert, and each token adds up its experts
-in eager's order, which is ascending.
+Of dense experts the result is eager's, bit for bit: rows stand in eager's order within an expert, and each token adds
+up its experts in eager's order, which is ascending. Packed ones round less: they are added up in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from sarqc.model.packed import PackedWeight
+from sarqc_kernels import w4a16
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called as observer(projection, x [T, K] sorted by expert, offsets int64 [E + 1]) before each projection."""
@@ -60,6 +65,11 @@ def sorted_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     """The experts of one layer on hidden_states [T, H], as transformers calls them; see the file's first lines."""
     routing = route(top_k_index, module.num_experts)
     first, second = projections(module)
+    if is_fused(module):
+        weights = top_k_weights[routing.tokens, routing.choices]
+        rows = w4a16.Routing(routing.offsets, routing.tokens, routing.slots, weights)
+        gate_up, down = (getattr(module, name).prepared() for name in (first, second))
+        return w4a16.w4a16_experts(hidden_states, gate_up, down, rows)
     x = hidden_states[routing.tokens]
     _report(module, first, x, routing.offsets)
     y = _project(module, first, x, routing.offsets)
@@ -73,6 +83,19 @@ def sorted_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     for rows in routing.slots:
         out = out + y[rows]
     return out
+
+
+def is_fused(module: Any) -> bool:
+    """Whether the layer is what `w4a16_experts` computes: packed, unobserved, gated by SiLU, nothing in between."""
+    return (
+        all(isinstance(getattr(module, name), PackedWeight) for name in projections(module))
+        and getattr(module, _OBSERVER, None) is None
+        and module.has_gate
+        and getattr(module, "is_concatenated", True)
+        and type(module)._apply_gate is _default_apply_gate
+        and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
+        and not getattr(module, "has_post_expert_norm", False)
+    )
 
 
 def projections(module: Any) -> tuple[str, str]:

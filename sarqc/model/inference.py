@@ -1,84 +1,27 @@
 """A checkpoint as an ordinary transformers model: every weight dense, or the quantized ones packed as they are.
 
-Packed layers multiply through the W4A16 kernel and never hold the dense matrix. Experts stay the module transformers
-made: only its two projections become packed modules, which the experts function of experts.py calls.
+Experts stay the module transformers made: only its two projections become packed modules, which the experts function of
+experts.py calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import experts
 from sarqc.model.names import Piece
+from sarqc.model.packed import PackedWeight, QuantExperts, QuantLinear
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
-from sarqc_kernels.w4a16 import PreparedWeight, prepare, w4a16_matmul
 
-
-class PackedWeight(nn.Module):
-    """Matrices of E experts in the layout that the kernel of this device reads (`sarqc_kernels.w4a16.layout`).
-
-    weight: what the codes are. dtype: of the activations to come, which the choice of a layout depends on.
-    """
-
-    words: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-
-    def __init__(
-        self, weight: QuantizedWeight, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__()
-        zeros = None if weight.sym else weight.zeros
-        prepared = prepare(weight.codes, weight.scales, zeros, bits=weight.bits, dtype=dtype, device=device)
-        for name in ("words", "scales", "zeros"):
-            self.register_buffer(name, getattr(prepared, name), persistent=False)
-        self.layout, self.bits = prepared.layout, prepared.bits
-        self.out_features, self.in_features, self.group_size = prepared[-3:]
-
-    def prepared(self) -> PreparedWeight:
-        """The weight as the kernel takes it; `sarqc_kernels.w4a16.restore` makes codes of it again."""
-        return PreparedWeight(
-            self.words, self.scales, self.zeros,
-            self.layout, self.bits, self.out_features, self.in_features, self.group_size,
-        )  # fmt: skip
-
-    def matmul(self, x: Tensor, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
-        """x [T, K], sorted by expert where there are offsets [E + 1] -> [T, N]."""
-        return w4a16_matmul(x, self.prepared(), offsets, bias)
-
-
-class QuantLinear(PackedWeight):
-    """A Linear whose weight is packed; `bias` is a parameter as before."""
-
-    def __init__(
-        self,
-        weight: QuantizedWeight,
-        bias: nn.Parameter | None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(weight, device, dtype)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
-        bias = None if self.bias is None else self.bias.unsqueeze(0)
-        return self.matmul(x.reshape(-1, self.in_features), None, bias).reshape(*x.shape[:-1], self.out_features)
-
-
-class QuantExperts(PackedWeight):
-    """One projection of an experts module, packed."""
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [T, K] sorted by expert, offsets [E + 1] -> [T, N]."""
-        return self.matmul(x, offsets, None)
+__all__ = ["Place", "QuantExperts", "QuantLinear", "build", "gather", "places"]
 
 
 def build(
@@ -97,37 +40,61 @@ def build(
     skeleton = model if isinstance(model, Skeleton) else Skeleton.from_config(model, source)
     skeleton.load_outer(source, device, dtype, head=True)
     for index in range(len(skeleton.blocks)):
-        if packed:
-            _pack_block(skeleton, index, source, device, dtype or skeleton.dtype)
+        if packed:  # and what is left dense is loaded afterwards
+            for place in places(skeleton.blocks[index], skeleton.pieces, f"{skeleton.prefix}.{index}"):
+                weight = gather(place.pieces, source.quantized)
+                if weight is not None:
+                    place.put(weight, device, dtype or skeleton.dtype)
         skeleton.load_block(index, source, device, dtype)
     return skeleton.model
 
 
-def _pack_block(
-    skeleton: Skeleton, index: int, source: TensorSource, device: torch.device | str, dtype: torch.dtype
-) -> None:
-    """Put packed modules where the source has codes; what is left dense is loaded afterwards."""
-    start = f"{skeleton.prefix}.{index}"
-    for path, module in list(skeleton.blocks[index].named_modules()):
-        name = f"{start}.{path}"
+@dataclass(frozen=True)
+class Place:
+    """A parameter that may be packed: `leaf` of module `owner`, which is a Linear's parent or an experts module.
+
+    path: full name of the packed module that would take it. pieces: the checkpoint tensors it is made of.
+    """
+
+    owner: nn.Module
+    leaf: str
+    path: str
+    pieces: tuple[Piece, ...]
+
+    def put(self, weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> PackedWeight:
+        """Replace what is there by a packed module."""
+        there = getattr(self.owner, self.leaf)
+        module: PackedWeight
+        if isinstance(there, nn.Linear):
+            module = QuantLinear(weight, there.bias, device, dtype)
+        else:
+            module = QuantExperts(weight, device, dtype)
+        delattr(self.owner, self.leaf)
+        setattr(self.owner, self.leaf, module)
+        return module
+
+
+def places(root: nn.Module, pieces: Mapping[str, tuple[Piece, ...]], prefix: str = "") -> Iterator[Place]:
+    """Every parameter below `root` that could be packed; `prefix` is root's full name, under which `pieces` has it."""
+    modules = dict(root.named_modules(prefix=prefix))
+    for path, module in modules.items():
         if isinstance(module, nn.Linear):
-            weight = _codes(skeleton.pieces.get(f"{name}.weight", ()), source)
-            if weight is not None:
-                parent, _, leaf = name.rpartition(".")
-                setattr(skeleton.model.get_submodule(parent), leaf, QuantLinear(weight, module.bias, device, dtype))
+            parent, _, leaf = path.rpartition(".")
+            yield Place(modules[parent], leaf, path, pieces.get(f"{path}.weight", ()))
         elif experts.is_experts(module):
             for projection in experts.projections(module):
-                weight = _codes(skeleton.pieces[f"{name}.{projection}"], source)
-                if weight is not None:
-                    delattr(module, projection)
-                    setattr(module, projection, QuantExperts(weight, device, dtype))
+                name = f"{path}.{projection}"
+                yield Place(module, projection, name, pieces[name])
 
 
-def _codes(pieces: Sequence[Piece], source: TensorSource) -> QuantizedWeight | None:
-    """The codes of all matrices of a parameter, stacked; None where one of them is dense or they are not alike."""
+def gather(pieces: Sequence[Piece], quantized: Callable[[str], QuantizedWeight | None]) -> QuantizedWeight | None:
+    """The codes of all matrices of a parameter, stacked; None where one of them is dense or they are not alike.
+
+    quantized: the codes of a linear layer by the checkpoint's name, E = 1, or None.
+    """
     found: dict[int, list[QuantizedWeight]] = {}
     for piece in pieces:
-        weight = source.quantized(piece.linear) if piece.linear else None
+        weight = quantized(piece.linear) if piece.linear else None
         if weight is None:
             return None
         found.setdefault(piece.expert or 0, []).append(weight)

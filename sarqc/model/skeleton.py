@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,16 +198,9 @@ class Skeleton:
         return [name for name in self.pieces if not name.startswith(f"{self.prefix}.")]
 
     def _load(self, parameter: str, source: TensorSource, device: torch.device) -> None:
-        pieces = self.pieces[parameter]
         like = _find(self.model, parameter)
         kept = self._kept_dtype(parameter, like)
-        if pieces[0].expert is None:
-            _assign(self.model, parameter, source.load(pieces[0].name).to(device, kept))
-            return
-        filled = torch.empty(like.shape, dtype=kept, device=device)
-        for piece in pieces:
-            filled[piece.expert, piece.start : piece.start + piece.rows].copy_(source.load(piece.name))
-        _assign(self.model, parameter, filled)
+        _assign(self.model, parameter, assemble(self.pieces[parameter], source, like.shape, device, kept))
 
     def _kept_dtype(self, parameter: str, like: Tensor) -> torch.dtype:
         """The dtype a tensor is loaded in: transformers names some that stay fp32 in a half-precision model."""
@@ -229,6 +222,22 @@ class Skeleton:
             for name in module._non_persistent_buffers_set:
                 if (buffer := module._buffers.get(name)) is not None:
                     module._buffers[name] = buffer.to(device)
+
+
+def assemble(
+    pieces: Sequence[Piece],
+    source: TensorSource,
+    shape: Sequence[int],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A parameter of this shape out of its checkpoint tensors, which are read one at a time."""
+    if pieces[0].expert is None:
+        return source.load(pieces[0].name).to(device, dtype)
+    filled = torch.empty(tuple(shape), dtype=dtype, device=device)
+    for piece in pieces:
+        filled[piece.expert, piece.start : piece.start + piece.rows].copy_(source.load(piece.name))
+    return filled
 
 
 class _Recorder(nn.Module):

@@ -6,7 +6,7 @@ checkpoint looks like a dense one (`load` dequantizes), and hands out its codes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -37,6 +37,46 @@ class TensorSource(Protocol):
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
         """Codes of a linear layer (its name without ".weight", E = 1), or None where it is stored dense."""
+        ...
+
+
+class PackedInfo(Protocol):
+    """What a packed weight [N, K] is, before any of it is read; `dtype` is that of its scales."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the scales."""
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row."""
+
+
+class PackedSource(TensorSource, Protocol):
+    """A source that can also say how its quantized linear layers are stored, and store them again."""
+
+    def linears(self) -> list[str]:
+        """Names of the quantized linear layers, without ".weight"."""
+        ...
+
+    def describe(self, linear: str) -> PackedInfo:
+        """What a quantized linear layer is; costs no reading of weights."""
+        ...
+
+    def raw_members(self, linear: str) -> tuple[str, ...]:
+        """Names of the tensors that a quantized linear layer is stored as."""
+        ...
+
+    def packer(self, linear: str) -> Callable[[QuantizedWeight], dict[str, Tensor]]:
+        """Makes those tensors of a weight (E = 1); works when the source is closed."""
         ...
 
 

@@ -11,7 +11,8 @@ without AMX does faster than bf16 (measured: 1.5 to 2 times at 256 tokens); wher
 Rounding. Weights stay (code - zero) * scale in fp32 (with AMX and many tokens: rounded once to bf16), sums are fp32,
 the result is rounded to bf16 once, and again where a bias joins the few-token product. The one exception: few tokens
 and asymmetric codes. There torch wants the offset (8 - zero) * scale in bf16, which needs up to 11 bits of 8: each
-weight may be off by |8 - zero| * scale / 512, at most 1/64 of a step. Symmetric weights come back exactly.
+weight may be off by |8 - zero| * scale / 512, at most 1/64 of a step; of narrower codes, whose middle is less, by less.
+Symmetric weights come back exactly.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sarqc_kernels.w4a16.layout import INT4PACK, INT4PACK_ROWS, PreparedWeight, grid_of, int4pack_block
+from sarqc_kernels.w4a16.layout import INT4PACK, INT4PACK_ROWS, PreparedWeight, grid_of, int4pack_block, lift
 
 __all__ = ["FEW", "unsupported", "w4a16_matmul"]
 
 FEW = 64
 """Most tokens of an expert for which torch's int4 product is the faster way (measured: the lines cross near it)."""
+
+_INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default  # named whole: choosing it takes as long as a call
 
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 
@@ -40,7 +43,7 @@ def unsupported(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias:
     if x.device.type != "cpu":
         return f"tensors are on {x.device.type}, not on the CPU"
     if weight.layout != INT4PACK:
-        return f"the weight lies as {weight.layout!r}, not {INT4PACK!r} (4 bits, groups of 32 to 256, bf16 scales)"
+        return f"the weight lies as {weight.layout!r}, not {INT4PACK!r} (2 to 4 bits, groups of 32 to 256, bf16 scales)"
     if x.dtype != torch.bfloat16:
         return f"x is {x.dtype}: torch's int4 product is fast for torch.bfloat16 alone"
     return None if int4pack_block() else "torch packs int4 in an order that is not known here"
@@ -60,9 +63,7 @@ def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias
 def _expert(x: Tensor, weight: PreparedWeight, expert: int, bias: Tensor | None) -> Tensor:
     if x.shape[0] > FEW:
         return _many(x, weight, expert, bias)
-    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.contiguous(), weight.words[expert], weight.group_size, weight.scales[expert]
-    )
+    out: Tensor = _INT4_PRODUCT(x.contiguous(), weight.words[expert], weight.group_size, weight.scales[expert])
     if out.shape[1] != weight.outputs:
         out = out[:, : weight.outputs].contiguous()
     return out if bias is None else out.add_(bias[expert])
@@ -101,6 +102,6 @@ def _expand(weight: PreparedWeight, expert: int, rows: slice, scales: Tensor, ze
     nibbles &= _LOW_NIBBLES  # eight codes to a 64-bit integer: bytes would take eight times the operations
     codes = nibbles.view(torch.uint8).view(scales.shape[1], weight.group_size, -1)[..., : rows.stop - rows.start]
     scale = scales.mT.unsqueeze(1)
-    offset = scale * -8.0 if zeros is None else zeros.mT.unsqueeze(1) * -scale
+    offset = scale * -8.0 if zeros is None else (zeros.mT.unsqueeze(1) + lift(weight.bits)) * -scale
     tile = codes.float()
     return torch.addcmul(offset, tile, scale, out=tile).flatten(0, 1)  # exact: bf16 scales times 4 bits have 12 bits

@@ -1,12 +1,13 @@
 """How a quantized weight lies in memory while a model runs: chosen once, when it is loaded, and never lossy.
 
     stream    words int32 [E, N, ceil(K b / 32)]       any width; the checkpoint's form, what the reference reads
-    int4pack  words uint8 [E, N', K / 2]               4 bits on a CPU; the order of torch's int4 product
+    int4pack  words uint8 [E, N', K / 2]               2 to 4 bits on a CPU; the order of torch's int4 product
     bricks    words int32 [E, N'/64, K'/128, 256 b]    2, 3, 4, 8 bits on a GPU; what its kernels read
 
-N' and K' are N and K padded with code 0 of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
-weight plus its grid, and `restore` gives back the very codes, scales and zeros that went in: one offline layout serves
-every number of tokens, and an export needs no second copy.
+N' and K' are N and K padded with codes of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
+weight plus its grid (int4pack half a byte: codes of 2 and 3 bits get the speed of 4 for the size of 4), and `restore`
+gives back the very codes, scales and zeros that went in: one offline layout serves every number of tokens, and an
+export needs no second copy.
 
 A brick is 64 rows by 128 inputs in one piece, 4 KiB at 4 bits. Word p of a row of a brick holds in nibble i (lowest
 first) the code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep
@@ -18,7 +19,8 @@ zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read 
 
 torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
 its low nibble and row j + B/2 in its high one. `int4pack_block` asks torch once which it is, and believes nothing else.
-Its grid is bf16 [E, G, N', 2], (scale, (8 - zero) * scale): the product computes (code - 8) * scale + offset.
+Its grid is bf16 [E, G, N', 2], (scale, (middle - zero) * scale), the middle code being 2^(b-1): the product computes
+(nibble - 8) * scale + offset, and a nibble is a code moved up by 8 - middle, so that middles meet.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ __all__ = [
     "codes_of",
     "grid_of",
     "int4pack_block",
+    "lift",
     "prepare",
     "restore",
 ]
@@ -108,14 +111,14 @@ def prepare(
     if wanted == STREAM:
         parts = (pack(codes, bits), scales, zeros)
     else:
-        held = (4,) if wanted == INT4PACK else tuple(PLANES)
+        held = (2, 3, 4) if wanted == INT4PACK else tuple(PLANES)
         if bits not in held:
             raise ArgumentError(
                 f"layout = {wanted!r} holds {', '.join(map(str, held))} bits, not {bits}: use {STREAM!r}"
             )
         if int(codes.max()) >= 1 << bits:
             raise ArgumentError(f"codes holds {int(codes.max())}: {bits} bits take 0 to {(1 << bits) - 1}")
-        parts = _to_int4pack(codes, scales, zeros) if wanted == INT4PACK else _to_bricks(codes, scales, zeros, bits)
+        parts = (_to_int4pack if wanted == INT4PACK else _to_bricks)(codes, scales, zeros, bits)
     words, grid, offset = (None if part is None else part.to(device) for part in parts)
     assert words is not None and grid is not None
     return PreparedWeight(words, grid, offset, wanted, bits, shape[1], shape[2], shape[2] // scales.shape[2])
@@ -139,8 +142,13 @@ def codes_of(weight: PreparedWeight, expert: int, rows: slice) -> Tensor:
     else:
         half = _known_block() // 2
         stretch = words[first * block : last * block].reshape(-1, weight.inputs, half)
-        codes = torch.stack([stretch & 15, stretch >> 4], 1).transpose(-1, -2).flatten(0, 2)
+        codes = torch.stack([stretch & 15, stretch >> 4], 1).transpose(-1, -2).flatten(0, 2) - lift(weight.bits)
     return codes[rows.start - first * block : rows.stop - first * block, : weight.inputs]
+
+
+def lift(bits: int) -> int:
+    """How far codes of so many bits are moved up to make nibbles whose middle is 8."""
+    return 8 - (1 << (bits - 1))
 
 
 def grid_of(weight: PreparedWeight) -> tuple[Tensor, Tensor | None]:
@@ -166,19 +174,22 @@ def int4pack_block() -> int | None:
 def _fastest(bits: int, scales: Tensor, inputs: int, dtype: torch.dtype, device: torch.device) -> str:
     if bits in PLANES and device.type == "cuda":
         return BRICKS
-    fits = bits == 4 and inputs // scales.shape[2] in INT4PACK_GROUPS and dtype == torch.bfloat16
+    fits = bits <= 4 and inputs // scales.shape[2] in INT4PACK_GROUPS and dtype == torch.bfloat16
     return INT4PACK if fits and device.type == "cpu" and scales.dtype == torch.bfloat16 and int4pack_block() else STREAM
 
 
-def _to_int4pack(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _to_int4pack(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if scales.dtype != torch.bfloat16 or codes.shape[2] // scales.shape[2] not in INT4PACK_GROUPS:
         raise ArgumentError(
             f"scales is {scales.dtype} {list(scales.shape)} for {codes.shape[2]} inputs: layout {INT4PACK!r} takes "
             f"torch.bfloat16 and groups of {', '.join(map(str, INT4PACK_GROUPS))}; use {STREAM!r}"
         )
     rows = -codes.shape[1] % INT4PACK_ROWS
-    words = _interleave(pad(codes, (0, 0, 0, rows)), _known_block())
-    offset = torch.zeros_like(scales) if zeros is None else ((8.0 - zeros.float()) * scales.float()).bfloat16()
+    words = _interleave(pad(codes + lift(bits), (0, 0, 0, rows)), _known_block())
+    middle = float(1 << (bits - 1))
+    offset = torch.zeros_like(scales) if zeros is None else ((middle - zeros.float()) * scales.float()).bfloat16()
     grid = pad(torch.stack([scales, offset], -1), (0, 0, 0, 0, 0, rows))
     return words, grid.transpose(1, 2).contiguous(), zeros
 

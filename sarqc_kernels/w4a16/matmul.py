@@ -74,7 +74,8 @@ def w4a16_matmul(
     if bias is not None and (tuple(bias.shape) != (experts, outputs) or not bias.is_floating_point()):
         raise ArgumentError(f"bias is {bias.dtype} {list(bias.shape)}: pass floating [{experts}, {outputs}] or None")
     check_offsets(offsets, experts)
-    check_same_device(x=x, words=weight.words, scales=weight.scales, offsets=offsets, bias=bias)
+    if not x.device == weight.words.device == weight.scales.device or offsets is not None or bias is not None:
+        check_same_device(x=x, words=weight.words, scales=weight.scales, offsets=offsets, bias=bias)
     out: Tensor = _OP(x, *weight, offsets, bias, backend)
     return out
 

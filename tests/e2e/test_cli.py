@@ -41,16 +41,20 @@ def test_json_is_one_object_and_nothing_else(source, quantized, tmp_path):
     commands = [
         ("quantize", source, "-o", tmp_path / "out", *RUN),
         ("eval", quantized, "--seqlen", 64, "--max-windows", 2),
+        ("eval", quantized, "--seqlen", 64, "--max-windows", 2, "--expanded"),
         ("generate", quantized, "--prompt", "a list", "--max-new-tokens", 3),
         ("inspect", quantized),
     ]
     found = [json.loads(sarqc(*command, "--json").stdout) for command in commands]
     assert found[0]["solve"]["method"] == "sarqc-gptq" and found[0]["out"] == str(tmp_path / "out")
     assert found[1]["perplexity"] > 1 and found[1]["protocol"]["windows"] == 2
-    assert found[2]["text"].startswith("a list")
+    assert (found[1]["protocol"]["packed"], found[1]["protocol"]["dtype"]) == (True, "bfloat16")
+    assert (found[2]["protocol"]["packed"], found[2]["protocol"]["dtype"]) == (False, "float32")
+    assert found[1]["perplexity"] == pytest.approx(found[2]["perplexity"], rel=0.01)
+    assert found[3]["text"].startswith("a list")
     planned = sarqc("quantize", source, "-o", tmp_path / "dry", *RUN, "--dry-run", "--json")
     assert json.loads(planned.stdout)["output_bytes"] == found[0]["size"]["bytes"] and not (tmp_path / "dry").exists()
-    assert found[3]["quantized_linears"] == 14 and found[3]["report"]["quant"]["bits"] == 4
+    assert found[4]["quantized_linears"] == 14 and found[4]["report"]["quant"]["bits"] == 4
 
 
 def test_a_config_file_gives_defaults_and_the_command_line_wins(source, tmp_path):

@@ -43,7 +43,7 @@ def mixture(shallow, tmp_path_factory):
 
 
 def output_of(folder, tokens, dtype="float32"):
-    model, _ = sarqc.load(folder, dtype=dtype)
+    model, _ = sarqc.load(folder, dtype=dtype, packed=False)
     with torch.inference_mode():
         return model(tokens, use_cache=False).logits
 

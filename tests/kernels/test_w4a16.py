@@ -31,12 +31,15 @@ def prepared(weight: Quantized, backend: str, device: str, *, sym: bool = False,
     return prepare(weight.codes, weight.scales, zeros, bits=bits, device=device, layout=LAYOUT[backend])
 
 
-def check(out: Tensor, x: Tensor, weight: Quantized, offsets: Tensor | None, bias: Tensor | None, backend: str) -> None:
+def check(
+    out: Tensor, x: Tensor, weight: Quantized, offsets: Tensor | None, bias: Tensor | None, backend: str, bits: int = 4
+) -> None:
     """out is within the contract's rounding of the product in float64, expert by expert.
 
     Weights: at most one rounding to x's dtype. The sum in fp32 in any order, the bias one more term of it. Then at most
-    two roundings to x's dtype. torch's int4 product also rounds (8 - zero) * scale to bf16, by 2^-9 of it.
+    two roundings to x's dtype. torch's int4 product also rounds (middle - zero) * scale to bf16, by 2^-9 of it.
     """
+    middle = float(1 << (bits - 1))
     eps, tiny = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
     bounds = [0, len(x)] if offsets is None else offsets.tolist()
     for expert, values in enumerate(dequantize(weight).double()):
@@ -47,7 +50,7 @@ def check(out: Tensor, x: Tensor, weight: Quantized, offsets: Tensor | None, bia
             exact = product + bias[expert].to(x.dtype).double()
         slack = eps / 2 * (rows.abs() @ values.abs().T) + 2 * product_bound(rows, values.T) + 2 * exact.abs() * 2.0**-23
         if backend == "cpu":
-            offset = (8.0 - weight.zeros[expert].double()).abs() * weight.scales[expert].double()
+            offset = (middle - weight.zeros[expert].double()).abs() * weight.scales[expert].double()
             slack += rows.abs() @ offset.repeat_interleave(values.shape[1] // offset.shape[1], 1).T * 2.0**-9
         slack += eps * (exact.abs() + product.abs()) + tiny
         assert ((out[mine].double() - exact).abs() <= slack).all()
@@ -170,6 +173,23 @@ def test_tiles_of_the_reference_cover_every_row(
     monkeypatch.setattr(reference, "TILE", 1)
     assert reference.LEAST_ROWS < 301
     assert torch.equal(w4a16_matmul(x, ready, None, b), want)
+
+
+@pytest.mark.parametrize("tokens", [3, cpu_impl.FEW + 1])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_narrow_codes_through_the_int4_product(bits: int, sym: bool, tokens: int, generator: torch.Generator) -> None:
+    weight = random_quantized(generator, (3, 70, 128), 2, bits, sym=sym, scale_dtype=torch.bfloat16)
+    x = torch.randn(3 * tokens, 128, generator=generator).bfloat16()
+    offsets = torch.tensor([0, tokens, 2 * tokens, 3 * tokens])
+    ready = prepared(weight, "cpu", "cpu", sym=sym, bits=bits)
+    with poisoned_empty():
+        out = w4a16_matmul(x, ready, offsets, backend="cpu")
+    check(out, x, weight, offsets, None, "cpu", bits)
+    if sym:  # then no offset is rounded: identity shows the weight
+        eye = torch.eye(128, dtype=torch.bfloat16)
+        shown = w4a16_matmul(eye, ready, torch.tensor([0, 0, 128, 128]), backend="cpu")
+        assert torch.equal(shown, dequantize(weight)[1].T.bfloat16())
 
 
 @pytest.mark.parametrize("amx", [False, True])

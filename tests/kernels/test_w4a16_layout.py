@@ -16,21 +16,24 @@ from sarqc_kernels.w4a16.layout import LAYOUTS, PLANES, codes_of, int4pack_block
 @settings(deadline=None, max_examples=30)
 @given(
     layout=st.sampled_from(LAYOUTS), experts=st.integers(1, 3), rows=st.integers(1, 150), groups=st.integers(1, 5),
-    group=st.sampled_from([32, 64, 128]), sym=st.booleans(), seed=st.integers(0, 2**31),
+    group=st.sampled_from([32, 64, 128]), sym=st.booleans(), width=st.integers(2, 4), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_nothing_is_lost(layout: str, experts: int, rows: int, groups: int, group: int, sym: bool, seed: int) -> None:
+def test_nothing_is_lost(
+    layout: str, experts: int, rows: int, groups: int, group: int, sym: bool, width: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
+    bits = 4 if layout == "bricks" else width
     weight = random_quantized(
-        generator, (experts, rows, groups * group), groups, 4, scale_dtype=torch.bfloat16, sym=sym
+        generator, (experts, rows, groups * group), groups, bits, scale_dtype=torch.bfloat16, sym=sym
     )
     zeros = None if sym else weight.zeros
-    ready = prepare(weight.codes, weight.scales, zeros, bits=4, layout=layout)
+    ready = prepare(weight.codes, weight.scales, zeros, bits=bits, layout=layout)
     codes, scales, found = restore(ready)
     assert torch.equal(codes, weight.codes) and torch.equal(scales, weight.scales)
     assert (found is None) if zeros is None else torch.equal(found, zeros)
     some = slice(rows // 3, rows)
     assert torch.equal(codes_of(ready, experts - 1, some), weight.codes[experts - 1, some])
-    assert ready[3:] == (layout, 4, rows, groups * group, group)
+    assert ready[3:] == (layout, bits, rows, groups * group, group)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -83,7 +86,9 @@ def test_the_fastest_that_can_hold_it() -> None:
         (4, 2, bf16, torch.float32, "stream"),
         (4, 2, torch.float16, bf16, "stream"),
         (4, 8, bf16, bf16, "stream"),
-        (3, 2, bf16, bf16, "stream"),
+        (3, 2, bf16, bf16, "int4pack"),
+        (2, 2, bf16, torch.float32, "stream"),
+        (8, 2, bf16, bf16, "stream"),
     ):
         scales = torch.ones(1, 8, groups, dtype=scale_dtype)
         assert prepare(codes, scales, None, bits=bits, dtype=dtype).layout == want
@@ -92,7 +97,7 @@ def test_the_fastest_that_can_hold_it() -> None:
 @pytest.mark.parametrize("layout", ["int4pack", "bricks"])
 def test_refuses_what_it_cannot_hold(layout: str) -> None:
     codes, scales = torch.zeros(1, 8, 64, dtype=torch.uint8), torch.ones(1, 8, 2, dtype=torch.bfloat16)
-    with pytest.raises(ArgumentError, match=r"holds (2, 3, )?4(, 8)? bits, not 5"):
+    with pytest.raises(ArgumentError, match=r"holds 2, 3, 4(, 8)? bits, not 5"):
         prepare(codes, scales, None, bits=5, layout=layout)
     with pytest.raises(ArgumentError, match="codes holds 16"):
         prepare(codes + 16, scales, None, bits=4, layout=layout)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from sarqc.model import experts
 from sarqc.model.inference import QuantExperts, QuantLinear, build
 from sarqc.model.source import StateDictSource
 from sarqc.model.targets import targets
@@ -80,6 +81,20 @@ def test_packed_weights_are_small_and_give_their_codes_back(tiny, rounded):
     codes, scales, zeros = restore(packed.get_submodule(name).prepared())
     want = source.quantized(name)
     assert torch.equal(codes, want.codes) and torch.equal(scales, want.scales) and zeros is None
+
+
+def test_packed_experts_run_as_one_operation_and_as_two_products_alike(tiny, moe, rounded, monkeypatch):
+    case = tiny(moe)
+    source = rounded(case, QUANT)
+    packed = build(case.skeleton(source), source, packed=True)
+    layers = [module for module in packed.modules() if experts.is_experts(module)]
+    assert layers and all(experts.is_fused(layer) for layer in layers)
+    one = logits(packed, case.tokens)
+    layers[0].act_fn = torch.nn.GELU()
+    assert not experts.is_fused(layers[0])
+    layers[0].act_fn = torch.nn.SiLU()
+    monkeypatch.setattr(experts, "is_fused", lambda module: False)
+    torch.testing.assert_close(logits(packed, case.tokens), one, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

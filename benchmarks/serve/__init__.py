@@ -1,0 +1,1 @@
+"""Checkpoints of ours in somebody else's engine, and what it said."""
