@@ -54,7 +54,9 @@ def test_packed_and_expanded_models_agree(source, tmp_path):
     packed, _ = sarqc.load(result.out, dtype="float32")
     # Expanding rounds each weight to the checkpoint's bf16, 8 bits of mantissa; packed weights are exact in fp32.
     expected = logits(expanded)
-    assert (logits(packed) - expected).abs().max() < 2**-8 * 4 * expected.abs().max()
+    apart = (logits(packed) - expected).abs().amax(-1) >= 2**-8 * 4 * expected.abs().max()
+    # A router that is nearly undecided about a token may decide the other way; dense models have no such tokens.
+    assert int(apart.sum()) <= (2 if hasattr(expanded.config, "num_experts_per_tok") else 0)
 
 
 def test_same_input_same_bytes(source, tmp_path):
