@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,7 +22,25 @@ from sarqc.cli.options import (
     print_json,
     stderr,
 )
+from sarqc.cli.run_options import (
+    CalibOption,
+    DryRunOption,
+    GramBudgetOption,
+    GroupSizeOption,
+    IgnoreOption,
+    KeepWorkOption,
+    MicroBatchOption,
+    RestartOption,
+    SaliencyOption,
+    SamplesOption,
+    StrengthOption,
+    TensorParallelOption,
+    WorkOption,
+)
 from sarqc.spec import ABOUT, DEFAULT_METHOD
+
+if TYPE_CHECKING:
+    from sarqc.job.export import Result
 
 
 def quantize(
@@ -30,56 +48,25 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")],
     method: Annotated[str, typer.Option(help="One of the methods above.")] = DEFAULT_METHOD,
     bits: Annotated[int, typer.Option(help="2 to 8.")] = 4,
-    group_size: Annotated[
-        str,
-        typer.Option(help="Inputs per scale: a number, -1 for a whole row, or auto: largest of 128, 64, 32 that fits."),
-    ] = "auto",
+    group_size: GroupSizeOption = "auto",
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One fixed zero, or a zero for each group.")] = True,
-    strength: Annotated[
-        str | None, typer.Option(help="Weight lambda of the regulariser: auto or a number. Default: the method's own.")
-    ] = None,
-    saliency: Annotated[
-        str | None,
-        typer.Option(
-            help="What the regulariser is weighted with: iso, abs, rms, energy or power:A. Default: as strength."
-        ),
-    ] = None,
-    calib: Annotated[
-        str, typer.Option(help="Calibration text: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin.")
-    ] = "builtin",
-    num_samples: Annotated[
-        int | None, typer.Option(help="Windows of text to calibrate on. Default: up to 128, as many as the text has.")
-    ] = None,
+    strength: StrengthOption = None,
+    saliency: SaliencyOption = None,
+    calib: CalibOption = "builtin",
+    num_samples: SamplesOption = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window. Default: 2048.")] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Windows at once. Default: as many as hold 1024 tokens on a CPU, 8192 on a GPU.")
-    ] = None,
-    gram_budget: Annotated[
-        float, typer.Option(help="GB of Gram matrices at once; experts beyond it take further passes of the text.")
-    ] = 17.0,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Regular expression; Linears it finds stay as they are. Repeatable.")
-    ] = None,
+    micro_batch: MicroBatchOption = None,
+    gram_budget: GramBudgetOption = None,
+    ignore: IgnoreOption = None,
     format: FormatOption = "compressed-tensors",
-    tp: Annotated[
-        int | None, typer.Option(help="Ranks that will serve the model: refuse what no server could split so.")
-    ] = None,
-    work: Annotated[
-        Path | None, typer.Option(help="Folder for finished blocks. Default: a hidden one beside the output.")
-    ] = None,
-    keep_work: Annotated[
-        bool, typer.Option("--keep-work", help="Keep the work folder, for `sarqc export` to another format.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin again instead of going on from the work folder.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show what would be done, what it takes and who would serve it; do nothing."),
-    ] = False,
+    tp: TensorParallelOption = None,
+    work: WorkOption = None,
+    keep_work: KeepWorkOption = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     config: ConfigOption = None,
@@ -105,7 +92,7 @@ def quantize(
         device=device,
         dtype=dtype,
         micro_batch=micro_batch,
-        gram_budget=int(gram_budget * 1e9),
+        **({} if gram_budget is None else {"gram_budget": int(gram_budget * 1e9)}),
         ignore=tuple(ignore or ()),
         format=format,
         tp=tp,
@@ -115,25 +102,27 @@ def quantize(
     if dry_run:
         look_ahead(model, output, settings, as_json)
         return
-    from sarqc.cli.terminal import RunWatcher
-    from sarqc.errors import Interrupted
-    from sarqc.job.run import quantize as run
-
-    try:
-        with RunWatcher(stderr()) as watcher:
-            result = run(
-                model, output, **settings, keep_work=keep_work, restart=restart, overwrite=overwrite, watcher=watcher
-            )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "stopped at once; finished blocks are kept, and the same command goes on from there"
-        ) from None
+    result = carry_out(model, output, settings, dict(keep_work=keep_work, restart=restart, overwrite=overwrite))
     if as_json:
         print_json({"out": str(result.out)} | result.report)
         return
     from sarqc.cli.summary import run_summary
 
     Console().print(run_summary(result.out, result.report))
+
+
+def carry_out(model: str, output: Path, settings: dict[str, Any], folders: dict[str, Any]) -> Result:
+    """Run it with a bar; Ctrl-C twice becomes the error that says how to go on."""
+    from sarqc.cli.terminal import RunWatcher
+    from sarqc.errors import Interrupted
+    from sarqc.job.run import quantize as run
+
+    try:
+        with RunWatcher(stderr()) as watcher:
+            return run(model, output, **settings, **folders, watcher=watcher)
+    except KeyboardInterrupt:
+        how = "stopped at once; finished blocks are kept, and the same command goes on from there"
+        raise Interrupted(how) from None
 
 
 def look_ahead(model: str, output: Path, settings: dict[str, Any], as_json: bool) -> None:

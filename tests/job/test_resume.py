@@ -52,12 +52,20 @@ def straight(source, tmp_path_factory):
     return sarqc.quantize(source, out, keep_work=True, **SMALL)
 
 
-@pytest.fixture
-def stopped(source, tmp_path):
-    """A run stopped after two of its three blocks; its output folder."""
+@pytest.fixture(scope="module")
+def stopped_once(source, tmp_path_factory):
+    """A run stopped after two of its three blocks; its folder, which holds nothing but the work folder."""
+    folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Interrupted, match="stopped after block 2 of 3"):
-        sarqc.quantize(source, tmp_path / "out", watcher=Stopping(2), **SMALL)
-    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
+        sarqc.quantize(source, folder / "out", watcher=Stopping(2), **SMALL)
+    assert [path.name for path in folder.iterdir()] == [".out.work"]
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """The output folder of a copy of that run."""
+    shutil.copytree(stopped_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "out"
 
 

@@ -1,0 +1,49 @@
+"""Options of `sarqc quantize` alone: how it keeps what it has done, and what it may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CalibOption = Annotated[
+    str, typer.Option(help="Calibration text: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin.")
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show what would be done, what it takes and who would serve it; do nothing."),
+]
+GramBudgetOption = Annotated[
+    float | None,
+    typer.Option(help="GB of Gram matrices at once; experts beyond it take further passes. Default: 17.2."),
+]
+GroupSizeOption = Annotated[
+    str, typer.Option(help="Inputs per scale: a number, -1 for a whole row, or auto: largest of 128, 64, 32 that fits.")
+]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option(help="Regular expression; Linears it finds stay as they are. Repeatable.")
+]
+KeepWorkOption = Annotated[
+    bool, typer.Option("--keep-work", help="Keep the work folder, for `sarqc export` to another format.")
+]
+MicroBatchOption = Annotated[
+    int | None, typer.Option(help="Windows at once. Default: as many as hold 1024 tokens on a CPU, 8192 on a GPU.")
+]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on from the work folder.")]
+SaliencyOption = Annotated[
+    str | None,
+    typer.Option(help="What the regulariser is weighted with: iso, abs, rms, energy or power:A. Default: as strength."),
+]
+SamplesOption = Annotated[
+    int | None, typer.Option(help="Windows of text to calibrate on. Default: up to 128, as many as the text has.")
+]
+StrengthOption = Annotated[
+    str | None, typer.Option(help="Weight lambda of the regulariser: auto or a number. Default: the method's own.")
+]
+TensorParallelOption = Annotated[
+    int | None, typer.Option(help="Ranks that will serve the model: refuse what no server could split so.")
+]
+WorkOption = Annotated[
+    Path | None, typer.Option(help="Folder for finished blocks. Default: a hidden one beside the output.")
+]
