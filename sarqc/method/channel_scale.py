@@ -6,13 +6,14 @@ the input is,
 
     s_j = a_j^rho / sqrt(max a^rho * min a^rho),    a_j = E|x_j|,    rho = 0, 0.05 .. 0.95
 
-(arXiv 2306.00978), rounded on min-max grids, and judged by the error E = W - Q(W S) S^-1 they leave. Errors are always
-measured in the original space: with E there, the regulariser needs no scales either, and rho = 0, the identity, is a
-candidate like any other, so the choice is never worse than no scales in the measure it is made by. That measure is
+(arXiv 2306.00978), judged by the error E = W - Q(W S) S^-1 that plain rounding leaves. Errors are always measured in
+the original space: with E there, the regulariser needs no scales either, and rho = 0, the identity, is a candidate like
+any other, so the choice is never worse than no scales in the measure it is made by. That measure is
 
-- tr(E (H + lambda D) E^T) where every weight is then rounded to its nearest code: what rounding will cost;
-- sum_j M_jj^2 |E_j|^2 with M M^T = H + lambda D where the Gram solver follows: column j's error costs that much once
-  the columns after it have corrected what they can.
+- tr(E (H + lambda D) E^T) on min-max grids, where every weight is then rounded to its nearest code: as AWQ does;
+- sum_j M_jj^2 |E_j|^2 with M M^T = H + lambda D, on grids searched with these prices, where the Gram solver follows:
+  column j's error costs that much once the columns after it have corrected what they can. Searched grids leave scales
+  less to win, so rho = 0, 0.1 .. 0.5 will do; judged on min-max grids the choice goes too far and makes models worse.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sarqc.method.grid import minmax_error
+from sarqc.method.grid import minmax_error, searched_error
 from sarqc.method.statistics import Gram
 from sarqc.spec import QuantSpec
 from sarqc_kernels.columns.grid import GridRule
 
 EXPONENTS = tuple(step / 20 for step in range(20))
-VOTERS = 1024
-"""Rows of each matrix that a candidate is judged on, evenly spaced; all of them would cost as much as solving does."""
+SMALL_EXPONENTS = EXPONENTS[:11:2]
+VOTERS, PRICED_VOTERS = 1024, 256
+"""Rows of each matrix that a candidate is judged on, evenly spaced, by a metric and by prices; all of them would cost
+as much as solving does."""
 FLOOR = 1e-2
 """Least a_j relative to the mean: an input that calibration never excited keeps weights that can be told from zero."""
 ELEMENTS = 1 << 25
@@ -114,13 +117,14 @@ def search(
     magnitude = total / seen.clamp(min=1)[:, None]
     if source is not None:
         magnitude = _by_channel(magnitude, source, channels)
-    tried = torch.stack([_scales(magnitude, exponent, binary) for exponent in EXPONENTS])  # [R, E, C]
+    candidates = EXPONENTS if readers[0].cost.dim() == 3 else SMALL_EXPONENTS
+    tried = torch.stack([_scales(magnitude, exponent, binary) for exponent in candidates])  # [R, E, C]
     loss = torch.zeros(tried.shape[:2], dtype=torch.float64, device=tried.device)
     for reader in readers:
         own = _losses(reader, tried if source is None else tried[:, :, source], quant, scale_dtype)
         loss += (own * reader.gram.rows).sum(1, keepdim=True) if shared else own
     best = loss.argmin(0)
-    exponents = torch.tensor(EXPONENTS, dtype=torch.float64, device=best.device)[best]
+    exponents = torch.tensor(candidates, dtype=torch.float64, device=best.device)[best]
     return ChannelScales(tried[best, torch.arange(len(best), device=best.device)], exponents)
 
 
@@ -145,8 +149,9 @@ def _losses(reader: Reader, tried: Tensor, quant: QuantSpec, scale_dtype: torch.
     """The loss of every candidate [R, E or 1, K], fp64 [R, E]: summed over rows, a sample standing for all of them."""
     experts, rows, columns = reader.weight.shape
     group_size = quant.group_size if quant.group_size > 0 else columns
-    rule = GridRule(quant.bits, quant.sym, False, scale_dtype)
-    voters = torch.arange(0, rows, -(-rows // VOTERS), device=reader.weight.device)
+    rule = GridRule(quant.bits, quant.sym, reader.cost.dim() == 2, scale_dtype)
+    most = PRICED_VOTERS if rule.search else VOTERS
+    voters = torch.arange(0, rows, -(-rows // most), device=reader.weight.device)
     loss = torch.empty((len(tried), experts), dtype=torch.float64, device=tried.device)
     portion = max(1, ELEMENTS // (len(voters) * columns))
     for first in range(0, experts, portion):
@@ -154,7 +159,11 @@ def _losses(reader: Reader, tried: Tensor, quant: QuantSpec, scale_dtype: torch.
         weight, cost = reader.weight[at, voters], reader.cost[at]
         for index, scales in enumerate(tried):
             own = scales[at if len(scales) > 1 else slice(None)].unsqueeze(1)
-            error = minmax_error(weight * own, rule, group_size) / own
-            dear = error * cost.unsqueeze(1) if cost.dim() == 2 else error @ cost
+            if rule.search:
+                error = searched_error(weight * own, cost / own.squeeze(1).square(), rule, group_size) / own
+                dear = error * cost.unsqueeze(1)
+            else:
+                error = minmax_error(weight * own, rule, group_size) / own
+                dear = error @ cost
             loss[index, at] = dear.mul_(error).sum(-1).sum(-1, dtype=torch.float64)
     return loss * (rows / len(voters))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sarqc_kernels.columns import fit_grid
 from sarqc_kernels.columns.grid import GridRule, grid_of, levels_of, span_factors
 
 ELEMENTS = 1 << 22
@@ -43,6 +44,21 @@ def minmax_error(weight: Tensor, rule: GridRule, group_size: int) -> Tensor:
     part = weight.unflatten(-1, (-1, group_size))
     scale, zero = grid_of(*_span(part, rule), 1.0, rule)
     return _error(part, scale, zero, rule, torch.empty_like(part)).flatten(-2)
+
+
+def searched_error(weight: Tensor, price: Tensor, rule: GridRule, group_size: int) -> Tensor:
+    """What rounding takes away, W - Q, fp32 [E, N, K], on the grids the kernels find where errors cost price [E, K]."""
+    scales, zeros = fit_grid(
+        weight,
+        price,
+        bits=rule.bits,
+        group_size=group_size,
+        sym=rule.sym,
+        search=True,
+        scale_dtype=rule.scale_dtype,
+    )
+    part = weight.unflatten(-1, (-1, group_size))
+    return _error(part, scales.float(), zeros.float(), rule, torch.empty_like(part)).flatten(-2)
 
 
 def _search(part: Tensor, blocks: Tensor, rule: GridRule) -> tuple[Tensor, Tensor]:

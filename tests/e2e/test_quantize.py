@@ -69,7 +69,8 @@ def test_same_input_same_bytes(source, tmp_path):
 def test_every_method_runs_and_reports(source, tmp_path):
     for method in sarqc.METHODS:
         report = sarqc.quantize(source, tmp_path / method, method=method, **CALIBRATION).report
-        assert torch.equal(*both_logits(tmp_path / method)), method
+        if sarqc.METHODS[method].channel_scale:
+            assert torch.equal(*both_logits(tmp_path / method)), method
         assert json.loads((tmp_path / method / "report.json").read_text()) == report
         assert report["solve"]["method"] == method
         assert 0 < report["error"] < 1

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from sarqc.method import objective
-from sarqc.method.channel_scale import EXPONENTS, Reader, Scaling, search
+from sarqc.method.channel_scale import EXPONENTS, SMALL_EXPONENTS, Reader, Scaling, search
 from sarqc.method.solve import error_cost, round_plainly, solve_site
 from sarqc.method.statistics import Gram, Statistics
 from sarqc.method.strength import Strengths
+from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import METHODS, QuantSpec, solve_spec
+from sarqc_kernels.columns import fit_grid, round_to_grid
 
 # Asymmetric: the widest weight of a symmetric group stands exactly between two codes, where float32 and float64 differ.
 QUANT = QuantSpec(bits=3, group_size=16, sym=False)
@@ -67,6 +69,24 @@ def test_the_choice_is_the_least_loss_of_all_exponents(method, generator):
     assert losses[EXPONENTS.index(exponent)] == pytest.approx(min(losses), rel=1e-5)
     assert min(losses) < 0.9 * losses[0]  # the case is one where scales help
     torch.testing.assert_close(chosen.scales[0].double(), scales_for(magnitude, exponent), rtol=1e-4, atol=0)
+
+
+def test_the_gram_solver_is_served_on_the_grids_it_will_use(generator):
+    gram = seen(activations(200, generator))
+    weight = torch.randn(1, 24, INPUTS, generator=generator)
+    only = reader(weight, gram, "sarqc")
+    price = only.cost[0].double()
+    losses = []
+    for exponent in SMALL_EXPONENTS:
+        scales = scales_for(gram.abs_mean()[0], exponent)
+        scaled = (weight[0] * scales).float()[None]
+        grid = {"bits": QUANT.bits, "group_size": QUANT.group_size, "sym": QUANT.sym, "search": True}
+        found = fit_grid(scaled, (price / scales**2).float()[None], scale_dtype=torch.float32, **grid)
+        rounded = QuantizedWeight(round_to_grid(scaled, *found, bits=QUANT.bits), *found, QUANT.bits).dequantize()
+        error = weight[0].double() - rounded[0].double() / scales
+        losses.append(float((error.square() * price).sum()))
+    chosen = float(find([only]).exponents[0])
+    assert losses[SMALL_EXPONENTS.index(chosen)] == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_for_the_gram_solver_an_error_costs_what_the_later_columns_cannot_correct(generator):
