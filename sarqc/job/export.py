@@ -24,7 +24,7 @@ from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.job import report as reports
 from sarqc.job.fingerprint import of_model
 from sarqc.job.verify import verify
-from sarqc.job.work import Work, reopen
+from sarqc.job.work import BlockRecord, Work, reopen
 from sarqc.spec import QuantSpec, SolveSpec, from_json
 
 
@@ -136,6 +136,14 @@ def _report(work: Work, checkpoint: Checkpoint, quant: QuantSpec, size: reports.
         device=work.about["device"],
         notes=[note for record in records for note in record.notes],
     )
-    if rescaled := [name for index in range(work.blocks) for name in work.changed_names(index)]:
+    if rescaled := [name for index, record in enumerate(records) for name in _rescaled(work, index, record)]:
         report["rescaled"] = rescaled
     return report
+
+
+def _rescaled(work: Work, index: int, record: BlockRecord) -> list[str]:
+    """Tensors of a block that are not comparable with the source's: those that took up channel scales, and where there
+    are any the weights too, which are quantized after their inputs and outputs were scaled."""
+    scaled = any(report.exponent > 0 for report in record.reports)
+    weights = [f"{linear}.weight" for linear in work.linears(index)] if scaled else []
+    return [*work.changed_names(index), *weights]
