@@ -17,10 +17,12 @@ import torch
 from sarqc.checkpoint.formats import Format
 from sarqc.job.plan import Plan
 from sarqc.job.report import peak_memory_mib
+from sarqc.method.held_out import EXPERTS, TRIAL_BYTES
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.sites import Site, separate_sites
+from sarqc.model.passes import gram_bytes, passes
+from sarqc.model.sites import Share, Site, separate_sites
 from sarqc.model.targets import Target
-from sarqc.spec import QuantSpec
+from sarqc.spec import AUTO, QuantSpec
 from sarqc_kernels.packing import words_per_row
 
 STAGES = ("embed", "load", "observe", "solve", "replay", "write")
@@ -79,6 +81,7 @@ def memory(plan: Plan, windows: int, seqlen: int) -> list[Memory]:
     width = plan.dtype.itemsize
     hidden = windows * seqlen * _hidden_size(plan) * width
     tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
+    folds = 0 if not windows else 2 if plan.solve.strength == AUTO and windows > 1 else 1
     tensor = max(_bytes(plan, name) for name in plan.source.names())
     body = f"{plan.skeleton.model.base_model_prefix}."
     outer = width * sum(
@@ -91,13 +94,15 @@ def memory(plan: Plan, windows: int, seqlen: int) -> list[Memory]:
         members = plan.targets.of_block(index)
         block = width * sum(_elements(plan, name) for name in plan.skeleton.parameters(index))
         codes = sum(prod(target.shape) for target in members)
-        grams, share = _grams(sites, plan.settings.gram_budget if windows else 0)
+        portions = list(passes(sites, folds, plan.settings.gram_budget, plan.solve))
+        grams = max((sum(gram_bytes(share, folds, plan.solve) for share in shares) for shares in portions), default=0)
+        solving = max((_solving(share, windows > 0, folds > 1) for shares in portions for share in shares), default=0)
         flow = tokens * _flow(plan, members) * width
         needs = {
             "embed": (outer + 2 * tokens * _hidden_size(plan) * 4, hidden + tensor),
             "load": (block + tensor, hidden + tensor),
             "observe": (block + grams + flow, hidden),
-            "solve": (block + grams + max((_solving(site, share) for site in sites), default=0), hidden + codes),
+            "solve": (block + grams + solving, hidden + codes),
             "replay": (block + flow, hidden + codes),
             "write": (0, 2 * tensor + 6 * max((prod(target.shape) for target in members), default=0)),
         }
@@ -196,21 +201,16 @@ def _blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
     ]
 
 
-def _grams(sites: list[Site], budget: int) -> tuple[int, int]:
-    """Bytes of Grams at once under a budget, and the bytes of one share of a site at most."""
-    if not budget:
-        return 0, 0
-    each = [4 * site.in_features**2 for site in sites]
-    wanted = sum(one * site.experts for one, site in zip(each, sites))
-    held = min(wanted, max(budget, max(each, default=0)))
-    return held, held
+def _solving(share: Share, gram: bool, choosing: bool) -> int:
+    """Bytes that solving one share of a site takes beside its block and its Grams.
 
-
-def _solving(site: Site, share: int) -> int:
-    """Bytes that solving one share of a site takes beside its block and its Grams."""
-    gram, rows = 4 * site.in_features**2, sum(out for _, _, out in site.slabs)
-    experts = max(1, min(site.experts, share // gram)) if share else site.experts
-    return experts * (5 * (gram if share else 0) + 16 * rows * site.in_features)
+    Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
+    its workspace) and four of the weight's; where a strength is chosen, up to three trials go through that together.
+    """
+    count, one = share.stop - share.first, 4 * share.site.in_features**2 if gram else 0
+    solved = count * (5 * one + 16 * sum(out for _, _, out in share.site.slabs) * share.site.in_features)
+    held = min(count, EXPERTS) * one
+    return max(solved, 4 * held + 5 * min(3 * held, max(held, TRIAL_BYTES))) if choosing else solved
 
 
 def _flow(plan: Plan, members: list[Target]) -> int:

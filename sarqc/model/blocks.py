@@ -6,6 +6,7 @@ and after its weights are quantized runs once more over them, so that the next b
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -180,7 +181,13 @@ def _run_block(work: _Work, index: int, found: Targets, states: States | None) -
         else:
             glance = states.hidden[:1, :GLANCE].to(work.device)
             sites = find_sites(skeleton, index, members, glance)
-    weights, reports, scales = _with_memory(work, index, states, lambda: _solve_sites(work, index, sites, states))
+    known = work.strengths
+
+    def attempt() -> tuple[Weights, list[SolveReport], BlockScales | None]:
+        work.strengths = copy.deepcopy(known)  # what a failed attempt was told is asked, and counted, again
+        return _solve_sites(work, index, sites, states)
+
+    weights, reports, scales = _with_memory(work, index, states, attempt)
     lost = [target.linear for target in members if target.linear not in weights]
     if lost:
         raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")

@@ -25,7 +25,7 @@ from sarqc.model.skeleton import Skeleton
 from tests.support import tiny
 from tests.support.killing import in_child
 
-SMALL = {"num_samples": 4, "seqlen": 64, "group_size": 32}
+SMALL = {"num_samples": 4, "seqlen": 64, "group_size": 32, "strength": 0.3}  # one fold, so one micro-batch
 Case = namedtuple("Case", "source out expected patch")
 
 
@@ -201,7 +201,9 @@ def poisoned(case, windows):
         return call_block(self, index, hidden)
 
     case.patch.setattr(Skeleton, "call_block", poison)
-    return sarqc.quantize(case.source, case.out, num_samples=128, seqlen=16, micro_batch=128, group_size=32)
+    return sarqc.quantize(
+        case.source, case.out, num_samples=128, seqlen=16, micro_batch=128, group_size=32, strength=0.3
+    )
 
 
 def few_rows_not_finite(case):

@@ -29,8 +29,8 @@ def straight(tmp_path_factory):
 
 
 def contents(folder):
-    """Bytes of every file but the report, whose times differ."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "report.json"}
+    """Bytes of every file but the reports, whose times differ."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.stem != "report"}
 
 
 def leftovers(folder):
