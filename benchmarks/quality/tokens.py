@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from sarqc.job.locate import locate
+
 
 def first_windows(model: str, text: str, count: int, seqlen: int) -> torch.Tensor:
     """The first `count` windows of `seqlen` tokens, int64 [count, seqlen], without special tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(locate(model))
     ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[: count * seqlen]).view(count, seqlen)
 
