@@ -64,7 +64,25 @@ def compare() -> str:
     return "\n\n".join(proof.markdown(_read(path.stem)) for path in sorted(RESULTS.glob("compare-*.json")))
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "speed": speed, "compare": compare}
+def inference() -> str:
+    """Packed weights beside the same weights in 16 bits, while they run."""
+    found = _read("cpu-inference")
+    steps = found["steps"]
+    prefills = ", ".join(
+        f"{step['ratio']:.2f} ({name.removeprefix('prefill ')} tokens)"
+        for name, step in steps.items()
+        if name != "decode"
+    )
+    return (
+        f"Running it: SmolLM2-135M at W4 packed, beside the same weights in bf16, in turns on "
+        f"{found['machine']['threads']} threads ({found['machine']['processor']}): decode "
+        f"{steps['decode']['ratio']:.2f} times as fast, prefill {prefills}; the model takes "
+        f"{found['bytes']['ratio']:.2f} of the memory, its quantized layers "
+        f"{found['bytes of quantized layers']['ratio']:.2f} (`python -m benchmarks.inference CHECKPOINT RESULTS.json`)."
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "speed": speed, "compare": compare, "inference": inference}
 UNPLACED = frozenset({"compare"})
 """Sections the README need not have: there may be no comparison worth its lines."""
 
