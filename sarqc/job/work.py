@@ -30,7 +30,7 @@ from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.state import PARTIAL, State, durable, open_state, write_state
 from sarqc.errors import ArgumentError, CheckpointError, ResourceError
 from sarqc.job.fingerprint import MAY_CHANGE, first_difference
-from sarqc.method.solve import SolveReport
+from sarqc.method.report import SolveReport
 from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.blocks import BlockResult, Start, Weights
