@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +86,7 @@ class Ranks:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sums on all ranks."""
         for tensor in tensors:
-            self._talk(lambda tensor=tensor: dist.all_reduce(tensor))
+            self._talk(partial(dist.all_reduce, tensor))
 
     def take_over_(self, tensors: Sequence[Tensor]) -> None:
         """Receive from the rank before."""
@@ -100,8 +101,7 @@ class Ranks:
     def spread_(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Broadcast."""
         for tensor in tensors:
-            raw = _raw(tensor)
-            self._talk(lambda raw=raw: dist.broadcast(raw, owner))
+            self._talk(partial(dist.broadcast, _raw(tensor), owner))
 
     def gather(self, value: _Value) -> list[_Value]:
         """Values of all ranks."""

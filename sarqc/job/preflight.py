@@ -49,7 +49,8 @@ class Disk:
 @dataclass(frozen=True)
 class Preflight:
     """What is known before the first block. sites: as shapes tell them; a forward may show that some are one.
-    windows, seqlen: (0, 0) where no text is looked at. ranks: processes that share the work; memory is of one. problems: why the run must not begin."""
+    windows, seqlen: (0, 0) where no text is looked at. ranks: processes that share the work; memory is of one of them.
+    problems: why the run must not begin."""
 
     model: str
     architecture: str

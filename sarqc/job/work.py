@@ -33,7 +33,8 @@ from sarqc.job.fingerprint import MAY_CHANGE, first_difference
 from sarqc.method.report import SolveReport
 from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.blocks import BlockResult, Start, Weights
+from sarqc.model.blocks import BlockResult, Start
+from sarqc.model.solving import Weights
 from sarqc_kernels.packing import pack, unpack
 
 _LOCK, _PLAN, _BLOCKS, _HIDDEN = "lock", "plan.json", "blocks", "hidden.safetensors"
