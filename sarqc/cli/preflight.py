@@ -23,7 +23,8 @@ def show(console: Console, found: Preflight) -> None:
     facts = _plain()
     text = f"{found.windows} windows of {found.seqlen} tokens" if found.windows else "none"
     facts.add_row("text", text)
-    facts.add_row("runs on", f"{found.device} in {found.dtype}; at most {found.sites} sites")
+    ranks = f" on {found.ranks} ranks" if found.ranks > 1 else ""
+    facts.add_row("runs on", f"{found.device} in {found.dtype}{ranks}; at most {found.sites} sites")
     stages = "  ".join(
         f"{one.stage} {human(one.host)}" + (f"+{human(one.device)}" if one.device else "") for one in found.memory
     )

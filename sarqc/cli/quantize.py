@@ -30,6 +30,7 @@ from sarqc.cli.run_options import (
     IgnoreOption,
     KeepWorkOption,
     MicroBatchOption,
+    OrderedOption,
     RestartOption,
     SaliencyOption,
     SamplesOption,
@@ -67,6 +68,7 @@ def quantize(
     keep_work: KeepWorkOption = False,
     restart: RestartOption = False,
     dry_run: DryRunOption = False,
+    ordered: OrderedOption = False,
     overwrite: OverwriteOption = False,
     trust_remote_code: TrustOption = False,
     config: ConfigOption = None,
@@ -77,7 +79,12 @@ def quantize(
     Example: sarqc quantize Qwen/Qwen3-8B -o qwen3-8b-w4 --bits 4
 
     A run that was killed or stopped (Ctrl-C) goes on where it was when the same command is given again.
+
+    On several GPUs or machines: torchrun --nproc-per-node N -m sarqc quantize ... (windows and solving are shared out,
+    rank 0 writes; a stopped run goes on with any other N).
     """
+    from sarqc.job.distributed import leads
+
     settings: dict[str, Any] = dict(
         method=method,
         bits=bits,
@@ -100,9 +107,13 @@ def quantize(
         work=work,
     )
     if dry_run:
-        look_ahead(model, output, settings, as_json)
+        if leads():
+            look_ahead(model, output, settings, as_json)
         return
-    result = carry_out(model, output, settings, dict(keep_work=keep_work, restart=restart, overwrite=overwrite))
+    manner = dict(keep_work=keep_work, restart=restart, overwrite=overwrite, ordered=ordered)
+    result = carry_out(model, output, settings, manner)
+    if not leads():
+        return
     if as_json:
         print_json({"out": str(result.out)} | result.report)
         return
@@ -111,7 +122,7 @@ def quantize(
     Console().print(run_summary(result.out, result.report))
 
 
-def carry_out(model: str, output: Path, settings: dict[str, Any], folders: dict[str, Any]) -> Result:
+def carry_out(model: str, output: Path, settings: dict[str, Any], manner: dict[str, Any]) -> Result:
     """Run it with a bar; Ctrl-C twice becomes the error that says how to go on."""
     from sarqc.cli.terminal import RunWatcher
     from sarqc.errors import Interrupted
@@ -119,7 +130,7 @@ def carry_out(model: str, output: Path, settings: dict[str, Any], folders: dict[
 
     try:
         with RunWatcher(stderr()) as watcher:
-            return run(model, output, **settings, **folders, watcher=watcher)
+            return run(model, output, **settings, **manner, watcher=watcher)
     except KeyboardInterrupt:
         how = "stopped at once; finished blocks are kept, and the same command goes on from there"
         raise Interrupted(how) from None

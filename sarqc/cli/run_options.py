@@ -30,6 +30,9 @@ KeepWorkOption = Annotated[
 MicroBatchOption = Annotated[
     int | None, typer.Option(help="Windows at once. Default: as many as hold 1024 tokens on a CPU, 8192 on a GPU.")
 ]
+OrderedOption = Annotated[
+    bool, typer.Option("--ordered", help="Several ranks: sum in the order of one process, to have its bytes.")
+]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Begin again instead of going on from the work folder.")]
 SaliencyOption = Annotated[
     str | None,

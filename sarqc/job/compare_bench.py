@@ -23,7 +23,7 @@ from sarqc.job import compare_table
 from sarqc.job.compare_store import Grams, folder_fingerprint
 from sarqc.job.load import resolve_device, resolve_dtype
 from sarqc.job.report import versions
-from sarqc.method.solve import SolveReport
+from sarqc.method.report import SolveReport
 from sarqc.model import blocks, calibration, stream
 from sarqc.model.collect import GLANCE, collect
 from sarqc.model.sites import Share

@@ -20,6 +20,7 @@ from sarqc.job.report import peak_memory_mib
 from sarqc.method.held_out import EXPERTS, TRIAL_BYTES
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.passes import gram_bytes, passes
+from sarqc.model.sharing import cost, pieces
 from sarqc.model.sites import Share, Site, separate_sites
 from sarqc.model.targets import Target
 from sarqc.spec import AUTO, QuantSpec
@@ -76,10 +77,11 @@ class Memory:
     device: int
 
 
-def memory(plan: Plan, windows: int, seqlen: int) -> list[Memory]:
-    """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
+def memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> list[Memory]:
+    """Peak memory of each stage on rank 0: of the largest block, with the least known of what attention needs."""
     width = plan.dtype.itemsize
     hidden = windows * seqlen * _hidden_size(plan) * width
+    hidden += hidden // ranks if ranks > 1 else 0  # those of all ranks are saved beside its own
     tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
     folds = 0 if not windows else 2 if plan.solve.strength == AUTO and windows > 1 else 1
     tensor = max(_bytes(plan, name) for name in plan.source.names())
@@ -138,9 +140,10 @@ PASSES = 120
 """Times that the search for the grid passes over a weight."""
 
 
-def seconds(plan: Plan, windows: int, seqlen: int) -> Time:
-    """How long the blocks will take on this machine."""
+def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
+    """How long the blocks will take on this machine, or on so many ranks like this one."""
     rate, latency, stream = _measure(plan.device)
+    windows = -(-windows // ranks)  # of the busiest rank
     tokens = windows * seqlen
     batches = -(-windows // plan.micro_batch(seqlen)) if windows else 0
     spent = dict.fromkeys(("observe", "solve", "replay"), 0.0)
@@ -154,17 +157,27 @@ def seconds(plan: Plan, windows: int, seqlen: int) -> Time:
             solve += site.experts * (site.in_features**3 + 2.0 * rows * site.in_features**2)
             columns += site.in_features
             passed += PASSES * site.experts * rows * site.in_features
+        busiest = _busiest(sites, ranks)
         calls = CALLS * batches * latency
         if windows:
             spent["observe"] += (forward + grams) / rate + calls
             spent["replay"] += forward / rate + calls
-            spent["solve"] += solve / rate + CALLS_A_COLUMN * columns * latency
-        spent["solve"] += passed / stream + 100 * len(sites) * latency
+            spent["solve"] += busiest * (solve / rate + CALLS_A_COLUMN * columns * latency)
+        spent["solve"] += busiest * (passed / stream + 100 * len(sites) * latency)
     basis = (
         f"{rate / 1e9:.0f} GFLOP/s, {stream / 1e9:.1f} G elements/s and {1e6 * latency:.0f} us a call measured on "
         f"{plan.device}; reading and writing not counted"
+        + (f", nor what {ranks} ranks tell each other" if ranks > 1 else "")
     )
     return Time(spent, basis)
+
+
+def _busiest(sites: list[Site], ranks: int) -> float:
+    """Share of the solving of a block that falls to the rank that has most of it."""
+    loads = [0.0] * ranks
+    for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks):
+        loads[piece.owner] += cost(piece.share)
+    return max(loads) / max(sum(loads), 1.0)
 
 
 def bits_per_weight(plan: Plan, found: Sizes) -> float:

@@ -17,6 +17,7 @@ import torch
 
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.job import serve
+from sarqc.job.distributed import ranks_here, world
 from sarqc.job.estimate import Memory, Sizes, Time, bits_per_weight, memory, seconds, sizes
 from sarqc.job.plan import Plan, expected_windows, make_plan, settings_of
 from sarqc.job.work import default_work
@@ -48,7 +49,8 @@ class Disk:
 @dataclass(frozen=True)
 class Preflight:
     """What is known before the first block. sites: as shapes tell them; a forward may show that some are one.
-    windows, seqlen: (0, 0) where no text is looked at. problems: why the run must not begin."""
+    windows, seqlen: (0, 0) where no text is looked at. ranks: processes that share the work; memory is of one of them.
+    problems: why the run must not begin."""
 
     model: str
     architecture: str
@@ -58,6 +60,7 @@ class Preflight:
     kinds: tuple[Kind, ...]
     windows: int
     seqlen: int
+    ranks: int
     device: str
     dtype: str
     bits_per_weight: float
@@ -78,6 +81,7 @@ class Preflight:
             f"{human(self.sizes.output)} checkpoint, {human(self.sizes.work)} work folder, about {human(peak)} memory"
             + (f", {human(device)} on {self.device}" if device else "")
             + f" and {_minutes(self.time.total)}"
+            + (f" on {self.ranks} ranks" if self.ranks > 1 else "")
         )
 
     def refuse(self) -> None:
@@ -110,14 +114,15 @@ def preflight(
 def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) -> Preflight:
     """The preflight of a plan. text: windows and tokens in each; None where no text is looked at."""
     windows, seqlen = text or (0, 0)
+    ranks = world()
     size = sizes(plan, windows, seqlen)
-    stages = tuple(memory(plan, windows, seqlen))
+    stages = tuple(memory(plan, windows, seqlen, ranks))
     disk = tuple(_disk(size, out, work))
     served, tp = _served(plan), plan.settings.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
-    ranks = sorted({*serve.RANKS, tp}) if tp else serve.RANKS
-    outlook = tuple(serve.outlook(served, plan.quant, plan.format.name, ranks))
+    servers = sorted({*serve.RANKS, tp}) if tp else serve.RANKS
+    outlook = tuple(serve.outlook(served, plan.quant, plan.format.name, servers))
     problems = [*_too_little_disk(disk), *_too_little_memory(plan, stages), *_no_server(outlook, tp)]
     return Preflight(
         model=plan.model,
@@ -131,13 +136,14 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
         kinds=tuple(_kinds(plan)),
         windows=windows,
         seqlen=seqlen,
+        ranks=ranks,
         device=str(plan.device),
         dtype=str(plan.dtype).removeprefix("torch."),
         bits_per_weight=bits_per_weight(plan, size),
         sizes=size,
         memory=stages,
         disk=disk,
-        time=seconds(plan, windows, seqlen),
+        time=seconds(plan, windows, seqlen, ranks),
         serve=outlook,
         notes=plan.notes,
         problems=tuple(problems),
@@ -196,9 +202,11 @@ def _too_little_memory(plan: Plan, stages: Sequence[Memory]) -> list[str]:
     host = host_memory()
     worst = max(stages, key=lambda stage: stage.host)
     way_out = "lower --gram-budget, --num-samples or --seqlen"
-    if worst.host > host:
+    here = ranks_here()
+    if here * worst.host > host:
         found.append(
-            f"stage {worst.stage} needs about {human(worst.host)} of memory, this machine has {human(host)}: {way_out}"
+            f"stage {worst.stage} needs about {human(worst.host)} of memory{f' on each of {here} ranks' * (here > 1)}, "
+            f"this machine has {human(host)}: {way_out}"
         )
     if plan.device.type == "cuda":
         total = torch.cuda.get_device_properties(plan.device).total_memory

@@ -27,7 +27,7 @@ from sarqc.checkpoint.files import file_in, read_json
 from sarqc.errors import CheckpointError
 from sarqc.job import card, report_page
 from sarqc.job.report_shape import check
-from sarqc.method.solve import SolveReport
+from sarqc.method.report import SolveReport
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.source import TensorSource
 from sarqc.spec import QuantSpec, SolveSpec, to_json

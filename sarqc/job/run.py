@@ -18,12 +18,15 @@ from torch import Tensor
 from sarqc.checkpoint.folders import refuse_existing, refuse_overlap
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.job import preflight
+from sarqc.job.distributed import Following, joined, named, same_everywhere, start_everywhere
 from sarqc.job.export import Result, write_checkpoint
 from sarqc.job.fingerprint import fingerprint
 from sarqc.job.plan import Plan, Settings, make_plan, read_windows
 from sarqc.job.watcher import Silent, Watcher
 from sarqc.job.work import Work, begin, default_work
 from sarqc.model import blocks, calibration
+from sarqc.model.blocks import Start
+from sarqc.model.group import Group
 from sarqc.spec import AUTO, DEFAULT_METHOD
 
 
@@ -53,6 +56,7 @@ def quantize(
     keep_work: bool = False,
     restart: bool = False,
     overwrite: bool = False,
+    ordered: bool = False,
     watcher: Watcher | None = None,
 ) -> Result:
     """Quantize a causal language model to a checkpoint in the folder `out`; a run that ended early goes on.
@@ -64,46 +68,51 @@ def quantize(
     by default up to 128, of 2048. dtype: of the forward passes. micro_batch: windows at once. gram_budget: bytes of
     Grams at once. ignore: regular expressions of Linears to leave. tp: refuse what no server could run on so many
     ranks. work: folder for what is finished, by default a hidden one beside `out`; removed in the end unless
-    `keep_work`. restart: forget what it holds.
+    `keep_work`. restart: forget what it holds. ordered: where torchrun started several ranks, make sums in the order of
+    one process.
 
+    Under torchrun all ranks call this alike: windows and solving are shared out, rank 0 writes, all return its result.
     Raises `SarqcError` for anything wrong with the input, before `out` exists; `Interrupted` where the watcher asked.
     """
     watcher = watcher or Silent()
-    settings = Settings(
-        method=method,
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        strength=strength,
-        saliency=saliency,
-        calib=calib,
-        num_samples=num_samples,
-        seqlen=seqlen,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        micro_batch=micro_batch,
-        gram_budget=gram_budget,
-        ignore=ignore,
-        format=format,
-        tp=tp,
-        trust_remote_code=trust_remote_code,
-    )
-    refuse_existing(out, overwrite)
-    plan = make_plan(model, settings)
-    place = _work_place(out, work, plan.folder)
-    windows = read_windows(plan)
-    found = preflight.look_ahead(plan, None if windows is None else windows.tokens.shape, Path(out), place)
-    for note in (*plan.notes, found.headline()):
-        watcher.note(note)
-    found.refuse()
-    with begin(place, fingerprint(plan, windows), _about(plan, windows), restart=restart) as opened:
-        _solve_blocks(plan, windows, opened, watcher)
-        watcher.note("writing and checking the checkpoint")
-        result = write_checkpoint(opened, plan.checkpoint, Path(out), plan.format, overwrite=overwrite)
-        if not keep_work:
-            opened.remove()
-    return result
+    with joined(device, ordered=ordered) as (group, own_device):
+        settings = Settings(
+            method=method,
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            strength=strength,
+            saliency=saliency,
+            calib=calib,
+            num_samples=num_samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=own_device,
+            dtype=dtype,
+            micro_batch=micro_batch,
+            gram_budget=gram_budget,
+            ignore=ignore,
+            format=format,
+            tp=tp,
+            trust_remote_code=trust_remote_code,
+        )
+        refuse_existing(out, overwrite)
+        plan = make_plan(model, settings)
+        place = _work_place(out, work, plan.folder)
+        windows = read_windows(plan)
+        run = _Run(plan, windows, group, watcher if group.rank == 0 else Following(watcher))
+        same_everywhere(group, run.fingerprint)
+        if group.rank > 0:
+            run.solve_blocks(None)
+            return run.shared(None)
+        run.look_ahead(Path(out), place)
+        with begin(place, run.fingerprint, _about(plan, windows), restart=restart) as opened:
+            run.solve_blocks(opened)
+            watcher.note("writing and checking the checkpoint")
+            result = write_checkpoint(opened, plan.checkpoint, Path(out), plan.format, overwrite=overwrite)
+            if not keep_work:
+                opened.remove()
+        return run.shared(result)
 
 
 def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
@@ -132,22 +141,66 @@ def _about(plan: Plan, windows: calibration.Windows | None) -> dict[str, Any]:
     }
 
 
-def _solve_blocks(plan: Plan, windows: calibration.Windows | None, work: Work, watcher: Watcher) -> None:
-    """Finish every block that is not finished yet, and save each."""
-    start, trouble = work.start(plan.solve.gram)
-    if trouble:
-        watcher.note(f"{trouble}; going on from what is sound")
-    if start.block:
-        watcher.note(f"resuming at block {start.block + 1} of {work.blocks}, from {work.folder}")
-    watcher.begin_blocks(work.blocks, start.block)
-    if start.block == work.blocks:
-        return
-    began = time.perf_counter()
-    try:
+class _Run:
+    """A run on one rank."""
+
+    def __init__(self, plan: Plan, windows: calibration.Windows | None, group: Group, watcher: Watcher) -> None:
+        self.plan = plan
+        self.tokens = None if windows is None else windows.tokens
+        self.fingerprint = fingerprint(plan, windows)
+        self.group = group
+        self.watcher = watcher
+        self.at = -1  # the block at work
+
+    def look_ahead(self, out: Path, place: Path) -> None:
+        """The preflight: `ResourceError` where the run must not begin."""
+        found = preflight.look_ahead(self.plan, None if self.tokens is None else self.tokens.shape, out, place)
+        for note in (*self.plan.notes, found.headline()):
+            self.watcher.note(note)
+        found.refuse()
+
+    def shared(self, result: Result | None) -> Result:
+        """Rank 0's result on every rank, once it is there."""
+        with named(self.group, lambda: "waiting for the checkpoint"):
+            told = self.group.gather(result)[0]
+        assert told is not None
+        return told
+
+    def solve_blocks(self, work: Work | None) -> None:
+        """Finish every block that is not finished yet; rank 0, which has the work folder, saves each."""
+        with named(self.group, lambda: f"block {self.at + 1}" if self.at >= 0 else "before the first block"):
+            start = start_everywhere(self.group, self._begin(work) if work else None)
+            if start.block == len(self.plan.skeleton.blocks):
+                return
+            try:
+                self._each_block(start, work)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+                raise ResourceError(
+                    f"{self.plan.device} has too little memory for one block ({reason}): use a larger one or "
+                    "--device cpu; finished blocks are kept in the work folder"
+                ) from error
+
+    def _begin(self, work: Work) -> Start:
+        start, trouble = work.start(self.plan.solve.gram)
+        if trouble:
+            self.watcher.note(f"{trouble}; going on from what is sound")
+        if start.block:
+            self.watcher.note(f"resuming at block {start.block + 1} of {work.blocks}, from {work.folder}")
+        self.watcher.begin_blocks(work.blocks, start.block)
+        return start
+
+    def _stage(self, block: int, name: str) -> None:
+        self.at = block
+        self.watcher.stage(block, name)
+
+    def _each_block(self, start: Start, work: Work | None) -> None:
+        plan, count = self.plan, len(self.plan.skeleton.blocks)
+        began = time.perf_counter()
         for result in blocks.run(
             plan.skeleton,
             plan.checkpoint,
-            None if windows is None else windows.tokens,
+            self.tokens,
             plan.quant,
             plan.solve,
             device=plan.device,
@@ -155,22 +208,18 @@ def _solve_blocks(plan: Plan, windows: calibration.Windows | None, work: Work, w
             micro_batch=plan.settings.micro_batch,
             gram_budget=plan.settings.gram_budget,
             start=start,
-            on_progress=watcher.stage,
+            on_progress=self._stage,
+            group=self.group,
         ):
             now = time.perf_counter()
-            work.save(result, now - began)
+            if work:
+                work.save(result, now - began)
             began = now
             for note in result.notes:
-                watcher.note(note)
-            watcher.block(result)
-            if result.index + 1 < work.blocks and watcher.stop_asked():
+                self.watcher.note(note)
+            self.watcher.block(result)
+            if result.index + 1 < count and any(self.group.gather(self.watcher.stop_asked())):
                 raise Interrupted(
-                    f"stopped after block {result.index + 1} of {work.blocks}, which is saved in {work.folder}: "
-                    "the same command goes on from there"
+                    f"stopped after block {result.index + 1} of {count}, which is saved"
+                    f"{f' in {work.folder}' if work else ''}: the same command goes on from there"
                 )
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
-        raise ResourceError(
-            f"{plan.device} has too little memory for one block ({reason}): use a larger one or --device cpu; "
-            f"finished blocks are kept in {work.folder}"
-        ) from error

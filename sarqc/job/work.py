@@ -30,10 +30,11 @@ from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.state import PARTIAL, State, durable, open_state, write_state
 from sarqc.errors import ArgumentError, CheckpointError, ResourceError
 from sarqc.job.fingerprint import MAY_CHANGE, first_difference
-from sarqc.method.solve import SolveReport
+from sarqc.method.report import SolveReport
 from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.blocks import BlockResult, Start, Weights
+from sarqc.model.blocks import BlockResult, Start
+from sarqc.model.solving import Weights
 from sarqc_kernels.packing import pack, unpack
 
 _LOCK, _PLAN, _BLOCKS, _HIDDEN = "lock", "plan.json", "blocks", "hidden.safetensors"

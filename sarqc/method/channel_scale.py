@@ -59,6 +59,10 @@ class ChannelScales:
     scales: Tensor
     exponents: Tensor
 
+    def to(self, device: torch.device | str) -> ChannelScales:
+        """The same on a device."""
+        return ChannelScales(self.scales.to(device), self.exponents.to(device))
+
 
 @dataclass(frozen=True)
 class Scaling:

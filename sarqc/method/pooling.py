@@ -20,24 +20,26 @@ def kappa(in_features: int, borrow: float) -> int:
     return round(borrow * in_features)
 
 
-def shrunk(gram: Gram, borrow: float, others: Gram | None = None) -> Gram:
+def shrunk(gram: Gram, borrow: float, others: Gram | None = None, experts: slice = slice(None)) -> Gram:
     """The Gram in which each expert has kappa rows of the pool added to its own; a dense layer (E = 1) is its pool.
 
-    gram: of E experts. others: of the experts of the layer that are not in `gram`, summed to one. Returns `gram` itself
-    where nothing is to be borrowed or no expert saw a row.
+    gram: of E experts. others: of the experts of the layer that are not in `gram`, summed to one.
+    experts: which of E to return; the pool is the same whichever they are. Returns those of `gram` as they are where
+    nothing is to be borrowed or no expert saw a row.
     """
     parts = [gram] if others is None else [gram, others]
     rows = sum(int(part.rows.sum()) for part in parts)
     added = kappa(gram.sum.shape[-1], borrow)
     if added == 0 or rows == 0 or (others is None and len(gram.rows) == 1):
-        return gram
+        return gram.part(experts)
+    own = gram.part(experts)
     return Gram(
-        sum=gram.sum + torch.stack([part.sum.sum(0) for part in parts]).sum(0) * (added / rows),
-        rows=gram.rows + added,
-        abs_sum=gram.abs_sum + torch.stack([part.abs_sum.sum(0) for part in parts]).sum(0) * (added / rows),
+        sum=own.sum + torch.stack([part.sum.sum(0) for part in parts]).sum(0) * (added / rows),
+        rows=own.rows + added,
+        abs_sum=own.abs_sum + torch.stack([part.abs_sum.sum(0) for part in parts]).sum(0) * (added / rows),
     )
 
 
-def borrowing(statistics: Statistics, borrow: float) -> Gram:
-    """All folds together, each expert with its rows from the pool of the whole layer."""
-    return shrunk(statistics.total(), borrow, statistics.total_rest())
+def borrowing(statistics: Statistics, borrow: float, experts: slice = slice(None)) -> Gram:
+    """All folds together, each of the `experts` with its rows from the pool of the whole layer."""
+    return shrunk(statistics.total(), borrow, statistics.total_rest(), experts)

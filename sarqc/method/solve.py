@@ -7,7 +7,7 @@ rounding and refuses numbers that are not finite.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,8 +21,9 @@ from sarqc.method.grid import search_grid
 from sarqc.method.held_out import Judge
 from sarqc.method.order import column_order
 from sarqc.method.pooling import borrowing, kappa
+from sarqc.method.report import SolveReport
 from sarqc.method.statistics import Gram, Statistics
-from sarqc.method.strength import Choice, Record, Strengths
+from sarqc.method.strength import Choice, Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import AUTO, QuantSpec, SolveSpec
 from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
@@ -30,34 +31,6 @@ from sarqc_kernels.columns.grid import GridRule
 
 JUDGED_ROWS = 256
 """Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving does."""
-
-
-@dataclass(frozen=True)
-class SolveReport:
-    """What happened at one site.
-
-    rows: calibration rows of each expert. error: tr(E H E^T) / tr(W H W^T) over all experts, E = W - Q, H without the
-    regulariser (H = I where there is no Gram), on at most 256 rows of each matrix, evenly spaced. rounding_error: the
-    same for plain rounding on a min-max grid.
-    strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
-    exponent: of the channel scales, the mean over experts; unscaled: why there are none though they were asked for.
-    borrowed_rows: kappa, rows that each expert has from the layer's pool. carried: share of the earlier blocks' error
-    that this site makes up for. held_out: how the strength was chosen, as `Choice.record` has it.
-    """
-
-    site: str
-    rows: tuple[int, ...]
-    error: float
-    rounding_error: float
-    strength: float
-    damping: float
-    fallback: str | None
-    seconds: float
-    exponent: float = 0.0
-    unscaled: str | None = None
-    borrowed_rows: int = 0
-    carried: float = 0.0
-    held_out: Record = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -231,12 +204,14 @@ def solve_site(
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
     choice: Choice | None = None,
+    experts: slice = slice(None),
 ) -> tuple[QuantizedWeight, SolveReport]:
     """Quantize one site's weight [E, N, K] and say how well.
 
     statistics: of the site's inputs, or None for plain rounding (`solve.gram` False). scale_dtype: the dtype scales
     are stored in; they are rounded to it before any weight is. scaling: what is done to the weight first; statistics
     and errors are those of the original all the same. choice: of the strength, made for this site alone by default.
+    experts: those of the site that `weight` and `scaling` are of; statistics and choice are of all of them.
     Raises `NumericError` naming the site where the weight is not finite, and `ArgumentError` where the group size does
     not divide K.
     """
@@ -249,18 +224,18 @@ def solve_site(
     if statistics is None or not solve.gram:
         solution = Solution(round_plainly(weight, quant, solve.grid, scale_dtype), torch.zeros(1))
     else:
-        gram = statistics.total()
+        gram = statistics.total().part(experts)
         choice = choice or choose_strength(
             site, "", weight, statistics, quant, solve, scale_dtype=scale_dtype, strengths=Strengths()
         )
-        solution, carried = _solve_chosen(site, weight, statistics, choice, quant, solve, scale_dtype, scaling)
+        solution, carried = _solve_chosen(site, weight, statistics, choice, quant, solve, scale_dtype, scaling, experts)
     judged = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
     sample = weight[:, judged]
     plain = round_plainly(sample, quant, "minmax", scale_dtype).dequantize()
     quantized = solution.weight.rows(judged).dequantize()
     if scaling is not None:
         quantized = scaling.rows_at(judged).undo(quantized)
-    error, rounding_error = _relative_errors(sample, [quantized, plain], gram)
+    signal, (error, rounding_error) = _relative_errors(sample, [quantized, plain], gram)
     unfactored = torch.isinf(solution.damping)
     report = SolveReport(
         site=site,
@@ -273,9 +248,10 @@ def solve_site(
         seconds=time.perf_counter() - began,
         exponent=0.0 if scaling is None else scaling.exponent,
         unscaled=None if scaling is None else scaling.unscaled,
-        borrowed_rows=0 if gram is None or len(weight) == 1 else kappa(weight.shape[-1], solve.borrow),
+        borrowed_rows=0 if statistics is None or len(statistics.rows()) == 1 else kappa(weight.shape[-1], solve.borrow),
         carried=carried,
         held_out=choice.record() if choice else {},
+        signal=signal,
     )
     return solution.weight, report
 
@@ -289,6 +265,7 @@ def _solve_chosen(
     solve: SolveSpec,
     scale_dtype: torch.dtype,
     scaling: Scaling | None,
+    experts: slice,
 ) -> tuple[Solution, float]:
     """The solution at the chosen strength, and the share of earlier errors in its target; or plain rounding."""
     if choice.rounded:
@@ -297,9 +274,9 @@ def _solve_chosen(
     target, carried = weight, 0.0
     if solve.carry_error:
         target, carried = shifted(site, weight, statistics, choice.strength, solve)
-    gram = borrowing(statistics, solve.borrow)
+    gram = borrowing(statistics, solve.borrow, experts)
     solver = SOLVERS[solve.solver]
-    return solver(site, target, gram, choice.strength, quant, solve, scale_dtype, scaling), carried
+    return solver(site, target, gram, choice.strength[experts], quant, solve, scale_dtype, scaling), carried
 
 
 def _fallback(choice: Choice | None, unfactored: Tensor) -> str | None:
@@ -310,8 +287,8 @@ def _fallback(choice: Choice | None, unfactored: Tensor) -> str | None:
     return f"{int(unfactored.sum())} of {unfactored.numel()} matrices have no factor at any damping: rounded plainly"
 
 
-def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None) -> list[float]:
-    """tr(E H E^T) / tr(W H W^T) for each candidate, in fp32 products summed in fp64."""
+def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None) -> tuple[float, list[float]]:
+    """tr(W H W^T), and tr(E H E^T) over it for each candidate, in fp32 products summed in fp64."""
     hessian = None if gram is None else gram.hessian()
 
     def energy(rows: Tensor) -> float:
@@ -319,7 +296,7 @@ def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None
         return float((passed * rows).sum(-1).double().sum())
 
     signal = max(energy(weight), torch.finfo(torch.float64).tiny)
-    return [energy(weight - candidate) / signal for candidate in candidates]
+    return signal, [energy(weight - candidate) / signal for candidate in candidates]
 
 
 def _order(metric: Tensor, quant: QuantSpec, solve: SolveSpec) -> Tensor | None:

@@ -59,6 +59,17 @@ class Gram:
         """The experts `index` (int64) alone, in that order, in memory of their own."""
         return Gram(self.sum[index], self.rows[index], self.abs_sum[index])
 
+    def part(self, experts: slice) -> Gram:
+        """A stretch of the experts, in the same memory; the Gram itself where it is all of them."""
+        if experts == slice(None):
+            return self
+        cross = None if self.cross is None else self.cross[experts]
+        return Gram(self.sum[experts], self.rows[experts], self.abs_sum[experts], cross)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything in it: sums, each of them."""
+        return [self.sum, self.rows, self.abs_sum] + ([] if self.cross is None else [self.cross])
+
     def repeat(self, times: int) -> Gram:
         """All experts so many times over: expert e of repetition r is number r * E + e."""
         return Gram(self.sum.repeat(times, 1, 1), self.rows.repeat(times), self.abs_sum.repeat(times, 1))
@@ -119,6 +130,10 @@ class Statistics:
         """Add rows x [T, K] that went to other experts of the layer, if those are kept."""
         if self.rest:
             self.rest[fold].add(x)
+
+    def tensors(self, fold: int) -> list[Tensor]:
+        """All sums of one fold."""
+        return [tensor for grams in (self.folds, self.rest) if grams for tensor in grams[fold].tensors()]
 
     def rows(self) -> Tensor:
         """Rows of each expert in all folds, int64 [E]."""

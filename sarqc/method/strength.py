@@ -85,6 +85,10 @@ class Strengths:
                 strengths.remember(record["kind"], dict(record["curve"]))
         return strengths
 
+    def copy(self) -> Strengths:
+        """The same answers, to which others can be added."""
+        return Strengths({kind: Track(track.seen, list(track.curves)) for kind, track in self.tracks.items()})
+
     def remember(self, kind: str, curve: Curve) -> None:
         """Count a site of `kind`, and its answer if it gave one."""
         track = self.tracks.setdefault(kind, Track())

@@ -6,7 +6,6 @@ and after its weights are quantized runs once more over them, so that the next b
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +17,17 @@ from torch import Tensor
 
 from sarqc.errors import ArgumentError, ModelError, NumericError, ResourceError
 from sarqc.method.pooling import borrowing
+from sarqc.method.report import SolveReport
 from sarqc.method.rows import MAX_LOST, lost_rows
-from sarqc.method.solve import SolveReport, choose_strength, error_cost, solve_site
-from sarqc.method.statistics import Gram, Statistics
-from sarqc.method.strength import Choice, Strengths
-from sarqc.method.weight import QuantizedWeight
+from sarqc.method.statistics import Statistics
+from sarqc.method.strength import Strengths
 from sarqc.model.absorb import find_folds
+from sarqc.model.group import ALONE, Group
 from sarqc.model.passes import collect, gram_bytes, passes
 from sarqc.model.rescale import BlockScales
 from sarqc.model.sites import Share, Site, find_sites, separate_sites, write_back
 from sarqc.model.skeleton import Skeleton
+from sarqc.model.solving import Solving, Weights
 from sarqc.model.source import TensorSource
 from sarqc.model.states import GLANCE, States, cut, enter
 from sarqc.model.targets import Target, Targets, check_group_size, targets
@@ -38,7 +38,6 @@ TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 GRAM_BUDGET = 16 << 30
 
 OnProgress = Callable[[int, str], None]
-Weights = dict[str, QuantizedWeight]
 _Result = TypeVar("_Result")
 
 
@@ -49,7 +48,7 @@ class BlockResult:
     channel scales (norms, routers, biases), on the CPU; they replace the checkpoint's own, by its names, in its dtypes.
     notes: what did not go as planned, in words.
     leaving: hidden states [S, L, H] that enter the next block, None where nothing is run forward or no block follows;
-    it is the run's own memory, and the next block overwrites it."""
+    and on ranks other than 0; it is the run's own memory, and the next block overwrites it."""
 
     index: int
     weights: Weights
@@ -95,6 +94,7 @@ def run(
     start: Start | None = None,
     recall: Recall | None = None,
     on_progress: OnProgress | None = None,
+    group: Group = ALONE,
 ) -> Iterator[BlockResult]:
     """Quantize every block of `skeleton` in order, from `start` on.
 
@@ -103,7 +103,8 @@ def run(
     by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
     kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
     beyond it are observed in further passes. recall: has the statistics already; `tokens` are then only looked at to
-    see which layers read what, a few of them will do.
+    see which layers read what, a few of them will do. group: the ranks of this run; each is given all tokens and the
+    whole of `start`, takes windows of its own, solves some of the matrices, and yields the results of all.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
@@ -116,7 +117,8 @@ def run(
     announce = on_progress or (lambda *_: None)
     start = start or Start(0, None, lambda _: ({}, {}))
     target = torch.device(device)
-    work = _Work(skeleton, source, quant, solve, target, dtype, gram_budget, announce, start.strengths, recall)
+    solving = Solving(skeleton, source, quant, solve, start.strengths, group)
+    work = _Work(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group)
     states = None
     if solve.gram:
         folds = folds or (min(2, len(tokens)) if tokens is not None and solve.strength == AUTO else 1)
@@ -124,10 +126,12 @@ def run(
             shape = None if tokens is None else list(tokens.shape)
             raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
         micro_batch = micro_batch or max(1, TOKENS_AT_ONCE[work.device.type] // tokens.shape[1])
+        if group.size > 1 and not group.ordered:  # where order counts they stay what they are in one process
+            micro_batch = min(micro_batch, max(1, len(tokens) // folds // group.size))
         batches = cut(len(tokens), micro_batch, folds)
         states = enter(
             skeleton, source, tokens, batches, folds,
-            device=work.device, dtype=dtype, hidden=start.hidden, original=solve.carry_error,
+            device=work.device, dtype=dtype, hidden=start.hidden, original=solve.carry_error, group=group,
         )  # fmt: skip
         for index in range(start.block if start.hidden is None or solve.carry_error else 0):
             _pass_done(work, index, found.of_block(index), states, start)
@@ -139,24 +143,19 @@ def run(
 class _Work:
     skeleton: Skeleton
     source: TensorSource
-    quant: QuantSpec
     solve: SolveSpec
     device: torch.device
     dtype: torch.dtype | None
     gram_budget: int
     on_progress: OnProgress
-    strengths: Strengths
     recall: Recall | None
-    choices: dict[str, Choice] = field(default_factory=dict)
+    solving: Solving
+    group: Group
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     current: str = ""
     together: int = 1  # the most matrices whose Grams are held at once, and the bytes of those
     gram_bytes: int = 0
-
-    def cost(self, share: Share, gram: Gram) -> Tensor:
-        """What errors in a share's weight cost, for the scale search."""
-        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant, self.solve)
 
     @contextmanager
     def stage(self, index: int, name: str) -> Iterator[None]:
@@ -172,7 +171,7 @@ class _Work:
 
 def _run_block(work: _Work, index: int, found: Targets, states: States | None) -> BlockResult:
     skeleton, members = work.skeleton, found.of_block(index)
-    work.seconds, work.notes, work.choices = {}, [], {}
+    work.seconds, work.notes = {}, []
     with work.stage(index, "load"):
         skeleton.load_block(index, work.source, work.device, work.dtype)
         _check_weights(skeleton, members)
@@ -181,10 +180,10 @@ def _run_block(work: _Work, index: int, found: Targets, states: States | None) -
         else:
             glance = states.hidden[:1, :GLANCE].to(work.device)
             sites = find_sites(skeleton, index, members, glance)
-    known = work.strengths
+    known = work.solving.strengths.copy()
 
     def attempt() -> tuple[Weights, list[SolveReport], BlockScales | None]:
-        work.strengths = copy.deepcopy(known)  # what a failed attempt was told is asked, and counted, again
+        work.solving.begin(known)  # what a failed attempt was told is asked, and counted, again
         return _solve_sites(work, index, sites, states)
 
     weights, reports, scales = _with_memory(work, index, states, attempt)
@@ -199,7 +198,8 @@ def _run_block(work: _Work, index: int, found: Targets, states: States | None) -
     if states is not None and index + 1 < len(skeleton.blocks):
         with work.stage(index, "replay"):
             _with_memory(work, index, states, lambda: _replay(work, index, members, states, weights, changed))
-        leaving = states.hidden
+            _check_leaving(work, index, states)
+            leaving = states.whole(work.group)
     skeleton.unload_block(index)
     ordered = {target.linear: weights[target.linear] for target in members}
     return BlockResult(index, ordered, reports, dict(work.seconds), changed, list(dict.fromkeys(work.notes)), leaving)
@@ -224,9 +224,10 @@ def _solve_sites(
         if states is not None and not collected:
             collected = _observe(work, index, shares, states)
         with work.stage(index, "solve"):
-            for share in shares:
-                statistics = collected.pop(0) if collected else None
-                reports.append(_solve(work, index, share, statistics, scales, weights))
+            solved, told = work.solving.quantize(index, shares, collected, scales)
+            collected = None
+        weights |= solved
+        reports += told
     return weights, reports, scales
 
 
@@ -235,7 +236,7 @@ def _observe(work: _Work, index: int, shares: Sequence[Share], states: States) -
     if work.recall:
         return work.recall(index, shares)
     with work.stage(index, "observe"):
-        collected, notes = collect(work.skeleton, index, shares, states, work.solve, work.device)
+        collected, notes = collect(work.skeleton, index, shares, states, work.solve, work.device, work.group)
     work.notes += notes
     return collected
 
@@ -248,15 +249,15 @@ def _scale(
     with work.stage(index, "scale"):
         glance = states.hidden[:1, :GLANCE].to(work.device)
         folds, reasons = find_folds(work.skeleton, index, sites, glance)
-        scales = BlockScales(work.skeleton, work.source, sites, folds, reasons)
+        scales = BlockScales(work.skeleton, work.source, sites, folds, reasons, work.group)
     collected: list[Statistics] = []
     for shares in portions:
         collected = _observe(work, index, shares, states)
         with work.stage(index, "scale"):
-            for share, statistics in zip(shares, collected):
-                _choose(work, index, share, statistics)
+            work.solving.choose(index, shares, collected)
             grams = [borrowing(statistics, work.solve.borrow) for statistics in collected]
-            scales.decide(shares, grams, work.cost, work.quant, _scale_dtype(work, shares[0].site))
+            dtype = work.solving.scale_dtype(shares[0].site)
+            scales.decide(shares, grams, work.solving.cost, work.solving.quant, dtype)
     return scales, collected if len(portions) == 1 else None
 
 
@@ -277,8 +278,11 @@ def _take_less(work: _Work, index: int, states: States | None, reason: str) -> N
     skeleton.unload_block(index)
     if work.device.type == "cuda":
         torch.cuda.empty_cache()
-    if states is not None and work.current != "solve" and states.micro_batch > 1:
-        before = states.micro_batch
+    # Replays are each rank's own; in all other stages every rank is here, and must take the same way.
+    apart = states is None or work.current == "replay"
+    before = 0 if states is None else states.micro_batch
+    before = before if apart else max(work.group.gather(before))
+    if states is not None and work.current != "solve" and before > 1:
         states.halve()
         skeleton.load_outer(work.source, work.device, work.dtype)
         states.prepare(skeleton)
@@ -307,47 +311,6 @@ def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
                 raise NumericError(f"{target.linear}.weight holds NaN or Inf; repair the checkpoint before quantizing")
 
 
-def _choose(work: _Work, index: int, share: Share, statistics: Statistics) -> Choice:
-    """The strength of a share, chosen once in a block; sites of other blocks at the same place share their answers."""
-    if share.name not in work.choices:
-        work.choices[share.name] = choose_strength(
-            share.name,
-            share.site.name.removeprefix(f"{work.skeleton.prefix}.{index}."),
-            share.weight(work.skeleton.model),
-            statistics,
-            work.quant,
-            work.solve,
-            scale_dtype=_scale_dtype(work, share.site),
-            strengths=work.strengths,
-        )
-    return work.choices[share.name]
-
-
-def _solve(
-    work: _Work,
-    index: int,
-    share: Share,
-    statistics: Statistics | None,
-    scales: BlockScales | None,
-    weights: Weights,
-) -> SolveReport:
-    """Quantize one share and add its members to `weights`."""
-    weight, dtype = share.weight(work.skeleton.model), _scale_dtype(work, share.site)
-    scaling = scales.of(share) if scales else None
-    choice = None if statistics is None else _choose(work, index, share, statistics)
-    solved, report = solve_site(
-        share.name, weight, statistics, work.quant, work.solve, scale_dtype=dtype, scaling=scaling, choice=choice
-    )
-    for target, part in share.site.split(solved, share.first):
-        weights[target.linear] = QuantizedWeight(part.codes.cpu(), part.scales.cpu(), part.zeros.cpu(), part.bits)
-    return report
-
-
-def _scale_dtype(work: _Work, site: Site) -> torch.dtype:
-    stored = work.source.dtype(f"{site.members[0].linear}.weight")
-    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
-
-
 def _replay(
     work: _Work,
     index: int,
@@ -367,8 +330,13 @@ def _replay(
                 part = whole if piece.expert is None else whole[piece.expert, piece.start : piece.start + piece.rows]
                 part.copy_(changed[piece.name])
     states.move_on(lambda hidden: work.skeleton.call_block(index, hidden), work.device)
-    if lost := lost_rows(states.hidden):
-        rows = states.hidden.shape[0] * states.hidden.shape[1]
+
+
+def _check_leaving(work: _Work, index: int, states: States) -> None:
+    """`NumericError` where too much of what leaves a block, on all ranks, is not finite; a note where something is."""
+    counted = work.group.gather((lost_rows(states.hidden), states.hidden.shape[0] * states.hidden.shape[1]))
+    lost, rows = map(sum, zip(*counted))
+    if lost:
         where = f"{lost} of {rows} rows of what leaves {work.skeleton.prefix}.{index} hold NaN or Inf"
         if lost > MAX_LOST * rows:
             raise NumericError(f"{where} on the calibration text; look at the model, its dtype or the text")
@@ -387,4 +355,5 @@ def _pass_done(work: _Work, index: int, members: Sequence[Target], states: State
         if start.hidden is None:
             weights, changed = start.stored(index)
             _with_memory(work, index, states, lambda: _replay(work, index, members, states, weights, changed))
+            _check_leaving(work, index, states)
     work.skeleton.unload_block(index)

@@ -16,6 +16,7 @@ from torch import Tensor
 from sarqc.errors import NumericError
 from sarqc.method.rows import MAX_LOST, finite_rows
 from sarqc.method.statistics import Statistics
+from sarqc.model.group import ALONE, Group, all_or_none, in_turn
 from sarqc.model.sites import Share, Site, observe
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.states import States
@@ -46,7 +47,7 @@ def passes(sites: Sequence[Site], folds: int, budget: int, solve: SolveSpec) -> 
         first = 0
         while first < site.experts:
             fitting = site.experts - first if not each else min(site.experts - first, room // each)
-            if fitting == 0 and portion:
+            if fitting <= 0 and portion:
                 yield portion
                 portion, room = [], budget
                 continue
@@ -59,19 +60,26 @@ def passes(sites: Sequence[Site], folds: int, budget: int, solve: SolveSpec) -> 
 
 
 def collect(
-    skeleton: Skeleton, index: int, shares: Sequence[Share], states: States, solve: SolveSpec, device: torch.device
+    skeleton: Skeleton,
+    index: int,
+    shares: Sequence[Share],
+    states: States,
+    solve: SolveSpec,
+    device: torch.device,
+    group: Group = ALONE,
 ) -> tuple[list[Statistics], list[str]]:
     """Statistics of every share of block `index`, which is loaded, and a line for each that is not of all rows.
 
-    One pass of all windows through the block; a second one where rows hold NaN or Inf. Raises `NumericError` naming
-    the share where those are more than 1 %.
+    One pass of all ranks' windows through the block; a second one where rows hold NaN or Inf. Raises
+    `NumericError` naming the share where those are more than 1 %.
     """
-    kept = _one_pass(skeleton, index, shares, states, solve, device, None)
+    kept = _all_ranks(skeleton, index, shares, states, solve, device, None, group)
     if all(map(_finite, kept)):
         return kept, []
     del kept  # their memory is needed for the second pass
     lost = [0] * len(shares)
-    kept = _one_pass(skeleton, index, shares, states, solve, device, lost)
+    kept = _all_ranks(skeleton, index, shares, states, solve, device, lost, group)
+    lost = [sum(counts) for counts in zip(*group.gather(lost))]
     notes = []
     for share, statistics, count in zip(shares, kept, lost):
         rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
@@ -88,6 +96,30 @@ def _finite(statistics: Statistics) -> bool:
     return all(bool(torch.isfinite(fold.abs_sum).all()) for fold in (*statistics.folds, *statistics.rest))
 
 
+def _all_ranks(
+    skeleton: Skeleton,
+    index: int,
+    shares: Sequence[Share],
+    states: States,
+    solve: SolveSpec,
+    device: torch.device,
+    lost: list[int] | None,
+    group: Group,
+) -> list[Statistics]:
+    """A pass on every rank, and what they saw together: added up afterwards, or in order as they see it."""
+
+    def attempt() -> list[Statistics]:
+        return _one_pass(skeleton, index, shares, states, solve, device, lost, group)
+
+    kept = in_turn(group, attempt) if group.ordered else all_or_none(group, attempt)
+    for sums in (statistics.tensors(fold) for statistics in kept for fold in range(states.folds)):
+        if group.ordered:
+            group.spread_(sums, group.size - 1)
+        else:
+            group.sum_(sums)
+    return kept
+
+
 def _one_pass(
     skeleton: Skeleton,
     index: int,
@@ -96,8 +128,9 @@ def _one_pass(
     solve: SolveSpec,
     device: torch.device,
     lost: list[int] | None,
+    group: Group,
 ) -> list[Statistics]:
-    """All windows once; with `lost`, rows that are not finite are left out and counted there, by share."""
+    """This rank's windows once; with `lost`, rows that are not finite are left out and counted there, by share."""
     kept = [_empty(share, states.folds, solve, device) for share in shares]
     fold = 0
     originals: dict[str, Tensor] = {}
@@ -127,12 +160,18 @@ def _one_pass(
             statistics.add(own, bounds, fold, original=original)
 
     sites = list(dict.fromkeys(share.site for share in shares))
-    for windows, fold in states.batches:  # noqa: B007 (the sink reads it)
-        if states.original is not None:
-            with observe(skeleton, sites, remember):
-                skeleton.call_block(index, states.original[windows].to(device))
-        with observe(skeleton, sites, sink):
-            skeleton.call_block(index, states.hidden[windows].to(device))
+    for fold in range(states.folds):
+        sums = [tensor for statistics in kept for tensor in statistics.tensors(fold)]
+        if group.ordered:
+            group.take_over_(sums)
+        for windows in (windows for windows, of in states.batches if of == fold):
+            if states.original is not None:
+                with observe(skeleton, sites, remember):
+                    skeleton.call_block(index, states.original[windows].to(device))
+            with observe(skeleton, sites, sink):
+                skeleton.call_block(index, states.hidden[windows].to(device))
+        if group.ordered:
+            group.hand_on(sums)
     return kept
 
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from sarqc.method.channel_scale import ChannelScales, Reader, Scaling, search
 from sarqc.method.statistics import Gram
 from sarqc.model.absorb import Fold, divided_norm
+from sarqc.model.group import ALONE, Group, all_or_none
 from sarqc.model.names import Piece
+from sarqc.model.sharing import cost as price
+from sarqc.model.sharing import share_out
 from sarqc.model.sites import Share, Site, stack
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
@@ -33,9 +36,11 @@ class BlockScales:
         sites: Sequence[Site],
         folds: Sequence[Fold],
         reasons: dict[str, str],
+        group: Group = ALONE,
     ) -> None:
         self._skeleton = skeleton
         self._source = source
+        self._group = group
         self._quantized = {target.linear for site in sites for target in site.members}
         self._folds: list[Fold] = []
         self._reasons = dict(reasons)
@@ -58,24 +63,35 @@ class BlockScales:
         """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`Reader.cost`).
 
         A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
-        their own decide each for themselves.
+        their own decide each for themselves. Ranks share the search.
         """
         model = self._skeleton.model
         given = {share.site.name: (share, gram) for share, gram in zip(shares, grams)}
+        open_: list[tuple[Fold, list[tuple[Share, Gram]]]] = []
         for fold in self._folds:
             found = [given[site.name] for site in fold.sites if site.name in given]
-            shared = fold.experts == 1
-            if not found or (shared and fold.giver in self._chosen):
-                continue
-            chosen = search(
-                [Reader(share.weight(model), cost(share, gram), gram) for share, gram in found],
-                quant,
-                scale_dtype,
-                shared=shared,
-                binary=self._is_binary(fold),
-                source=fold.source,
-                channels=fold.channels,
-            )
+            if found and not (fold.experts == 1 and fold.giver in self._chosen):
+                open_.append((fold, found))
+        owners = share_out([sum(price(share) for share, _ in found) for _, found in open_], self._group.size)
+
+        def search_own() -> dict[int, ChannelScales]:
+            return {
+                number: search(
+                    [Reader(share.weight(model), cost(share, gram), gram) for share, gram in found],
+                    quant,
+                    scale_dtype,
+                    shared=fold.experts == 1,
+                    binary=self._is_binary(fold),
+                    source=fold.source,
+                    channels=fold.channels,
+                ).to("cpu")
+                for number, (fold, found) in enumerate(open_)
+                if owners[number] == self._group.rank
+            }
+
+        answers = self._group.gather(all_or_none(self._group, search_own))
+        for number, (fold, found) in enumerate(open_):
+            chosen = answers[owners[number]][number].to(found[0][1].rows.device)
             if model.get_parameter(fold.giver).dim() == 1:
                 chosen = ChannelScales(self._storable(fold, chosen.scales), chosen.exponents)
             before = self._chosen.get(fold.giver)

@@ -7,7 +7,7 @@ model are kept beside them and go through every block before it is quantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import NumericError
+from sarqc.model.group import ALONE, Group
+from sarqc.model.sharing import deal, positions, renumbered
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 
@@ -26,13 +28,24 @@ GLANCE = 8
 class States:
     """hidden: [S, L, H] on the host. batches: the windows of each micro-batch and the fold they belong to.
     original: the same of the unquantized model, or None. passed: windows that are through the block that moves them on
-    right now."""
+    right now. places: which windows of the text each rank of the group has; here are those of one of them."""
 
     hidden: Tensor
     batches: list[tuple[slice, int]]
     folds: int
     original: Tensor | None = None
     passed: int = 0
+    places: Sequence[Tensor] = ()
+
+    def whole(self, group: Group) -> Tensor | None:
+        """Hidden states of all windows of the text on rank 0: in memory of their own, where there are other ranks."""
+        parts = group.collect(self.hidden, [len(place) for place in self.places])
+        if len(parts) <= 1:
+            return parts[0] if parts else None
+        gathered = torch.empty(sum(map(len, parts)), *self.hidden.shape[1:], dtype=self.hidden.dtype)
+        for place, part in zip(self.places, parts):
+            gathered[place] = part
+        return gathered
 
     @property
     def micro_batch(self) -> int:
@@ -91,12 +104,19 @@ def enter(
     dtype: torch.dtype | None,
     hidden: Tensor | None = None,
     original: bool = False,
+    group: Group = ALONE,
 ) -> States:
-    """Hidden states of tokens int64 [S, L] before block 0, or `hidden` as it is, with all shapes prepared.
+    """Hidden states of this rank's windows of tokens int64 [S, L] before block 0, or of `hidden` as it is, with all
+    shapes prepared. `ArgumentError` where there are too few micro-batches for all ranks.
 
     original: keep those of the unquantized model too; they begin before block 0 in any case. Raises `NumericError`
     where the embeddings are not finite.
     """
+    dealt = deal(batches, folds, group.size)
+    places = [positions(part) for part in dealt]
+    if group.size > 1:
+        batches, own = renumbered(dealt[group.rank]), places[group.rank]
+        tokens, hidden = tokens[own], None if hidden is None else hidden[own]
     skeleton.load_outer(source, device, dtype)
     embedded = _embedded(skeleton, tokens, batches, device) if hidden is None or original else None
     if hidden is None:
@@ -104,7 +124,7 @@ def enter(
         kept, beside = embedded, embedded.clone() if original else None
     else:
         kept, beside = hidden.pin_memory() if device.type == "cuda" else hidden, embedded
-    states = States(kept, batches, folds, beside)
+    states = States(kept, batches, folds, beside, places=places)
     states.prepare(skeleton)
     skeleton.unload_outer()
     return states

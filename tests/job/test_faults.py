@@ -20,7 +20,7 @@ import sarqc
 from sarqc.cli.terminal import RunWatcher
 from sarqc.errors import CheckpointError, Interrupted, NumericError, ResourceError, SarqcError
 from sarqc.job.work import default_work
-from sarqc.model import blocks
+from sarqc.model import blocks, solving
 from sarqc.model.skeleton import Skeleton
 from tests.support import tiny
 from tests.support.killing import in_child
@@ -165,7 +165,7 @@ def device_full_while_replaying(case):
 
 
 def device_full_of_grams(case):
-    solve, seen = blocks.solve_site, []
+    solve, seen = solving.solve_site, []
 
     def full(name, *args, **options):
         seen.append(name)
@@ -173,7 +173,7 @@ def device_full_of_grams(case):
             raise torch.OutOfMemoryError("tried to allocate 2 GB")
         return solve(name, *args, **options)
 
-    case.patch.setattr(blocks, "solve_site", full)
+    case.patch.setattr(solving, "solve_site", full)
     result = sarqc.quantize(case.source, case.out, **SMALL)
     assert "Grams at a time halved" in result.report["notes"][0]
     assert weights(case.out) == case.expected  # fewer Grams at a time change nothing but the time
@@ -183,7 +183,7 @@ def device_too_small_for_anything(case):
     def full(*args, **options):
         raise torch.OutOfMemoryError("tried to allocate 2 GB")
 
-    case.patch.setattr(blocks, "solve_site", full)
+    case.patch.setattr(solving, "solve_site", full)
     with pytest.raises(ResourceError, match="one window and one Gram at a time: use a device with more memory"):
         sarqc.quantize(case.source, case.out, **SMALL)
     assert list(case.out.parent.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sarqc.errors import ArgumentError, ModelError, NumericError
-from sarqc.model import blocks
+from sarqc.model import blocks, solving
 from sarqc.model.inference import build
 from sarqc.model.source import StateDictSource
 from sarqc.model.targets import targets
@@ -69,13 +69,13 @@ def test_later_blocks_are_calibrated_on_the_quantized_ones(tiny, monkeypatch):
     """The Gram of the last block's first site is that of the model in which all earlier blocks are quantized."""
     case = tiny("qwen3_moe")
     grams = {}
-    solve_site = blocks.solve_site
+    solve_site = solving.solve_site
 
     def spy(name, weight, statistics, *rest, **options):
         grams[name] = statistics.total().hessian()
         return solve_site(name, weight, statistics, *rest, **options)
 
-    monkeypatch.setattr(blocks, "solve_site", spy)
+    monkeypatch.setattr(solving, "solve_site", spy)
     weights = weights_of(run(case, micro_batch=2))
     dense = {name: t for name, t in case.tensors().items() if name.removesuffix(".weight") not in weights}
     source = StateDictSource(dense, weights, torch.float32)
@@ -112,13 +112,13 @@ def test_micro_batches_do_not_matter_beyond_rounding_of_sums(tiny):
 def test_folds_are_stretches_of_windows_kept_apart(tiny, monkeypatch):
     case = tiny("llama")
     seen = []
-    solve_site = blocks.solve_site
+    solve_site = solving.solve_site
 
     def spy(name, weight, statistics, *rest, **options):
         seen.append([int(gram.rows.sum()) for gram in statistics.folds])
         return solve_site(name, weight, statistics, *rest, **options)
 
-    monkeypatch.setattr(blocks, "solve_site", spy)
+    monkeypatch.setattr(solving, "solve_site", spy)
     run(case, folds=2, micro_batch=2)
     assert seen and all(rows == [2 * 20, 3 * 20] for rows in seen)
 
@@ -203,8 +203,9 @@ def test_progress_and_seconds_name_the_stages(tiny):
 DEEP = textwrap.dedent(
     """
     import resource, torch, transformers
-    from sarqc.method.solve import SolveReport, round_plainly
-    from sarqc.model import blocks
+    from sarqc.method.report import SolveReport
+    from sarqc.method.solve import round_plainly
+    from sarqc.model import blocks, solving
     from sarqc.model.skeleton import Skeleton
     from sarqc.spec import QuantSpec, solve_spec
 
@@ -217,11 +218,11 @@ DEEP = textwrap.dedent(
         def load(self, name): return torch.full(self.shapes[name], 0.01)
         def quantized(self, linear): return None
 
-    def quickly(name, weight, statistics, quant, solve, *, scale_dtype, scaling, choice):
+    def quickly(name, weight, statistics, quant, solve, *, scale_dtype, scaling, choice, experts):
         report = SolveReport(name, tuple(statistics.total().rows.tolist()), 0.0, 0.0, 0.0, 0.0, None, 0.0)
         return round_plainly(weight, quant, "minmax", scale_dtype), report
 
-    blocks.solve_site = quickly
+    solving.solve_site = quickly
     torch.set_num_threads(1)
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1024, head_dim=64,
         num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sarqc.method.strength import GRID, Strengths
-from sarqc.model import blocks
+from sarqc.model import blocks, solving
 from sarqc.spec import QuantSpec, solve_spec
 
 QUANT = QuantSpec(bits=3, group_size=32)
@@ -28,13 +28,13 @@ def same(a, b):
 def handed_over(monkeypatch):
     """Statistics of every site that was solved, by name."""
     found = {}
-    solve_site = blocks.solve_site
+    solve_site = solving.solve_site
 
     def spy(name, weight, statistics, *rest, **options):
         found[name] = statistics
         return solve_site(name, weight, statistics, *rest, **options)
 
-    monkeypatch.setattr(blocks, "solve_site", spy)
+    monkeypatch.setattr(solving, "solve_site", spy)
     return found
 
 

@@ -1,0 +1,93 @@
+"""Who does what: windows for each rank to run, and matrices for each rank to solve. The same answer on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import ArgumentError
+from sarqc.model.sites import Share
+
+Batches = list[tuple[slice, int]]
+"""Windows of each micro-batch, and the fold they belong to."""
+
+
+def deal(batches: Batches, folds: int, size: int) -> list[Batches]:
+    """The micro-batches of each of `size` ranks: of every fold a stretch, in the order of ranks.
+
+    Whole micro-batches are dealt, so that each is what it would be in one process. `ArgumentError` where a fold has
+    fewer of them than there are ranks.
+    """
+    by_fold = [[batch for batch in batches if batch[1] == fold] for fold in range(folds)]
+    fewest = min(map(len, by_fold))
+    if fewest < size:
+        raise ArgumentError(
+            f"{size} ranks cannot share {fewest} micro-batches of windows (the text has {folds} parts, and every rank "
+            "needs some of each): use fewer ranks, more --num-samples or a smaller --micro-batch"
+        )
+    return [
+        [batch for part in by_fold for batch in part[rank * len(part) // size : (rank + 1) * len(part) // size]]
+        for rank in range(size)
+    ]
+
+
+def positions(batches: Batches) -> Tensor:
+    """Numbers of the windows in some micro-batches, int64, in their order."""
+    return torch.cat([torch.arange(windows.start, windows.stop) for windows, _ in batches])
+
+
+def renumbered(batches: Batches) -> Batches:
+    """The same micro-batches where no others are: their windows counted from 0."""
+    found: Batches = []
+    start = 0
+    for windows, fold in batches:
+        stop = start + windows.stop - windows.start
+        found.append((slice(start, stop), fold))
+        start = stop
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Experts of a share that one rank solves. number: of the share. owner: the rank. share: these experts alone."""
+
+    number: int
+    share: Share
+    owner: int
+
+
+def cost(share: Share) -> float:
+    """What solving takes: K^3 / 3 for the factor and N K^2 for the columns, for each expert."""
+    columns, rows = share.site.in_features, sum(count for _, _, count in share.site.slabs)
+    return (share.stop - share.first) * (columns**3 / 3 + rows * columns**2)
+
+
+def pieces(shares: Sequence[Share], size: int) -> list[Piece]:
+    """All shares, cut between experts where a share is too much for one of `size` ranks, each piece with its owner.
+
+    Pieces of a share are of nearly equal length and follow each other. One rank has every share whole.
+    """
+    least = sum(map(cost, shares)) / (2 * size)  # half of what is due to a rank, so that the rest can even out
+    found: list[tuple[int, Share]] = []
+    for number, share in enumerate(shares):
+        count = share.stop - share.first
+        parts = min(count, max(1, round(cost(share) / least))) if size > 1 else 1
+        edges = [share.first + part * count // parts for part in range(parts + 1)]
+        found += [(number, Share(share.site, first, stop)) for first, stop in pairwise(edges)]
+    owners = share_out([cost(share) for _, share in found], size)
+    return [Piece(number, share, owner) for (number, share), owner in zip(found, owners)]
+
+
+def share_out(costs: Sequence[float], size: int) -> list[int]:
+    """The rank of each task: the dearest first, each to whoever has least so far; ties go to the lower number."""
+    loads = [0.0] * size
+    owners = [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+        rank = loads.index(min(loads))
+        owners[task] = rank
+        loads[rank] += costs[task]
+    return owners

@@ -1,0 +1,154 @@
+"""Solving the shares of a block, each rank some of them: strengths first, then codes, and then everybody has all.
+
+A share's strengths are chosen on one rank, and its experts' pool is summed over all of them on each, so that it makes
+no difference to what comes out on which rank a matrix is solved, or beside how many others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarqc.method.report import SolveReport, joined
+from sarqc.method.solve import choose_strength, error_cost, solve_site
+from sarqc.method.statistics import Gram, Statistics
+from sarqc.method.strength import Choice, Strengths
+from sarqc.method.weight import QuantizedWeight
+from sarqc.model.group import Group, all_or_none
+from sarqc.model.rescale import BlockScales
+from sarqc.model.sharing import Piece, cost, pieces, share_out
+from sarqc.model.sites import Share, Site
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.source import TensorSource
+from sarqc.spec import AUTO, QuantSpec, SolveSpec
+
+Weights = dict[str, QuantizedWeight]
+
+
+@dataclass
+class Solving:
+    """What solving a block needs beside its statistics. choices: of the shares of the block at work, by name."""
+
+    skeleton: Skeleton
+    source: TensorSource
+    quant: QuantSpec
+    solve: SolveSpec
+    strengths: Strengths
+    group: Group
+    choices: dict[str, Choice] = field(default_factory=dict)
+
+    def begin(self, strengths: Strengths) -> None:
+        """Begin a block, or begin it again, knowing so much of strengths."""
+        self.strengths.tracks, self.choices = strengths.copy().tracks, {}
+
+    def choose(self, index: int, shares: Sequence[Share], collected: Sequence[Statistics]) -> None:
+        """The strength of each share, chosen once in a block; sites of other blocks at the same place share their
+        answers. All shares are of different sites, so none waits for another's answer."""
+        open_ = [number for number, share in enumerate(shares) if share.name not in self.choices]
+        owners = share_out([cost(shares[number]) for number in open_], self.group.size)
+
+        def own() -> dict[int, Choice]:
+            answers = self.strengths.copy()
+            return {
+                number: self._choice(index, shares[number], collected[number], answers)
+                for number, owner in zip(open_, owners)
+                if owner == self.group.rank
+            }
+
+        found = _merged(self.group.gather(all_or_none(self.group, own)))
+        for number in open_:
+            choice: Choice = found[number]
+            if self.solve.strength == AUTO:
+                self.strengths.remember(choice.kind, choice.curve)
+            device = collected[number].folds[0].rows.device
+            self.choices[shares[number].name] = replace(choice, strength=choice.strength.to(device))
+
+    def _choice(self, index: int, share: Share, statistics: Statistics, answers: Strengths) -> Choice:
+        choice = choose_strength(
+            share.name,
+            share.site.name.removeprefix(f"{self.skeleton.prefix}.{index}."),
+            share.weight(self.skeleton.model),
+            statistics,
+            self.quant,
+            self.solve,
+            scale_dtype=self.scale_dtype(share.site),
+            strengths=answers,
+        )
+        return replace(choice, strength=choice.strength.cpu())
+
+    def cost(self, share: Share, gram: Gram) -> Tensor:
+        """What errors in a share's weight cost, for the scale search."""
+        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant, self.solve)
+
+    def quantize(
+        self, index: int, shares: Sequence[Share], collected: Sequence[Statistics] | None, scales: BlockScales | None
+    ) -> tuple[Weights, list[SolveReport]]:
+        """All members of these shares quantized, on the CPU of every rank, and a report of each share."""
+        if collected is not None:
+            self.choose(index, shares, collected)
+        todo = pieces(shares, self.group.size)
+
+        def own() -> dict[int, tuple[QuantizedWeight, SolveReport]]:
+            return {
+                number: self._solve(piece, shares[piece.number], collected, scales)
+                for number, piece in enumerate(todo)
+                if piece.owner == self.group.rank
+            }
+
+        solved = all_or_none(self.group, own)
+        known = _merged(
+            self.group.gather({number: (_layout(weight), report) for number, (weight, report) in solved.items()})
+        )
+        weights: Weights = {}
+        reports: list[list[SolveReport]] = [[] for _ in shares]
+        for number, piece in enumerate(todo):
+            layout, report = known[number]
+            reports[piece.number].append(report)
+            weight = solved.pop(number)[0] if number in solved else _blank(*layout)
+            self.group.spread_((weight.codes, weight.scales, weight.zeros), piece.owner)
+            weights |= {target.linear: part for target, part in piece.share.site.split(weight, piece.share.first)}
+        return weights, list(map(joined, reports))
+
+    def _solve(
+        self, piece: Piece, share: Share, collected: Sequence[Statistics] | None, scales: BlockScales | None
+    ) -> tuple[QuantizedWeight, SolveReport]:
+        solved, report = solve_site(
+            share.name,
+            piece.share.weight(self.skeleton.model),
+            collected[piece.number] if collected is not None else None,
+            self.quant,
+            self.solve,
+            scale_dtype=self.scale_dtype(share.site),
+            scaling=scales.of(piece.share) if scales else None,
+            choice=self.choices[share.name] if collected is not None else None,
+            experts=slice(piece.share.first - share.first, piece.share.stop - share.first),
+        )
+        return QuantizedWeight(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), solved.bits), report
+
+    def scale_dtype(self, site: Site) -> torch.dtype:
+        """What a site's scales are stored in."""
+        stored = self.source.dtype(f"{site.members[0].linear}.weight")
+        return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int]
+
+
+def _layout(weight: QuantizedWeight) -> _Layout:
+    return tuple(weight.codes.shape), tuple(weight.scales.shape), weight.scales.dtype, weight.bits
+
+
+def _blank(codes: tuple[int, ...], scales: tuple[int, ...], dtype: torch.dtype, bits: int) -> QuantizedWeight:
+    """Room for a weight that another rank has solved."""
+    byte = torch.uint8
+    return QuantizedWeight(
+        torch.empty(codes, dtype=byte), torch.empty(scales, dtype=dtype), torch.empty(scales, dtype=byte), bits
+    )
+
+
+def _merged(parts: Sequence[dict[int, Any]]) -> dict[int, Any]:
+    return {number: value for part in parts for number, value in part.items()}
