@@ -44,6 +44,8 @@ GEMV_TOKENS = 2
 GROUPED_GEMV_ROWS = 8  # of all experts together: each row reads its own expert, so there is nothing to share
 GEMV_ROWS = 16  # of a tile
 DOT_TOKENS = (16, 32, 64, 128)
+SPLIT_TOKENS = 64  # of the largest dot tile that is split: beyond, tokens make programs enough
+GROUPS = (1, 2, 4, 8)  # to a brick
 EXPAND_TOKENS = 2048
 LEAST_BRICKS = 4  # of a split
 MOST_SPLITS = 16
@@ -99,7 +101,7 @@ def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, 
     most = most_tokens(groups_per_brick(group_size, inputs), card, bits)
     plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card, bits)
     programs = -(-outputs // plan.rows) * (-(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0))
-    splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= 64 else 1
+    splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= SPLIT_TOKENS else 1
     return replace(plan, splits=splits)
 
 
@@ -155,23 +157,25 @@ def _splits(programs: int, bricks: int, wanted: int) -> int:
     return max(1, min(wanted // max(1, programs), bricks // LEAST_BRICKS, MOST_SPLITS))
 
 
-def other_widths(card: Card) -> list[tuple[int, Plan]]:
-    """(bits, plan) of tiles that `choose` can return for widths other than 4."""
+def configurations(card: Card) -> list[tuple[Plan, int]]:
+    """(plan, groups to a brick): every tile that `choose` can return for 4 bits; splits of 2 stand for more."""
     return [
-        (bits, plan)
-        for bits in sorted(set(PLANES) - {4})
-        for plan in (gemv(1, 1), gemv(2, 2), EXPAND, *_dots(card, bits))
+        (plan, groups) for plan in _tiles(card, 4) for groups in GROUPS if plan.tokens <= most_tokens(groups, card)
     ]
 
 
-def _dots(card: Card, bits: int) -> list[Plan]:
-    return [dot(tokens, 1, card, bits) for tokens in DOT_TOKENS if tokens <= most_tokens(2, card, bits)]
+def other_widths(card: Card) -> list[tuple[int, Plan]]:
+    """(bits, plan): the same for widths other than 4, of groups of 64 alone."""
+    return [(bits, plan) for bits in sorted(set(PLANES) - {4}) for plan in _tiles(card, bits)]
 
 
-def configurations(card: Card) -> list[tuple[Plan, int]]:
-    """(plan, groups to a brick): every tile that `choose` can return for 4 bits, with splits and without."""
-    every = [(gemv(tokens, splits), groups) for tokens, splits, groups in ((1, 1, 1), (1, 2, 2), (2, 1, 4), (2, 2, 8))]
-    for tokens in DOT_TOKENS:
-        fitting = [groups for groups in (1, 2, 4, 8) if tokens <= most_tokens(groups, card)]
-        every += [(dot(tokens, 2 if tokens <= 32 else 1, card), groups) for groups in fitting]
-    return [*every, (EXPAND, 1), (EXPAND, 4)]
+def _tiles(card: Card, bits: int) -> list[Plan]:
+    """What `rule` and `candidates` take plans from, each tile with splits and without where it can have them."""
+    gemvs = [gemv(tokens, splits) for tokens in (1, GEMV_TOKENS) for splits in (1, 2)]
+    fitting = [tokens for tokens in DOT_TOKENS if tokens <= most_tokens(1, card, bits)]
+    dots = [dot(tokens, splits, card, bits) for tokens in fitting for splits in _either(tokens)]
+    return [*gemvs, *dots, EXPAND]
+
+
+def _either(tokens: int) -> tuple[int, ...]:
+    return (1, 2) if tokens <= SPLIT_TOKENS else (1,)
