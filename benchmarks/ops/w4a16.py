@@ -49,9 +49,7 @@ def points(quick: bool) -> list[Point]:
     return four + [_point(tokens, outputs, inputs, why, 2, None, b) for b in OTHER_WIDTHS for tokens in OTHER_TOKENS]
 
 
-def _point(
-    tokens: int, outputs: int, inputs: int, why: str, rank: int, goal: float | None, bits: int = 4
-) -> Point:
+def _point(tokens: int, outputs: int, inputs: int, why: str, rank: int, goal: float | None, bits: int = 4) -> Point:
     weight = bits * outputs * inputs // 8 + 2 * outputs * inputs // GROUP
     traffic = weight + 2 * tokens * (inputs + outputs)
     sizes = {"tokens": tokens, "outputs": outputs, "inputs": inputs, "bits": bits}
