@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def file_name(device: torch.device) -> str:
     """A GPU's name as a file's: "nvidia-h200"."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def place(device: torch.device, quick: bool) -> Path:
+    """Committed results are of cards and of whole runs; everything else is a file that goes away."""
+    if device.type == "cuda" and not quick:
+        return ROOT / "benchmarks" / "results" / f"{file_name(device)}.jsonl"
+    with tempfile.NamedTemporaryFile(prefix="sarqc-bench-", suffix=".jsonl", delete=False) as file:
+        return Path(file.name)
 
 
 def _card(index: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import reliability
 from benchmarks.quality import proof
 from benchmarks.quality.table import markdown
 
@@ -82,9 +83,17 @@ def inference() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "speed": speed, "compare": compare, "inference": inference}
-UNPLACED = frozenset({"compare"})
-"""Sections the README need not have: there may be no comparison worth its lines."""
+def faults() -> str:
+    """What was tried to lose a run or a checkpoint, and how each try ended."""
+    return reliability.table(_read("reliability"))
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": demo, "quality": quality, "speed": speed, "compare": compare, "inference": inference,
+    "reliability": faults,
+}  # fmt: skip
+UNPLACED = frozenset({"compare", "reliability"})
+"""Sections the README need not have: there may be none worth its lines."""
 
 
 def filled(text: str) -> str:

@@ -1,12 +1,13 @@
-"""Measure: python -m benchmarks.run [gram|columns|w4a16|moe|all|quantize] [--quick] [--skip-tests] [--out FILE].
+"""Measure: python -m benchmarks.run [gram|columns|w4a16|moe|all|decode|quantize] [--quick] [--skip-tests] [--out FILE].
 
 Runs the tests of what it times first and refuses what fails. Then measures the card (copy bandwidth, bf16 products) and
 times every shape against the rivals that are installed, in order of importance, as long as --minutes last; what is not
 installed, not right or not reached is listed with its reason. One JSON line for each goes to
 benchmarks/results/<gpu>.jsonl; a quick run or one on a CPU goes to --out, or a file in the temporary folder.
 
-`all` is everything that fits, an end-to-end run (`quantize`) included; on a card every operation gets a process of its
-own, so that one that crashes takes no other with it. `quantize --help` has options of its own.
+`all` is everything that fits, decode steps of whole models (`decode`) and an end-to-end run (`quantize`) included;
+every part gets a process of its own, so that one that crashes takes no other with it. `decode --help` and
+`quantize --help` have options of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,22 +22,25 @@ import torch
 
 from benchmarks import gate, machine, measure, records
 from benchmarks.budget import Budget
+from benchmarks.decode import command as decode
 from benchmarks.ops import OPS
 from benchmarks.quantize import command as quantize
 from sarqc.job.load import resolve_device
 
-RESULTS = Path(__file__).parent / "results"
+WHOLE = {"decode": decode.main, "quantize": quantize.main}
+"""What is measured of whole models, each a command with options of its own."""
+
 GATE_SHARE = 0.5  # of the time that the tests may take
 SECONDS = {True: 0.02, False: 0.4}  # of the clock for each contender at a point: quick, or not
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["quantize"]:
-        return quantize.main(arguments[1:])
+    if arguments[:1] and arguments[0] in WHOLE:
+        return WHOLE[arguments[0]](arguments[1:])
     options = _options(arguments)
     device, budget = resolve_device(options.device), Budget(options.minutes)
-    out = options.out or _place(device, options.quick)
+    out = options.out or machine.place(device, options.quick)
     chosen = list(OPS) if options.what == "all" else [options.what]
     tested, refused = options.tested_before, []
     sink = records.Sink(out, {**machine.facts(device, options.commit), "tested": tested, "quick": options.quick})
@@ -59,7 +62,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", default="all", choices=[*OPS, "all", "quantize"])
+    parser.add_argument("what", nargs="?", default="all", choices=[*OPS, "all", *WHOLE])
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that all of it works")
     parser.add_argument("--skip-tests", action="store_true", help="time without running the tests first")
     parser.add_argument("--out", type=Path, help="file to append to")
@@ -68,14 +71,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--tested-before", action="store_true", help=argparse.SUPPRESS)  # said by `all` to its parts
     return parser.parse_args(arguments)
-
-
-def _place(device: torch.device, quick: bool) -> Path:
-    """Committed results are of cards and of whole runs; everything else is a file that goes away."""
-    if device.type == "cuda" and not quick:
-        return RESULTS / f"{machine.file_name(device)}.jsonl"
-    with tempfile.NamedTemporaryFile(prefix="sarqc-bench-", suffix=".jsonl", delete=False) as file:
-        return Path(file.name)
 
 
 def _refused(chosen: Sequence[str], budget: Budget, sink: records.Sink) -> list[str]:
@@ -99,9 +94,9 @@ def _here(chosen: Sequence[str], options: argparse.Namespace, device: torch.devi
 
 
 def _everything(chosen: Sequence[str], options: argparse.Namespace, out: Path, budget: Budget, tested: bool) -> int:
-    """Every op and then a whole run, each in a process of its own with its share of the time that is left."""
+    """Every op and then whole models, each in a process of its own with its share of the time that is left."""
     status = 0
-    parts = [*chosen, "quantize"]
+    parts = [*chosen, *WHOLE]
     for number, part in enumerate(parts):
         minutes = budget.left() / 60 / (len(parts) - number)
         command = [sys.executable, "-m", "benchmarks.run", part, "--out", str(out), "--device", options.device,
@@ -111,7 +106,7 @@ def _everything(chosen: Sequence[str], options: argparse.Namespace, out: Path, b
         command += ["--commit", options.commit] if options.commit else []
         print(f"[{budget}] {part}", flush=True)
         try:  # a kernel that hangs must not take the time of the others
-            ended = subprocess.run(command, cwd=RESULTS.parents[1], timeout=max(30.0, 90 * minutes)).returncode
+            ended = subprocess.run(command, cwd=machine.ROOT, timeout=max(30.0, 90 * minutes)).returncode
         except subprocess.TimeoutExpired:
             ended = 124
         if ended:

@@ -94,6 +94,8 @@ def of_columns(point: Point, card: Card) -> list[Trial]:
 
 def of_w4a16(point: Point, card: Card) -> list[Trial]:
     sizes = point.sizes
+    if sizes["bits"] != 4:
+        return []  # tables are of 4 bits
     return [_product(("x", ""), (sizes["tokens"], sizes["outputs"], sizes["inputs"], GROUP, 0), card)]
 
 
@@ -137,6 +139,9 @@ def tune(op: str, device: torch.device, budget: Budget, quick: bool = False) -> 
     """Entries by key for the points of an op: what to take, or None where the rule is as good."""
     found: dict[str, dict[str, Any] | None] = {}
     for point in sorted(OPS[op].points(quick), key=lambda point: point.rank):
+        trials = TRIALS[op](point, card_of(device))
+        if not trials:
+            continue
         if not budget.has_time():
             print(f"[{budget}] {op} {point.name}: left out", flush=True)
             continue
@@ -144,7 +149,7 @@ def tune(op: str, device: torch.device, budget: Budget, quick: bool = False) -> 
             generator = torch.Generator(device).manual_seed(0)
             copies = copies_for(point.traffic, 0 if quick else COLD_BYTES)
             inputs = [OPS[op].inputs(point, device, generator) for _ in range(copies)]
-            for trial in TRIALS[op](point, card_of(device)):
+            for trial in trials:
                 if trial.key not in found:
                     found[trial.key] = _decide(trial, inputs, device, f"[{budget}] {op} {point.name}")
     return found

@@ -1,20 +1,26 @@
 """W4A16 by experts: the two products of an expert MLP over routed rows (gate and up in one, then down).
 
 Rows come sorted by expert, as `sarqc.model.experts` hands them over; routing is uniform and the same on every run. An
-expert that no token chose is not read, so the least traffic counts the experts that were hit.
+expert that no token chose is not read, so the least traffic counts the experts that were hit. The contenders called
+"experts" do the whole layer by `w4a16_experts`: the rows' tokens by index, the gate between the products and the sum
+over each token's experts as well, for the same least work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal, on_gpu_only
 from benchmarks.ops.w4a16 import GROUP, LAYOUT, weight_of, why_not
 from benchmarks.rivals import packed_matmul
-from sarqc_kernels import prepare, w4a16_matmul
+from sarqc.model.experts import route
+from sarqc_kernels import PreparedWeight, prepare, w4a16_matmul
+from sarqc_kernels.w4a16 import Routing, w4a16_experts
 
 MODELS = (  # name, experts, chosen, hidden, intermediate, goals by tokens
     ("Qwen3-30B-A3B", 128, 8, 2048, 768, {1: 0.38, 16: 0.55, 64: 0.58, 4096: 0.57}),
@@ -35,11 +41,15 @@ def points(quick: bool) -> list[Point]:
     ]  # fmt: skip
 
 
-def routed(tokens: int, experts: int, chosen: int) -> Tensor:
-    """int64 [experts]: rows of each expert when every token draws `chosen` different ones, all alike."""
+def choices(tokens: int, experts: int, chosen: int) -> Tensor:
+    """int64 [tokens, chosen]: every token draws so many different experts, all alike."""
     generator = torch.Generator().manual_seed(tokens)
-    choice = torch.rand(tokens, experts, generator=generator).topk(chosen, -1).indices
-    return torch.bincount(choice.flatten(), minlength=experts)
+    return torch.rand(tokens, experts, generator=generator).topk(chosen, -1).indices
+
+
+def routed(tokens: int, experts: int, chosen: int) -> Tensor:
+    """int64 [experts]: rows of each expert."""
+    return torch.bincount(choices(tokens, experts, chosen).flatten(), minlength=experts)
 
 
 def _point(
@@ -58,28 +68,40 @@ def make(point: Point, device: torch.device, generator: torch.Generator) -> Inpu
     tokens, experts, chosen, hidden, inner = (
         point.sizes[n] for n in ("tokens", "experts", "chosen", "hidden", "inner")
     )
-    counts = routed(tokens, experts, chosen)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    choice, counts = choices(tokens, experts, chosen).to(device), routed(tokens, experts, chosen)
+    rows = route(choice, experts)
+    share = torch.rand(tokens, chosen, generator=generator, device=device).softmax(-1).bfloat16()
+    x = normal(generator, tokens, hidden)
     up = weight_of((experts, 2 * inner, hidden), generator, device)
     down = weight_of((experts, hidden, inner), generator, device)
     return {
         **{f"up_{name}": value for name, value in up.items()},
         **{f"down_{name}": value for name, value in down.items()},
-        "x": normal(generator, tokens * chosen, hidden),
+        "tokens": x,
+        "x": x[rows.tokens],
         "h": normal(generator, tokens * chosen, inner),
-        "offsets": offsets.to(device),
+        "offsets": rows.offsets,
+        "routing": Routing(rows.offsets, rows.tokens, rows.slots, share[rows.tokens, rows.choices]),
+        "choice": choice,
+        "share": share,
         "last": int(counts.nonzero().max()),
     }
+
+
+def _prepared(inputs: Inputs, backend: str) -> tuple[PreparedWeight, PreparedWeight]:
+    x = inputs["x"]
+    up, down = (
+        prepare(inputs[f"{side}_codes"], inputs[f"{side}_scales"], None, bits=4, dtype=x.dtype, device=x.device,
+                layout=LAYOUT[backend])
+        for side in ("up", "down")
+    )  # fmt: skip
+    return up, down
 
 
 def _ours(backend: str) -> Contender:
     def bind(inputs: Inputs) -> Call:
         x, h, offsets = (inputs[name] for name in ("x", "h", "offsets"))
-        up, down = (
-            prepare(inputs[f"{side}_codes"], inputs[f"{side}_scales"], None, bits=4, dtype=x.dtype, device=x.device,
-                    layout=LAYOUT[backend])
-            for side in ("up", "down")
-        )  # fmt: skip
+        up, down = _prepared(inputs, backend)
 
         def call() -> tuple[Tensor, Tensor]:
             first = w4a16_matmul(x, up, offsets, backend=backend)
@@ -88,6 +110,14 @@ def _ours(backend: str) -> Contender:
         return call
 
     return Contender(f"sarqc {backend}", True, why_not(backend), bind)
+
+
+def _layer(backend: str) -> Contender:
+    def bind(inputs: Inputs) -> Call:
+        weights = _prepared(inputs, backend)
+        return lambda: w4a16_experts(inputs["tokens"], *weights, inputs["routing"], backend=backend)
+
+    return Contender(f"sarqc experts {backend}", True, why_not(backend), bind)
 
 
 def _dense(inputs: Inputs, side: str) -> Tensor:
@@ -111,18 +141,36 @@ def _grouped_unsupported(point: Point, device: torch.device) -> str | None:
 
 
 def error(inputs: Inputs, result: Any) -> float:
-    """Relative error of both products of the last expert that has rows, against float64."""
-    last = inputs["last"]
-    begin, end = inputs["offsets"][last : last + 2].tolist()
-    end = min(end, begin + 64)
+    """Relative error against float64: of both products of the last expert with rows, or of two tokens of the layer."""
+    pairs = _of_layer(inputs, result) if isinstance(result, Tensor) else _of_products(inputs, *result)
     off = size = 0.0
-    for side, source, found in (("up", "x", result[0]), ("down", "h", result[1])):
-        codes, scales = inputs[f"{side}_codes"][last], inputs[f"{side}_scales"][last]
-        weight = (codes.unflatten(-1, (scales.shape[-1], -1)).double() - 8) * scales.double().unsqueeze(-1)
-        exact = inputs[source][begin:end].double() @ weight.flatten(-2).T
-        off += float((found[begin:end].double() - exact).square().sum())
+    for found, exact in pairs:
+        off += float((found.double() - exact).square().sum())
         size += float(exact.square().sum())
     return (off / size) ** 0.5
+
+
+def _of_products(inputs: Inputs, first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    last = inputs["last"]
+    begin, end = inputs["offsets"][last : last + 2].tolist()
+    rows = slice(begin, min(end, begin + 64))
+    for side, source, found in (("up", "x", first), ("down", "h", second)):
+        yield found[rows], inputs[source][rows].double() @ _exact(inputs, side, last).T
+
+
+def _of_layer(inputs: Inputs, result: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for token in {0, len(result) - 1}:
+        exact = torch.zeros_like(result[token], dtype=torch.float64)
+        for expert, share in zip(inputs["choice"][token].tolist(), inputs["share"][token].tolist()):
+            gate, up = (_exact(inputs, "up", expert) @ inputs["tokens"][token].double()).chunk(2)
+            exact += share * (_exact(inputs, "down", expert) @ (silu(gate) * up))
+        yield result[token], exact
+
+
+def _exact(inputs: Inputs, side: str, expert: int) -> Tensor:
+    """float64 [N, K]."""
+    codes, scales = inputs[f"{side}_codes"][expert], inputs[f"{side}_scales"][expert]
+    return ((codes.unflatten(-1, (scales.shape[-1], -1)).double() - 8) * scales.double().unsqueeze(-1)).flatten(-2)
 
 
 OP = Op(
@@ -132,12 +180,14 @@ OP = Op(
     inputs=make,
     contenders=(
         _ours("triton"),
+        _layer("triton"),
         _ours("cpu"),
+        _layer("cpu"),
         Contender("torch grouped bf16", False, _grouped_unsupported, _grouped),
         packed_matmul.humming_experts(),
         _ours("reference"),
     ),
     error=error,
     most_error=2e-2,
-    meaning="relative error of an expert's products against float64",
+    meaning="relative error of an expert's products, or of two tokens of the layer, against float64",
 )

@@ -1,6 +1,6 @@
-"""W4A16, dense: tokens times a packed weight.
+"""W4A16, dense: tokens times a packed weight; a few shapes of 2, 3 and 8 bits as well.
 
-Least work of M tokens, N outputs, K inputs in groups of g: half a byte a weight, 2 bytes for each g of them,
+Least work of M tokens, N outputs, K inputs of b bits in groups of g: b/8 bytes a weight, 2 bytes for each g of them,
 activations and result once; 2 M N K flops. The rival that counts most is the same product with the weight in bf16.
 """
 
@@ -32,48 +32,56 @@ SHAPES = (  # outputs, inputs, why, rank, goals by tokens
 TOKENS = ((1, 0), (16, 0), (64, 1), (256, 1), (4096, 0), (4, 3), (8, 3), (32, 3), (128, 3), (1024, 3))
 
 
+OTHER_WIDTHS = (2, 3, 8)
+OTHER_TOKENS = (1, 16, 64, 4096)
+
+
 def points(quick: bool) -> list[Point]:
     if quick:
-        return [_point(tokens, 192, 256, "small", 0, None) for tokens in (1, 16, 80)]
-    return [
+        small = [_point(tokens, 192, 256, "small", 0, None) for tokens in (1, 16, 80)]
+        return small + [_point(16, 192, 256, "small", 0, None, bits) for bits in OTHER_WIDTHS]
+    four = [
         _point(tokens, outputs, inputs, why, rank + later, goals.get(tokens))
         for tokens, later in TOKENS
         for outputs, inputs, why, rank, goals in SHAPES
     ]
+    outputs, inputs, why, *_ = SHAPES[1]
+    return four + [_point(tokens, outputs, inputs, why, 2, None, b) for b in OTHER_WIDTHS for tokens in OTHER_TOKENS]
 
 
-def _point(tokens: int, outputs: int, inputs: int, why: str, rank: int, goal: float | None) -> Point:
-    weight = outputs * inputs // 2 + 2 * outputs * inputs // GROUP
+def _point(tokens: int, outputs: int, inputs: int, why: str, rank: int, goal: float | None, bits: int = 4) -> Point:
+    weight = bits * outputs * inputs // 8 + 2 * outputs * inputs // GROUP
     traffic = weight + 2 * tokens * (inputs + outputs)
-    sizes = {"tokens": tokens, "outputs": outputs, "inputs": inputs}
-    name = f"{tokens} x {outputs} x {inputs}"
+    sizes = {"tokens": tokens, "outputs": outputs, "inputs": inputs, "bits": bits}
+    name = f"{tokens} x {outputs} x {inputs}" + (f" W{bits}" if bits != 4 else "")
     return Point(name, why, sizes, 2 * tokens * outputs * inputs, traffic, rank, goal)
 
 
 def make(point: Point, device: torch.device, generator: torch.Generator) -> Inputs:
     """Symmetric codes with bf16 scales, the weight they stand for, and normal activations."""
-    shape = (1, point.sizes["outputs"], point.sizes["inputs"])
-    return weight_of(shape, generator, device) | {"x": normal(generator, point.sizes["tokens"], shape[2])}
+    shape, bits = (1, point.sizes["outputs"], point.sizes["inputs"]), point.sizes["bits"]
+    drawn = weight_of(shape, generator, device, bits)
+    return drawn | {"x": normal(generator, point.sizes["tokens"], shape[2]), "bits": bits}
 
 
-def weight_of(shape: tuple[int, int, int], generator: torch.Generator, device: torch.device) -> Inputs:
+def weight_of(shape: tuple[int, int, int], generator: torch.Generator, device: torch.device, bits: int = 4) -> Inputs:
     """codes uint8 [E, N, K], scales bf16 [E, N, K / 128], and "weight", bf16 [N, K] of the last expert."""
-    codes = torch.randint(0, 16, shape, generator=generator, device=device, dtype=torch.uint8)
+    codes = torch.randint(0, 1 << bits, shape, generator=generator, device=device, dtype=torch.uint8)
     groups = shape[2] // GROUP
     scales = torch.rand((*shape[:2], groups), generator=generator, device=device).mul_(0.01).add_(0.01).bfloat16()
-    return {"codes": codes, "scales": scales, "weight": dense(codes[-1], scales[-1])}
+    return {"codes": codes, "scales": scales, "weight": dense(codes[-1], scales[-1], bits)}
 
 
-def dense(codes: Tensor, scales: Tensor) -> Tensor:
-    """bf16 [N, K]: (code - 8) * scale."""
-    signed = codes.unflatten(-1, (scales.shape[-1], -1)).bfloat16() - 8
+def dense(codes: Tensor, scales: Tensor, bits: int = 4) -> Tensor:
+    """bf16 [N, K]: (code - middle) * scale."""
+    signed = codes.unflatten(-1, (scales.shape[-1], -1)).bfloat16() - (1 << (bits - 1))
     return (signed * scales.unsqueeze(-1)).flatten(-2)
 
 
 def _ours(backend: str) -> Contender:
     def bind(inputs: Inputs) -> Call:
         x = inputs["x"]
-        weight = prepare(inputs["codes"], inputs["scales"], None, bits=4, dtype=x.dtype, device=x.device,
+        weight = prepare(inputs["codes"], inputs["scales"], None, bits=inputs["bits"], dtype=x.dtype, device=x.device,
                          layout=LAYOUT[backend])  # fmt: skip
         return lambda: w4a16_matmul(x, weight, backend=backend)
 
@@ -90,10 +98,13 @@ def why_not(backend: str) -> Any:
             return reason
         if backend == "cpu" and device.type != "cpu":
             return "runs on a CPU alone"
+        bits = point.sizes.get("bits", 4)
+        if backend == "cpu" and bits > 4:
+            return f"torch's int4 product holds up to 4 bits, not {bits}"
         x = torch.zeros(min(8, point.sizes["tokens"]), GROUP, dtype=torch.bfloat16, device=device)
         codes = torch.zeros(1, 64, GROUP, dtype=torch.uint8, device=device)
         scales = torch.ones(1, 64, 1, dtype=torch.bfloat16, device=device)
-        weight = prepare(codes, scales, None, bits=4, dtype=x.dtype, device=device, layout=LAYOUT[backend])
+        weight = prepare(codes, scales, None, bits=bits, dtype=x.dtype, device=device, layout=LAYOUT[backend])
         return dict(explain("w4a16_matmul", implementations(x), (x, weight, None, None)))[backend]
 
     return unsupported

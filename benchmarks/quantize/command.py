@@ -28,8 +28,7 @@ from sarqc.model import blocks
 from sarqc.model.skeleton import Skeleton
 from sarqc.spec import QuantSpec, solve_spec
 
-RESULTS = Path(__file__).parents[1] / "results"
-BY_DEVICE = {"cuda": (("llama3-8b", "qwen3-30b-a3b"), 512, 2048), "cpu": (("small", "small-moe"), 4, 128)}
+BY_DEVICE = {"cuda": (("llama-3-8b", "qwen3-30b-a3b"), 512, 2048), "cpu": (("small", "small-moe"), 4, 128)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     device, budget = resolve_device(options.device), Budget(options.minutes)
     models, windows, seqlen = BY_DEVICE[device.type]
-    out = options.out or _place(device, options.quick)
+    out = options.out or machine.place(device, options.quick)
     sink = records.Sink(out, {**machine.facts(device, options.commit), "tested": False, "quick": options.quick})
     names = options.model or list(models)
     if options.quick:
@@ -162,12 +161,6 @@ def _shown(record: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares if seconds >= 0.005 * total)
     done = f"{record['blocks']} of {record['layers']} blocks in {total:.1f} s"
     return f"{record['point']}: {done} (all would take {record['whole_model_seconds']:.0f} s): {parts}"
-
-
-def _place(device: torch.device, quick: bool) -> Path:
-    if device.type == "cuda" and not quick:
-        return RESULTS / f"{machine.file_name(device)}.jsonl"
-    return Path(tempfile.mkstemp(prefix="sarqc-bench-", suffix=".jsonl")[1])
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

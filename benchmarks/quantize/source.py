@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from benchmarks.quantize.shapes import Shapes
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
+from sarqc.spec import QuantSpec
 
 POOL = 1 << 24
 
@@ -22,12 +24,19 @@ POOL = 1 << 24
 class RandomSource:
     """A `TensorSource` of bf16 tensors by name. Norms are ones, matrices normal with variance 1 / inputs.
 
-    The same name and seed give the same numbers; nothing but the pool (32 MiB) is kept.
+    device: where tensors are drawn. quant: the linear layers of the blocks, but for routers, have random codes too. The
+    same name and seed give the same numbers; nothing but the pool (32 MiB, 16 more for codes) is kept.
     """
 
-    def __init__(self, shapes: Shapes, seed: int = 0) -> None:
-        self._shapes = shapes
-        self._pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    def __init__(
+        self, shapes: Shapes, seed: int = 0, *, device: torch.device | str = "cpu", quant: QuantSpec | None = None
+    ) -> None:
+        self._shapes, self._quant = shapes, quant
+        generator = torch.Generator().manual_seed(seed)
+        self._pool = torch.randn(POOL, generator=generator).bfloat16().to(device)
+        if quant is not None:
+            octets = torch.randint(256, (POOL,), generator=generator, dtype=torch.uint8)
+            self._octets = octets.to(device)
 
     def names(self) -> list[str]:
         """All tensors."""
@@ -44,18 +53,35 @@ class RandomSource:
         return torch.bfloat16
 
     def load(self, name: str) -> Tensor:
-        """Numbers for a tensor, on the CPU, in memory of its own."""
+        """Numbers for a tensor, in memory of its own."""
         shape = self.shape(name)
         if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.bfloat16)
-        out = torch.empty(math.prod(shape), dtype=torch.bfloat16)
-        begin, filled = zlib.crc32(name.encode()) % POOL, 0
-        while filled < len(out):
-            part = self._pool[begin : begin + len(out) - filled]
-            out[filled : filled + len(part)] = part
-            begin, filled = 0, filled + len(part)
-        return out.mul_(shape[-1] ** -0.5).view(shape)
+            return torch.ones(shape, dtype=torch.bfloat16, device=self._pool.device)
+        return _stretch(self._pool, name, shape).mul_(shape[-1] ** -0.5)
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
-        """Nothing is quantized."""
-        return None
+        """Symmetric codes, all but the lowest alike likely, so that their mean is 0 as a model's is; scales around what
+        gives a dense matrix's variance."""
+        if self._quant is None or not linear.endswith("_proj"):
+            return None
+        bits, (rows, columns) = self._quant.bits, self.shape(f"{linear}.weight")
+        grid = (1, rows, columns // self._quant.group_size)
+        step = (12 / columns) ** 0.5 / (1 << bits)
+        drawn = _stretch(self._octets, f"{linear}.scales", grid).float()
+        return QuantizedWeight(
+            codes=_stretch(self._octets, linear, (1, rows, columns)).remainder_((1 << bits) - 1).add_(1),
+            scales=((0.5 + drawn / 255) * step).bfloat16(),
+            zeros=torch.full(grid, 1 << (bits - 1), dtype=torch.uint8, device=self._octets.device),
+            bits=bits,
+        )
+
+
+def _stretch(pool: Tensor, name: str, shape: Sequence[int]) -> Tensor:
+    """A copy of the numbers of the pool from where the name says on, from its beginning again behind its end."""
+    out = pool.new_empty(math.prod(shape))
+    begin, filled = zlib.crc32(name.encode()) % POOL, 0
+    while filled < len(out):
+        part = pool[begin : begin + len(out) - filled]
+        out[filled : filled + len(part)] = part
+        begin, filled = 0, filled + len(part)
+    return out.view(*shape)

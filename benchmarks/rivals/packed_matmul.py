@@ -22,7 +22,7 @@ def tinygemm() -> Contender:
     """`aten._weight_int4pack_mm`: in torch, nothing to install."""
 
     def unsupported(point: Point, device: torch.device) -> str | None:
-        if reason := on_gpu_only(point, device):
+        if reason := on_gpu_only(point, device) or _other_width(point):
             return reason
         if point.sizes["tokens"] > TINYGEMM_TOKENS:
             return f"made for few tokens: not timed beyond {TINYGEMM_TOKENS}"
@@ -44,7 +44,7 @@ def gemlite() -> Contender:
     """gemlite 0.6 with its committed H100 table; it has none for an H200 and would otherwise tune itself."""
 
     def unsupported(point: Point, device: torch.device) -> str | None:
-        return installed("gemlite") or on_gpu_only(point, device)
+        return installed("gemlite") or on_gpu_only(point, device) or _other_width(point)
 
     def bind(inputs: Inputs) -> Call:
         package: Any = importlib.import_module("gemlite")
@@ -67,7 +67,7 @@ def humming() -> Contender:
     """humming-kernels 0.1.19, compiled for the shape when it is first asked."""
 
     def unsupported(point: Point, device: torch.device) -> str | None:
-        return installed("humming") or on_gpu_only(point, device)
+        return installed("humming") or on_gpu_only(point, device) or _other_width(point)
 
     def bind(inputs: Inputs) -> Call:
         layers: Any = importlib.import_module("humming.layer")
@@ -95,6 +95,11 @@ def humming_experts() -> Contender:
         raise NotImplementedError("never asked: `unsupported` always gives a reason")
 
     return Contender("humming (experts)", False, unsupported, bind)
+
+
+def _other_width(point: Point) -> str | None:
+    bits = point.sizes["bits"]
+    return None if bits == 4 else f"compared at 4 bits alone, not at {bits}"
 
 
 def _odd(point: Point, outputs: int, inputs: int) -> bool:

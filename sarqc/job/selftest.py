@@ -13,6 +13,7 @@ from sarqc_kernels import columns, gram, w4a16
 from sarqc_kernels.backend import Implementation
 from sarqc_kernels.targets import fastest_first
 from sarqc_kernels.testing import dequantize, random_gram, random_quantized, relative_error, upper_factor
+from sarqc_kernels.w4a16 import experts
 
 EXPERTS, ROWS, INPUTS, TOKENS, GROUP, BITS = 2, 64, 128, 40, 32, 4
 RULE: dict[str, Any] = {"bits": BITS, "sym": True, "search": False, "scale_dtype": torch.bfloat16}
@@ -119,9 +120,9 @@ def _columns_error(backend: str, device: torch.device) -> float:
     return float((codes.cpu() != exact).double().mean())
 
 
-def _prepared(device: torch.device, layout: str) -> tuple[Any, Tensor]:
-    """A weight in a layout, and what it stands for in float64."""
-    quantized = random_quantized(_generator(), (EXPERTS, ROWS, INPUTS), INPUTS // GROUP, BITS,
+def _prepared(device: torch.device, layout: str, rows: int = ROWS) -> tuple[Any, Tensor]:
+    """A weight [EXPERTS, rows, INPUTS] in a layout, and what it stands for in float64."""
+    quantized = random_quantized(_generator(), (EXPERTS, rows, INPUTS), INPUTS // GROUP, BITS,
                                  scale_dtype=torch.bfloat16)  # fmt: skip
     prepared = w4a16.prepare(quantized.codes, quantized.scales, None, bits=BITS, dtype=torch.bfloat16, device=device,
                              layout=layout)  # fmt: skip
@@ -143,6 +144,32 @@ def _matmul_error(backend: str, device: torch.device) -> float:
     return relative_error(found.cpu(), want)
 
 
+def _routing(device: torch.device) -> w4a16.Routing:
+    """Every token goes to both experts: rows of the first, then of the second, with weights of their own."""
+    every = torch.arange(TOKENS)
+    weights = torch.linspace(0.1, 0.9, EXPERTS * TOKENS).bfloat16()
+    parts = (torch.tensor([0, TOKENS, 2 * TOKENS]), every.repeat(2), torch.stack([every, every + TOKENS]), weights)
+    return w4a16.Routing(*(part.to(device) for part in parts))
+
+
+def _experts_arguments(device: torch.device) -> tuple[Any, ...]:
+    layout = LAYOUTS["triton" if device.type == "cuda" else "cpu"]
+    first, second = _prepared(device, layout, 2 * INPUTS)[0], _prepared(device, layout)[0]
+    return _rows()[0].to(device), first, second, _routing(device)
+
+
+def _experts_error(backend: str, device: torch.device) -> float:
+    """Step by step in float64; as the product, and the hidden rows are rounded to bf16 once or twice more."""
+    x = _rows()[0]
+    (first, gate_up), (second, down) = (_prepared(device, LAYOUTS[backend], rows) for rows in (2 * INPUTS, ROWS))
+    found = w4a16.w4a16_experts(x.to(device), first, second, _routing(device), backend=backend)
+    want = torch.zeros(TOKENS, ROWS, dtype=torch.float64)
+    for matrices, share in zip(zip(gate_up, down), _routing(x.device).weights.double().view(EXPERTS, TOKENS, 1)):
+        gate, up = (x.double() @ matrices[0].T).chunk(2, -1)
+        want += share * ((torch.nn.functional.silu(gate) * up) @ matrices[1].T)
+    return relative_error(found.cpu(), want)
+
+
 def _of(room: Any, op: str) -> Callable[[torch.device], Sequence[Implementation]]:
     return lambda device: fastest_first(room.implementations()[op], torch.empty(0, device=device))
 
@@ -159,4 +186,6 @@ PROBES = (
     Probe("quantize_columns", _of(columns, "quantize_columns"), _columns_arguments, _columns_error, 1e-3),
     Probe("w4a16_matmul", lambda device: w4a16.implementations(torch.empty(0, device=device)), _matmul_arguments,
           _matmul_error, 1e-2),
+    Probe("w4a16_experts", lambda device: experts.implementations(torch.empty(0, device=device)), _experts_arguments,
+          _experts_error, 1e-2),
 )  # fmt: skip

@@ -27,11 +27,13 @@ from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PLANES, TILE_R
 
 __all__ = [
     "EXPAND",
+    "WIDTHS_GROUPS",
     "Plan",
     "candidates",
     "choose",
     "configurations",
     "dot",
+    "dot_sizes",
     "gemv",
     "groups_per_brick",
     "key",
@@ -44,6 +46,9 @@ GEMV_TOKENS = 2
 GROUPED_GEMV_ROWS = 8  # of all experts together: each row reads its own expert, so there is nothing to share
 GEMV_ROWS = 16  # of a tile
 DOT_TOKENS = (16, 32, 64, 128)
+SPLIT_TOKENS = 64  # of the largest dot tile that is split: beyond, tokens make programs enough
+GROUPS = (1, 2, 4, 8)  # to a brick
+WIDTHS_GROUPS = 2
 EXPAND_TOKENS = 2048
 LEAST_BRICKS = 4  # of a split
 MOST_SPLITS = 16
@@ -96,10 +101,10 @@ def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, 
         programs = -(-outputs // GEMV_ROWS) * (tokens if experts else 1)
         return gemv(1 if experts else tokens, _splits(programs, bricks, 4 * card.multiprocessors))
     share = -(-tokens // max(1, experts))  # of an expert, were they all alike
-    most = most_tokens(groups_per_brick(group_size, inputs), card, bits)
-    plan = dot(next(size for size in DOT_TOKENS if share <= size or size == most), 1, card, bits)
+    sizes = dot_sizes(groups_per_brick(group_size, inputs), card, bits)
+    plan = dot(next((size for size in sizes if share <= size), sizes[-1]), 1, card, bits)
     programs = -(-outputs // plan.rows) * (-(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0))
-    splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= 64 else 1
+    splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= SPLIT_TOKENS else 1
     return replace(plan, splits=splits)
 
 
@@ -120,7 +125,7 @@ def candidates(tokens: int, outputs: int, inputs: int, group_size: int, experts:
             continue
         if experts or bucket(tokens) <= GEMV_TOKENS:
             plans.append(gemv(1 if experts else bucket(tokens), splits))
-        plans += [dot(size, splits, card) for size in DOT_TOKENS if size <= most_tokens(groups, card)]
+        plans += [dot(size, splits, card) for size in dot_sizes(groups, card)]
     plans = [plan for plan in plans if (plan.kernel, plan.tokens, plan.splits > 1) in checked]
     return {f"{plan.kernel} {plan.tokens} splits {plan.splits}": plan for plan in plans}
 
@@ -146,32 +151,30 @@ def dot(tokens: int, splits: int, card: Card, bits: int = 4) -> Plan:
     return Plan("dot", tokens, TILE_ROWS if tokens < 64 else BRICK_ROWS, splits, 4, 4 if tokens < 64 else 3)
 
 
-def most_tokens(groups: int, card: Card, bits: int = 4) -> int:
-    """Tokens of the largest dot tile that does not spill with so many groups to a brick (seen ahead of time)."""
-    return 128 if groups <= 2 and card.arch < 100 and bits == 4 else 64
+def dot_sizes(groups: int, card: Card, bits: int = 4) -> tuple[int, ...]:
+    """Tokens of the dot tiles that do not spill with so many groups to a brick (seen ahead of time)."""
+    most = 128 if groups <= 2 and card.arch < 100 and bits == 4 else 64
+    least = 32 if groups == 8 and card.arch >= 100 else 16  # 16 with splits: ptxas stops at 80 registers and spills one
+    return tuple(size for size in DOT_TOKENS if least <= size <= most)
 
 
 def _splits(programs: int, bricks: int, wanted: int) -> int:
     return max(1, min(wanted // max(1, programs), bricks // LEAST_BRICKS, MOST_SPLITS))
 
 
-def other_widths(card: Card) -> list[tuple[int, Plan]]:
-    """(bits, plan) of tiles that `choose` can return for widths other than 4."""
-    return [
-        (bits, plan)
-        for bits in sorted(set(PLANES) - {4})
-        for plan in (gemv(1, 1), gemv(2, 2), EXPAND, *_dots(card, bits))
-    ]
-
-
-def _dots(card: Card, bits: int) -> list[Plan]:
-    return [dot(tokens, 1, card, bits) for tokens in DOT_TOKENS if tokens <= most_tokens(2, card, bits)]
-
-
 def configurations(card: Card) -> list[tuple[Plan, int]]:
-    """(plan, groups to a brick): every tile that `choose` can return for 4 bits, with splits and without."""
-    every = [(gemv(tokens, splits), groups) for tokens, splits, groups in ((1, 1, 1), (1, 2, 2), (2, 1, 4), (2, 2, 8))]
-    for tokens in DOT_TOKENS:
-        fitting = [groups for groups in (1, 2, 4, 8) if tokens <= most_tokens(groups, card)]
-        every += [(dot(tokens, 2 if tokens <= 32 else 1, card), groups) for groups in fitting]
-    return [*every, (EXPAND, 1), (EXPAND, 4)]
+    """(plan, groups to a brick): every tile that `choose` can return for 4 bits; splits of 2 stand for more."""
+    return [(plan, groups) for groups in GROUPS for plan in _tiles(card, 4, groups)]
+
+
+def other_widths(card: Card) -> list[tuple[int, Plan]]:
+    """(bits, plan): the same for widths other than 4, with `WIDTHS_GROUPS` groups to a brick for all."""
+    return [(bits, plan) for bits in sorted(set(PLANES) - {4}) for plan in _tiles(card, bits, WIDTHS_GROUPS)]
+
+
+def _tiles(card: Card, bits: int, groups: int) -> list[Plan]:
+    """What `rule` and `candidates` take plans from, each tile with splits and without where it can have them."""
+    gemvs = [gemv(tokens, splits) for tokens in (1, GEMV_TOKENS) for splits in (1, 2)]
+    sizes = dot_sizes(groups, card, bits)
+    whole, split = ([dot(size, splits, card, bits) for size in sizes] for splits in (1, 2))
+    return [*gemvs, *whole, *(plan for plan in split if plan.tokens <= SPLIT_TOKENS), EXPAND]

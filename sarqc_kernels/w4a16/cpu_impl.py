@@ -40,7 +40,7 @@ TILE = 1 << 20
 
 def unsupported(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> str | None:
     """Why this implementation cannot take the call; None where it can."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"tensors are on {x.device.type}, not on the CPU"
     if weight.layout != INT4PACK:
         return f"the weight lies as {weight.layout!r}, not {INT4PACK!r} (2 to 4 bits, groups of 32 to 256, bf16 scales)"

@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_offsets, check_same_device
+from sarqc_kernels.direct import unwatched
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.w4a16 import cpu_impl, matmul, reference
 from sarqc_kernels.w4a16.layout import PreparedWeight
@@ -79,7 +80,7 @@ _TRITON = Implementation("triton", _triton_unsupported, _run_triton)
 
 def implementations(x: Tensor) -> Sequence[Implementation]:
     """What can run where `x` lies, in the order in which to try; as for `w4a16_matmul`."""
-    return (_CPU, _REFERENCE, _TRITON) if x.device.type == "cpu" else (_TRITON, _CPU, _REFERENCE)
+    return (_CPU, _REFERENCE, _TRITON) if x.is_cpu else (_TRITON, _CPU, _REFERENCE)
 
 
 def w4a16_experts(
@@ -114,7 +115,14 @@ def w4a16_experts(
     check_same_device(
         x=x, gate_up=gate_up.words, down=down.words, offsets=offsets, tokens=tokens, slots=slots, weights=weights
     )
+    if unwatched(x):
+        return _dispatched((x, gate_up, down, routing), backend)
     out: Tensor = _OP(x, *gate_up, *down, *routing, backend)
+    return out
+
+
+def _dispatched(args: tuple[Tensor, PreparedWeight, PreparedWeight, Routing], backend: str | None) -> Tensor:
+    out: Tensor = pick("w4a16_experts", implementations(args[0]), args, backend).run(*args)
     return out
 
 
@@ -135,9 +143,7 @@ def _run(x: Tensor, *fields: object) -> Tensor:
     gate_up, down = PreparedWeight(*fields[:_FIELDS]), PreparedWeight(*fields[_FIELDS : 2 * _FIELDS])  # type: ignore[arg-type]
     routing = Routing(*fields[2 * _FIELDS : 2 * _FIELDS + 4])  # type: ignore[arg-type]
     backend = fields[2 * _FIELDS + 4] if len(fields) > 2 * _FIELDS + 4 else None
-    args = (x, gate_up, down, routing)
-    out: Tensor = pick("w4a16_experts", implementations(x), args, backend).run(*args)  # type: ignore[arg-type]
-    return out
+    return _dispatched((x, gate_up, down, routing), backend)  # type: ignore[arg-type]
 
 
 def _fake(x: Tensor, *fields: object) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device
+from sarqc_kernels.direct import unwatched
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.targets import triton_unsupported
 from sarqc_kernels.w4a16 import config, cpu_impl, cuda_impl, reference
@@ -76,17 +77,28 @@ def w4a16_matmul(
     check_offsets(offsets, experts)
     if not x.device == weight.words.device == weight.scales.device or offsets is not None or bias is not None:
         check_same_device(x=x, words=weight.words, scales=weight.scales, offsets=offsets, bias=bias)
+    if unwatched(x):
+        return _dispatched(x, weight, offsets, bias, backend)
     out: Tensor = _OP(x, *weight, offsets, bias, backend)
     return out
 
 
 def implementations(x: Tensor) -> Sequence[Implementation]:
     """What can run where `x` lies, in the order in which to try. The interpreter runs on request, never by default."""
-    return _ON_CPU if x.device.type == "cpu" else _ON_GPU
+    return _ON_CPU if x.is_cpu else _ON_GPU
+
+
+def _dispatched(
+    x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None, backend: str | None
+) -> Tensor:
+    check_cut(offsets, x.shape[0])
+    args = (x, weight, offsets, bias)
+    out: Tensor = pick("w4a16_matmul", implementations(x), args, backend).run(*args)
+    return out
 
 
 # Registered by hand: torch.library.custom_op wraps each call in Python of its own, tens of microseconds a call, which
-# a decode step pays hundreds of times.
+# a decode step pays hundreds of times. Where nobody looks, not even torch's dispatcher is asked (see `direct`).
 _LIBRARY = torch.library.Library("sarqc", "FRAGMENT")
 _LIBRARY.define(
     "w4a16_matmul(Tensor x, Tensor words, Tensor scales, Tensor? zeros, str layout, int bits, SymInt outputs, "
@@ -109,11 +121,8 @@ def _run(
     bias: Tensor | None,
     backend: str | None = None,
 ) -> Tensor:
-    check_cut(offsets, x.shape[0])
     weight = PreparedWeight(words, scales, zeros, layout, bits, outputs, inputs, group_size)
-    args = (x, weight, offsets, bias)
-    out: Tensor = pick("w4a16_matmul", implementations(x), args, backend).run(*args)
-    return out
+    return _dispatched(x, weight, offsets, bias, backend)
 
 
 def _fake(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, layout: str, bits: int, outputs: int,

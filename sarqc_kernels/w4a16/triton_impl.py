@@ -14,7 +14,15 @@ import triton
 from torch import Tensor
 
 from sarqc_kernels.targets import ARCHS, AotJob, Card, card_of, interpreting
-from sarqc_kernels.w4a16.config import Plan, choose, configurations, dot, groups_per_brick, other_widths
+from sarqc_kernels.w4a16.config import (
+    WIDTHS_GROUPS,
+    Plan,
+    choose,
+    configurations,
+    dot,
+    groups_per_brick,
+    other_widths,
+)
 from sarqc_kernels.w4a16.kernels_impl import dot_kernel, expand_kernel, gemv_kernel, sum_kernel
 from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PreparedWeight
 
@@ -122,7 +130,7 @@ _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def aot_jobs() -> list[AotJob]:
-    """Every tile on every card; two groups to a brick stand for asymmetric codes and experts as well."""
+    """Every tile on every card; those with two groups to a brick stand for asymmetric codes and experts as well."""
     jobs = []
     for arch in ARCHS:
         card = Card(arch, 132)
@@ -131,7 +139,8 @@ def aot_jobs() -> list[AotJob]:
             jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, experts))
         jobs.append(product_job(dot(64, 1, card), arch, "fp16", 1, True, 0))
         jobs.append(product_job(dot(16, 1, card), arch, "bf16", 2, False, 0, whole=False))
-        jobs += [product_job(plan, arch, "bf16", 2, True, 0, bits=bits) for bits, plan in other_widths(card)]
+        widths = other_widths(card)
+        jobs += [product_job(plan, arch, "bf16", WIDTHS_GROUPS, True, 0, bits=bits) for bits, plan in widths]
         jobs.append(sum_job(arch))
     return jobs
 

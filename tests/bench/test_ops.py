@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.ops import OPS, moe
+from benchmarks.ops import OPS, moe, w4a16
 from benchmarks.ops.base import H200
 from benchmarks.rivals import gptq_eager
 from sarqc_kernels import fit_grid, quantize_columns
@@ -49,6 +49,23 @@ def test_errors_notice_a_wrong_result(name):
         tuple(-part for part in right) if isinstance(right, tuple) else 15 - right if name == "columns" else -right
     )
     assert not op.error(inputs, spoiled) <= op.most_error
+
+
+def test_the_layer_of_experts_is_judged_by_its_own_result():
+    inputs = moe.make(moe.points(True)[-1], CPU, torch.Generator().manual_seed(1))
+    right = next(c for c in moe.OP.contenders if c.name == "sarqc experts cpu").bind(inputs)()
+    assert moe.error(inputs, right) <= moe.OP.most_error
+    for token in (0, -1):
+        spoiled = right.clone()
+        spoiled[token] *= 1.1
+        assert moe.error(inputs, spoiled) > moe.OP.most_error
+
+
+@pytest.mark.parametrize("bits", w4a16.OTHER_WIDTHS)
+def test_other_widths_read_their_own_bytes(bits):
+    four = point_of("w4a16", "16 x 28672 x 4096")
+    other = point_of("w4a16", f"16 x 28672 x 4096 W{bits}")
+    assert four.traffic - other.traffic == pytest.approx((4 - bits) / 8 * 28672 * 4096)
 
 
 def test_the_eager_loop_gives_the_codes_of_the_solver(generator):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gate, plot, records, run, tune
+from benchmarks import gate, machine, plot, records, run, tune
 from benchmarks.ops import OPS
 from benchmarks.quantize import command as quantize
 from benchmarks.quantize.shapes import MODELS, config_of, tensors_of
@@ -68,8 +68,7 @@ def test_no_time_no_points(tmp_path, capsys):
 
 def test_a_run_on_a_cpu_never_writes_to_the_committed_results(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert run._place(torch.device("cpu"), False).parent == tmp_path
-    assert quantize._place(torch.device("cpu"), False).parent == tmp_path
+    assert machine.place(torch.device("cpu"), False).parent == tmp_path
 
 
 def test_a_whole_run_by_its_parts(tmp_path, capsys):
@@ -108,7 +107,7 @@ def test_tensors_are_drawn_by_name():
         source.load("nothing")
 
 
-@pytest.mark.parametrize(("model", "billions"), [("llama3-8b", 8.03), ("qwen3-30b-a3b", 30.5)])
+@pytest.mark.parametrize(("model", "billions"), [("llama-3-8b", 8.03), ("qwen3-30b-a3b", 30.5)])
 def test_shapes_are_those_of_the_models(model, billions):
     count = sum(torch.Size(shape).numel() for shape in tensors_of(config_of(model, None)).values())
     assert count / 1e9 == pytest.approx(billions, rel=0.01)

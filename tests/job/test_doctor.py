@@ -42,7 +42,7 @@ def test_probes_cover_every_operation_of_the_kernels():
     from sarqc_kernels import columns, gram
 
     assert {probe.op for probe in selftest.PROBES} == {
-        *gram.implementations(), *columns.implementations(), "w4a16_matmul",
+        *gram.implementations(), *columns.implementations(), "w4a16_matmul", "w4a16_experts",
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,22 +14,49 @@ from sarqc_kernels.testing import dequantize, random_quantized, relative_error, 
 from sarqc_kernels.w4a16 import config, prepare
 
 CARDS = [Card(arch, 132) for arch in ARCHS]
-SHAPES = [(64, 64, 32), (4096, 4096, 128), (14336, 4096, 64), (4096, 14336, 16), (576, 1536, 1536)]
+SHAPES = [
+    (64, 64, 32), (4096, 4096, 128), (14336, 4096, 64), (4096, 14336, 16), (576, 1536, 1536), (1024, 4096, 32),
+    (65536, 4096, 16), (65536, 4096, 32), (65536, 4096, 64), (65536, 4096, 128), (512, 4096, 64), (512, 4096, 128),
+]  # fmt: skip
+TOKENS = (1, 2, 3, 4, 8, 9, 16, 17, 33, 64, 65, 129, 1000, 2047, 2048, 16384)
 
 
-@pytest.mark.parametrize("card", CARDS, ids=str)
-def test_choices_are_compiled_ahead_of_time(card: Card) -> None:
-    known = {(replace(plan, splits=1), groups) for plan, groups in config.configurations(card)}
-    tiles = {plan for plan, _ in known}
+def compiled(plan: config.Plan) -> config.Plan:
+    """The plan whose machine code this one runs: kernels know whether inputs are split, not into how many."""
+    return replace(plan, splits=min(plan.splits, 2))
+
+
+def plans_of_calls(card: Card, bits: int) -> Iterator[tuple[config.Plan, int]]:
+    """(plan, groups to a brick) of what `choose` and, for 4 bits, a table return: few and many of everything."""
     for outputs, inputs, group in SHAPES:
         groups = config.groups_per_brick(group, inputs)
         for experts in (0, 8, 128):
-            for tokens in (1, 2, 3, 4, 8, 9, 16, 17, 33, 64, 65, 129, 1000, 2047, 2048, 16384):
-                plan = config.choose(tokens, outputs, inputs, group, experts, card)
-                assert plan == config.choose(tokens, outputs, inputs, group, experts, card)
-                alone = replace(plan, splits=1)
-                assert alone in tiles and (plan.kernel != "dot" or (alone, groups) in known)
+            for tokens in TOKENS:
+                shape = (tokens, outputs, inputs, group, experts, card)
+                plan = config.choose(*shape, bits)
+                assert plan == config.choose(*shape, bits)
                 assert 1 <= plan.splits <= max(1, -(-inputs // 128) // config.LEAST_BRICKS)
+                yield plan, groups
+                if bits == 4:
+                    yield from ((candidate, groups) for candidate in config.candidates(*shape).values())
+
+
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_what_is_chosen_is_what_is_compiled_ahead_of_time(card: Card) -> None:
+    """Both ways: nothing runs that was not checked, and nothing is checked that never runs."""
+    known = config.configurations(card)
+    assert len(set(known)) == len(known)
+    assert {(compiled(plan), groups) for plan, groups in plans_of_calls(card, 4)} == set(known)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_other_widths_choose_what_is_compiled_ahead_of_time(card: Card) -> None:
+    """Their tiles are compiled with two groups to a brick, which stand for all."""
+    known = config.other_widths(card)
+    assert len(set(known)) == len(known)
+    for bits in (2, 3, 8):
+        chosen = {compiled(plan) for plan, _ in plans_of_calls(card, bits)}
+        assert chosen == {plan for width, plan in known if width == bits}
 
 
 def test_few_tokens_fill_the_card_by_splits() -> None:
@@ -98,16 +126,6 @@ def test_every_width_gives_the_product(bits: int, plan: config.Plan, device: str
         x.double() @ values[0] if experts == 1 else torch.cat([x[:1].double() @ values[0], x[1:].double() @ values[1]])
     )
     assert relative_error(out, exact) < 2.0**-8
-
-
-@pytest.mark.parametrize("card", CARDS, ids=str)
-def test_choices_of_other_widths_are_compiled_ahead_of_time(card: Card) -> None:
-    known = {(bits, replace(plan, splits=1)) for bits, plan in config.other_widths(card)}
-    for bits in (2, 3, 8):
-        for experts in (0, 8):
-            for tokens in (1, 2, 3, 16, 17, 33, 64, 65, 129, 1000, 2048):
-                plan = config.choose(tokens, 4096, 4096, 128, experts, card, bits)
-                assert (bits, replace(plan, splits=1)) in known
 
 
 @pytest.mark.gpu
