@@ -91,3 +91,12 @@ def test_every_page_is_in_the_menu():
     menu = str(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     for path in (ROOT / "docs").rglob("*.md"):
         assert f"'{path.relative_to(ROOT / 'docs')}'" in menu
+
+
+def test_the_layer_that_stands_alone_runs_as_it_stands(capsys):
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", PAGES["python"], re.DOTALL) if "solve_site" in block
+    )
+    exec(compile(code, "docs/python.md", "exec"), {})
+    shape, error, rounding = re.fullmatch(r"torch.Size\((.*)\) (\S+) (\S+)\n", capsys.readouterr().out).groups()
+    assert shape == "[1, 256, 512]" and float(error) < float(rounding)

@@ -38,6 +38,7 @@ def tree(tmp_path_factory) -> Path:
 def build(kind: str, tree: Path, to: Path) -> Path:
     done = subprocess.run([sys.executable, "-c", BUILD, kind, str(to)], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Package would be ignored" not in done.stdout + done.stderr
     return next(to.iterdir())
 
 
