@@ -30,6 +30,7 @@ def least_squares(
     site: str,
     weight: Tensor,  # fp32 [E, N, K]
     gram: Gram,
+    strength: Tensor,  # lambda of each expert, fp32 [E]; this solver has no regulariser
     quant: sarqc.QuantSpec,
     solve: sarqc.SolveSpec,
     scale_dtype: torch.dtype,
@@ -50,8 +51,7 @@ def least_squares(
     stored = scales[..., 0].to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
     zeros = torch.full_like(stored, middle, dtype=torch.uint8)
     rounded = QuantizedWeight(round_to_grid(weight, stored, zeros, bits=quant.bits), stored, zeros, quant.bits)
-    unused = torch.zeros(len(weight))
-    return Solution(rounded, strength=unused, damping=unused)
+    return Solution(rounded, damping=torch.zeros(len(weight)))
 
 
 def main(model: str = "smollm2", out: str | Path = "solvers", **settings: Any) -> dict[str, float]:

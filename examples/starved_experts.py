@@ -3,8 +3,8 @@
     python examples/starved_experts.py
 
 The model is tiny and random; its routers are made to pass over the first four of sixteen experts (now and then a token
-finds one all the same). Calibration has nothing to say about those, and nothing is special about them: with no rows the
-Gram is zero, so the regulariser alone is left, and it asks for the nearest codes.
+finds one all the same). Nothing is special about those: every expert borrows some rows from the average input of its
+layer, and one without rows of its own has that average alone.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def main(folder: str | Path = "starved") -> sarqc.Result:
             span = f"{min(rows)} .. {max(rows)}"
             errors = f"{site['error']:>9.2e} {site['rounding_error']:>9.2e}"
             print(f"{site['site']:<48} {span:>16} {rows.count(0):>8} {errors}")
+    borrowed = {site["borrowed_rows"] for site in result.report["sites"] if len(site["rows"]) > 1}
+    print(f"rows that each expert borrows from its layer: {', '.join(map(str, sorted(borrowed)))}")
     print("rounded plainly instead of solved:", result.report["fallbacks"] or "none")
     return result
 
