@@ -2,6 +2,7 @@
 # make test   all tests
 # make quality   methods side by side on the packaged model: the small setting of the quality table (minutes)
 # make lint   format, lint, types
+# make docs   the site, from the pages in docs/ and the docstrings, into site/; a broken link is an error
 # make soak   kill a run at 60 random moments and let it go on each time (minutes)
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
@@ -10,8 +11,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
 
-.PHONY: demo test quality lint format clean aot bench soak
+.PHONY: demo test quality lint docs format clean aot bench soak
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -26,6 +28,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 soak: $(READY)
 	SARQC_KILLS=60 $(BIN)/python -m pytest tests/job/test_killed.py
@@ -48,5 +53,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[demo,dev]'
 	@touch $@
 
+$(DOCS_READY): $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info demo-output quality-output
+	rm -rf .venv build dist site *.egg-info demo-output quality-output

@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the committed results: python -m benchmarks.readme [--check].
+"""Write the tables of README.md and docs/ from the committed results: python -m benchmarks.readme [--check].
 
 Each table stands between two markers, <!-- name --> and <!-- /name -->. --check only says whether they are current.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from benchmarks import reliability
 from benchmarks.quality import proof
 from benchmarks.quality.table import markdown
+from sarqc.spec import ABOUT
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,20 +89,30 @@ def faults() -> str:
     return reliability.table(_read("reliability"))
 
 
+def methods() -> str:
+    """What each method is, in a line."""
+    rows = (f"| `{name}` | {about} |" for name, about in ABOUT.items())
+    return "\n".join(["| `--method` | what it is |", "|---|---|", *rows])
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
-    "demo": demo, "quality": quality, "speed": speed, "compare": compare, "inference": inference,
+    "demo": demo,
+    "quality": quality,
+    "speed": speed,
+    "compare": compare,
+    "inference": inference,
     "reliability": faults,
-}  # fmt: skip
-UNPLACED = frozenset({"compare", "reliability"})
-"""Sections the README need not have: there may be none worth its lines."""
+    "methods": methods,
+}
+README_HAS = frozenset({"demo", "quality", "speed"})
 
 
-def filled(text: str) -> str:
-    """The README with its tables as the results have them."""
+def filled(text: str, has: Collection[str] = README_HAS) -> str:
+    """A page with its tables as the results have them; `has`: those that it must have."""
     for name, make in SECTIONS.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         if not pattern.search(text):
-            if name in UNPLACED:
+            if name not in has:
                 continue
             raise SystemExit(f"README.md has no markers for {name!r}")
         block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
@@ -113,13 +124,20 @@ def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def pages() -> dict[Path, tuple[str, str]]:
+    """Each page with tables: what it says, and what the results say."""
+    found = {}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        found[path] = text, filled(text, README_HAS if path.stem == "README" else ())
+    return found
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv:
-        raise SystemExit(0 if before == after else "README.md is not what the results say: python -m benchmarks.readme")
-    readme.write_text(after, encoding="utf-8")
+    for path, (before, after) in pages().items():
+        if before != after and "--check" in sys.argv:
+            raise SystemExit(f"{path} is not what the results say: python -m benchmarks.readme")
+        path.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sarqc.registration import register, unregister
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from sarqc.errors import SarqcError

@@ -1,0 +1,21 @@
+"""The pictures of these pages: python -m docs.draw writes docs/img/*.svg.
+
+What they show is computed, or read from the committed results; a test holds the files to what is drawn here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from docs.draw.kernels import bricks, columns, gram
+from docs.draw.method import flow, objective, quality
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "objective": objective,
+    "flow": flow,
+    "quality": quality,
+    "gram": gram,
+    "columns": columns,
+    "bricks": bricks,
+}
+"""Name of a file in docs/img/ -> what makes its text."""

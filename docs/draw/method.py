@@ -1,0 +1,144 @@
+"""Pictures of the method: what is minimised, the walk over the blocks, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+from docs.draw.canvas import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALE_BLUE, Canvas, Point
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+Matrix = tuple[float, float, float]
+"""a, b, c of the symmetric [[a, b], [b, c]]."""
+
+WEIGHT = (0.45, 0.20)  # in steps of the grid
+HESSIAN: Matrix = (1.0, 1.2586, 1.6)  # two inputs whose correlation is 0.995
+STRENGTH = 0.5  # lambda; D is diag(H)
+REACH = 3
+
+
+def cost(metric: Matrix, x: float, y: float) -> float:
+    """The cost of an error (x, y)."""
+    a, b, c = metric
+    return a * x * x + 2 * b * x * y + c * y * y
+
+
+def best(metric: Matrix) -> tuple[int, int]:
+    """The grid point that costs least."""
+    steps = range(-REACH, REACH + 1)
+    grid = product(steps, steps)
+    return min(grid, key=lambda at: cost(metric, at[0] - WEIGHT[0], at[1] - WEIGHT[1]))
+
+
+def ellipse(metric: Matrix, level: float) -> list[Point]:
+    """Points (x, y) around the weight at which an error costs `level`: L^-T of a circle, L L^T the metric."""
+    a, b, c = metric
+    corner = math.sqrt(a)
+    below, last = b / corner, math.sqrt(c - b * b / a)
+    found = []
+    for turn in range(145):
+        across, up = (math.sqrt(level) * part(2 * math.pi * turn / 144) for part in (math.cos, math.sin))
+        y = up / last
+        found.append((WEIGHT[0] + (across - below * y) / corner, WEIGHT[1] + y))
+    return found
+
+
+def objective() -> str:
+    """Two weights, their grid, and the code that costs least without and with the regulariser."""
+    picture = Canvas(720, 366, "the cost of rounding two weights, without and with the regulariser")
+    held = 1 + STRENGTH
+    regularised = (held * HESSIAN[0], HESSIAN[1], held * HESSIAN[2])
+    panels = (("calibration alone:  H", HESSIAN, ORANGE), ("regularised:  H + λD", regularised, BLUE))
+    for panel, (title, metric, colour) in enumerate(panels):
+
+        def place(x: float, y: float, left: float = 31 + 350 * panel) -> Point:
+            return left + (x + 3.5) * 44, 49 + (3.3 - y) * 44
+
+        picture.text((185 + 350 * panel, 28), title, colour, "middle", 15)
+        chosen = best(metric)
+        least = cost(metric, chosen[0] - WEIGHT[0], chosen[1] - WEIGHT[1])
+        for times in (1, 4, 12):
+            for piece in inside(ellipse(metric, times * least)):
+                picture.lines([place(*at) for at in piece], colour, 2 if times == 1 else 1)
+        for x, y in product(range(-REACH, REACH + 1), repeat=2):
+            picture.dot(place(x, y), 3, FAINT)
+        picture.dot(place(*chosen), 7, colour)
+        picture.dot(place(*WEIGHT), 5, INK)
+        picture.text((place(*WEIGHT)[0] + 6, place(*WEIGHT)[1] - 10), "W")
+        picture.text((place(*chosen)[0] + 10, place(*chosen)[1] + 18), "chosen", colour)
+    return picture.svg()
+
+
+def inside(points: list[Point]) -> list[list[Point]]:
+    """The stretches of a curve that lie inside of the panel."""
+    found: list[list[Point]] = [[]]
+    for at in points:
+        if max(abs(at[0]), abs(at[1])) <= REACH + 0.4:
+            found[-1].append(at)
+        elif found[-1]:
+            found.append([])
+    return [piece for piece in found if len(piece) > 1]
+
+
+def flow() -> str:
+    """Load, observe, solve, replay."""
+    picture = Canvas(720, 210, "one block at a time: load, observe, solve, replay")
+    stages = (
+        ("load", "weights of block b", "alone in memory"),
+        ("observe", "forward: a Gram", "per input tensor"),
+        ("solve", "factor, round,", "scales and codes"),
+        ("replay", "forward with the", "quantized weights"),
+    )
+    for number, (name, first, second) in enumerate(stages):
+        left = 30 + 172 * number
+        picture.rect((left, 40), (140, 76), PALE_BLUE if name == "solve" else GREY, FAINT)
+        picture.text((left + 70, 62), name, BLUE, "middle", 15)
+        picture.text((left + 70, 84), first, anchor="middle")
+        picture.text((left + 70, 102), second, anchor="middle")
+        if number < 3:
+            picture.arrow((left + 142, 78), (left + 170, 78))
+    picture.lines([(616, 118), (616, 170), (100, 170), (100, 132)])
+    picture.arrow((100, 140), (100, 119))
+    picture.text((358, 162), "hidden states of all windows, on the host: next block", anchor="middle")
+    picture.arrow((444, 118), (444, 142), GREEN)
+    picture.text((452, 138), "to disk", GREEN)
+    picture.text((358, 26), "for each decoder block b, in order", FAINT, "middle")
+    return picture.svg()
+
+
+def quality() -> str:
+    """Perplexity at 3 bits over the number of calibration windows, from the committed results."""
+    results = json.loads((RESULTS / "cpu-smollm2-quality.json").read_text(encoding="utf-8"))
+    curves: dict[str, list[tuple[int, float]]] = {"gptq": [], "sarqc-gptq": []}
+    for run in results["runs"]:
+        if run["bits"] == 3 and run["method"] in curves:
+            curves[run["method"]].append((run["windows"], run["perplexity"]))
+    picture = Canvas(720, 330, "perplexity at 3 bits over calibration windows")
+    windows = sorted({count for curve in curves.values() for count, _ in curve})
+
+    def place(count: float, perplexity: float) -> Point:
+        across = math.log(count / windows[0]) / math.log(windows[-1] / windows[0])
+        return 90 + 440 * across, 270 - 220 * math.log(perplexity / 16) / math.log(200 / 16)
+
+    for level in (20, 50, 100, 200):
+        y = place(windows[0], level)[1]
+        picture.lines([(80, y), (540, y)], GREY)
+        picture.text((72, y + 4), str(level), FAINT, "end")
+    base = place(windows[0], results["unquantized"])[1]
+    picture.lines([(80, base), (540, base)], GREEN, 1, "5 4")
+    picture.text((548, base + 4), f"unquantized, {results['unquantized']:.1f}", GREEN)
+    for (name, curve), colour in zip(curves.items(), (ORANGE, BLUE)):
+        points = [place(*point) for point in sorted(curve)]
+        picture.lines(points, colour, 2)
+        for point, (_, perplexity) in zip(points, sorted(curve)):
+            picture.dot(point, 4, colour)
+            picture.text((point[0], point[1] - 11), f"{perplexity:.1f}", colour, "middle")
+        picture.text((552, points[-1][1] + 4), name, colour)
+    for count in windows:
+        picture.text((place(count, 16)[0], 292), str(count), anchor="middle")
+    picture.text((310, 316), "calibration windows of 512 tokens (both axes logarithmic)", anchor="middle")
+    picture.text((20, 28), "perplexity on other articles, SmolLM2-135M at 3 bits, groups of 64", size=14)
+    return picture.svg()

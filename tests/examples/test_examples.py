@@ -1,0 +1,94 @@
+"""Every example runs, on a tiny model, and what it shows is so. The one that is missing here fails the first test."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import sarqc
+from sarqc.errors import ArgumentError
+from sarqc.method.solve import SOLVERS, solve_round
+from sarqc.model.tokenizer import load_tokenizer
+from tests.support import tiny
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = dict(num_samples=8, seqlen=32, group_size=32)
+MAX_LINES = 80
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"))
+
+
+def test_each_is_short_and_run_here():
+    ours = {path.stem: path for path in EXAMPLES.glob("*.py") if path.stem != "demo"}  # `make demo`, minutes long
+    run = re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8"))
+    assert set(run) == set(ours)
+    for path in ours.values():
+        assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES, path
+
+
+def test_quantize_a_hub_model(llama, tmp_path, capsys):
+    result = example("quantize_a_hub_model").main(str(llama), tmp_path / "out", **SMALL)
+    assert result.report["quant"]["bits"] == 4
+    said = capsys.readouterr().out
+    assert f"{result.report['size']['bits_per_weight']} bits per quantized weight" in said
+    assert "The most important thing about a library is" in said
+
+
+def test_chat_calibration(tmp_path):
+    folder = tiny.save("llama", tmp_path / "model")
+    template = "{% for m in messages %}<end>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    chat = [{"role": "user", "content": "What is a name"}, {"role": "assistant", "content": "A binding. " * 100}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{json.dumps({'messages': chat})}\n\n{json.dumps({'messages': chat})}\n", encoding="utf-8")
+    module = example("chat_calibration")
+    tokenizer = load_tokenizer(folder)
+    tokens = module.windows(tokenizer, module.conversations(str(path)), 32)
+    assert int((tokens == tokenizer.eos_token_id).sum()) == 4  # two turns of two conversations, nothing added to them
+    assert tokenizer.decode(tokens[0]).startswith("<end>user: What is a name<end>assistant: A binding.")
+    result = module.main(str(folder), tmp_path / "out", str(path), seqlen=32, num_samples=8, group_size=32)
+    assert result.report["calibration"]["text"] == "given tokens"
+    assert next(iter(module.conversations(None)))[1]["role"] == "assistant"
+
+
+def test_a_new_solver(llama, tmp_path):
+    module = example("a_new_solver")
+    errors = module.main(str(llama), tmp_path, **SMALL)
+    rounding = json.loads((tmp_path / "rtn-search" / "report.json").read_text(encoding="utf-8"))["rounding_error"]
+    assert errors["sarqc-gptq"] < errors["least-squares"] < rounding
+    assert errors["least-squares"] != errors["rtn-search"]
+    assert SOLVERS["round"] is solve_round
+    with pytest.raises(ArgumentError, match="symmetric"):
+        module.main(str(llama), tmp_path / "asym", sym=False, **SMALL)
+
+
+def test_kernels_alone():
+    errors = example("kernels_alone").main("cpu")
+    assert errors["feedback"] < errors["rounding"] / 2
+
+
+def test_starved_experts(tmp_path, capsys):
+    result = example("starved_experts").main(tmp_path)
+    starved = [site["rows"].count(0) for site in result.report["sites"] if len(site["rows"]) > 1]
+    assert len(starved) == 4 and min(starved) > 0
+    assert all(site["error"] < site["rounding_error"] for site in result.report["sites"])
+    said = capsys.readouterr().out
+    assert all(f" {count} " in said for count in starved) and "borrows from its layer: 16" in said  # of 64 inputs
+    assert "rounded plainly instead of solved: none" in said
+    assert sarqc.load(result.out)[0].config.num_experts == 16
