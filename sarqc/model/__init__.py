@@ -8,4 +8,5 @@ experts      mixtures of experts; nothing else knows them
 absorb       where channel scales can go, seen and proved  rescale   the scales of one block, and who takes them up
 packed       modules whose weights stay packed             decode     tokens one at a time, with a cache
 pretrained   transformers' from_pretrained and save_pretrained on packed weights; registry: our seat in its tables
+first_calls  what MKL must do alone before threads share it
 """

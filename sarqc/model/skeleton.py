@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from sarqc.errors import ModelError
 from sarqc.model import experts
+from sarqc.model.first_calls import settle
 from sarqc.model.names import Piece, trace
 from sarqc.model.sanity import check_config, check_layers, first_line
 from sarqc.model.source import TensorSource
@@ -39,6 +40,7 @@ class Skeleton:
     """
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
+        settle()
         self.dtype: torch.dtype = config.dtype or torch.float32
         check_layers(config, len(source.names()))
         self._build = partial(build_on_meta, config, trust_remote_code)
