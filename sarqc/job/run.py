@@ -107,9 +107,7 @@ def quantize(
             return run.shared(None)
         run.look_ahead(Path(out), place)
         with begin(place, run.fingerprint, _about(plan, windows), restart=restart) as opened:
-            run.solve_blocks(opened)
-            watcher.note("writing and checking the checkpoint")
-            result = write_checkpoint(opened, plan.checkpoint, Path(out), plan.format, overwrite=overwrite)
+            result = run.lead(opened, Path(out), overwrite)
             if not keep_work:
                 opened.remove()
         return run.shared(result)
@@ -158,6 +156,12 @@ class _Run:
         for note in (*self.plan.notes, found.headline()):
             self.watcher.note(note)
         found.refuse()
+
+    def lead(self, work: Work, out: Path, overwrite: bool) -> Result:
+        """What rank 0 does: all blocks, then the checkpoint."""
+        self.solve_blocks(work)
+        self.watcher.note("writing and checking the checkpoint")
+        return write_checkpoint(work, self.plan.checkpoint, out, self.plan.format, overwrite=overwrite)
 
     def shared(self, result: Result | None) -> Result:
         """Rank 0's result on every rank, once it is there."""
