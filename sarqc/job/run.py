@@ -107,11 +107,7 @@ def quantize(
             return run.shared(None)
         run.look_ahead(Path(out), place)
         with begin(place, run.fingerprint, _about(plan, windows), restart=restart) as opened:
-            run.solve_blocks(opened)
-            watcher.note("writing and checking the checkpoint")
-            result = write_checkpoint(opened, plan.checkpoint, Path(out), plan.format, overwrite=overwrite)
-            if not keep_work:
-                opened.remove()
+            result = run.lead(opened, Path(out), overwrite=overwrite, keep_work=keep_work)
         return run.shared(result)
 
 
@@ -158,6 +154,15 @@ class _Run:
         for note in (*self.plan.notes, found.headline()):
             self.watcher.note(note)
         found.refuse()
+
+    def lead(self, work: Work, out: Path, *, overwrite: bool, keep_work: bool) -> Result:
+        """What rank 0 does: all blocks, then the checkpoint, and then the work folder goes."""
+        self.solve_blocks(work)
+        self.watcher.note("writing and checking the checkpoint")
+        result = write_checkpoint(work, self.plan.checkpoint, out, self.plan.format, overwrite=overwrite)
+        if not keep_work:
+            work.remove()
+        return result
 
     def shared(self, result: Result | None) -> Result:
         """Rank 0's result on every rank, once it is there."""

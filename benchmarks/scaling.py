@@ -1,0 +1,153 @@
+"""What large models will take on one and on eight GPUs: predictions, from shapes and rates alone.
+
+    python -m benchmarks.scaling
+
+Every term is bytes or flops, counted from the plan of a real run (its sites, its passes under the Gram budget, its
+sharing out over ranks), over a rate that is written down in `H200`. Nothing here is measured on that machine.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
+
+from sarqc.job.estimate import sizes
+from sarqc.job.plan import Plan, Settings, make_plan
+from sarqc.model.passes import passes
+from sarqc.model.sharing import cost, pieces
+from sarqc.model.sites import Share, Site, separate_sites
+
+WINDOWS, SEQLEN = 128, 2048
+FOLDS = 2
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one rank, but for disk, which all ranks of a machine share. Flop/s of forward passes, of Grams and of solving;
+    bytes/s of memory, disk, PCIe and network; what is reached of the published figure is in it."""
+
+    forward: float
+    gram: float
+    solve: float
+    memory: float
+    disk: float
+    pcie: float
+    network: float
+
+
+H200 = Rates(forward=400e12, gram=300e12, solve=25e12, memory=3e12, disk=5e9, pcie=40e9, network=300e9)
+PASSES = 120
+"""Times that the search for grids passes over a weight in memory, as `sarqc.job.estimate` has it."""
+
+_QWEN = dict(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,
+    num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+)  # fmt: skip
+_DEEPSEEK = dict(
+    vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+    num_attention_heads=128, num_key_value_heads=128, n_routed_experts=256, num_experts_per_tok=8, n_shared_experts=1,
+    first_k_dense_replace=3, n_group=8, topk_group=4, q_lora_rank=1536, kv_lora_rank=512,
+)  # fmt: skip
+_LLAMA = dict(
+    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8,
+)  # fmt: skip
+MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
+    "Llama-3-70B": (LlamaConfig, _LLAMA),
+    "Qwen3-235B-A22B": (Qwen3MoeConfig, _QWEN),
+    "DeepSeek-V3": (DeepseekV3Config, _DEEPSEEK),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a run by what takes them, and the passes of the text through the block that needs most."""
+
+    seconds: dict[str, float]
+    looks: int
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run, nothing overlapping."""
+        return sum(self.seconds.values()) / 3600
+
+
+def plan_of(config: PreTrainedConfig) -> Plan:
+    """The plan of a run of the default method over a model of which there is a configuration."""
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    config.dtype = "bfloat16"
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return make_plan(Path(folder), Settings(device="cpu", dtype="bfloat16"), headers_only=True)
+
+
+def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seqlen: int = SEQLEN) -> Prediction:
+    """Seconds on `ranks` ranks of one machine. Sites are those that shapes tell: where a forward shows that some share
+    an input (q, k and v; gate and up), there are fewer Grams than counted here."""
+    spent = dict.fromkeys(("disk", "pcie", "forward", "gram", "solve", "grids", "network"), 0.0)
+    most = 0
+    tokens = windows * seqlen / ranks
+    chosen = int(getattr(plan.skeleton.model.config, "num_experts_per_tok", None) or 1)
+    hidden = windows * seqlen * int(plan.skeleton.model.config.hidden_size) * 2
+    for index in range(len(plan.skeleton.blocks)):
+        sites = _sites(plan, index)
+        weights = sum(site.experts * _rows(site) * site.in_features for site in sites)
+        flow = sum(2.0 * tokens * min(site.experts, chosen) * _rows(site) * site.in_features for site in sites)
+        grams = sum(site.experts * site.in_features**2 for site in sites)
+        portions = len(list(passes(sites, FOLDS, plan.settings.gram_budget, plan.solve)))
+        looks = portions * (2 if plan.solve.channel_scale and portions > 1 else 1)
+        most = max(most, looks)
+        busiest = _busiest(sites, ranks)
+        spent["disk"] += 2 * weights / rates.disk
+        spent["pcie"] += (2 * weights + 2 * (looks + 1) * hidden / ranks) / rates.pcie
+        spent["forward"] += (looks + 1) * flow / rates.forward
+        spent["gram"] += (
+            (looks / portions)
+            * sum(2.0 * tokens * min(site.experts, chosen) * site.in_features**2 for site in sites)
+            / rates.gram
+        )
+        spent["solve"] += busiest * sum(cost(Share(site, 0, site.experts)) * 2 for site in sites) / rates.solve
+        spent["grids"] += busiest * PASSES * 4 * weights / rates.memory
+        summed = (looks / portions) * 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
+        spent["network"] += (summed + (weights + hidden) * (ranks > 1)) / rates.network
+    size = sizes(plan, windows, seqlen)
+    spent["disk"] += (2 * size.blocks + 2 * size.output + len(plan.skeleton.blocks) * hidden) / rates.disk
+    return Prediction(spent, most)
+
+
+def _sites(plan: Plan, index: int) -> list[Site]:
+    return separate_sites(plan.skeleton, plan.targets.of_block(index))
+
+
+def _rows(site: Site) -> int:
+    return sum(rows for _, _, rows in site.slabs)
+
+
+def _busiest(sites: list[Site], ranks: int) -> float:
+    loads = [0.0] * ranks
+    for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks):
+        loads[piece.owner] += cost(piece.share)
+    return max(loads) / sum(loads)
+
+
+def table() -> str:
+    """The predictions as a Markdown table."""
+    head = ("model", "GPUs", "passes", "disk", "pcie", "forward", "gram", "solve", "grids", "network", "minutes", "x")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, (kind, values) in MODELS.items():
+        plan = plan_of(kind(**values, tie_word_embeddings=False))
+        alone = predict(plan, 1, H200)
+        for ranks, found in ((1, alone), (8, predict(plan, 8, H200))):
+            cells = [f"{seconds / 60:.1f}" for seconds in found.seconds.values()]
+            gain = f"{alone.hours / found.hours:.1f}"
+            lines.append(
+                "| " + " | ".join([name, str(ranks), str(found.looks), *cells, f"{60 * found.hours:.0f}", gain]) + " |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,87 @@
+"""Two ranks of one thread each against one process of one thread: the same run, both timed here.
+
+    python -m benchmarks.scaling_check
+
+A small random Llama and a small random mixture, random tokens. Seconds are of the blocks alone, as the run's report has
+them: starting Python and writing the checkpoint are what they are with any number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
+
+import sarqc
+from sarqc.job.distributed import leads
+from sarqc.job.watcher import Silent
+
+_COMMON = dict(vocab_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "dense, K = 512 and 1536": LlamaConfig(**_COMMON, hidden_size=512, intermediate_size=1536),
+    "16 experts, K = 512 and 384": Qwen3MoeConfig(
+        **_COMMON, hidden_size=512, intermediate_size=1024, moe_intermediate_size=384, num_experts=16,
+        num_experts_per_tok=2,
+    ),
+}  # fmt: skip
+WINDOWS, SEQLEN = 32, 256
+
+
+class Stopwatch(Silent):
+    """Seconds from the first block's first stage to the end of the last block."""
+
+    began = ended = 0.0
+
+    def stage(self, block: int, name: str) -> None:
+        """The first one begins it."""
+        self.began = self.began or time.perf_counter()
+
+    def block(self, result: object) -> None:
+        """The last one ends it."""
+        self.ended = time.perf_counter()
+
+
+def work(model: str, out: str) -> None:
+    """One rank of a run; rank 0 prints the seconds."""
+    torch.set_num_threads(1)
+    tokens = torch.randint(0, 512, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(0))
+    watch = Stopwatch()
+    sarqc.quantize(model, out, calib=tokens, group_size=128, device="cpu", watcher=watch)
+    if leads():
+        print(f"{watch.ended - watch.began:.2f}")
+
+
+def timed(model: Path, out: Path, ranks: int) -> float:
+    """Seconds of a run in processes of their own."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *start, "-m", "benchmarks.scaling_check", str(model), str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """A line for each model: the better of two runs of each kind, taken in turns."""
+    for name, config in CONFIGS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(place / "model")
+            taken = {
+                ranks: [timed(place / "model", place / f"{ranks}-{turn}", ranks) for turn in range(2)]
+                for ranks in (1, 2)
+            }
+        one, two = min(taken[1]), min(taken[2])
+        print(f"{name}: 1 process {one:.1f} s, 2 ranks {two:.1f} s, {one / two:.2f} x (all: {taken})")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        work(*sys.argv[1:])
+    else:
+        main()
