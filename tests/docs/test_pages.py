@@ -56,7 +56,7 @@ def commands() -> list[tuple[str, list[str]]]:
     for page, text in PAGES.items():
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             for line in [] if language else block.splitlines():
-                command = re.match(r"(?:[A-Z_]+=\w+ )?sarqc (.*)", line)
+                command = re.match(r"(?:[A-Z_]+=\w+ |torchrun .* -m )?sarqc (.*)", line)
                 if command:
                     found.append((page, shlex.split(command[1], comments=True)))
     return found
@@ -74,7 +74,7 @@ def test_a_command_in_the_pages_exists_with_its_options(page, words):
 def test_options_in_prose_exist():
     known = get_command(app).commands.values()
     options = {name for each in known for one in each.params for name in (*one.opts, *one.secondary_opts)}
-    tools = {"--quantization", "--minutes", "--no-deps", "--model-path", "--help", "--skip-tests"}
+    tools = {"--minutes", "--no-deps", "--model-path", "--help", "--nproc-per-node"}  # of other programs
     for page, text in PAGES.items():
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
             assert option in options | tools, f"{page}: no command has {option}"
