@@ -18,7 +18,7 @@ ROWS = 96
 """Rows of a matrix that a trial solves."""
 EXPERTS = 8
 """Experts of a site that a trial solves, evenly spaced in the order of their rows."""
-TRIAL_BYTES = 1 << 30
+TRIAL_BYTES = 1 << 26
 """Grams of trials that are solved in one call."""
 
 Trial = Callable[[Tensor, Gram, Tensor], Tensor]

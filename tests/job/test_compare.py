@@ -147,7 +147,7 @@ def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_p
 def test_statistics_are_collected_once_for_all_methods_bits_and_sizes(deep, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "collect", lambda *a, **k: calls.append(a[4]) or collect(*a, **k))
-    monkeypatch.setattr(module.blocks, "observe", None)
+    monkeypatch.setattr("sarqc.model.passes.observe", None)
     how = HOW | dict(num_samples=(4, 2), group_sizes=(32, "auto"))
     compare(deep, tmp_path / "a", methods=("gptq",), bits=(4, 3), **how)
     assert calls == [[2, 4]]

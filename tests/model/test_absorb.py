@@ -160,7 +160,7 @@ def folded(case, quant=QUANT, seed=0):
             return ChannelScales(found, torch.ones(experts, dtype=torch.float64))
 
         shares = [Share(site, 0, site.experts) for site in sites]
-        gram = SimpleNamespace()
+        gram = SimpleNamespace(rows=torch.ones(1, dtype=torch.int64))  # all that a choice drawn at random looks at
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rescale, "search", draw)
             scales.decide(shares, [gram] * len(shares), lambda _, seen: seen, quant, torch.bfloat16)

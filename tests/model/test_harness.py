@@ -24,6 +24,7 @@ def test_questions_are_paragraphs_that_end_in_a_word():
 @pytest.fixture
 def lm_eval(monkeypatch):
     """What we use of lm-eval 0.4, keeping what it is asked."""
+    pytest.importorskip("datasets", reason="datasets comes with lm-eval, which is not installed")
     asked = SimpleNamespace()
 
     def simple_evaluate(**how):
