@@ -184,12 +184,21 @@ def versions() -> dict[str, str]:
 
 def peak_memory_mib() -> dict[str, int]:
     """Highest memory so far of this process on the host, and of the tensors on each GPU that was used."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 * 1024 if sys.platform == "darwin" else 1024)
-    found = {"host": int(peak)}
+    found = {"host": _peak_of_host()}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if used := torch.cuda.max_memory_allocated(index):
             found[f"cuda:{index}"] = used // 2**20
     return found
+
+
+def _peak_of_host() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+    except (OSError, ValueError, IndexError):
+        # Elsewhere than on Linux; there it would also count what the parent held before it started this process.
+        unit = 1024 * 1024 if sys.platform == "darwin" else 1024
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit)
 
 
 def _bytes(tensor: Tensor) -> int:

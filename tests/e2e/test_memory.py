@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,10 +13,10 @@ from tests.support import tiny
 WIDE = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8)
 BLOCK_MIB = (4 * 512 * 512 + 3 * 512 * 2048) * 4 / 2**20
 MEASURE = """
-import json, resource, sys
+import sys
 import sarqc
-sarqc.quantize(sys.argv[1], sys.argv[2], num_samples=2, seqlen=32, group_size=64)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+report = sarqc.quantize(sys.argv[1], sys.argv[2], num_samples=2, seqlen=32, group_size=64).report
+print(report["peak_memory_mib"]["host"])
 """
 
 
@@ -27,7 +26,7 @@ def peak_mib(blocks: int, folder) -> float:
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, str(source), str(folder / f"{blocks}-out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=settings)
-    return float(json.loads(done.stdout))
+    return float(done.stdout)
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def test_progress_and_seconds_name_the_stages(tiny):
 
 DEEP = textwrap.dedent(
     """
-    import resource, torch, transformers
+    import torch, transformers
     from sarqc.method.report import SolveReport
     from sarqc.method.solve import round_plainly
     from sarqc.model import blocks, solving
@@ -234,7 +234,7 @@ DEEP = textwrap.dedent(
     skeleton = Skeleton.from_config(config, source)
     for result in blocks.run(skeleton, source, tokens, QuantSpec(group_size=128), solve_spec("gptq")):
         if result.index in (3, 23):
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            print(int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) // 1024)
     """
 )
 
