@@ -42,7 +42,7 @@ def speed() -> str:
     found = _read("cpu-smollm2-speed")
     names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
     lines = [
-        f"SmolLM2-135M at W4 g64, 16 windows of 512 tokens, {found['cpus']} CPU cores, medians over one run in turns; "
+        f"SmolLM2-135M at W4 g64, 16 windows of 512 tokens, {found['cpus']} CPU cores, one run in turns; "
         f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}:",
         "",
         "| | seconds, the work alone | seconds, whole process | CPU seconds | peak MiB |",
@@ -54,7 +54,7 @@ def speed() -> str:
     ratios = found["ratios"]
     lines += [
         "",
-        f"A run takes {ratios['run / forward']} times a forward pass (two passes, the Grams, and the solving). "
+        f"A run takes {ratios['run / forward']} times a forward pass (two passes, the Grams, the choice of strengths and the solving). "
         f"The rival takes {ratios['rival / ours, inner_seconds']} times as long as we do, "
         f"and {ratios['rival / ours, peak_mib']} times the memory.",
     ]
