@@ -54,7 +54,8 @@ def speed() -> str:
     ratios = found["ratios"]
     lines += [
         "",
-        f"A run takes {ratios['run / forward']} times a forward pass (two passes, the Grams, the choice of strengths and the solving). "
+        f"A run takes {ratios['run / forward']} times a forward pass "
+        f"(two passes, the Grams, the choice of strengths and the solving). "
         f"The rival takes {ratios['rival / ours, inner_seconds']} times as long as we do, "
         f"and {ratios['rival / ours, peak_mib']} times the memory.",
     ]
