@@ -100,3 +100,10 @@ def test_the_layer_that_stands_alone_runs_as_it_stands(capsys):
     exec(compile(code, "docs/python.md", "exec"), {})
     shape, error, rounding = re.fullmatch(r"torch.Size\((.*)\) (\S+) (\S+)\n", capsys.readouterr().out).groups()
     assert shape == "[1, 256, 512]" and float(error) < float(rounding)
+
+
+def test_examples_are_pulled_in_not_quoted():
+    """Every example stands in the page on Python, by the mark that the snippets extension replaces."""
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r'^--8<-- "examples/(\w+)\.py"$', page, re.MULTILINE))
+    assert shown == {path.stem for path in (ROOT / "examples").glob("*.py")} - {"demo"}

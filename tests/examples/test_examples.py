@@ -92,3 +92,12 @@ def test_starved_experts(tmp_path, capsys):
     assert all(f" {count} " in said for count in starved) and "borrows from its layer: 16" in said  # of 64 inputs
     assert "rounded plainly instead of solved: none" in said
     assert sarqc.load(result.out)[0].config.num_experts == 16
+
+
+def test_eight_gpus(llama, tmp_path, monkeypatch):
+    """With two processes on the CPU; tests/job/test_distributed.py holds what they compute."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ("--num-samples", "8", "--seqlen", "32", "--group-size", "32", "--device", "cpu")
+    assert example("eight_gpus").main(str(llama), str(tmp_path / "out"), *options, processes=2) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["targets"]["quantized"] == 14
