@@ -18,7 +18,7 @@ from sarqc.job.preflight import preflight
 from tests.support import tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
-MEMORY_FACTOR, TIME_FACTOR = 1.5, 30.0
+MEMORY_FACTOR, TIME_FACTOR = 2.0, 30.0
 """How far an estimate may be off. Time counts what a large model takes; a tiny one, on a machine that does other
 things as well, is mostly overhead."""
 
