@@ -24,7 +24,7 @@ from torch import Tensor
 
 import sarqc
 from benchmarks.serve.vllm_generate import processor
-from sarqc.job.report import versions
+from sarqc.job.reporting.report import versions
 from sarqc.model.calibration import builtin_text
 from sarqc.model.packed import PackedWeight
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.ops.base import Roof
 from benchmarks.timing import in_turns, percentiles, ready
-from sarqc.job.report import versions
+from sarqc.job.reporting.report import versions
 
 ROOT = Path(__file__).parent.parent
 QUERY = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")

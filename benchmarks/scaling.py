@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from sarqc.job.estimate import sizes
+from sarqc.job.forecast.estimate import sizes
 from sarqc.job.plan import Plan, Settings, make_plan
 from sarqc.model.passes import passes
 from sarqc.model.sharing import cost, pieces
@@ -40,7 +40,7 @@ class Rates:
 
 H200 = Rates(forward=400e12, gram=300e12, solve=25e12, memory=3e12, disk=5e9, pcie=40e9, network=300e9)
 PASSES = 120
-"""Times that the search for grids passes over a weight in memory, as `sarqc.job.estimate` has it."""
+"""Times that the search for grids passes over a weight in memory, as `sarqc.job.forecast.estimate` has it."""
 
 _QWEN = dict(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,

@@ -21,11 +21,11 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from sarqc.errors import SarqcError
-    from sarqc.job.compare import Comparison, compare
+    from sarqc.job.comparison.compare import Comparison, compare
     from sarqc.job.export import Result, export
+    from sarqc.job.forecast.preflight import preflight
     from sarqc.job.load import load
     from sarqc.job.measure import evaluate
-    from sarqc.job.preflight import preflight
     from sarqc.job.run import quantize
     from sarqc.spec import METHODS, QuantSpec, SolveSpec
 
@@ -48,16 +48,16 @@ __all__ = [
 
 _HOME = {
     "METHODS": "sarqc.spec",
-    "Comparison": "sarqc.job.compare",
+    "Comparison": "sarqc.job.comparison.compare",
     "QuantSpec": "sarqc.spec",
     "Result": "sarqc.job.export",
     "SarqcError": "sarqc.errors",
     "SolveSpec": "sarqc.spec",
-    "compare": "sarqc.job.compare",
+    "compare": "sarqc.job.comparison.compare",
     "evaluate": "sarqc.job.measure",
     "export": "sarqc.job.export",
     "load": "sarqc.job.load",
-    "preflight": "sarqc.job.preflight",
+    "preflight": "sarqc.job.forecast.preflight",
     "quantize": "sarqc.job.run",
 }
 

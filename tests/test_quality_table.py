@@ -1,7 +1,7 @@
 """What the README shows of a comparison is what its results say."""
 
 from benchmarks.quality.proof import FULL, SMALL, markdown
-from sarqc.job.compare_table import table
+from sarqc.job.comparison.table import table
 from sarqc.spec import METHODS
 
 

@@ -22,8 +22,8 @@ from rich.console import Console
 import sarqc
 from sarqc.cli.comparison import comparison_tables
 from sarqc.cli.terminal import RunWatcher
-from sarqc.job.compare_bench import Other
-from sarqc.job.compare_table import as_markdown, plot
+from sarqc.job.comparison.bench import Other
+from sarqc.job.comparison.table import as_markdown, plot
 
 SMALL: dict[str, Any] = dict(
     methods=("rtn", "gptq", "sarqc-gptq"),

@@ -20,7 +20,7 @@ from typing import Any
 
 import sarqc
 from benchmarks.quality.tokens import first_windows
-from sarqc.job.report import versions
+from sarqc.job.reporting.report import versions
 
 METHODS = ("rtn", "awq", "gptq", "sarqc", "sarqc-gptq")
 

@@ -23,7 +23,7 @@ from benchmarks.quantize.stopwatch import OpTimes
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.writer import ShardWriter
 from sarqc.job.load import resolve_device
-from sarqc.job.report import peak_memory_mib
+from sarqc.job.reporting.report import peak_memory_mib
 from sarqc.model import blocks
 from sarqc.model.skeleton import Skeleton
 from sarqc.spec import QuantSpec, solve_spec

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of vLLM's LLM")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    from sarqc.job.report import versions
+    from sarqc.job.reporting.report import versions
 
     parts, served = [], set()
     for one in args.checkpoints:

@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from sarqc.job.preflight import Preflight
-    from sarqc.job.serve import Outlook
+    from sarqc.job.forecast.preflight import Preflight
+    from sarqc.job.forecast.serve import Outlook
 
 
 def show(console: Console, found: Preflight) -> None:
     """Print everything that is known before a run."""
-    from sarqc.job.preflight import human
+    from sarqc.job.forecast.preflight import human
 
     console.print(f"[bold]{found.model}[/]  {found.architecture}, {found.headline()}", highlight=False, soft_wrap=True)
     for note in found.notes:

@@ -139,7 +139,7 @@ def carry_out(model: str, output: Path, settings: dict[str, Any], manner: dict[s
 def look_ahead(model: str, output: Path, settings: dict[str, Any], as_json: bool) -> None:
     """Print the preflight; an error where the run could not begin."""
     from sarqc.cli.preflight import show
-    from sarqc.job.preflight import preflight
+    from sarqc.job.forecast.preflight import preflight
 
     found = preflight(model, output, **settings)
     if as_json:

@@ -15,8 +15,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Make report.html of a checkpoint again from its report.json, and say how the run went."""
-    from sarqc.job import report as reports
-    from sarqc.job.report_facts import verdict
+    from sarqc.job.reporting import report as reports
+    from sarqc.job.reporting.facts import verdict
 
     page = reports.rebuild(checkpoint)
     found = verdict(reports.load(checkpoint))

@@ -1,9 +1,12 @@
 """One run from start to end: the rooms put together.
 
-locate   a model's name -> its folder
-report   what a run leaves behind beside the weights: _facts what it says, _page and card to whom, svg the charts
-run      quantize: model in, checkpoint out
-load     a checkpoint, quantized or not, as a model that runs
-measure  perplexity of a checkpoint
-chat     a conversation with a checkpoint       pretrained  what transformers' from_pretrained may keep packed
+locate       a model's name -> its folder
+plan         what is asked for, checked against the model     forecast/   what a run will take and who will serve it
+run          quantize: model in, checkpoint out               work        finished blocks, the resume point
+distributed  several ranks at one run                         export      work folder -> checkpoint
+reporting/   what a run leaves beside the weights             verify      is what was written whole and true
+comparison/  methods x bits x sizes from one calibration      measure     perplexity of a checkpoint
+load         a checkpoint as a model that runs                chat        a conversation with one
+convert      one format into another, losslessly              doctor      what this machine can run
+pretrained   what transformers' from_pretrained may keep packed
 """

@@ -20,8 +20,8 @@ from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.verify import problems
 from sarqc.checkpoint.writer import ShardWriter
 from sarqc.errors import ArgumentError, CheckpointError
-from sarqc.job import report as reports
 from sarqc.job.locate import locate
+from sarqc.job.reporting import report as reports
 from sarqc.spec import QuantSpec, to_json
 
 

@@ -21,7 +21,7 @@ import torch
 
 from sarqc.errors import SarqcError
 from sarqc.job import selftest
-from sarqc.job.report import versions
+from sarqc.job.reporting.report import versions
 from sarqc_kernels import build
 from sarqc_kernels.backend import ENVIRONMENT, Implementation, explain
 from sarqc_kernels.targets import card_of, interpreting

@@ -21,8 +21,8 @@ from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.writer import ShardWriter
 from sarqc.errors import ArgumentError, CheckpointError
-from sarqc.job import report as reports
 from sarqc.job.fingerprint import of_model
+from sarqc.job.reporting import report as reports
 from sarqc.job.verify import verify
 from sarqc.job.work import BlockRecord, Work, reopen
 from sarqc.spec import QuantSpec, SolveSpec, from_json

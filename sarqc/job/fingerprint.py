@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sarqc.checkpoint.reader import Checkpoint
-from sarqc.job import report as reports
 from sarqc.job.plan import Plan
+from sarqc.job.reporting import report as reports
 from sarqc.model.calibration import Windows
 from sarqc.spec import to_json
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import CheckpointError
-from sarqc.job import report as reports
+from sarqc.job.reporting import report as reports
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.job import report as reports
 from sarqc.job.load import load, resolve_device, resolve_dtype
 from sarqc.job.locate import locate
+from sarqc.job.reporting import report as reports
 from sarqc.model import calibration, harness, stream
 from sarqc.model.evaluate import Perplexity, perplexity
 from sarqc.model.packed import is_packed

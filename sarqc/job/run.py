@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sarqc.checkpoint.folders import refuse_existing, refuse_overlap
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
-from sarqc.job import preflight
 from sarqc.job.distributed import Following, joined, named, same_everywhere, start_everywhere
 from sarqc.job.export import Result, write_checkpoint
 from sarqc.job.fingerprint import fingerprint
+from sarqc.job.forecast import preflight
 from sarqc.job.plan import Plan, Settings, make_plan, read_windows
 from sarqc.job.watcher import Silent, Watcher
 from sarqc.job.work import Work, begin, default_work

@@ -18,8 +18,8 @@ from sarqc.checkpoint.compare import Compared, compare
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
-from sarqc.job import report as reports
 from sarqc.job.locate import locate
+from sarqc.job.reporting import report as reports
 from sarqc.model.skeleton import Skeleton
 
 Progress = Callable[[int, int, str], None]

@@ -13,10 +13,10 @@ import torch
 import sarqc
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
-from sarqc.job import compare_bench as module
-from sarqc.job import compare_table
-from sarqc.job.compare import Silent, compare
-from sarqc.job.compare_bench import Other
+from sarqc.job.comparison import bench as module
+from sarqc.job.comparison import table as tables
+from sarqc.job.comparison.bench import Other
+from sarqc.job.comparison.compare import Silent, compare
 from sarqc.method.statistics import Statistics
 from sarqc.model.calibration import Windows, windows
 from sarqc.model.collect import collect
@@ -167,7 +167,7 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
     assert len(lines) == 2 + 2 * 5 and lines[0]["method"] == "unquantized"
     svg = (tmp_path / "out" / "compare.svg").read_text()
     assert svg.count("polyline") == 2 * 2 and "<i>" not in svg
-    markdown = compare_table.as_markdown(found.table)
+    markdown = tables.as_markdown(found.table)
     assert len(markdown.splitlines()) == 2 + 4 and "b\\|<i>.txt" in markdown
 
 
@@ -215,7 +215,7 @@ def test_other_checkpoints_are_written_in_one_word():
 
 def test_a_disk_without_room_is_said_after_the_first_block(deep, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("sarqc.job.compare_store.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("sarqc.job.comparison.store.shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"GB more for the statistics of 1 calibration"):
         compare(deep, tmp_path / "out", methods=("gptq",), **HOW)
     assert not (tmp_path / "out" / "grams").exists()
@@ -238,20 +238,20 @@ def test_ties_are_judged_seed_by_seed():
     cells += [record("b", seed, 10.2 * by) for seed, by in luck.items()]
     cells += [record("c", seed, 10 * by * (1.0, 1.1, 0.95)[seed]) for seed, by in luck.items()]
     cells += [record("rtn", None, 13.5, windows=None)]
-    rows = {row["method"]: row for row in compare_table.table(PROTOCOL, cells)["rows"]}
+    rows = {row["method"]: row for row in tables.table(PROTOCOL, cells)["rows"]}
     assert rows["a"]["best"] and rows["a"]["spread"] == pytest.approx(2.667, abs=0.01)
     assert not rows["b"]["tied"]  # always worse by 2 %, though far inside the spread of either
     assert rows["c"]["tied"] and not rows["rtn"]["tied"]
     assert rows["rtn"]["spread"] is None
-    alone = compare_table.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, 10.0001)])["rows"]
+    alone = tables.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, 10.0001)])["rows"]
     assert not any(row["tied"] for row in alone)
 
 
 def test_logits_that_are_not_finite_are_a_result():
-    rows = compare_table.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, None)])["rows"]
+    rows = tables.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, None)])["rows"]
     assert rows[1]["perplexity"] is None and not rows[1]["best"]
-    assert compare_table.perplexity(rows[1]) == "not finite"
-    assert "polyline" in compare_table.plot(compare_table.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, None)]))
+    assert tables.perplexity(rows[1]) == "not finite"
+    assert "polyline" in tables.plot(tables.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, None)]))
 
 
 def test_smaller_sizes_are_the_beginning_of_larger_ones(deep):

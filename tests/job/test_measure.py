@@ -6,8 +6,8 @@ import pytest
 
 import sarqc
 from sarqc.errors import ModelError
-from sarqc.job import report
 from sarqc.job.measure import evaluate_and_save
+from sarqc.job.reporting import report
 from tests.support import tiny
 
 

@@ -14,7 +14,7 @@ import torch
 import sarqc
 from sarqc.cli.preflight import show
 from sarqc.errors import ArgumentError, ModelError, ResourceError
-from sarqc.job.preflight import preflight
+from sarqc.job.forecast.preflight import preflight
 from tests.support import tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
@@ -113,7 +113,7 @@ def test_ranks_that_no_server_takes_are_refused_before_the_run(sources, tmp_path
 
 
 def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr("sarqc.job.preflight.host_memory", lambda: 1 << 20)
+    monkeypatch.setattr("sarqc.job.forecast.preflight.host_memory", lambda: 1 << 20)
     with pytest.raises(ResourceError, match=r"of memory, this machine has 1\.0 MB: lower --gram-budget"):
         sarqc.quantize(sources["llama"], tmp_path / "out", **SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -141,7 +141,7 @@ def test_everything_is_json_and_fits_a_terminal(sources, tmp_path, capsys):
 MEASURE = """
 import json, sys
 import sarqc
-from sarqc.job.preflight import preflight
+from sarqc.job.forecast.preflight import preflight
 settings = dict(num_samples=8, seqlen=128, group_size=64)
 found = preflight(sys.argv[1], sys.argv[2], **settings)
 report = sarqc.quantize(sys.argv[1], sys.argv[2], **settings).report

@@ -10,9 +10,8 @@ import pytest
 
 import sarqc
 from sarqc.errors import CheckpointError
-from sarqc.job import card, report
-from sarqc.job import report_facts as facts
-from sarqc.job.report_page import page
+from sarqc.job.reporting import card, facts, report
+from sarqc.job.reporting.page import page
 from tests.support import tiny
 
 HOSTILE = '</title><script>alert("1")</script>`` ``` |x| [a](b) <img src=x> \x00\n# not a heading\ud800'

@@ -128,7 +128,7 @@ def test_versions_and_the_model_count_as_settings(source, stopped, tmp_path, mon
     with pytest.raises(ArgumentError, match=r"model\.config"):
         sarqc.quantize(other, stopped, **SMALL)
     versions = job.fingerprint.__globals__["reports"].versions()
-    monkeypatch.setattr("sarqc.job.report.versions", lambda: versions | {"torch": "1.0"})
+    monkeypatch.setattr("sarqc.job.reporting.report.versions", lambda: versions | {"torch": "1.0"})
     with pytest.raises(ArgumentError, match=r"versions\.torch = .*now it is '1\.0'"):
         sarqc.quantize(source, stopped, **SMALL)
 

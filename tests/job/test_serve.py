@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sarqc.job.serve import SERVERS, Layer, Served, fused_layers, mixed_places, outlook, star
+from sarqc.job.forecast.serve import SERVERS, Layer, Served, fused_layers, mixed_places, outlook, star
 from sarqc.spec import QuantSpec
 
 AMPERE, HOPPER, SGLANG = "vLLM 0.33, sm_80", "vLLM 0.33, sm_90", "SGLang 0.5.23"

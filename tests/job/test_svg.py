@@ -7,7 +7,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sarqc.job.svg import Scale, Series, beside, line_chart, range_chart, short, stacked_bars, standalone, text
+from sarqc.job.reporting.svg import (
+    Scale,
+    Series,
+    beside,
+    line_chart,
+    range_chart,
+    short,
+    stacked_bars,
+    standalone,
+    text,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '</svg><script>alert(1)</script> & "quoted" \x00\x1b[31m\ud800\u202e'

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from sarqc.errors import ArgumentError, ResourceError
-from sarqc.job import serve
 from sarqc.job.distributed import ranks_here, world
-from sarqc.job.estimate import Memory, Sizes, Time, bits_per_weight, memory, seconds, sizes
+from sarqc.job.forecast import serve
+from sarqc.job.forecast.estimate import Memory, Sizes, Time, bits_per_weight, memory, seconds, sizes
 from sarqc.job.plan import Plan, expected_windows, make_plan, settings_of
 from sarqc.job.work import default_work
 from sarqc.model.sites import separate_sites

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sarqc.job.report import write_text
-from sarqc.job.svg import Series, beside, line_chart, short, standalone
+from sarqc.job.reporting.report import write_text
+from sarqc.job.reporting.svg import Series, beside, line_chart, short, standalone
 
 PROTOCOL = 1
 """Raised whenever cells measured before must not stand beside new ones."""

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from sarqc.checkpoint.folders import refuse_overlap
 from sarqc.errors import ArgumentError
-from sarqc.job import compare_bench, compare_table
-from sarqc.job.compare_bench import Bench, Cell, Other
-from sarqc.job.compare_store import Cells, Grams
+from sarqc.job.comparison import bench as benches
+from sarqc.job.comparison import table as tables
+from sarqc.job.comparison.bench import Bench, Cell, Other
+from sarqc.job.comparison.store import Cells, Grams
 from sarqc.job.locate import locate
-from sarqc.job.report import versions
+from sarqc.job.reporting.report import versions
 from sarqc.model import calibration
 from sarqc.model.targets import Targets, auto_group_size, check_group_size, targets
 from sarqc.spec import AUTO, QuantSpec, SolveSpec, solve_spec
@@ -110,17 +111,17 @@ def compare(
     for name, values in (("methods", methods), ("bits", bits), ("seeds", seeds), ("eval", texts)):
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
-    bench = compare_bench.make(folder, calib, sorted(set(num_samples)), seqlen, seeds, device, dtype, trust_remote_code)
+    bench = benches.make(folder, calib, sorted(set(num_samples)), seqlen, seeds, device, dtype, trust_remote_code)
     found = targets(bench.solver, QuantSpec(ignore=tuple(ignore)))
     quants = list(_quants(found, bits, group_sizes, sym, tuple(ignore)))
     cells = _cells(methods, quants, sorted(set(num_samples)), seeds)
     watcher.note("judging the unquantized model")
-    compare_bench.add_texts(bench, texts, eval_seqlen, eval_windows, trust_remote_code)
+    benches.add_texts(bench, texts, eval_seqlen, eval_windows, trust_remote_code)
     protocol = _protocol(bench, str(model))
-    done = Cells(out, partial(compare_bench.identity, bench))
+    done = Cells(out, partial(benches.identity, bench))
     _work(bench, [*also, *cells], done, found, protocol, watcher)
-    table = compare_table.table(protocol, [done[cell] for cell in (*cells, *also)])
-    compare_table.write(out, table)
+    table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
+    tables.write(out, table)
     return Comparison(out, table)
 
 
@@ -177,7 +178,7 @@ def _work(
 ) -> None:
     """Measure the cells that are not there yet, seed by seed."""
     for other in (cell for cell in cells if isinstance(cell, Other) and cell not in done):
-        done.add(other, compare_bench.measure_other(bench, other, watcher.detail))
+        done.add(other, benches.measure_other(bench, other, watcher.detail))
     missing = [cell for cell in cells if isinstance(cell, Cell) and cell not in done]
     seeds = dict.fromkeys(cell.seed for cell in missing)
     needed = {seed: _grams(done.folder, missing, seed) for seed in seeds if seed is not None}
@@ -186,12 +187,12 @@ def _work(
     for seed in seeds:
         grams = needed.get(seed) if seed is not None else None
         if grams is not None and seed is not None:
-            compare_bench.gather(bench, grams, found, bench.drawn[seed], watcher.detail)
+            benches.gather(bench, grams, found, bench.drawn[seed], watcher.detail)
             watcher.advance(f"seed {seed}: statistics collected")
         for cell in (cell for cell in missing if cell.seed == seed):
-            record = compare_bench.measure(bench, cell, grams, watcher.detail)
+            record = benches.measure(bench, cell, grams, watcher.detail)
             done.add(cell, record)
-            compare_table.write(done.folder, compare_table.table(protocol, [done[c] for c in cells if c in done]))
+            tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
             watcher.advance(_told(record))
         if grams is not None:
             grams.remove()

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sarqc.job import report_facts as facts
-from sarqc.job.svg import STYLE, Series, line_chart, range_chart, short, stacked_bars, text
+from sarqc.job.reporting import facts
+from sarqc.job.reporting.svg import STYLE, Series, line_chart, range_chart, short, stacked_bars, text
 
 _PAGE_STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --text: #1c2126; --dim: #68727c; --edge: #e3e6e9;
@@ -44,7 +44,7 @@ _NAMED = 40
 
 
 def page(report: facts.Report) -> str:
-    """The page of a report (as `sarqc.job.report.read` returns it)."""
+    """The page of a report (as `sarqc.job.reporting.report.read` returns it)."""
     found = facts.verdict(report)
     concerns = "".join(f"<li>{text(concern)}</li>" for concern in found.concerns)
     sections = (

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, NumericError
-from sarqc.job import compare_table
-from sarqc.job.compare_store import Grams, folder_fingerprint
+from sarqc.job.comparison import table as tables
+from sarqc.job.comparison.store import Grams, folder_fingerprint
 from sarqc.job.load import resolve_device, resolve_dtype
-from sarqc.job.report import versions
+from sarqc.job.reporting.report import versions
 from sarqc.method.report import SolveReport
 from sarqc.model import blocks, calibration, stream
 from sarqc.model.collect import GLANCE, collect
@@ -169,7 +169,7 @@ def add_texts(bench: Bench, texts: Sequence[str], seqlen: int, count: int | None
 def identity(bench: Bench, cell: Cell | Other) -> str:
     """Fingerprint of everything a cell's numbers depend on."""
     known = {
-        "protocol": compare_table.PROTOCOL,
+        "protocol": tables.PROTOCOL,
         "model": bench.fingerprint,
         "texts": [text.windows.fingerprint for text in bench.texts],
         "dtype": str(bench.dtype),

@@ -1,6 +1,6 @@
 """What a run leaves behind beside the weights: report.json, and what is made of it.
 
-report.json holds every setting and every number of the run. report.html (`report_page`) and the model card (`card`)
+report.json holds every setting and every number of the run. report.html (`page`) and the model card (`card`)
 say the same to people; both are functions of report.json alone, so `write` writes the three together and `rebuild`
 makes the page again wherever only report.json survived. Readers take older reports, which lack some keys, and newer
 ones, which have more.
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from sarqc.checkpoint.files import file_in, read_json
 from sarqc.errors import CheckpointError
-from sarqc.job import card, report_page
-from sarqc.job.report_shape import check
+from sarqc.job.reporting import card, page
+from sarqc.job.reporting.shape import check
 from sarqc.method.report import SolveReport
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.source import TensorSource
@@ -114,7 +114,7 @@ def source_record(folder: Path, source: TensorSource) -> dict[str, Any]:
 def write(folder: Path, report: dict[str, Any]) -> None:
     """Write report.json, report.html and the model card README.md into `folder`."""
     write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    write_text(folder / PAGE, report_page.page(report))
+    write_text(folder / PAGE, page.page(report))
     write_text(folder / card.CARD, card.card(report))
 
 
@@ -123,7 +123,7 @@ def rebuild(folder: Path) -> Path:
 
     Raises `CheckpointError` where there is no report.json that can be read.
     """
-    write_text(folder / PAGE, report_page.page(load(folder)))
+    write_text(folder / PAGE, page.page(load(folder)))
     return folder / PAGE
 
 
@@ -134,7 +134,7 @@ def update(folder: Path, report: dict[str, Any]) -> bool:
     """
     ours = not card.edited(folder)
     write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    write_text(folder / PAGE, report_page.page(report))
+    write_text(folder / PAGE, page.page(report))
     if ours:
         write_text(folder / card.CARD, card.card(report))
     return ours

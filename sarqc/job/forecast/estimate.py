@@ -16,7 +16,7 @@ import torch
 
 from sarqc.checkpoint.formats import Format
 from sarqc.job.plan import Plan
-from sarqc.job.report import peak_memory_mib
+from sarqc.job.reporting.report import peak_memory_mib
 from sarqc.method.held_out import EXPERTS, TRIAL_BYTES
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.passes import gram_bytes, passes

@@ -13,8 +13,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from sarqc.job import report_facts as facts
-from sarqc.job.svg import text
+from sarqc.job.reporting import facts
+from sarqc.job.reporting.svg import text
 from sarqc.model.packaged import SMOLLM2
 from sarqc.spec import METHODS
 
@@ -37,7 +37,7 @@ def licence(folder: Path) -> dict[str, str]:
 
 
 def card(report: facts.Report) -> str:
-    """The card of a report (as `sarqc.job.report.read` returns it), Markdown with front matter."""
+    """The card of a report (as `sarqc.job.reporting.report.read` returns it), Markdown with front matter."""
     name, quant = base_name(report["model"]), report["quant"]
     parts = [
         f"---\n{_front_matter(report)}\n---",

@@ -1,0 +1,1 @@
+"""Methods side by side: `compare` says what to measure, `bench` measures it, `store` keeps it, `table` shows it."""
