@@ -3,7 +3,7 @@
     python -m benchmarks.speed MODEL TOKENS.safetensors results.json [--rounds 3] [--rival PYTHON]
 
 Each is a process of its own, measured whole (imports, reading and writing included) by the operating system: wall and
-CPU seconds and peak memory. --rival is the Python of the environment that `rivals/llmcompressor_gptq.py` describes.
+CPU seconds and peak memory. --rival is the Python of the environment that `rivals/llmcompressor_oneshot.py` describes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from sarqc.job.reporting.report import versions
 
-RIVAL = Path(__file__).parent / "rivals" / "llmcompressor_gptq.py"
+RIVAL = Path(__file__).parent / "rivals" / "llmcompressor_oneshot.py"
 
 FORWARD = """
 import sys, time, torch

@@ -24,5 +24,5 @@ def test_the_readme_table_names_best_ties_and_spread():
 
 
 def test_the_settings_ask_for_methods_that_exist():
-    for setting in (SMALL, FULL):
+    for setting in (*SMALL, *FULL):
         assert set(setting["methods"]) <= METHODS.keys() and len(setting["seeds"]) > 1

@@ -5,8 +5,8 @@
 
 Everything is measured by `sarqc.compare`, whose folder (--work) makes it resumable: run it again after an interruption.
 The small setting needs no network: the packaged SmolLM2, and the topics of Python's language reference, part of them to
-calibrate on and the others to judge on. --also judges checkpoints of other tools by the same code, as in
-`sarqc compare --also`. RESULTS.json gets rows, protocol, versions and duration, RESULTS.svg the plot.
+calibrate on and the others to judge on. --also judges checkpoints of other tools, or of whole runs of ours, by the
+same code, as in `sarqc compare --also`. RESULTS.json gets rows, protocol, versions and duration, RESULTS.svg the plot.
 """
 
 from __future__ import annotations
@@ -23,23 +23,29 @@ import sarqc
 from sarqc.cli.comparison import comparison_tables
 from sarqc.cli.terminal import RunWatcher
 from sarqc.job.comparison.bench import Other
-from sarqc.job.comparison.table import as_markdown, plot
+from sarqc.job.comparison.table import as_markdown, plot, table
 
-SMALL: dict[str, Any] = dict(
-    methods=("rtn", "gptq", "sarqc-gptq"),
-    bits=(3,),
-    group_sizes=(64,),
-    num_samples=(4, 16),
-    seeds=(0, 1),
-    eval_windows=8,
+Setting = dict[str, Any]
+"""What `sarqc.compare` is asked for."""
+SMALL: tuple[Setting, ...] = (
+    dict(
+        methods=("rtn", "gptq", "sarqc-gptq"),
+        bits=(3,),
+        group_sizes=(64,),
+        num_samples=(4, 16),
+        seeds=(0, 1),
+        eval_windows=8,
+    ),
 )
-FULL: dict[str, Any] = dict(
-    methods=tuple(sarqc.METHODS),
-    bits=(4, 3, 2),
-    group_sizes=(64, 32),
-    num_samples=(4, 16, 64, 256),
+_FULL: Setting = dict(
+    methods=("rtn", "awq", "sarqc-awq", "gptq", "rqc-gptq", "sarqc-gptq", "sarqc"),
+    num_samples=(4, 16, 64),
     seeds=(0, 1, 2),
     eval_windows=32,
+)
+FULL: tuple[Setting, ...] = (
+    _FULL | dict(bits=(2,), group_sizes=(32,)),
+    _FULL | dict(bits=(4, 3), group_sizes=(64,)),
 )
 
 
@@ -70,30 +76,42 @@ def main() -> None:
     parser.add_argument("--calib", default="builtin")
     parser.add_argument("--eval", action="append", dest="texts")
     parser.add_argument("--methods", help="instead of the setting's, with commas between")
+    parser.add_argument("--num-samples", help="instead of the setting's, with commas between")
     parser.add_argument("--also", action="append", default=[], type=Other.parsed)
     parser.add_argument("--work", type=Path, default=Path("quality-output/work"))
     args = parser.parse_args()
-    setting = dict(FULL if args.full else SMALL)
+    instead: Setting = {}
     if args.methods:
-        setting["methods"] = tuple(args.methods.split(","))
-    with RunWatcher(Console(stderr=True)) as watcher:
-        found = sarqc.compare(
-            args.model,
-            args.work,
-            calib=args.calib,
-            texts=args.texts or ["builtin"],
-            also=args.also,
-            watcher=watcher,
-            **setting,
-        )
-    spent = sum(cell["seconds"]["total"] for cell in found.table["cells"])
-    kept = {key: found.table[key] for key in ("protocol", "rows")}
-    results = kept | {"minutes": round(spent / 60, 1), "cpus": os.cpu_count()}
+        instead["methods"] = tuple(args.methods.split(","))
+    if args.num_samples:
+        instead["num_samples"] = tuple(map(int, args.num_samples.split(",")))
+    cells: list[dict[str, Any]] = []
+    protocol: dict[str, Any] = {}
+    for setting in FULL if args.full else SMALL:
+        own = [other for other in args.also if other.bits in setting["bits"]]
+        with RunWatcher(Console(stderr=True)) as watcher:
+            found = sarqc.compare(
+                args.model,
+                args.work,
+                calib=args.calib,
+                texts=args.texts or ["builtin"],
+                also=own,
+                watcher=watcher,
+                **(setting | instead),
+            )
+        cells += found.table["cells"]
+        protocol = found.table["protocol"]
+    whole = table(protocol, cells)
+    spent = sum(cell["seconds"]["total"] for cell in cells)
+    results = {key: whole[key] for key in ("protocol", "rows")} | {
+        "minutes": round(spent / 60, 1),
+        "cpus": os.cpu_count(),
+    }
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    args.results.with_suffix(".svg").write_text(plot(found.table), encoding="utf-8")
-    for table in comparison_tables(found.table):
-        Console().print(table)
+    args.results.with_suffix(".svg").write_text(plot(whole), encoding="utf-8")
+    for shown in comparison_tables(whole):
+        Console().print(shown)
 
 
 if __name__ == "__main__":

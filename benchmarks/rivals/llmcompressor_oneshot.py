@@ -1,12 +1,14 @@
-"""The rival: llm-compressor's GPTQModifier on the same model and the same tokens.
+"""The rival: llm-compressor's GPTQ, AWQ or AutoRound on the same model and the same tokens.
 
 In a virtual environment of its own (it pins other versions than we do):
 
-    pip install torch==2.13.0 && pip install llmcompressor==0.14.0.1
-    python llmcompressor_gptq.py MODEL TOKENS.safetensors OUT [--bits 4] [--group-size 64]
+    pip install torch==2.13.0 && pip install llmcompressor==0.14.0.1 auto-round==0.15.1
+    python llmcompressor_oneshot.py MODEL TOKENS.safetensors OUT [--modifier gptq] [--bits 4] [--group-size 64]
 
-TOKENS holds int64 [S, L] under the name `tokens`, as `python -m benchmarks.quality.tokens` writes it. Its defaults
-otherwise: static activation order, damping 0.01, lm_head left. Prints one JSON line with wall, CPU and peak memory.
+TOKENS holds int64 [S, L] under the name `tokens`, as `python -m benchmarks.quality.tokens` writes it. Everything else
+is as its authors set it: GPTQ with static activation order and damping 0.01; AWQ with 20 grid points and duo scaling
+tried both ways, which costs it time and serves it best; AutoRound with 200 steps a block. lm_head is left. Prints one
+JSON line with wall, CPU and peak memory.
 """
 
 import argparse
@@ -20,32 +22,25 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("tokens")
     parser.add_argument("out")
+    parser.add_argument("--modifier", choices=("gptq", "awq", "autoround"), default="gptq")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     args = parser.parse_args()
 
     import llmcompressor
     import torch
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokens = load_file(args.tokens)["tokens"]
     data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
-    weights = QuantizationArgs(
-        num_bits=args.bits, type="int", symmetric=True, strategy="group", group_size=args.group_size
-    )
-    recipe = GPTQModifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"]
-    )
     wall, cpu = time.perf_counter(), time.process_time()
     oneshot(
         model=model,
-        recipe=[recipe],
+        recipe=recipe(args.modifier, args.bits, args.group_size),
         dataset=data,
         max_seq_length=tokens.shape[1],
         num_calibration_samples=tokens.shape[0],
@@ -58,6 +53,7 @@ def main() -> None:
         json.dumps(
             {
                 "tool": f"llm-compressor {llmcompressor.__version__}",
+                "modifier": args.modifier,
                 "bits": args.bits,
                 "group_size": args.group_size,
                 "windows": list(tokens.shape),
@@ -67,6 +63,23 @@ def main() -> None:
             }
         )
     )
+
+
+def recipe(modifier: str, bits: int, group_size: int) -> list[object]:
+    """Its modifiers for symmetric weights in groups."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.autoround import AutoRoundModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group_size)
+    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    what = {"config_groups": scheme, "ignore": ["lm_head"]}
+    if modifier == "gptq":
+        return [GPTQModifier(**what)]
+    if modifier == "awq":
+        return [AWQModifier(duo_scaling="both"), QuantizationModifier(**what)]
+    return [AutoRoundModifier(**what, enable_torch_compile=False)]
 
 
 if __name__ == "__main__":
