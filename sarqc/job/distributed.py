@@ -3,14 +3,14 @@
 torchrun starts the processes and says in their environment who they are; torch.distributed carries what they tell each
 other, by gloo for what is on the host and by nccl for what is on GPUs. Rank 0 alone has a work folder and writes; the
 others need to read the model. Where one ends, torchrun ends all, and whoever waits for it says so first: connections
-break with the process they lead to.
+break with the process they lead to. One that is stuck is found by `sarqc.job.heartbeat`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -22,15 +22,18 @@ from torch import Tensor
 
 from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
 from sarqc.job.fingerprint import first_difference
+from sarqc.job.heartbeat import beating
 from sarqc.job.watcher import Silent, Watcher
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.blocks import Start
 from sarqc.model.group import ALONE, Group
 from sarqc.model.solving import Weights
 
-PATIENCE = timedelta(hours=2)
-"""How long a rank waits for one that is alive. It must outlast the writing of a checkpoint; a rank that died is noticed
-at once, by its connections."""
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for one that is alive, whatever that one does: it may write terabytes to a slow disk. A rank
+that died is noticed at once, by its connections, and one that is stuck by its heart."""
+MEETING = timedelta(minutes=10)
+"""How long it waits for the others to be started."""
 
 _Value = TypeVar("_Value")
 
@@ -69,12 +72,18 @@ def joined(device: str, *, ordered: bool) -> Iterator[tuple[Group, str]]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     gpu = device.startswith("cuda")
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        raise ResourceError(f"the ranks do not find each other ({_line(error)}): start them with torchrun") from error
-    yield Ranks(ordered), device
-    dist.destroy_process_group()  # not after an error: it would wait for the others, and they for this one
+    with ExitStack() as stack:
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+            stack.enter_context(beating(dist.PrefixStore("heartbeat", store.clone()), rank, size))
+            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise ResourceError(
+                f"the ranks do not find each other ({_line(error)}): start them with torchrun"
+            ) from error
+        yield Ranks(ordered), device
+        dist.destroy_process_group()  # not after an error: it would wait for the others, and they for this one
 
 
 class Ranks:

@@ -18,7 +18,7 @@ def in_ranks(size: int, action: Callable[[int], object], log: Path, seconds: flo
     """Run `action(rank)` in `size` children that find each other; exit code and last words of each.
 
     0: it returned. 2: it raised one of our errors, whose text the words are. 1: anything else. Whoever has not ended in
-    time is killed, and has -9.
+    time is killed, and has -9; so is one that was stopped, once all others have ended.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -39,14 +39,17 @@ def in_ranks(size: int, action: Callable[[int], object], log: Path, seconds: flo
             os._exit(_run(action, rank, log / f"{rank}"))
         children.append(child)
     codes: dict[int, int] = {}
+    stopped: set[int] = set()
     until = time.monotonic() + seconds
     while len(codes) < size:
         for rank, child in enumerate(children):
             if rank not in codes:
-                if time.monotonic() > until:
+                if time.monotonic() > until or len(stopped | codes.keys()) == size:
                     os.kill(child, signal.SIGKILL)
-                ended, status = os.waitpid(child, os.WNOHANG)
-                if ended:
+                ended, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+                if ended and os.WIFSTOPPED(status):
+                    stopped.add(rank)
+                elif ended:
                     codes[rank] = os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     words = [(log / f"{rank}").read_text() if (log / f"{rank}").exists() else "" for rank in range(size)]
