@@ -100,8 +100,15 @@ class SolveSpec:
             raise ArgumentError(f"damp = {self.damp!r} is out of range: use a number from 0 up to 1")
         if not 0 <= self.borrow < float("inf"):
             raise ArgumentError(f"borrow = {self.borrow!r} is out of range: use a number from 0 up")
+        check_seed(self.seed)
         if not self.gram and (self.solver == "gram" or self.channel_scale):
             raise ArgumentError("gram = False leaves nothing to solve with: use solver 'round' and no channel_scale")
+
+
+def check_seed(seed: int) -> None:
+    """`ArgumentError` for what is no seed of `torch.Generator`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ArgumentError(f"seed = {seed!r} is out of range: use a whole number from 0 to {(1 << 63) - 1}")
 
 
 def saliency_exponent(saliency: str) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 # Before torch is imported. Tests run side by side; small operations on more threads than cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import sarqc
+from tests.support.faults import Outcomes
 
 # transformers is an oracle here: it loads what we write in its own way, but for tests that ask for ours.
 sarqc.unregister()
@@ -25,7 +26,24 @@ if not torch.cuda.is_available():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(name, outcome): tries a fault; it ends in a clear error or is recovered")
+    config.addinivalue_line("markers", "fault(name): tries a fault, and tells the fixture `outcomes` what it ended in")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A test that tries a fault has to look how it ends."""
+    result = yield
+    if pyfuncitem.get_closest_marker("fault") and not any(dict(pyfuncitem.user_properties).get("outcomes", {})):
+        pytest.fail("marked as a fault, and saw it end in nothing: tell the fixture `outcomes`")
+    return result
+
+
+@pytest.fixture
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    """What this test's faults end in; the report of the test carries it along."""
+    found = Outcomes()
+    request.node.user_properties.append(("outcomes", found.counts))
+    return found
 
 
 @pytest.fixture

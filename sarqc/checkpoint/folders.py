@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -11,14 +12,36 @@ from pathlib import Path
 from sarqc.errors import CheckpointError
 
 
-def refuse_overlap(out: Path | str, source: Path | str) -> None:
+def refuse_place(out: Path | str, what: str = "output folder") -> None:
+    """`CheckpointError` where no folder can be made: a name that none can have, or no right to write there."""
+    path = Path(out).resolve()
+    hidden = path.with_name(f".{path.name}.{'0' * 8}.partial") if path.name else path  # the longest name used beside it
+    try:
+        os.fspath(hidden).encode("utf-8")
+        for place in (hidden, path):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                place.stat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its name is not UTF-8"
+        raise CheckpointError(f"{what} {_short(out)} cannot be used ({reason}): choose another one") from error
+    above = next(place for place in (path.parent, *path.parents) if place.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{what} {_short(out)} cannot be made: no right to write in {above}; choose another one")
+
+
+def _short(name: Path | str) -> str:
+    text = repr(str(name))
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-40:]}"
+
+
+def refuse_overlap(out: Path | str, source: Path | str, what: str = "output folder") -> None:
     """`CheckpointError` if `out` is the folder `source`, lies inside it, or holds it; links are followed first."""
     real_out, real_source = Path(out).resolve(), Path(source).resolve()
     for inner, outer, how in ((real_out, real_source, "is inside"), (real_source, real_out, "holds")):
         for place in (inner, *inner.parents):
             if place.exists() and outer.exists() and place.samefile(outer):
                 how = "is" if inner == place else how
-                raise CheckpointError(f"output folder {out} {how} the model's own folder {source}: choose another one")
+                raise CheckpointError(f"{what} {out} {how} the model's own folder {source}: choose another one")
 
 
 def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
@@ -28,6 +51,7 @@ def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
     config.json is left alone even then, so that a mistyped path costs nobody their files.
     """
     path = Path(out)
+    refuse_place(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"output folder {out} is a file: choose another name")
     if not path.exists() or not any(path.iterdir()):

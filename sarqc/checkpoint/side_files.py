@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ WEIGHTS = frozenset(
 def side_files(source: Path, code: bool = False) -> tuple[str, ...]:
     """Names of the side files in `source`, sorted; its Python files, which run when it is loaded, only with `code`.
 
-    `CheckpointError` for a link that leads out of the folder.
+    `CheckpointError` for a link that leads out of the folder, and for a file that may not be read.
     """
     names: set[str] = set()
     for pattern in (*PATTERNS, "*.py") if code else PATTERNS:
@@ -48,6 +49,8 @@ def side_files(source: Path, code: bool = False) -> tuple[str, ...]:
             if path.is_dir() or path.suffix in WEIGHTS or name.endswith(".index.json"):
                 continue
             if file_in(source, name) is not None:
+                if not os.access(path, os.R_OK):
+                    raise CheckpointError(f"{path} cannot be read: give yourself the right to, or move it away")
                 names.add(name)
     return tuple(sorted(names))
 

@@ -13,7 +13,7 @@ from sarqc.checkpoint.headers import bytes_of
 from sarqc.checkpoint.manifest import MANIFEST, Fingerprint, fingerprint, read_manifest
 from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.checkpoint.shards import INDEX
-from sarqc.errors import CheckpointError
+from sarqc.errors import CheckpointError, NumericError
 
 _CHECKED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -24,6 +24,19 @@ def verify(folder: Path | str) -> Storage:
         for problem in problems(checkpoint):
             raise CheckpointError(problem)
         return checkpoint.storage()
+
+
+def refuse_poison(checkpoint: Checkpoint, inside: str) -> None:
+    """`NumericError` for a NaN in a tensor that is stored under no name beginning with `inside`.
+
+    Asked before a run: those tensors go into the result as they are, and it would be refused at the very end.
+    """
+    for name in checkpoint.raw_names():
+        if name.startswith(inside):
+            continue
+        tensor = checkpoint.raw_load(name)
+        if tensor.dtype in _CHECKED and bool(tensor.isnan().any()):
+            raise NumericError(f"{name} holds NaN; repair the checkpoint before quantizing")
 
 
 def problems(checkpoint: Checkpoint, on_tensor: Callable[[str], None] | None = None) -> Iterator[str]:

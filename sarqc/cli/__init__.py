@@ -6,8 +6,10 @@ at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
@@ -49,16 +51,53 @@ for _name, _command in COMMANDS.items():
     app.command(name=_name)(_command)
 
 
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""What an option that does not exist or a value of another kind raises; click's, or that of the one inside typer."""
+
+
 def main() -> NoReturn:
     """Run the command line; errors of the user become one line on stderr and exit code 2."""
+    code = _run()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # whoever read it is gone, or its disk is full; Python would say so at length when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = code or 1
+    sys.exit(code)
+
+
+def _run() -> int:
+    """The exit code of the command in `sys.argv`."""
     from sarqc.errors import Interrupted, SarqcError
 
     try:
-        app(standalone_mode=True)
+        return int(app(standalone_mode=False) or 0)
     except Interrupted as error:
-        print(f"sarqc: {error}", file=sys.stderr)
-        sys.exit(130)
+        return _said(str(error), 130)
     except SarqcError as error:
-        print(f"sarqc: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        return _said(str(error))
+    except _UsageError as error:
+        return _said(_usage(error))
+    except typer.Abort:
+        return _said("stopped", 130)
+    except BrokenPipeError:
+        return 1  # `sarqc ... | head`: there is nobody to tell
+    except OSError as error:
+        where = "standard output" if error.filename is None else repr(os.fspath(error.filename))
+        return _said(f"{where} cannot be used: {error.strerror or error}; give another place, or make room there")
+
+
+def _usage(error: Exception) -> str:
+    """What is wrong with a command line; without a command it is the help."""
+    context, told = getattr(error, "ctx", None), getattr(error, "format_message", lambda: str(error))()
+    if context is not None and told == context.get_help():
+        return f"no command: {', '.join(COMMANDS)} are known; `sarqc COMMAND --help` explains one"
+    command = "sarqc" if context is None else context.command_path
+    return f"{told.rstrip('.')}; `{command} --help` lists what there is"
+
+
+def _said(line: str, code: int = 2) -> int:
+    with suppress(OSError):
+        print(f"sarqc: {' '.join(line.split())}", file=sys.stderr)
+    return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ def chat(
 def _lines(aside: Console) -> Iterator[str]:
     """What the user says, until it ends: from a terminal with a prompt, from a pipe without."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding is nothing to die of
         yield from (line.strip() for line in sys.stdin)
         return
     while True:

@@ -43,6 +43,8 @@ def evaluate(
     """Perplexity of a model, quantized or not, with the protocol it was measured by; or zero-shot tasks."""
     from sarqc.errors import ArgumentError
 
+    if tasks is not None and not tasks.strip(", "):
+        raise ArgumentError(f"--tasks {tasks!r} names none: give names with commas between")
     if tasks and save:
         raise ArgumentError("--save puts perplexity into the report: leave out --tasks, or run twice")
     where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}

@@ -48,15 +48,23 @@ def _values_from_file(context: typer.Context, path: Path | None) -> Path | None:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ArgumentError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"--config {path} must hold option: value lines, it holds a {type(values).__name__}")
-    known = {p.name: p for p in context.command.params if p.name not in {"config", "help"}}
-    for key in values:
-        if str(key).replace("-", "_") not in known:
-            raise ArgumentError(f"--config {path}: no option {key!r}; known are {', '.join(sorted(map(str, known)))}")
-    context.default_map = {str(key).replace("-", "_"): value for key, value in values.items()}
+    known = {
+        name: param
+        for param in context.command.params
+        if param.name not in {"config", "help"}
+        for name in (one.lstrip("-").replace("-", "_") for one in (*param.opts, param.name or "") if one[:2] != "-o")
+    }
+    defaults = {}
+    for key, value in values.items():
+        param = known.get(str(key).replace("-", "_"))
+        if param is None:
+            raise ArgumentError(f"--config {path}: no option {key!r}; known are {', '.join(sorted(known))}")
+        defaults[str(param.name)] = [value] if param.multiple and isinstance(value, str) else value
+    context.default_map = defaults
     return path
 
 
@@ -81,9 +89,26 @@ def auto_or(kind: type[int] | type[float], name: str, value: str) -> Any:
         raise ArgumentError(f"{name} = {value!r} is not usable: use auto or a number") from None
 
 
+def gigabytes(name: str, value: float) -> int:
+    """GB as bytes; `ArgumentError` naming the option where there is not one byte."""
+    from sarqc.errors import ArgumentError
+
+    if not 1e-9 <= value < math.inf:
+        raise ArgumentError(f"{name} = {value:g} GB is not usable: use a number above 0, as 4 or 0.5")
+    return int(value * 1e9)
+
+
+class _Aside(Console):
+    """stderr; where nobody reads it any more (`2>&1 | head`, a closed terminal), the work goes on all the same."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from now on."""
+        self.quiet = True
+
+
 def stderr() -> Console:
     """Where progress goes, so that stdout holds results alone."""
-    return Console(stderr=True)
+    return _Aside(stderr=True)
 
 
 def print_json(values: dict[str, Any]) -> None:

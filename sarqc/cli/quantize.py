@@ -19,6 +19,7 @@ from sarqc.cli.options import (
     OverwriteOption,
     TrustOption,
     auto_or,
+    gigabytes,
     print_json,
     stderr,
 )
@@ -99,7 +100,7 @@ def quantize(
         device=device,
         dtype=dtype,
         micro_batch=micro_batch,
-        **({} if gram_budget is None else {"gram_budget": int(gram_budget * 1e9)}),
+        **({} if gram_budget is None else {"gram_budget": gigabytes("gram_budget", gram_budget)}),
         ignore=tuple(ignore or ()),
         format=format,
         tp=tp,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -78,9 +79,11 @@ class Ticker:
         if now - self._printed >= QUIET_SECONDS or self._done == self._total:
             self._printed = now
             left = (now - self._began) / (self._done - self._before) * (self._total - self._done)
-            self.console.print(
-                f"{self._label} {self._done}/{self._total}: {text}, {_duration(left)} left", highlight=False
-            )
+            self._print(f"{self._label} {self._done}/{self._total}: {text}, {_duration(left)} left")
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # a full disk under `2> log` is no reason to end a run
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def follow(self, label: str) -> Callable[[int, int, str], None]:
         """A function of (done, total, text) that moves this on; `text` may come from a file and is shown as it is."""
@@ -120,7 +123,7 @@ class RunWatcher(Ticker):
 
     def note(self, text: str) -> None:
         """One line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self._print(text)
 
     def begin_blocks(self, blocks: int, done: int) -> None:
         """The blocks start."""

@@ -12,6 +12,7 @@ import torch
 from sarqc.errors import ArgumentError
 from sarqc.job.load import load
 from sarqc.model.decode import Stream
+from sarqc.spec import check_seed
 
 UNFINISHED = "\ufffd"  # what a tokenizer writes for a character that only has some of its bytes
 
@@ -31,6 +32,7 @@ class Chat:
             raise ArgumentError(f"temperature = {temperature} is not usable: use 0 (greedy) or more")
         if max_new_tokens < 1:
             raise ArgumentError(f"max_new_tokens = {max_new_tokens} is too small: use 1 or more")
+        check_seed(seed)
         self.tokenizer = tokenizer
         self.turns: list[dict[str, str]] = []
         self.produced = 0

@@ -40,17 +40,27 @@ _Value = TypeVar("_Value")
 
 def world() -> int:
     """Ranks of this run, as torchrun says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _told("WORLD_SIZE", 1)
 
 
 def ranks_here() -> int:
     """How many of them are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _told("LOCAL_WORLD_SIZE", 1)
 
 
 def leads() -> bool:
     """Whether this process writes and prints: it is rank 0, or alone."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return world() == 1 or _told("RANK", 0) == 0
+
+
+def _told(name: str, default: int) -> int:
+    """A number that torchrun left in the environment."""
+    said = os.environ.get(name, "")
+    if not said:
+        return default
+    if not said.isdecimal() or int(said) < default:
+        raise ArgumentError(f"{name} = {said!r} in the environment is no number from {default} up: torchrun sets it")
+    return int(said)
 
 
 @contextmanager
@@ -64,7 +74,7 @@ def joined(device: str, *, ordered: bool) -> Iterator[tuple[Group, str]]:
         yield ALONE, device
         return
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = _told("LOCAL_RANK", 0)
         if local >= torch.cuda.device_count():
             raise ArgumentError(
                 f"--nproc-per-node {local + 1} or more on {torch.cuda.device_count()} GPUs: start one process for each"

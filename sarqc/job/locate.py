@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
 
     A local folder wins over a hub id of the same name. Raises `ModelError` where there is neither.
     """
-    folder = Path(model).expanduser()
+    folder = _path(model)
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -34,7 +36,19 @@ def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
 
 def is_local(model: str | Path) -> bool:
     """Whether a model's name stands for something that needs no hub."""
-    return Path(model).expanduser().exists() or str(model) == SMOLLM2 or not _HUB_ID.fullmatch(str(model))
+    return _path(model).exists() or str(model) == SMOLLM2 or not _HUB_ID.fullmatch(str(model))
+
+
+def _path(model: str | Path) -> Path:
+    """As a path; `ModelError` for a name that no folder can have."""
+    try:
+        path = Path(model).expanduser()
+        os.fspath(path).encode("utf-8")
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"model {str(model)[:100]!r} is no name of a folder: {_first_line(error)[:100]}") from error
+    return path
 
 
 def hub_headers(

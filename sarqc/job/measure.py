@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sarqc.checkpoint.folders import refuse_place
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.job.load import load, resolve_device, resolve_dtype
 from sarqc.job.locate import locate
@@ -89,6 +90,7 @@ def evaluate_and_save(
     """
     folder = Path(out).expanduser()
     report = reports.load(folder)
+    refuse_place(folder / reports.REPORT, "report")
     source = locate(original or report["model"], trust_remote_code=trust_remote_code)
     windows = calibration.windows(
         text, load_tokenizer(folder, trust_remote_code=trust_remote_code), part="evaluation", seqlen=seqlen

@@ -30,6 +30,7 @@ from sarqc.spec import AUTO, DEFAULT_METHOD, QuantSpec, SolveSpec, solve_spec
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 2048
+_LEAST = {"micro_batch": 1, "gram_budget": 1, "num_samples": 1, "seqlen": calibration.MIN_SEQLEN}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ class Plan:
             raise ModelError(f"the weights of {self.model} are not in {self.folder}: fetch them first")
         return self.source
 
+    @property
+    def seqlen(self) -> int:
+        """Tokens per window of text: as asked, or 2048, or as many as the model has positions; `ArgumentError` for a
+        longer one, which the model was never trained to read."""
+        most, asked = getattr(self.skeleton.model.config, "max_position_embeddings", None), self.settings.seqlen
+        most = most if isinstance(most, int) and most > 0 else asked or DEFAULT_SEQLEN
+        if asked is not None and asked > most:
+            raise ArgumentError(
+                f"seqlen = {asked} is more than the {most} positions of {self.model}: use {most} or less"
+            )
+        return min(DEFAULT_SEQLEN, most) if asked is None else asked
+
     def micro_batch(self, seqlen: int) -> int:
         """Windows that go through a block at once."""
         return self.settings.micro_batch or max(1, TOKENS_AT_ONCE[self.device.type] // seqlen)
@@ -95,9 +108,10 @@ def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = Fal
     """
     if settings.format not in FORMATS:
         raise ArgumentError(f"format = {settings.format!r} is not known: use {', '.join(FORMATS)}")
-    for name, value in (("micro_batch", settings.micro_batch), ("gram_budget", settings.gram_budget)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"{name} = {value} is too small: use 1 or more")
+    for name, least in _LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ArgumentError(f"{name} = {value} is too small: use {least} or more")
     chosen, trust = FORMATS[settings.format], settings.trust_remote_code
     size = 128 if settings.group_size == AUTO else settings.group_size
     quant = QuantSpec(bits=settings.bits, group_size=size, sym=settings.sym, ignore=tuple(settings.ignore))
@@ -141,9 +155,7 @@ def read_windows(plan: Plan) -> calibration.Windows | None:
         found = calibration.Windows.of_tokens(asked.calib)
     else:
         tokenizer = load_tokenizer(plan.folder, trust_remote_code=asked.trust_remote_code)
-        found = calibration.windows(
-            str(asked.calib), tokenizer, part="calibration", seqlen=asked.seqlen or DEFAULT_SEQLEN
-        )
+        found = calibration.windows(str(asked.calib), tokenizer, part="calibration", seqlen=plan.seqlen)
     count = min(DEFAULT_SAMPLES, found.available) if asked.num_samples is None else asked.num_samples
     return found.draw(count, asked.seed)
 
@@ -156,7 +168,7 @@ def expected_windows(plan: Plan) -> tuple[int, int]:
     if isinstance(asked.calib, Tensor):
         available, seqlen = calibration.Windows.of_tokens(asked.calib).tokens.shape
         return asked.num_samples or min(DEFAULT_SAMPLES, available), seqlen
-    return asked.num_samples or DEFAULT_SAMPLES, asked.seqlen or DEFAULT_SEQLEN
+    return asked.num_samples or DEFAULT_SAMPLES, plan.seqlen
 
 
 def settings_of(**values: Any) -> Settings:

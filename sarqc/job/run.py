@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.folders import refuse_existing, refuse_overlap
+from sarqc.checkpoint.folders import refuse_existing, refuse_overlap, refuse_place
+from sarqc.checkpoint.side_files import side_files
+from sarqc.checkpoint.verify import refuse_poison
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.job.distributed import Following, joined, named, same_everywhere, start_everywhere
 from sarqc.job.export import Result, write_checkpoint
@@ -115,7 +117,8 @@ def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
     """The work folder, which must lie outside the model and the output."""
     refuse_overlap(out, model)
     place = default_work(out) if work is None else Path(work)
-    refuse_overlap(place, model)
+    refuse_place(place, "work folder")
+    refuse_overlap(place, model, "work folder")
     inner, outer = place.resolve(), Path(out).resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise ArgumentError(
@@ -149,7 +152,9 @@ class _Run:
         self.at = -1  # the block at work
 
     def look_ahead(self, out: Path, place: Path) -> None:
-        """The preflight: `ResourceError` where the run must not begin."""
+        """The preflight: `SarqcError` where the run must not begin, or could not end."""
+        side_files(self.plan.folder, self.plan.settings.trust_remote_code)
+        refuse_poison(self.plan.checkpoint, f"{self.plan.skeleton.prefix}.")
         found = preflight.look_ahead(self.plan, None if self.tokens is None else self.tokens.shape, out, place)
         for note in (*self.plan.notes, found.headline()):
             self.watcher.note(note)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sarqc.errors import ArgumentError, TextError
 from sarqc.model.tokenizer import encode
+from sarqc.spec import check_seed
 
 BUILTIN = "builtin"
 Part = Literal["calibration", "evaluation"]
@@ -67,6 +68,7 @@ class Windows:
 
     def _lot(self, count: int, seed: int) -> Tensor:
         """Which windows are drawn; a smaller count draws the first ones of a larger one's."""
+        check_seed(seed)
         if count < 1:
             raise ArgumentError(f"num_samples = {count} is too small: use 1 or more")
         if count > len(self.tokens):
@@ -100,15 +102,35 @@ def read_text(text: str, part: Part) -> str:
     """The text behind a name: `builtin`, the path of a UTF-8 file, or a data set NAME[:CONFIG[:SPLIT]]."""
     if text == BUILTIN:
         return builtin_text(part)
-    path = Path(text).expanduser()
-    if path.is_file():
+    path = _path(text)
+    if path is not None and path.is_file():
         try:
             return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TextError(f"text {text!r} cannot be read as UTF-8: {error}") from error
-    if path.is_dir() or path.suffix in {".txt", ".md", ".json", ".jsonl"} or text.startswith(("/", ".", "~")):
+        except UnicodeDecodeError as error:
+            raise TextError(
+                f"text {text!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it first, "
+                "`iconv -f LATIN1 -t UTF-8` for one"
+            ) from error
+        except OSError as error:
+            raise TextError(f"text {text!r} cannot be read: {error.strerror or error}") from error
+    if (
+        path is None
+        or path.is_dir()
+        or path.suffix in {".txt", ".md", ".json", ".jsonl"}
+        or text.startswith(("/", ".", "~"))
+    ):
         raise TextError(f"text {text!r}: no such file; give a UTF-8 text file, the name of a data set, or 'builtin'")
     return _dataset_text(text, part)
+
+
+def _path(text: str) -> Path | None:
+    """A name as a path; None for one that no file can have."""
+    try:
+        path = Path(text).expanduser()
+        path.is_file()
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return path
 
 
 def builtin_text(part: Part) -> str:

@@ -20,7 +20,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from sarqc.errors import ModelError
+from sarqc.errors import ModelError, SarqcError
 from sarqc.model import experts
 from sarqc.model.first_calls import settle
 from sarqc.model.names import Piece, trace
@@ -162,10 +162,20 @@ class Skeleton:
 
     @torch.no_grad()
     def call_block(self, index: int, hidden: Tensor) -> Tensor:
-        """Run block `index` on hidden states [B, L, H] with its own arguments and no cache."""
+        """Run block `index` on hidden states [B, L, H] with its own arguments and no cache.
+
+        `ModelError` where the model's own code fails on what its configuration says.
+        """
         self.prepare(hidden.shape[0], hidden.shape[1])
         args, kwargs = self._calls[hidden.shape[0], hidden.shape[1]][index]
-        out = self.blocks[index](hidden, *args, **kwargs)
+        try:
+            out = self.blocks[index](hidden, *args, **kwargs)
+        except (SarqcError, torch.OutOfMemoryError):
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"block {self.prefix}.{index} does not run as config.json says: {first_line(error)}"
+            ) from error
         leaving: Tensor = out[0] if isinstance(out, tuple) else out
         return leaving
 

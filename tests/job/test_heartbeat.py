@@ -129,10 +129,12 @@ def in_the_second_block(who, what):
     solving.solve_site = solve  # of this rank, a forked child, alone
 
 
+@pytest.mark.fault("a rank that is stopped and hangs")
 @pytest.mark.parametrize(
-    ("stuck", "says"), [(1, "rank 1 (process "), (0, "the process that keeps the ranks together (torchrun's, or rank 0)")]
+    ("stuck", "says"),
+    [(1, "rank 1 (process "), (0, "the process that keeps the ranks together (torchrun's, or rank 0)")],
 )
-def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_path, stuck, says):
+def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_path, stuck, says, outcomes):
     """Stopped as by SIGSTOP: it lives, keeps its connections and does nothing. Rank 0 keeps the store, too."""
     out, other = tmp_path / "out", 1 - stuck
 
@@ -147,7 +149,7 @@ def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_pat
     assert line.startswith(f"sarqc: rank {other} of 2: {says}") and "for 3 seconds" in line and "last block" in line
     assert not out.exists() and default_work(out).exists()
     sarqc.quantize(source, out, **SMALL)
-    assert weights(out) == weights(straight)
+    outcomes.recovered(weights(out), weights(straight))
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 
 import pytest
 
@@ -37,39 +38,41 @@ def leftovers(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "out")
 
 
-def test_kills_at_any_file_operation_lose_nothing(straight, tmp_path):
-    run, expected, operations = straight
-    chosen = random.Random(f"kills {sorted(expected)}")
-    out = tmp_path / "out"
-    killed = finished = 0
-    while killed < KILLS // 2:
-        code = in_child(lambda: sarqc.quantize(**run, out=out), kill_at=chosen.randint(1, operations))
-        assert code in (0, -9)
-        killed += code == -9
-        if out.exists():
-            assert contents(out) == expected
-            for path in sorted(out.rglob("*"), reverse=True):
-                path.unlink()
-            out.rmdir()
-            finished += 1
-    sarqc.quantize(**run, out=out)
-    assert contents(out) == expected
-    assert leftovers(tmp_path) == []
-
-
-def test_kills_at_any_time_lose_nothing(straight, tmp_path):
+def kill_again_and_again(straight, place, outcomes, kills, moment):
+    """Kill a run so many times, and let it go on each time; `moment()` says when. Kills that came too late, after the
+    end of a run, count for nothing, and the next one begins anew."""
     run, expected, _ = straight
+    out = place / "out"
+    killed = struck = 0
+    while killed < kills:
+        code = in_child(lambda: sarqc.quantize(**run, out=out), **moment())
+        assert code in (0, -9)
+        killed, struck = killed + (code == -9), struck + (code == -9)
+        if out.exists():
+            outcomes.recovered(contents(out), expected, trials=struck)
+            shutil.rmtree(out)
+            struck = 0
+    sarqc.quantize(**run, out=out)
+    outcomes.recovered(contents(out), expected, trials=struck)
+    assert leftovers(place) == []
+
+
+@pytest.mark.fault("SIGKILL before a file operation")
+def test_kills_at_any_file_operation_lose_nothing(straight, tmp_path, outcomes):
+    chosen, operations = random.Random(f"kills {sorted(straight[1])}"), straight[2]
+    moment = lambda: {"kill_at": chosen.randint(1, operations)}  # noqa: E731
+    kill_again_and_again(straight, tmp_path, outcomes, KILLS // 2, moment)
+
+
+@pytest.mark.fault("SIGKILL at a random time")
+def test_kills_at_any_time_lose_nothing(straight, tmp_path, outcomes):
     chosen = random.Random(1)
-    out = tmp_path / "out"
-    for _ in range(KILLS - KILLS // 2):
-        in_child(lambda: sarqc.quantize(**run, out=out), kill_after=chosen.uniform(0.0, 1.0))
-        assert not out.exists() or contents(out) == expected
-    sarqc.quantize(**run, out=out, overwrite=True)
-    assert contents(out) == expected
-    assert leftovers(tmp_path) == []
+    moment = lambda: {"kill_after": chosen.uniform(0.0, 1.0)}  # noqa: E731
+    kill_again_and_again(straight, tmp_path, outcomes, KILLS - KILLS // 2, moment)
 
 
-def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new_one(straight, tmp_path):
+@pytest.mark.fault("SIGKILL while an old output is replaced")
+def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new_one(straight, tmp_path, outcomes):
     """The last operations are the ones that move folders: every one of them, from the back."""
     run, expected, operations = straight
     out = tmp_path / "out"
@@ -77,11 +80,13 @@ def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new_one(st
     for back in (2, 9, 16):
         out.mkdir()
         (out / "config.json").write_bytes(old["config.json"])
-        in_child(lambda: sarqc.quantize(**run, out=out, overwrite=True), kill_at=operations - back)
+        code = in_child(lambda: sarqc.quantize(**run, out=out, overwrite=True), kill_at=operations - back)
+        assert code == -9
         if out.exists():
             assert contents(out) in (old, expected)
         sarqc.quantize(**run, out=out, overwrite=True)
-        assert contents(out) == expected and leftovers(tmp_path) == []
+        outcomes.recovered(contents(out), expected)
+        assert leftovers(tmp_path) == []
         for path in out.iterdir():
             path.unlink()
         out.rmdir()

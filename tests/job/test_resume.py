@@ -113,10 +113,12 @@ def test_plain_rounding_goes_on_too(source, tmp_path):
         ({"ignore": ["o_proj"]}, "ignore"),
     ],
 )
-def test_a_changed_setting_is_refused_with_both_values(source, stopped, change, says):
+@pytest.mark.fault("a run that goes on with another setting")
+def test_a_changed_setting_is_refused_with_both_values(source, stopped, outcomes, change, says):
     with pytest.raises(ArgumentError, match=says) as caught:
         sarqc.quantize(source, stopped, **SMALL | change)
     assert "--restart" in str(caught.value) and "micro_batch" in str(caught.value)
+    outcomes.clear_error(caught.value)
     assert not stopped.exists()
 
 
@@ -156,10 +158,12 @@ def truncate(path):
 
 @pytest.mark.parametrize("hurt", [damage, truncate, lambda path: path.unlink(), lambda path: damage(path, 60)])
 @pytest.mark.parametrize(("name", "done"), [("blocks/00001.safetensors", 1), ("hidden.safetensors", 2)])
-def test_what_is_damaged_is_made_again(source, stopped, straight, hurt, name, done):
+@pytest.mark.fault("a damaged or lost file of the work folder")
+def test_what_is_damaged_is_made_again(source, stopped, straight, outcomes, hurt, name, done):
     """Hidden states are made again from the sound blocks before them, to the same bit."""
     hurt(default_work(stopped) / name)
     watcher = go_on(source, stopped, straight)
+    outcomes.recovered(weights(stopped), weights(straight.out))
     assert watcher.done == done and watcher.solved == list(range(done, 3))
     assert any("going on from what is sound" in note for note in watcher.notes) or "unlink" in hurt.__code__.co_names
 
@@ -187,29 +191,35 @@ def test_hidden_states_of_the_block_before_redo_one_block(source, stopped, strai
     assert watcher.done == 1 and watcher.solved == [1, 2]
 
 
-def test_a_damaged_plan_is_refused_with_the_way_out(source, stopped):
+@pytest.mark.fault("a damaged plan of the work folder")
+def test_a_damaged_plan_is_refused_with_the_way_out(source, stopped, outcomes):
     plan = default_work(stopped) / "plan.json"
     text = plan.read_text()
     for broken in (text.replace('"bits": 4', '"bits": 3'), text[:-9], ""):
         plan.write_text(broken)
-        with pytest.raises(CheckpointError, match=r"plan\.json.*--restart"):
+        with pytest.raises(CheckpointError, match=r"plan\.json.*--restart") as caught:
             sarqc.quantize(source, stopped, **SMALL)
+        outcomes.clear_error(caught.value)
     sarqc.quantize(source, stopped, restart=True, **SMALL)
 
 
-def test_two_processes_never_share_a_work_folder(tmp_path):
+@pytest.mark.fault("two runs at once in one work folder")
+def test_two_processes_never_share_a_work_folder(tmp_path, outcomes):
     folder = tmp_path / "work"
     refusal = pytest.raises(ResourceError, match=rf"in use by process {os.getpid()}")
-    with begin(folder, {"a": 1}, {"blocks": 2}), refusal, begin(folder, {"a": 1}, {"blocks": 2}):
+    with begin(folder, {"a": 1}, {"blocks": 2}), refusal as caught, begin(folder, {"a": 1}, {"blocks": 2}):
         pass
+    outcomes.clear_error(caught.value)
 
 
-def test_a_folder_with_other_files_is_left_alone(source, tmp_path):
+@pytest.mark.fault("a work folder with somebody's files in it")
+def test_a_folder_with_other_files_is_left_alone(source, tmp_path, outcomes):
     mine = tmp_path / "mine"
     (mine / "blocks").mkdir(parents=True)
     (mine / "blocks" / "diary.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="other files"):
+    with pytest.raises(CheckpointError, match="other files") as caught:
         sarqc.quantize(source, tmp_path / "out", work=mine, **SMALL)
+    outcomes.clear_error(caught.value)
     assert (mine / "blocks" / "diary.txt").read_text() == "dear"
 
 

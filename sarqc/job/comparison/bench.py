@@ -81,6 +81,8 @@ class Other:
             windows, seed = (int(part) if part else None for part in parts[3:])
         except (ValueError, IndexError):
             raise ArgumentError(f"also = {said!r}: write METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER") from None
+        if not (Path(folder) / "config.json").is_file():
+            raise ArgumentError(f"also = {said!r}: {folder!r} is no folder of a checkpoint")
         return cls(method, bits, group_size, windows, seed, Path(folder))
 
     def record(self) -> dict[str, Any]:

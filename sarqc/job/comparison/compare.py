@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from sarqc.checkpoint.folders import refuse_overlap
+from sarqc.checkpoint.folders import refuse_overlap, refuse_place
 from sarqc.errors import ArgumentError
 from sarqc.job.comparison import bench as benches
 from sarqc.job.comparison import table as tables
@@ -107,6 +107,7 @@ def compare(
     """
     watcher, out = watcher or Silent(), Path(out)
     folder = locate(model, trust_remote_code=trust_remote_code)
+    refuse_place(out)
     refuse_overlap(out, folder)
     for name, values in (("methods", methods), ("bits", bits), ("seeds", seeds), ("eval", texts)):
         if not values:
