@@ -7,6 +7,7 @@ at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -61,18 +62,19 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # whoever read it is gone, or its disk is full; Python would say so at length when it ends
+        except OSError:  # Python would try again when it ends, and say at length that it failed
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            code = code or 1
     sys.exit(code)
 
 
 def _run() -> int:
-    """The exit code of the command in `sys.argv`."""
+    """The exit code of the command in `sys.argv`: what it says, or that of what ended it."""
     from sarqc.errors import Interrupted, SarqcError
 
     try:
-        return int(app(standalone_mode=False) or 0)
+        code = int(app(standalone_mode=False) or 0)
+        sys.stdout.flush()
+        return code
     except Interrupted as error:
         return _said(str(error), 130)
     except SarqcError as error:
@@ -82,7 +84,7 @@ def _run() -> int:
     except typer.Abort:
         return _said("stopped", 130)
     except BrokenPipeError:
-        return 1  # `sarqc ... | head`: there is nobody to tell
+        return 128 + signal.SIGPIPE  # `sarqc ... | head`: there is nobody to tell
     except OSError as error:
         where = "standard output" if error.filename is None else repr(os.fspath(error.filename))
         return _said(f"{where} cannot be used: {error.strerror or error}; give another place, or make room there")

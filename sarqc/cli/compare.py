@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from sarqc.cli.options import (
     ConfigOption,
@@ -18,6 +17,7 @@ from sarqc.cli.options import (
     auto_or,
     print_json,
     stderr,
+    stdout,
 )
 
 
@@ -91,7 +91,7 @@ def compare(
         return
     from sarqc.cli.comparison import comparison_tables
 
-    console = Console()
+    console = stdout()
     for table in comparison_tables(found.table):
         console.print(table)
     console.print(f"{found.out}/compare.json, .csv, .svg", highlight=False, soft_wrap=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sarqc.cli.options import JsonOption, print_json
+from sarqc.cli.options import JsonOption, print_json, stdout
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -23,7 +23,7 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_json(found)
     else:
-        Console().print(_shown(found))
+        stdout().print(_shown(found))
     if not found["healthy"]:
         raise typer.Exit(1)
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sarqc.cli.options import FormatOption, JsonOption, OverwriteOption, print_json
+from sarqc.cli.options import FormatOption, JsonOption, OverwriteOption, print_json, stdout
 
 
 def export(
@@ -28,4 +27,4 @@ def export(
         return
     from sarqc.cli.summary import run_summary
 
-    Console().print(run_summary(result.out, result.report))
+    stdout().print(run_summary(result.out, result.report))

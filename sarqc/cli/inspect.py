@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sarqc.cli.options import JsonOption, print_json
+from sarqc.cli.options import JsonOption, print_json, stdout
 
 
 def inspect(
@@ -24,4 +23,4 @@ def inspect(
         return
     from sarqc.cli.summary import checkpoint_summary
 
-    Console().print(checkpoint_summary(found))
+    stdout().print(checkpoint_summary(found))

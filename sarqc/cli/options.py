@@ -106,6 +106,19 @@ class _Aside(Console):
         self.quiet = True
 
 
+class _Results(Console):
+    """stdout; where nobody reads it the command ends as other programs do."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to `sarqc.cli.main`."""
+        raise BrokenPipeError
+
+
+def stdout() -> Console:
+    """Where results go."""
+    return _Results()
+
+
 def stderr() -> Console:
     """Where progress goes, so that stdout holds results alone."""
     return _Aside(stderr=True)

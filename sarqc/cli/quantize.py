@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from sarqc.cli.options import (
     ConfigOption,
@@ -22,6 +21,7 @@ from sarqc.cli.options import (
     gigabytes,
     print_json,
     stderr,
+    stdout,
 )
 from sarqc.cli.run_options import (
     CalibOption,
@@ -120,7 +120,7 @@ def quantize(
         return
     from sarqc.cli.summary import run_summary
 
-    Console().print(run_summary(result.out, result.report))
+    stdout().print(run_summary(result.out, result.report))
 
 
 def carry_out(model: str, output: Path, settings: dict[str, Any], manner: dict[str, Any]) -> Result:
@@ -146,7 +146,7 @@ def look_ahead(model: str, output: Path, settings: dict[str, Any], as_json: bool
     if as_json:
         print_json(found.to_json())
     else:
-        show(Console(), found)
+        show(stdout(), found)
     found.refuse()
 
 

@@ -18,11 +18,12 @@ def verify(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Is a checkpoint sound: every bit as it was written, every weight of the model there once.
+    """Is a checkpoint sound: every bit as it was written, every weight of the model there once; and who serves it.
 
     Exit code 0 if it is, 1 if it is not, with a line for each problem.
     """
     from sarqc.cli.terminal import Ticker
+    from sarqc.job.forecast.served import by_server
     from sarqc.job.verify import verify as run
 
     with Ticker(stderr()) as ticker:
@@ -33,12 +34,14 @@ def verify(
         for problem in found.problems:
             print(problem)
         print(_verdict(found.record(), against))
+        for server in by_server(found.serve):
+            print(f"  {server}")
     if not found.sound:
         raise typer.Exit(1)
 
 
 def _verdict(record: dict[str, object], against: str | None) -> str:
-    """The last line."""
+    """The line that says it all."""
     if not record["sound"]:
         return f"{record['folder']}: not sound"
     told = "as written, bit for bit" if record["manifest"] else "readable (no manifest to compare the bits with)"

@@ -2,7 +2,7 @@
 
 Three looks, from the inside out: the files (`sarqc.checkpoint.verify`), the model that config.json describes, which
 must find each of its weights, and, where the source is at hand, every tensor beside the source's. The last one also
-compares the error of each weight with the one that the run wrote into report.json.
+compares the error of each weight with the one that the run wrote into report.json. Beside that: who serves it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from sarqc.checkpoint.compare import Compared, compare
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
+from sarqc.job.forecast.serve import Outlook, to_json
+from sarqc.job.forecast.served import outlook_of
 from sarqc.job.locate import locate
 from sarqc.job.reporting import report as reports
 from sarqc.model.skeleton import Skeleton
@@ -35,7 +37,7 @@ class Verified:
 
     problems: a line each, none where it is sound. manifest: whether every bit could be compared with what was written.
     facts: format and numbers of tensors, files, bytes. errors: relative error ||W - Q|| / ||W|| of each quantized
-    weight, where there was a source to compare with.
+    weight, where there was a source to compare with. serve: what the servers make of it, where it is sound.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Verified:
     manifest: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    serve: list[Outlook] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -64,6 +67,7 @@ class Verified:
             "problems": self.problems,
             "manifest": self.manifest,
             **self.facts,
+            "serve": to_json(self.serve),
             "weight_error": mean,
             "weight_errors": self.errors,
         }
@@ -91,7 +95,7 @@ def verify(
             found.manifest = (found.folder / MANIFEST).exists()
             found.problems += files.problems(checkpoint, steps.step)
             found.facts = _facts(checkpoint)
-            found.problems += _model(checkpoint, trust_remote_code)
+            _model(found, checkpoint, trust_remote_code)
             if source is not None:
                 _beside(found, checkpoint, source, steps)
     except CheckpointError as error:
@@ -126,13 +130,14 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _model(checkpoint: Checkpoint, trust_remote_code: bool) -> list[str]:
-    """What keeps transformers from finding every weight of the model, each once and of the right shape."""
+def _model(found: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Adds what keeps transformers from finding every weight of the model, each once and of the right shape; or what
+    servers make of the model."""
     try:
-        Skeleton.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
+        skeleton = Skeleton.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
+        found.serve = outlook_of(checkpoint, skeleton) if found.sound else []
     except ModelError as error:
-        return [f"{checkpoint.folder} is no whole model: {error}"]
-    return []
+        found.problems.append(f"{checkpoint.folder} is no whole model: {error}")
 
 
 def _beside(found: Verified, checkpoint: Checkpoint, source: Checkpoint, steps: _Steps) -> None:

@@ -1,1 +1,2 @@
-"""Before a run: `estimate` counts bytes and seconds, `serve` who will load the result, `preflight` says it all."""
+"""Before a run: `estimate` counts bytes and seconds, `serve` has the servers' rules, `served` asks them,
+`preflight` says it all."""

@@ -19,6 +19,7 @@ from sarqc.errors import ArgumentError, ResourceError
 from sarqc.job.distributed import ranks_here, world
 from sarqc.job.forecast import serve
 from sarqc.job.forecast.estimate import Memory, Sizes, Time, bits_per_weight, memory, seconds, sizes
+from sarqc.job.forecast.served import served
 from sarqc.job.plan import Plan, expected_windows, make_plan, settings_of
 from sarqc.job.work import default_work
 from sarqc.model.sites import separate_sites
@@ -118,11 +119,11 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
     size = sizes(plan, windows, seqlen)
     stages = tuple(memory(plan, windows, seqlen, ranks))
     disk = tuple(_disk(size, out, work))
-    served, tp = _served(plan), plan.settings.tp
+    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.settings.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
     servers = sorted({*serve.RANKS, tp}) if tp else serve.RANKS
-    outlook = tuple(serve.outlook(served, plan.quant, plan.format.name, servers))
+    outlook = tuple(serve.outlook(model, plan.quant, plan.format.name, servers))
     problems = [*_too_little_disk(disk), *_too_little_memory(plan, stages), *_no_server(outlook, tp)]
     return Preflight(
         model=plan.model,
@@ -163,17 +164,6 @@ def _kinds(plan: Plan) -> list[Kind]:
             reason = "outside the blocks"
         counted[serve.star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
     return [Kind(name, shape, count, left) for (name, shape, left), count in counted.items()]
-
-
-def _served(plan: Plan) -> serve.Served:
-    config = plan.skeleton.model.config
-    heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    linears = [
-        (target.linear, target.shape, plan.skeleton.model.get_parameter(target.parameter).dim() == 3)
-        for target in plan.targets.selected
-    ]
-    layers = serve.fused_layers(linears, key_values)
-    return serve.Served(layers, serve.mixed_places(plan.targets.linears, plan.targets.untouched), heads, key_values)
 
 
 def _disk(size: Sizes, out: Path, work: Path) -> list[Disk]:

@@ -1,0 +1,88 @@
+"""What a server meets in a model: one about to be quantized, or a checkpoint that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sarqc.checkpoint.reader import Checkpoint
+from sarqc.job.forecast.serve import Outlook, Served, fused_layers, mixed_places, outlook
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.targets import Target, targets
+from sarqc.spec import QuantSpec
+
+
+def served(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> Served:
+    """A model with these layers quantized and those left."""
+    config = skeleton.model.config
+    heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    linears = [
+        (target.linear, target.shape, skeleton.model.get_parameter(target.parameter).dim() == 3) for target in quantized
+    ]
+    names = [target.linear for target in quantized]
+    return Served(fused_layers(linears, key_values), mixed_places(names, left), heads, key_values)
+
+
+def outlook_of(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Outlook]:
+    """Every server with every number of ranks, for a checkpoint as its headers describe it.
+
+    Empty where nothing is quantized, or where layers differ in bits, groups or symmetry: there are no rules for that.
+    """
+    linears = set(checkpoint.linears())
+    quant = _quant(checkpoint, linears)
+    if checkpoint.format is None or quant is None:
+        return []
+    found = targets(skeleton, quant)
+    quantized = [target for target in found.selected if target.linear in linears]
+    left = [target.linear for target in found.selected if target.linear not in linears]
+    return outlook(served(skeleton, quantized, [*found.untouched, *left]), quant, checkpoint.format.name)
+
+
+def _quant(checkpoint: Checkpoint, linears: Collection[str]) -> QuantSpec | None:
+    """The one specification that all Linears have."""
+    infos = [checkpoint.describe(linear) for linear in linears]
+    kinds = {(info.bits, info.sym) for info in infos}
+    sizes = {-1} if all(info.groups == 1 for info in infos) else {info.shape[1] // info.groups for info in infos}
+    if len(kinds) != 1 or len(sizes) != 1:
+        return None
+    [(bits, sym)], [group_size] = kinds, sizes
+    return QuantSpec(bits=bits, group_size=group_size, sym=sym)
+
+
+@dataclass(frozen=True)
+class Server:
+    """What one server does with a checkpoint. ranks: numbers of them, of `RANKS`, that it runs on, with the kernels of
+    the first. failures: a line for each reason why not on others, with the first number that has it. known: whether
+    there are rules for it."""
+
+    name: str
+    ranks: tuple[int, ...]
+    kernels: dict[str, int]
+    failures: tuple[tuple[int, str], ...]
+    known: bool
+
+    def __str__(self) -> str:
+        """One line."""
+        if not self.known:
+            return f"{self.name}: not known for this format"
+        if not self.ranks:
+            return f"{self.name}: refuses it: {self.failures[0][1]}"
+        kernels = ", ".join(f"{kernel} {count}" for kernel, count in self.kernels.items())
+        why = "".join(f"; not at tp {ranks}: {reason}" for ranks, reason in self.failures[:1])
+        return f"{self.name}: tp {', '.join(map(str, self.ranks))} ({kernels}){why}"
+
+
+def by_server(outlooks: Sequence[Outlook]) -> list[Server]:
+    """Outlooks summed up for each server."""
+    found = []
+    for name in dict.fromkeys(one.server for one in outlooks):
+        mine = sorted((one for one in outlooks if one.server == name and one.known), key=lambda one: one.ranks)
+        good = [one for one in mine if not one.failures]
+        reasons: dict[str, int] = {}
+        for one in mine:
+            for line in one.failures:
+                reasons.setdefault(line, one.ranks)
+        failures = tuple((ranks, line) for line, ranks in reasons.items())
+        kernels = good[0].kernels if good else {}
+        found.append(Server(name, tuple(one.ranks for one in good), kernels, failures, bool(mine)))
+    return found
