@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sarqc.checkpoint.formats import FORMATS
+from sarqc.checkpoint.side_files import write_config
+from sarqc.checkpoint.writer import ShardWriter
 from sarqc.method.weight import QuantizedWeight
+from sarqc.spec import QuantSpec
 
 DTYPES = (
     torch.bfloat16,
@@ -95,3 +99,21 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 @pytest.fixture
 def bitwise() -> Callable[[Tensor, Tensor], bool]:
     return same_bits
+
+
+@pytest.fixture
+def quantized_folder(
+    tmp_path: Path, random_weight: Callable[..., QuantizedWeight]
+) -> tuple[Path, dict[str, QuantizedWeight]]:
+    """Two Linears (3 bits, asymmetric), a bias and a norm, in shards; returns the folder and the weights."""
+    packed, quant = FORMATS["compressed-tensors"], QuantSpec(3, 24, sym=False)
+    weights = {f"model.layers.0.mlp.experts.{i}.up_proj": random_weight(7 + i, 72, 3, 24, False) for i in range(2)}
+    folder = tmp_path / "quantized"
+    with ShardWriter(folder, shard_bytes=300) as writer:
+        for name, weight in weights.items():
+            for key, tensor in packed.pack(name, weight, quant).items():
+                writer.add(key, tensor)
+        writer.add("model.layers.0.mlp.experts.0.up_proj.bias", torch.arange(7.0))
+        writer.add("lm_head.weight", torch.ones(3, 4, dtype=torch.bfloat16))
+    write_config(folder, {"model_type": "x"}, packed.config(quant, ["lm_head"]))
+    return folder, weights

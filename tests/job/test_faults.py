@@ -87,22 +87,22 @@ def full_disk(case, number):
     recovered(case)
 
 
-@pytest.mark.fault("disk full while the plan is written")
+@pytest.mark.fault("a full disk while the plan is written")
 def test_disk_full_at_the_plan(case):
     full_disk(case, 1)
 
 
-@pytest.mark.fault("disk full while a block is saved")
+@pytest.mark.fault("a full disk while a block is saved")
 def test_disk_full_at_a_block(case):
     full_disk(case, 7)
 
 
-@pytest.mark.fault("disk full while hidden states are saved")
+@pytest.mark.fault("a full disk while hidden states are saved")
 def test_disk_full_at_hidden_states(case):
     full_disk(case, 5)
 
 
-@pytest.mark.fault("disk full while the checkpoint is written")
+@pytest.mark.fault("a full disk while the checkpoint is written")
 def test_disk_full_at_the_output(case):
     full_disk(case, 13)
 
@@ -117,7 +117,7 @@ def test_disk_too_small_from_the_start(case):
     recovered(case)
 
 
-@pytest.mark.fault("file size limit of the operating system")
+@pytest.mark.fault("a file size limit of the operating system")
 def test_file_size_limit(case):
     """The operating system itself refuses to let a file grow."""
 
@@ -130,7 +130,7 @@ def test_file_size_limit(case):
     recovered(case)
 
 
-@pytest.mark.fault("tmpfs of 16 MB that fills up")
+@pytest.mark.fault("a tmpfs of 16 MB that fills up")
 def test_small_tmpfs(case):
     """A file system of 16 MB that fills up while the run writes; needs the right to mount one."""
     disk = case.out.parent / "disk"
@@ -346,7 +346,7 @@ def test_interrupted_twice(case):
     recovered(case)
 
 
-@pytest.mark.fault("model truncated between two parts of a run")
+@pytest.mark.fault("a model truncated between two parts of a run")
 def test_model_changes_under_the_run(case):
     other = case.out.with_name("model")
     shutil.copytree(case.source, other)

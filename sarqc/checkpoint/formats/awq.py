@@ -27,10 +27,10 @@ from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
     check_weight,
-    collect_parts,
-    names_of,
+    group_size_of,
     say,
     strings,
+    whole_linears,
 )
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
@@ -104,16 +104,7 @@ class Awq:
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""
         _numbers(quantization)
-        every = set(names)
-        found = collect_parts(_PART, every)
-        for linear, parts in found.items():
-            if parts != _PARTS or f"{linear}.weight" in every:
-                also = ["weight"] if f"{linear}.weight" in every else []
-                raise CheckpointError(
-                    f"{linear!r} is stored as {', '.join(sorted(parts) + also)}, where AWQ has "
-                    f"{', '.join(sorted(_PARTS))}"
-                )
-        return {linear: names_of(linear, parts) for linear, parts in found.items()}
+        return whole_linears(_PART, names, lambda _: _PARTS, "AWQ has")
 
     def describe(
         self,
@@ -158,9 +149,7 @@ def _numbers(quantization: Mapping[str, Any]) -> tuple[int, bool]:
     zero_point = quantization.get("zero_point", True)
     if type(bits) is not int or bits != BITS or type(zero_point) is not bool:
         raise CheckpointError(f"AWQ weights with bits {bits!r}, zero_point {zero_point!r} are not read: bits 4 is")
-    if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise CheckpointError(f"group_size {group_size!r} is not read: use a number from 1 up, or -1")
-    return group_size, zero_point
+    return group_size_of(group_size), zero_point
 
 
 def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> DenseInfo:

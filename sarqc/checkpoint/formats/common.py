@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,18 +40,42 @@ def check_scale_dtype(linear: str, dtype: torch.dtype, accepted: tuple[torch.dty
         )
 
 
-def collect_parts(pattern: re.Pattern[str], names: Iterable[str]) -> dict[str, set[str]]:
-    """Linears and the last names of their tensors, sorted; `pattern` has the groups `linear` and `part`."""
+def whole_linears(
+    pattern: re.Pattern[str], names: Iterable[str], parts: Callable[[str], set[str]], whose: str
+) -> dict[str, tuple[str, ...]]:
+    """The quantized Linears among `names` and their tensors, sorted; `CheckpointError` for a set that is not whole.
+
+    pattern: of a packed tensor's name, with the groups `linear` and `part`. parts(linear): what belongs to one, and a
+    plain weight beside it does not. whose: says who asks for that, in the message.
+    """
+    every = set(names)
     found: dict[str, set[str]] = {}
-    for name in sorted(names):
+    for name in sorted(every):
         if match := pattern.fullmatch(name):
             found.setdefault(match["linear"], set()).add(match["part"])
-    return found
+    for linear, stored in found.items():
+        expected, plain = parts(linear), f"{linear}.weight" in every
+        if stored != expected or plain:
+            raise CheckpointError(
+                f"{linear!r} is stored as {', '.join([*sorted(stored), *['weight'] * plain])}, where {whose} "
+                f"{', '.join(sorted(expected))}"
+            )
+    return {linear: tuple(f"{linear}.{part}" for part in sorted(stored)) for linear, stored in found.items()}
 
 
-def names_of(linear: str, parts: Iterable[str]) -> tuple[str, ...]:
-    """Full names of the tensors of a Linear, sorted."""
-    return tuple(f"{linear}.{part}" for part in sorted(parts))
+def group_size_of(value: object) -> int:
+    """A config's group size, -1 for one group per row; `CheckpointError` for anything else."""
+    if type(value) is not int or (value != -1 and value < 1):
+        raise CheckpointError(f"group_size {value!r} is not read: use a number from 1 up, or -1")
+    return value
+
+
+def compiled(pattern: str, said: str) -> re.Pattern[str]:
+    """A config's regular expression; `CheckpointError` beginning with `said` for what is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{said} is no regular expression: {error}") from error
 
 
 def check_tensor(

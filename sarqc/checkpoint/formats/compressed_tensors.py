@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.formats.base import DenseInfo, TensorInfo
-from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, collect_parts, names_of, say, strings
+from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, say, strings, whole_linears
 from sarqc.checkpoint.formats.scheme import LAYOUT, Scheme, check_config, is_padded, scheme_of
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
@@ -127,17 +127,7 @@ class CompressedTensors:
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""
         check_config(quantization)
-        every = set(names)
-        found = collect_parts(_PART, every)
-        for linear, parts in found.items():
-            expected = _parts(scheme_of(linear, quantization))
-            if parts != expected or f"{linear}.weight" in every:
-                also = ["weight"] if f"{linear}.weight" in every else []
-                raise CheckpointError(
-                    f"{linear!r} is stored as {', '.join(sorted(parts) + also)}, where its config says "
-                    f"{', '.join(sorted(expected))}"
-                )
-        return {linear: names_of(linear, parts) for linear, parts in found.items()}
+        return whole_linears(_PART, names, lambda linear: _parts(scheme_of(linear, quantization)), "its config says")
 
     def describe(
         self,

@@ -30,9 +30,8 @@ from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
     check_weight,
-    collect_parts,
-    names_of,
     say,
+    whole_linears,
 )
 from sarqc.checkpoint.formats.gptq_scheme import (
     BITS,
@@ -135,17 +134,12 @@ class Gptq:
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""
         check_config(quantization)
-        every = set(names)
-        found = collect_parts(_PART, every)
-        for linear, parts in found.items():
-            scheme_of(linear, quantization)
-            if parts != _PARTS or f"{linear}.weight" in every:
-                also = ["weight"] if f"{linear}.weight" in every else []
-                raise CheckpointError(
-                    f"{linear!r} is stored as {', '.join(sorted(parts) + also)}, where GPTQ has "
-                    f"{', '.join(sorted(_PARTS))}"
-                )
-        return {linear: names_of(linear, parts) for linear, parts in found.items()}
+
+        def parts(linear: str) -> set[str]:
+            scheme_of(linear, quantization)  # a layer that its config leaves out is refused
+            return _PARTS
+
+        return whole_linears(_PART, names, parts, "GPTQ has")
 
     def describe(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sarqc.checkpoint.formats.common import compiled, group_size_of
 from sarqc.errors import CheckpointError
 
 BITS = (2, 3, 4, 8)
@@ -81,10 +82,7 @@ def _dynamic(quantization: Mapping[str, Any]) -> Iterator[tuple[re.Pattern[str],
     if not isinstance(rules, dict):
         raise CheckpointError(f"dynamic in quantization_config is {rules!r}, where an object is expected")
     for rule, numbers in rules.items():
-        try:
-            pattern = re.compile(rule.removeprefix("-:").removeprefix("+:"))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(f"{rule!r} under dynamic is no regular expression: {error}") from error
+        pattern = compiled(rule.removeprefix("-:").removeprefix("+:"), f"{rule!r} under dynamic")
         if not rule.startswith("-:") and not isinstance(numbers, dict):
             raise CheckpointError(f"{rule!r} under dynamic gives {numbers!r}, where an object is expected")
         yield pattern, None if rule.startswith("-:") else numbers
@@ -96,6 +94,4 @@ def _scheme(numbers: Mapping[str, Any], base: Mapping[str, Any]) -> Scheme:
     )
     if type(bits) is not int or bits not in BITS or type(sym) is not bool:
         raise CheckpointError(f"GPTQ weights with bits {bits!r}, sym {sym!r} are not read: bits 2, 3, 4 and 8 are")
-    if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise CheckpointError(f"group_size {group_size!r} is not read: use a number from 1 up, or -1")
-    return Scheme(bits, group_size, sym, version_of(base) == V2)
+    return Scheme(bits, group_size_of(group_size), sym, version_of(base) == V2)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sarqc.checkpoint.formats.common import compiled
 from sarqc.errors import CheckpointError
 
 LAYOUT = "pack-quantized"
@@ -97,10 +98,7 @@ def _rank(target: str, linear: str) -> int | None:
 
 
 def _pattern(target: str) -> re.Pattern[str]:
-    try:
-        return re.compile(target.removeprefix("re:"))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"target {target!r} in quantization_config is no regular expression: {error}") from error
+    return compiled(target.removeprefix("re:"), f"target {target!r} in quantization_config")
 
 
 def _scheme(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> Scheme:
