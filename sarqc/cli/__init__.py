@@ -72,7 +72,7 @@ def _run() -> int:
     from sarqc.errors import Interrupted, SarqcError
 
     try:
-        code = int(app(standalone_mode=False) or 0)
+        code = int(app(prog_name="sarqc", standalone_mode=False) or 0)
         sys.stdout.flush()
         return code
     except Interrupted as error:

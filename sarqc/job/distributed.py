@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
 from sarqc.job.fingerprint import first_difference
@@ -84,8 +85,8 @@ def joined(device: str, *, ordered: bool) -> Iterator[tuple[Group, str]]:
     gpu = device.startswith("cuda")
     with ExitStack() as stack:
         try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
-            stack.enter_context(beating(dist.PrefixStore("heartbeat", store.clone()), rank, size))
+            store, rank, size = next(rendezvous("env://", timeout=MEETING))
+            stack.enter_context(beating(store.clone(), rank, size))
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:

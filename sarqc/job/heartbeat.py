@@ -57,12 +57,12 @@ class Heart:
     def beat(self) -> None:
         """One sign of life, and a look at the others'; waits for as long as the store does not answer."""
         if self.answers == 0:
-            self._store.set(f"name {self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
-        self._store.add(f"beat {self.rank}", 1)
+            self._store.set(f"sarqc name {self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        self._store.add(f"sarqc beat {self.rank}", 1)
         for other in self.heard:
-            self.heard[other] = self._store.add(f"beat {other}", 0)
+            self.heard[other] = self._store.add(f"sarqc beat {other}", 0)
             if self.heard[other] and other not in self.names:
-                self.names[other] = self._store.get(f"name {other}").decode()
+                self.names[other] = self._store.get(f"sarqc name {other}").decode()
         self.answers += 1
 
 

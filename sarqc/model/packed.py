@@ -86,15 +86,16 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `.to`, `.cuda` and `.float` come down to."""
+        move: Callable[[Callable[[Tensor], Tensor], bool], Any] = super()._apply
         wanted, grid = fn(self.activations), fn(self.scales.new_empty(0))
         moved = wanted.device != self.words.device
         cast = wanted.dtype != self.activations.dtype or grid.dtype != self.scales.dtype
         if not (moved or cast) or wanted.is_meta or self.words.is_meta:
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return move(fn, recurse)
         weight = self.weight()
         for name in ("words", "scales", "zeros"):
             self._buffers[name] = None  # so that nothing is moved or cast that is laid out anew
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        move(fn, recurse)
         self.fill(weight, wanted.device, wanted.dtype)
         return self
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +109,7 @@ def refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
         (("--device", "cuda:7"), ("cuda:7",)),
         (("--calib", "nowhere.txt"), ("nowhere.txt",)),
         (("--num-samples", 100000), ("100000",)),
-        (("--seqlen", 1000000), ("too short", "1000000")),
+        (("--seqlen", 1000000), ("256 positions", "1000000")),
         (("--config", "nowhere.yaml"), ("nowhere.yaml",)),
     ],
 )
@@ -145,6 +147,43 @@ def test_bad_models_and_texts_are_one_line(source, quantized, tmp_path):
     refused(sarqc("inspect", source), "not quantized")
     refused(sarqc("eval", source, "--text", empty), "empty")
     refused(sarqc("generate", source, "--prompt", ""), "prompt")
+
+
+def unread() -> int:
+    """The writing end of a pipe that nobody reads any more, as in `sarqc ... | true`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@pytest.mark.fault("nobody reads what is printed, or its disk is full")
+def test_who_stops_reading_ends_no_run(source, quantized, tmp_path, outcomes):
+    command = [sys.executable, "-m", "sarqc"]
+    shown = subprocess.run(
+        [*command, "inspect", quantized, "--json"], stdout=unread(), stderr=subprocess.PIPE, text=True
+    )
+    assert (shown.returncode, shown.stderr) == (128 + signal.SIGPIPE, "")
+    out = tmp_path / "out"
+    for stderr in (unread(), os.open("/dev/full", os.O_WRONLY)):
+        done = subprocess.run([*command, "quantize", source, "-o", out, "--overwrite", *RUN], stderr=stderr)
+        outcomes.recovered(
+            (done.returncode, (out / "model.safetensors").read_bytes()),
+            (0, (quantized / "model.safetensors").read_bytes()),
+        )
+
+
+@pytest.mark.fault("nobody reads what is printed, or its disk is full")
+def test_a_full_disk_under_the_output_is_one_line(quantized, outcomes):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sarqc", "inspect", quantized, "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and "standard output cannot be used: No space left on device" in line
+    outcomes.clear_error(line)
 
 
 PRESS = """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import random
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from benchmarks.quality.moefication import EXPERTS, moefy
 from sarqc.model.calibration import windows
 from sarqc.model.packaged import smollm2_folder
 from sarqc.model.tokenizer import load_tokenizer
+from tests.support.killing import KILLS, contents, kill_again_and_again
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,3 +77,18 @@ def test_a_mixture_with_real_weights_goes_there_and_back(mixture, tmp_path):
     tokens = windows("builtin", load_tokenizer(mixture), part="evaluation", seqlen=64).last(2).tokens
     with torch.inference_mode():
         assert torch.equal(theirs(tokens, use_cache=False).logits, output_of(result.out, tokens, "bfloat16"))
+
+
+@pytest.mark.fault("SIGKILL at a random time, real weights")
+def test_kills_of_a_run_on_real_weights_lose_nothing(shallow, tmp_path, outcomes):
+    """Moments over the whole of a run: from its first second to a little beyond its last."""
+    run = {"model": shallow, "method": "gptq", "group_size": 64, "num_samples": 4, "seqlen": 64}
+    began = time.monotonic()
+    sarqc.quantize(**run, out=tmp_path / "straight")
+    took, chosen = time.monotonic() - began, random.Random(2)
+    expected = contents(tmp_path / "straight")
+    place = tmp_path / "killed"
+    place.mkdir()
+    kill_again_and_again(
+        run, expected, place, outcomes, KILLS // 2, lambda: {"kill_after": chosen.uniform(0, 1.1 * took)}
+    )

@@ -110,6 +110,11 @@ def test_lines_of_a_pipe_are_answered_one_by_one(folder, loaded, monkeypatch, ca
     assert "/what is no command" in " ".join(shown.err.split())
 
 
+def test_bytes_that_are_no_text_are_answered_too(folder, monkeypatch, capsys):
+    piped = io.TextIOWrapper(io.BytesIO(b"The \xff\xfe garden\n"), encoding="utf-8")
+    assert run(folder, monkeypatch, capsys, piped).out.strip()
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

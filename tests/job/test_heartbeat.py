@@ -172,5 +172,5 @@ def test_work_in_torch_lets_the_heart_beat(quick):
         began = time.monotonic()
         while time.monotonic() - began < 1:
             torch.linalg.cholesky(matrix)
-        beats = store.kept["beat 0"]
+        beats = store.kept["sarqc beat 0"]
     assert beats >= 3

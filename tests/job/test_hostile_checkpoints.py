@@ -10,8 +10,6 @@ import json
 import random
 import shutil
 import struct
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sarqc
-from sarqc import cli
 from sarqc.checkpoint.headers import read_header
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.writer import ShardWriter
@@ -92,32 +89,6 @@ def models(tmp_path_factory) -> dict[str, Path]:
     for format in ("gptq", "awq"):
         found[format] = convert(whole, base / format, format=format).out
     return found
-
-
-@pytest.fixture
-def door(monkeypatch, capsys, outcomes) -> Callable[..., tuple[int, str]]:
-    """door(command, ...) -> exit code and the last line on stderr; what is no SarqcError comes out as it is.
-
-    Counted as an outcome: a refusal (2), problems that `verify` found (1), the command's result (0).
-    """
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["sarqc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        lines = said.err.strip().splitlines()
-        last = lines[-1] if lines else ""
-        assert ended.value.code in (0, 1, 2)
-        assert ended.value.code != 2 or last.startswith("sarqc: "), last
-        assert "Traceback" not in last and "\x1b" not in last
-        if ended.value.code:
-            outcomes.clear_error(last if ended.value.code == 2 else said.out.splitlines()[0])
-        else:
-            outcomes.still_valid()
-        return int(ended.value.code), last
-
-    return run
 
 
 def names(folder: Path) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 
@@ -11,9 +10,8 @@ import pytest
 import sarqc
 from sarqc.job.work import default_work
 from tests.support import tiny
-from tests.support.killing import count_operations, in_child
+from tests.support.killing import KILLS, contents, count_operations, in_child, kill_again_and_again, leftovers
 
-KILLS = int(os.environ.get("SARQC_KILLS", "10"))
 SETTINGS = {"num_samples": 2, "seqlen": 32, "group_size": 32}
 
 
@@ -29,46 +27,20 @@ def straight(tmp_path_factory):
     return run, contents(folder / "out"), operations
 
 
-def contents(folder):
-    """Bytes of every file but the reports, whose times differ."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.stem != "report"}
-
-
-def leftovers(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != "out")
-
-
-def kill_again_and_again(straight, place, outcomes, kills, moment):
-    """Kill a run so many times, and let it go on each time; `moment()` says when. Kills that came too late, after the
-    end of a run, count for nothing, and the next one begins anew."""
-    run, expected, _ = straight
-    out = place / "out"
-    killed = struck = 0
-    while killed < kills:
-        code = in_child(lambda: sarqc.quantize(**run, out=out), **moment())
-        assert code in (0, -9)
-        killed, struck = killed + (code == -9), struck + (code == -9)
-        if out.exists():
-            outcomes.recovered(contents(out), expected, trials=struck)
-            shutil.rmtree(out)
-            struck = 0
-    sarqc.quantize(**run, out=out)
-    outcomes.recovered(contents(out), expected, trials=struck)
-    assert leftovers(place) == []
-
-
 @pytest.mark.fault("SIGKILL before a file operation")
 def test_kills_at_any_file_operation_lose_nothing(straight, tmp_path, outcomes):
-    chosen, operations = random.Random(f"kills {sorted(straight[1])}"), straight[2]
+    run, expected, operations = straight
+    chosen = random.Random(f"kills {sorted(expected)}")
     moment = lambda: {"kill_at": chosen.randint(1, operations)}  # noqa: E731
-    kill_again_and_again(straight, tmp_path, outcomes, KILLS // 2, moment)
+    kill_again_and_again(run, expected, tmp_path, outcomes, KILLS // 2, moment)
 
 
 @pytest.mark.fault("SIGKILL at a random time")
 def test_kills_at_any_time_lose_nothing(straight, tmp_path, outcomes):
+    run, expected, _ = straight
     chosen = random.Random(1)
     moment = lambda: {"kill_after": chosen.uniform(0.0, 1.0)}  # noqa: E731
-    kill_again_and_again(straight, tmp_path, outcomes, KILLS - KILLS // 2, moment)
+    kill_again_and_again(run, expected, tmp_path, outcomes, KILLS - KILLS // 2, moment)
 
 
 @pytest.mark.fault("SIGKILL while an old output is replaced")
@@ -101,3 +73,21 @@ def test_the_work_folder_is_always_one_that_goes_on(straight, tmp_path):
     assert default_work(out).is_dir()
     sarqc.quantize(**run, out=out)
     assert contents(out) == expected
+
+
+@pytest.mark.fault("SIGKILL while a kept run is exported")
+def test_a_kill_while_a_kept_run_is_exported(straight, tmp_path, outcomes):
+    """The work folder outlives it, and the next try clears away what the last one left."""
+    run, expected, _ = straight
+    work, out = tmp_path / "work", tmp_path / "out"
+    sarqc.quantize(**run, out=out, work=work, keep_work=True)
+    shutil.rmtree(out)
+    kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file() and path.name != "lock"}
+    operations = count_operations(lambda: sarqc.export(work, tmp_path / "counted"))
+    shutil.rmtree(tmp_path / "counted")
+    for kill_at in (operations // 3, operations // 2, operations - 8):
+        assert in_child(lambda: sarqc.export(work, out), kill_at=kill_at) == -9
+        assert not out.exists() and {path: path.read_bytes() for path in kept} == kept
+    sarqc.export(work, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "work"]
+    outcomes.recovered(contents(out), expected, trials=3)

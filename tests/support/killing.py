@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import sarqc
+from tests.support.faults import Outcomes
+
+KILLS = int(os.environ.get("SARQC_KILLS", "10"))
 FILES = (io.FileIO, io.BufferedWriter, io.TextIOWrapper)
 
 
@@ -72,3 +78,40 @@ def count_operations(action: Callable[[], object]) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file but the reports, whose times differ."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.stem != "report"}
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What lies beside the output."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "out")
+
+
+def kill_again_and_again(
+    run: dict[str, Any],
+    expected: dict[str, bytes],
+    place: Path,
+    outcomes: Outcomes,
+    kills: int,
+    moment: Callable[[], dict[str, Any]],
+) -> None:
+    """Kill a run so many times, and let it go on each time; `moment()` says when, as `in_child` takes it.
+
+    A kill that came too late, after the end of a run, counts for nothing; the next one strikes a new run.
+    """
+    out = place / "out"
+    killed = struck = 0
+    while killed < kills:
+        code = in_child(lambda: sarqc.quantize(**run, out=out), **moment())
+        assert code in (0, -9)
+        killed, struck = killed + (code == -9), struck + (code == -9)
+        if out.exists():
+            outcomes.recovered(contents(out), expected, trials=struck)
+            shutil.rmtree(out)
+            struck = 0
+    sarqc.quantize(**run, out=out)
+    outcomes.recovered(contents(out), expected, trials=struck)
+    assert leftovers(place) == []

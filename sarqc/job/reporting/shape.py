@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from sarqc.errors import CheckpointError
 
@@ -34,12 +34,12 @@ def check(report: Mapping[str, Any], where: str) -> None:
         _fields(report["calibration"], _CALIBRATION, f"{where}: calibration")
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _positive(value: object) -> bool:
-    return _number(value) and value > 0  # type: ignore[operator]
+    return _number(value) and value > 0
 
 
 def _string(value: object) -> bool:
