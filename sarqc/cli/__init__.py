@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 import typer
+from typer.main import get_command
 
 from sarqc.cli.chat import chat
 from sarqc.cli.compare import compare
@@ -71,10 +72,16 @@ def _run() -> int:
     """The exit code of the command in `sys.argv`: what it says, or that of what ended it."""
     from sarqc.errors import Interrupted, SarqcError
 
+    command = get_command(app)
     try:
-        code = int(app(prog_name="sarqc", standalone_mode=False) or 0)
+        with command.make_context("sarqc", sys.argv[1:]) as context:
+            command.invoke(context)
         sys.stdout.flush()
-        return code
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
+    except KeyboardInterrupt:
+        return 130
     except Interrupted as error:
         return _said(str(error), 130)
     except SarqcError as error:
