@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -205,9 +204,14 @@ def test_other_refusals(deep, tmp_path):
         compare(deep, tmp_path / "bad", methods=("rtn",), **HOW)
 
 
-def test_other_checkpoints_are_written_in_one_word():
-    assert Other.parsed("AWQ:4:64:16:0=a/b=c") == Other("AWQ", 4, 64, 16, 0, Path("a/b=c"))
-    assert Other.parsed("RTN:4:64::=x") == Other("RTN", 4, 64, None, None, Path("x"))
+def test_other_checkpoints_are_written_in_one_word(tmp_path):
+    folder = tmp_path / "b=c"
+    with pytest.raises(ArgumentError, match="is no folder of a checkpoint"):
+        Other.parsed(f"AWQ:4:64:16:0={folder}")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert Other.parsed(f"AWQ:4:64:16:0={folder}") == Other("AWQ", 4, 64, 16, 0, folder)
+    assert Other.parsed(f"RTN:4:64::={folder}") == Other("RTN", 4, 64, None, None, folder)
     for said in ("AWQ", "AWQ:four:64:16:0=x", "AWQ:4:64:16=x", "AWQ:4:64:16:0:9=x"):
         with pytest.raises(ArgumentError, match="METHOD:BITS:GROUP"):
             Other.parsed(said)
