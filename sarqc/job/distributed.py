@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from torch import Tensor
 from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
 from sarqc.job.fingerprint import first_difference
 from sarqc.job.watcher import Silent, Watcher
+from sarqc.method.parts import Parts
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.blocks import Start
 from sarqc.model.group import ALONE, Group
@@ -38,11 +38,6 @@ _Value = TypeVar("_Value")
 def world() -> int:
     """Ranks of this run, as torchrun says; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def ranks_here() -> int:
-    """How many of them are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def leads() -> bool:
@@ -109,18 +104,22 @@ class Ranks:
         self._talk(lambda: dist.all_gather_object(found, value))
         return found
 
-    def collect(self, part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Parts of all ranks on rank 0, a row at a time: as one message they could be too long."""
+    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Rows of all ranks on rank 0, one message each."""
         if self.rank > 0:
-            for row in part:
+            for row in rows:
                 self._send(row, 0)
-            return []
-        parts = [part]
-        for rank in range(1, self.size):
-            parts.append(torch.empty(lengths[rank], *part.shape[1:], dtype=part.dtype, device=part.device))
-            for row in parts[rank]:
-                self._receive_(row, rank)
-        return parts
+            return
+        owners = {number: rank for rank, place in enumerate(places) for number in place.tolist()}
+        row = torch.empty(0)
+        for number in sorted(owners):  # the first is ours, as `sharing.deal` has it
+            if owners[number] == 0:
+                row = next(rows)
+                yield row
+            else:
+                received = torch.empty_like(row)
+                self._receive_(received, owners[number])
+                yield received
 
     def _send(self, tensor: Tensor, to: int) -> None:
         self._talk(lambda: dist.send(_raw(tensor), to))
@@ -188,16 +187,22 @@ def start_everywhere(group: Group, start: Start | None) -> Start:
     told = None if start is None else (start.block, _shape(start.hidden), start.strengths)
     found = group.gather(told)[0]
     assert found is not None
-    block, shape, strengths = found
-    hidden = None if start is None else start.hidden
-    if shape is not None:
-        hidden = torch.empty(shape[0], dtype=shape[1]) if hidden is None else hidden
-        group.spread_([hidden], 0)
+    block, kind, strengths = found
+
+    def each() -> Iterator[Tensor]:
+        shape, dtype = kind
+        here = start.hidden.rows() if start and start.hidden else None
+        for _ in range(shape[0]):
+            row = next(here) if here else torch.empty(shape[1:], dtype=dtype)
+            group.spread_([row], 0)
+            yield row[None]
+
+    hidden = Parts(*kind, each) if kind else None
 
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(group, start.stored(index) if start else ({}, {}))
 
-    return replace(start, stored=stored) if start else Start(block, hidden, stored, strengths)
+    return Start(block, hidden, stored, start.strengths if start else strengths)
 
 
 def _stored_everywhere(group: Group, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:
@@ -220,5 +225,5 @@ def _stored_everywhere(group: Group, stored: tuple[Weights, dict[str, Tensor]]) 
     return weights, changed
 
 
-def _shape(tensor: Tensor | None) -> Any:
+def _shape(tensor: Tensor | Parts | None) -> Any:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype)

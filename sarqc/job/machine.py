@@ -1,0 +1,19 @@
+"""What this machine has for this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or less in a container."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(found, int(text)) if text.isdigit() else found
+
+
+def ranks_here() -> int:
+    """How many ranks of a run are on this machine, as torchrun says; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
