@@ -125,7 +125,7 @@ def run(
     target = torch.device(device)
     ahead = Ahead(source) if read_ahead else None
     source = ahead or source
-    solving = Solving(skeleton, source, quant, solve, start.strengths, group)
+    solving = Solving(skeleton, source, quant, solve, target, start.strengths, group)
     work = _Work(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group, ahead)
     with ahead or nullcontext():
         states = _enter(work, tokens, start, micro_batch, folds, room) if solve.gram else None

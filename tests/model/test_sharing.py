@@ -53,7 +53,7 @@ def test_the_dearest_go_first_to_whoever_has_least():
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([8, 64, 96])), min_size=1, max_size=6), st.integers(1, 8))
 def test_pieces_are_all_experts_once(shapes, size):
     shares = [Share(site(f"s{n}", experts, 16, k), 0, experts) for n, (experts, k) in enumerate(shapes)]
-    found = pieces(shares, size)
+    found = pieces(shares, size, torch.device("cpu"), gram=True)
     for number, share in enumerate(shares):
         own = [piece.share for piece in found if piece.number == number]
         assert [e for piece in own for e in range(piece.first, piece.stop)] == list(range(share.stop))
@@ -66,7 +66,7 @@ def test_pieces_are_all_experts_once(shapes, size):
 def test_many_like_experts_are_shared_evenly():
     share = Share(site("experts", 128, 64, 96), 0, 128)
     loads = [0] * 8
-    for piece in pieces([share], 8):
+    for piece in pieces([share], 8, torch.device("cpu"), gram=True):
         loads[piece.owner] += piece.share.stop - piece.share.first
     assert loads == [16] * 8
 

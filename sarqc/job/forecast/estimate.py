@@ -101,7 +101,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             solve += site.experts * (site.in_features**3 + 2.0 * rows * site.in_features**2)
             columns += site.in_features
             passed += PASSES * site.experts * rows * site.in_features
-        busiest = _busiest(sites, ranks)
+        busiest = _busiest(sites, ranks, plan.device, windows > 0)
         calls = CALLS * batches * latency
         if windows:
             spent["observe"] += (forward + grams) / rate + calls
@@ -116,10 +116,10 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     return Time(spent, basis)
 
 
-def _busiest(sites: list[Site], ranks: int) -> float:
+def _busiest(sites: list[Site], ranks: int, device: torch.device, gram: bool) -> float:
     """Share of the solving of a block that falls to the rank that has most of it."""
     loads = [0.0] * ranks
-    for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks):
+    for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks, device, gram=gram):
         loads[piece.owner] += cost(piece.share)
     return max(loads) / max(sum(loads), 1.0)
 

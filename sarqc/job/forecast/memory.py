@@ -15,6 +15,7 @@ from sarqc.job.plan import Plan
 from sarqc.job.reporting.report import peak_memory_mib
 from sarqc.method.held_out import EXPERTS, TRIAL_BYTES
 from sarqc.model.passes import gram_bytes, passes
+from sarqc.model.sharing import pieces, solving_bytes
 from sarqc.model.sites import Share, Site
 from sarqc.model.targets import Target
 from sarqc.spec import AUTO
@@ -114,20 +115,19 @@ def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
     """Bytes of the Grams that are held at once, and of solving the largest share beside them."""
     portions = list(passes(sites, folds, plan.settings.gram_budget, plan.solve))
     grams = max((sum(gram_bytes(share, folds, plan.solve) for share in shares) for shares in portions), default=0)
-    solving = max((_solving(share, folds > 0, folds > 1) for shares in portions for share in shares), default=0)
-    return grams, solving
+    solved = [piece.share for shares in portions for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
+    solving = max((solving_bytes(share, folds > 0) for share in solved), default=0)
+    choosing = max((_choosing(share) for shares in portions for share in shares), default=0) if folds > 1 else 0
+    return grams, max(solving, choosing)
 
 
-def _solving(share: Share, gram: bool, choosing: bool) -> int:
-    """Bytes that solving one share of a site takes beside its block and its Grams.
-
-    Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
-    its workspace) and four of the weight's; where a strength is chosen, up to three trials go through that together.
-    """
-    count, one = share.stop - share.first, 4 * share.site.in_features**2 if gram else 0
-    solved = count * (5 * one + 16 * sum(out for _, _, out in share.site.slabs) * share.site.in_features)
+def _choosing(share: Share) -> int:
+    """Bytes that choosing a share's strength takes: up to three trials of some experts go through what solving takes,
+    together, beside the share's weight."""
+    count, one = share.stop - share.first, 4 * share.site.in_features**2
     held = min(count, EXPERTS) * one
-    return max(solved, 4 * held + 5 * min(3 * held, max(held, TRIAL_BYTES))) if choosing else solved
+    weight = 4 * count * share.site.in_features * sum(rows for _, _, rows in share.site.slabs)
+    return weight + 4 * held + 5 * min(3 * held, max(held, TRIAL_BYTES))
 
 
 def _flow(plan: Plan, members: list[Target]) -> int:
