@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -17,3 +18,11 @@ def host_memory() -> int:
 def ranks_here() -> int:
     """How many ranks of a run are on this machine, as torchrun says; 1 without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can be asked to: glibc keeps tensors of a few MB for later,
+    and in pieces between what is still in use they are of little use to anyone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

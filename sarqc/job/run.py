@@ -25,6 +25,7 @@ from sarqc.job.export import Result, write_checkpoint
 from sarqc.job.fingerprint import fingerprint
 from sarqc.job.forecast import preflight
 from sarqc.job.forecast.memory import look
+from sarqc.job.machine import give_back
 from sarqc.job.plan import Plan, Settings, make_plan, read_windows
 from sarqc.job.watcher import Silent, Watcher
 from sarqc.job.work import Work, begin, default_work
@@ -234,6 +235,7 @@ class _Run:
                     work.save(result, now - began)
                 elif result.leaving:
                     deque(result.leaving.each(), maxlen=0)  # they go to rank 0, which saves them
+                give_back()
                 began = now
                 for note in result.notes:
                     self.watcher.note(note)
