@@ -21,7 +21,7 @@ def ranks_here() -> int:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can be asked to: glibc keeps tensors of a few MB for later,
+    """Return freed memory to the system, where the C library can be asked to: glibc keeps tensors of some MB for later,
     and in pieces between what is still in use they are of little use to anyone."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

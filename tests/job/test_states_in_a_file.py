@@ -140,9 +140,7 @@ def test_ranks_keep_their_own_states_in_files_of_their_own(source, straight, tmp
             sarqc.quantize(source, out, ordered=True, state_budget=0, watcher=Stopping(1), **SMALL)
 
     assert in_ranks(4, stopped, tmp_path / "log") == [(0, "")] * 4
-    ended = in_ranks(
-        2, lambda _: sarqc.quantize(source, out, ordered=True, state_budget=0, **SMALL), tmp_path / "log2"
-    )
+    ended = in_ranks(2, lambda _: sarqc.quantize(source, out, ordered=True, state_budget=0, **SMALL), tmp_path / "log2")
     assert ended == [(0, "")] * 2
     assert contents(out) == straight
     assert not default_work(out).exists() and len(list(tmp_path.iterdir())) == 3
