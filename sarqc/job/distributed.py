@@ -197,7 +197,7 @@ def start_everywhere(group: Group, start: Start | None) -> Start:
             group.spread_([row], 0)
             yield row[None]
 
-    hidden = Parts(*kind, each) if kind else None
+    hidden = Parts(kind[0], kind[1], each) if kind else None
 
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(group, start.stored(index) if start else ({}, {}))
