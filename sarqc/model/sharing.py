@@ -90,7 +90,8 @@ def pieces(shares: Sequence[Share], size: int, device: torch.device, *, gram: bo
     for number, share in enumerate(shares):
         count = share.stop - share.first
         due = round(cost(share) / least) if size > 1 else 1
-        parts = min(count, max(1, due, -(-solving_bytes(share, gram) // SOLVE_BYTES[device.type])))
+        fitting = max(1, SOLVE_BYTES[device.type] * count // solving_bytes(share, gram))
+        parts = min(count, max(1, due, -(-count // fitting)))
         edges = [share.first + part * count // parts for part in range(parts + 1)]
         found += [(number, Share(share.site, first, stop)) for first, stop in pairwise(edges)]
     owners = share_out([cost(share) for _, share in found], size)
