@@ -22,7 +22,7 @@ from torch import Tensor
 from sarqc.checkpoint.files import parse_json, write_all
 from sarqc.checkpoint.headers import Entry, bytes_of, make_header
 from sarqc.checkpoint.shards import Shard
-from sarqc.errors import CheckpointError, ResourceError
+from sarqc.errors import CheckpointError, ResourceError, SarqcError
 from sarqc.method.parts import Parts
 
 _RECORD, _SUMS, _SEAL = "record", "sums", "seal"
@@ -142,9 +142,11 @@ def durable(path: Path) -> Iterator[Path]:
             os.fsync(folder)  # the new name, too, has to outlive a power cut
         finally:
             os.close(folder)
-    except OSError as error:
+    except (OSError, SarqcError) as error:  # of the disk, or of whoever hands the pieces on
         with suppress(OSError):  # the first error is the one to report
             partial.unlink(missing_ok=True)
+        if isinstance(error, SarqcError):
+            raise
         raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
