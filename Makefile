@@ -3,7 +3,8 @@
 # make quality   methods side by side on the packaged model: the small setting of the quality table (minutes)
 # make lint   format, lint, types
 # make docs   the site, from the pages in docs/ and the docstrings, into site/; a broken link is an error
-# make soak   kill a run at 60 random moments and let it go on each time (minutes)
+# make soak   kill a run at 60 random moments and let it go on each time; quantize a random model of 8 GB under 3 GB of
+#             memory, twice (an hour and 14 GB of disk)
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
@@ -34,6 +35,7 @@ docs: $(DOCS_READY)
 
 soak: $(READY)
 	SARQC_KILLS=60 $(BIN)/python -m pytest tests/job/test_killed.py
+	SARQC_LARGE=1 $(BIN)/python -m pytest tests/e2e/test_large.py
 
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0

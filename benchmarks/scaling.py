@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from sarqc.job.forecast.estimate import sizes
@@ -128,7 +129,8 @@ def _rows(site: Site) -> int:
 
 def _busiest(sites: list[Site], ranks: int) -> float:
     loads = [0.0] * ranks
-    for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks):
+    shares = [Share(site, 0, site.experts) for site in sites]
+    for piece in pieces(shares, ranks, torch.device("cuda"), gram=True):
         loads[piece.owner] += cost(piece.share)
     return max(loads) / sum(loads)
 

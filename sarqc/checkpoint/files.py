@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -112,3 +113,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         with suppress(OSError):  # the first error is the one to report
             partial.unlink()
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_all(file: FileIO, view: memoryview) -> None:
+    """Writes all of `view`: one call takes 2 GB at most, and less where the disk is nearly full."""
+    while view:
+        view = view[file.write(view) :]

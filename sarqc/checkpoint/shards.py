@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -15,6 +16,7 @@ from sarqc.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PART = 16_000_000
 
 
 class Shard:
@@ -32,20 +34,37 @@ class Shard:
     def load(self, name: str) -> Tensor:
         """Tensor `name` on the CPU, bit for bit as on disk; safe to call from several threads."""
         entry = self.entries[name]
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        return self._read(name, entry.begin, entry.nbytes).view(entry.dtype).view(entry.shape)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The same in pieces along its first dimension of about 16 MB; a tensor without dimensions is one piece."""
+        entry = self.entries[name]
+        if not entry.nbytes or not entry.shape:
+            yield self.load(name)
+            return
+        row = entry.nbytes // entry.shape[0]
+        step = max(1, _PART // row)
+        for first in range(0, entry.shape[0], step):
+            count = min(step, entry.shape[0] - first)
+            data = self._read(name, entry.begin + first * row, count * row)
+            yield data.view(entry.dtype).view(count, *entry.shape[1:])
+
+    def _read(self, name: str, begin: int, count: int) -> Tensor:
+        """Bytes of the file, uint8 [count], in memory of their own."""
+        data = torch.empty(count, dtype=torch.uint8)
         view = data.numpy().data
         filled = 0
         try:
             with self._lock:
-                self._file.seek(entry.begin)
-                while filled < entry.nbytes:  # one read gives at most 2 GB
-                    count = self._file.readinto(view[filled:])
-                    if not count:
+                self._file.seek(begin)
+                while filled < count:  # one read gives at most 2 GB
+                    found = self._file.readinto(view[filled:])
+                    if not found:
                         raise CheckpointError(f"{self.path} ended inside tensor {name!r}: it changed while it was read")
-                    filled += count
+                    filled += found
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read at tensor {name!r}: {error.strerror}") from error
-        return data.view(entry.dtype).view(entry.shape)
+        return data
 
     def close(self) -> None:
         """Closes the file; no tensor can be read afterwards."""

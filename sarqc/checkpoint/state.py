@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sarqc.checkpoint.files import parse_json
+from sarqc.checkpoint.files import parse_json, write_all
 from sarqc.checkpoint.headers import Entry, bytes_of, make_header
 from sarqc.checkpoint.shards import Shard
-from sarqc.errors import CheckpointError, ResourceError
+from sarqc.errors import CheckpointError, ResourceError, SarqcError
+from sarqc.method.parts import Parts
 
 _RECORD, _SUMS, _SEAL = "record", "sums", "seal"
 PARTIAL = ".partial"
@@ -54,14 +56,33 @@ class State:
     def load(self, name: str) -> Tensor:
         """Tensor `name` on the CPU; `CheckpointError` where it is not what was written."""
         tensor = self._shard.load(name)
-        if _tensor_sum(tensor) != self._sums[name]:
-            raise CheckpointError(f"{self.path} is damaged: tensor {name!r} does not match its sum")
+        digest = _digest(tensor.dtype, tensor.shape)
+        digest.update(bytes_of(tensor))
+        self._compare(name, digest.hexdigest())
         return tensor
 
+    def parts(self, name: str) -> Parts:
+        """Tensor `name` piece by piece; behind the last one, `CheckpointError` where it is not what was written."""
+        entry = self._shard.entries[name]
+
+        def each() -> Iterator[Tensor]:
+            digest = _digest(entry.dtype, entry.shape)
+            for part in self._shard.parts(name):
+                digest.update(bytes_of(part))
+                yield part
+            self._compare(name, digest.hexdigest())
+
+        return Parts(entry.shape, entry.dtype, each)
+
     def check(self) -> None:
-        """Read everything once."""
+        """Read everything once, and keep nothing of it."""
         for name in self._sums:
-            self.load(name)
+            for _ in self.parts(name).each():
+                pass
+
+    def _compare(self, name: str, found: str) -> None:
+        if found != self._sums[name]:
+            raise CheckpointError(f"{self.path} is damaged: tensor {name!r} does not match its sum")
 
     def close(self) -> None:
         """Close the file."""
@@ -78,20 +99,34 @@ def open_state(path: Path) -> Iterator[State]:
         state.close()
 
 
-def write_state(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def write_state(path: Path, tensors: Mapping[str, Tensor | Parts], record: Mapping[str, Any]) -> None:
     """Write `tensors` (any device and strides) and `record` (JSON values) to `path`, replacing what is there.
 
-    On disk when this returns. `ResourceError` where the disk fails or is full; what was at `path` before is then still
-    there.
+    Each tensor is gone through once, piece by piece where it comes in pieces. On disk when this returns.
+    `ResourceError` where the disk fails or is full; what was at `path` before is then still there.
     """
-    entries = {name: Entry(tensor.dtype, tuple(tensor.shape), 0) for name, tensor in tensors.items()}
+    whole = {name: given if isinstance(given, Parts) else Parts.of(given) for name, given in tensors.items()}
+    entries = {name: Entry(one.dtype, one.shape, 0) for name, one in whole.items()}
     text = json.dumps(record, sort_keys=True, allow_nan=False)
-    sums = json.dumps({name: _tensor_sum(tensor) for name, tensor in tensors.items()}, sort_keys=True)
-    header, order = make_header(entries, {_RECORD: text, _SUMS: sums, _SEAL: _sha256((text + sums).encode())})
+
+    def header(sums: Mapping[str, str]) -> tuple[bytes, list[str]]:
+        said = json.dumps(sums, sort_keys=True)
+        return make_header(entries, {_RECORD: text, _SUMS: said, _SEAL: _sha256((text + said).encode())})
+
+    # Sums stand in front of what they are of and are known behind it: they are filled in last, and are of one length.
+    blank, order = header(dict.fromkeys(whole, "0" * 64))
+    sums = {}
     with durable(path) as partial, partial.open("wb", buffering=0) as file:
-        for view in (memoryview(header), *(bytes_of(tensors[name]) for name in order)):
-            while view:  # one call takes 2 GB at most, and less where the disk is nearly full
-                view = view[file.write(view) :]
+        write_all(file, memoryview(blank))
+        for name in order:
+            digest = _digest(whole[name].dtype, whole[name].shape)
+            for part in whole[name].each():
+                view = bytes_of(part)
+                digest.update(view)
+                write_all(file, view)
+            sums[name] = digest.hexdigest()
+        file.seek(0)
+        write_all(file, memoryview(header(sums)[0]))
         os.fsync(file.fileno())  # some file systems say only now that the disk is full
 
 
@@ -107,17 +142,17 @@ def durable(path: Path) -> Iterator[Path]:
             os.fsync(folder)  # the new name, too, has to outlive a power cut
         finally:
             os.close(folder)
-    except OSError as error:
+    except (OSError, SarqcError) as error:  # of the disk, or of whoever hands the pieces on
         with suppress(OSError):  # the first error is the one to report
             partial.unlink(missing_ok=True)
+        if isinstance(error, SarqcError):
+            raise
         raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _tensor_sum(tensor: Tensor) -> str:
-    """sha256 of dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+def _digest(dtype: torch.dtype, shape: Sequence[int]) -> Any:
+    """sha256 of dtype and shape, to which the bytes are added."""
+    return hashlib.sha256(f"{dtype}{list(shape)}".encode())
 
 
 def _sha256(text: bytes) -> str:

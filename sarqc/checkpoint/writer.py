@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.files import write_json
+from sarqc.checkpoint.files import write_all, write_json
 from sarqc.checkpoint.headers import Entry, bytes_of, dtype_name, make_header
 from sarqc.checkpoint.manifest import Fingerprint, fingerprint, write_manifest
 from sarqc.checkpoint.shards import INDEX, SINGLE
@@ -73,7 +73,7 @@ class ShardWriter:
         spool = self._open_spool()
         data = bytes_of(tensor)
         with self._writing(Path(spool.name)):
-            _write(spool, data)
+            write_all(spool, data)
         self._seen[name] = fingerprint(tensor, data)
         self._pending[name] = entry
         self._pending_bytes += entry.nbytes
@@ -120,7 +120,7 @@ class ShardWriter:
         partial = self.folder / f".model-{len(self._shards) + 1:05d}.partial"
         self._shards.append((partial, order))
         with self._writing(partial), partial.open("xb", buffering=0) as file:
-            _write(file, memoryview(header))
+            write_all(file, memoryview(header))
             for name in order:
                 entry = self._pending[name]
                 spool.seek(entry.begin)
@@ -168,16 +168,10 @@ class ShardWriter:
             self.close()
 
 
-def _write(file: FileIO, view: memoryview) -> None:
-    """Writes all of `view`: one call takes 2 GB at most, and less where the disk is nearly full."""
-    while view:
-        view = view[file.write(view) :]
-
-
 def _copy(source: FileIO, target: FileIO, count: int) -> None:
     while count:
         chunk = source.read(min(count, _CHUNK))
         if not chunk:
             raise OSError("the spool file became shorter")
-        _write(target, memoryview(chunk))
+        write_all(target, memoryview(chunk))
         count -= len(chunk)

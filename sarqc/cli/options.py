@@ -90,11 +90,11 @@ def auto_or(kind: type[int] | type[float], name: str, value: str) -> Any:
 
 
 def gigabytes(name: str, value: float) -> int:
-    """GB as bytes; `ArgumentError` naming the option where there is not one byte."""
+    """GB as bytes; `ArgumentError` naming the option where that is no number of bytes. How few will do is not asked."""
     from sarqc.errors import ArgumentError
 
-    if not 1e-9 <= value < math.inf:
-        raise ArgumentError(f"{name} = {value:g} GB is not usable: use a number above 0, as 4 or 0.5")
+    if not 0 <= value < math.inf:
+        raise ArgumentError(f"{name} = {value:g} GB is not usable: use a number like 4 or 0.5")
     return int(value * 1e9)
 
 

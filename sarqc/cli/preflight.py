@@ -29,6 +29,7 @@ def show(console: Console, found: Preflight) -> None:
         f"{one.stage} {human(one.host)}" + (f"+{human(one.device)}" if one.device else "") for one in found.memory
     )
     facts.add_row("memory", f"{stages}" + ("  (host+device)" if any(one.device for one in found.memory) else ""))
+    facts.add_row("waiting", _waiting(found))
     for disk in found.disk:
         facts.add_row("disk", f"{human(disk.needed)} of {human(disk.free)} free, for {' and '.join(disk.paths)}")
     spent = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.time.seconds.items())
@@ -39,6 +40,21 @@ def show(console: Console, found: Preflight) -> None:
         console.print(f"[red]fails[/] {line}  [dim]{', '.join(where)}[/]", highlight=False)
     for problem in found.problems:
         console.print(f"[bold red]refused[/] {problem}", highlight=False)
+
+
+def _waiting(found: Preflight) -> str:
+    from sarqc.job.forecast.preflight import human
+
+    said = []
+    if found.waiting.states:
+        said.append(f"{human(found.waiting.states)} of hidden states in memory")
+    if found.waiting.mapped:
+        said.append(f"{human(found.waiting.mapped)} of hidden states in a file (over --state-budget)")
+    if found.waiting.ahead:
+        said.append(f"the next block read ahead, {human(found.waiting.ahead)}")
+    elif found.blocks > 1:
+        said.append("no block read ahead: there is no memory for one")
+    return "; ".join(said) or "nothing"
 
 
 def _plain() -> Table:

@@ -41,6 +41,13 @@ SaliencyOption = Annotated[
 SamplesOption = Annotated[
     int | None, typer.Option(help="Windows of text to calibrate on. Default: up to 128, as many as the text has.")
 ]
+StateBudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        help="GB of hidden states in memory; more of them wait in a file beside the finished blocks, for the same "
+        "result. Default: a quarter of this machine's memory."
+    ),
+]
 StrengthOption = Annotated[
     str | None, typer.Option(help="Weight lambda of the regulariser: auto or a number. Default: the method's own.")
 ]

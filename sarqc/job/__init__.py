@@ -8,5 +8,5 @@ reporting/   what a run leaves beside the weights             verify      is wha
 comparison/  methods x bits x sizes from one calibration      measure     perplexity of a checkpoint
 load         a checkpoint as a model that runs                chat        a conversation with one
 convert      one format into another, losslessly              doctor      what this machine can run
-pretrained   what transformers' from_pretrained may keep packed
+pretrained   what transformers' from_pretrained may keep packed   machine   what this machine has for a process
 """

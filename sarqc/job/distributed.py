@@ -8,10 +8,8 @@ break with the process they lead to. One that is stuck is found by `sarqc.job.he
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
 from sarqc.job.fingerprint import first_difference
 from sarqc.job.heartbeat import beating
+from sarqc.job.machine import from_torchrun
 from sarqc.job.watcher import Silent, Watcher
+from sarqc.method.parts import Parts
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.blocks import Start
 from sarqc.model.group import ALONE, Group
@@ -41,27 +41,12 @@ _Value = TypeVar("_Value")
 
 def world() -> int:
     """Ranks of this run, as torchrun says; 1 without it."""
-    return _told("WORLD_SIZE", 1)
-
-
-def ranks_here() -> int:
-    """How many of them are on this machine."""
-    return _told("LOCAL_WORLD_SIZE", 1)
+    return from_torchrun("WORLD_SIZE", 1)
 
 
 def leads() -> bool:
     """Whether this process writes and prints: it is rank 0, or alone."""
-    return world() == 1 or _told("RANK", 0) == 0
-
-
-def _told(name: str, default: int) -> int:
-    """A number that torchrun left in the environment."""
-    said = os.environ.get(name, "")
-    if not said:
-        return default
-    if not said.isdecimal() or int(said) < default:
-        raise ArgumentError(f"{name} = {said!r} in the environment is no number from {default} up: torchrun sets it")
-    return int(said)
+    return world() == 1 or from_torchrun("RANK", 0) == 0
 
 
 @contextmanager
@@ -75,7 +60,7 @@ def joined(device: str, *, ordered: bool) -> Iterator[tuple[Group, str]]:
         yield ALONE, device
         return
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        local = _told("LOCAL_RANK", 0)
+        local = from_torchrun("LOCAL_RANK", 0)
         if local >= torch.cuda.device_count():
             raise ArgumentError(
                 f"--nproc-per-node {local + 1} or more on {torch.cuda.device_count()} GPUs: start one process for each"
@@ -129,18 +114,22 @@ class Ranks:
         self._talk(lambda: dist.all_gather_object(found, value))
         return found
 
-    def collect(self, part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Parts of all ranks on rank 0, a row at a time: as one message they could be too long."""
+    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Rows of all ranks on rank 0, one message each."""
         if self.rank > 0:
-            for row in part:
+            for row in rows:
                 self._send(row, 0)
-            return []
-        parts = [part]
-        for rank in range(1, self.size):
-            parts.append(torch.empty(lengths[rank], *part.shape[1:], dtype=part.dtype, device=part.device))
-            for row in parts[rank]:
-                self._receive_(row, rank)
-        return parts
+            return
+        owners = {number: rank for rank, place in enumerate(places) for number in place.tolist()}
+        row = torch.empty(0)
+        for number in sorted(owners):  # the first is ours, as `sharing.deal` has it
+            if owners[number] == 0:
+                row = next(rows)
+                yield row
+            else:
+                received = torch.empty_like(row)
+                self._receive_(received, owners[number])
+                yield received
 
     def _send(self, tensor: Tensor, to: int) -> None:
         self._talk(lambda: dist.send(_raw(tensor), to))
@@ -208,16 +197,22 @@ def start_everywhere(group: Group, start: Start | None) -> Start:
     told = None if start is None else (start.block, _shape(start.hidden), start.strengths)
     found = group.gather(told)[0]
     assert found is not None
-    block, shape, strengths = found
-    hidden = None if start is None else start.hidden
-    if shape is not None:
-        hidden = torch.empty(shape[0], dtype=shape[1]) if hidden is None else hidden
-        group.spread_([hidden], 0)
+    block, kind, strengths = found
+
+    def each() -> Iterator[Tensor]:
+        shape, dtype = kind
+        here = start.hidden.rows() if start and start.hidden else None
+        for _ in range(shape[0]):
+            row = next(here) if here else torch.empty(shape[1:], dtype=dtype)
+            group.spread_([row], 0)
+            yield row[None]
+
+    hidden = Parts(kind[0], kind[1], each) if kind else None
 
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(group, start.stored(index) if start else ({}, {}))
 
-    return replace(start, stored=stored) if start else Start(block, hidden, stored, strengths)
+    return Start(block, hidden, stored, start.strengths if start else strengths)
 
 
 def _stored_everywhere(group: Group, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:
@@ -240,5 +235,5 @@ def _stored_everywhere(group: Group, stored: tuple[Weights, dict[str, Tensor]]) 
     return weights, changed
 
 
-def _shape(tensor: Tensor | None) -> Any:
+def _shape(tensor: Tensor | Parts | None) -> Any:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype)

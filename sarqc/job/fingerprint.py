@@ -17,7 +17,9 @@ from sarqc.job.reporting import report as reports
 from sarqc.model.calibration import Windows
 from sarqc.spec import to_json
 
-MAY_CHANGE = ("output", "format", "device", "micro_batch", "gram_budget", "overwrite", "tp", "ordered", "ranks")
+MAY_CHANGE = (
+    "output", "format", "device", "micro_batch", "gram_budget", "state_budget", "overwrite", "tp", "ordered", "ranks",
+)  # fmt: skip
 """Settings that a continued run may have otherwise; those that the numbers depend on give the same bytes only where
 they stay."""
 _PACKAGES = ("sarqc", "torch", "transformers")

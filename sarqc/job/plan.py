@@ -19,18 +19,20 @@ from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.job.load import resolve_device, resolve_dtype
 from sarqc.job.locate import hub_headers, is_local, locate
+from sarqc.job.machine import host_memory, ranks_here
 from sarqc.model import calibration
-from sarqc.model.blocks import GRAM_BUDGET, TOKENS_AT_ONCE
+from sarqc.model.blocks import GRAM_BUDGET
 from sarqc.model.outline import Outline, outline
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
+from sarqc.model.states import windows_at_once
 from sarqc.model.targets import Targets, auto_group_size, check_group_size, targets
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.spec import AUTO, DEFAULT_METHOD, QuantSpec, SolveSpec, solve_spec
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 2048
-_LEAST = {"micro_batch": 1, "gram_budget": 1, "num_samples": 1, "seqlen": calibration.MIN_SEQLEN}
+_LEAST = {"micro_batch": 1, "gram_budget": 1, "state_budget": 0, "num_samples": 1, "seqlen": calibration.MIN_SEQLEN}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Settings:
     dtype: str = "auto"
     micro_batch: int | None = None
     gram_budget: int = GRAM_BUDGET
+    state_budget: int | None = None
     ignore: Sequence[str] = ()
     format: str = "compressed-tensors"
     tp: int | None = None
@@ -96,9 +99,15 @@ class Plan:
             )
         return min(DEFAULT_SEQLEN, most) if asked is None else asked
 
+    @property
+    def state_budget(self) -> int:
+        """Bytes of hidden states that stay in memory: by default a quarter of what a rank has of this machine."""
+        asked = self.settings.state_budget
+        return host_memory() // ranks_here() // 4 if asked is None else asked
+
     def micro_batch(self, seqlen: int) -> int:
         """Windows that go through a block at once."""
-        return self.settings.micro_batch or max(1, TOKENS_AT_ONCE[self.device.type] // seqlen)
+        return self.settings.micro_batch or windows_at_once(self.device, seqlen)
 
 
 def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = False) -> Plan:

@@ -8,7 +8,9 @@ ends early goes on from there. At the end the checkpoint is written from the wor
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.folders import refuse_existing, refuse_overlap, refuse_place
+from sarqc.checkpoint.scratch import Scratch
 from sarqc.checkpoint.side_files import side_files
 from sarqc.checkpoint.verify import refuse_poison
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
@@ -23,6 +26,8 @@ from sarqc.job.distributed import Following, joined, named, same_everywhere, sta
 from sarqc.job.export import Result, write_checkpoint
 from sarqc.job.fingerprint import fingerprint
 from sarqc.job.forecast import preflight
+from sarqc.job.forecast.memory import look
+from sarqc.job.machine import give_back
 from sarqc.job.plan import Plan, Settings, make_plan, read_windows
 from sarqc.job.watcher import Silent, Watcher
 from sarqc.job.work import Work, begin, default_work
@@ -50,6 +55,7 @@ def quantize(
     dtype: str = "auto",
     micro_batch: int | None = None,
     gram_budget: int = blocks.GRAM_BUDGET,
+    state_budget: int | None = None,
     ignore: Sequence[str] = (),
     format: str = "compressed-tensors",
     tp: int | None = None,
@@ -68,10 +74,10 @@ def quantize(
     strength, saliency: of the regulariser; None is the method's own. calib: text to calibrate on (a UTF-8 file, a data
     set, `builtin`) or tokens int64 [S, L]. num_samples: exactly so many windows of `seqlen` tokens, drawn with `seed`;
     by default up to 128, of 2048. dtype: of the forward passes. micro_batch: windows at once. gram_budget: bytes of
-    Grams at once. ignore: regular expressions of Linears to leave. tp: refuse what no server could run on so many
-    ranks. work: folder for what is finished, by default a hidden one beside `out`; removed in the end unless
-    `keep_work`. restart: forget what it holds. ordered: where torchrun started several ranks, make sums in the order of
-    one process.
+    Grams at once. state_budget: bytes of hidden states in memory, a quarter of the machine's by default; beyond it they
+    are in a file in the work folder. ignore: regular expressions of Linears to leave. tp: refuse what no server could
+    run on so many ranks. work: folder for what is finished, by default a hidden one beside `out`; removed in the end
+    unless `keep_work`. restart: forget what it holds. ordered: under torchrun, make sums in the order of one process.
 
     Under torchrun all ranks call this alike: windows and solving are shared out, rank 0 writes, all return its result.
     Raises `SarqcError` for anything wrong with the input, before `out` exists; `Interrupted` where the watcher asked.
@@ -93,6 +99,7 @@ def quantize(
             dtype=dtype,
             micro_batch=micro_batch,
             gram_budget=gram_budget,
+            state_budget=state_budget,
             ignore=ignore,
             format=format,
             tp=tp,
@@ -100,17 +107,15 @@ def quantize(
         )
         refuse_existing(out, overwrite)
         plan = make_plan(model, settings)
-        place = _work_place(out, work, plan.folder)
-        windows = read_windows(plan)
-        run = _Run(plan, windows, group, watcher if group.rank == 0 else Following(watcher))
+        place, windows = _work_place(out, work, plan.folder), read_windows(plan)
+        run = _Run(plan, windows, place, group, watcher if group.rank == 0 else Following(watcher))
         same_everywhere(group, run.fingerprint)
         if group.rank > 0:
             run.solve_blocks(None)
             return run.shared(None)
-        run.look_ahead(Path(out), place)
+        run.look_ahead(Path(out))
         with begin(place, run.fingerprint, _about(plan, windows), restart=restart) as opened:
-            result = run.lead(opened, Path(out), overwrite=overwrite, keep_work=keep_work)
-        return run.shared(result)
+            return run.shared(run.lead(opened, Path(out), overwrite=overwrite, keep_work=keep_work))
 
 
 def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
@@ -143,19 +148,22 @@ def _about(plan: Plan, windows: calibration.Windows | None) -> dict[str, Any]:
 class _Run:
     """A run on one rank."""
 
-    def __init__(self, plan: Plan, windows: calibration.Windows | None, group: Group, watcher: Watcher) -> None:
+    def __init__(
+        self, plan: Plan, windows: calibration.Windows | None, place: Path, group: Group, watcher: Watcher
+    ) -> None:
         self.plan = plan
         self.tokens = None if windows is None else windows.tokens
+        self.place = place
         self.fingerprint = fingerprint(plan, windows)
         self.group = group
         self.watcher = watcher
         self.at = -1  # the block at work
 
-    def look_ahead(self, out: Path, place: Path) -> None:
+    def look_ahead(self, out: Path) -> None:
         """The preflight: `SarqcError` where the run must not begin, or could not end."""
         side_files(self.plan.folder, self.plan.settings.trust_remote_code)
         refuse_poison(self.plan.checkpoint, f"{self.plan.skeleton.prefix}.")
-        found = preflight.look_ahead(self.plan, None if self.tokens is None else self.tokens.shape, out, place)
+        found = preflight.look_ahead(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
         for note in (*self.plan.notes, found.headline()):
             self.watcher.note(note)
         found.refuse()
@@ -206,8 +214,10 @@ class _Run:
 
     def _each_block(self, start: Start, work: Work | None) -> None:
         plan, count = self.plan, len(self.plan.skeleton.blocks)
+        windows, seqlen = (0, 0) if self.tokens is None else self.tokens.shape
+        waiting, _ = look(plan, windows, seqlen, self.group.size)
         began = time.perf_counter()
-        for result in blocks.run(
+        running = blocks.run(
             plan.skeleton,
             plan.checkpoint,
             self.tokens,
@@ -220,16 +230,23 @@ class _Run:
             start=start,
             on_progress=self._stage,
             group=self.group,
-        ):
-            now = time.perf_counter()
-            if work:
-                work.save(result, now - began)
-            began = now
-            for note in result.notes:
-                self.watcher.note(note)
-            self.watcher.block(result)
-            if result.index + 1 < count and any(self.group.gather(self.watcher.stop_asked())):
-                raise Interrupted(
-                    f"stopped after block {result.index + 1} of {count}, which is saved"
-                    f"{f' in {work.folder}' if work else ''}: the same command goes on from there"
-                )
+            room=Scratch(self.place, plan.state_budget),
+            read_ahead=waiting.ahead > 0,
+        )
+        with closing(running):  # its thread ends here, however this ends
+            for result in running:
+                now = time.perf_counter()
+                if work:
+                    work.save(result, now - began)
+                elif result.leaving:
+                    deque(result.leaving.each(), maxlen=0)  # they go to rank 0, which saves them
+                give_back()
+                began = now
+                for note in result.notes:
+                    self.watcher.note(note)
+                self.watcher.block(result)
+                if result.index + 1 < count and any(self.group.gather(self.watcher.stop_asked())):
+                    raise Interrupted(
+                        f"stopped after block {result.index + 1} of {count}, which is saved"
+                        f"{f' in {work.folder}' if work else ''}: the same command goes on from there"
+                    )

@@ -5,6 +5,7 @@
     blocks/00000.safetensors ...   codes, scales and zeros of each finished block, with its reports: any format can be
                          made of them
     hidden.safetensors   the hidden states that enter the next block
+    states-*             for an instant: hidden states that are at work and have no room in memory
 
 Every file is whole or absent, and each block is on disk before the hidden states that follow it. So whatever was
 going on when a run ended, the blocks from 0 up to the first that is missing are good, and so is the file of hidden
@@ -27,9 +28,11 @@ from typing import Any
 from torch import Tensor
 
 from sarqc.checkpoint.files import read_json
+from sarqc.checkpoint.scratch import PREFIX as SCRATCH
 from sarqc.checkpoint.state import PARTIAL, State, durable, open_state, write_state
 from sarqc.errors import ArgumentError, CheckpointError, ResourceError
 from sarqc.job.fingerprint import MAY_CHANGE, first_difference
+from sarqc.method.parts import Parts
 from sarqc.method.report import SolveReport
 from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
@@ -105,12 +108,19 @@ class Work:
             with open_state(self.folder / _HIDDEN) as state:
                 entering = int(state.record["block"])
                 if entering <= finished:
-                    return self._start(entering, state.load("hidden")), trouble
+                    state.check()
+                    whole = state.parts("hidden")
+                    return self._start(entering, Parts(whole.shape, whole.dtype, self._hidden)), trouble
         except CheckpointError as error:
             trouble = trouble or str(error)
         return self._start(finished, None), trouble
 
-    def _start(self, block: int, hidden: Tensor | None) -> Start:
+    def _hidden(self) -> Iterator[Tensor]:
+        """Hidden states piece by piece, from a file that is open for no longer than that."""
+        with open_state(self.folder / _HIDDEN) as state:
+            yield from state.parts("hidden").each()
+
+    def _start(self, block: int, hidden: Parts | None) -> Start:
         said = [report.held_out for index in range(block) for report in self.record(index).reports]
         return Start(block, hidden, self.stored, Strengths.restored(said))
 
@@ -188,6 +198,8 @@ def begin(
     `ResourceError` where another process works in it.
     """
     with _locked(folder, make=True):
+        for left in folder.glob(f"{SCRATCH}*"):
+            left.unlink()
         if strange := sorted({path.name for path in folder.iterdir()} - _OURS):
             raise CheckpointError(f"work folder {folder} holds {strange[0]!r}, which is none of its files: use another")
         manifest = {"fingerprint": dict(fingerprint), "about": dict(about)}

@@ -11,4 +11,5 @@ grid        spans searched for the least output error
 order       in which order columns are taken
 solve       a weight and its statistics -> codes, scales, zeros and a report
 weight      the quantized weight all rooms exchange
+parts       a tensor that is handed on piece by piece
 """

@@ -38,8 +38,8 @@ class Judge:
         rows = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
         self.weight = weight[experts][:, rows.to(weight.device)]
         rest = statistics.rest or [None] * len(statistics.folds)
-        self.fitted = [shrunk(f, borrow, others).experts(experts) for f, others in zip(statistics.folds, rest)]
-        self.judging = [fold.experts(experts) for fold in statistics.folds]
+        self.fitted = [shrunk(f, borrow, others, experts) for f, others in zip(statistics.folds, rest)]
+        self.judging = [fold.part(experts) for fold in statistics.folds]
         self.trial = trial
         self.rounding = rounding
 

@@ -11,6 +11,7 @@ made of all of them: that would cost a forward of every token through every expe
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sarqc.method.statistics import Gram, Statistics
 
@@ -20,12 +21,12 @@ def kappa(in_features: int, borrow: float) -> int:
     return round(borrow * in_features)
 
 
-def shrunk(gram: Gram, borrow: float, others: Gram | None = None, experts: slice = slice(None)) -> Gram:
+def shrunk(gram: Gram, borrow: float, others: Gram | None = None, experts: slice | Tensor = slice(None)) -> Gram:
     """The Gram in which each expert has kappa rows of the pool added to its own; a dense layer (E = 1) is its pool.
 
     gram: of E experts. others: of the experts of the layer that are not in `gram`, summed to one.
-    experts: which of E to return; the pool is the same whichever they are. Returns those of `gram` as they are where
-    nothing is to be borrowed or no expert saw a row.
+    experts: which of E to return, a stretch or their numbers int64; the pool is the same whichever they are. Returns
+    those of `gram` as they are where nothing is to be borrowed or no expert saw a row.
     """
     parts = [gram] if others is None else [gram, others]
     rows = sum(int(part.rows.sum()) for part in parts)

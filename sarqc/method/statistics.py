@@ -55,13 +55,10 @@ class Gram:
         if self.cross is not None and other.cross is not None:
             self.cross += other.cross
 
-    def experts(self, index: Tensor) -> Gram:
-        """The experts `index` (int64) alone, in that order, in memory of their own."""
-        return Gram(self.sum[index], self.rows[index], self.abs_sum[index])
-
-    def part(self, experts: slice) -> Gram:
-        """A stretch of the experts, in the same memory; the Gram itself where it is all of them."""
-        if experts == slice(None):
+    def part(self, experts: slice | Tensor) -> Gram:
+        """Some experts: a stretch, in the same memory (the Gram itself where it is all of them), or those of numbers
+        int64, in that order and in memory of their own."""
+        if isinstance(experts, slice) and experts == slice(None):
             return self
         cross = None if self.cross is None else self.cross[experts]
         return Gram(self.sum[experts], self.rows[experts], self.abs_sum[experts], cross)
@@ -138,6 +135,13 @@ class Statistics:
     def rows(self) -> Tensor:
         """Rows of each expert in all folds, int64 [E]."""
         return torch.stack([fold.rows for fold in self.folds]).sum(0)
+
+    def merge_folds(self) -> None:
+        """Make one fold of all, in the memory of the first; `total` is the same as before, bit for bit."""
+        for grams in (self.folds, self.rest):
+            for other in grams[1:]:
+                grams[0].merge(other)
+        self.folds, self.rest = self.folds[:1], self.rest[:1]
 
     def total(self) -> Gram:
         """All folds together; the only fold itself where there is one."""

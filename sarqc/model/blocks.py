@@ -7,8 +7,8 @@ and after its weights are quantized runs once more over them, so that the next b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,25 +16,26 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ArgumentError, ModelError, NumericError, ResourceError
+from sarqc.method.parts import Parts
 from sarqc.method.pooling import borrowing
 from sarqc.method.report import SolveReport
-from sarqc.method.rows import MAX_LOST, lost_rows
+from sarqc.method.rows import MAX_LOST
 from sarqc.method.statistics import Statistics
 from sarqc.method.strength import Strengths
 from sarqc.model.absorb import find_folds
+from sarqc.model.ahead import Ahead
 from sarqc.model.group import ALONE, Group
 from sarqc.model.passes import collect, gram_bytes, passes
 from sarqc.model.rescale import BlockScales
+from sarqc.model.room import MEMORY, Room
 from sarqc.model.sites import Share, Site, find_sites, separate_sites, write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import Solving, Weights
 from sarqc.model.source import TensorSource
-from sarqc.model.states import GLANCE, States, cut, enter
+from sarqc.model.states import States, cut, enter, windows_at_once
 from sarqc.model.targets import Target, Targets, check_group_size, targets
 from sarqc.spec import AUTO, QuantSpec, SolveSpec
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
-"""Tokens of a micro-batch: few enough for a CPU's caches, enough to fill a GPU."""
 GRAM_BUDGET = 16 << 30
 
 OnProgress = Callable[[int, str], None]
@@ -47,8 +48,9 @@ class BlockResult:
     seconds: of each stage (load, observe, scale, solve, replay). changed: tensors that are not quantized and took up
     channel scales (norms, routers, biases), on the CPU; they replace the checkpoint's own, by its names, in its dtypes.
     notes: what did not go as planned, in words.
-    leaving: hidden states [S, L, H] that enter the next block, None where nothing is run forward or no block follows;
-    and on ranks other than 0; it is the run's own memory, and the next block overwrites it."""
+    leaving: hidden states [S, L, H] that enter the next block, None where nothing is run forward or no block follows.
+    They are the run's own, good until the next block is asked for, and come from all ranks to rank 0: every rank has to
+    go through them, and to the others there are none."""
 
     index: int
     weights: Weights
@@ -56,7 +58,7 @@ class BlockResult:
     seconds: dict[str, float]
     changed: dict[str, Tensor]
     notes: list[str]
-    leaving: Tensor | None
+    leaving: Parts | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Start:
     """
 
     block: int
-    hidden: Tensor | None
+    hidden: Parts | None
     stored: Callable[[int], tuple[Weights, dict[str, Tensor]]]
     strengths: Strengths = field(default_factory=Strengths)
 
@@ -95,7 +97,9 @@ def run(
     recall: Recall | None = None,
     on_progress: OnProgress | None = None,
     group: Group = ALONE,
-) -> Iterator[BlockResult]:
+    room: Room = MEMORY,
+    read_ahead: bool = False,
+) -> Generator[BlockResult, None, None]:
     """Quantize every block of `skeleton` in order, from `start` on.
 
     tokens: int64 [S, L] windows to calibrate on; None only where `solve.gram` is False, and then nothing is run
@@ -104,7 +108,9 @@ def run(
     kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
     beyond it are observed in further passes. recall: has the statistics already; `tokens` are then only looked at to
     see which layers read what, a few of them will do. group: the ranks of this run; each is given all tokens and the
-    whole of `start`, takes windows of its own, solves some of the matrices, and yields the results of all.
+    whole of `start`, takes windows of its own, solves some of the matrices, and yields the results of all. room: where
+    hidden states are kept. read_ahead: read the next block's tensors from `source`, in a thread, while a block is at
+    work; close the generator if you do not go to its end.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
@@ -117,26 +123,17 @@ def run(
     announce = on_progress or (lambda *_: None)
     start = start or Start(0, None, lambda _: ({}, {}))
     target = torch.device(device)
-    solving = Solving(skeleton, source, quant, solve, start.strengths, group)
-    work = _Work(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group)
-    states = None
-    if solve.gram:
-        folds = folds or (min(2, len(tokens)) if tokens is not None and solve.strength == AUTO else 1)
-        if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
-            shape = None if tokens is None else list(tokens.shape)
-            raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
-        micro_batch = micro_batch or max(1, TOKENS_AT_ONCE[work.device.type] // tokens.shape[1])
-        if group.size > 1 and not group.ordered:  # where order counts they stay what they are in one process
-            micro_batch = min(micro_batch, max(1, len(tokens) // folds // group.size))
-        batches = cut(len(tokens), micro_batch, folds)
-        states = enter(
-            skeleton, source, tokens, batches, folds,
-            device=work.device, dtype=dtype, hidden=start.hidden, original=solve.carry_error, group=group,
-        )  # fmt: skip
-        for index in range(start.block if start.hidden is None or solve.carry_error else 0):
-            _pass_done(work, index, found.of_block(index), states, start)
-    for index in range(start.block, len(skeleton.blocks)):
-        yield _run_block(work, index, found, states)
+    ahead = Ahead(source) if read_ahead else None
+    source = ahead or source
+    solving = Solving(skeleton, source, quant, solve, target, start.strengths, group)
+    work = _Work(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group, ahead)
+    with ahead or nullcontext():
+        states = _enter(work, tokens, start, micro_batch, folds, room) if solve.gram else None
+        if states and (start.hidden is None or solve.carry_error):
+            for index in range(start.block):
+                _pass_done(work, index, found.of_block(index), states, start)
+        for index in range(start.block, len(skeleton.blocks)):
+            yield _run_block(work, index, found, states)
 
 
 @dataclass
@@ -151,11 +148,19 @@ class _Work:
     recall: Recall | None
     solving: Solving
     group: Group
+    ahead: Ahead | None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     current: str = ""
     together: int = 1  # the most matrices whose Grams are held at once, and the bytes of those
     gram_bytes: int = 0
+
+    def load(self, index: int) -> None:
+        """Load a block, and begin to read the one behind it."""
+        self.skeleton.load_block(index, self.source, self.device, self.dtype)
+        if self.ahead and index + 1 < len(self.skeleton.blocks):
+            parameters = self.skeleton.parameters(index + 1)
+            self.ahead.read(piece.name for name in parameters for piece in self.skeleton.pieces[name])
 
     @contextmanager
     def stage(self, index: int, name: str) -> Iterator[None]:
@@ -169,16 +174,34 @@ class _Work:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
+def _enter(
+    work: _Work, tokens: Tensor | None, start: Start, micro_batch: int | None, folds: int | None, room: Room
+) -> States:
+    """The hidden states that the run begins with, cut into micro-batches."""
+    group = work.group
+    folds = folds or (min(2, len(tokens)) if tokens is not None and work.solve.strength == AUTO else 1)
+    if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
+        shape = None if tokens is None else list(tokens.shape)
+        raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
+    micro_batch = micro_batch or windows_at_once(work.device, tokens.shape[1])
+    if group.size > 1 and not group.ordered:  # where order counts they stay what they are in one process
+        micro_batch = min(micro_batch, max(1, len(tokens) // folds // group.size))
+    return enter(
+        work.skeleton, work.source, tokens, cut(len(tokens), micro_batch, folds), folds, device=work.device,
+        dtype=work.dtype, hidden=start.hidden, original=work.solve.carry_error, group=group, room=room,
+    )  # fmt: skip
+
+
 def _run_block(work: _Work, index: int, found: Targets, states: States | None) -> BlockResult:
     skeleton, members = work.skeleton, found.of_block(index)
     work.seconds, work.notes = {}, []
     with work.stage(index, "load"):
-        skeleton.load_block(index, work.source, work.device, work.dtype)
+        work.load(index)
         _check_weights(skeleton, members)
         if states is None:
             sites = separate_sites(skeleton, members)
         else:
-            glance = states.hidden[:1, :GLANCE].to(work.device)
+            glance = states.glance().to(work.device)
             sites = find_sites(skeleton, index, members, glance)
     known = work.solving.strengths.copy()
 
@@ -247,7 +270,7 @@ def _scale(
     """The channel scales of a block, all before any of its weights is quantized, because scales end up in weights of
     other sites; and the statistics, where those of all sites fit at once and need not be collected again."""
     with work.stage(index, "scale"):
-        glance = states.hidden[:1, :GLANCE].to(work.device)
+        glance = states.glance().to(work.device)
         folds, reasons = find_folds(work.skeleton, index, sites, glance)
         scales = BlockScales(work.skeleton, work.source, sites, folds, reasons, work.group)
     collected: list[Statistics] = []
@@ -334,7 +357,7 @@ def _replay(
 
 def _check_leaving(work: _Work, index: int, states: States) -> None:
     """`NumericError` where too much of what leaves a block, on all ranks, is not finite; a note where something is."""
-    counted = work.group.gather((lost_rows(states.hidden), states.hidden.shape[0] * states.hidden.shape[1]))
+    counted = work.group.gather((states.lost_rows(), states.hidden.shape[0] * states.hidden.shape[1]))
     lost, rows = map(sum, zip(*counted))
     if lost:
         where = f"{lost} of {rows} rows of what leaves {work.skeleton.prefix}.{index} hold NaN or Inf"
@@ -349,7 +372,7 @@ def _move_original_on(work: _Work, index: int, states: States) -> None:
 
 def _pass_done(work: _Work, index: int, members: Sequence[Target], states: States, start: Start) -> None:
     """Move whatever hidden states are not there yet through a block that was quantized before."""
-    work.skeleton.load_block(index, work.source, work.device, work.dtype)
+    work.load(index)
     with work.stage(index, "replay"):
         _with_memory(work, index, states, lambda: _move_original_on(work, index, states))
         if start.hidden is None:

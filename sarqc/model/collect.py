@@ -17,13 +17,13 @@ from sarqc.errors import NumericError
 from sarqc.method.statistics import Statistics
 from sarqc.model import stream
 from sarqc.model.blocks import GRAM_BUDGET
+from sarqc.model.passes import passes
 from sarqc.model.sites import Site, find_sites, observe
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
+from sarqc.model.states import GLANCE, cut, windows_at_once
 from sarqc.model.targets import Targets
-
-GLANCE = 8
-"""Tokens of the forward in which sites are found."""
+from sarqc.spec import SolveSpec
 
 
 @torch.no_grad()
@@ -46,13 +46,16 @@ def collect(
     """
     hidden = stream.enter(skeleton, tokens[: sizes[-1]])
     skeleton.prepare(1, min(GLANCE, tokens.shape[1]))
-    batches = _batches(sizes, folds, max(1, stream.TOKENS_AT_ONCE[skeleton.device.type] // tokens.shape[1]))
+    step = windows_at_once(skeleton.device, tokens.shape[1])
+    batches = {size: cut(size, step, folds, first) for first, size in pairwise([0, *sizes])}
     for index in range(len(skeleton.blocks)):
         skeleton.load_block(index, source, skeleton.device, skeleton.dtype)
         glance = hidden[:1, :GLANCE].to(skeleton.device)
-        passes = list(_passes(find_sites(skeleton, index, found.of_block(index), glance), folds, gram_budget))
-        for number, sites in enumerate(passes, start=1):
-            for size, kept in _observe(skeleton, index, sites, hidden, batches, folds, last=number == len(passes)):
+        sites = find_sites(skeleton, index, found.of_block(index), glance)
+        portions = list(passes(sites, folds, gram_budget, SolveSpec(), cut=False))
+        for number, shares in enumerate(portions, start=1):
+            part, last = [share.site for share in shares], number == len(portions)
+            for size, kept in _observe(skeleton, index, part, hidden, batches, folds, last=last):
                 yield index, size, kept
         skeleton.unload_block(index)
 
@@ -84,31 +87,3 @@ def _observe(
                 if not all(bool(torch.isfinite(gram.abs_sum).all()) for gram in statistics.folds):
                     raise NumericError(f"the inputs of {name} hold NaN or Inf on the calibration text")
             yield size, kept
-
-
-def _batches(sizes: Sequence[int], folds: int, step: int) -> dict[int, list[tuple[slice, int]]]:
-    """Micro-batches (windows, fold) that lead from each size to the next."""
-    found: dict[int, list[tuple[slice, int]]] = {}
-    for first, size in pairwise([0, *sizes]):
-        edges = [first + fold * (size - first) // folds for fold in range(folds + 1)]
-        found[size] = [
-            (slice(start, min(start + step, stop)), fold)
-            for fold, (begin, stop) in enumerate(pairwise(edges))
-            for start in range(begin, stop, step)
-        ]
-    return found
-
-
-def _passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Site]]:
-    """Portions of the sites whose Grams fit the budget; one site always fits."""
-    portion: list[Site] = []
-    room = budget
-    for site in sites:
-        needed = 4 * folds * site.experts * site.in_features**2
-        if portion and needed > room:
-            yield portion
-            portion, room = [], budget
-        portion.append(site)
-        room -= needed
-    if portion:
-        yield portion

@@ -7,7 +7,7 @@ nothing to do: the loop does not ask how many ranks there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -52,8 +52,12 @@ class Group(Protocol):
     def gather(self, value: _Value) -> list[_Value]:
         """A small value of each rank, on all of them: tensors in it are on the CPU."""
 
-    def collect(self, part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """On rank 0 the parts [lengths[r], ...] of all ranks, elsewhere nothing."""
+    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+        """On rank 0 the rows [1, ...] of all ranks in the order of their numbers, elsewhere nothing.
+
+        rows: this rank's. places: numbers of the rows of each rank, rising. All ranks have to go through to the end;
+        what is handed out may be overwritten by the next.
+        """
 
 
 class Alone:
@@ -77,9 +81,9 @@ class Alone:
         """The value."""
         return [value]
 
-    def collect(self, part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """The part, which is the whole."""
-        return [part]
+    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The rows, which are all there are."""
+        return rows
 
 
 ALONE = Alone()

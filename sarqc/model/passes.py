@@ -38,8 +38,11 @@ def _crosses(site: Site, solve: SolveSpec) -> bool:
     return solve.carry_error and site.experts == 1
 
 
-def passes(sites: Sequence[Site], folds: int, budget: int, solve: SolveSpec) -> Iterator[list[Share]]:
-    """Portions of the sites whose Grams fit the budget; sites are cut between experts. One expert always fits."""
+def passes(
+    sites: Sequence[Site], folds: int, budget: int, solve: SolveSpec, *, cut: bool = True
+) -> Iterator[list[Share]]:
+    """Portions of the sites whose Grams fit the budget; one expert always does. cut: sites may be cut between experts,
+    otherwise one whole site always fits."""
     portion: list[Share] = []
     room = budget
     for site in sites:
@@ -47,11 +50,13 @@ def passes(sites: Sequence[Site], folds: int, budget: int, solve: SolveSpec) -> 
         first = 0
         while first < site.experts:
             fitting = site.experts - first if not each else min(site.experts - first, room // each)
+            if not cut and fitting < site.experts:
+                fitting = 0
             if fitting <= 0 and portion:
                 yield portion
                 portion, room = [], budget
                 continue
-            stop = first + max(fitting, 1)
+            stop = first + max(fitting, 1) if cut else site.experts
             portion.append(Share(site, first, stop))
             room -= each * (stop - first)
             first = stop
@@ -164,12 +169,12 @@ def _one_pass(
         sums = [tensor for statistics in kept for tensor in statistics.tensors(fold)]
         if group.ordered:
             group.take_over_(sums)
-        for windows in (windows for windows, of in states.batches if of == fold):
-            if states.original is not None:
+        for hidden, original in states.of_fold(fold):
+            if original is not None:
                 with observe(skeleton, sites, remember):
-                    skeleton.call_block(index, states.original[windows].to(device))
+                    skeleton.call_block(index, original.to(device))
             with observe(skeleton, sites, sink):
-                skeleton.call_block(index, states.hidden[windows].to(device))
+                skeleton.call_block(index, hidden.to(device))
         if group.ordered:
             group.hand_on(sums)
     return kept

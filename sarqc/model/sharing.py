@@ -12,6 +12,9 @@ from torch import Tensor
 from sarqc.errors import ArgumentError
 from sarqc.model.sites import Share
 
+SOLVE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
+"""Bytes that solving takes at a time: a CPU gains nothing by solving many matrices side by side."""
+
 Batches = list[tuple[slice, int]]
 """Windows of each micro-batch, and the fold they belong to."""
 
@@ -66,16 +69,29 @@ def cost(share: Share) -> float:
     return (share.stop - share.first) * (columns**3 / 3 + rows * columns**2)
 
 
-def pieces(shares: Sequence[Share], size: int) -> list[Piece]:
-    """All shares, cut between experts where a share is too much for one of `size` ranks, each piece with its owner.
+def solving_bytes(share: Share, gram: bool) -> int:
+    """Bytes that solving a share at once takes beside its block and its Grams; gram: whether it has any.
 
-    Pieces of a share are of nearly equal length and follow each other. One rank has every share whole.
+    Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
+    its workspace) and four of the weight's.
+    """
+    columns, rows = share.site.in_features, sum(count for _, _, count in share.site.slabs)
+    return (share.stop - share.first) * (5 * 4 * columns**2 * gram + 4 * 4 * rows * columns)
+
+
+def pieces(shares: Sequence[Share], size: int, device: torch.device, *, gram: bool) -> list[Piece]:
+    """All shares, cut between experts where a share is too much for one of `size` ranks or takes more memory than there
+    is for solving on such a device; each piece with its owner. One expert always fits; gram: as in `solving_bytes`.
+
+    Pieces of a share are of nearly equal length and follow each other.
     """
     least = sum(map(cost, shares)) / (2 * size)  # half of what is due to a rank, so that the rest can even out
     found: list[tuple[int, Share]] = []
     for number, share in enumerate(shares):
         count = share.stop - share.first
-        parts = min(count, max(1, round(cost(share) / least))) if size > 1 else 1
+        due = round(cost(share) / least) if size > 1 else 1
+        fitting = max(1, SOLVE_BYTES[device.type] * count // solving_bytes(share, gram))
+        parts = min(count, max(1, due, -(-count // fitting)))
         edges = [share.first + part * count // parts for part in range(parts + 1)]
         found += [(number, Share(share.site, first, stop)) for first, stop in pairwise(edges)]
     owners = share_out([cost(share) for _, share in found], size)

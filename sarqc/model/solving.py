@@ -37,6 +37,7 @@ class Solving:
     source: TensorSource
     quant: QuantSpec
     solve: SolveSpec
+    device: torch.device
     strengths: Strengths
     group: Group
     choices: dict[str, Choice] = field(default_factory=dict)
@@ -90,7 +91,10 @@ class Solving:
         """All members of these shares quantized, on the CPU of every rank, and a report of each share."""
         if collected is not None:
             self.choose(index, shares, collected)
-        todo = pieces(shares, self.group.size)
+            if not self.solve.carry_error:  # which alone asks once more what each fold saw
+                for statistics in collected:
+                    statistics.merge_folds()
+        todo = pieces(shares, self.group.size, self.device, gram=collected is not None)
 
         def own() -> dict[int, tuple[QuantizedWeight, SolveReport]]:
             return {

@@ -2,12 +2,13 @@
 
 They are made once from the embeddings, or handed in by whoever continues a run; every block reads them and, once its
 weights are quantized, moves them on in place. Where sites are to make up for earlier errors, those of the original
-model are kept beside them and go through every block before it is quantized.
+model are kept beside them and go through every block before it is quantized. A `Room` says where they are kept; they
+are only ever looked at a few windows at a time, because they may be too many for memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,11 +16,16 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import NumericError
+from sarqc.method.parts import Parts
+from sarqc.method.rows import lost_rows
 from sarqc.model.group import ALONE, Group
-from sarqc.model.sharing import deal, positions, renumbered
+from sarqc.model.room import MEMORY, Room
+from sarqc.model.sharing import Batches, deal, positions, renumbered
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a micro-batch: few enough for a CPU's caches, enough to fill a GPU."""
 GLANCE = 8
 """Tokens of the forward in which sites are found."""
 
@@ -28,29 +34,49 @@ GLANCE = 8
 class States:
     """hidden: [S, L, H] on the host. batches: the windows of each micro-batch and the fold they belong to.
     original: the same of the unquantized model, or None. passed: windows that are through the block that moves them on
-    right now. places: which windows of the text each rank of the group has; here are those of one of them."""
+    right now. places: which windows of the text each rank of the group has; here are those of one of them. room: made
+    both tensors."""
 
     hidden: Tensor
-    batches: list[tuple[slice, int]]
+    batches: Batches
     folds: int
     original: Tensor | None = None
     passed: int = 0
     places: Sequence[Tensor] = ()
+    room: Room = MEMORY
 
-    def whole(self, group: Group) -> Tensor | None:
-        """Hidden states of all windows of the text on rank 0: in memory of their own, where there are other ranks."""
-        parts = group.collect(self.hidden, [len(place) for place in self.places])
-        if len(parts) <= 1:
-            return parts[0] if parts else None
-        gathered = torch.empty(sum(map(len, parts)), *self.hidden.shape[1:], dtype=self.hidden.dtype)
-        for place, part in zip(self.places, parts):
-            gathered[place] = part
-        return gathered
+    def whole(self, group: Group) -> Parts:
+        """Hidden states of all windows of the text, gathered on rank 0 as they are asked for, window by window; every
+        rank has to ask for them, and on the others there are none."""
+        shape = (sum(map(len, self.places)), *self.hidden.shape[1:])
+        return Parts(shape, self.hidden.dtype, lambda: group.collect(self._leaving(), self.places))
+
+    def _leaving(self) -> Iterator[Tensor]:
+        for window in self.hidden.split(1):
+            yield window
+            self.room.leave(window)
 
     @property
     def micro_batch(self) -> int:
         """Windows in the largest micro-batch."""
         return max(int(windows.stop - windows.start) for windows, _ in self.batches)
+
+    def glance(self) -> Tensor:
+        """The first tokens [1, GLANCE, H] of the first window."""
+        return self.hidden[:1, :GLANCE]
+
+    def of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each micro-batch of a fold: its hidden states, and those of the original model where they are kept."""
+        for windows, of in self.batches:
+            if of == fold:
+                own, other = self.hidden[windows], None if self.original is None else self.original[windows]
+                yield own, other
+                for part in (own,) if other is None else (own, other):
+                    self.room.leave(part)
+
+    def lost_rows(self) -> int:
+        """How many rows of hidden [H] hold NaN or Inf."""
+        return sum(lost_rows(window) for window in self._leaving())
 
     def move_on(self, call: Callable[[Tensor], Tensor], device: torch.device) -> None:
         """Replace hidden by call(hidden), a micro-batch at a time; called again after a failure, it goes on there."""
@@ -65,6 +91,7 @@ class States:
         for windows, _ in self.batches:
             if windows.start >= self.passed:
                 states[windows].copy_(call(states[windows].to(device)))
+                self.room.leave(states[windows])
                 self.passed = windows.stop
         self.passed = 0
 
@@ -83,13 +110,19 @@ class States:
         skeleton.prepare(1, min(GLANCE, self.hidden.shape[1]))
 
 
-def cut(count: int, micro_batch: int, folds: int) -> list[tuple[slice, int]]:
-    """Micro-batches of `count` windows, none of them across two folds; folds are stretches of nearly equal length."""
-    edges = [fold * count // folds for fold in range(folds + 1)]
+def windows_at_once(device: torch.device, length: int) -> int:
+    """Windows of so many tokens that go through a block at once where nobody says otherwise."""
+    return max(1, TOKENS_AT_ONCE[device.type] // length)
+
+
+def cut(count: int, micro_batch: int, folds: int, first: int = 0) -> Batches:
+    """Micro-batches of the windows from `first` to `count`, none of them across two folds; folds are stretches of
+    nearly equal length."""
+    edges = [first + fold * (count - first) // folds for fold in range(folds + 1)]
     return [
         (slice(start, min(start + micro_batch, stop)), fold)
-        for fold, (first, stop) in enumerate(pairwise(edges))
-        for start in range(first, stop, micro_batch)
+        for fold, (begin, stop) in enumerate(pairwise(edges))
+        for start in range(begin, stop, micro_batch)
     ]
 
 
@@ -97,47 +130,61 @@ def enter(
     skeleton: Skeleton,
     source: TensorSource,
     tokens: Tensor,
-    batches: list[tuple[slice, int]],
+    batches: Batches,
     folds: int,
     *,
     device: torch.device,
     dtype: torch.dtype | None,
-    hidden: Tensor | None = None,
+    hidden: Parts | None = None,
     original: bool = False,
     group: Group = ALONE,
+    room: Room = MEMORY,
 ) -> States:
-    """Hidden states of this rank's windows of tokens int64 [S, L] before block 0, or of `hidden` as it is, with all
-    shapes prepared. `ArgumentError` where there are too few micro-batches for all ranks.
+    """Hidden states of this rank's windows of tokens int64 [S, L] before block 0, or its part of `hidden` as it is,
+    with all shapes prepared. `ArgumentError` where there are too few micro-batches for all ranks.
 
     original: keep those of the unquantized model too; they begin before block 0 in any case. Raises `NumericError`
     where the embeddings are not finite.
     """
     dealt = deal(batches, folds, group.size)
     places = [positions(part) for part in dealt]
+    own = places[group.rank]
     if group.size > 1:
-        batches, own = renumbered(dealt[group.rank]), places[group.rank]
-        tokens, hidden = tokens[own], None if hidden is None else hidden[own]
+        batches, tokens = renumbered(dealt[group.rank]), tokens[own]
     skeleton.load_outer(source, device, dtype)
-    embedded = _embedded(skeleton, tokens, batches, device) if hidden is None or original else None
-    if hidden is None:
-        assert embedded is not None
-        kept, beside = embedded, embedded.clone() if original else None
-    else:
-        kept, beside = hidden.pin_memory() if device.type == "cuda" else hidden, embedded
-    states = States(kept, batches, folds, beside, places=places)
+    pinned = device.type == "cuda"
+    kept = [] if hidden is None else [_own(hidden, own, room, pinned)]
+    kept += embed(skeleton, tokens, batches, 1 + original - len(kept), room=room, pinned=pinned)
+    states = States(kept[0], batches, folds, kept[1] if original else None, places=places, room=room)
+    if hidden is None and states.lost_rows():
+        raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
     states.prepare(skeleton)
     skeleton.unload_outer()
     return states
 
 
-def _embedded(skeleton: Skeleton, tokens: Tensor, batches: list[tuple[slice, int]], device: torch.device) -> Tensor:
-    kept = torch.empty(0)
-    for windows, _ in batches:
+def embed(
+    skeleton: Skeleton, tokens: Tensor, batches: Batches, copies: int = 1, *, room: Room = MEMORY, pinned: bool = False
+) -> list[Tensor]:
+    """So many copies of the hidden states [S, L, H] before block 0, of tokens int64 [S, L]; needs `load_outer`."""
+    kept: list[Tensor] = []
+    for windows, _ in batches if copies else ():
         entering = skeleton.embed(tokens[windows])
-        if not len(kept):
+        if not kept:
             shape = (len(tokens), *entering.shape[1:])
-            kept = torch.empty(shape, dtype=entering.dtype, pin_memory=device.type == "cuda")
-        kept[windows].copy_(entering)
-    if not bool(torch.isfinite(kept).all()):
-        raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
+            kept = [room.empty(shape, entering.dtype, pinned=pinned) for _ in range(copies)]
+        for states in kept:
+            states[windows].copy_(entering)
+            room.leave(states[windows])
+    return kept
+
+
+def _own(hidden: Parts, place: Tensor, room: Room, pinned: bool) -> Tensor:
+    """The windows of hidden that have these numbers, in a tensor of their own."""
+    kept = room.empty((len(place), *hidden.shape[1:]), hidden.dtype, pinned=pinned)
+    at = {number: position for position, number in enumerate(place.tolist())}
+    for number, window in enumerate(hidden.rows()):
+        if number in at:
+            kept[at[number]].copy_(window)
+            room.leave(kept[at[number]])
     return kept

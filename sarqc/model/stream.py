@@ -18,20 +18,20 @@ from sarqc.model.calibration import Windows
 from sarqc.model.evaluate import POSITIONS_AT_ONCE, Tally
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
-
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
+from sarqc.model.states import cut, embed, windows_at_once
 
 
 @torch.no_grad()
 def enter(skeleton: Skeleton, tokens: Tensor) -> Tensor:
     """Hidden states [S, L, H] on the host before block 0, of tokens int64 [S, L]; needs `load_outer`."""
-    return torch.cat([skeleton.embed(part).cpu() for part in tokens.split(_step(skeleton, tokens.shape[1]))])
+    batches = cut(len(tokens), windows_at_once(skeleton.device, tokens.shape[1]), 1)
+    return embed(skeleton, tokens, batches)[0]
 
 
 @torch.no_grad()
 def through(skeleton: Skeleton, index: int, hidden: Tensor) -> None:
     """Move hidden states [S, L, H] through block `index`, in place; needs `load_block`."""
-    for part in hidden.split(_step(skeleton, hidden.shape[1])):
+    for part in hidden.split(windows_at_once(skeleton.device, hidden.shape[1])):
         part.copy_(skeleton.call_block(index, part.to(skeleton.device)))
 
 
@@ -68,7 +68,3 @@ def judge(skeleton: Skeleton, windows: Windows, hidden: Tensor, reference: Tenso
 
 def _logits(skeleton: Skeleton, hidden: Tensor) -> Tensor:
     return skeleton.finish(hidden.to(skeleton.device))[0]
-
-
-def _step(skeleton: Skeleton, length: int) -> int:
-    return max(1, TOKENS_AT_ONCE[skeleton.device.type] // length)

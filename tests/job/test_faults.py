@@ -24,8 +24,9 @@ from sarqc.errors import CheckpointError, Interrupted, NumericError, ResourceErr
 from sarqc.job.verify import verify
 from sarqc.job.work import default_work
 from sarqc.method import objective
-from sarqc.model import blocks, solving
+from sarqc.model import solving
 from sarqc.model.skeleton import Skeleton
+from sarqc.model.states import GLANCE
 from tests.support import tiny
 from tests.support.killing import in_child
 
@@ -158,7 +159,7 @@ def short_of_memory(case, failures, **options):
 
     def full(self, index, hidden):
         calls.append(hidden.shape[0])
-        if index == 1 and hidden.shape[1] > blocks.GLANCE and len(calls) in failures:
+        if index == 1 and hidden.shape[1] > GLANCE and len(calls) in failures:
             raise torch.OutOfMemoryError("tried to allocate 2 GB")
         return call_block(self, index, hidden)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sarqc.method.strength import GRID, Strengths
-from sarqc.model import blocks, solving
+from sarqc.model import blocks, sharing, solving
 from sarqc.spec import QuantSpec, solve_spec
 
 QUANT = QuantSpec(bits=3, group_size=32)
@@ -38,10 +38,19 @@ def handed_over(monkeypatch):
     return found
 
 
-def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over):
-    strengths = Strengths()
+def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over, monkeypatch):
+    """Two of them to choose by, and what is solved has seen both as one."""
+    strengths, folds, choose = Strengths(), [], solving.choose_strength
+
+    def spy(site, kind, weight, statistics, *rest, **options):
+        folds.append((len(statistics.folds), statistics.total().sum))
+        return choose(site, kind, weight, statistics, *rest, **options)
+
+    monkeypatch.setattr(solving, "choose_strength", spy)
     results = list(run(tiny("llama"), start=blocks.Start(0, None, lambda _: ({}, {}), strengths)))
-    assert all(len(statistics.folds) == 2 for statistics in handed_over.values())
+    assert {count for count, _ in folds} == {2}
+    for (_, before), after in zip(folds, handed_over.values(), strict=True):
+        assert len(after.folds) == 1 and torch.equal(after.total().sum, before)
     kinds = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
     assert strengths.tracks.keys() == kinds
     assert all(track.seen == len(results) == 2 for track in strengths.tracks.values())
@@ -77,6 +86,23 @@ def test_experts_borrow_the_same_however_the_layer_is_cut(tiny, kind):
     borrowed = {report.borrowed_rows for report in whole[1].reports if len(report.rows) > 1}
     assert borrowed and min(borrowed) > 0
     assert not same(whole[1], next(islice(run(case, solve_spec(strength=0.3)), 1, None)))
+
+
+@pytest.mark.parametrize("method", ["rtn", "sarqc-gptq", "sarqc"])
+def test_experts_that_are_solved_a_few_at_a_time_get_the_same_codes(tiny, monkeypatch, method):
+    case = tiny("qwen3_moe")
+    whole = list(run(case, solve_spec(method)))
+    monkeypatch.setitem(sharing.SOLVE_BYTES, "cpu", 1)
+    for a, b in zip(whole, run(case, solve_spec(method)), strict=True):
+        for name, weight in a.weights.items():
+            other = b.weights[name]
+            assert all(
+                torch.equal(*pair)
+                for pair in ((weight.codes, other.codes), (weight.scales, other.scales), (weight.zeros, other.zeros))
+            )
+        for one, two in zip(a.reports, b.reports, strict=True):
+            assert (one.site, one.rows, one.strength) == (two.site, two.rows, two.strength)
+            assert one.error == pytest.approx(two.error, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])

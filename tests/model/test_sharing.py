@@ -11,7 +11,7 @@ from sarqc.errors import ArgumentError
 from sarqc.method.report import SolveReport, joined
 from sarqc.model.group import ALONE, all_or_none
 from sarqc.model.passes import passes
-from sarqc.model.sharing import cost, deal, pieces, positions, renumbered, share_out
+from sarqc.model.sharing import SOLVE_BYTES, cost, deal, pieces, positions, renumbered, share_out, solving_bytes
 from sarqc.model.sites import Share, Site
 from sarqc.model.states import cut
 from sarqc.model.targets import Target
@@ -53,7 +53,7 @@ def test_the_dearest_go_first_to_whoever_has_least():
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([8, 64, 96])), min_size=1, max_size=6), st.integers(1, 8))
 def test_pieces_are_all_experts_once(shapes, size):
     shares = [Share(site(f"s{n}", experts, 16, k), 0, experts) for n, (experts, k) in enumerate(shapes)]
-    found = pieces(shares, size)
+    found = pieces(shares, size, torch.device("cpu"), gram=True)
     for number, share in enumerate(shares):
         own = [piece.share for piece in found if piece.number == number]
         assert [e for piece in own for e in range(piece.first, piece.stop)] == list(range(share.stop))
@@ -63,10 +63,22 @@ def test_pieces_are_all_experts_once(shapes, size):
         assert [piece.share for piece in found] == shares
 
 
+@pytest.mark.parametrize(
+    ("room", "lengths"), [(1, [1] * 5), (2, [1, 2, 2]), (3, [2, 3]), (4, [2, 3]), (5, [5]), (99, [5])]
+)
+def test_no_more_experts_are_solved_at_once_than_there_is_memory_for(monkeypatch, room, lengths):
+    share = Share(site("experts", 5, 16, 64), 0, 5)
+    one = solving_bytes(Share(share.site, 0, 1), gram=True)
+    assert one == 5 * 4 * 64 * 64 + 16 * 16 * 64 and solving_bytes(share, gram=False) == 5 * 16 * 16 * 64
+    monkeypatch.setitem(SOLVE_BYTES, "cpu", room * one)
+    found = pieces([share], 1, torch.device("cpu"), gram=True)
+    assert [piece.share.stop - piece.share.first for piece in found] == lengths
+
+
 def test_many_like_experts_are_shared_evenly():
     share = Share(site("experts", 128, 64, 96), 0, 128)
     loads = [0] * 8
-    for piece in pieces([share], 8):
+    for piece in pieces([share], 8, torch.device("cpu"), gram=True):
         loads[piece.owner] += piece.share.stop - piece.share.first
     assert loads == [16] * 8
 

@@ -25,10 +25,11 @@ from sarqc.job.load import resolve_device, resolve_dtype
 from sarqc.job.reporting.report import versions
 from sarqc.method.report import SolveReport
 from sarqc.model import blocks, calibration, stream
-from sarqc.model.collect import GLANCE, collect
+from sarqc.model.collect import collect
 from sarqc.model.sites import Share
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import Overlay
+from sarqc.model.states import GLANCE
 from sarqc.model.targets import Targets
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.spec import QuantSpec, SolveSpec, to_json

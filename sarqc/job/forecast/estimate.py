@@ -1,7 +1,7 @@
-"""How much a run will take: bytes on disk, bytes of memory in each stage, seconds. From shapes alone.
+"""How much a run will take: bytes on disk and seconds. From shapes alone; `memory` counts what it holds.
 
-Sizes on disk are exact up to headers. Memory is counted from what the loop holds at once. Time is flops and calls,
-over a rate and a latency that are measured on this machine in a fraction of a second; reading and writing is left out.
+Sizes on disk are exact up to headers. Time is flops and calls, over a rate and a latency that are measured on this
+machine in a fraction of a second; reading and writing is left out.
 """
 
 from __future__ import annotations
@@ -15,18 +15,14 @@ from typing import Any
 import torch
 
 from sarqc.checkpoint.formats import Format
+from sarqc.job.forecast import shapes
 from sarqc.job.plan import Plan
-from sarqc.job.reporting.report import peak_memory_mib
-from sarqc.method.held_out import EXPERTS, TRIAL_BYTES
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.passes import gram_bytes, passes
 from sarqc.model.sharing import cost, pieces
-from sarqc.model.sites import Share, Site, separate_sites
+from sarqc.model.sites import Share, Site
 from sarqc.model.targets import Target
-from sarqc.spec import AUTO, QuantSpec
+from sarqc.spec import QuantSpec
 from sarqc_kernels.packing import words_per_row
-
-STAGES = ("embed", "load", "observe", "solve", "replay", "write")
 
 
 @dataclass(frozen=True)
@@ -63,60 +59,8 @@ def sizes(plan: Plan, windows: int, seqlen: int) -> Sizes:
         quantized += count * _packed_bytes(plan.format, plan.quant, rows, columns, dtype)
         groups = plan.quant.groups(columns)
         blocks += count * rows * (4 * words_per_row(columns, bits) + groups * (dtype.itemsize + 1))
-    left = sum(_bytes(plan, name) for name in names)
-    hidden = windows * seqlen * _hidden_size(plan) * plan.dtype.itemsize
-    return Sizes(quantized, left, blocks, hidden)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one stage at its peak, of the process on the host and of tensors on the device (0 without a GPU)."""
-
-    stage: str
-    host: int
-    device: int
-
-
-def memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> list[Memory]:
-    """Peak memory of each stage on rank 0: of the largest block, with the least known of what attention needs."""
-    width = plan.dtype.itemsize
-    hidden = windows * seqlen * _hidden_size(plan) * width
-    hidden += hidden // ranks if ranks > 1 else 0  # those of all ranks are saved beside its own
-    tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
-    folds = 0 if not windows else 2 if plan.solve.strength == AUTO and windows > 1 else 1
-    tensor = max(_bytes(plan, name) for name in plan.source.names())
-    body = f"{plan.skeleton.model.base_model_prefix}."
-    outer = width * sum(
-        _elements(plan, name)
-        for name in plan.skeleton.pieces
-        if name.startswith(body) and not name.startswith(f"{plan.skeleton.prefix}.")
-    )
-    peaks: dict[str, tuple[int, int]] = dict.fromkeys(STAGES, (0, 0))  # on the device, and on the host beside it
-    for index, sites in _blocks(plan):
-        members = plan.targets.of_block(index)
-        block = width * sum(_elements(plan, name) for name in plan.skeleton.parameters(index))
-        codes = sum(prod(target.shape) for target in members)
-        portions = list(passes(sites, folds, plan.settings.gram_budget, plan.solve))
-        grams = max((sum(gram_bytes(share, folds, plan.solve) for share in shares) for shares in portions), default=0)
-        solving = max((_solving(share, windows > 0, folds > 1) for shares in portions for share in shares), default=0)
-        flow = tokens * _flow(plan, members) * width
-        needs = {
-            "embed": (outer + 2 * tokens * _hidden_size(plan) * 4, hidden + tensor),
-            "load": (block + tensor, hidden + tensor),
-            "observe": (block + grams + flow, hidden),
-            "solve": (block + grams + solving, hidden + codes),
-            "replay": (block + flow, hidden + codes),
-            "write": (0, 2 * tensor + 6 * max((prod(target.shape) for target in members), default=0)),
-        }
-        for stage, need in needs.items():
-            peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
-    if not windows:
-        peaks = {stage: peak for stage, peak in peaks.items() if stage in ("load", "solve", "write")}
-    base = peak_memory_mib()["host"] << 20
-    gpu = plan.device.type != "cpu"
-    return [
-        Memory(stage, base + beside + (0 if gpu else on), on if gpu else 0) for stage, (on, beside) in peaks.items()
-    ]
+    left = sum(shapes.stored_bytes(plan, name) for name in names)
+    return Sizes(quantized, left, blocks, shapes.states_bytes(plan, windows, seqlen))
 
 
 @dataclass(frozen=True)
@@ -147,17 +91,17 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     tokens = windows * seqlen
     batches = -(-windows // plan.micro_batch(seqlen)) if windows else 0
     spent = dict.fromkeys(("observe", "solve", "replay"), 0.0)
-    for _, sites in _blocks(plan):
+    for _, sites in shapes.blocks(plan):
         forward = grams = solve = columns = passed = 0.0
         for site in sites:
             rows = sum(out for _, _, out in site.slabs)
-            used = min(site.experts, _choices(plan)) if site.experts > 1 else 1
+            used = min(site.experts, shapes.choices(plan)) if site.experts > 1 else 1
             forward += 2.0 * tokens * used * rows * site.in_features
             grams += 2.0 * tokens * used * site.in_features**2
             solve += site.experts * (site.in_features**3 + 2.0 * rows * site.in_features**2)
             columns += site.in_features
             passed += PASSES * site.experts * rows * site.in_features
-        busiest = _busiest(sites, ranks)
+        busiest = _busiest(sites, ranks, plan.device, windows > 0)
         calls = CALLS * batches * latency
         if windows:
             spent["observe"] += (forward + grams) / rate + calls
@@ -172,10 +116,10 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     return Time(spent, basis)
 
 
-def _busiest(sites: list[Site], ranks: int) -> float:
+def _busiest(sites: list[Site], ranks: int, device: torch.device, gram: bool) -> float:
     """Share of the solving of a block that falls to the rank that has most of it."""
     loads = [0.0] * ranks
-    for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks):
+    for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks, device, gram=gram):
         loads[piece.owner] += cost(piece.share)
     return max(loads) / max(sum(loads), 1.0)
 
@@ -206,41 +150,6 @@ def _least(call: Callable[[], Any], device: torch.device) -> float:
     return max(min(found), 1e-7)
 
 
-def _blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
-    """Sites of every block as shapes tell them: at least as many as a forward will show."""
-    return [
-        (index, separate_sites(plan.skeleton, plan.targets.of_block(index)))
-        for index in range(len(plan.skeleton.blocks))
-    ]
-
-
-def _solving(share: Share, gram: bool, choosing: bool) -> int:
-    """Bytes that solving one share of a site takes beside its block and its Grams.
-
-    Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
-    its workspace) and four of the weight's; where a strength is chosen, up to three trials go through that together.
-    """
-    count, one = share.stop - share.first, 4 * share.site.in_features**2 if gram else 0
-    solved = count * (5 * one + 16 * sum(out for _, _, out in share.site.slabs) * share.site.in_features)
-    held = min(count, EXPERTS) * one
-    return max(solved, 4 * held + 5 * min(3 * held, max(held, TRIAL_BYTES))) if choosing else solved
-
-
-def _flow(plan: Plan, members: list[Target]) -> int:
-    """Elements that a token leaves in memory on its way through a block."""
-    widest = max((max(target.shape) for target in members), default=0)
-    return 12 * _hidden_size(plan) + 4 * widest * _choices(plan)
-
-
-def _choices(plan: Plan) -> int:
-    """Experts that a token passes through."""
-    return int(getattr(plan.skeleton.model.config, "num_experts_per_tok", None) or 1)
-
-
-def _hidden_size(plan: Plan) -> int:
-    return int(plan.skeleton.model.config.hidden_size)
-
-
 def _scale_dtype(plan: Plan, target: Target) -> torch.dtype:
     stored = plan.source.dtype(f"{target.linear}.weight")
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
@@ -259,11 +168,3 @@ def _packed_bytes(format: Format, quant: QuantSpec, rows: int, columns: int, dty
     step = packed(64) - packed(32)
     fixed = packed(32) - step
     return fixed + rows // 32 * step + (packed(rows % 32) - fixed if rows % 32 else 0)
-
-
-def _bytes(plan: Plan, name: str) -> int:
-    return prod(plan.source.shape(name)) * plan.source.dtype(name).itemsize
-
-
-def _elements(plan: Plan, parameter: str) -> int:
-    return int(plan.skeleton.model.get_parameter_or_buffer(parameter).numel())

@@ -5,7 +5,6 @@ Made before every run, and all there is of a dry run. It reads a configuration a
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 
 from sarqc.errors import ArgumentError, ResourceError
-from sarqc.job.distributed import ranks_here, world
+from sarqc.job.distributed import world
 from sarqc.job.forecast import serve
-from sarqc.job.forecast.estimate import Memory, Sizes, Time, bits_per_weight, memory, seconds, sizes
+from sarqc.job.forecast.estimate import Sizes, Time, bits_per_weight, seconds, sizes
+from sarqc.job.forecast.memory import Memory, Waiting, look
 from sarqc.job.forecast.served import served
+from sarqc.job.machine import host_memory, ranks_here
 from sarqc.job.plan import Plan, expected_windows, make_plan, settings_of
 from sarqc.job.work import default_work
 from sarqc.model.sites import separate_sites
@@ -50,8 +51,8 @@ class Disk:
 @dataclass(frozen=True)
 class Preflight:
     """What is known before the first block. sites: as shapes tell them; a forward may show that some are one.
-    windows, seqlen: (0, 0) where no text is looked at. ranks: processes that share the work; memory is of one of them.
-    problems: why the run must not begin."""
+    windows, seqlen: (0, 0) where no text is looked at. ranks: processes that share the work; memory and what is waiting
+    are those of one of them. problems: why the run must not begin."""
 
     model: str
     architecture: str
@@ -67,6 +68,7 @@ class Preflight:
     bits_per_weight: float
     sizes: Sizes
     memory: tuple[Memory, ...]
+    waiting: Waiting
     disk: tuple[Disk, ...]
     time: Time
     serve: tuple[serve.Outlook, ...]
@@ -117,8 +119,8 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
     windows, seqlen = text or (0, 0)
     ranks = world()
     size = sizes(plan, windows, seqlen)
-    stages = tuple(memory(plan, windows, seqlen, ranks))
-    disk = tuple(_disk(size, out, work))
+    waiting, stages = look(plan, windows, seqlen, ranks)
+    disk = tuple(_disk(size, waiting, out, work))
     model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.settings.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
@@ -142,7 +144,8 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
         dtype=str(plan.dtype).removeprefix("torch."),
         bits_per_weight=bits_per_weight(plan, size),
         sizes=size,
-        memory=stages,
+        memory=tuple(stages),
+        waiting=waiting,
         disk=disk,
         time=seconds(plan, windows, seqlen, ranks),
         serve=outlook,
@@ -166,11 +169,13 @@ def _kinds(plan: Plan) -> list[Kind]:
     return [Kind(name, shape, count, left) for (name, shape, left), count in counted.items()]
 
 
-def _disk(size: Sizes, out: Path, work: Path) -> list[Disk]:
-    """Needs by file system; what the work folder holds already is counted as free."""
+def _disk(size: Sizes, waiting: Waiting, out: Path, work: Path) -> list[Disk]:
+    """Needs by file system; what the work folder holds already is counted as free. Ranks of this machine have their
+    hidden states beside each other."""
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
     found: dict[int, Disk] = {}
-    for path, needed, freed in ((work, size.work, there), (out, size.output + _SPARE, 0)):
+    here = size.work + ranks_here() * waiting.mapped
+    for path, needed, freed in ((work, here, there), (out, size.output + _SPARE, 0)):
         place = next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
         system = place.stat().st_dev
         before = found.get(system, Disk((), 0, shutil.disk_usage(place).free))
@@ -191,7 +196,7 @@ def _too_little_memory(plan: Plan, stages: Sequence[Memory]) -> list[str]:
     found = []
     host = host_memory()
     worst = max(stages, key=lambda stage: stage.host)
-    way_out = "lower --gram-budget, --num-samples or --seqlen"
+    way_out = "lower --gram-budget, --state-budget, --num-samples or --seqlen"
     here = ranks_here()
     if here * worst.host > host:
         found.append(
@@ -215,14 +220,6 @@ def _no_server(outlook: Sequence[serve.Outlook], tp: int | None) -> list[str]:
     if not asked or any(not one.failures for one in asked):
         return []
     return [f"tp = {tp}: {asked[0].server} refuses {asked[0].failures[0]}; choose another group size, format or --tp"]
-
-
-def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or less in a container."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(found, int(text)) if text.isdigit() else found
 
 
 def human(count: float) -> str:
