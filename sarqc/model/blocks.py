@@ -7,7 +7,7 @@ and after its weights are quantized runs once more over them, so that the next b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -95,6 +95,7 @@ def run(
     recall: Recall | None = None,
     on_progress: OnProgress | None = None,
     group: Group = ALONE,
+    widths: Mapping[str, int] | None = None,
 ) -> Iterator[BlockResult]:
     """Quantize every block of `skeleton` in order, from `start` on.
 
@@ -104,7 +105,8 @@ def run(
     kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
     beyond it are observed in further passes. recall: has the statistics already; `tokens` are then only looked at to
     see which layers read what, a few of them will do. group: the ranks of this run; each is given all tokens and the
-    whole of `start`, takes windows of its own, solves some of the matrices, and yields the results of all.
+    whole of `start`, takes windows of its own, solves some of the matrices, and yields the results of all. widths: bits
+    of every linear layer by the checkpoint's name, where `quant` lets them differ; those of a site are the same.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
@@ -117,7 +119,7 @@ def run(
     announce = on_progress or (lambda *_: None)
     start = start or Start(0, None, lambda _: ({}, {}))
     target = torch.device(device)
-    solving = Solving(skeleton, source, quant, solve, start.strengths, group)
+    solving = Solving(skeleton, source, quant, solve, start.strengths, group, widths)
     work = _Work(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group)
     states = None
     if solve.gram:
@@ -257,7 +259,7 @@ def _scale(
             work.solving.choose(index, shares, collected)
             grams = [borrowing(statistics, work.solve.borrow) for statistics in collected]
             dtype = work.solving.scale_dtype(shares[0].site)
-            scales.decide(shares, grams, work.solving.cost, work.solving.quant, dtype)
+            scales.decide(shares, grams, work.solving.cost, work.solving.quant_of, dtype)
     return scales, collected if len(portions) == 1 else None
 
 

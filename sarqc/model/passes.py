@@ -168,7 +168,7 @@ def _one_pass(
             if states.original is not None:
                 with observe(skeleton, sites, remember):
                     skeleton.call_block(index, states.original[windows].to(device))
-            with observe(skeleton, sites, sink):
+            with observe(skeleton, sites, sink, solve.gate_weight):
                 skeleton.call_block(index, states.hidden[windows].to(device))
         if group.ordered:
             group.hand_on(sums)
