@@ -194,8 +194,10 @@ def solve_spec(method: str = DEFAULT_METHOD, **changes: Any) -> SolveSpec:
 
 
 def to_json(spec: QuantSpec | SolveSpec) -> dict[str, Any]:
-    """A spec as plain JSON values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(spec).items()}
+    """A spec as plain JSON values, without what says that layers differ where they do not."""
+    uniform = ("avg_bits", "choices") if isinstance(spec, QuantSpec) and spec.avg_bits is None else ()
+    values = {k: v for k, v in dataclasses.asdict(spec).items() if k not in uniform}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def from_json(kind: type[QuantSpec] | type[SolveSpec], values: dict[str, Any]) -> QuantSpec | SolveSpec:

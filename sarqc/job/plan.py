@@ -135,6 +135,8 @@ def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = Fal
     check_group_size(found, quant)
     if quant.avg_bits is not None:
         quant = _mixed(quant, solve, found)
+        choices = ", ".join(map(str, quant.choices))
+        notes += (f"bits of each layer: chosen after the first pass, out of {choices}; {quant.avg_bits:g} on average",)
     chosen.check(quant)
     for target in found.selected:
         chosen.check_layer(target.linear, target.shape, quant)

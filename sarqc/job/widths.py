@@ -77,10 +77,9 @@ class Widths:
 def decide(plan: Plan, tokens: Tensor, group: Group, on_block: Callable[[int], object]) -> Widths:
     """Look at the model and choose; the ranks look at blocks in turn, and all return the same."""
     began = time.perf_counter()
-    assert plan.quant.avg_bits is not None
 
     def own() -> list[tuple[int, SiteLosses]]:
-        found = look(
+        return look(
             plan.skeleton,
             plan.checkpoint,
             plan.targets,
@@ -94,14 +93,18 @@ def decide(plan: Plan, tokens: Tensor, group: Group, on_block: Callable[[int], o
             mine=lambda index: index % group.size == group.rank,
             on_block=on_block,
         )
-        return list(found)
 
     told = [one for part in group.gather(all_or_none(group, own)) for one in part]
     sites = [site for _, site in sorted(told, key=lambda one: one[0])]  # stable: in a block they keep their order
+    return choose(sites, plan.quant, group.gather(time.perf_counter() - began)[0])
+
+
+def choose(sites: Sequence[SiteLosses], quant: QuantSpec, seconds: float = 0.0) -> Widths:
+    """Widths for all sites of a model from what each loses. seconds: that finding out took."""
+    assert quant.avg_bits is not None
     joined = _joined(sites)
-    units = [_unit(members, plan.quant) for members in joined]
-    widths = allocate(units, plan.quant.avg_bits)
-    weights = sum(unit.weights for unit in units)
+    units = [_unit(members, quant) for members in joined]
+    widths = allocate(units, quant.avg_bits)
     chosen = tuple(
         UnitWidth(
             unit.name,
@@ -112,8 +115,8 @@ def decide(plan: Plan, tokens: Tensor, group: Group, on_block: Callable[[int], o
         )
         for unit, width, members in zip(units, widths, joined)
     )
-    average = sum(unit.sizes[width] for unit, width in zip(units, widths)) / weights
-    return Widths(average, group.gather(time.perf_counter() - began)[0], chosen)
+    spent = sum(unit.sizes[width] for unit, width in zip(units, widths))
+    return Widths(spent / sum(unit.weights for unit in units), seconds, chosen)
 
 
 def _joined(sites: Sequence[SiteLosses]) -> list[list[SiteLosses]]:

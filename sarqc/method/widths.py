@@ -20,8 +20,10 @@ from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import QuantSpec, SolveSpec
 
-TRIED = 4
+TRIED = 3
 """Bits of the plain rounding that is tried on the model."""
+SOLVED = 4
+"""Widths up to this many bits are solved to see what they lose."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,30 @@ def width_losses(
     """The losses of `quant.choices` on a few rows of a few experts of weight [E, N, K], without channel scales.
 
     statistics: two folds; one is fitted on, the other judges. Where a strength is to be chosen it is the rule's here:
-    another one would move all widths of a site alike.
+    another one would move all widths of a site alike. Widths beyond `SOLVED` lose as much less than the widest that is
+    solved as rounding does: what a solver gains no longer depends on the width there.
     """
 
-    def rounding(rows: Tensor) -> Tensor:
-        return tried(rows, quant, scale_dtype).dequantize()
+    def rounding(width: int, rows: Tensor) -> Tensor:
+        return round_plainly(rows, quant.at(width), "search", scale_dtype).dequantize()
 
-    def solved(spec: QuantSpec, rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
-        return SOLVERS[solve.solver](site, rows, gram, strength, spec, solve, scale_dtype).weight.dequantize()
+    def solved(width: int, rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
+        return SOLVERS[solve.solver](
+            site, rows, gram, strength, quant.at(width), solve, scale_dtype
+        ).weight.dequantize()
 
     rows = statistics.folds[0].rows
     strength = float(Strengths().choose("", rows, weight.shape[-1], solve, None).strength.median())
+    judge = Judge(weight, statistics, solve.borrow, solve.seed, partial(solved, 0), partial(rounding, TRIED))
+    unit = judge.rounding_loss(0)
+    few = [width for width in quant.choices if width <= SOLVED] or list(quant.choices[:1])
     losses: dict[int, float] = {}
-    judge = None
-    for width in quant.choices:
-        judge = Judge(weight, statistics, solve.borrow, solve.seed, partial(solved, quant.at(width)), rounding)
+    for width in few:
+        judge.trial = partial(solved, width)
         losses[width] = judge.losses([strength], 0)[0]
-    assert judge is not None
-    return WidthLosses(judge.rounding_loss(0), losses)
+    rounded: dict[int, float] = {}
+    for width in quant.choices[len(few) - 1 :]:
+        judge.rounding = partial(rounding, width)
+        rounded[width] = judge.rounding_loss(0)
+        losses[width] = losses[few[-1]] * (rounded[width] / rounded[few[-1]] if rounded[few[-1]] > 0 else 0.0)
+    return WidthLosses(unit, losses)

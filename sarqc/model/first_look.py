@@ -1,15 +1,19 @@
 """A first look at a model: what it would suffer from each site at each width, before any weight is quantized.
 
 Errors of different sites have no common unit of their own: 1 % of what a softmax is made of is not 1 % of what an MLP
-adds. They have one where they meet, in the hidden states that leave the block. So each site alone is rounded plainly
-and the block run once more: how far that moves the hidden states of each token, relative to what they are, is what the
-next norm passes on. Times what the solver loses at a width, relative to that rounding (`sarqc.method.widths`), this is
-the site's loss. `benchmarks/quality/MIXED.md` has how well it predicts the loss of the model, and what else was tried.
+adds, and neither is the same in the last block as in the middle. They have one where the model ends. So each site alone
+is rounded plainly, and a few windows are run on from there: how far that moves the distribution of the next token (the
+mean KL divergence from the model as it is) times what the solver loses at a width, relative to that rounding
+(`sarqc.method.widths`), is the site's loss at the width. Divergences of sites that err independently add up, as long as
+they are small. `benchmarks/quality/MIXED.md` has how much better that predicts than errors alone do.
+
+One block is in memory at a time, as everywhere: what waits between two blocks are the hidden states of these few
+windows, one copy for every site so far, which all go through the next block: half the blocks for each site, on average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +21,9 @@ from torch import Tensor
 
 from sarqc.errors import ArgumentError
 from sarqc.method.widths import WidthLosses, tried, width_losses
+from sarqc.model.evaluate import Tally
 from sarqc.model.passes import collect, passes
-from sarqc.model.sites import Share, Site, find_sites, stack, write_back
+from sarqc.model.sites import Site, find_sites, stack, write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import scale_dtype
 from sarqc.model.source import TensorSource
@@ -27,22 +32,44 @@ from sarqc.model.targets import Targets
 from sarqc.spec import QuantSpec, SolveSpec
 
 TOKENS = 1 << 14
-"""Tokens of the calibration text, at most, that are looked at."""
+"""Tokens of the calibration text, at most, that sites are observed on."""
 FOLDS = 2
+TRIED_WINDOWS, TRIED_LENGTH = 2, 256
+"""Windows that each site's rounding is tried on, and tokens of each."""
 
 
 @dataclass(frozen=True)
 class SiteLosses:
     """site: its name. linears, shapes: of its members, by the checkpoint's names. modules: of the model, that they are
-    in. moved: mean over tokens of |change|^2 / |state|^2 of what leaves the block, from the rounding that was tried.
-    losses: by width, in the same unit."""
+    in. divergence: mean KL of the next token in nats, from the rounding that was tried. losses: by width, likewise."""
 
     site: str
     linears: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     modules: tuple[str, ...]
-    moved: float
+    divergence: float
     losses: dict[int, float]
+
+
+@dataclass
+class _Trial:
+    """A site that was rounded in block `block`. solved: relative losses by width. hidden: [B, L, H] on the host, of the
+    windows that are tried on, as they leave the last block so far."""
+
+    block: int
+    site: Site
+    solved: dict[int, float]
+    hidden: Tensor
+
+    def result(self, divergence: float) -> SiteLosses:
+        return SiteLosses(
+            site=self.site.name,
+            linears=tuple(target.linear for target in self.site.members),
+            shapes=tuple(target.shape for target in self.site.members),
+            modules=tuple(dict.fromkeys(target.module for target in self.site.members)),
+            divergence=divergence,
+            losses={width: divergence * loss for width, loss in self.solved.items()},
+        )
 
 
 @torch.no_grad()
@@ -60,50 +87,66 @@ def look(
     gram_budget: int,
     mine: Callable[[int], bool] = lambda _: True,
     on_block: Callable[[int], object] = lambda _: None,
-) -> Iterator[tuple[int, SiteLosses]]:
-    """Yields (block, losses) of every site, block by block; blocks that are not `mine` are only run through.
+) -> list[tuple[int, SiteLosses]]:
+    """(block, losses) of every site in the order of blocks; of blocks that are not `mine` nothing.
 
-    tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are looked at. micro_batch(L): windows at once.
-    gram_budget: bytes of Grams at
-    once, as in `blocks.run`. Only one block is in memory, and beside it at most a copy of one of its sites.
+    tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are observed. micro_batch(L): windows at once.
+    gram_budget: bytes of Grams at once, as in `blocks.run`. Beside a block there is at most a copy of one of its sites
+    on the device.
     """
     windows = _evenly(tokens)
     solve = replace(solve, carry_error=False)
     batches = cut(len(windows), micro_batch(windows.shape[1]), FOLDS)
     states = enter(skeleton, source, windows, batches, FOLDS, device=device, dtype=dtype)
+    few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
+    skeleton.load_outer(source, device, dtype, head=True)
+    skeleton.prepare(*few.shape)
+    plain = skeleton.embed(few).cpu()
+    trials: list[_Trial] = []
     for index in range(len(skeleton.blocks)):
         on_block(index)
         skeleton.load_block(index, source, device, dtype)
-        if mine(index):
-            for site in _block(skeleton, source, index, found, states, quant, solve, gram_budget):
-                yield index, site
+        begun = _begin(skeleton, source, index, found, states, plain, quant, solve, gram_budget) if mine(index) else []
+        for hidden in (plain, *(trial.hidden for trial in trials)):
+            hidden.copy_(skeleton.call_block(index, hidden.to(device)))
+        trials += begun
         states.move_on(lambda hidden, index=index: skeleton.call_block(index, hidden), device)
         skeleton.unload_block(index)
+    expected = _logits(skeleton, plain)
+    results = []
+    for trial in trials:
+        tally = Tally()
+        for window, own, reference in zip(few, _logits(skeleton, trial.hidden), expected):
+            tally.add(own[:-1], window[1:].to(device), reference[:-1])
+        results.append((trial.block, trial.result(tally.kl)))
+    skeleton.unload_outer()
+    return results
 
 
 def _evenly(tokens: Tensor) -> Tensor:
     """Evenly spaced windows of at most `TOKENS` tokens together, two at least: one alone is cut in two."""
     count = min(len(tokens), max(FOLDS, TOKENS // tokens.shape[1]))
     windows = tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]
-    if len(windows) >= FOLDS:
-        return windows
-    half = tokens.shape[1] // FOLDS
-    if not half:
-        raise ArgumentError("one window of one token is too little to measure losses on: give more calibration text")
-    return windows[:, : FOLDS * half].reshape(FOLDS, half)
+    if len(windows) < FOLDS:
+        half = tokens.shape[1] // FOLDS
+        windows = windows[:, : FOLDS * half].reshape(FOLDS, half)
+    if windows.shape[1] < 2:
+        raise ArgumentError(f"{tokens.numel()} tokens are too few to measure losses on: give more calibration text")
+    return windows
 
 
-def _block(
+def _begin(
     skeleton: Skeleton,
     source: TensorSource,
     index: int,
     found: Targets,
     states: States,
+    plain: Tensor,
     quant: QuantSpec,
     solve: SolveSpec,
     gram_budget: int,
-) -> Iterator[SiteLosses]:
-    """The sites of a block that is loaded."""
+) -> list[_Trial]:
+    """A trial of each site of a block that is loaded, through that block."""
     device = skeleton.device
     sites = find_sites(skeleton, index, found.of_block(index), states.hidden[:1, :GLANCE].to(device))
     solved: dict[str, WidthLosses] = {}
@@ -114,46 +157,26 @@ def _block(
             kept = scale_dtype(source, share.site)
             own = width_losses(share.name, weight, statistics, quant, solve, kept)
             solved[share.site.name] = solved[share.site.name] + own if share.site.name in solved else own
-    entering = [states.hidden[windows].to(device) for windows in _tried_on(states)]
-    leaving = [skeleton.call_block(index, hidden) for hidden in entering]
-    for site in sites:
-        moved = _moved(skeleton, source, index, site, quant, entering, leaving)
-        yield SiteLosses(
-            site=site.name,
-            linears=tuple(target.linear for target in site.members),
-            shapes=tuple(target.shape for target in site.members),
-            modules=tuple(dict.fromkeys(target.module for target in site.members)),
-            moved=moved,
-            losses={width: moved * loss for width, loss in solved[site.name].relative().items()},
-        )
+    return [
+        _Trial(index, site, solved[site.name].relative(), _tried(skeleton, source, index, site, quant, plain))
+        for site in sites
+    ]
 
 
-def _tried_on(states: States) -> list[slice]:
-    """The micro-batch in the middle of each fold."""
-    by_fold = [[windows for windows, of in states.batches if of == fold] for fold in range(FOLDS)]
-    return [part[len(part) // 2] for part in by_fold]
-
-
-def _moved(
-    skeleton: Skeleton,
-    source: TensorSource,
-    index: int,
-    site: Site,
-    quant: QuantSpec,
-    entering: list[Tensor],
-    leaving: list[Tensor],
-) -> float:
-    """Round a site plainly, run the block, put the weights back: what that does to what leaves the block."""
+def _tried(skeleton: Skeleton, source: TensorSource, index: int, site: Site, quant: QuantSpec, plain: Tensor) -> Tensor:
+    """What leaves the block on the host while a site is rounded plainly; its weights are put back."""
     originals = {name: stack(skeleton.model, name).clone() for name, _, _ in site.slabs}
     kept = scale_dtype(source, site)
     for expert in range(site.experts):
-        share = Share(site, expert, expert + 1)
-        for target, part in site.split(tried(share.weight(skeleton.model), quant, kept), expert):
+        weight = site.weight(skeleton.model, expert, expert + 1)
+        for target, part in site.split(tried(weight, quant, kept), expert):
             write_back(skeleton.model, target, part)
-    shares = []
-    for hidden, expected in zip(entering, leaving):
-        change = (skeleton.call_block(index, hidden).float() - expected.float()).square().sum(-1)
-        shares.append((change / expected.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean())
+    leaving = skeleton.call_block(index, plain.to(skeleton.device)).cpu()
     for name, original in originals.items():
         stack(skeleton.model, name).copy_(original)
-    return float(torch.stack(shares).mean())
+    return leaving
+
+
+def _logits(skeleton: Skeleton, hidden: Tensor) -> list[Tensor]:
+    """Logits [L, V] of each window."""
+    return [skeleton.finish(window[None].to(skeleton.device))[0] for window in hidden]

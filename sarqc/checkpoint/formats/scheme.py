@@ -62,17 +62,19 @@ def scheme_of(linear: str, quantization: Mapping[str, Any]) -> Scheme:
 
 
 def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
-    """Targets of a config group for each width, rising, that give every Linear of `widths` its own.
+    """Targets of a config group for each width, falling, that give every Linear of `widths` its own.
 
     Names are given in full, which all readers match alike, also where they fuse what is named. The experts of a layer,
     names that differ in a second number only, are one pattern: a server's own name for a projection need not be the
-    checkpoint's. The class "Linear" is in no group, because some readers ask for it before they ask for parts.
+    checkpoint's. The class "Linear" is in no group, because some readers ask for it before they ask for parts. The
+    widest group comes first because transformers takes the experts of all layers to be as in the first group that names
+    any: too few words for that width are an error, too many would be wrong weights without a word.
     """
     stacks: dict[str, set[int]] = {}
     for linear, width in widths.items():
         if match := _STACKED.match(linear):
             stacks.setdefault(match[1], set()).add(width)
-    found: dict[int, dict[str, None]] = {width: {} for width in sorted(set(widths.values()))}
+    found: dict[int, dict[str, None]] = {width: {} for width in sorted(set(widths.values()), reverse=True)}
     for linear, width in widths.items():
         match = _STACKED.match(linear)
         alike = match is not None and len(stacks[match[1]]) == 1
