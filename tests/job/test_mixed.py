@@ -16,6 +16,7 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.cli import app
 from sarqc.errors import ArgumentError, CheckpointError, Interrupted
 from sarqc.job import run as job
+from sarqc.job import widths
 from sarqc.job.convert import convert
 from sarqc.job.export import export
 from sarqc.job.forecast.serve import FUSED
@@ -23,9 +24,10 @@ from sarqc.job.load import load
 from sarqc.job.reporting import report as reports
 from sarqc.job.verify import verify
 from sarqc.job.watcher import Silent
-from sarqc.job.widths import Widths, choose
+from sarqc.job.widths import UnitWidth, Widths, choose
 from sarqc.job.work import default_work, reopen
 from sarqc.model.first_look import SiteLosses
+from sarqc.model.packed import PackedWeight
 from sarqc.spec import QuantSpec
 from tests.support import tiny
 from tests.support.ranks import in_ranks
@@ -83,17 +85,51 @@ def test_what_loses_more_gets_more():
     assert found.average <= 3.7 and Widths.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-@pytest.mark.parametrize("kind", AVERAGE)
-def test_packed_expanded_and_transformers_agree(runs, kind):
-    out = runs[kind].out
+def logits_and_expanded(out, **how):
+    """What transformers' from_pretrained says, and our own model with all weights expanded."""
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
-    packed, expanded = (load(out, device="cpu", dtype="float32", packed=how)[0] for how in (True, False))
-    theirs, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True, **how)
     assert not any(info.values()), info
     with torch.inference_mode():
-        expected = expanded(tokens).logits
-        for model in (packed, theirs):
-            assert float((model(tokens).logits - expected).norm() / expected.norm()) < 0.01
+        return model(tokens).logits, load(out, device="cpu", dtype="float32", packed=False)[0](tokens).logits
+
+
+def away(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", AVERAGE)
+def test_packed_by_transformers_and_by_us(runs, registered, kind):
+    found, expected = logits_and_expanded(runs[kind].out)
+    assert away(found, expected) < 0.01
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    model, _ = load(runs[kind].out, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, found)
+    assert len({module.bits for module in model.modules() if isinstance(module, PackedWeight)}) > 1
+
+
+def test_compressed_tensors_expands_dense_layers_of_every_width(runs):
+    assert away(*logits_and_expanded(runs["llama"].out)) < 0.01
+
+
+def test_transformers_alone_never_takes_experts_for_another_width(tmp_path, monkeypatch):
+    """It has one scheme for the experts of all layers, and takes it from the first group that names some."""
+    source = tiny.save("qwen3_moe", tmp_path / "model", hidden_size=512)
+
+    def by_layer(sites, quant, seconds=0.0):
+        units = [
+            UnitWidth(site.site, 3 + int(".1." in site.site.partition(".experts.")[0]), 1, {}, site.linears)
+            for site in sites
+        ]
+        return Widths(3.5, 0.0, tuple(units))
+
+    monkeypatch.setattr(widths, "choose", by_layer)
+    out = sarqc.quantize(source, tmp_path / "out", **SMALL).out
+    bits = widths_on_disk(out)
+    assert {b for name, b in bits.items() if ".experts." in name} == {3, 4}
+    with pytest.raises((RuntimeError, ValueError)):
+        logits_and_expanded(out)
 
 
 def test_the_report_shows_who_got_what(runs):
