@@ -1,8 +1,7 @@
 """What every width would cost a site: solve a few of its rows with each, on one half of the text, judge on the other.
 
-Losses stand beside that of one plain rounding, because such a rounding is what is tried on the model itself (see
-`sarqc.model.first_look`): how much the model suffers from it, times how much less the solver loses at each width, is
-how much the model will suffer at that width.
+One width is tried on the model itself, with all rows solved (see `sarqc.model.first_look`): how much the model suffers
+from it, times how much more or less the solver loses at another width, is how much the model would suffer there.
 """
 
 from __future__ import annotations
@@ -14,39 +13,47 @@ import torch
 from torch import Tensor
 
 from sarqc.method.held_out import Judge
+from sarqc.method.pooling import borrowing
 from sarqc.method.solve import SOLVERS, round_plainly
 from sarqc.method.statistics import Gram, Statistics
 from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import QuantSpec, SolveSpec
 
-TRIED = 3
-"""Bits of the plain rounding that is tried on the model."""
 SOLVED = 4
-"""Widths up to this many bits are solved to see what they lose."""
+"""Widths up to this many bits, and to the one that is tried, are solved to see what they lose."""
 
 
 @dataclass(frozen=True)
 class WidthLosses:
-    """tr(E G E^T) on held-out text. tried: of the rounding that is tried. solved: of the solver, by width."""
+    """tr(E G E^T) on held-out text, by width."""
 
-    tried: float
-    solved: dict[int, float]
+    by_width: dict[int, float]
 
     def __add__(self, other: WidthLosses) -> WidthLosses:
         """Those of two parts of a site together."""
-        return WidthLosses(
-            self.tried + other.tried, {width: loss + other.solved[width] for width, loss in self.solved.items()}
-        )
+        return WidthLosses({width: loss + other.by_width[width] for width, loss in self.by_width.items()})
 
-    def relative(self) -> dict[int, float]:
-        """Losses by width over that of the rounding; all 0 where no row excites the weight."""
-        return {width: loss / self.tried if self.tried > 0 else 0.0 for width, loss in self.solved.items()}
+    def relative(self, width: int) -> dict[int, float]:
+        """Losses over that at one width; all 0 where no row excites the weight."""
+        unit = self.by_width[width]
+        return {each: loss / unit if unit > 0 else 0.0 for each, loss in self.by_width.items()}
 
 
-def tried(weight: Tensor, quant: QuantSpec, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """A weight [E, N, K] as it is tried on the model."""
-    return round_plainly(weight, quant.at(TRIED), "search", scale_dtype)
+def tried_width(quant: QuantSpec) -> int:
+    """The width that is tried on the model: the widest within the average, because sites will stay near it."""
+    assert quant.avg_bits is not None
+    return max((width for width in quant.choices if width <= quant.avg_bits), default=quant.choices[0])
+
+
+def tried(
+    site: str, weight: Tensor, statistics: Statistics, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
+) -> QuantizedWeight:
+    """A weight [E, N, K] as it is tried on the model: solved, without channel scales, at the rule's strength."""
+    gram = borrowing(statistics, solve.borrow)
+    strength = Strengths().choose("", statistics.rows(), weight.shape[-1], solve, None).strength
+    spec = quant.at(tried_width(quant))
+    return SOLVERS[solve.solver](site, weight, gram, strength, spec, solve, scale_dtype).weight
 
 
 def width_losses(
@@ -55,8 +62,8 @@ def width_losses(
     """The losses of `quant.choices` on a few rows of a few experts of weight [E, N, K], without channel scales.
 
     statistics: two folds; one is fitted on, the other judges. Where a strength is to be chosen it is the rule's here:
-    another one would move all widths of a site alike. Widths beyond `SOLVED` lose as much less than the widest that is
-    solved as rounding does: what a solver gains no longer depends on the width there.
+    another one would move all widths of a site alike. The widest choices are not solved: they lose as much less than
+    the widest that is solved as rounding does, because what a solver gains no longer depends on the width there.
     """
 
     def rounding(width: int, rows: Tensor) -> Tensor:
@@ -69,9 +76,9 @@ def width_losses(
 
     rows = statistics.folds[0].rows
     strength = float(Strengths().choose("", rows, weight.shape[-1], solve, None).strength.median())
-    judge = Judge(weight, statistics, solve.borrow, solve.seed, partial(solved, 0), partial(rounding, TRIED))
-    unit = judge.rounding_loss(0)
-    few = [width for width in quant.choices if width <= SOLVED] or list(quant.choices[:1])
+    first = quant.choices[0]
+    judge = Judge(weight, statistics, solve.borrow, solve.seed, partial(solved, first), partial(rounding, first))
+    few = [width for width in quant.choices if width <= max(SOLVED, tried_width(quant))] or [first]
     losses: dict[int, float] = {}
     for width in few:
         judge.trial = partial(solved, width)
@@ -81,4 +88,4 @@ def width_losses(
         judge.rounding = partial(rounding, width)
         rounded[width] = judge.rounding_loss(0)
         losses[width] = losses[few[-1]] * (rounded[width] / rounded[few[-1]] if rounded[few[-1]] > 0 else 0.0)
-    return WidthLosses(unit, losses)
+    return WidthLosses(losses)

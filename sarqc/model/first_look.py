@@ -2,10 +2,11 @@
 
 Errors of different sites have no common unit of their own: 1 % of what a softmax is made of is not 1 % of what an MLP
 adds, and neither is the same in the last block as in the middle. They have one where the model ends. So each site alone
-is rounded plainly, and a few windows are run on from there: how far that moves the distribution of the next token (the
-mean KL divergence from the model as it is) times what the solver loses at a width, relative to that rounding
-(`sarqc.method.widths`), is the site's loss at the width. Divergences of sites that err independently add up, as long as
-they are small. `benchmarks/quality/MIXED.md` has how much better that predicts than errors alone do.
+is solved at one width, and a few windows are run on from there: how far that moves the distribution of the next token
+(the mean KL divergence from the model as it is) times what the solver loses at another width, relative to that one
+(`sarqc.method.widths`), is the site's loss there. Divergences of sites that err independently add up, as long as they
+are small. `benchmarks/quality/MIXED.md` has what else was tried: a rounding in the solution's place misjudges the sites
+that matter most, because it spoils what a solver spares.
 
 One block is in memory at a time, as everywhere: what waits between two blocks are the hidden states of these few
 windows, one copy for every site so far, which all go through the next block: half the blocks for each site, on average.
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ArgumentError
-from sarqc.method.widths import WidthLosses, tried, width_losses
+from sarqc.method.weight import QuantizedWeight
+from sarqc.method.widths import WidthLosses, tried, tried_width, width_losses
 from sarqc.model.evaluate import Tally
 from sarqc.model.passes import collect, passes
 from sarqc.model.sites import Site, find_sites, stack, write_back
@@ -28,20 +30,20 @@ from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import scale_dtype
 from sarqc.model.source import TensorSource
 from sarqc.model.states import GLANCE, States, cut, enter
-from sarqc.model.targets import Targets
+from sarqc.model.targets import Target, Targets
 from sarqc.spec import QuantSpec, SolveSpec
 
 TOKENS = 1 << 14
 """Tokens of the calibration text, at most, that sites are observed on."""
 FOLDS = 2
 TRIED_WINDOWS, TRIED_LENGTH = 2, 256
-"""Windows that each site's rounding is tried on, and tokens of each."""
+"""Windows that each site is tried on, and tokens of each."""
 
 
 @dataclass(frozen=True)
 class SiteLosses:
     """site: its name. linears, shapes: of its members, by the checkpoint's names. modules: of the model, that they are
-    in. divergence: mean KL of the next token in nats, from the rounding that was tried. losses: by width, likewise."""
+    in. divergence: mean KL of the next token in nats, at the width that was tried. losses: by width, likewise."""
 
     site: str
     linears: tuple[str, ...]
@@ -53,7 +55,7 @@ class SiteLosses:
 
 @dataclass
 class _Trial:
-    """A site that was rounded in block `block`. solved: relative losses by width. hidden: [B, L, H] on the host, of the
+    """A site that was tried in block `block`. solved: relative losses by width. hidden: [B, L, H] on the host, of the
     windows that are tried on, as they leave the last block so far."""
 
     block: int
@@ -149,28 +151,37 @@ def _begin(
     """A trial of each site of a block that is loaded, through that block."""
     device = skeleton.device
     sites = find_sites(skeleton, index, found.of_block(index), states.hidden[:1, :GLANCE].to(device))
-    solved: dict[str, WidthLosses] = {}
+    losses: dict[str, WidthLosses] = {}
+    weights: dict[str, list[tuple[Target, QuantizedWeight]]] = {site.name: [] for site in sites}
     for shares in passes(sites, FOLDS, gram_budget, solve):
         collected, _ = collect(skeleton, index, shares, states, solve, device)
         for share, statistics in zip(shares, collected):
-            weight = share.weight(skeleton.model)
-            kept = scale_dtype(source, share.site)
-            own = width_losses(share.name, weight, statistics, quant, solve, kept)
-            solved[share.site.name] = solved[share.site.name] + own if share.site.name in solved else own
+            name = share.site.name
+            given = (
+                share.name,
+                share.weight(skeleton.model),
+                statistics,
+                quant,
+                solve,
+                scale_dtype(source, share.site),
+            )
+            own = width_losses(*given)
+            losses[name] = losses[name] + own if name in losses else own
+            weights[name] += share.site.split(tried(*given), share.first)
+    width = tried_width(quant)
     return [
-        _Trial(index, site, solved[site.name].relative(), _tried(skeleton, source, index, site, quant, plain))
+        _Trial(index, site, losses[site.name].relative(width), _tried(skeleton, index, site, weights[site.name], plain))
         for site in sites
     ]
 
 
-def _tried(skeleton: Skeleton, source: TensorSource, index: int, site: Site, quant: QuantSpec, plain: Tensor) -> Tensor:
-    """What leaves the block on the host while a site is rounded plainly; its weights are put back."""
+def _tried(
+    skeleton: Skeleton, index: int, site: Site, weights: list[tuple[Target, QuantizedWeight]], plain: Tensor
+) -> Tensor:
+    """What leaves the block, on the host, with these weights in a site's place; its own are put back."""
     originals = {name: stack(skeleton.model, name).clone() for name, _, _ in site.slabs}
-    kept = scale_dtype(source, site)
-    for expert in range(site.experts):
-        weight = site.weight(skeleton.model, expert, expert + 1)
-        for target, part in site.split(tried(weight, quant, kept), expert):
-            write_back(skeleton.model, target, part)
+    for target, weight in weights:
+        write_back(skeleton.model, target, weight)
     leaving = skeleton.call_block(index, plain.to(skeleton.device)).cpu()
     for name, original in originals.items():
         stack(skeleton.model, name).copy_(original)

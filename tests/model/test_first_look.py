@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sarqc.errors import ArgumentError
-from sarqc.method.widths import tried
+from sarqc.method.solve import round_plainly
 from sarqc.model import first_look
 from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec, solve_spec
@@ -38,16 +38,21 @@ def test_every_linear_is_looked_at_once(tiny, kind):
         assert 0 < site.divergence < 10 and len(site.shapes) == len(site.linears)
 
 
-def test_the_divergence_is_that_of_the_whole_model(tiny):
-    """By hand: round one site of the first block of an ordinary model, and compare what both say next."""
+def test_the_divergence_is_that_of_the_whole_model(tiny, monkeypatch):
+    """By hand: change one site of the first block of an ordinary model, and compare what both say next."""
     case = tiny("llama")
+
+    def rounded(site, weight, statistics, quant, solve, scale_dtype):
+        return round_plainly(weight, quant.at(4), "minmax", scale_dtype)
+
+    monkeypatch.setattr(first_look, "tried", rounded)
     known = next(site for _, site in look(case) if site.site.endswith("0.mlp.down_proj"))
     with torch.no_grad():
-        rounded = copy.deepcopy(case.model)
-        weight = rounded.get_submodule(known.site).weight
-        weight.copy_(tried(weight[None], QUANT, torch.bfloat16).dequantize()[0])
+        changed = copy.deepcopy(case.model)
+        weight = changed.get_submodule(known.site).weight
+        weight.copy_(rounded("", weight[None], None, QUANT, None, torch.bfloat16).dequantize()[0])
         few = case.tokens[::3]  # of five windows, the first and the fourth
-        before, after = (model(few).logits[:, :-1].log_softmax(-1) for model in (case.model, rounded))
+        before, after = (model(few).logits[:, :-1].log_softmax(-1) for model in (case.model, changed))
     expected = float((before.exp() * (before - after)).sum(-1).mean())
     assert known.divergence == pytest.approx(expected, rel=1e-3) and expected > 1e-5
 
