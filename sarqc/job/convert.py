@@ -93,7 +93,7 @@ def spec_of(checkpoint: Checkpoint) -> tuple[QuantSpec, dict[str, int]]:
     choices = tuple(sorted(set(widths.values())))
     if len(choices) == 1:
         return QuantSpec(choices[0], group_size, sym), widths
-    average = round(checkpoint.storage().bits_per_weight, 3)
+    average = round(checkpoint.storage().bits_per_weight or 0.0, 3)
     return QuantSpec(choices[-1], group_size, sym, avg_bits=average, choices=choices), widths
 
 

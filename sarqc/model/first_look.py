@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def look(
         for hidden in (plain, *(trial.hidden for trial in trials)):
             hidden.copy_(skeleton.call_block(index, hidden.to(device)))
         trials += begun
-        states.move_on(lambda hidden, index=index: skeleton.call_block(index, hidden), device)
+        states.move_on(partial(skeleton.call_block, index), device)
         skeleton.unload_block(index)
     expected = _logits(skeleton, plain)
     results = []
