@@ -18,8 +18,6 @@ from sarqc.spec import QuantSpec
 
 SCALE_BITS = 16
 """Of a scale on disk: bf16 or fp16."""
-SHAPE_BITS = 128
-"""Of the two numbers that pack-quantized stores beside every matrix."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,15 @@ class _Step:
 
 
 def stored_bits(shape: tuple[int, int], width: int, quant: QuantSpec) -> int:
-    """Bits on disk of a matrix (N, K) at `width` bits, with scales, zeros and padding to whole words."""
+    """Bits on disk of a matrix (N, K) at `width` bits, with scales, zeros and padding to whole words.
+
+    What a format says of the matrix beside them (its shape) is left out, so that one width has its usual average.
+    """
     rows, columns = shape
     groups = quant.groups(columns)
     codes = 32 * -(-columns * width // 32)
     zeros = 0 if quant.sym else 32 * -(-rows * width // 32) * groups
-    return rows * (codes + SCALE_BITS * groups) + zeros + SHAPE_BITS
+    return rows * (codes + SCALE_BITS * groups) + zeros
 
 
 def average_range(shapes: Iterable[tuple[int, int]], quant: QuantSpec) -> tuple[float, float]:
