@@ -143,7 +143,11 @@ def test_the_report_shows_who_got_what(runs):
     assert report["seconds"]["look"] > 0
     assert "Who got how many bits" in (run.out / "report.html").read_text()
     card = (run.out / "README.md").read_text()
-    assert "4 bits on average" in card and "--avg-bits 4 --bits-choices 2,3,4,5,6,8" in card
+    assert (
+        "4 bits on average" in card
+        and "Layers have different widths" in card
+        and "--avg-bits 4 --bits-choices 2,3,4,5,6,8" in card
+    )
 
 
 class Stopping(Silent):

@@ -51,7 +51,7 @@ def card(report: facts.Report) -> str:
         _fenced("python -m sglang.launch_server --model-path .", "bash"),
         _fenced(_TRANSFORMERS, "python"),
         "vLLM and SGLang read the format from config.json, transformers needs the package `compressed-tensors`. "
-        "The run that made this started none of the three.",
+        "The run that made this started none of the three." + (_MIXED if quant.get("avg_bits") is not None else ""),
         "## What was done",
         _done(report),
         _quality(report),
@@ -120,6 +120,12 @@ _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(".")"""
+
+
+_MIXED = (
+    " Layers have different widths: SGLang has kernels for 4 and 8 bits alone, and transformers loads experts of several "
+    "widths where `import sarqc` stands before."
+)
 
 
 def _front_matter(report: facts.Report) -> str:

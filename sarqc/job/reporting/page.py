@@ -147,7 +147,7 @@ def _widths(report: facts.Report) -> str:
     average = report["size"]["bits_per_weight"]
     told = (
         f"{average} bits of a weight on average, with scales. Widths were chosen before any block was solved, so that "
-        "what the sites lose, measured where they move the model's hidden states, adds up to the least."
+        "what the sites cost, each tried alone to the end of the model, adds up to the least."
     )
     return _section("Who got how many bits", told, f"<figure>{chart}</figure>")
 
