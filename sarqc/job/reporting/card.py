@@ -123,8 +123,8 @@ tokenizer = AutoTokenizer.from_pretrained(".")"""
 
 
 _MIXED = (
-    " Layers have different widths: SGLang has kernels for 4 and 8 bits alone, and transformers loads experts of several "
-    "widths where `import sarqc` stands before."
+    " Layers have different widths: SGLang has kernels for 4 and 8 bits alone, and transformers loads experts of "
+    "several ones where `import sarqc` stands before."
 )
 
 
