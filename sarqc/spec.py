@@ -19,6 +19,14 @@ GridSearch = Literal["minmax", "search"]
 Order = Literal["none", "static", "group"]
 
 
+CHOICES = (2, 3, 4, 5, 6, 8)
+"""Widths that `avg_bits` chooses from, if nothing else is said."""
+
+
+def _is_width(bits: object) -> bool:
+    return isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """The number format of the quantized weights.
@@ -26,15 +34,19 @@ class QuantSpec:
     bits: 2 to 8. group_size: inputs that share one scale, or -1 for one scale per output row.
     sym: the zero is the middle code 2^(bits-1) everywhere; otherwise each group stores an integer zero.
     ignore: regular expressions; a Linear whose full name one of them finds stays as it is.
+    avg_bits: where layers get different widths, bits of a weight on average, scales and zeros included; `bits` is then
+    no layer's in particular. choices: the widths to choose from, rising; none without avg_bits.
     """
 
     bits: int = 4
     group_size: int = 128
     sym: bool = True
     ignore: tuple[str, ...] = ()
+    avg_bits: float | None = None
+    choices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        if not _is_width(self.bits):
             raise ArgumentError(f"bits = {self.bits!r} is out of range: use a whole number from 2 to 8")
         if self.group_size != -1 and (not isinstance(self.group_size, int) or self.group_size < 8):
             raise ArgumentError(
@@ -42,11 +54,26 @@ class QuantSpec:
                 "or -1 for one scale per output row"
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "choices", tuple(self.choices))
+        if self.avg_bits is None:
+            if self.choices:
+                raise ArgumentError(f"bits_choices = {self.choices} chooses nothing: give avg_bits too")
+            return
+        number = isinstance(self.avg_bits, int | float) and not isinstance(self.avg_bits, bool)
+        if not number or not 2 <= self.avg_bits <= 16:
+            raise ArgumentError(f"avg_bits = {self.avg_bits!r} is not usable: use a number like 3.5")
+        if not all(map(_is_width, self.choices)):
+            raise ArgumentError(f"bits_choices = {self.choices} is not usable: use whole numbers from 2 to 8")
+        object.__setattr__(self, "choices", tuple(sorted(set(self.choices or CHOICES))))
 
     @property
     def levels(self) -> int:
         """Number of codes, 2^bits."""
         return 1 << self.bits
+
+    def at(self, bits: int) -> QuantSpec:
+        """What layers of this width follow, where they have different ones."""
+        return dataclasses.replace(self, bits=bits, avg_bits=None, choices=())
 
     def groups(self, in_features: int) -> int:
         """Groups per row of a Linear with `in_features` inputs; `ArgumentError` where they do not divide."""
@@ -70,8 +97,9 @@ class SolveSpec:
     act_order: order of the Gram solver's columns: "none", "static" (by saliency, grid fixed before) or "group" (groups
     by saliency and columns inside each group, grid fitted as the solver arrives). None of them needs a g_idx on disk.
     damp: floor added to the diagonal, relative to its mean. borrow: rows, for each input, that an expert's statistics
-    have from the average of its layer. carry_error: whether a site also makes up for the errors of the blocks before
-    it, as far as held-out text says that this helps. seed: of every random draw of the run.
+    have from the average of its layer. gate_weight: power of the router's weight by which a row counts in an expert's
+    statistics, 0, 1 or 2. carry_error: whether a site also makes up for the errors of the blocks before it, as far as
+    held-out text says that this helps. seed: of every random draw of the run.
     """
 
     method: str = DEFAULT_METHOD
@@ -84,6 +112,7 @@ class SolveSpec:
     act_order: Order = "group"
     damp: float = 1e-4
     borrow: float = 0.25
+    gate_weight: int = 0
     carry_error: bool = False
     seed: int = 0
 
@@ -101,6 +130,8 @@ class SolveSpec:
         if not 0 <= self.borrow < float("inf"):
             raise ArgumentError(f"borrow = {self.borrow!r} is out of range: use a number from 0 up")
         check_seed(self.seed)
+        if isinstance(self.gate_weight, bool) or self.gate_weight not in (0, 1, 2):
+            raise ArgumentError(f"gate_weight = {self.gate_weight!r} is not known: use 0, 1 or 2")
         if not self.gram and (self.solver == "gram" or self.channel_scale):
             raise ArgumentError("gram = False leaves nothing to solve with: use solver 'round' and no channel_scale")
 
@@ -163,8 +194,10 @@ def solve_spec(method: str = DEFAULT_METHOD, **changes: Any) -> SolveSpec:
 
 
 def to_json(spec: QuantSpec | SolveSpec) -> dict[str, Any]:
-    """A spec as plain JSON values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(spec).items()}
+    """A spec as plain JSON values, without what says that layers differ where they do not."""
+    uniform = ("avg_bits", "choices") if isinstance(spec, QuantSpec) and spec.avg_bits is None else ()
+    values = {k: v for k, v in dataclasses.asdict(spec).items() if k not in uniform}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def from_json(kind: type[QuantSpec] | type[SolveSpec], values: dict[str, Any]) -> QuantSpec | SolveSpec:

@@ -4,9 +4,10 @@
         --evaluation wiki=evaluation.txt --evaluation python=builtin \
         --case 3:4:0 --case 3:16:0 --set strength=auto --set strength=0.3 --set strength=1 --set borrow=0.25 ...
 
-A case is BITS:WINDOWS:SEED; windows of --seqlen tokens are drawn from the calibration text with the seed. Each --set is
-a run: fields of `SolveSpec`, with commas between them. Judged on --eval-windows windows of each text, evenly spaced.
-Every run adds a line of JSON: perplexities, seconds of each stage, strengths and shares carried of each kind of site.
+A case is BITS:WINDOWS:SEED; with a decimal point in BITS layers get widths that average so many with scales. Windows of
+--seqlen tokens are drawn from the calibration text with the seed. Each --set is a run: fields of `SolveSpec`, with
+commas between them. Judged on --eval-windows windows of each text, evenly spaced. Every run adds a line of JSON:
+perplexities, seconds of each stage, strengths, widths and shares carried of each kind of site.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.job.locate import locate
+from sarqc.job.widths import choose
 from sarqc.model import blocks, calibration
 from sarqc.model.evaluate import perplexity
+from sarqc.model.first_look import look
 from sarqc.model.sites import write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.targets import targets
@@ -58,7 +61,9 @@ def quantized(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     results = []
     given = tokens if solve.gram else None
-    for result in islice(blocks.run(skeleton, checkpoint, given, quant, solve, dtype=torch.float32), stop):
+    widths = first_look(skeleton, checkpoint, tokens, quant, solve) if quant.avg_bits is not None else None
+    run = blocks.run(skeleton, checkpoint, given, quant, solve, dtype=torch.float32, widths=widths)
+    for result in islice(run, stop):
         for linear, weight in result.weights.items():
             write_back(model, by_name[linear], weight)
         result.weights.clear()
@@ -66,9 +71,30 @@ def quantized(
     return model, results
 
 
+def first_look(
+    skeleton: Skeleton, checkpoint: Checkpoint, tokens: torch.Tensor, quant: QuantSpec, solve: SolveSpec
+) -> dict[str, int]:
+    """Bits of each Linear, as a run chooses them."""
+    sites = look(
+        skeleton,
+        checkpoint,
+        targets(skeleton, quant),
+        tokens,
+        quant,
+        solve,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        micro_batch=lambda length: max(1, blocks.TOKENS_AT_ONCE["cpu"] // length),
+        gram_budget=blocks.GRAM_BUDGET,
+    )
+    chosen = choose([site for _, site in sites], quant)
+    print(chosen.headline(), flush=True)
+    return chosen.by_linear()
+
+
 def record(results: list[Any]) -> dict[str, Any]:
     """Seconds of the stages, and of each kind of site its strengths and shares over depth."""
-    found: dict[str, Any] = {"seconds": {}, "strength": {}, "carried": {}, "error": 0.0}
+    found: dict[str, Any] = {"seconds": {}, "strength": {}, "carried": {}, "widths": {}, "error": 0.0}
     reports = [report for result in results for report in result.reports]
     for result in results:
         for stage, seconds in result.seconds.items():
@@ -76,6 +102,7 @@ def record(results: list[Any]) -> dict[str, Any]:
     for report in reports:
         kind = report.held_out.get("kind", "")
         found["strength"].setdefault(kind, []).append(round(report.strength, 2))
+        found["widths"].setdefault(kind, []).append(report.bits)
         found["carried"].setdefault(kind, []).append(round(report.carried, 2))
     found["error"] = sum(report.error for report in reports) / len(reports)
     return found
@@ -103,13 +130,14 @@ def main() -> None:
         for key, text in (entry.split("=", 1) for entry in args.evaluation)
     }
     for case in args.case:
-        bits, windows, seed = map(int, case.split(":"))
-        quant = QuantSpec(bits=bits, group_size=args.group_size)
+        bits, (windows, seed) = case.split(":")[0], map(int, case.split(":")[1:])
+        width = {"avg_bits": float(bits)} if "." in bits else {"bits": int(bits)}
+        quant = QuantSpec(group_size=args.group_size, **width)
         for setting in args.set:
             model, results = quantized(folder, calib.draw(windows, seed).tokens, quant, fields(setting), args.blocks)
             line = {
                 "calibration": name,
-                "bits": bits,
+                "bits": float(bits),
                 "windows": windows,
                 "seed": seed,
                 "blocks": args.blocks,

@@ -24,8 +24,13 @@ from sarqc.cli.options import (
     stdout,
 )
 from sarqc.cli.run_options import (
+    AvgBitsOption,
+    BitsChoicesOption,
+    BorrowOption,
     CalibOption,
+    CarryErrorOption,
     DryRunOption,
+    GateWeightOption,
     GramBudgetOption,
     GroupSizeOption,
     IgnoreOption,
@@ -39,6 +44,7 @@ from sarqc.cli.run_options import (
     StrengthOption,
     TensorParallelOption,
     WorkOption,
+    widths_of,
 )
 from sarqc.spec import ABOUT, DEFAULT_METHOD
 
@@ -51,10 +57,15 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")],
     method: Annotated[str, typer.Option(help="One of the methods above.")] = DEFAULT_METHOD,
     bits: Annotated[int, typer.Option(help="2 to 8.")] = 4,
+    avg_bits: AvgBitsOption = None,
+    bits_choices: BitsChoicesOption = None,
     group_size: GroupSizeOption = "auto",
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One fixed zero, or a zero for each group.")] = True,
     strength: StrengthOption = None,
     saliency: SaliencyOption = None,
+    borrow: BorrowOption = None,
+    gate_weight: GateWeightOption = None,
+    carry_error: CarryErrorOption = None,
     calib: CalibOption = "builtin",
     num_samples: SamplesOption = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window. Default: 2048.")] = None,
@@ -89,27 +100,15 @@ def quantize(
     from sarqc.job.distributed import leads
 
     settings: dict[str, Any] = dict(
-        method=method,
-        bits=bits,
-        group_size=auto_or(int, "group_size", group_size),
-        sym=sym,
-        strength=None if strength is None else auto_or(float, "strength", strength),
-        saliency=saliency,
-        calib=calib,
-        num_samples=num_samples,
-        seqlen=seqlen,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        micro_batch=micro_batch,
+        method=method, bits=bits, avg_bits=avg_bits, bits_choices=widths_of(bits_choices),
+        group_size=auto_or(int, "group_size", group_size), sym=sym,
+        strength=None if strength is None else auto_or(float, "strength", strength), saliency=saliency,
+        borrow=borrow, gate_weight=gate_weight, carry_error=carry_error, calib=calib, num_samples=num_samples,
+        seqlen=seqlen, seed=seed, device=device, dtype=dtype, micro_batch=micro_batch,
         **({} if gram_budget is None else {"gram_budget": gigabytes("gram_budget", gram_budget)}),
         state_budget=None if state_budget is None else gigabytes("state_budget", state_budget),
-        ignore=tuple(ignore or ()),
-        format=format,
-        tp=tp,
-        trust_remote_code=trust_remote_code,
-        work=work,
-    )
+        ignore=tuple(ignore or ()), format=format, tp=tp, trust_remote_code=trust_remote_code, work=work,
+    )  # fmt: skip
     if dry_run:
         if leads():
             look_ahead(model, output, settings, as_json)

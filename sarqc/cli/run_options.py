@@ -7,12 +7,41 @@ from typing import Annotated
 
 import typer
 
+AvgBitsOption = Annotated[
+    float | None,
+    typer.Option(help="Instead of --bits: so many per weight on average, with scales; layers that lose more get more."),
+]
+BitsChoicesOption = Annotated[
+    str | None, typer.Option(help="Widths that --avg-bits chooses from. Default: 2,3,4,5,6,8. For Marlin: 4,8.")
+]
+BorrowOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Rows per input that an expert has from its layer's average: more steadies experts that saw few tokens. "
+        "Default: 0.25, plain methods 0."
+    ),
+]
+CarryErrorOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--carry-error/--no-carry-error",
+        help="Make up for the errors of earlier blocks, as far as held-out text allows; twice the forward passes. "
+        "Default: off, which measured better.",
+    ),
+]
 CalibOption = Annotated[
     str, typer.Option(help="Calibration text: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin.")
 ]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Show what would be done, what it takes and who would serve it; do nothing."),
+]
+GateWeightOption = Annotated[
+    int | None,
+    typer.Option(
+        help="0, 1 or 2: power of the router's weight that a token counts with for its experts. 2 is least squares of "
+        "the layer's output. Default: 0."
+    ),
 ]
 GramBudgetOption = Annotated[
     float | None,
@@ -57,3 +86,13 @@ TensorParallelOption = Annotated[
 WorkOption = Annotated[
     Path | None, typer.Option(help="Folder for finished blocks. Default: a hidden one beside the output.")
 ]
+
+
+def widths_of(said: str | None) -> tuple[int, ...]:
+    """`2,3,4` as numbers; `ArgumentError` for what is none."""
+    from sarqc.errors import ArgumentError
+
+    try:
+        return tuple(int(part) for part in said.split(",")) if said else ()
+    except ValueError:
+        raise ArgumentError(f"bits_choices = {said!r} is not usable: write widths like 2,3,4,8") from None

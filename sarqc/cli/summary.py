@@ -41,10 +41,18 @@ def checkpoint_summary(found: dict[str, Any]) -> Table:
 
 def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Label and text of each line about a run."""
+    from sarqc.job.reporting.facts import width
+
     quant, solve, size = report["quant"], report["solve"], report["size"]
     kind = "symmetric" if quant["sym"] else "asymmetric"
     group = "one scale a row" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
-    yield "weights", escape(f"{quant['bits']} bits, {group}, {kind}; {size['bits_per_weight']} bits with scales")
+    yield "weights", escape(f"{width(quant)}, {group}, {kind}; {size['bits_per_weight']} bits with scales")
+    if "widths" in report:
+        counted: dict[int, int] = {}
+        for unit in report["widths"]["units"]:
+            counted[unit["bits"]] = counted.get(unit["bits"], 0) + unit["weights"]
+        total = max(sum(counted.values()), 1)
+        yield "widths", ", ".join(f"{bits} bits: {counted[bits] / total:.0%}" for bits in sorted(counted))
     yield "size", _size(size["bytes"])
     calibration = report["calibration"]
     how = "no calibration"

@@ -46,7 +46,7 @@ def convert(
 
     source: folder or hub id. format: a key of the table of formats. progress(done, total, tensor) follows it.
     Symmetric is what has every zero in the middle, whatever its config says. Raises `ArgumentError` for an unknown
-    format and `CheckpointError` for what the format cannot hold: bits, sizes, scales, or layers that are not all alike.
+    format and `CheckpointError` for what the format cannot hold: bits, sizes, scales, or groups that differ.
     """
     if format not in FORMATS:
         raise ArgumentError(f"format = {format!r} is not known: use {', '.join(FORMATS)}")
@@ -57,42 +57,44 @@ def convert(
     with open_checkpoint(folder) as checkpoint:
         if checkpoint.format is None:
             raise CheckpointError(f"{folder} is not quantized: `sarqc quantize` does that")
-        quant = spec_of(checkpoint)
+        quant, widths = spec_of(checkpoint)
         target.check(quant)
         for linear in checkpoint.linears():
             target.check_layer(linear, checkpoint.describe(linear).shape, quant)
         with atomic_folder(out, overwrite=overwrite) as partial:
             _write(checkpoint, partial, target, quant, progress)
             copy_side_files(folder, partial, code=trust_remote_code)
-            write_config(partial, checkpoint.config, target.config(quant, _ignored(checkpoint)))
+            write_config(partial, checkpoint.config, target.config(quant, _ignored(checkpoint), widths))
             record = _checked(partial, checkpoint, quant)
             if (report := reports.read(folder)) is not None:
                 reports.write(partial, report | {"converted": record})
     return Converted(Path(out), record)
 
 
-def spec_of(checkpoint: Checkpoint) -> QuantSpec:
-    """The one spec that all quantized Linears follow; `CheckpointError` where they differ."""
+def spec_of(checkpoint: Checkpoint) -> tuple[QuantSpec, dict[str, int]]:
+    """The spec that all quantized Linears follow, and the bits of each; `CheckpointError` where groups differ."""
     found = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
     if not found:
         raise CheckpointError(f"{checkpoint.folder} says it is quantized but holds no quantized Linear")
     channel = all(info.groups == 1 for info in found.values())
-    first: tuple[str, tuple[int, int]] | None = None
-    for linear, info in found.items():
-        kind = (info.bits, -1 if channel else info.shape[1] // info.groups)
-        first = first or (linear, kind)
-        if kind != first[1]:
+    sizes = {linear: -1 if channel else info.shape[1] // info.groups for linear, info in found.items()}
+    first, group_size = next(iter(sizes.items()))
+    for linear, size in sizes.items():
+        if size != group_size:
             raise CheckpointError(
-                f"{checkpoint.folder}: {linear!r} has {kind[0]} bits in groups of {kind[1]}, {first[0]!r} has "
-                f"{first[1][0]} in groups of {first[1][1]}: only checkpoints of one kind are converted"
+                f"{checkpoint.folder}: {linear!r} has groups of {size}, {first!r} has groups of {group_size}: only "
+                "checkpoints with groups of one size are converted"
             )
-    assert first is not None
-    # Lazy, so that a checkpoint with real zeros is read no further than to the first of them.
-    sym = all(info.sym or _centred(checkpoint, linear) for linear, info in found.items())
-    bits, group_size = first[1]
     if group_size != -1 and group_size < 8:
         raise CheckpointError(f"{checkpoint.folder} has groups of {group_size} inputs: 8 is the least that is written")
-    return QuantSpec(bits=bits, group_size=group_size, sym=sym)
+    # Lazy, so that a checkpoint with real zeros is read no further than to the first of them.
+    sym = all(info.sym or _centred(checkpoint, linear) for linear, info in found.items())
+    widths = {linear: info.bits for linear, info in found.items()}
+    choices = tuple(sorted(set(widths.values())))
+    if len(choices) == 1:
+        return QuantSpec(choices[0], group_size, sym), widths
+    average = round(checkpoint.storage().bits_per_weight or 0.0, 3)
+    return QuantSpec(choices[-1], group_size, sym, avg_bits=average, choices=choices), widths
 
 
 def _centred(checkpoint: Checkpoint, linear: str) -> bool:
@@ -126,7 +128,9 @@ def _write(
         for done, name in enumerate(names, 1):
             linear = name.removesuffix(".weight")
             weight = checkpoint.quantized(linear) if linear != name else None
-            tensors = {name: checkpoint.load(name)} if weight is None else target.pack(linear, weight, quant)
+            tensors = (
+                {name: checkpoint.load(name)} if weight is None else target.pack(linear, weight, quant.at(weight.bits))
+            )
             for full, tensor in tensors.items():
                 writer.add(full, tensor)
             if progress is not None:

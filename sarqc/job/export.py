@@ -80,7 +80,8 @@ def write_checkpoint(
             writer.add(name, tensor)
         writer.close()
         copy_side_files(checkpoint.folder, partial, code=work.about["code"])
-        write_config(partial, checkpoint.config, format.config(quant, work.about["targets"]["untouched"]))
+        widths = chosen.by_linear() if (chosen := work.widths()) else None
+        write_config(partial, checkpoint.config, format.config(quant, work.about["targets"]["untouched"], widths))
         report = _report(work, checkpoint, quant, size, time.perf_counter() - began)
         reports.write(partial, report)  # names the tensors that took up scales, which the comparison has to know
         checked = verify(partial, against=checkpoint.folder, trust_remote_code=work.about["code"])
@@ -104,7 +105,7 @@ def _tensors(
             yield name, tensor
     for index in blocks:
         for linear, weight in work.each_weight(index):
-            packed = format.pack(linear, weight, quant)
+            packed = format.pack(linear, weight, quant.at(weight.bits))
             size.quantized(weight, packed)
             yield from packed.items()
         for name, tensor in work.changed(index).items():
@@ -120,8 +121,10 @@ def _report(work: Work, checkpoint: Checkpoint, quant: QuantSpec, size: reports.
     for record in records:
         for stage, spent in record.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + spent
+    chosen = work.widths()
+    stages |= {"look": chosen.seconds} if chosen else {}
     stages["write"] = seconds
-    stages["total"] = sum(record.wall for record in records) + seconds
+    stages["total"] = sum(record.wall for record in records) + stages.get("look", 0.0) + seconds
     report = reports.build(
         model=work.about["model"],
         source=reports.source_record(checkpoint.folder, checkpoint),
@@ -136,6 +139,8 @@ def _report(work: Work, checkpoint: Checkpoint, quant: QuantSpec, size: reports.
         device=work.about["device"],
         notes=[note for record in records for note in record.notes],
     )
+    if chosen:
+        report["widths"] = chosen.record()
     if rescaled := [name for index, record in enumerate(records) for name in _rescaled(work, index, record)]:
         report["rescaled"] = rescaled
     return report

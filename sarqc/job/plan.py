@@ -20,6 +20,7 @@ from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.job.load import resolve_device, resolve_dtype
 from sarqc.job.locate import hub_headers, is_local, locate
 from sarqc.job.machine import host_memory, ranks_here
+from sarqc.method.allocation import average_range
 from sarqc.model import calibration
 from sarqc.model.blocks import GRAM_BUDGET
 from sarqc.model.outline import Outline, outline
@@ -41,10 +42,15 @@ class Settings:
 
     method: str = DEFAULT_METHOD
     bits: int = 4
+    avg_bits: float | None = None
+    bits_choices: Sequence[int] = ()
     group_size: int | Literal["auto"] = AUTO
     sym: bool = True
     strength: float | Literal["auto"] | None = None
     saliency: str | None = None
+    borrow: float | None = None
+    gate_weight: int | None = None
+    carry_error: bool | None = None
     calib: str | Path | Tensor = calibration.BUILTIN
     num_samples: int | None = None
     seqlen: int | None = None
@@ -123,8 +129,11 @@ def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = Fal
             raise ArgumentError(f"{name} = {value} is too small: use {least} or more")
     chosen, trust = FORMATS[settings.format], settings.trust_remote_code
     size = 128 if settings.group_size == AUTO else settings.group_size
-    quant = QuantSpec(bits=settings.bits, group_size=size, sym=settings.sym, ignore=tuple(settings.ignore))
-    solve = solve_spec(settings.method, strength=settings.strength, saliency=settings.saliency, seed=settings.seed)
+    quant = QuantSpec(
+        settings.bits, size, settings.sym, tuple(settings.ignore), settings.avg_bits, tuple(settings.bits_choices)
+    )
+    asked = ("strength", "saliency", "borrow", "gate_weight", "carry_error", "seed")
+    solve = solve_spec(settings.method, **{name: getattr(settings, name) for name in asked})
     folder, source = _open(model, trust, headers_only)
     skeleton = Skeleton.from_folder(folder, source, trust_remote_code=trust)
     found = targets(skeleton, quant)
@@ -133,12 +142,34 @@ def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = Fal
         quant = replace(quant, group_size=auto_group_size(found))
         notes = (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
     check_group_size(found, quant)
+    if quant.avg_bits is not None:
+        quant = _mixed(quant, solve, found)
+        choices = ", ".join(map(str, quant.choices))
+        notes += (f"bits of each layer: chosen after the first pass, out of {choices}; {quant.avg_bits:g} on average",)
     chosen.check(quant)
     for target in found.selected:
         chosen.check_layer(target.linear, target.shape, quant)
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device, skeleton.dtype)
     return Plan(str(model), folder, source, skeleton, found, quant, solve, chosen, device, dtype, settings, notes)
+
+
+def _mixed(quant: QuantSpec, solve: SolveSpec, found: Targets) -> QuantSpec:
+    """A spec of different widths, with the least of them that is no less than the average as the one to reckon with;
+    `ArgumentError` for an average that cannot be reached."""
+    assert quant.avg_bits is not None
+    if not solve.gram:
+        raise ArgumentError(
+            f"avg_bits = {quant.avg_bits} needs losses measured on text, and method {solve.method} looks at none: "
+            "use another method"
+        )
+    least, most = average_range([target.shape for target in found.selected], quant)
+    if not least <= quant.avg_bits <= most:
+        raise ArgumentError(
+            f"avg_bits = {quant.avg_bits} is out of range: with scales, {min(quant.choices)} to {max(quant.choices)} "
+            f"bits take {least:.3f} to {most:.3f}"
+        )
+    return replace(quant, bits=min(width for width in quant.choices if width >= min(quant.avg_bits, quant.choices[-1])))
 
 
 def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tuple[Path, TensorSource]:

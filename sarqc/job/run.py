@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from sarqc.job.forecast.memory import look
 from sarqc.job.machine import give_back
 from sarqc.job.plan import Plan, Settings, make_plan, read_windows
 from sarqc.job.watcher import Silent, Watcher
+from sarqc.job.widths import Widths, decide
 from sarqc.job.work import Work, begin, default_work
 from sarqc.model import blocks, calibration
 from sarqc.model.blocks import Start
@@ -43,10 +45,15 @@ def quantize(
     *,
     method: str = DEFAULT_METHOD,
     bits: int = 4,
+    avg_bits: float | None = None,
+    bits_choices: Sequence[int] = (),
     group_size: int | Literal["auto"] = AUTO,
     sym: bool = True,
     strength: float | Literal["auto"] | None = None,
     saliency: str | None = None,
+    borrow: float | None = None,
+    gate_weight: int | None = None,
+    carry_error: bool | None = None,
     calib: str | Path | Tensor = calibration.BUILTIN,
     num_samples: int | None = None,
     seqlen: int | None = None,
@@ -69,9 +76,11 @@ def quantize(
 ) -> Result:
     """Quantize a causal language model to a checkpoint in the folder `out`; a run that ended early goes on.
 
-    model: local folder, hub id, or `smollm2`. method: a key of `sarqc.METHODS`. bits: 2 to 8. group_size: inputs per
-    scale, -1 for one scale a row, "auto" for the largest of 128, 64, 32 that divides every layer's inputs.
-    strength, saliency: of the regulariser; None is the method's own. calib: text to calibrate on (a UTF-8 file, a data
+    model: local folder, hub id, or `smollm2`. method: a key of `sarqc.METHODS`. bits: 2 to 8. avg_bits: instead, bits
+    of a weight on average with its scales: layers get widths out of `bits_choices` (2, 3, 4, 5, 6, 8) by what each
+    loses. group_size: inputs per scale, -1 for one scale a row, "auto" for the largest of 128, 64, 32 that divides
+    every layer's inputs. strength, saliency: of the regulariser. borrow, gate_weight: of experts' statistics.
+    carry_error: make up for earlier blocks. None is the method's own. calib: text to calibrate on (a UTF-8 file, a data
     set, `builtin`) or tokens int64 [S, L]. num_samples: exactly so many windows of `seqlen` tokens, drawn with `seed`;
     by default up to 128, of 2048. dtype: of the forward passes. micro_batch: windows at once. gram_budget: bytes of
     Grams at once. state_budget: bytes of hidden states in memory, a quarter of the machine's by default; beyond it they
@@ -82,40 +91,33 @@ def quantize(
     Under torchrun all ranks call this alike: windows and solving are shared out, rank 0 writes, all return its result.
     Raises `SarqcError` for anything wrong with the input, before `out` exists; `Interrupted` where the watcher asked.
     """
-    watcher = watcher or Silent()
+    settings = Settings(
+        method=method, bits=bits, avg_bits=avg_bits, bits_choices=bits_choices, group_size=group_size, sym=sym,
+        strength=strength, saliency=saliency, borrow=borrow, gate_weight=gate_weight, carry_error=carry_error,
+        calib=calib, num_samples=num_samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype,
+        micro_batch=micro_batch, gram_budget=gram_budget, state_budget=state_budget, ignore=ignore, format=format,
+        tp=tp, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     with joined(device, ordered=ordered) as (group, own_device):
-        settings = Settings(
-            method=method,
-            bits=bits,
-            group_size=group_size,
-            sym=sym,
-            strength=strength,
-            saliency=saliency,
-            calib=calib,
-            num_samples=num_samples,
-            seqlen=seqlen,
-            seed=seed,
-            device=own_device,
-            dtype=dtype,
-            micro_batch=micro_batch,
-            gram_budget=gram_budget,
-            state_budget=state_budget,
-            ignore=ignore,
-            format=format,
-            tp=tp,
-            trust_remote_code=trust_remote_code,
-        )
         refuse_existing(out, overwrite)
-        plan = make_plan(model, settings)
-        place, windows = _work_place(out, work, plan.folder), read_windows(plan)
-        run = _Run(plan, windows, place, group, watcher if group.rank == 0 else Following(watcher))
-        same_everywhere(group, run.fingerprint)
-        if group.rank > 0:
-            run.solve_blocks(None)
-            return run.shared(None)
-        run.look_ahead(Path(out))
-        with begin(place, run.fingerprint, _about(plan, windows), restart=restart) as opened:
-            return run.shared(run.lead(opened, Path(out), overwrite=overwrite, keep_work=keep_work))
+        plan = make_plan(model, replace(settings, device=own_device))
+        place = _work_place(out, work, plan.folder)
+        return _carry_out(plan, Path(out), place, group, watcher or Silent(), keep_work, restart, overwrite)
+
+
+def _carry_out(
+    plan: Plan, out: Path, place: Path, group: Group, watcher: Watcher, keep_work: bool, restart: bool, overwrite: bool
+) -> Result:
+    """Run a plan on this rank, with its work folder at `place`."""
+    windows = read_windows(plan)
+    run = _Run(plan, windows, place, group, watcher if group.rank == 0 else Following(watcher))
+    same_everywhere(group, run.fingerprint)
+    if group.rank > 0:
+        run.solve_blocks(None)
+        return run.shared(None)
+    run.look_ahead(out)
+    with begin(place, run.fingerprint, _about(plan, windows), restart=restart) as opened:
+        return run.shared(run.lead(opened, out, overwrite=overwrite, keep_work=keep_work))
 
 
 def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
@@ -212,8 +214,23 @@ class _Run:
         self.at = block
         self.watcher.stage(block, name)
 
+    def _widths(self, work: Work | None) -> dict[str, int] | None:
+        """Bits of every Linear where they differ: as the work folder has them, or chosen now."""
+        if self.plan.quant.avg_bits is None:
+            return None
+        chosen: Widths | None = self.group.gather(work.widths() if work else None)[0]
+        if chosen is None:
+            assert self.tokens is not None
+            self.watcher.note("a first look at every site, to choose its bits")
+            chosen = decide(self.plan, self.tokens, self.group, lambda index: self._stage(index, "look"))
+            if work:
+                work.save_widths(chosen)
+        self.watcher.note(chosen.headline())
+        return chosen.by_linear()
+
     def _each_block(self, start: Start, work: Work | None) -> None:
         plan, count = self.plan, len(self.plan.skeleton.blocks)
+        widths = self._widths(work)
         windows, seqlen = (0, 0) if self.tokens is None else self.tokens.shape
         waiting, _ = look(plan, windows, seqlen, self.group.size)
         began = time.perf_counter()
@@ -232,6 +249,7 @@ class _Run:
             group=self.group,
             room=Scratch(self.place, plan.state_budget),
             read_ahead=waiting.ahead > 0,
+            widths=widths,
         )
         with closing(running):  # its thread ends here, however this ends
             for result in running:

@@ -2,6 +2,7 @@
 
     lock                 held by the process that works here; its pid is in it
     plan.json            the run's fingerprint, and what a report needs to know
+    widths.json          the width of every layer, where a run chose them (`--avg-bits`)
     blocks/00000.safetensors ...   codes, scales and zeros of each finished block, with its reports: any format can be
                          made of them
     hidden.safetensors   the hidden states that enter the next block
@@ -32,6 +33,7 @@ from sarqc.checkpoint.scratch import PREFIX as SCRATCH
 from sarqc.checkpoint.state import PARTIAL, State, durable, open_state, write_state
 from sarqc.errors import ArgumentError, CheckpointError, ResourceError
 from sarqc.job.fingerprint import MAY_CHANGE, first_difference
+from sarqc.job.widths import Widths
 from sarqc.method.parts import Parts
 from sarqc.method.report import SolveReport
 from sarqc.method.strength import Strengths
@@ -40,8 +42,8 @@ from sarqc.model.blocks import BlockResult, Start
 from sarqc.model.solving import Weights
 from sarqc_kernels.packing import pack, unpack
 
-_LOCK, _PLAN, _BLOCKS, _HIDDEN = "lock", "plan.json", "blocks", "hidden.safetensors"
-_OURS = {name + end for name in (_LOCK, _PLAN, _BLOCKS, _HIDDEN) for end in ("", PARTIAL)}
+_LOCK, _PLAN, _WIDTHS, _BLOCKS, _HIDDEN = "lock", "plan.json", "widths.json", "blocks", "hidden.safetensors"
+_OURS = {name + end for name in (_LOCK, _PLAN, _WIDTHS, _BLOCKS, _HIDDEN) for end in ("", PARTIAL)}
 _AGAIN = "--restart begins again, another --work keeps it"
 
 
@@ -73,6 +75,19 @@ class Work:
     def blocks(self) -> int:
         """Blocks that the model has."""
         return int(self.about["blocks"])
+
+    def save_widths(self, widths: Widths) -> None:
+        """Save what `widths` returns from then on, before any block is."""
+        _write_sealed(self.folder / _WIDTHS, widths.to_json())
+
+    def widths(self) -> Widths | None:
+        """The widths that the run has chosen, if it has; `CheckpointError` where blocks follow some that are lost."""
+        path = self.folder / _WIDTHS
+        if path.exists():
+            return Widths.from_json(_read_sealed(path))
+        if self.fingerprint["quant"].get("avg_bits") is not None and self._block_file(0).exists():
+            raise CheckpointError(f"{path} is missing, which says what width each block has; {_AGAIN}")
+        return None
 
     def save(self, result: BlockResult, wall: float) -> None:
         """Save a finished block, then the hidden states that leave it; `ResourceError` where the disk is full."""
@@ -168,13 +183,18 @@ class Work:
 
     def remove(self) -> None:
         """Remove the folder; the plan first, so that what a kill leaves over is no work folder."""
-        for path in (self.folder / _PLAN, *sorted(self.folder.glob(_HIDDEN + "*")), self.folder / _BLOCKS):
+        for path in (
+            self.folder / _PLAN,
+            self.folder / _WIDTHS,
+            *sorted(self.folder.glob(_HIDDEN + "*")),
+            self.folder / _BLOCKS,
+        ):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def is_empty(self) -> bool:
-        """Whether no block is finished yet."""
-        return not self._block_file(0).exists()
+        """Whether nothing is finished yet: no block, and no choice of widths."""
+        return not self._block_file(0).exists() and not (self.folder / _WIDTHS).exists()
 
     def _block_file(self, index: int) -> Path:
         return self.folder / _BLOCKS / f"{index:05d}.safetensors"
@@ -241,20 +261,29 @@ def _clear(folder: Path) -> None:
 
 
 def _write_plan(folder: Path, manifest: dict[str, Any]) -> None:
-    with durable(folder / _PLAN) as partial, partial.open("w", encoding="utf-8") as file:
-        json.dump(manifest | {"seal": _seal(manifest)}, file, indent=2, sort_keys=True)
+    _write_sealed(folder / _PLAN, manifest)
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    return _read_sealed(folder / _PLAN)
+
+
+def _write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """JSON with its own sum, on disk when this returns."""
+    with durable(path) as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump(values | {"seal": _seal(values)}, file, indent=2, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _read_plan(folder: Path) -> dict[str, Any]:
+def _read_sealed(path: Path) -> dict[str, Any]:
     try:
-        manifest = read_json(folder / _PLAN)
+        values = read_json(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_AGAIN}") from error
-    if manifest.pop("seal", None) != _seal(manifest):
-        raise CheckpointError(f"{folder / _PLAN} is damaged: it does not match its sum; {_AGAIN}")
-    return manifest
+    if values.pop("seal", None) != _seal(values):
+        raise CheckpointError(f"{path} is damaged: it does not match its sum; {_AGAIN}")
+    return values
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

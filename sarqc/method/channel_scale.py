@@ -45,11 +45,13 @@ class Reader:
     """A weight that reads the tensor to be scaled, and what an error in it costs.
 
     weight: fp32 [E, N, K]. cost: fp32 [E, K, K], a metric, or [E, K], a price for each input. gram: of its inputs.
+    quant: what it will become.
     """
 
     weight: Tensor
     cost: Tensor
     gram: Gram
+    quant: QuantSpec
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,6 @@ class Scaling:
 
 def search(
     readers: Sequence[Reader],
-    quant: QuantSpec,
     scale_dtype: torch.dtype,
     *,
     shared: bool,
@@ -125,7 +126,7 @@ def search(
     tried = torch.stack([_scales(magnitude, exponent, binary) for exponent in candidates])  # [R, E, C]
     loss = torch.zeros(tried.shape[:2], dtype=torch.float64, device=tried.device)
     for reader in readers:
-        own = _losses(reader, tried if source is None else tried[:, :, source], quant, scale_dtype)
+        own = _losses(reader, tried if source is None else tried[:, :, source], scale_dtype)
         loss += (own * reader.gram.rows).sum(1, keepdim=True) if shared else own
     best = loss.argmin(0)
     exponents = torch.tensor(candidates, dtype=torch.float64, device=best.device)[best]
@@ -149,9 +150,10 @@ def _scales(magnitude: Tensor, exponent: float, binary: bool) -> Tensor:
     return scales.log2().round().exp2() if binary else scales
 
 
-def _losses(reader: Reader, tried: Tensor, quant: QuantSpec, scale_dtype: torch.dtype) -> Tensor:
+def _losses(reader: Reader, tried: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """The loss of every candidate [R, E or 1, K], fp64 [R, E]: summed over rows, a sample standing for all of them."""
     experts, rows, columns = reader.weight.shape
+    quant = reader.quant
     group_size = quant.group_size if quant.group_size > 0 else columns
     rule = GridRule(quant.bits, quant.sym, reader.cost.dim() == 2, scale_dtype)
     most = PRICED_VOTERS if rule.search else VOTERS

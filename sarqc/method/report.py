@@ -18,7 +18,8 @@ class SolveReport:
     strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
     exponent: of the channel scales, the mean over experts; unscaled: why there are none though they were asked for.
     borrowed_rows: kappa, rows that each expert has from the layer's pool. carried: share of the earlier blocks' error
-    that this site makes up for. held_out: how the strength was chosen, as `Choice.record` has it.
+    that this site makes up for. held_out: how the strength was chosen, as `Choice.record` has it. bits: of its
+    codes.
     """
 
     site: str
@@ -35,6 +36,7 @@ class SolveReport:
     carried: float = 0.0
     held_out: Record = field(default_factory=dict)
     signal: float = 1.0
+    bits: int = 0
 
 
 def joined(parts: Sequence[SolveReport]) -> SolveReport:

@@ -252,6 +252,7 @@ def solve_site(
         carried=carried,
         held_out=choice.record() if choice else {},
         signal=signal,
+        bits=quant.bits,
     )
     return solution.weight, report
 

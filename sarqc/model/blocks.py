@@ -7,7 +7,7 @@ and after its weights are quantized runs once more over them, so that the next b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -99,6 +99,7 @@ def run(
     group: Group = ALONE,
     room: Room = MEMORY,
     read_ahead: bool = False,
+    widths: Mapping[str, int] | None = None,
 ) -> Generator[BlockResult, None, None]:
     """Quantize every block of `skeleton` in order, from `start` on.
 
@@ -110,7 +111,8 @@ def run(
     see which layers read what, a few of them will do. group: the ranks of this run; each is given all tokens and the
     whole of `start`, takes windows of its own, solves some of the matrices, and yields the results of all. room: where
     hidden states are kept. read_ahead: read the next block's tensors from `source`, in a thread, while a block is at
-    work; close the generator if you do not go to its end.
+    work; close the generator if you do not go to its end. widths: bits of every linear layer by the checkpoint's name,
+    where `quant` lets them differ; those of a site are the same.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
@@ -125,7 +127,7 @@ def run(
     target = torch.device(device)
     ahead = Ahead(source) if read_ahead else None
     source = ahead or source
-    solving = Solving(skeleton, source, quant, solve, target, start.strengths, group)
+    solving = Solving(skeleton, source, quant, solve, target, start.strengths, group, widths)
     work = _Work(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group, ahead)
     with ahead or nullcontext():
         states = _enter(work, tokens, start, micro_batch, folds, room) if solve.gram else None
@@ -280,7 +282,7 @@ def _scale(
             work.solving.choose(index, shares, collected)
             grams = [borrowing(statistics, work.solve.borrow) for statistics in collected]
             dtype = work.solving.scale_dtype(shares[0].site)
-            scales.decide(shares, grams, work.solving.cost, work.solving.quant, dtype)
+            scales.decide(shares, grams, work.solving.cost, work.solving.quant_of, dtype)
     return scales, collected if len(portions) == 1 else None
 
 

@@ -28,7 +28,8 @@ from sarqc.model.packed import PackedWeight
 from sarqc_kernels import w4a16
 
 Observer = Callable[[str, Tensor, Tensor], None]
-"""Called as observer(projection, x [T, K] sorted by expert, offsets int64 [E + 1]) before each projection."""
+"""Called as observer(projection, x [T, K] sorted by expert, offsets int64 [E + 1]) before each projection; rows are
+scaled where `observed` was told so."""
 
 IMPLEMENTATION = "sarqc"
 _OBSERVER = "_sarqc_observer"
@@ -71,14 +72,15 @@ def sorted_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         gate_up, down = (getattr(module, name).prepared() for name in (first, second))
         return w4a16.w4a16_experts(hidden_states, gate_up, down, rows)
     x = hidden_states[routing.tokens]
-    _report(module, first, x, routing.offsets)
+    weights = top_k_weights[routing.tokens, routing.choices]
+    _report(module, first, x, routing.offsets, weights)
     y = _project(module, first, x, routing.offsets)
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-    _report(module, second, y, routing.offsets)
+    _report(module, second, y, routing.offsets, weights)
     y = _project(module, second, y, routing.offsets)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
-    y = (y * top_k_weights[routing.tokens, routing.choices, None]).to(hidden_states.dtype)
+    y = (y * weights[:, None]).to(hidden_states.dtype)
     out = torch.zeros_like(hidden_states)
     for rows in routing.slots:
         out = out + y[rows]
@@ -115,9 +117,14 @@ def use_sorted_experts(model: Any) -> None:
 
 
 @contextmanager
-def observed(module: nn.Module, observer: Observer) -> Iterator[None]:
-    """Report what enters the projections of one experts module to `observer`, for the time of the context."""
-    setattr(module, _OBSERVER, observer)
+def observed(module: nn.Module, observer: Observer, gate_weight: int = 0) -> Iterator[None]:
+    """Report what enters the projections of one experts module to `observer`, for the time of the context.
+
+    gate_weight: power p of the router's weight w that a row counts with. Rows are reported times |w|^(p/2), so that
+    sums of their squares and products, as a Gram is, weigh each by |w|^p. The output of the layer is sum_e w_e y_e:
+    with p = 2 what is least squares for each expert is so for the layer, as far as its experts err independently.
+    """
+    setattr(module, _OBSERVER, (observer, gate_weight))
     try:
         yield
     finally:
@@ -157,10 +164,14 @@ def undeclared(root: nn.Module) -> str | None:
     return None
 
 
-def _report(module: Any, projection: str, x: Tensor, offsets: Tensor) -> None:
-    observer: Observer | None = getattr(module, _OBSERVER, None)
-    if observer is not None:
-        observer(projection, x, offsets)
+def _report(module: Any, projection: str, x: Tensor, offsets: Tensor, weights: Tensor) -> None:
+    watching: tuple[Observer, int] | None = getattr(module, _OBSERVER, None)
+    if watching is None:
+        return
+    observer, power = watching
+    if power:
+        x = (x.float() * weights.float().abs().pow(power / 2)[:, None]).to(x.dtype)
+    observer(projection, x, offsets)
 
 
 def _project(module: Any, projection: str, x: Tensor, offsets: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _one_pass(
             if original is not None:
                 with observe(skeleton, sites, remember):
                     skeleton.call_block(index, original.to(device))
-            with observe(skeleton, sites, sink):
+            with observe(skeleton, sites, sink, solve.gate_weight):
                 skeleton.call_block(index, hidden.to(device))
         if group.ordered:
             group.hand_on(sums)

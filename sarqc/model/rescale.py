@@ -57,10 +57,11 @@ class BlockScales:
         shares: Sequence[Share],
         grams: Sequence[Gram],
         cost: Callable[[Share, Gram], Tensor],
-        quant: QuantSpec,
+        quant: Callable[[Site], QuantSpec],
         scale_dtype: torch.dtype,
     ) -> None:
-        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`Reader.cost`).
+        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`Reader.cost`). quant:
+        what a site's weights become.
 
         A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
         their own decide each for themselves. Ranks share the search.
@@ -77,8 +78,7 @@ class BlockScales:
         def search_own() -> dict[int, ChannelScales]:
             return {
                 number: search(
-                    [Reader(share.weight(model), cost(share, gram), gram) for share, gram in found],
-                    quant,
+                    [Reader(share.weight(model), cost(share, gram), gram, quant(share.site)) for share, gram in found],
                     scale_dtype,
                     shared=fold.experts == 1,
                     binary=self._is_binary(fold),

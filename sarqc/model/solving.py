@@ -6,7 +6,7 @@ no difference to what comes out on which rank a matrix is solved, or beside how 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +31,8 @@ Weights = dict[str, QuantizedWeight]
 
 @dataclass
 class Solving:
-    """What solving a block needs beside its statistics. choices: of the shares of the block at work, by name."""
+    """What solving a block needs beside its statistics. widths: bits by linear, where layers have different ones.
+    choices: of the shares of the block at work, by name."""
 
     skeleton: Skeleton
     source: TensorSource
@@ -40,6 +41,7 @@ class Solving:
     device: torch.device
     strengths: Strengths
     group: Group
+    widths: Mapping[str, int] | None = None
     choices: dict[str, Choice] = field(default_factory=dict)
 
     def begin(self, strengths: Strengths) -> None:
@@ -74,7 +76,7 @@ class Solving:
             share.site.name.removeprefix(f"{self.skeleton.prefix}.{index}."),
             share.weight(self.skeleton.model),
             statistics,
-            self.quant,
+            self.quant_of(share.site),
             self.solve,
             scale_dtype=self.scale_dtype(share.site),
             strengths=answers,
@@ -83,7 +85,7 @@ class Solving:
 
     def cost(self, share: Share, gram: Gram) -> Tensor:
         """What errors in a share's weight cost, for the scale search."""
-        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant, self.solve)
+        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant_of(share.site), self.solve)
 
     def quantize(
         self, index: int, shares: Sequence[Share], collected: Sequence[Statistics] | None, scales: BlockScales | None
@@ -124,7 +126,7 @@ class Solving:
             share.name,
             piece.share.weight(self.skeleton.model),
             collected[piece.number] if collected is not None else None,
-            self.quant,
+            self.quant_of(share.site),
             self.solve,
             scale_dtype=self.scale_dtype(share.site),
             scaling=scales.of(piece.share) if scales else None,
@@ -133,10 +135,19 @@ class Solving:
         )
         return QuantizedWeight(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), solved.bits), report
 
+    def quant_of(self, site: Site) -> QuantSpec:
+        """What a site's weights become."""
+        return self.quant if self.widths is None else self.quant.at(self.widths[site.members[0].linear])
+
     def scale_dtype(self, site: Site) -> torch.dtype:
         """What a site's scales are stored in."""
-        stored = self.source.dtype(f"{site.members[0].linear}.weight")
-        return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+        return scale_dtype(self.source, site)
+
+
+def scale_dtype(source: TensorSource, site: Site) -> torch.dtype:
+    """What the scales of a site are stored in: bf16 where its weights are neither bf16 nor fp16."""
+    stored = source.dtype(f"{site.members[0].linear}.weight")
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor, pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_name
 
-from sarqc.checkpoint.formats import FORMATS
+from sarqc.checkpoint.formats import FORMATS, scheme
 from sarqc.errors import ArgumentError, CheckpointError, NumericError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import QuantSpec
@@ -142,3 +143,28 @@ def test_pack_refuses(random_weight):
     ):
         with pytest.raises(error, match=message):
             FORMAT.pack("p", changed, spec)
+
+
+def test_a_group_for_each_width_and_one_pattern_for_the_experts_of_a_layer():
+    """Every reader must find each Linear's own width: ours, and the matcher of compressed-tensors."""
+    widths = {"m.layers.0.attn.q_proj": 4, "m.layers.0.attn.k_proj": 4, "m.layers.1.attn.q_proj": 2}
+    widths |= {
+        f"m.layers.{block}.mlp.experts.{e}.{name}": 2 + block for block in (0, 1) for e in (0, 11) for name in "ab"
+    }
+    widths |= {"m.layers.2.mlp.experts.0.a": 4, "m.layers.2.mlp.experts.1.a": 3}  # not alike: each by its name
+    quant = QuantSpec(8, 32, avg_bits=3.0)
+    config = FORMAT.config(quant, ["lm_head"], widths)
+    groups = {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()}
+    assert groups == {
+        2: ["m.layers.1.attn.q_proj", r"re:m\.layers\.0\.mlp\.experts\.\d+\..*"],
+        3: [r"re:m\.layers\.1\.mlp\.experts\.\d+\..*", "m.layers.2.mlp.experts.1.a"],
+        4: ["m.layers.0.attn.q_proj", "m.layers.0.attn.k_proj", "m.layers.2.mlp.experts.0.a"],
+    }
+    assert config["format"] == "pack-quantized" and all("Linear" not in targets for targets in groups.values())
+    for linear, width in widths.items():
+        assert scheme.scheme_of(linear, config).bits == width
+        matching = [bits for bits, targets in groups.items() if any(match_name(linear, target) for target in targets)]
+        assert matching == [width]
+    parsed = QuantizationConfig.model_validate(config)
+    assert sorted(group.weights.num_bits for group in parsed.config_groups.values()) == [2, 3, 4]
+    assert parsed.format == "pack-quantized"

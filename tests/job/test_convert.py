@@ -150,12 +150,27 @@ def test_what_the_target_cannot_hold_is_refused_and_nothing_written(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_layers_of_different_kinds_are_refused(tmp_path, random_weight):
-    specs = {"a": QuantSpec(4, 32), "b": QuantSpec(8, 32)}
+def test_layers_of_different_groups_are_refused(tmp_path, random_weight):
+    specs = {"a": QuantSpec(4, 32), "b": QuantSpec(4, 64)}
+    weights = {name: (random_weight(32, 64, 4, quant.group_size, True), quant) for name, quant in specs.items()}
+    source = write(tmp_path / "in", weights)
+    with pytest.raises(CheckpointError, match="'b' has groups of 64, 'a' has groups of 32: only"):
+        convert(source, tmp_path / "out", format="compressed-tensors")
+
+
+def test_layers_of_different_widths_keep_them_and_fit_no_other_format(tmp_path, random_weight):
+    specs = {"a": QuantSpec(4, 32), "b": QuantSpec(8, 32), "c": QuantSpec(4, 32)}
     weights = {name: (random_weight(32, 64, quant.bits, 32, True), quant) for name, quant in specs.items()}
     source = write(tmp_path / "in", weights)
-    with pytest.raises(CheckpointError, match="'b' has 8 bits in groups of 32, 'a' has 4 in groups of 32"):
-        convert(source, tmp_path / "out", format="gptq")
+    out = convert(source, tmp_path / "out", format="compressed-tensors").out
+    with open_checkpoint(source) as before, open_checkpoint(out) as after:
+        assert list(differences(after, before)) == []
+        assert {linear: after.describe(linear).bits for linear in after.linears()} == {"a": 4, "b": 8, "c": 4}
+        groups = after.config["quantization_config"]["config_groups"].values()
+        assert [(group["weights"]["num_bits"], group["targets"]) for group in groups] == [(8, ["b"]), (4, ["a", "c"])]
+    for format in ("gptq", "gptq_v2", "awq"):
+        with pytest.raises(CheckpointError, match=f"cannot be held by {format}: its config has one width"):
+            convert(source, tmp_path / "other", format=format)
 
 
 def test_zeros_that_are_all_in_the_middle_make_it_symmetric(tmp_path, random_weight):
@@ -200,4 +215,4 @@ def test_spec_of_reads_no_further_than_it_must(asymmetric):
         asked: list[str] = []
         load = checkpoint.quantized
         checkpoint.quantized = lambda linear: (asked.append(linear), load(linear))[1]
-        assert not job.spec_of(checkpoint).sym and len(asked) == 1
+        assert not job.spec_of(checkpoint)[0].sym and len(asked) == 1

@@ -38,11 +38,12 @@ def strength(gram, spec):
 
 
 def reader(weight, gram, method="sarqc-awq"):
-    return Reader(weight, error_cost("site", gram, strength(gram, METHODS[method]), QUANT, METHODS[method]), gram)
+    cost = error_cost("site", gram, strength(gram, METHODS[method]), QUANT, METHODS[method])
+    return Reader(weight, cost, gram, QUANT)
 
 
 def find(readers, *, shared=False, **options):
-    return search(readers, QUANT, torch.float32, shared=shared, binary=False, **options)
+    return search(readers, torch.float32, shared=shared, binary=False, **options)
 
 
 def scales_for(magnitude, exponent):
@@ -171,7 +172,7 @@ def test_an_input_that_was_never_excited_keeps_weights_that_count(generator):
 
 def test_powers_of_two_where_they_are_asked_for(generator):
     only = reader(torch.randn(1, 24, INPUTS, generator=generator), seen(activations(200, generator)))
-    chosen = search([only], QUANT, torch.float32, shared=True, binary=True)
+    chosen = search([only], torch.float32, shared=True, binary=True)
     assert chosen.exponents[0] > 0 and chosen.scales.unique().numel() > 2
     assert torch.equal(chosen.scales, chosen.scales.log2().round().exp2())
 

@@ -112,13 +112,13 @@ def test_micro_batches_do_not_matter_beyond_rounding_of_sums(tiny):
 def test_folds_are_stretches_of_windows_kept_apart(tiny, monkeypatch):
     case = tiny("llama")
     seen = []
-    solve_site = solving.solve_site
+    choose_strength = solving.choose_strength
 
-    def spy(name, weight, statistics, *rest, **options):
+    def spy(name, kind, weight, statistics, *rest, **options):
         seen.append([int(gram.rows.sum()) for gram in statistics.folds])
-        return solve_site(name, weight, statistics, *rest, **options)
+        return choose_strength(name, kind, weight, statistics, *rest, **options)
 
-    monkeypatch.setattr(solving, "solve_site", spy)
+    monkeypatch.setattr(solving, "choose_strength", spy)
     run(case, folds=2, micro_batch=2)
     assert seen and all(rows == [2 * 20, 3 * 20] for rows in seen)
 

@@ -9,6 +9,7 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import use_experts_implementation
 
 from sarqc.errors import ModelError
+from sarqc.method.statistics import Gram
 from sarqc.model import experts
 from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec
@@ -49,6 +50,38 @@ def test_every_experts_inputs_are_seen_once(tiny, moe):
     assert torch.equal(same_offsets, offsets)
     gate, up = torch.nn.functional.linear(rows[: offsets[1]], module.gate_up_proj[0]).chunk(2, -1)
     torch.testing.assert_close(inner[: offsets[1]], module.act_fn(gate) * up)
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_rows_weigh_by_a_power_of_the_routers_weight(tiny, power):
+    """Sums of products are those of sum_t |w_t|^p x_t x_t^T; which rows there are, and how many, is the same."""
+    case = tiny("qwen3_moe")
+    experts.use_sorted_experts(case.model)
+    module = experts_modules(case.model)[-1]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(23, module.hidden_dim, generator=generator)
+    index = torch.stack([torch.randperm(module.num_experts, generator=generator)[:2] for _ in range(23)])
+    weights = torch.rand(23, 2, generator=generator) - 0.3  # some below zero
+    weights[0, 0] = 0
+    seen = {}
+
+    def keep(name, rows, offsets):
+        seen[name] = Gram.zeros(module.num_experts, rows.shape[1])
+        seen[name].add(rows, offsets)
+
+    with torch.no_grad(), experts.observed(module, keep, power):
+        weighed = module(x, index, weights)
+    with torch.no_grad():
+        assert torch.equal(weighed, module(x, index, weights))
+    gram = seen["gate_up_proj"]
+    for expert in range(module.num_experts):
+        chosen = index == expert
+        rows, gates = x[chosen.any(1)], weights[chosen].abs()
+        assert int(gram.rows[expert]) == len(rows)
+        expected = (rows * gates[:, None] ** power).T @ rows
+        torch.testing.assert_close(gram.hessian()[expert] * len(rows), expected, rtol=1e-5, atol=1e-5)
+        magnitude = (rows.abs() * gates[:, None] ** (power / 2)).sum(0)
+        torch.testing.assert_close(gram.abs_sum[expert], magnitude, rtol=1e-5, atol=1e-5)
 
 
 def test_the_observer_leaves_nothing_behind(tiny):

@@ -28,6 +28,7 @@ from sarqc.checkpoint.formats.common import (
     check_tensor,
     check_weight,
     group_size_of,
+    refuse_mixed,
     say,
     strings,
     whole_linears,
@@ -57,6 +58,7 @@ class Awq:
 
     def check(self, quant: QuantSpec) -> None:
         """4 bits alone."""
+        refuse_mixed(quant, self.name)
         if quant.bits != BITS:
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name}: use 4, or another format")
 
@@ -81,7 +83,9 @@ class Awq:
             f"{linear}.scales": weight.scales[0].T.contiguous(),
         }
 
-    def config(self, quant: QuantSpec, ignored: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, quant: QuantSpec, ignored: Sequence[str], widths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """The `quantization_config` that AutoAWQ writes. Readers match `modules_to_not_convert` as parts of names."""
         self.check(quant)
         return {

@@ -59,8 +59,13 @@ class Format(Protocol):
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
         """The tensors on disk, by full name, of `weight` (E = 1), which must be as `quant` says."""
 
-    def config(self, quant: QuantSpec, ignored: Sequence[str]) -> dict[str, Any]:
-        """The `quantization_config` to write; `ignored` are the full names of the Linears left unquantized."""
+    def config(
+        self, quant: QuantSpec, ignored: Sequence[str], widths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """The `quantization_config` to write; `ignored` are the full names of the Linears left unquantized.
+
+        widths: bits of every quantized Linear, where `quant` lets them differ (`avg_bits`).
+        """
 
     def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
         """What a config names as left unquantized, without its patterns: the other way round of `config`."""

@@ -31,6 +31,15 @@ def check_weight(linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None
         raise NumericError(f"{linear!r} has a scale that is not finite: its weights or activations were not")
 
 
+def refuse_mixed(quant: QuantSpec, name: str) -> None:
+    """`CheckpointError` where layers have different widths, for a format `name` whose config has one for all."""
+    if quant.avg_bits is not None:
+        raise CheckpointError(
+            f"avg_bits = {quant.avg_bits} cannot be held by {name}: its config has one width for all layers; "
+            "use format compressed-tensors"
+        )
+
+
 def check_scale_dtype(linear: str, dtype: torch.dtype, accepted: tuple[torch.dtype, ...], name: str) -> None:
     """`CheckpointError` for scales of a dtype that the format `name` has no place for."""
     if dtype not in accepted:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sarqc.checkpoint.formats.base import DenseInfo, TensorInfo
 from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, say, strings, whole_linears
-from sarqc.checkpoint.formats.scheme import LAYOUT, Scheme, check_config, is_padded, scheme_of
+from sarqc.checkpoint.formats.scheme import LAYOUT, Scheme, check_config, is_padded, scheme_of, targets_by_width
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import QuantSpec
@@ -75,36 +75,20 @@ class CompressedTensors:
             tensors[f"{linear}.weight_zero_point"] = packed.T.contiguous()
         return tensors
 
-    def config(self, quant: QuantSpec, ignored: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, quant: QuantSpec, ignored: Sequence[str], widths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """The `quantization_config` that the compressed-tensors package writes for such a checkpoint.
 
-        `ignored` are full names, because readers differ: some match them exactly, some as a part of a name.
+        `ignored` are full names, because readers differ: some match them exactly, some as a part of a name. `widths`
+        make a config group for each width. All groups are packed alike, so the format of the whole stays that of each
+        ("mixed-precision" is for groups of different formats).
         """
         self.check(quant)
-        channel = quant.group_size == -1
-        weights = {
-            "num_bits": quant.bits,
-            "type": "int",
-            "symmetric": quant.sym,
-            "strategy": "channel" if channel else "group",
-            "group_size": None if channel else quant.group_size,
-            "actorder": None,  # whatever order the solver used, the columns on disk are in their own
-            "block_structure": None,
-            "dynamic": False,
-            "observer": "minmax",
-            "observer_kwargs": {},
-            "scale_dtype": None,
-            "zp_dtype": None,
-        }
-        group = {
-            "format": LAYOUT,
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": weights,
-        }
+        targets = {quant.bits: ["Linear"]} if quant.avg_bits is None else targets_by_width(widths or {})
+        groups = [_group(quant.at(bits), names) for bits, names in targets.items()]
         return {
-            "config_groups": {"group_0": group},
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
             "format": LAYOUT,
             "global_compression_ratio": None,
             "ignore": list(dict.fromkeys(ignored)),
@@ -154,6 +138,32 @@ class CompressedTensors:
             packed = tensors["weight_zero_point"].T.contiguous()  # [G, words]
             zeros = _codes(packed, scheme, rows).T.contiguous().unsqueeze(0)
         return QuantizedWeight(codes, scales, zeros, scheme.bits)
+
+
+def _group(quant: QuantSpec, targets: list[str]) -> dict[str, Any]:
+    """A config group: the Linears that `targets` match are as `quant` says."""
+    channel = quant.group_size == -1
+    weights = {
+        "num_bits": quant.bits,
+        "type": "int",
+        "symmetric": quant.sym,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else quant.group_size,
+        "actorder": None,  # whatever order the solver used, the columns on disk are in their own
+        "block_structure": None,
+        "dynamic": False,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "zp_dtype": None,
+    }
+    return {
+        "format": LAYOUT,
+        "input_activations": None,
+        "output_activations": None,
+        "targets": targets,
+        "weights": weights,
+    }
 
 
 def _codes(words: Tensor, scheme: Scheme, count: int) -> Tensor:

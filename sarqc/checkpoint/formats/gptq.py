@@ -30,6 +30,7 @@ from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
     check_weight,
+    refuse_mixed,
     say,
     whole_linears,
 )
@@ -69,6 +70,7 @@ class Gptq:
 
     def check(self, quant: QuantSpec) -> None:
         """2, 3, 4 and 8 bits have words that come out even."""
+        refuse_mixed(quant, self.name)
         if quant.bits not in BITS:
             raise CheckpointError(
                 f"bits = {quant.bits} cannot be held by {self.name}: use 2, 3, 4 or 8, or format compressed-tensors"
@@ -102,7 +104,9 @@ class Gptq:
     def _v2(self, quant: QuantSpec) -> bool:
         return self.name == V2 or not quant.sym
 
-    def config(self, quant: QuantSpec, ignored: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, quant: QuantSpec, ignored: Sequence[str], widths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """The `quantization_config` that GPTQModel writes; old and new names of two of its keys."""
         self.check(quant)
         version = V2 if self._v2(quant) else V1

@@ -15,6 +15,8 @@ from sarqc.checkpoint.formats.common import compiled
 from sarqc.errors import CheckpointError
 
 LAYOUT = "pack-quantized"
+_STACKED = re.compile(r"(.*?\.\d+\..*?)\.\d+\.")
+"""Up to the second number in a name, which is an expert's; the first is the block's."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,27 @@ def scheme_of(linear: str, quantization: Mapping[str, Any]) -> Scheme:
     if best is None:
         raise CheckpointError(f"{linear!r} holds packed weights but no target in quantization_config matches it")
     return _scheme(best[1], quantization)
+
+
+def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
+    """Targets of a config group for each width, falling, that give every Linear of `widths` its own.
+
+    Names are given in full, which all readers match alike, also where they fuse what is named. The experts of a layer,
+    names that differ in a second number only, are one pattern: a server's own name for a projection need not be the
+    checkpoint's. The class "Linear" is in no group, because some readers ask for it before they ask for parts. The
+    widest group comes first because transformers takes the experts of all layers to be as in the first group that names
+    any: too few words for that width are an error, too many would be wrong weights without a word.
+    """
+    stacks: dict[str, set[int]] = {}
+    for linear, width in widths.items():
+        if match := _STACKED.match(linear):
+            stacks.setdefault(match[1], set()).add(width)
+    found: dict[int, dict[str, None]] = {width: {} for width in sorted(set(widths.values()), reverse=True)}
+    for linear, width in widths.items():
+        match = _STACKED.match(linear)
+        alike = match is not None and len(stacks[match[1]]) == 1
+        found[width][f"re:{re.escape(match[1])}\\.\\d+\\..*" if match and alike else linear] = None
+    return {width: list(targets) for width, targets in found.items()}
 
 
 def is_padded(scheme: Scheme, count: int, words: int) -> bool:

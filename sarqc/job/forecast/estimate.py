@@ -17,7 +17,10 @@ import torch
 from sarqc.checkpoint.formats import Format
 from sarqc.job.forecast import shapes
 from sarqc.job.plan import Plan
+from sarqc.method.held_out import EXPERTS
 from sarqc.method.weight import QuantizedWeight
+from sarqc.model.first_look import TOKENS as LOOKED
+from sarqc.model.first_look import TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.model.sharing import cost, pieces
 from sarqc.model.sites import Share, Site
 from sarqc.model.targets import Target
@@ -59,6 +62,8 @@ def sizes(plan: Plan, windows: int, seqlen: int) -> Sizes:
         quantized += count * _packed_bytes(plan.format, plan.quant, rows, columns, dtype)
         groups = plan.quant.groups(columns)
         blocks += count * rows * (4 * words_per_row(columns, bits) + groups * (dtype.itemsize + 1))
+    if plan.quant.avg_bits is not None:
+        quantized = round(plan.quant.avg_bits * sum(prod(target.shape) for target in plan.targets.selected) / 8)
     left = sum(shapes.stored_bytes(plan, name) for name in names)
     return Sizes(quantized, left, blocks, shapes.states_bytes(plan, windows, seqlen))
 
@@ -91,6 +96,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     tokens = windows * seqlen
     batches = -(-windows // plan.micro_batch(seqlen)) if windows else 0
     spent = dict.fromkeys(("observe", "solve", "replay"), 0.0)
+    looked = min(tokens * ranks, LOOKED) if plan.quant.avg_bits is not None else 0  # every rank runs all of it
     for _, sites in shapes.blocks(plan):
         forward = grams = solve = columns = passed = 0.0
         for site in sites:
@@ -108,6 +114,11 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             spent["replay"] += forward / rate + calls
             spent["solve"] += busiest * (solve / rate + CALLS_A_COLUMN * columns * latency)
         spent["solve"] += busiest * (passed / stream + 100 * len(sites) * latency)
+        if looked:
+            trials = len(sites) * TRIED_WINDOWS * TRIED_LENGTH * len(plan.skeleton.blocks) / 2 / ranks
+            solved = 3 * sum(min(site.experts, EXPERTS) * site.in_features**3 for site in sites)
+            each = (2 * forward + grams) * looked / tokens + forward * trials / tokens + solved / ranks
+            spent["look"] = spent.get("look", 0.0) + each / rate
     basis = (
         f"{rate / 1e9:.0f} GFLOP/s, {stream / 1e9:.1f} G elements/s and {1e6 * latency:.0f} us a call measured on "
         f"{plan.device}; reading and writing not counted"

@@ -72,7 +72,8 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
     """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
     width, states, ahead = plan.dtype.itemsize, waiting.states, waiting.ahead
     tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
-    folds = 0 if not windows else 2 if plan.solve.strength == AUTO and windows > 1 else 1
+    apart = plan.quant.avg_bits is not None or (plan.solve.strength == AUTO and windows > 1)
+    folds = 0 if not windows else 2 if apart else 1
     tensor = max(shapes.stored_bytes(plan, name) for name in plan.source.names())
     outer = width * _outer(plan)
     peaks: dict[str, tuple[int, int]] = dict.fromkeys(STAGES, (0, 0))  # on the device, and on the host beside it

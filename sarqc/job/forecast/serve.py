@@ -177,13 +177,26 @@ def _one(server: str, ranks: int, model: Served, quant: QuantSpec, format: str) 
         elif model.key_values and model.key_values % ranks and ranks % model.key_values:
             failures.append(f"{model.key_values} key-value heads cannot be shared by {ranks} ranks")
     for layer in model.layers:
-        shape = layer.on(ranks)
-        kernel, reason = (None, shape) if isinstance(shape, str) else SERVERS[server](layer, *shape, quant)
+        kernel, reason = _kernel(server, layer, ranks, quant)
         if kernel is None:
             failures.append(f"{layer.name}: {reason}")
         else:
             kernels[kernel] = kernels.get(kernel, 0) + layer.count
     return Outlook(server, ranks, kernels, tuple(failures))
+
+
+def _kernel(server: str, layer: Layer, ranks: int, quant: QuantSpec) -> tuple[str | None, str]:
+    """The kernel a layer runs in, or why there is none; that of each width it may get, where layers differ."""
+    shape = layer.on(ranks)
+    if isinstance(shape, str):
+        return None, shape
+    found: dict[str, None] = {}
+    for bits in quant.choices or (quant.bits,):
+        kernel, reason = SERVERS[server](layer, *shape, quant.at(bits))
+        if kernel is None:
+            return None, reason
+        found[kernel] = None
+    return " or ".join(found), ""
 
 
 def star(name: str) -> str:

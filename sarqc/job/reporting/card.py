@@ -41,7 +41,7 @@ def card(report: facts.Report) -> str:
     name, quant = base_name(report["model"]), report["quant"]
     parts = [
         f"---\n{_front_matter(report)}\n---",
-        f"# {_inline(name)}, {quant['bits']}-bit",
+        f"# {_inline(name)}, {_bits(quant):g}-bit",
         f"{_inline(name)} with its weights in {_format(quant)}, made by "
         f"[sarqc](https://arxiv.org/abs/2605.05693) {_inline(report['versions'].get('sarqc', ''))}. "
         "Activations stay in 16 bits.",
@@ -51,7 +51,7 @@ def card(report: facts.Report) -> str:
         _fenced("python -m sglang.launch_server --model-path .", "bash"),
         _fenced(_TRANSFORMERS, "python"),
         "vLLM and SGLang read the format from config.json, transformers needs the package `compressed-tensors`. "
-        "The run that made this started none of the three.",
+        "The run that made this started none of the three." + (_MIXED if quant.get("avg_bits") is not None else ""),
         "## What was done",
         _done(report),
         _quality(report),
@@ -92,12 +92,22 @@ def command(report: facts.Report) -> str:
     quant, solve, calibration = report["quant"], report["solve"], report["calibration"]
     model = report["model"] if report["model"] in _BASES else base_name(report["model"])
     words = ["sarqc", "quantize", model, "-o", "OUT", "--method", solve["method"]]
-    words += ["--bits", str(quant["bits"]), "--group-size", str(quant["group_size"])]
+    if quant.get("avg_bits") is None:
+        words += ["--bits", str(quant["bits"])]
+    else:
+        words += [
+            "--avg-bits",
+            f"{quant['avg_bits']:g}",
+            "--bits-choices",
+            ",".join(map(str, quant.get("choices", []))),
+        ]
+    words += ["--group-size", str(quant["group_size"])]
     words += [] if quant["sym"] else ["--asym"]
     preset = METHODS.get(solve["method"])
-    for key in ("strength", "saliency"):
+    for key in ("strength", "saliency", "borrow", "gate_weight"):
         if key in solve and solve[key] != getattr(preset, key, None):
-            words += [f"--{key}", str(solve[key])]
+            words += [f"--{key.replace('_', '-')}", str(solve[key])]
+    words += ["--carry-error"] if solve.get("carry_error") is True else []
     if calibration:
         words += ["--calib", calibration["text"].rpartition("/")[2], "--num-samples", str(calibration["windows"])]
         words += ["--seqlen", str(calibration["seqlen"]), "--seed", str(solve.get("seed", 0))]
@@ -112,10 +122,16 @@ model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", device_map="auto
 tokenizer = AutoTokenizer.from_pretrained(".")"""
 
 
+_MIXED = (
+    " Layers have different widths: SGLang has kernels for 4 and 8 bits alone, and transformers loads experts of "
+    "several ones where `import sarqc` stands before."
+)
+
+
 def _front_matter(report: facts.Report) -> str:
     from huggingface_hub import ModelCardData
 
-    model, bits = report["model"], report["quant"]["bits"]
+    model, bits = report["model"], _bits(report["quant"])
     base = _BASES.get(model) or (model if _HUB_ID.fullmatch(model) else None)
     source = report.get("source", {})
     stated = {term: source[term] for term in _TERMS if re.fullmatch(_PLAIN, str(source.get(term, "")))}
@@ -124,7 +140,7 @@ def _front_matter(report: facts.Report) -> str:
         "base_model_relation": "quantized" if base else None,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sarqc", "quantized", report.get("format", "compressed-tensors"), f"w{bits}a16"],
+        "tags": ["sarqc", "quantized", report.get("format", "compressed-tensors"), f"w{bits:g}a16"],
         **stated,
     }
     return str(ModelCardData(**{key: value for key, value in values.items() if value is not None}).to_yaml()).strip()
@@ -132,7 +148,12 @@ def _front_matter(report: facts.Report) -> str:
 
 def _format(quant: dict[str, Any]) -> str:
     group = "one scale a row" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
-    return f"{quant['bits']} bits ({group}, {'symmetric' if quant['sym'] else 'asymmetric'})"
+    return f"{facts.width(quant)} ({group}, {'symmetric' if quant['sym'] else 'asymmetric'})"
+
+
+def _bits(quant: dict[str, Any]) -> float:
+    average = quant.get("avg_bits")
+    return float(quant["bits"] if average is None else average)
 
 
 def _done(report: facts.Report) -> str:

@@ -24,7 +24,7 @@ _SHARE = re.compile(r"^(.*)\[(\d+):(\d+)\]$")
 @dataclass(frozen=True)
 class SiteFacts:
     """One site. block: index of its decoder block, None where its name has none. kind: its name inside the block.
-    loss: error / error of plain rounding, None where that is zero."""
+    loss: error / error of plain rounding, None where that is zero. bits: 0 in reports that lack them."""
 
     name: str
     block: int | None
@@ -33,6 +33,7 @@ class SiteFacts:
     rounding_error: float
     loss: float | None
     strength: float
+    bits: int
     rows: tuple[int, ...]
     record: dict[str, Any]
 
@@ -112,6 +113,12 @@ def worst(report: Report, count: int = 10) -> list[SiteFacts]:
     return sorted(sites(report), key=lambda site: site.error, reverse=True)[:count]
 
 
+def width(quant: dict[str, Any]) -> str:
+    """Bits of the weights in words; those of an average count scales."""
+    average = quant.get("avg_bits")
+    return f"{quant['bits']} bits" if average is None else f"{average:g} bits on average"
+
+
 def calibrated(report: Report) -> bool:
     """Whether the run looked at text."""
     return bool(report["calibration"])
@@ -127,7 +134,7 @@ def verdict(report: Report) -> Verdict:
     """The run in a sentence, and what calls for a look."""
     concerns = _concerns(report)
     quant = report["quant"]
-    what = f"{quant['bits']} bits by {report['solve']['method']}"
+    what = f"{width(quant)} by {report['solve']['method']}"
     error, plain = f"{report['error']:.2%}", f"{report['rounding_error']:.2%}"
     if not calibrated(report):
         told = f"{what}, without calibration; weight error {error}"
@@ -174,6 +181,7 @@ def _site(record: dict[str, Any]) -> SiteFacts:
         rounding_error=plain,
         loss=record["error"] / plain if plain > 0 else None,
         strength=record["strength"],
+        bits=record.get("bits", 0),
         rows=tuple(record["rows"]),
         record=record,
     )

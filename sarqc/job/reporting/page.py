@@ -50,6 +50,7 @@ def page(report: facts.Report) -> str:
     sections = (
         _losses(report),
         _quality(report),
+        _widths(report),
         _strengths(report),
         _experts(report),
         _worst(report),
@@ -135,6 +136,20 @@ def _losses(report: facts.Report) -> str:
         )
         told += " Above: as a share of what plain rounding loses; a point above the dashed line was harmed."
     return _section("Where it was lost", told, *(f"<figure>{chart}</figure>" for chart in charts if chart))
+
+
+def _widths(report: facts.Report) -> str:
+    found = [site for site in facts.sites(report) if site.bits]
+    if len({site.bits for site in found}) < 2:
+        return ""
+    series = _by_kind(found, lambda site: site.bits, lambda v: f"{v:.0f} bits")
+    chart = line_chart(series, x_label="block", y_label="bits")
+    average = report["size"]["bits_per_weight"]
+    told = (
+        f"{average} bits of a weight on average, with scales. Widths were chosen before any block was solved, so that "
+        "what the sites cost, each tried alone to the end of the model, adds up to the least."
+    )
+    return _section("Who got how many bits", told, f"<figure>{chart}</figure>")
 
 
 def _strengths(report: facts.Report) -> str:

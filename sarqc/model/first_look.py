@@ -1,0 +1,194 @@
+"""A first look at a model: what it would suffer from each site at each width, before any weight is quantized.
+
+Errors of different sites have no common unit of their own: 1 % of what a softmax is made of is not 1 % of what an MLP
+adds, and neither is the same in the last block as in the middle. They have one where the model ends. So each site alone
+is solved at one width, and a few windows are run on from there: how far that moves the distribution of the next token
+(the mean KL divergence from the model as it is) times what the solver loses at another width, relative to that one
+(`sarqc.method.widths`), is the site's loss there. Divergences of sites that err independently add up, as long as they
+are small. `benchmarks/quality/MIXED.md` has what else was tried: a rounding in the solution's place misjudges the sites
+that matter most, because it spoils what a solver spares.
+
+One block is in memory at a time, as everywhere: what waits between two blocks are the hidden states of these few
+windows, one copy for every site so far, which all go through the next block: half the blocks for each site, on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import ArgumentError
+from sarqc.method.weight import QuantizedWeight
+from sarqc.method.widths import WidthLosses, tried, tried_width, width_losses
+from sarqc.model.evaluate import Tally
+from sarqc.model.passes import collect, passes
+from sarqc.model.sites import Site, find_sites, stack, write_back
+from sarqc.model.skeleton import Skeleton
+from sarqc.model.solving import scale_dtype
+from sarqc.model.source import TensorSource
+from sarqc.model.states import GLANCE, States, cut, enter
+from sarqc.model.targets import Target, Targets
+from sarqc.spec import QuantSpec, SolveSpec
+
+TOKENS = 1 << 14
+"""Tokens of the calibration text, at most, that sites are observed on."""
+FOLDS = 2
+TRIED_WINDOWS, TRIED_LENGTH = 2, 256
+"""Windows that each site is tried on, and tokens of each."""
+
+
+@dataclass(frozen=True)
+class SiteLosses:
+    """site: its name. linears, shapes: of its members, by the checkpoint's names. modules: of the model, that they are
+    in. divergence: mean KL of the next token in nats, at the width that was tried. losses: by width, likewise."""
+
+    site: str
+    linears: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    modules: tuple[str, ...]
+    divergence: float
+    losses: dict[int, float]
+
+
+@dataclass
+class _Trial:
+    """A site that was tried in block `block`. solved: relative losses by width. hidden: [B, L, H] on the host, of the
+    windows that are tried on, as they leave the last block so far."""
+
+    block: int
+    site: Site
+    solved: dict[int, float]
+    hidden: Tensor
+
+    def result(self, divergence: float) -> SiteLosses:
+        return SiteLosses(
+            site=self.site.name,
+            linears=tuple(target.linear for target in self.site.members),
+            shapes=tuple(target.shape for target in self.site.members),
+            modules=tuple(dict.fromkeys(target.module for target in self.site.members)),
+            divergence=divergence,
+            losses={width: divergence * loss for width, loss in self.solved.items()},
+        )
+
+
+@torch.no_grad()
+def look(
+    skeleton: Skeleton,
+    source: TensorSource,
+    found: Targets,
+    tokens: Tensor,
+    quant: QuantSpec,
+    solve: SolveSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch: Callable[[int], int],
+    gram_budget: int,
+    mine: Callable[[int], bool] = lambda _: True,
+    on_block: Callable[[int], object] = lambda _: None,
+) -> list[tuple[int, SiteLosses]]:
+    """(block, losses) of every site in the order of blocks; of blocks that are not `mine` nothing.
+
+    tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are observed. micro_batch(L): windows at once.
+    gram_budget: bytes of Grams at once, as in `blocks.run`. Beside a block there is at most a copy of one of its sites
+    on the device.
+    """
+    windows = _evenly(tokens)
+    solve = replace(solve, carry_error=False)
+    batches = cut(len(windows), micro_batch(windows.shape[1]), FOLDS)
+    states = enter(skeleton, source, windows, batches, FOLDS, device=device, dtype=dtype)
+    few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
+    skeleton.load_outer(source, device, dtype, head=True)
+    skeleton.prepare(*few.shape)
+    plain = skeleton.embed(few).cpu()
+    trials: list[_Trial] = []
+    for index in range(len(skeleton.blocks)):
+        on_block(index)
+        skeleton.load_block(index, source, device, dtype)
+        begun = _begin(skeleton, source, index, found, states, plain, quant, solve, gram_budget) if mine(index) else []
+        for hidden in (plain, *(trial.hidden for trial in trials)):
+            hidden.copy_(skeleton.call_block(index, hidden.to(device)))
+        trials += begun
+        states.move_on(partial(skeleton.call_block, index), device)
+        skeleton.unload_block(index)
+    expected = _logits(skeleton, plain)
+    results = []
+    for trial in trials:
+        tally = Tally()
+        for window, own, reference in zip(few, _logits(skeleton, trial.hidden), expected):
+            tally.add(own[:-1], window[1:].to(device), reference[:-1])
+        results.append((trial.block, trial.result(tally.kl)))
+    skeleton.unload_outer()
+    return results
+
+
+def _evenly(tokens: Tensor) -> Tensor:
+    """Evenly spaced windows of at most `TOKENS` tokens together, two at least: one alone is cut in two."""
+    count = min(len(tokens), max(FOLDS, TOKENS // tokens.shape[1]))
+    windows = tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]
+    if len(windows) < FOLDS:
+        half = tokens.shape[1] // FOLDS
+        windows = windows[:, : FOLDS * half].reshape(FOLDS, half)
+    if windows.shape[1] < 2:
+        raise ArgumentError(f"{tokens.numel()} tokens are too few to measure losses on: give more calibration text")
+    return windows
+
+
+def _begin(
+    skeleton: Skeleton,
+    source: TensorSource,
+    index: int,
+    found: Targets,
+    states: States,
+    plain: Tensor,
+    quant: QuantSpec,
+    solve: SolveSpec,
+    gram_budget: int,
+) -> list[_Trial]:
+    """A trial of each site of a block that is loaded, through that block."""
+    device = skeleton.device
+    sites = find_sites(skeleton, index, found.of_block(index), states.hidden[:1, :GLANCE].to(device))
+    losses: dict[str, WidthLosses] = {}
+    weights: dict[str, list[tuple[Target, QuantizedWeight]]] = {site.name: [] for site in sites}
+    for shares in passes(sites, FOLDS, gram_budget, solve):
+        collected, _ = collect(skeleton, index, shares, states, solve, device)
+        for share, statistics in zip(shares, collected):
+            name = share.site.name
+            given = (
+                share.name,
+                share.weight(skeleton.model),
+                statistics,
+                quant,
+                solve,
+                scale_dtype(source, share.site),
+            )
+            own = width_losses(*given)
+            losses[name] = losses[name] + own if name in losses else own
+            weights[name] += share.site.split(tried(*given), share.first)
+    width = tried_width(quant)
+    return [
+        _Trial(index, site, losses[site.name].relative(width), _tried(skeleton, index, site, weights[site.name], plain))
+        for site in sites
+    ]
+
+
+def _tried(
+    skeleton: Skeleton, index: int, site: Site, weights: list[tuple[Target, QuantizedWeight]], plain: Tensor
+) -> Tensor:
+    """What leaves the block, on the host, with these weights in a site's place; its own are put back."""
+    originals = {name: stack(skeleton.model, name).clone() for name, _, _ in site.slabs}
+    for target, weight in weights:
+        write_back(skeleton.model, target, weight)
+    leaving = skeleton.call_block(index, plain.to(skeleton.device)).cpu()
+    for name, original in originals.items():
+        stack(skeleton.model, name).copy_(original)
+    return leaving
+
+
+def _logits(skeleton: Skeleton, hidden: Tensor) -> list[Tensor]:
+    """Logits [L, V] of each window."""
+    return [skeleton.finish(window[None].to(skeleton.device))[0] for window in hidden]
