@@ -25,9 +25,9 @@ from benchmarks.ops.w4a16 import GROUP
 from benchmarks.timing import COLD_BYTES, copies_for, in_turns, percentiles, ready
 from sarqc.job.load import resolve_device
 from sarqc_kernels import prepare
+from sarqc_kernels.cards import Card, card_of, triton_unsupported
 from sarqc_kernels.columns import config as columns_config
 from sarqc_kernels.gram import config as gram_config
-from sarqc_kernels.targets import Card, card_of, triton_unsupported
 from sarqc_kernels.tuned import choices, table_path
 from sarqc_kernels.w4a16 import config as w4a16_config
 from sarqc_kernels.w4a16.layout import BRICKS

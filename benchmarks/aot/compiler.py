@@ -10,7 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.aot import sass
-from sarqc_kernels.targets import AotJob, Card
+from sarqc_kernels.aot import AotJob
+from sarqc_kernels.cards import Card
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sarqc_kernels import columns, gram, w4a16
 from sarqc_kernels.backend import Implementation
-from sarqc_kernels.targets import fastest_first
+from sarqc_kernels.cards import fastest_first
 from sarqc_kernels.testing import dequantize, random_gram, random_quantized, relative_error, upper_factor
 from sarqc_kernels.w4a16 import experts
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.cards import fastest_first, triton_unsupported
 from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
 from sarqc_kernels.columns import grid, panels, reference
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.packing import words_of
-from sarqc_kernels.targets import fastest_first, triton_unsupported
 
 __all__ = ["fit_grid", "implementations", "quantize_columns", "round_to_grid"]
 

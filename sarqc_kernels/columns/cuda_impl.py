@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels import build
+from sarqc_kernels.cards import card_of, interpreting, triton_unsupported
 from sarqc_kernels.columns import panels
 from sarqc_kernels.columns.config import Config, choose
 from sarqc_kernels.columns.grid import TRIALS, GridRule
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize, too_large
 from sarqc_kernels.errors import BackendError
-from sarqc_kernels.targets import card_of, interpreting, triton_unsupported
 
 __all__ = ["Columns", "Steps", "bind", "filled", "quantize_columns", "unsupported"]
 

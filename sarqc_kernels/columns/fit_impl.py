@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import card_of, on_device
 from sarqc_kernels.columns.config import configurations, rule
 from sarqc_kernels.columns.grid import GridRule
 from sarqc_kernels.columns.grid_impl import clamped, fit, half_even
 from sarqc_kernels.columns.panels import batches, factors_of
 from sarqc_kernels.columns.triton_impl import CHUNK, KINDS, OPTIONS, kind_of, limits, spelled
-from sarqc_kernels.targets import ARCHS, AotJob, card_of, on_device
 
 __all__ = ["aot_jobs", "fit_grid", "round_to_grid"]
 

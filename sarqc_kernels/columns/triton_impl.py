@@ -34,11 +34,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import card_of
 from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose, configurations
 from sarqc_kernels.columns.grid import TRIALS, GridRule
 from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
-from sarqc_kernels.targets import ARCHS, AotJob, card_of
 
 __all__ = ["CHUNK", "KINDS", "OPTIONS", "Steps", "aot_jobs", "kind_of", "limits", "quantize_columns", "spelled"]
 

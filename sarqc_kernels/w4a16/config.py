@@ -20,8 +20,8 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sarqc_kernels.cards import Card
 from sarqc_kernels.errors import BackendError
-from sarqc_kernels.targets import Card
 from sarqc_kernels.tuned import bucket, choices
 from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PLANES, TILE_ROWS
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from sarqc_kernels.targets import ARCHS, AotJob, Card, card_of
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import Card, card_of
 from sarqc_kernels.w4a16.config import choose, configurations
 from sarqc_kernels.w4a16.experts import Routing
 from sarqc_kernels.w4a16.kernels_impl import combine_kernel

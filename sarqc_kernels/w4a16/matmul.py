@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.cards import triton_unsupported
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device
 from sarqc_kernels.direct import unwatched
 from sarqc_kernels.errors import ArgumentError
-from sarqc_kernels.targets import triton_unsupported
 from sarqc_kernels.w4a16 import config, cpu_impl, cuda_impl, reference
 from sarqc_kernels.w4a16.layout import BRICKS, PreparedWeight
 

@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from sarqc_kernels.targets import ARCHS, AotJob, Card, card_of, interpreting
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import Card, card_of, interpreting
 from sarqc_kernels.w4a16.config import (
     WIDTHS_GROUPS,
     Plan,

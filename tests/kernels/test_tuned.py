@@ -12,9 +12,10 @@ import torch
 from benchmarks import tune
 from benchmarks.ops import OPS
 from sarqc_kernels import BackendError, tuned
+from sarqc_kernels.aot import ARCHS
+from sarqc_kernels.cards import Card
 from sarqc_kernels.columns import config as columns
 from sarqc_kernels.gram import config as gram
-from sarqc_kernels.targets import ARCHS, Card
 from sarqc_kernels.w4a16 import config as w4a16
 
 H200 = Card(90, 132)

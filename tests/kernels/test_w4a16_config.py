@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sarqc_kernels import w4a16_matmul
-from sarqc_kernels.targets import ARCHS, Card
+from sarqc_kernels.aot import ARCHS
+from sarqc_kernels.cards import Card
 from sarqc_kernels.testing import dequantize, random_quantized, relative_error, uneven_offsets
 from sarqc_kernels.w4a16 import config, prepare
 
