@@ -22,7 +22,7 @@ from torch import Tensor
 from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.cards import card_of, on_device
 from sarqc_kernels.columns.config import configurations, rule
-from sarqc_kernels.columns.grid import GridRule
+from sarqc_kernels.columns.grid import GridRule, empty_grid
 from sarqc_kernels.columns.grid_impl import clamped, fit, half_even
 from sarqc_kernels.columns.panels import batches, factors_of
 from sarqc_kernels.columns.triton_impl import CHUNK, KINDS, OPTIONS, kind_of, limits, spelled
@@ -67,25 +67,14 @@ def _round(
     tl.store(codes + line * columns + column, (level + zero).to(tl.int32).to(tl.uint8), mask=mask)
 
 
-def fit_grid(
-    weight: Tensor,
-    importance: Tensor | None,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    search: bool,
-    scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, wanted: GridRule) -> tuple[Tensor, Tensor]:
     """`sarqc_kernels.columns.fit_grid` in Triton; does not wait for the device."""
-    wanted = GridRule(bits, sym, search, scale_dtype)
-    experts, rows, columns = weight.shape
-    groups = columns // group_size
-    scales = torch.empty((experts, rows, groups), dtype=scale_dtype, device=weight.device)
-    zeros = torch.empty((experts, rows, groups), dtype=torch.uint8, device=weight.device)
+    scales, zeros = empty_grid(weight, group_size, wanted)
     if not weight.numel():
         return scales, zeros
+    (experts, rows, columns), groups = weight.shape, scales.shape[2]
     counts = torch.ones((experts, columns), device=weight.device) if importance is None else importance.contiguous()
-    table = factors_of(bits, sym, weight.device)
+    table = factors_of(wanted.bits, wanted.sym, weight.device)
     own = rule(experts * groups, rows, card_of(weight.device))
     with on_device(weight):
         for some, span in batches(experts, rows, columns):
@@ -95,7 +84,7 @@ def fit_grid(
                 part, counts[some], grid[0], grid[1], table, part.shape[2], columns, group_size, *limits(wanted),
                 **kind_of(wanted), ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
             )  # fmt: skip
-            scales[some, span] = grid[0].mT.to(scale_dtype)
+            scales[some, span] = grid[0].mT.to(wanted.scale_dtype)
             zeros[some, span] = grid[1].mT.to(torch.uint8)
     return scales, zeros
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.cards import card_of
 from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose, configurations
-from sarqc_kernels.columns.grid import TRIALS, GridRule
+from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem
 from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
 
@@ -166,23 +166,12 @@ def _columns(
                  live, rows, columns, top, ROUND, MICRO, DEPTH)  # fmt: skip
 
 
-def quantize_columns(
-    weight: Tensor,
-    factor: Tensor,
-    order: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    search: bool,
-    scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """`sarqc_kernels.columns.quantize_columns` in Triton."""
-    rule = GridRule(bits, sym, search, scale_dtype)
+    weight = problem.weight
     steps = Steps(choose(weight.shape[0], weight.shape[1], card_of(weight.device)))
     with torch.cuda.device_of(weight):
-        return quantize(steps, weight, factor, order, scales, zeros, group_size, rule)
+        return quantize(steps, problem)
 
 
 @dataclass(frozen=True)
