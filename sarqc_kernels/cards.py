@@ -63,7 +63,8 @@ def card_of(device: torch.device) -> Card:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """While it lasts, launches go to the card that holds `tensor`; Triton by itself launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
 
 @functools.cache

@@ -174,7 +174,11 @@ def _exact(inputs: Inputs, side: str, expert: int) -> Tensor:
 
 OP = Op(
     name="moe",
-    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_experts.py"),
+    tests=(
+        "tests/kernels/test_w4a16.py",
+        "tests/kernels/test_w4a16_experts.py",
+        "tests/kernels/test_w4a16_persistent.py",
+    ),
     points=points,
     inputs=make,
     contenders=(

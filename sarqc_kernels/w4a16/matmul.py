@@ -27,7 +27,7 @@ def triton_unsupported_product(
     if reason := triton_unsupported(x):
         return reason
     if weight.layout != BRICKS:
-        return f"the weight lies as {weight.layout!r}: the kernels read {BRICKS!r}, which holds 2, 3, 4 or 8 bits"
+        return f"the weight lies as {weight.layout!r}: the kernels read {BRICKS!r}"
     if x.dtype == torch.float32:
         return "x is torch.float32: the tensor cores take torch.bfloat16 and torch.float16"
     if not config.takes_group(weight.group_size, weight.inputs):
