@@ -17,12 +17,12 @@ The rules, for shapes that no table has, follow from counting, none from a timin
   tiles of tokens with all tiles of rows at a time. Counted: a brick of such a tile takes 48 KiB from the L2 cache for
   8.4 Mflop, so at the full rate of the tensor cores all processors together ask it for 4.6 TB/s, where tiles of 128
   rows ask for 7.6. And 8 x 16 tiles under way at once read half of what 32 x 4 do, the order of a plain grid. Taken
-  where tiles are more than processors and the last wave leaves no more of them idle than the last wave of smaller
-  tiles would. Other cards and widths walk tiles of 128 rows, sm_80 none: its tensor core takes both operands and the
-  sums from registers, and 128 tokens spill.
-* expand, dense, from 2048 tokens on: writing and reading N K 16-bit weights once costs 1/T of the product's own
-  traffic and cuBLAS does the rest: 6 % at 2048 tokens, 3 % at 4096. That cuBLAS is ahead of `persistent` by more than
-  that is likely and not measured: `benchmarks.tune` times dot, persistent and expand against each other.
+  where tiles are more than processors and their waves take no longer than those of the smaller tiles, but for a
+  sixteenth that the fewer bytes are worth. Other cards and widths walk tiles of 128 rows, sm_80 none: its tensor core
+  takes both operands and the sums from registers, and 128 tokens spill.
+* expand, dense, from 2048 tokens on: reading 4 bits and writing 16 of each weight takes 11 % of the time of the product
+  at 2048 tokens and 6 % at 4096, and cuBLAS does the rest. That it is ahead of `persistent` by more than that is likely
+  and not measured: `benchmarks.tune` times dot, persistent and expand against each other.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ GEMV_ROWS = 16  # of a tile
 DOT_TOKENS = (16, 32, 64, 128)
 FOLDED_TOKENS = 128  # of the tile whose scales go into the weights; not split: so many tokens make programs enough
 GROUPS = (1, 2, 4, 8)  # to a brick
+IDLE = 1 / 16  # of the time may be lost at the end of the last wave for taller tiles
 WIDTHS_GROUPS = 2
 EXPAND_TOKENS = 2048
 LEAST_BRICKS = 4  # of a split
@@ -133,7 +134,7 @@ def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, 
         walking = persistent(card, bits)
         tiles = -(-outputs // walking.rows) * blocks
         time = [-(-count // card.multiprocessors) * each.rows for count, each in ((programs, plan), (tiles, walking))]
-        return walking if tiles > card.multiprocessors and time[1] <= time[0] else plan
+        return walking if tiles > card.multiprocessors and time[1] <= time[0] * (1 + IDLE) else plan
     return replace(plan, splits=_splits(programs, bricks, card.multiprocessors))
 
 
@@ -173,14 +174,16 @@ def dot(tokens: int, splits: int, card: Card, bits: int = 4) -> Plan:
 
     Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a tile. On sm_100
     they live in tensor memory, of which each dot of a brick gets a part: with 64 tokens and a group of 16 inputs a dot,
-    512 columns hold eight parts of 64 rows.
+    512 columns hold eight parts of 64 rows. Warps of widths other than 4, whose planes take registers, are those that
+    do not spill.
     """
-    if tokens >= FOLDED_TOKENS:
-        return Plan("dot", tokens, TILE_ROWS, splits, 8, 3, folded=True)
+    many = 8 if tokens >= 64 else 4
     if card.arch < 100:
-        shared = tokens >= (32 if bits != 4 and card.arch < 90 else 64)  # planes take registers: 32 tokens spill
-        return Plan("dot", tokens, TILE_ROWS, splits, 8 if shared else 4, 3 if tokens >= 64 else 4)
-    return Plan("dot", tokens, TILE_ROWS if tokens < 64 else BRICK_ROWS, splits, 4, 4 if tokens < 64 else 3)
+        many = 8 if bits != 4 and card.arch < 90 and tokens >= 32 else many
+    elif tokens >= 64:
+        many = 8 if (bits == 4) == (tokens >= FOLDED_TOKENS) else 4
+    rows = BRICK_ROWS if card.arch >= 100 and tokens == 64 else TILE_ROWS
+    return Plan("dot", tokens, rows, splits, many, 3 if tokens >= 64 else 4, folded=tokens >= FOLDED_TOKENS)
 
 
 def persistent(card: Card, bits: int = 4) -> Plan:

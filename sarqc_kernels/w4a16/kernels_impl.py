@@ -12,7 +12,7 @@ up rows and gives silu(gate) * up, so that neither is ever written.
 """
 
 # Triton reads the annotations of a kernel: those of run-time arguments have to be absent.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 # ruff: noqa: RUF005, SIM102, SIM108  (Triton joins tuples by +; an `if` of constants is a choice made when it compiles)
 
 from __future__ import annotations

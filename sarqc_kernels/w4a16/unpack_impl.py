@@ -16,7 +16,7 @@ For sums lane by lane (`lanes_of`, `slice_of`) every lane shifts its own word.
 """
 
 # Triton reads the annotations of a kernel: those of run-time arguments have to be absent.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 # ruff: noqa: RUF005, SIM108  (Triton joins tuples by +, and knows an `if` from a choice made when it compiles)
 
 from __future__ import annotations
