@@ -126,7 +126,7 @@ def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, 
         programs = -(-outputs // GEMV_ROWS) * (tokens if experts else 1)
         return gemv(1 if experts else tokens, _splits(programs, bricks, 4 * card.multiprocessors))
     share = -(-tokens // max(1, experts))  # of an expert, were they all alike
-    sizes = dot_sizes(groups_per_brick(group_size, inputs), card)
+    sizes = dot_sizes(groups_per_brick(group_size, inputs), card, bits)
     plan = dot(next((size for size in sizes if share <= size), sizes[-1]), 1, card, bits)
     blocks = -(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0)
     programs = -(-outputs // plan.rows) * blocks
@@ -192,9 +192,9 @@ def persistent(card: Card, bits: int = 4) -> Plan:
     return replace(dot(FOLDED_TOKENS, 1, card, bits), rows=2 * TILE_ROWS if tall else TILE_ROWS, resident=1)
 
 
-def dot_sizes(groups: int, card: Card) -> tuple[int, ...]:
+def dot_sizes(groups: int, card: Card, bits: int = 4) -> tuple[int, ...]:
     """Tokens of the dot tiles that do not spill with so many groups to a brick (seen ahead of time)."""
-    most = 64 if card.arch < 90 else FOLDED_TOKENS
+    most = 64 if card.arch < 90 or (card.arch >= 100 and bits == 7) else FOLDED_TOKENS  # 7 bits are three planes
     least = 32 if groups == 8 and card.arch >= 100 else 16  # 16 with splits: ptxas stops at 80 registers and spills one
     return tuple(size for size in DOT_TOKENS if least <= size <= most)
 
@@ -220,6 +220,6 @@ def other_widths(card: Card) -> list[tuple[int, Plan]]:
 def _tiles(card: Card, bits: int, groups: int) -> list[Plan]:
     """What `rule` and `candidates` take plans from, each tile with splits and without where it can have them."""
     gemvs = [gemv(tokens, splits) for tokens in (1, GEMV_TOKENS) for splits in (1, 2)]
-    whole, split = ([dot(size, splits, card, bits) for size in dot_sizes(groups, card)] for splits in (1, 2))
+    whole, split = ([dot(size, splits, card, bits) for size in dot_sizes(groups, card, bits)] for splits in (1, 2))
     tiles = [EXPAND, *gemvs, *(plan for plan in split if not plan.folded), *whole]
     return [*tiles, persistent(card, bits)] if whole[-1].folded else tiles
