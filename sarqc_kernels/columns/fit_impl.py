@@ -2,7 +2,6 @@
 
 The fit is that of `grid_impl.py`, a row to a thread, over the weight transposed (one copy of it): a group is read once
 for its range and, with a search, once for each of 24 trials, from cache. Rounding reads 4 bytes a weight, writes one.
-
 Rounding and clamping are the reference's to the bit, so `round_to_grid` gives its very codes. A searched scale can be
 the neighbour of the reference's where the losses of two trials are equal but for the order of their sums.
 """

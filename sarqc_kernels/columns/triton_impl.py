@@ -14,10 +14,9 @@ does 2 b P N flops, three times that in TF32. `_columns` reads and writes some 2
 of earlier errors from cache, and does P^2 N flops; a fit doubles that and adds, for each of 24 trials, 8 P N bytes from
 cache and 8 P N flops.
 
-Rounding is the reference's, operation for operation: IEEE division, half to even, no contraction of a product and a
-sum into one (`enable_fp_fusion=False`) but where `tl.fma` says so. Sums differ: their order, and that M is divided out
-at the end of a sum instead of before it. So codes can differ where a value lies within a few units in the last place of
-the middle between two codes, and a fitted scale where two trials of the search are that close.
+Rounding is the reference's, operation for operation: IEEE division, half to even, a product and a sum in one step only
+where `tl.fma` says so. Sums differ: their order, and that M is divided out at their end. So codes can differ within a
+few units in the last place of the middle between two, and fitted scales where two trials of the search are that close.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
