@@ -25,9 +25,9 @@ from benchmarks.ops.w4a16 import GROUP
 from benchmarks.timing import COLD_BYTES, copies_for, in_turns, percentiles, ready
 from sarqc.job.load import resolve_device
 from sarqc_kernels import prepare
+from sarqc_kernels.cards import Card, card_of, triton_unsupported
 from sarqc_kernels.columns import config as columns_config
 from sarqc_kernels.gram import config as gram_config
-from sarqc_kernels.targets import Card, card_of, triton_unsupported
 from sarqc_kernels.tuned import choices, table_path
 from sarqc_kernels.w4a16 import config as w4a16_config
 from sarqc_kernels.w4a16.layout import BRICKS
@@ -81,13 +81,13 @@ def of_columns(point: Point, card: Card) -> list[Trial]:
     entries[RULE] = next({"tiles": name} for name, found in columns_config.CONFIGURATIONS.items() if found == chosen)
 
     def bind(entry: dict[str, Any], inputs: Inputs) -> Call:
-        from sarqc_kernels.columns import panels, triton_impl
-        from sarqc_kernels.columns.grid import GridRule
+        from sarqc_kernels.columns import GridRule, Problem, panels, triton_impl
 
         steps = triton_impl.Steps(columns_config.CONFIGURATIONS[entry["tiles"]])
         matrix, rule = columns.factor(inputs["hessian"]), GridRule(**columns.RULE)
         grid = (inputs["scales"], inputs["zeros"])
-        return lambda: panels.quantize(steps, inputs["weight"], matrix, None, *grid, columns.GROUP, rule)
+        problem = Problem(inputs["weight"], matrix, None, *grid, columns.GROUP, rule)
+        return lambda: panels.quantize(steps, problem)
 
     return [Trial("columns", columns_config.key(experts, rows), entries, bind)]
 

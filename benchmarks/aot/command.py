@@ -15,7 +15,7 @@ import triton
 
 from benchmarks.aot import compiler, csrc, jobs, table
 from benchmarks.aot.compiler import Built
-from sarqc_kernels.targets import AotJob
+from sarqc_kernels.aot import AotJob
 
 ROOT = Path(__file__).parents[2]
 SLOW = 20.0  # seconds of one compilation that are worth a line: the whole check should take less than ten minutes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.aot import sass
-from sarqc_kernels.targets import AotJob, Card
+from sarqc_kernels.aot import AotJob
+from sarqc_kernels.cards import Card
 
+FROM_REGISTERS = re.compile(r"ttg\.local_alloc %")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -47,11 +50,12 @@ def build(job: AotJob) -> Built:
         return Built(job.name, f"sm_{job.arch}", warps, 0, 0, 0, {}, (reason,))
     code = sass.read(kernel.asm["cubin"], TOOLS)
     shared = int(kernel.metadata.shared)
-    problems = tuple(_problems(job, code, shared))
+    problems = tuple(_problems(job, code, shared, kernel.asm["ttgir"]))
     return Built(job.name, f"sm_{job.arch}", warps, code.registers, code.stack, shared, dict(code.opcodes), problems)
 
 
-def _problems(job: AotJob, code: sass.MachineCode, shared: int) -> list[str]:
+def _problems(job: AotJob, code: sass.MachineCode, shared: int, layouts: str) -> list[str]:
+    """layouts: the last form of the kernel in which shared memory still has names."""
     problems = []
     if code.stack:
         problems.append(f"{code.stack} bytes of a thread in local memory")
@@ -63,4 +67,7 @@ def _problems(job: AotJob, code: sass.MachineCode, shared: int) -> list[str]:
     stored = code.opcodes["HGMMA"] - code.opcodes["HGMMA from registers"]
     if "HGMMA from registers" in job.instructions and stored:
         problems.append(f"{stored} x HGMMA with both operands from shared memory")
+    copied = len(FROM_REGISTERS.findall(layouts))
+    if "HGMMA from registers" in job.instructions and copied:
+        problems.append(f"{copied} x registers to shared memory, on the way to a register of another thread")
     return problems

@@ -7,7 +7,7 @@ import pkgutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from sarqc_kernels.targets import AotJob
+from sarqc_kernels.aot import AotJob
 
 ROOMS = ("gram", "columns", "w4a16")
 

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA", "IMMA")
-COUNTED = (*TENSOR_CORE, "UTMALDG", "LDGSTS", "LDL", "STL", "SHFL", "BAR")
-"""Opcodes in the table: products on tensor cores, bulk and async copies, local memory, shuffles, barriers."""
+COUNTED = (*TENSOR_CORE, "UTMALDG", "LDGSTS", "LDL", "STL", "SHFL", "BAR", "WARPGROUP")
+"""Opcodes in the table: products on tensor cores, bulk and async copies, local memory, shuffles, barriers, waits for
+products."""
 
 FORMS = {
     "HGMMA from registers": re.compile(r"HGMMA\S*\s+R\d+, R\d+,"),
+    "HGMMA under way": re.compile(r"WARPGROUP\.DEPBAR\S*\s+\S+\s+0x[1-9]"),
     "16-byte LDGSTS": re.compile(r"LDGSTS\S*\.128"),
 }
-"""Instructions of a certain form, counted a second time under a name of their own: a product whose first operand never
-was in shared memory, and an asynchronous copy of the widest kind."""
+"""Instructions of a certain form, counted a second time under a name of their own: a product whose first operand is in
+registers, a wait that leaves products under way, and an asynchronous copy of the widest kind."""
 
 
 @dataclass(frozen=True)

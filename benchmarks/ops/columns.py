@@ -16,7 +16,7 @@ from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, no_interpret
 from benchmarks.rivals import gptq_eager, llmcompressor_fused
 from sarqc_kernels import fit_grid, quantize_columns
 from sarqc_kernels.backend import explain
-from sarqc_kernels.columns import implementations
+from sarqc_kernels.columns import GridRule, Problem, implementations
 
 GROUP, BITS = 128, 4
 RULE: dict[str, Any] = {"bits": BITS, "sym": True, "search": False, "scale_dtype": torch.bfloat16}
@@ -89,7 +89,8 @@ def _ours(backend: str, part: str) -> Contender:
             return reason
         sizes = point.sizes
         weight = torch.empty(1, 1, sizes["columns"], device=device)  # what each implementation looks at
-        known = dict(explain("quantize_columns", implementations()["quantize_columns"], (weight, *[None] * 9)))
+        problem = Problem(weight, weight, None, None, None, GROUP, GridRule(**RULE))
+        known = dict(explain("quantize_columns", implementations()["quantize_columns"], (problem,)))
         slow = backend == "reference" and device.type == "cuda" and point.flops > 1e12
         return "a launch for each of its steps: seconds at this size" if slow else known[backend]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, no_interpreter, normal, on_gpu_only
+from sarqc_kernels.cards import triton_unsupported
 from sarqc_kernels.gram import gram_accumulate_
-from sarqc_kernels.targets import triton_unsupported
 
 TOKENS = 262_144  # 128 windows of 2048 tokens
 SLOWEST = 10e12  # flops of a point beyond which fp32 products would take seconds

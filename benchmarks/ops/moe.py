@@ -17,7 +17,6 @@ from torch.nn.functional import silu
 
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal, on_gpu_only
 from benchmarks.ops.w4a16 import GROUP, LAYOUT, weight_of, why_not
-from benchmarks.rivals import packed_matmul
 from sarqc.model.experts import route
 from sarqc_kernels import PreparedWeight, prepare, w4a16_matmul
 from sarqc_kernels.w4a16 import Routing, w4a16_experts
@@ -175,7 +174,11 @@ def _exact(inputs: Inputs, side: str, expert: int) -> Tensor:
 
 OP = Op(
     name="moe",
-    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_experts.py"),
+    tests=(
+        "tests/kernels/test_w4a16.py",
+        "tests/kernels/test_w4a16_experts.py",
+        "tests/kernels/test_w4a16_persistent.py",
+    ),
     points=points,
     inputs=make,
     contenders=(
@@ -184,7 +187,6 @@ OP = Op(
         _ours("cpu"),
         _layer("cpu"),
         Contender("torch grouped bf16", False, _grouped_unsupported, _grouped),
-        packed_matmul.humming_experts(),
         _ours("reference"),
     ),
     error=error,

@@ -1,4 +1,4 @@
-"""W4A16, dense: tokens times a packed weight; a few shapes of 2, 3 and 8 bits as well.
+"""W4A16, dense: tokens times a packed weight; a few shapes of 2, 3, 6 and 8 bits as well.
 
 Least work of M tokens, N outputs, K inputs of b bits in groups of g: b/8 bytes a weight, 2 bytes for each g of them,
 activations and result once; 2 M N K flops. The rival that counts most is the same product with the weight in bf16.
@@ -32,7 +32,7 @@ SHAPES = (  # outputs, inputs, why, rank, goals by tokens
 TOKENS = ((1, 0), (16, 0), (64, 1), (256, 1), (4096, 0), (4, 3), (8, 3), (32, 3), (128, 3), (1024, 3))
 
 
-OTHER_WIDTHS = (2, 3, 8)
+OTHER_WIDTHS = (2, 3, 6, 8)
 OTHER_TOKENS = (1, 16, 64, 4096)
 
 
@@ -122,7 +122,12 @@ def error(inputs: Inputs, result: Any) -> float:
 
 OP = Op(
     name="w4a16",
-    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_config.py", "tests/kernels/test_w4a16_csrc.py"),
+    tests=(
+        "tests/kernels/test_w4a16.py",
+        "tests/kernels/test_w4a16_config.py",
+        "tests/kernels/test_w4a16_csrc.py",
+        "tests/kernels/test_w4a16_persistent.py",
+    ),
     points=points,
     inputs=make,
     contenders=(

@@ -85,18 +85,6 @@ def humming() -> Contender:
     return Contender("humming", False, unsupported, bind)
 
 
-def humming_experts() -> Contender:
-    """Listed with its reason: its expert layer wants token lists of its own making, which is not written here."""
-
-    def unsupported(point: Point, device: torch.device) -> str | None:
-        return installed("humming") or "its token alignment for experts is not wired here; compare the dense points"
-
-    def bind(inputs: Inputs) -> Call:
-        raise NotImplementedError("never asked: `unsupported` always gives a reason")
-
-    return Contender("humming (experts)", False, unsupported, bind)
-
-
 def _other_width(point: Point) -> str | None:
     bits = point.sizes["bits"]
     return None if bits == 4 else f"compared at 4 bits alone, not at {bits}"

@@ -24,7 +24,7 @@ from sarqc.job import selftest
 from sarqc.job.reporting.report import versions
 from sarqc_kernels import build
 from sarqc_kernels.backend import ENVIRONMENT, Implementation, explain
-from sarqc_kernels.targets import card_of, interpreting
+from sarqc_kernels.cards import card_of, interpreting
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sarqc_kernels import columns, gram, w4a16
 from sarqc_kernels.backend import Implementation
-from sarqc_kernels.targets import fastest_first
+from sarqc_kernels.cards import fastest_first
 from sarqc_kernels.testing import dequantize, random_gram, random_quantized, relative_error, upper_factor
 from sarqc_kernels.w4a16 import experts
 
@@ -100,12 +100,12 @@ def _round_error(backend: str, device: torch.device) -> float:
 
 def _columns_arguments(device: torch.device) -> tuple[Any, ...]:
     factor = upper_factor(random_gram(_generator(), EXPERTS, INPUTS)).float().to(device)
-    return _weight(device), factor, None, None, None, BITS, GROUP, *list(RULE.values())[1:]
+    return (columns.Problem(_weight(device), factor, None, None, None, GROUP, columns.GridRule(**RULE)),)
 
 
 def _columns_error(backend: str, device: torch.device) -> float:
     """Share of codes that differ from the recurrence in float64 on the same grid: at most one in a thousand."""
-    weight, factor, *_ = _columns_arguments(device)
+    weight, factor, *_ = _columns_arguments(device)[0]
     codes, scales, _ = columns.quantize_columns(
         weight, factor, None, None, None, group_size=GROUP, **RULE, backend=backend
     )
@@ -179,7 +179,7 @@ PROBES = (
           lambda device: (*_sums(device), *(each.to(device) for each in _rows())), _accumulate_error, 1e-5),
     Probe("gram_finalize", _of(gram, "gram_finalize"), _finalize_arguments, _finalize_error, 1e-6),
     Probe("fit_grid", _of(columns, "fit_grid"),
-          lambda device: (_weight(device), None, BITS, GROUP, *list(RULE.values())[1:]), _fit_error, 2.0**-8),
+          lambda device: (_weight(device), None, GROUP, columns.GridRule(**RULE)), _fit_error, 2.0**-8),
     Probe("round_to_grid", _of(columns, "round_to_grid"),
           lambda device: (_weight(device), *columns.fit_grid(_weight(device), None, group_size=GROUP, **RULE), BITS),
           _round_error, 0.0),

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.cards import fastest_first, triton_unsupported
 from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
 from sarqc_kernels.columns import grid, panels, reference
+from sarqc_kernels.columns.grid import GridRule, Problem
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.packing import words_of
-from sarqc_kernels.targets import fastest_first, triton_unsupported
 
-__all__ = ["fit_grid", "implementations", "quantize_columns", "round_to_grid"]
+__all__ = ["GridRule", "Problem", "fit_grid", "implementations", "quantize_columns", "round_to_grid"]
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,22 +44,26 @@ def _triton_unsupported(weight: Tensor, *_: object) -> str | None:
     return triton_unsupported(weight) or panels.too_large(weight.shape[2])
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_unsupported_problem(problem: Problem) -> str | None:
+    return _triton_unsupported(problem.weight)
+
+
+def _triton(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     from sarqc_kernels.columns import triton_impl
 
-    return triton_impl.quantize_columns(*args)
+    return triton_impl.quantize_columns(problem)
 
 
-def _cuda_unsupported(*args: Any) -> str | None:
+def _cuda_unsupported(problem: Problem) -> str | None:
     from sarqc_kernels.columns import cuda_impl
 
-    return cuda_impl.unsupported(*args)
+    return cuda_impl.unsupported(problem)
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _cuda(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     from sarqc_kernels.columns import cuda_impl
 
-    return cuda_impl.quantize_columns(*args)
+    return cuda_impl.quantize_columns(problem)
 
 
 def _triton_fit(*args: Any) -> tuple[Tensor, Tensor]:
@@ -83,7 +88,7 @@ _ROUND = (
 )
 _QUANTIZE = (
     Implementation("cuda", _cuda_unsupported, _cuda),
-    Implementation("triton", _triton_unsupported, _triton),
+    Implementation("triton", _triton_unsupported_problem, _triton),
     Implementation("reference", takes_all, reference.quantize_columns),
 )
 
@@ -203,7 +208,7 @@ def _fit_grid(
     scale_dtype: torch.dtype,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    args = (weight, importance, bits, group_size, sym, search, scale_dtype)
+    args = (weight, importance, group_size, GridRule(bits, sym, search, scale_dtype))
     scales, zeros = pick("fit_grid", fastest_first(_FIT, weight), args, backend).run(*args)
     return scales, zeros
 
@@ -251,8 +256,10 @@ def _quantize_columns(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if order is not None and order.device.type == "cpu":  # elsewhere, looking would wait for the device
         _check_order(order, 1 if scales is not None else group_size)
-    args = (weight, factor, order, scales, zeros, bits, group_size, sym, search, scale_dtype)
-    codes, scales_out, zeros_out = pick("quantize_columns", fastest_first(_QUANTIZE, weight), args, backend).run(*args)
+    rule = GridRule(bits, sym, search, scale_dtype)
+    problem = Problem(weight, factor, order, scales, zeros, group_size, rule)
+    runs = pick("quantize_columns", fastest_first(_QUANTIZE, weight), (problem,), backend).run
+    codes, scales_out, zeros_out = runs(problem)
     return codes, scales_out, zeros_out
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sarqc_kernels.cards import Card
 from sarqc_kernels.errors import BackendError
-from sarqc_kernels.targets import Card
 from sarqc_kernels.tuned import bucket, choices
 
 __all__ = ["CONFIGURATIONS", "MICRO", "PANEL", "Config", "choose", "configurations", "key", "rule"]

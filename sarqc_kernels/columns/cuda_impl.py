@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels import build
+from sarqc_kernels.cards import card_of, interpreting, triton_unsupported
 from sarqc_kernels.columns import panels
 from sarqc_kernels.columns.config import Config, choose
-from sarqc_kernels.columns.grid import TRIALS, GridRule
+from sarqc_kernels.columns.grid import TRIALS, Problem
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize, too_large
 from sarqc_kernels.errors import BackendError
-from sarqc_kernels.targets import card_of, interpreting, triton_unsupported
 
 __all__ = ["Columns", "Steps", "bind", "filled", "quantize_columns", "unsupported"]
 
@@ -42,37 +42,27 @@ class Columns(ctypes.Structure):
     )
 
 
-def unsupported(weight: Tensor, *_: object) -> str | None:
+def unsupported(problem: Problem) -> str | None:
     """Why a call cannot run here; the first call on a card builds the library and remembers what came of it."""
     if interpreting():
         return "TRITON_INTERPRET is set"
+    weight = problem.weight
     if weight.device.type != "cuda":
         return f"tensors are on {weight.device.type}, not on an NVIDIA card"
     reason = triton_unsupported(weight) or too_large(weight.shape[2])
     return reason or build.why_not("columns", card_of(weight.device).arch)
 
 
-def quantize_columns(
-    weight: Tensor,
-    factor: Tensor,
-    order: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    search: bool,
-    scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """`sarqc_kernels.columns.quantize_columns` with csrc/columns.cu."""
     from sarqc_kernels.columns import triton_impl
 
-    rule = GridRule(bits, sym, search, scale_dtype)
+    weight = problem.weight
     card = card_of(weight.device)
     own = choose(weight.shape[0], weight.shape[1], card)
     steps = Steps(triton_impl.Steps(own), own, bind(build.library("columns", card.arch)))
     with torch.cuda.device_of(weight):
-        return quantize(steps, weight, factor, order, scales, zeros, group_size, rule)
+        return quantize(steps, problem)
 
 
 def bind(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -2,7 +2,6 @@
 
 The fit is that of `grid_impl.py`, a row to a thread, over the weight transposed (one copy of it): a group is read once
 for its range and, with a search, once for each of 24 trials, from cache. Rounding reads 4 bytes a weight, writes one.
-
 Rounding and clamping are the reference's to the bit, so `round_to_grid` gives its very codes. A searched scale can be
 the neighbour of the reference's where the losses of two trials are equal but for the order of their sums.
 """
@@ -19,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import card_of, on_device
 from sarqc_kernels.columns.config import configurations, rule
-from sarqc_kernels.columns.grid import GridRule
+from sarqc_kernels.columns.grid import GridRule, empty_grid
 from sarqc_kernels.columns.grid_impl import clamped, fit, half_even
 from sarqc_kernels.columns.panels import batches, factors_of
 from sarqc_kernels.columns.triton_impl import CHUNK, KINDS, OPTIONS, kind_of, limits, spelled
-from sarqc_kernels.targets import ARCHS, AotJob, card_of, on_device
 
 __all__ = ["aot_jobs", "fit_grid", "round_to_grid"]
 
@@ -66,25 +66,14 @@ def _round(
     tl.store(codes + line * columns + column, (level + zero).to(tl.int32).to(tl.uint8), mask=mask)
 
 
-def fit_grid(
-    weight: Tensor,
-    importance: Tensor | None,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    search: bool,
-    scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, wanted: GridRule) -> tuple[Tensor, Tensor]:
     """`sarqc_kernels.columns.fit_grid` in Triton; does not wait for the device."""
-    wanted = GridRule(bits, sym, search, scale_dtype)
-    experts, rows, columns = weight.shape
-    groups = columns // group_size
-    scales = torch.empty((experts, rows, groups), dtype=scale_dtype, device=weight.device)
-    zeros = torch.empty((experts, rows, groups), dtype=torch.uint8, device=weight.device)
+    scales, zeros = empty_grid(weight, group_size, wanted)
     if not weight.numel():
         return scales, zeros
+    (experts, rows, columns), groups = weight.shape, scales.shape[2]
     counts = torch.ones((experts, columns), device=weight.device) if importance is None else importance.contiguous()
-    table = factors_of(bits, sym, weight.device)
+    table = factors_of(wanted.bits, wanted.sym, weight.device)
     own = rule(experts * groups, rows, card_of(weight.device))
     with on_device(weight):
         for some, span in batches(experts, rows, columns):
@@ -94,7 +83,7 @@ def fit_grid(
                 part, counts[some], grid[0], grid[1], table, part.shape[2], columns, group_size, *limits(wanted),
                 **kind_of(wanted), ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
             )  # fmt: skip
-            scales[some, span] = grid[0].mT.to(scale_dtype)
+            scales[some, span] = grid[0].mT.to(wanted.scale_dtype)
             zeros[some, span] = grid[1].mT.to(torch.uint8)
     return scales, zeros
 

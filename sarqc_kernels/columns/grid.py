@@ -14,15 +14,19 @@ more than any other single choice in the solver. More bits clip less, so their f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "GridRule",
+    "Problem",
+    "empty_grid",
     "fit_grid",
     "fit_slab",
     "fit_slabs",
+    "given_grid",
     "grid_of",
     "levels_of",
     "round_to_grid",
@@ -68,23 +72,41 @@ class GridRule:
         return scale.clamp(kept.tiny, kept.max).to(self.scale_dtype).float()
 
 
-def fit_grid(
-    weight: Tensor,
-    importance: Tensor | None,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    search: bool,
-    scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+class Problem(NamedTuple):
+    """What `quantize_columns` asks of its implementations; the fields are its arguments."""
+
+    weight: Tensor
+    factor: Tensor
+    order: Tensor | None
+    scales: Tensor | None
+    zeros: Tensor | None
+    group_size: int
+    rule: GridRule
+
+
+def empty_grid(weight: Tensor, group_size: int, rule: GridRule) -> tuple[Tensor, Tensor]:
+    """Room for the grid of a weight [E, N, K]: scales in the dtype of the rule and zeros uint8, [E, N, G]."""
+    shape = (*weight.shape[:2], weight.shape[2] // group_size)
+    scales = torch.empty(shape, dtype=rule.scale_dtype, device=weight.device)
+    return scales, torch.empty(shape, dtype=torch.uint8, device=weight.device)
+
+
+def given_grid(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Scales and zeros that a solver returns: those given, or room for those fitted; zeros not given are the middle."""
+    scales, zeros = empty_grid(problem.weight, problem.group_size, problem.rule)
+    if problem.scales is not None:
+        scales.copy_(problem.scales)
+    if problem.zeros is not None:
+        return scales, zeros.copy_(problem.zeros)
+    return scales, zeros.fill_(problem.rule.middle)
+
+
+def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, rule: GridRule) -> tuple[Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.fit_grid`."""
-    rule = GridRule(bits, sym, search, scale_dtype)
-    experts, rows, columns = weight.shape
-    groups = columns // group_size
-    scales = torch.empty((experts, rows, groups), dtype=scale_dtype, device=weight.device)
-    zeros = torch.empty((experts, rows, groups), dtype=torch.uint8, device=weight.device)
+    scales, zeros = empty_grid(weight, group_size, rule)
     if not weight.numel():
         return scales, zeros
+    (experts, rows, _), groups = weight.shape, scales.shape[2]
     tall = max(64, min(2048, SLAB // group_size))  # rows in a slab: long vectors first,
     wide = max(1, SLAB // (min(tall, rows) * group_size))  # then as many groups as fit
     for expert in range(experts):
@@ -98,7 +120,7 @@ def fit_grid(
                 part = weight[expert, row : row + tall, span].T.contiguous()
                 slab = part.unflatten(0, (-1, group_size)).transpose(0, 1).contiguous()
                 scale, zero = fit_slab(slab, counts, rule)
-                scales[expert, row : row + tall, at] = scale.T.to(scale_dtype)
+                scales[expert, row : row + tall, at] = scale.T.to(rule.scale_dtype)
                 zeros[expert, row : row + tall, at] = zero.T.to(torch.uint8)
     return scales, zeros
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.columns.config import MICRO, PANEL
-from sarqc_kernels.columns.grid import GridRule, safe_scale, span_factors
+from sarqc_kernels.columns.grid import GridRule, Problem, given_grid, safe_scale, span_factors
 
 __all__ = ["Action", "Steps", "Work", "batches", "factors_of", "plan", "quantize", "too_large"]
 
@@ -109,26 +109,12 @@ def plan(columns: int, group_size: int, given: bool) -> Iterator[tuple[Action, i
         yield from (("round", *panel) for panel in panels)
 
 
-def quantize(
-    steps: Steps,
-    weight: Tensor,
-    factor: Tensor,
-    order: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    group_size: int,
-    rule: GridRule,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(steps: Steps, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """`sarqc_kernels.columns.quantize_columns` by an implementation's steps."""
+    weight, factor, order, scales, _, group_size, rule = problem
     experts, rows, columns = weight.shape
-    shape = (experts, rows, columns // group_size)
     codes = torch.empty_like(weight, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    out_scales = torch.empty(shape, dtype=rule.scale_dtype, device=weight.device)
-    out_zeros = torch.full(shape, rule.middle, dtype=torch.uint8, device=weight.device)
-    if scales is not None:
-        out_scales.copy_(scales)
-    if zeros is not None:
-        out_zeros.copy_(zeros)
+    out_scales, out_zeros = given_grid(problem)
     if not weight.numel():
         return codes, out_scales, out_zeros
     factor = factor if factor.stride()[1:] == (columns, 1) else factor.contiguous()  # experts may share one

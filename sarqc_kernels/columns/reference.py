@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarqc_kernels.columns.grid import GridRule, fit_slabs, levels_of, safe_scale
+from sarqc_kernels.columns.grid import GridRule, Problem, fit_slabs, given_grid, levels_of, safe_scale
 
 __all__ = ["quantize_columns"]
 
@@ -51,29 +51,12 @@ class _Work:
     rule: GridRule
 
 
-def quantize_columns(
-    weight: Tensor,
-    factor: Tensor,
-    order: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    search: bool,
-    scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.quantize_columns`."""
-    rule = GridRule(bits, sym, search, scale_dtype)
+    weight, factor, order, scales, _, group_size, rule = problem
     experts, rows, columns = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    shape = (experts, rows, columns // group_size)
-    out_scales = torch.empty(shape, dtype=scale_dtype, device=weight.device)
-    out_zeros = torch.full(shape, rule.middle, dtype=torch.uint8, device=weight.device)
-    if scales is not None:
-        out_scales.copy_(scales)
-    if zeros is not None:
-        out_zeros.copy_(zeros)
+    out_scales, out_zeros = given_grid(problem)
     if order is None:
         order = torch.arange(columns, device=weight.device).expand(experts, columns)
     diagonal = factor.diagonal(dim1=1, dim2=2)
@@ -102,7 +85,7 @@ def quantize_columns(
             codes[expert, span] = work.codes[:, at][own[at].argsort()].T
             if scales is None:
                 groups = work.group_of[at, ::group_size]
-                out_scales[expert, span, groups] = work.scales[:, at].T.to(scale_dtype)
+                out_scales[expert, span, groups] = work.scales[:, at].T.to(rule.scale_dtype)
                 out_zeros[expert, span, groups] = work.zeros[:, at].T.to(torch.uint8)
     return codes, out_scales, out_zeros
 

@@ -14,10 +14,9 @@ does 2 b P N flops, three times that in TF32. `_columns` reads and writes some 2
 of earlier errors from cache, and does P^2 N flops; a fit doubles that and adds, for each of 24 trials, 8 P N bytes from
 cache and 8 P N flops.
 
-Rounding is the reference's, operation for operation: IEEE division, half to even, no contraction of a product and a
-sum into one (`enable_fp_fusion=False`) but where `tl.fma` says so. Sums differ: their order, and that M is divided out
-at the end of a sum instead of before it. So codes can differ where a value lies within a few units in the last place of
-the middle between two codes, and a fitted scale where two trials of the search are that close.
+Rounding is the reference's, operation for operation: IEEE division, half to even, a product and a sum in one step only
+where `tl.fma` says so. Sums differ: their order, and that M is divided out at their end. So codes can differ within a
+few units in the last place of the middle between two, and fitted scales where two trials of the search are that close.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -34,11 +33,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import card_of
 from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose, configurations
-from sarqc_kernels.columns.grid import TRIALS, GridRule
+from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem
 from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
-from sarqc_kernels.targets import ARCHS, AotJob, card_of
 
 __all__ = ["CHUNK", "KINDS", "OPTIONS", "Steps", "aot_jobs", "kind_of", "limits", "quantize_columns", "spelled"]
 
@@ -165,23 +165,12 @@ def _columns(
                  live, rows, columns, top, ROUND, MICRO, DEPTH)  # fmt: skip
 
 
-def quantize_columns(
-    weight: Tensor,
-    factor: Tensor,
-    order: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    search: bool,
-    scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """`sarqc_kernels.columns.quantize_columns` in Triton."""
-    rule = GridRule(bits, sym, search, scale_dtype)
+    weight = problem.weight
     steps = Steps(choose(weight.shape[0], weight.shape[1], card_of(weight.device)))
     with torch.cuda.device_of(weight):
-        return quantize(steps, weight, factor, order, scales, zeros, group_size, rule)
+        return quantize(steps, problem)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.cards import fastest_first, triton_unsupported
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device, check_tensor
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.gram import reference
-from sarqc_kernels.targets import fastest_first, triton_unsupported
 
 __all__ = ["gram_accumulate_", "gram_finalize", "implementations", "symmetrize_"]
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sarqc_kernels.aot import ARCHS
+from sarqc_kernels.cards import Card
 from sarqc_kernels.errors import BackendError
-from sarqc_kernels.targets import ARCHS, Card
 from sarqc_kernels.tuned import bucket, choices
 
 __all__ = ["FLUSH", "Plan", "Tile", "choose", "configurations", "key", "plan_of", "rule", "tiles"]

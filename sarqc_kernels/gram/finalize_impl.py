@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import on_device
 from sarqc_kernels.gram.triton_impl import tile_of
-from sarqc_kernels.targets import ARCHS, AotJob, on_device
 
 __all__ = ["aot_jobs", "gram_finalize"]
 

@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sarqc_kernels.aot import AotJob
+from sarqc_kernels.cards import card_of, on_device
 from sarqc_kernels.gram.config import FLUSH, Plan, Tile, choose, configurations
-from sarqc_kernels.targets import AotJob, card_of, on_device
 
 __all__ = ["aot_jobs", "gram_accumulate_", "launch", "tile_of"]
 

@@ -10,8 +10,19 @@ The rules, for shapes that no table has, follow from counting, none from a timin
   keep about 70 KiB in flight there, more than bandwidth times latency asks for (4.3 TB/s x 0.8 us / 132 = 26 KiB).
 * splits: where tiles of rows are fewer than processors, inputs are cut so that programs reach about the number of
   processors, with at least four bricks (512 inputs) each; partial sums are fp32, added in order by a second kernel.
-* expand, dense, from 2048 tokens on: writing and reading N K 16-bit weights once costs 1/T of the product's own
-  traffic and cuBLAS does the rest.
+* folded, from 128 tokens on: scales go into the weights (rounded once to 16 bits, as `expand` does), so that one sum
+  runs through all bricks and the tensor core multiplies one brick while the next is unpacked. Below, the sum of each
+  group is scaled in fp32: that costs the same few instructions there, and a second set of sums has room.
+* persistent: on sm_90 tiles of 256 rows and 128 tokens, one program on each processor, which walks the tiles, eight
+  tiles of tokens with all tiles of rows at a time. Counted: a brick of such a tile takes 48 KiB from the L2 cache for
+  8.4 Mflop, so at the full rate of the tensor cores all processors together ask it for 4.6 TB/s, where tiles of 128
+  rows ask for 7.6. And 8 x 16 tiles under way at once read half of what 32 x 4 do, the order of a plain grid. Taken
+  where tiles are more than processors and their waves take no longer than those of the smaller tiles, but for a
+  sixteenth that the fewer bytes are worth. Other cards and widths walk tiles of 128 rows, sm_80 none: its tensor core
+  takes both operands and the sums from registers, and 128 tokens spill.
+* expand, dense, from 2048 tokens on: reading 4 bits and writing 16 of each weight takes 11 % of the time of the product
+  at 2048 tokens and 6 % at 4096, and cuBLAS does the rest. That it is ahead of `persistent` by more than that is likely
+  and not measured: `benchmarks.tune` times dot, persistent and expand against each other.
 """
 
 from __future__ import annotations
@@ -20,10 +31,10 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sarqc_kernels.cards import Card
 from sarqc_kernels.errors import BackendError
-from sarqc_kernels.targets import Card
 from sarqc_kernels.tuned import bucket, choices
-from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PLANES, TILE_ROWS
+from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, TILE_ROWS
 
 __all__ = [
     "EXPAND",
@@ -38,6 +49,7 @@ __all__ = [
     "groups_per_brick",
     "key",
     "other_widths",
+    "persistent",
     "rule",
     "takes_group",
 ]
@@ -46,8 +58,9 @@ GEMV_TOKENS = 2
 GROUPED_GEMV_ROWS = 8  # of all experts together: each row reads its own expert, so there is nothing to share
 GEMV_ROWS = 16  # of a tile
 DOT_TOKENS = (16, 32, 64, 128)
-SPLIT_TOKENS = 64  # of the largest dot tile that is split: beyond, tokens make programs enough
+FOLDED_TOKENS = 128  # of the tile whose scales go into the weights; not split: so many tokens make programs enough
 GROUPS = (1, 2, 4, 8)  # to a brick
+IDLE = 1 / 16  # of the time may be lost at the end of the last wave for taller tiles
 WIDTHS_GROUPS = 2
 EXPAND_TOKENS = 2048
 LEAST_BRICKS = 4  # of a split
@@ -59,7 +72,8 @@ class Plan:
     """How a product is computed.
 
     kernel: "gemv", "dot" or "expand". tokens, rows: of a tile. splits: stretches of inputs summed apart. warps, stages:
-    of a program.
+    of a program. folded: scales are multiplied into the weights, not into sums. resident: programs on a processor that
+    together walk all tiles; 0: a program for each tile.
     """
 
     kernel: str
@@ -68,6 +82,17 @@ class Plan:
     splits: int
     warps: int
     stages: int
+    folded: bool = False
+    resident: int = 0
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return f"{'persistent' if self.resident else self.kernel} {self.tokens} splits {self.splits}"
+
+    def gated(self) -> Plan:
+        """The same for gate and up in one tile: what joins them takes registers, so that 256 rows would spill."""
+        return replace(self, rows=min(self.rows, TILE_ROWS))
 
 
 def takes_group(group_size: int, inputs: int) -> bool:
@@ -103,9 +128,14 @@ def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, 
     share = -(-tokens // max(1, experts))  # of an expert, were they all alike
     sizes = dot_sizes(groups_per_brick(group_size, inputs), card, bits)
     plan = dot(next((size for size in sizes if share <= size), sizes[-1]), 1, card, bits)
-    programs = -(-outputs // plan.rows) * (-(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0))
-    splits = _splits(programs, bricks, card.multiprocessors) if plan.tokens <= SPLIT_TOKENS else 1
-    return replace(plan, splits=splits)
+    blocks = -(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0)
+    programs = -(-outputs // plan.rows) * blocks
+    if plan.folded:
+        walking = persistent(card, bits)
+        tiles = -(-outputs // walking.rows) * blocks
+        time = [-(-count // card.multiprocessors) * each.rows for count, each in ((programs, plan), (tiles, walking))]
+        return walking if tiles > card.multiprocessors and time[1] <= time[0] * (1 + IDLE) else plan
+    return replace(plan, splits=_splits(programs, bricks, card.multiprocessors))
 
 
 def key(tokens: int, outputs: int, inputs: int, group_size: int, experts: int) -> str:
@@ -126,8 +156,9 @@ def candidates(tokens: int, outputs: int, inputs: int, group_size: int, experts:
         if experts or bucket(tokens) <= GEMV_TOKENS:
             plans.append(gemv(1 if experts else bucket(tokens), splits))
         plans += [dot(size, splits, card) for size in dot_sizes(groups, card)]
+    plans += [persistent(card)] if FOLDED_TOKENS in dot_sizes(groups, card) else []
     plans = [plan for plan in plans if (plan.kernel, plan.tokens, plan.splits > 1) in checked]
-    return {f"{plan.kernel} {plan.tokens} splits {plan.splits}": plan for plan in plans}
+    return {plan.name: plan for plan in plans}
 
 
 EXPAND = Plan("expand", 0, 64, 1, 4, 1)
@@ -142,18 +173,28 @@ def dot(tokens: int, splits: int, card: Card, bits: int = 4) -> Plan:
     """The dot plan for a tile of so many tokens.
 
     Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a tile. On sm_100
-    they live in tensor memory, of which Triton gives each of the eight dots a part of its own: 512 columns hold eight
-    times 32 tokens of 128 rows, or eight times 64 of 64 rows.
+    they live in tensor memory, of which each dot of a brick gets a part: with 64 tokens and a group of 16 inputs a dot,
+    512 columns hold eight parts of 64 rows. Warps of widths other than 4, whose planes take registers, are those that
+    do not spill.
     """
+    many = 8 if tokens >= 64 else 4
     if card.arch < 100:
-        shared = tokens >= (32 if bits == 3 and card.arch < 90 else 64)  # two planes take registers: 32 tokens spill
-        return Plan("dot", tokens, TILE_ROWS, splits, 8 if shared else 4, 3 if tokens >= 64 else 4)
-    return Plan("dot", tokens, TILE_ROWS if tokens < 64 else BRICK_ROWS, splits, 4, 4 if tokens < 64 else 3)
+        many = 8 if bits != 4 and card.arch < 90 and tokens >= 32 else many
+    elif tokens >= 64:
+        many = 8 if (bits == 4) == (tokens >= FOLDED_TOKENS) else 4
+    rows = BRICK_ROWS if card.arch >= 100 and tokens == 64 else TILE_ROWS
+    return Plan("dot", tokens, rows, splits, many, 3 if tokens >= 64 else 4, folded=tokens >= FOLDED_TOKENS)
+
+
+def persistent(card: Card, bits: int = 4) -> Plan:
+    """The plan of which each processor has one program, for a card whose `dot_sizes` reach `FOLDED_TOKENS`."""
+    tall = card.arch == 90 and bits == 4  # more planes, and 256 rows spill
+    return replace(dot(FOLDED_TOKENS, 1, card, bits), rows=2 * TILE_ROWS if tall else TILE_ROWS, resident=1)
 
 
 def dot_sizes(groups: int, card: Card, bits: int = 4) -> tuple[int, ...]:
     """Tokens of the dot tiles that do not spill with so many groups to a brick (seen ahead of time)."""
-    most = 128 if groups <= 2 and card.arch < 100 and bits == 4 else 64
+    most = 64 if card.arch < 90 or (card.arch >= 100 and bits == 7) else FOLDED_TOKENS  # 7 bits are three planes
     least = 32 if groups == 8 and card.arch >= 100 else 16  # 16 with splits: ptxas stops at 80 registers and spills one
     return tuple(size for size in DOT_TOKENS if least <= size <= most)
 
@@ -168,13 +209,17 @@ def configurations(card: Card) -> list[tuple[Plan, int]]:
 
 
 def other_widths(card: Card) -> list[tuple[int, Plan]]:
-    """(bits, plan): the same for widths other than 4, with `WIDTHS_GROUPS` groups to a brick for all."""
-    return [(bits, plan) for bits in sorted(set(PLANES) - {4}) for plan in _tiles(card, bits, WIDTHS_GROUPS)]
+    """(bits, plan): the same for widths other than 4, with `WIDTHS_GROUPS` groups to a brick for all.
+
+    5, 6 and 7 bits are two or three of the planes of the others: the tile that takes the most registers stands for all.
+    """
+    every = [(bits, plan) for bits in (2, 3, 8) for plan in _tiles(card, bits, WIDTHS_GROUPS)]
+    return every + [(bits, _tiles(card, bits, WIDTHS_GROUPS)[-1]) for bits in (5, 6, 7)]
 
 
 def _tiles(card: Card, bits: int, groups: int) -> list[Plan]:
     """What `rule` and `candidates` take plans from, each tile with splits and without where it can have them."""
     gemvs = [gemv(tokens, splits) for tokens in (1, GEMV_TOKENS) for splits in (1, 2)]
-    sizes = dot_sizes(groups, card, bits)
-    whole, split = ([dot(size, splits, card, bits) for size in sizes] for splits in (1, 2))
-    return [*gemvs, *whole, *(plan for plan in split if plan.tokens <= SPLIT_TOKENS), EXPAND]
+    whole, split = ([dot(size, splits, card, bits) for size in dot_sizes(groups, card, bits)] for splits in (1, 2))
+    tiles = [EXPAND, *gemvs, *(plan for plan in split if not plan.folded), *whole]
+    return [*tiles, persistent(card, bits)] if whole[-1].folded else tiles

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels import build
+from sarqc_kernels.cards import card_of, interpreting, triton_unsupported
 from sarqc_kernels.errors import BackendError
-from sarqc_kernels.targets import card_of, interpreting, triton_unsupported
 from sarqc_kernels.w4a16.config import groups_per_brick, takes_group
 from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, BRICKS, PreparedWeight
 

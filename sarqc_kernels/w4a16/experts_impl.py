@@ -1,4 +1,4 @@
-"""The experts of a layer by Triton: launches of the kernels of `kernels_impl`; see `experts` for what they compute.
+"""The experts of a layer by Triton: launches of kernels of `kernels_impl` and `sums_impl`; `experts` says of what.
 
 Nothing waits for the device: grids are upper bounds of what any routing of so many rows can need, and a program without
 a tile returns at once.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from sarqc_kernels.targets import ARCHS, AotJob, Card, card_of
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import Card, card_of, on_device
 from sarqc_kernels.w4a16.config import choose, configurations
 from sarqc_kernels.w4a16.experts import Routing
-from sarqc_kernels.w4a16.kernels_impl import combine_kernel
 from sarqc_kernels.w4a16.layout import PreparedWeight
+from sarqc_kernels.w4a16.sums_impl import combine_kernel
 from sarqc_kernels.w4a16.triton_impl import SUM_COLUMNS, product, product_job, sum_job, summed
 
 __all__ = ["aot_jobs", "w4a16_experts"]
@@ -23,10 +24,11 @@ def w4a16_experts(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, rout
     """See `sarqc_kernels.w4a16.experts`; takes weights that `triton_impl.product` takes."""
     rows, experts, card = routing.tokens.shape[0], gate_up.words.shape[0], card_of(x.device)
     first = choose(rows, gate_up.outputs, gate_up.inputs, gate_up.group_size, experts, card, gate_up.bits)
-    parts = product(first, x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True)
-    hidden = summed(parts, gate_up, routing.offsets, x.dtype, gated=True)
     second = choose(rows, down.outputs, down.inputs, down.group_size, experts, card, down.bits)
-    return _combined(product(second, hidden, down, routing.offsets), x, routing)
+    with on_device(x):
+        parts = product(first.gated(), x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True)
+        hidden = summed(parts, gate_up, routing.offsets, x.dtype, gated=True)
+        return _combined(product(second, hidden, down, routing.offsets), x, routing)
 
 
 def _combined(parts: Tensor, x: Tensor, routing: Routing) -> Tensor:
@@ -48,7 +50,7 @@ def aot_jobs() -> list[AotJob]:
         card = Card(arch, 132)
         for plan, groups in configurations(card):
             if plan.kernel != "expand" and groups <= 2 and not (plan.kernel == "gemv" and plan.tokens > 1):
-                jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, 128, gated=True))
+                jobs.append(product_job(plan.gated(), arch, "bf16", groups, groups == 2, 128, gated=True))
         jobs.append(sum_job(arch, gated=True))
         jobs.append(_combine_job(arch))
     return jobs

@@ -1,10 +1,8 @@
 """The Triton kernels of W4A16, all on bricks (see `layout`). `triton_impl` launches them.
 
-What they share: codes become 16-bit floats without a conversion. A code OR-ed into the bits of a constant whose last
-mantissa bit counts 1 is the number constant + code: 0x4300 is 128 in bf16, 0x6400 is 1024 in fp16. Subtracting
-constant + zero, itself exact, leaves code - zero, a small integer: exact in either dtype. Dots are then sums
-of exact integers times activations in fp32, and the scale of a group multiplies the fp32 sum once. So a weight is never
-rounded to 16 bits at all, and one that meets an activation of 1 comes out as (code - zero) * scale, rounded once.
+Dots are sums of exact integers, code - zero, times activations in fp32, and the scale of a group multiplies its sum
+once: a weight is never rounded to 16 bits at all. With many tokens (`dot_kernel`, FOLDED) it is rounded once. Either
+way one that meets an activation of 1 comes out as (code - zero) * scale, rounded once.
 
 Brick b of a row block starts at word 256 BITS b; a tile takes consecutive row blocks; rows and inputs are padded in the
 layout, so loads of weights, scales and zeros need no mask. `locate` finds a program's tile of tokens among ragged
@@ -14,53 +12,18 @@ up rows and gives silu(gate) * up, so that neither is ever written.
 """
 
 # Triton reads the annotations of a kernel: those of run-time arguments have to be absent.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+# ruff: noqa: RUF005, SIM102, SIM108  (Triton joins tuples by +; an `if` of constants is a choice made when it compiles)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["combine_kernel", "dot_kernel", "expand_kernel", "gemv_kernel", "sum_kernel"]
+from sarqc_kernels.w4a16.sums_impl import silu_times
+from sarqc_kernels.w4a16.unpack_impl import fields_of, interleaved, lanes_of, slice_of, weights_of
 
-
-@triton.jit
-def centered(codes, zeros, BITS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """code - zero, exactly, in DTYPE (bf16 or fp16); both are int32 below 2^BITS."""
-    if BITS == 8 or INTERPRETED:  # the constant's mantissa has room for 7 bits; the interpreter has no bf16 arithmetic
-        return (codes - zeros).to(tl.float32).to(DTYPE)
-    magic: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400  # noqa: SIM300
-    weight = (codes | magic).to(tl.int16).to(DTYPE, bitcast=True)
-    zero = (zeros | magic).to(tl.int16).to(DTYPE, bitcast=True)
-    return weight - zero
-
-
-@triton.jit
-def plane(words, row, depth, first, WIDTH: tl.constexpr):
-    """Words of a plane of WIDTH bits that begins at `words` + `first`, so shifted that slice i begins at bit 4 i."""
-    place = row * (4 * WIDTH) + depth % (4 * WIDTH)
-    return tl.load(words + (first + place)) >> (depth // (4 * WIDTH) * WIDTH)
-
-
-@triton.jit
-def planes(words, row, depth, BITS: tl.constexpr):
-    """The planes of a brick of BITS bits, low bits first (see `layout`); the second is the first where there is one."""
-    if BITS == 3:
-        return plane(words, row, depth, 0, 2), plane(words, row, depth, 512, 1)
-    if BITS == 8:
-        return plane(words, row, depth, 0, 4), plane(words, row, depth, 1024, 4)
-    only = plane(words, row, depth, 0, BITS)
-    return only, only
-
-
-@triton.jit
-def slice_of(low, high, i: tl.constexpr, BITS: tl.constexpr):
-    """Codes of inputs 16 i .. 16 i + 15 of a brick: a shift and a mask for each plane."""
-    if BITS == 3:
-        return ((low >> (4 * i)) & 3) | (((high >> (4 * i)) & 1) << 2)
-    if BITS == 8:
-        return ((low >> (4 * i)) & 15) | (((high >> (4 * i)) & 15) << 4)
-    return (low >> (4 * i)) & ((1 << BITS) - 1)
+__all__ = ["dot_kernel", "expand_kernel", "gemv_kernel"]
 
 
 @triton.jit
@@ -85,18 +48,38 @@ def locate(offsets, block, tokens, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SI
 
 
 @triton.jit
+def blocks_of(offsets, tokens, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SIZE: tl.constexpr):
+    """How many tiles of SIZE rows `locate` knows."""
+    if EXPERTS == 0:
+        out = tl.cdiv(tokens, SIZE)
+    else:
+        expert = tl.arange(0, SPAN)
+        begin = tl.load(offsets + expert, mask=expert < EXPERTS, other=0).to(tl.int32)
+        end = tl.load(offsets + expert + 1, mask=expert < EXPERTS, other=0).to(tl.int32)
+        out = tl.sum((end - begin + SIZE - 1) // SIZE, 0)
+    return out
+
+
+@triton.jit
+def grouped(number, blocks, row_tiles):
+    """(tile of tokens, tile of rows) at place `number` of the order in which a persistent grid takes them.
+
+    Eight tiles of tokens with all tiles of rows, then the next eight: what a card works on at once is about as many
+    bytes of activations as of weights, and each is read from memory few times (see `config`).
+    """
+    first = number // (8 * row_tiles) * 8
+    inside = number % (8 * row_tiles)
+    size = tl.minimum(blocks - first, 8)
+    return first + inside % size, inside // size
+
+
+@triton.jit
 def rows_of(tile, outputs, ROWS: tl.constexpr, GATED: tl.constexpr):
     """Rows of the weight in a tile. GATED: half of them gate rows, the other half the up rows that belong to them."""
     lane = tl.arange(0, ROWS)
     if GATED:
         return tile * (ROWS // 2) + lane % (ROWS // 2) + lane // (ROWS // 2) * outputs
     return tile * ROWS + lane
-
-
-@triton.jit
-def silu_times(gate, up):
-    """silu(gate) * up in fp32; where exp overflows, silu is 0 as it should be."""
-    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit
@@ -130,55 +113,105 @@ def store(out, sums, tile, tokens, last, bias, expert, split, count, outputs,
     tl.store(out + place[None, :] * width + rows[:, None], sums.to(out.dtype.element_ty), mask=keep)
 
 
+@triton.jit
+def scaled(fields, scales, zeros, first: tl.constexpr, COUNT: tl.constexpr, SUB: tl.constexpr, BITS: tl.constexpr,
+           ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """(code - zero) * scale of groups first .. of a brick, rounded once to DTYPE: [R, COUNT * 128 / SUB]."""
+    if COUNT > 1:
+        out = interleaved(
+            scaled(fields, scales, zeros, first, COUNT // 2, SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED),
+            scaled(fields, scales, zeros, first + COUNT // 2, COUNT // 2, SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED),
+        )
+    else:
+        weight = weights_of(fields, zeros[first], first * (8 // SUB), 8 // SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED)
+        scale = scales[first]
+        if scale.dtype != DTYPE or INTERPRETED:
+            out = (weight.to(tl.float32) * scale.to(tl.float32)).to(DTYPE)
+        else:  # both are exact, so their product is rounded once
+            out = weight * scale
+    return out
+
+
+@triton.jit
+def dot_tile(
+    x, words, scales, zeros, index, bias, out, expert, first, last, tile, split, tokens, outputs, inputs, bricks,
+    groups, bricks_per_group, padded, bricks_per_split, BITS: tl.constexpr, SUB: tl.constexpr,
+    ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
+    GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, FOLDED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A tile [ROWS of the weight, TOKENS]: rows of `tile`, tokens first .. last - 1, inputs of `split`."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    rows = rows_of(tile, outputs, ROWS, GATED)
+    if ROWS > 128:  # taller than what rows are padded to
+        rows = tl.minimum(rows, padded - 1)
+    token = first + tl.arange(0, TOKENS)
+    source = tl.load(index + token, mask=token < last, other=0) if INDEXED else token
+    word = words + tl.cast(expert, tl.int64) * bricks * padded * (4 * BITS) + (rows // 64) * (bricks * (256 * BITS))
+    grid = tl.cast(expert, tl.int64) * groups * padded + rows
+    DEPTH: tl.constexpr = 128 if FOLDED else 128 // SUB
+    depth = tl.arange(0, DEPTH)
+    active = x + source.to(tl.int64)[None, :] * inputs + depth[:, None]
+    begin = split * bricks_per_split
+    sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    for brick in range(begin, tl.minimum(begin + bricks_per_split, bricks)):
+        scale, zero = (), ()
+        for j in tl.static_range(SUB):
+            group = (brick * SUB + j if SUB > 1 else brick // bricks_per_group) * padded
+            scale = scale + (tl.load(scales + (grid + group))[:, None],)
+            if ASYMMETRIC:
+                zero = zero + (tl.load(zeros + (grid + group)).to(tl.int32)[:, None],)
+            else:
+                zero = scale  # not looked at
+        fields = fields_of(word + brick * (256 * BITS), rows % 64, BITS, DTYPE, INTERPRETED)
+        for j in tl.static_range(128 // DEPTH):
+            start = brick * 128 + j * DEPTH
+            keep = (token < last)[None, :]
+            if not WHOLE:
+                keep = keep & (start + depth < inputs)[:, None]
+            act = tl.load(active + start, mask=keep, other=0.0)
+            if FOLDED:
+                weight = scaled(fields, scale, zero, 0, SUB, SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED)
+                sums = tl.dot(weight, act, sums)
+            else:
+                weight = weights_of(fields, zero[j], j * (8 // SUB), 8 // SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED)
+                sums += tl.dot(weight.to(DTYPE), act) * scale[j].to(tl.float32)
+    store(out, sums, tile, token, last, bias, expert, split, tokens, outputs,
+          ROWS, TOKENS, SPLIT, BIASED, GATED)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def dot_kernel(
     x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
     padded, bricks_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
     GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    FOLDED: tl.constexpr, PERSISTENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A tile [ROWS of the weight, TOKENS] on the tensor cores, weights as first operand from registers.
+    """Tiles [ROWS of the weight, TOKENS] on the tensor cores, weights as first operand from registers.
 
-    Grid (tiles of tokens, tiles of rows, splits): programs beside each other read the same weights. Eight dots of depth
-    16 for each brick; SUB groups to a brick, their sums scaled apart. WHOLE: inputs % 128 == 0.
+    One dot for each group of inputs, whose sums are scaled in fp32; FOLDED: the scale is multiplied into the weight
+    and there is one dot for each brick, which runs while the next brick is unpacked. WHOLE: inputs % 128 == 0.
+
+    Grid (tiles of tokens, tiles of rows, splits): programs beside each other read the same weights. PERSISTENT: as many
+    programs as a card holds at once, no splits; each takes every so-many-th tile in the order of `grouped`.
     """
-    expert, first, last = locate(offsets, tl.program_id(0), tokens, EXPERTS, SPAN, TOKENS)
-    if EXPERTS > 0:  # noqa: SIM102  (known when compiled; the next line is not)
-        if expert == EXPERTS:
-            return
-    expert = tl.cast(expert, tl.int64)
-    rows = rows_of(tl.program_id(1), outputs, ROWS, GATED)
-    token = first + tl.arange(0, TOKENS)
-    source = tl.load(index + token, mask=token < last, other=0) if INDEXED else token
-    depth = tl.arange(0, 16)
-    MIDDLE: tl.constexpr = 1 << (BITS - 1)
-    word = words + expert * bricks * padded * (4 * BITS)
-    word += ((rows // 64) * (bricks * (256 * BITS)))[:, None]
-    scale_of, zero_of = scales + expert * groups * padded + rows, zeros + expert * groups * padded + rows
-    active = x + source.to(tl.int64)[None, :] * inputs + depth[:, None]
-    begin = tl.program_id(2) * bricks_per_split
-    sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for brick in range(begin, tl.minimum(begin + bricks_per_split, bricks)):
-        low, high = planes(word + brick * (256 * BITS), (rows % 64)[:, None], depth[None, :], BITS)
-        for j in tl.static_range(SUB):
-            group = (brick * SUB + j if SUB > 1 else brick // bricks_per_group) * padded
-            scale = tl.load(scale_of + group).to(tl.float32)  # before the dots: they hide some of its latency
-            zero = tl.load(zero_of + group).to(tl.int32) if ASYMMETRIC else tl.full((ROWS,), MIDDLE, tl.int32)
-            part = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-            for i in tl.static_range(8 // SUB):
-                nibble = j * (8 // SUB) + i
-                start = brick * 128 + nibble * 16
-                keep = (token < last)[None, :]
-                if not WHOLE:
-                    keep = keep & (start + depth < inputs)[:, None]
-                act = tl.load(active + start, mask=keep, other=0.0)
-                codes = slice_of(low, high, nibble, BITS)
-                weight = centered(codes, zero[:, None], BITS, act.dtype, INTERPRETED)
-                part = tl.dot(weight, act, part)
-            sums += part * scale[:, None]
-    store(out, sums, tl.program_id(1), token, last, bias, expert, tl.program_id(2), tokens, outputs,
-          ROWS, TOKENS, SPLIT, BIASED, GATED)  # fmt: skip
+    if PERSISTENT:
+        row_tiles = tl.cdiv(outputs, ROWS // 2 if GATED else ROWS)
+        blocks = blocks_of(offsets, tokens, EXPERTS, SPAN, TOKENS)
+        for number in range(tl.program_id(0), blocks * row_tiles, tl.num_programs(0)):
+            block, tile = grouped(number, blocks, row_tiles)
+            expert, first, last = locate(offsets, block, tokens, EXPERTS, SPAN, TOKENS)
+            dot_tile(x, words, scales, zeros, index, bias, out, expert, first, last, tile, 0, tokens, outputs, inputs,
+                     bricks, groups, bricks_per_group, padded, bricks_per_split, BITS, SUB, ASYMMETRIC, BIASED, SPLIT,
+                     WHOLE, INDEXED, GATED, TOKENS, ROWS, FOLDED, INTERPRETED)  # fmt: skip
+    else:
+        expert, first, last = locate(offsets, tl.program_id(0), tokens, EXPERTS, SPAN, TOKENS)
+        if EXPERTS > 0:
+            if expert == EXPERTS:
+                return
+        dot_tile(x, words, scales, zeros, index, bias, out, expert, first, last, tl.program_id(1), tl.program_id(2),
+                 tokens, outputs, inputs, bricks, groups, bricks_per_group, padded, bricks_per_split, BITS, SUB,
+                 ASYMMETRIC, BIASED, SPLIT, WHOLE, INDEXED, GATED, TOKENS, ROWS, FOLDED, INTERPRETED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -195,7 +228,7 @@ def gemv_kernel(
     STAGES steps are under way at once. Lanes are added up only after the last step.
     """
     expert, first, last = locate(offsets, tl.program_id(0), tokens, EXPERTS, SPAN, TOKENS)
-    if EXPERTS > 0:  # noqa: SIM102  (known when compiled; the next line is not)
+    if EXPERTS > 0:
         if expert == EXPERTS:
             return
     expert = tl.cast(expert, tl.int64)
@@ -218,7 +251,7 @@ def gemv_kernel(
         here = (brick + mine < end)[None, :]
         # the last step's lanes may stand behind the last brick: they read the first one and count for nothing
         place = word + tl.where(here, brick, -mine[None, :]) * (256 * BITS)
-        low, high = planes(place, (rows % 64)[:, None], depth[None, :], BITS)
+        lanes = lanes_of(place, (rows % 64)[:, None], depth[None, :], BITS)
         for j in tl.static_range(SUB):
             group = ((brick + mine) * SUB + j if SUB > 1 else (brick + mine) // bricks_per_group) * padded
             scale = tl.load(scale_of + group[None, :], mask=here, other=0.0).to(tl.float32)
@@ -231,7 +264,7 @@ def gemv_kernel(
                 column = (brick + mine) * 128 + nibble * 16 + depth
                 keep = (column < inputs)[None, None, :] & (first + token < last)[:, None, None] & here[None]
                 act = tl.load(active + column[None, None, :], mask=keep, other=0.0).to(tl.float32)
-                codes = slice_of(low, high, nibble, BITS)
+                codes = slice_of(lanes, nibble, BITS)
                 # 2^23 + code in fp32's bits: the same trick, one float wider
                 weight = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)
                 part += weight[None] * act
@@ -239,55 +272,6 @@ def gemv_kernel(
     total = tl.trans(tl.sum(sums, 2))
     store(out, total, tl.program_id(1), first + token, last, bias, expert, tl.program_id(2), tokens, outputs,
           ROWS, TOKENS, SPLIT, BIASED, GATED)  # fmt: skip
-
-
-@triton.jit
-def added(parts, row, column, keep, rows, width, splits, SIZE: tl.constexpr):
-    """Columns of one row of parts [splits, rows, width], added in order in fp32."""
-    total = tl.zeros((SIZE,), dtype=tl.float32)
-    part = parts + row.to(tl.int64) * width + column
-    for _ in range(splits):
-        total += tl.load(part, mask=keep, other=0.0).to(tl.float32)
-        part += tl.cast(rows, tl.int64) * width
-    return total
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def sum_kernel(parts, offsets, out, tokens, outputs, splits, EXPERTS: tl.constexpr, GATED: tl.constexpr,
-               SIZE: tl.constexpr):  # fmt: skip
-    """out [tokens, outputs] = the sum of parts [splits, tokens, width]; rows of no expert become 0.
-
-    width is outputs; GATED: 2 * outputs, gate before up, and out is silu(gate) * up of the sums.
-    """
-    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    token = tl.program_id(0)
-    keep = column < outputs
-    if EXPERTS > 0:
-        keep = keep & (token >= tl.load(offsets)) & (token < tl.load(offsets + EXPERTS))
-    if GATED:
-        gate = added(parts, token, column, keep, tokens, outputs * 2, splits, SIZE)
-        up = added(parts, token, column + outputs, keep, tokens, outputs * 2, splits, SIZE)
-        total = silu_times(gate, up)
-    else:
-        total = added(parts, token, column, keep, tokens, outputs, splits, SIZE)
-    tl.store(out + token.to(tl.int64) * outputs + column, total.to(out.dtype.element_ty), mask=column < outputs)
-
-
-@triton.jit(do_not_specialize=["tokens", "rows"])
-def combine_kernel(parts, slots, weights, out, tokens, rows, outputs, splits, CHOICES: tl.constexpr,
-                   SIZE: tl.constexpr):  # fmt: skip
-    """out [tokens, outputs]: each token's rows of parts [splits, rows, outputs], times their router weights, added up.
-
-    slots: int64 [CHOICES, tokens], rows of a token in the order in which they are added. weights: [rows].
-    """
-    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    token = tl.program_id(0)
-    keep = column < outputs
-    total = tl.zeros((SIZE,), dtype=tl.float32)
-    for choice in range(CHOICES):
-        row = tl.load(slots + choice * tl.cast(tokens, tl.int64) + token)
-        total += tl.load(weights + row).to(tl.float32) * added(parts, row, column, keep, rows, outputs, splits, SIZE)
-    tl.store(out + token.to(tl.int64) * outputs + column, total.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -300,13 +284,13 @@ def expand_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, 16)
     word = words + ((rows // 64) * bricks + brick).to(tl.int64)[:, None] * (256 * BITS)
-    low, high = planes(word, (rows % 64)[:, None], depth[None, :], BITS)
+    lanes = lanes_of(word, (rows % 64)[:, None], depth[None, :], BITS)
     target = out + rows.to(tl.int64)[:, None] * inputs + depth[None, :]
     for i in tl.static_range(8):
         group = (brick * SUB + i * SUB // 8 if SUB > 1 else brick // bricks_per_group) * padded
         scale = tl.load(scales + group + rows).to(tl.float32)[:, None]
         zero = tl.load(zeros + group + rows).to(tl.float32)[:, None] if ASYMMETRIC else float(1 << (BITS - 1))
-        weight = (slice_of(low, high, i, BITS).to(tl.float32) - zero) * scale
+        weight = (slice_of(lanes, i, BITS).to(tl.float32) - zero) * scale
         start = brick * 128 + i * 16
         keep = (rows < outputs)[:, None] & (start + depth < inputs)[None, :]
         tl.store(target + start, weight.to(out.dtype.element_ty), mask=keep)

@@ -2,7 +2,7 @@
 
     stream    words int32 [E, N, ceil(K b / 32)]       any width; the checkpoint's form, what the reference reads
     int4pack  words uint8 [E, N', K / 2]               2 to 4 bits on a CPU; the order of torch's int4 product
-    bricks    words int32 [E, N'/64, K'/128, 256 b]    2, 3, 4, 8 bits on a GPU; what its kernels read
+    bricks    words int32 [E, N'/64, K'/128, 256 b]    any width on a GPU; what its kernels read
 
 N' and K' are N and K padded with codes of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
 weight plus its grid (int4pack half a byte: codes of 2 and 3 bits get the speed of 4 for the size of 4), and `restore`
@@ -12,10 +12,12 @@ export needs no second copy.
 A brick is 64 rows by 128 inputs in one piece, 4 KiB at 4 bits. Word p of a row of a brick holds in nibble i (lowest
 first) the code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep
 as one tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code ever
-moves to another thread. Other widths are cut into planes of w = 4, 2 or 1 bits (3 = 2 + 1, 8 = 4 + 4), one behind the
-other in the brick. A row of a plane has only 4 w words, so a nibble is shared: input 16 i + p is in word p mod 4 w, in
-its nibble i from bit w (p div 4 w) on. A reader of slice i shifts by p's share once and by 4 i as ever. Scales and
-zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile are read together.
+moves to another thread. Other widths are cut into planes of w = 4, 2 or 1 bits (3 = 2 + 1, 7 = 4 + 2 + 1), one behind
+the other in the brick. A row of a plane has only 4 w words, so a nibble is shared: bits w s .. of nibble i are share s.
+In a plane of two bits input 16 i + p is in word p mod 8, share p div 8; in one of one bit, in word (p div 2) mod 4 and
+share p mod 2 + 2 (p div 8). Shares are the bits of p that a thread holds for itself in the tensor core's first operand,
+so that no code moves there either. Scales and zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile
+are read together.
 
 torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
 its low nibble and row j + B/2 in its high one. `int4pack_block` asks torch once which it is, and believes nothing else.
@@ -42,7 +44,6 @@ __all__ = [
     "BRICK_ROWS",
     "INT4PACK",
     "LAYOUTS",
-    "PLANES",
     "STREAM",
     "TILE_ROWS",
     "PreparedWeight",
@@ -50,6 +51,7 @@ __all__ = [
     "grid_of",
     "int4pack_block",
     "lift",
+    "planes",
     "prepare",
     "restore",
 ]
@@ -59,11 +61,15 @@ LAYOUTS = (STREAM, INT4PACK, BRICKS)
 
 BRICK_ROWS, BRICK_COLUMNS = 64, 128
 SLICE = 16  # inputs
-PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((4, 0), (4, 4))}
-"""Of a code of so many bits: (width, lowest bit) of the planes that bricks cut it into."""
 TILE_ROWS = 128  # bricks come in pairs: rows of a tile of the Triton kernels
 INT4PACK_ROWS = 64  # rows are padded to whole blocks, so that every block has the same order
 INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's product takes
+
+
+def planes(bits: int) -> tuple[tuple[int, int], ...]:
+    """(width, lowest bit) of the planes that bricks cut codes of so many bits into, low bits first."""
+    widths = [4] * (bits // 4) + [2] * (bits // 2 % 2) + [1] * (bits % 2)
+    return tuple([(width, sum(widths[:place])) for place, width in enumerate(widths)])
 
 
 class PreparedWeight(NamedTuple):
@@ -111,11 +117,8 @@ def prepare(
     if wanted == STREAM:
         parts = (pack(codes, bits), scales, zeros)
     else:
-        held = (2, 3, 4) if wanted == INT4PACK else tuple(PLANES)
-        if bits not in held:
-            raise ArgumentError(
-                f"layout = {wanted!r} holds {', '.join(map(str, held))} bits, not {bits}: use {STREAM!r}"
-            )
+        if wanted == INT4PACK and bits > 4:
+            raise ArgumentError(f"layout = {wanted!r} holds 2, 3, 4 bits, not {bits}: use {STREAM!r}")
         if int(codes.max()) >= 1 << bits:
             raise ArgumentError(f"codes holds {int(codes.max())}: {bits} bits take 0 to {(1 << bits) - 1}")
         parts = (_to_int4pack if wanted == INT4PACK else _to_bricks)(codes, scales, zeros, bits)
@@ -172,7 +175,7 @@ def int4pack_block() -> int | None:
 
 
 def _fastest(bits: int, scales: Tensor, inputs: int, dtype: torch.dtype, device: torch.device) -> str:
-    if bits in PLANES and device.type == "cuda":
+    if device.type == "cuda":
         return BRICKS
     fits = bits <= 4 and inputs // scales.shape[2] in INT4PACK_GROUPS and dtype == torch.bfloat16
     return INT4PACK if fits and device.type == "cpu" and scales.dtype == torch.bfloat16 and int4pack_block() else STREAM
@@ -214,31 +217,38 @@ def _to_bricks(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -
     rows, columns = -codes.shape[1] % TILE_ROWS, -codes.shape[2] % BRICK_COLUMNS
     codes = pad(codes, (0, columns, 0, rows))
     bricks = codes.unflatten(2, (-1, BRICK_COLUMNS)).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
-    words = torch.cat([_plane(bricks, width, low) for width, low in PLANES[bits]], -1)
+    words = torch.cat([_plane(bricks, width, low) for width, low in planes(bits)], -1)
     groups = max(scales.shape[2], -(-codes.shape[2] // group))
     edge = (0, groups - scales.shape[2], 0, rows)
     grid = pad(scales, edge).mT.contiguous()
     return words, grid, None if zeros is None else pad(zeros, edge).mT.contiguous()
 
 
+def _shares(width: int) -> list[slice]:
+    """Which inputs of a slice stand in its words, in their order, for each share of a nibble of a plane this wide."""
+    if width == 1:  # neighbours share a word, and so do halves
+        return [slice(half + odd, half + 8, 2) for half in (0, 8) for odd in (0, 1)]
+    return [slice(first, first + 4 * width) for first in range(0, SLICE, 4 * width)]
+
+
 def _plane(bricks: Tensor, width: int, low: int) -> Tensor:
     """Bits low .. low + width of uint8 [..., 64, 128] as int32 [..., 64 * 4 width]."""
-    fields = bricks.unflatten(-1, (-1, SLICE // (4 * width), 4 * width))  # [..., 64, slices, shares, words]
-    words = torch.zeros(fields[..., 0, 0, :].shape, dtype=torch.int32, device=bricks.device)
-    for i in range(fields.shape[-3]):
-        for share in range(fields.shape[-2]):
-            words |= ((fields[..., i, share, :] >> low) & ((1 << width) - 1)).int() << (4 * i + width * share)
+    slices = bricks.unflatten(-1, (-1, SLICE))
+    words = torch.zeros((*slices.shape[:-2], 4 * width), dtype=torch.int32, device=bricks.device)
+    for i in range(slices.shape[-2]):
+        for share, inputs in enumerate(_shares(width)):
+            words |= ((slices[..., i, inputs] >> low) & ((1 << width) - 1)).int() << (4 * i + width * share)
     return words.flatten(-2)
 
 
 def _from_bricks(words: Tensor, bits: int) -> Tensor:
     """uint8 [rows, inputs], padded, of int32 [blocks, bricks, 256 bits]."""
-    codes = None
-    for (width, low), plane in zip(PLANES[bits], words.split([256 * width for width, _ in PLANES[bits]], -1)):
+    codes = torch.zeros((*words.shape[:2], BRICK_ROWS, BRICK_COLUMNS), dtype=torch.uint8, device=words.device)
+    slices = codes.unflatten(-1, (-1, SLICE))
+    for (width, low), plane in zip(planes(bits), words.split([256 * width for width, _ in planes(bits)], -1)):
         rows = plane.unflatten(-1, (BRICK_ROWS, 4 * width))
-        shifts = [4 * i + width * share for i in range(8) for share in range(SLICE // (4 * width))]
-        fields = torch.stack([((rows >> shift) & ((1 << width) - 1)).to(torch.uint8) << low for shift in shifts], -2)
-        part = fields.transpose(1, 2).flatten(2).flatten(0, 1)  # [blocks, 64, bricks, 8 x shares, words]
-        codes = part if codes is None else codes | part
-    assert codes is not None
-    return codes
+        for i in range(slices.shape[-2]):
+            for share, inputs in enumerate(_shares(width)):
+                found = (rows >> (4 * i + width * share)) & ((1 << width) - 1)
+                slices[..., i, inputs] |= found.to(torch.uint8) << low
+    return codes.transpose(1, 2).flatten(2).flatten(0, 1)

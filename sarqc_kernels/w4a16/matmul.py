@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
+from sarqc_kernels.cards import triton_unsupported
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device
 from sarqc_kernels.direct import unwatched
 from sarqc_kernels.errors import ArgumentError
-from sarqc_kernels.targets import triton_unsupported
 from sarqc_kernels.w4a16 import config, cpu_impl, cuda_impl, reference
 from sarqc_kernels.w4a16.layout import BRICKS, PreparedWeight
 
@@ -27,7 +27,7 @@ def triton_unsupported_product(
     if reason := triton_unsupported(x):
         return reason
     if weight.layout != BRICKS:
-        return f"the weight lies as {weight.layout!r}: the kernels read {BRICKS!r}, which holds 2, 3, 4 or 8 bits"
+        return f"the weight lies as {weight.layout!r}: the kernels read {BRICKS!r}"
     if x.dtype == torch.float32:
         return "x is torch.float32: the tensor cores take torch.bfloat16 and torch.float16"
     if not config.takes_group(weight.group_size, weight.inputs):

@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from sarqc_kernels.targets import ARCHS, AotJob, Card, card_of, interpreting
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.cards import Card, card_of, interpreting, on_device
 from sarqc_kernels.w4a16.config import (
     WIDTHS_GROUPS,
     Plan,
@@ -23,8 +24,9 @@ from sarqc_kernels.w4a16.config import (
     groups_per_brick,
     other_widths,
 )
-from sarqc_kernels.w4a16.kernels_impl import dot_kernel, expand_kernel, gemv_kernel, sum_kernel
+from sarqc_kernels.w4a16.kernels_impl import dot_kernel, expand_kernel, gemv_kernel
 from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PreparedWeight
+from sarqc_kernels.w4a16.sums_impl import sum_kernel
 
 __all__ = ["SUM_COLUMNS", "aot_jobs", "product", "product_job", "sum_job", "summed", "w4a16_matmul"]
 
@@ -35,7 +37,8 @@ def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias
     """See `sarqc_kernels.w4a16.w4a16_matmul`; takes what `config` and the layout `bricks` take."""
     experts = 0 if offsets is None else weight.words.shape[0]
     plan = choose(x.shape[0], weight.outputs, weight.inputs, weight.group_size, experts, card_of(x.device), weight.bits)
-    return run(plan, x.contiguous(), weight, offsets, bias)
+    with on_device(x):
+        return run(plan, x.contiguous(), weight, offsets, bias)
 
 
 def run(plan: Plan, x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -71,8 +74,11 @@ def product(
     # each expert has at most one tile that is not full, and none without a row
     tiles = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
     bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
-    kernel, more = (gemv_kernel, {"STAGES": plan.stages}) if plan.kernel == "gemv" else (dot_kernel, {})
-    kernel[(tiles, triton.cdiv(outputs, plan.rows // 2 if gated else plan.rows), plan.splits)](
+    grid = (tiles, triton.cdiv(outputs, plan.rows // 2 if gated else plan.rows), plan.splits)
+    if plan.resident:
+        grid = (min(tiles * grid[1], plan.resident * card_of(x.device).multiprocessors), 1, 1)
+    kernel = gemv_kernel if plan.kernel == "gemv" else dot_kernel
+    kernel[grid](
         x, weight.words, weight.scales, _or(weight.zeros, weight.words), _or(offsets, weight.words),
         _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.inputs, bricks,
         weight.scales.shape[1], _bricks_per_group(weight), padded, triton.cdiv(bricks, plan.splits),
@@ -80,7 +86,7 @@ def product(
         SUB=groups_per_brick(weight.group_size, weight.inputs), ASYMMETRIC=weight.zeros is not None,
         BIASED=bias is not None, SPLIT=split, WHOLE=weight.inputs % BRICK_COLUMNS == 0,
         INDEXED=index is not None, GATED=gated, TOKENS=plan.tokens, ROWS=plan.rows, INTERPRETED=interpreting(),
-        num_warps=plan.warps, num_stages=plan.stages, **more,
+        num_warps=plan.warps, num_stages=plan.stages, **_more(plan),
     )  # fmt: skip
     return parts
 
@@ -101,6 +107,13 @@ def summed(
             SIZE=SUM_COLUMNS,
         )  # fmt: skip
     return out
+
+
+def _more(plan: Plan) -> dict[str, Any]:
+    """Constants of one of the two kernels alone."""
+    if plan.kernel == "gemv":
+        return {"STAGES": plan.stages}
+    return {"FOLDED": plan.folded, "PERSISTENT": plan.resident > 0}
 
 
 def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
@@ -137,7 +150,7 @@ def aot_jobs() -> list[AotJob]:
         for plan, groups in configurations(card):
             experts = 128 if groups == 2 and plan.kernel != "expand" else 0
             jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, experts))
-        jobs.append(product_job(dot(64, 1, card), arch, "fp16", 1, True, 0))
+        jobs.append(product_job(configurations(card)[-1][0], arch, "fp16", 1, True, 0))
         jobs.append(product_job(dot(16, 1, card), arch, "bf16", 2, False, 0, whole=False))
         widths = other_widths(card)
         jobs += [product_job(plan, arch, "bf16", WIDTHS_GROUPS, True, 0, bits=bits) for bits, plan in widths]
@@ -151,7 +164,8 @@ def product_job(
 ) -> AotJob:  # fmt: skip
     """One product ahead of time; gated ones read their rows by index, as the experts' first product does."""
     grid = f"g{128 // sub}{'a' if asymmetric else 's'}"
-    kinds = [word for word, said in (("ragged", not whole), ("gated", gated)) if said]
+    said = (("persistent", plan.resident), ("ragged", not whole), ("gated", gated))
+    kinds = [word for word, true in said if true]
     tile = " ".join([plan.kernel, f"{plan.tokens}x{plan.rows}", f"split{plan.splits}", *kinds])
     name = f"w{bits}a16 {tile} {kind} {grid} e{experts}"
     signature = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": f"*{kind}"}
@@ -168,16 +182,21 @@ def product_job(
         constants |= {
             "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": plan.splits > 1, "WHOLE": whole,
             "INDEXED": gated, "GATED": gated, "TOKENS": plan.tokens, "INTERPRETED": False,
-        }  # fmt: skip
-        if plan.kernel == "gemv":
-            constants["STAGES"] = plan.stages
-    # on sm_90 weights go from the register that held the word into the tensor core, and words come 16 bytes at a time
-    wanted = {80: ("HMMA",), 90: ("HGMMA from registers", "16-byte LDGSTS"), 100: ("UTCHMMA",)}[arch]
+        } | _more(plan)  # fmt: skip
     return AotJob(
         name, kernel, arch, signature | dict.fromkeys(sizes, "i32"), constants,
-        {"num_warps": plan.warps, "num_stages": plan.stages}, divisible,
-        wanted if plan.kernel == "dot" else (),
+        {"num_warps": plan.warps, "num_stages": plan.stages}, divisible, _wanted(plan, arch),
     )  # fmt: skip
+
+
+def _wanted(plan: Plan, arch: int) -> tuple[str, ...]:
+    """What a dot's machine code must show. On sm_90 weights go from the register that held the word into the tensor
+    core, words come 16 bytes at a time, and folded products are under way while the next brick is unpacked."""
+    if plan.kernel != "dot":
+        return ()
+    if arch == 90:
+        return ("HGMMA from registers", "16-byte LDGSTS", *(("HGMMA under way",) if plan.folded else ()))
+    return ("HMMA",) if arch == 80 else ("UTCHMMA",)
 
 
 def sum_job(arch: int, *, gated: bool = False) -> AotJob:

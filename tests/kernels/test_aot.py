@@ -23,17 +23,29 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "kernels"),
     [
-        ("--room", "gram", "--match", "accumulate bf16 128x128", "--arch", "80", "--arch", "90"),
-        ("--room", "gram", "--match", "finalize", "--arch", "90"),
+        (("--room", "gram", "--match", "accumulate bf16 128x128", "--arch", "80", "--arch", "90"), 2),
+        (("--room", "gram", "--match", "finalize", "--arch", "90"), 2),
+        (("--room", "w4a16", "--match", "w4a16 dot 16x128 split1 bf16 g", "--arch", "90"), 4),
+        (("--room", "w4a16", "--match", "dot 128x256 split1 persistent bf16 g128", "--arch", "90"), 1),
     ],
-    ids=["accumulate", "finalize"],
+    ids=["accumulate", "finalize", "product", "persistent"],
 )
-def test_gram_kernels_compile_without_spills(arguments: tuple[str, ...]) -> None:
+def test_kernels_compile_without_spills(arguments: tuple[str, ...], kernels: int) -> None:
     done = check(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 kernels, 0 with problems" in done.stdout
+    assert f"{kernels} kernels, 0 with problems" in done.stdout
+
+
+def test_a_weight_that_changes_its_thread_is_seen() -> None:
+    """The last form with layouts: a buffer that registers fill is one; one that copies fill, or none, is not."""
+    compiler = pytest.importorskip("benchmarks.aot.compiler")
+    loop = """
+      %w = ttg.local_alloc %weight : (tensor<128x16xbf16, #blocked>) -> !ttg.memdesc<128x16xbf16, #shared, #smem>
+      %a = ttg.local_alloc : () -> !ttg.memdesc<2x128x16xi32, #shared, #smem, mutable>
+    """
+    assert len(compiler.FROM_REGISTERS.findall(loop)) == 1
 
 
 def test_opcodes_are_counted_by_their_stem() -> None:
@@ -46,7 +58,9 @@ def test_opcodes_are_counted_by_their_stem() -> None:
         /*01e0*/                   HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR20], R24, gsb0 ;
         /*01f0*/                   LDGSTS.E.BYPASS.128 [R92], desc[UR18][R4.64], !P1 ;
         /*0200*/                   LDGSTS.E.64 [R90], desc[UR18][R8.64], P3 ;
+        /*0210*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0220*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
     """
-    forms = {"HGMMA from registers": 1, "16-byte LDGSTS": 1}
-    stems = {"HGMMA": 2, "LDL": 1, "UTMALDG": 1, "STL": 1, "LDGSTS": 2}
+    forms = {"HGMMA from registers": 1, "HGMMA under way": 1, "16-byte LDGSTS": 1}
+    stems = {"HGMMA": 2, "LDL": 1, "UTMALDG": 1, "STL": 1, "LDGSTS": 2, "WARPGROUP": 2}
     assert sass.opcodes(listing.splitlines()) == stems | forms

@@ -17,7 +17,7 @@ import torch
 from sarqc_kernels import fit_grid, quantize_columns
 from sarqc_kernels.build import sources
 from sarqc_kernels.columns import cuda_impl, panels
-from sarqc_kernels.columns.grid import GridRule
+from sarqc_kernels.columns.grid import GridRule, Problem
 from sarqc_kernels.testing import poisoned_empty, random_gram, upper_factor
 from tests.kernels.columns_cases import Case, TorchProducts, assert_alike, exact_inputs
 
@@ -69,7 +69,7 @@ def test_against_the_reference(case: Case, steps: HostSteps, generator: torch.Ge
     want = quantize_columns(weight, factor, order, *grid, **case.rule, backend="reference")
     rule = GridRule(case.bits, case.sym, case.search, case.dtype)
     with poisoned_empty():
-        got = panels.quantize(steps, weight, factor, order, *grid, case.group_size, rule)
+        got = panels.quantize(steps, Problem(weight, factor, order, *grid, case.group_size, rule))
     assert_alike(got, want)
     if case.experts > 1:
         assert all(torch.equal(ours[-1], theirs[-1]) for ours, theirs in zip(got, want))
@@ -82,5 +82,5 @@ def test_exact_sums_give_the_same_codes(bits: int, steps: HostSteps, generator: 
     order = case.processing_order(generator)
     want = quantize_columns(weight, factor, order, scales, zeros, **case.rule, backend="reference")
     rule = GridRule(bits, True, False, case.dtype)
-    got = panels.quantize(steps, weight, factor, order, scales, zeros, case.group_size, rule)
+    got = panels.quantize(steps, Problem(weight, factor, order, scales, zeros, case.group_size, rule))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want))

@@ -7,10 +7,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from sarqc_kernels.aot import ARCHS
+from sarqc_kernels.cards import Card
 from sarqc_kernels.columns import config, panels
 from sarqc_kernels.columns.config import PANEL
 from sarqc_kernels.columns.grid import GridRule
-from sarqc_kernels.targets import ARCHS, Card
 
 
 @pytest.mark.parametrize(("columns", "size"), [(512, 128), (200, 40), (129, 129), (600, 300), (64, 1), (17, 17)])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sarqc_kernels import BackendError, gram_accumulate_
+from sarqc_kernels.aot import ARCHS
+from sarqc_kernels.cards import Card
 from sarqc_kernels.gram.config import FLUSH, Plan, Tile, choose, configurations
-from sarqc_kernels.targets import ARCHS, Card
 from sarqc_kernels.testing import poisoned_empty
 from tests.kernels.test_gram import fresh, whole_numbers
 

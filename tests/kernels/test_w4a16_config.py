@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sarqc_kernels import w4a16_matmul
-from sarqc_kernels.targets import ARCHS, Card
+from sarqc_kernels.aot import ARCHS
+from sarqc_kernels.cards import Card
 from sarqc_kernels.testing import dequantize, random_quantized, relative_error, uneven_offsets
 from sarqc_kernels.w4a16 import config, prepare
 
@@ -51,12 +52,13 @@ def test_what_is_chosen_is_what_is_compiled_ahead_of_time(card: Card) -> None:
 
 @pytest.mark.parametrize("card", CARDS, ids=str)
 def test_other_widths_choose_what_is_compiled_ahead_of_time(card: Card) -> None:
-    """Their tiles are compiled with two groups to a brick, which stand for all."""
+    """Their tiles are compiled with two groups to a brick, which stand for all; one tile does for 5, 6 and 7 bits."""
     known = config.other_widths(card)
     assert len(set(known)) == len(known)
-    for bits in (2, 3, 8):
+    for bits in (2, 3, 5, 6, 7, 8):
         chosen = {compiled(plan) for plan, _ in plans_of_calls(card, bits)}
-        assert chosen == {plan for width, plan in known if width == bits}
+        checked = {plan for width, plan in known if width == bits}
+        assert chosen == checked if bits in (2, 3, 8) else (len(checked) == 1 and checked < chosen)
 
 
 def test_few_tokens_fill_the_card_by_splits() -> None:
@@ -65,6 +67,17 @@ def test_few_tokens_fill_the_card_by_splits() -> None:
     assert config.choose(16, 28672, 8192, 128, 0, CARDS[1]).splits == 1
     assert config.choose(4096, 4096, 4096, 128, 0, CARDS[1]).kernel == "expand"
     assert config.choose(4096, 4096, 4096, 128, 8, CARDS[1]).kernel == "dot"
+
+
+def test_persistent_where_tiles_are_many_and_no_more_stand_idle() -> None:
+    h200 = CARDS[1]
+    walking = config.persistent(h200)
+    assert (walking.rows, walking.resident, walking.folded) == (256, 1, True)
+    assert config.choose(2047, 4096, 4096, 128, 0, h200) == walking  # 256 tiles of 256 rows: 2 waves, not 4 of half
+    assert config.choose(128, 28672, 4096, 128, 0, h200) == config.dot(128, 1, h200)  # 112 tiles leave 20 idle
+    assert config.choose(32768, 2048, 768, 128, 128, h200) == walking
+    assert config.choose(2047, 4096, 4096, 128, 0, CARDS[0]).resident == 0
+    assert walking.gated().rows == 128 and config.dot(16, 1, h200).gated() == config.dot(16, 1, h200)
 
 
 def test_groups_that_fit_bricks() -> None:
@@ -76,7 +89,7 @@ def test_groups_that_fit_bricks() -> None:
 PLANS = [
     config.gemv(1, 1), config.gemv(2, 2),
     config.dot(16, 2, CARDS[1]), config.dot(32, 1, CARDS[1]), config.dot(64, 1, CARDS[2]), config.dot(128, 1, CARDS[1]),
-    config.EXPAND,
+    config.persistent(CARDS[1]), config.EXPAND,
 ]  # fmt: skip
 
 
@@ -109,8 +122,27 @@ def test_every_plan_gives_the_product(plan: config.Plan, experts: int, device: s
     assert torch.equal(out, triton_impl.run(plan, x.to(device), ready, *args).cpu())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
-@pytest.mark.parametrize("plan", [config.gemv(2, 2), config.dot(16, 2, CARDS[1]), config.EXPAND], ids=str)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_folded_weights_are_rounded_once(
+    dtype: torch.dtype, kind: torch.dtype, device: str, generator: torch.Generator
+) -> None:
+    """Identity activations show (code - zero) * scale as the dtype of x has it, whatever that of the scales is."""
+    pytest.importorskip("triton")
+    from sarqc_kernels.w4a16 import triton_impl
+
+    weight = random_quantized(generator, (1, 70, 128), 4, 4, sym=False, scale_dtype=kind)
+    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=4, layout="bricks", device=device)
+    eye = torch.eye(128, dtype=dtype, device=device)
+    out = triton_impl.run(config.dot(128, 1, CARDS[1]), eye, ready, None, None)
+    assert torch.equal(out.cpu(), dequantize(weight)[0].T.to(dtype))
+
+
+WIDTHS = [config.gemv(2, 2), config.dot(16, 2, CARDS[1]), replace(config.persistent(CARDS[1], 3), tokens=16)]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("plan", [*WIDTHS, config.EXPAND], ids=lambda plan: plan.name)
 def test_every_width_gives_the_product(bits: int, plan: config.Plan, device: str, generator: torch.Generator) -> None:
     pytest.importorskip("triton")
     from sarqc_kernels.w4a16 import triton_impl

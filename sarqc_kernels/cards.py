@@ -1,8 +1,8 @@
-"""What a Triton kernel is built for: the card of a call, the interpreter on a CPU, the ahead-of-time compiler.
+"""The card of a call, as far as kernels and their configurations ask: which it is, and what can run on it.
 
-The three questions that every operation has of Triton, answered once: can it take these tensors
-(`triton_unsupported`), which implementation comes first where they lie (`fastest_first`), and what is to be compiled
-where no card is at hand (`AotJob`, made by `aot_jobs()` of a `*_impl.py`). Nothing here imports triton.
+Two questions that every operation has of Triton are answered here once: can it take these tensors
+(`triton_unsupported`), and which implementation comes first where they lie (`fastest_first`). Nothing here imports
+triton.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +21,7 @@ from torch import Tensor
 from sarqc_kernels.backend import Implementation
 
 __all__ = [
-    "ARCHS",
     "SHARED_BYTES",
-    "AotJob",
     "Card",
     "card_of",
     "fastest_first",
@@ -31,9 +29,6 @@ __all__ = [
     "on_device",
     "triton_unsupported",
 ]
-
-ARCHS = (80, 90, 100)
-"""Compute capabilities (times ten) whose machine code is checked ahead of time."""
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
 """Shared memory that one program can have, by capability; a card not listed here counts as the least, 101 376."""
@@ -68,7 +63,8 @@ def card_of(device: torch.device) -> Card:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """While it lasts, launches go to the card that holds `tensor`; Triton by itself launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
 
 @functools.cache
@@ -104,24 +100,3 @@ def fastest_first(implementations: Sequence[Implementation], tensor: Tensor) -> 
     if tensor.device.type != "cpu":
         return implementations
     return sorted(implementations, key=lambda implementation: implementation.name != "reference")
-
-
-@dataclass(frozen=True)
-class AotJob:
-    """One kernel to compile where no card is at hand, and what its machine code must show.
-
-    name: unique; shows in the table. kernel: the `@triton.jit` function. signature: type of each run-time argument as
-    Triton spells it ("*bf16", "i32", "tensordesc<bf16[64, 128]>"). constants: value of each `tl.constexpr`.
-    divisible: run-time arguments (pointers, sizes, strides) that are multiples of 16, as a launch would find out.
-    options: num_warps, num_stages. instructions: machine instructions that must occur, such as "HGMMA" or "HGMMA from
-    registers" (then all of them). Spills and shared memory are checked for every job.
-    """
-
-    name: str
-    kernel: Any
-    arch: int
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    options: Mapping[str, Any]
-    divisible: Sequence[str] = ()
-    instructions: Sequence[str] = field(default=())
