@@ -1,19 +1,19 @@
-"""Making up for the errors of earlier blocks: a target that gives, on what the quantized model feeds this site, more of
-what the original model would have given.
+"""A block's last layer makes up for what the model has drifted from the original up to the end of the block.
 
-With X what the original model feeds the site, Y what the quantized one does, and a share a of the difference wanted,
+Errors of a layer reach all layers behind it, and no solve on a layer's own inputs sees them: what leaves a block is off
+by what the blocks before it, and the layers in it, have done wrong. The last layer writes straight into that stream. Its
+inputs Y are known, and so is R, what the stream should gain for every row to be the original's again; a share a of R can
+be asked of it:
 
-    F(Q) = |Y Q^T - (Y + a (X - Y)) W^T|^2 / rows + lambda tr[(Q - W) D (Q - W)^T]
+    F(Q) = |Y Q^T - (Y W^T + a R)|^2 / rows + lambda tr[(Q - W) D (Q - W)^T]
 
 Completing the square gives back the objective of every other solve, around another target:
 
-    F(Q) = tr[(Q - T) H (Q - T)^T] + const,    T = W + a W Delta H^-1,
-    H = Y^T Y / rows + lambda D,    Delta = (X - Y)^T Y / rows
+    F(Q) = tr[(Q - T) H (Q - T)^T] + const,    T = W + a C H^-1,    C = R^T Y / rows,    H = Y^T Y / rows + lambda D
 
-so any solver takes T in W's place and the same lambda holds both the rounding and the shift (a is QEP's factor, arXiv
-2504.09629, with the damping of the solve; the anchor of the pull stays W). How much of the shift survives on other text
-has a closed form: with V = W Delta_A H_A^-1 fitted on fold A, the share that is best on fold B is
-tr(W Delta_B V^T) / tr(V (Y^T Y / rows)_B V^T).
+so any solver takes T in W's place and the same lambda holds both the rounding and the shift (with R = (X - Y) W^T, X the
+original's inputs, this is QEP's target, arXiv 2504.09629). How much of the shift survives on other text has a closed
+form: with V = C_A H_A^-1 fitted on fold A, the share that is best on fold B is tr(C_B V^T) / tr(V (Y^T Y / rows)_B V^T).
 """
 
 from __future__ import annotations
@@ -27,40 +27,36 @@ from sarqc.method import objective
 from sarqc.method.statistics import Gram, Statistics
 from sarqc.spec import SolveSpec
 
-ROWS = 96
-"""Rows of a matrix that the share is judged on."""
-
 
 def shifted(
     site: str, weight: Tensor, statistics: Statistics, strength: Tensor, solve: SolveSpec
 ) -> tuple[Tensor, float]:
-    """The target T fp32 [E, N, K] and its share a, from 0 to 1; the weight itself where a is 0.
+    """The target T fp32 [1, N, K] and its share a, from 0 to 1; the weight itself where a is 0.
 
-    weight: fp32 [E, N, K]. strength: lambda of each expert, fp32 [E]. a is 0 where the statistics hold no cross-Gram
-    (experts, whose tokens the two models may route apart) or only one fold, on which it could not be judged.
+    weight: fp32 [1, N, K]. strength: lambda, fp32 [1]. a is 0 where the statistics hold no wish (the site is not the
+    last of its block) or only one fold, on which it could not be judged.
     """
-    if statistics.folds[0].cross is None or len(statistics.folds) < 2:
+    if statistics.folds[0].wish is None or len(statistics.folds) < 2:
         return weight, 0.0
-    some = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(solve.seed))[:ROWS].sort().values
-    share = held_out_share(site, weight[:, some.to(weight.device)], statistics, strength, solve)
+    share = held_out_share(site, statistics, strength, solve)
     if share == 0:
         return weight, 0.0
-    return weight + share * shift(site, weight, statistics.total(), strength, solve), share
+    return weight + share * shift(site, statistics.total(), strength, solve), share
 
 
-def shift(site: str, weight: Tensor, gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
-    """W Delta H^-1, fp32 [E, N, K], by two triangular solves; H holds the regulariser."""
+def shift(site: str, gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
+    """C H^-1, fp32 [1, N, K], by two triangular solves; H holds the regulariser."""
     upper = objective.factor(objective.metric(gram, strength, solve), site).matrix
-    half = torch.linalg.solve_triangular(upper.mT, weight @ gram.drift(), upper=False, left=False)
+    half = torch.linalg.solve_triangular(upper.mT, gram.wished(), upper=False, left=False)
     full: Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
     return full
 
 
-def held_out_share(site: str, weight: Tensor, statistics: Statistics, strength: Tensor, solve: SolveSpec) -> float:
+def held_out_share(site: str, statistics: Statistics, strength: Tensor, solve: SolveSpec) -> float:
     """The a that serves best on folds the shift was not fitted on, over all pairs of folds, clipped to 0 .. 1."""
-    wanted = given = 0.0
+    wished = given = 0.0
     for fitted, judging in permutations(statistics.folds, 2):
-        fit = shift(site, weight, fitted, strength, solve)
-        wanted += float(((weight @ judging.drift()) * fit).sum(dtype=torch.float64))
+        fit = shift(site, fitted, strength, solve)
+        wished += float((judging.wished() * fit).sum(dtype=torch.float64))
         given += float(((fit @ judging.hessian()) * fit).sum(dtype=torch.float64))
-    return min(max(wanted / given, 0.0), 1.0) if given > 0 else 0.0
+    return min(max(wished / given, 0.0), 1.0) if given > 0 else 0.0
