@@ -98,8 +98,8 @@ class SolveSpec:
     by saliency and columns inside each group, grid fitted as the solver arrives). None of them needs a g_idx on disk.
     damp: floor added to the diagonal, relative to its mean. borrow: rows, for each input, that an expert's statistics
     have from the average of its layer. gate_weight: power of the router's weight by which a row counts in an expert's
-    statistics, 0, 1 or 2. carry_error: whether a site also makes up for the errors of the blocks before it, as far as
-    held-out text says that this helps. seed: of every random draw of the run.
+    statistics, 0, 1 or 2. carry_error: whether a block's last layer also makes up for the errors of all before it, as
+    far as held-out text says that this helps. seed: of every random draw of the run.
     """
 
     method: str = DEFAULT_METHOD
@@ -115,6 +115,11 @@ class SolveSpec:
     gate_weight: int = 0
     carry_error: bool = False
     seed: int = 0
+
+    @property
+    def judges(self) -> bool:
+        """Whether something is chosen on text that it was not fitted on, so that the text must be kept in two folds."""
+        return self.gram and (self.strength == AUTO or self.carry_error)
 
     def __post_init__(self) -> None:
         if self.strength != AUTO and not (isinstance(self.strength, int | float) and 0 <= self.strength < float("inf")):
@@ -132,6 +137,11 @@ class SolveSpec:
         check_seed(self.seed)
         if isinstance(self.gate_weight, bool) or self.gate_weight not in (0, 1, 2):
             raise ArgumentError(f"gate_weight = {self.gate_weight!r} is not known: use 0, 1 or 2")
+        if self.carry_error and (self.solver != "gram" or self.channel_scale):
+            raise ArgumentError(
+                f"carry_error = True is not for method {self.method!r}: only Gram solvers without channel scales can "
+                "aim elsewhere than at the weights; use gptq, rqc-gptq or sarqc-gptq"
+            )
         if not self.gram and (self.solver == "gram" or self.channel_scale):
             raise ArgumentError("gram = False leaves nothing to solve with: use solver 'round' and no channel_scale")
 

@@ -1,9 +1,9 @@
 """A block's last layer makes up for what the model has drifted from the original up to the end of the block.
 
-Errors of a layer reach all layers behind it, and no solve on a layer's own inputs sees them: what leaves a block is off
-by what the blocks before it, and the layers in it, have done wrong. The last layer writes straight into that stream. Its
-inputs Y are known, and so is R, what the stream should gain for every row to be the original's again; a share a of R can
-be asked of it:
+Errors of a layer reach all layers behind it, and no solve on a layer's own inputs sees them: what leaves a block is
+off by what the blocks before it, and the layers in it, have done wrong. The last layer writes straight into that
+stream. Its inputs Y are known, and so is R, what the stream lacks of the original's row by row; a share a of R can be
+asked of it:
 
     F(Q) = |Y Q^T - (Y W^T + a R)|^2 / rows + lambda tr[(Q - W) D (Q - W)^T]
 
@@ -11,9 +11,10 @@ Completing the square gives back the objective of every other solve, around anot
 
     F(Q) = tr[(Q - T) H (Q - T)^T] + const,    T = W + a C H^-1,    C = R^T Y / rows,    H = Y^T Y / rows + lambda D
 
-so any solver takes T in W's place and the same lambda holds both the rounding and the shift (with R = (X - Y) W^T, X the
-original's inputs, this is QEP's target, arXiv 2504.09629). How much of the shift survives on other text has a closed
-form: with V = C_A H_A^-1 fitted on fold A, the share that is best on fold B is tr(C_B V^T) / tr(V (Y^T Y / rows)_B V^T).
+so any solver takes T in W's place and the same lambda holds both the rounding and the shift (with R = (X - Y) W^T, X
+the original's inputs, this is QEP's target, arXiv 2504.09629). How much of the shift survives on other text has a
+closed form: with V = C_A H_A^-1 fitted on fold A, the share that is best on fold B is
+tr(C_B V^T) / tr(V (Y^T Y / rows)_B V^T).
 """
 
 from __future__ import annotations

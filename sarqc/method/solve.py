@@ -220,7 +220,7 @@ def solve_site(
     weight = weight.float()
     if not bool(torch.isfinite(weight).all()):
         raise NumericError(f"{site}: its weight holds NaN or Inf; repair the checkpoint before quantizing it")
-    gram, carried = None, 0.0
+    gram, target, carried = None, weight, 0.0
     if statistics is None or not solve.gram:
         solution = Solution(round_plainly(weight, quant, solve.grid, scale_dtype), torch.zeros(1))
     else:
@@ -228,9 +228,11 @@ def solve_site(
         choice = choice or choose_strength(
             site, "", weight, statistics, quant, solve, scale_dtype=scale_dtype, strengths=Strengths()
         )
-        solution, carried = _solve_chosen(site, weight, statistics, choice, quant, solve, scale_dtype, scaling, experts)
+        if not choice.rounded:
+            target, carried = shifted(site, weight, statistics, choice.strength, solve)
+        solution = _solve_chosen(site, target, statistics, choice, quant, solve, scale_dtype, scaling, experts)
     judged = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
-    sample = weight[:, judged]
+    sample = target[:, judged]
     plain = round_plainly(sample, quant, "minmax", scale_dtype).dequantize()
     quantized = solution.weight.rows(judged).dequantize()
     if scaling is not None:
@@ -267,17 +269,14 @@ def _solve_chosen(
     scale_dtype: torch.dtype,
     scaling: Scaling | None,
     experts: slice,
-) -> tuple[Solution, float]:
-    """The solution at the chosen strength, and the share of earlier errors in its target; or plain rounding."""
+) -> Solution:
+    """The solution at the chosen strength, or plain rounding."""
     if choice.rounded:
         scaled = weight if scaling is None else scaling.apply(weight)
-        return Solution(round_plainly(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight))), 0.0
-    target, carried = weight, 0.0
-    if solve.carry_error:
-        target, carried = shifted(site, weight, statistics, choice.strength, solve)
+        return Solution(round_plainly(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight)))
     gram = borrowing(statistics, solve.borrow, experts)
     solver = SOLVERS[solve.solver]
-    return solver(site, target, gram, choice.strength[experts], quant, solve, scale_dtype, scaling), carried
+    return solver(site, weight, gram, choice.strength[experts], quant, solve, scale_dtype, scaling)
 
 
 def _fallback(choice: Choice | None, unfactored: Tensor) -> str | None:

@@ -19,53 +19,53 @@ class Gram:
     """Second moments of the rows that E experts received; a dense layer is E = 1.
 
     sum: fp32 [E, K, K], X^T X, of which only the lower triangle is maintained. rows: int64 [E].
-    abs_sum: fp32 [E, K], sum of |x_j| over rows. cross: fp32 [1, K, K], O^T X where each row of O is what the original
-    model has in the place of a row of X; None where the original is not carried along.
+    abs_sum: fp32 [E, K], sum of |x_j| over rows. wish: fp32 [1, N, K], R^T X where each row of R is what the
+    output of that row of X should gain; None where nothing is asked of the outputs.
     """
 
     sum: Tensor
     rows: Tensor
     abs_sum: Tensor
-    cross: Tensor | None = None
+    wish: Tensor | None = None
 
     @classmethod
-    def zeros(cls, experts: int, in_features: int, device: torch.device | str = "cpu", *, cross: bool = False) -> Gram:
-        """A Gram that has seen nothing; `cross` is for a dense layer (E = 1)."""
+    def zeros(cls, experts: int, in_features: int, device: torch.device | str = "cpu", *, wishes: int = 0) -> Gram:
+        """A Gram that has seen nothing. wishes: N of a dense layer (E = 1) of whose outputs something is asked."""
         return cls(
             sum=torch.zeros(experts, in_features, in_features, device=device),
             rows=torch.zeros(experts, dtype=torch.int64, device=device),
             abs_sum=torch.zeros(experts, in_features, device=device),
-            cross=torch.zeros(1, in_features, in_features, device=device) if cross else None,
+            wish=torch.zeros(1, wishes, in_features, device=device) if wishes else None,
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, original: Tensor | None = None) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, wish: Tensor | None = None) -> None:
         """Add rows x [T, K], sorted by expert with offsets [E + 1]; without offsets all rows belong to expert 0.
 
-        original: the original model's rows [T, K], where `cross` is kept.
+        wish: what the outputs of these rows should gain, [T, N], where that is kept.
         """
         gram_accumulate_(self.sum, self.rows, self.abs_sum, x, offsets)
-        if self.cross is not None and original is not None:
-            self.cross[0].addmm_(original.float().T, x.float())
+        if self.wish is not None and wish is not None:
+            self.wish[0].addmm_(wish.float().T, x.float())
 
     def merge(self, other: Gram) -> None:
         """Add what another Gram of the same site has seen."""
         self.sum += other.sum
         self.rows += other.rows
         self.abs_sum += other.abs_sum
-        if self.cross is not None and other.cross is not None:
-            self.cross += other.cross
+        if self.wish is not None and other.wish is not None:
+            self.wish += other.wish
 
     def part(self, experts: slice | Tensor) -> Gram:
         """Some experts: a stretch, in the same memory (the Gram itself where it is all of them), or those of numbers
         int64, in that order and in memory of their own."""
         if isinstance(experts, slice) and experts == slice(None):
             return self
-        cross = None if self.cross is None else self.cross[experts]
-        return Gram(self.sum[experts], self.rows[experts], self.abs_sum[experts], cross)
+        wish = None if self.wish is None else self.wish[experts]
+        return Gram(self.sum[experts], self.rows[experts], self.abs_sum[experts], wish)
 
     def tensors(self) -> list[Tensor]:
         """Everything in it: sums, each of them."""
-        return [self.sum, self.rows, self.abs_sum] + ([] if self.cross is None else [self.cross])
+        return [self.sum, self.rows, self.abs_sum] + ([] if self.wish is None else [self.wish])
 
     def repeat(self, times: int) -> Gram:
         """All experts so many times over: expert e of repetition r is number r * E + e."""
@@ -81,10 +81,10 @@ class Gram:
         """diag(X^T X / rows), fp32 [E, K]; zero for an expert without rows."""
         return self.sum.diagonal(dim1=-2, dim2=-1) / self.rows.clamp(min=1)[:, None]
 
-    def drift(self) -> Tensor:
-        """(O - X)^T X / rows, fp32 [1, K, K]: how far the model has drifted from the original; needs `cross`."""
-        assert self.cross is not None
-        return self.cross / self.rows.clamp(min=1)[:, None, None] - self.hessian()
+    def wished(self) -> Tensor:
+        """R^T X / rows, fp32 [1, N, K]; needs `wish`."""
+        assert self.wish is not None
+        return self.wish / self.rows.clamp(min=1)[:, None, None]
 
     def abs_mean(self) -> Tensor:
         """E|x_j|, fp32 [E, K]; zero for an expert without rows."""
@@ -111,17 +111,17 @@ class Statistics:
         device: torch.device | str = "cpu",
         *,
         rest: bool = False,
-        cross: bool = False,
+        wishes: int = 0,
     ) -> Statistics:
         """Statistics that have seen nothing."""
         return cls(
-            tuple(Gram.zeros(experts, in_features, device, cross=cross) for _ in range(folds)),
+            tuple(Gram.zeros(experts, in_features, device, wishes=wishes) for _ in range(folds)),
             tuple(Gram.zeros(1, in_features, device) for _ in range(folds if rest else 0)),
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, original: Tensor | None = None) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, wish: Tensor | None = None) -> None:
         """Add rows to one fold; shapes as in `Gram.add`."""
-        self.folds[fold].add(x, offsets, original)
+        self.folds[fold].add(x, offsets, wish)
 
     def add_rest(self, x: Tensor, fold: int = 0) -> None:
         """Add rows x [T, K] that went to other experts of the layer, if those are kept."""
@@ -157,8 +157,8 @@ def together(folds: Iterable[Gram]) -> Gram:
     first, *others = folds
     if not others:
         return first
-    cross = None if first.cross is None else first.cross.clone()
-    total = Gram(first.sum.clone(), first.rows.clone(), first.abs_sum.clone(), cross)
+    wish = None if first.wish is None else first.wish.clone()
+    total = Gram(first.sum.clone(), first.rows.clone(), first.abs_sum.clone(), wish)
     for other in others:
         total.merge(other)
     return total

@@ -6,24 +6,24 @@ and after its weights are quantized runs once more over them, so that the next b
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sarqc.errors import ArgumentError, ModelError, NumericError, ResourceError
+from sarqc.errors import ArgumentError, ModelError, NumericError
 from sarqc.method.parts import Parts
 from sarqc.method.pooling import borrowing
 from sarqc.method.report import SolveReport
 from sarqc.method.rows import MAX_LOST
 from sarqc.method.statistics import Statistics
 from sarqc.method.strength import Strengths
+from sarqc.method.weight import QuantizedWeight
 from sarqc.model.absorb import find_folds
 from sarqc.model.ahead import Ahead
+from sarqc.model.closing import find_closing
 from sarqc.model.group import ALONE, Group
 from sarqc.model.passes import collect, gram_bytes, passes
 from sarqc.model.rescale import BlockScales
@@ -34,12 +34,10 @@ from sarqc.model.solving import Solving, Weights
 from sarqc.model.source import TensorSource
 from sarqc.model.states import States, cut, enter, windows_at_once
 from sarqc.model.targets import Target, Targets, check_group_size, targets
-from sarqc.spec import AUTO, QuantSpec, SolveSpec
+from sarqc.model.workbench import OnProgress, Recall, Workbench
+from sarqc.spec import QuantSpec, SolveSpec
 
 GRAM_BUDGET = 16 << 30
-
-OnProgress = Callable[[int, str], None]
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,6 @@ class Start:
     hidden: Parts | None
     stored: Callable[[int], tuple[Weights, dict[str, Tensor]]]
     strengths: Strengths = field(default_factory=Strengths)
-
-
-Recall = Callable[[int, Sequence[Share]], list[Statistics]]
-"""recall(block, shares): what is known of the inputs of these shares, one `Statistics` for each."""
 
 
 @torch.no_grad()
@@ -128,7 +122,7 @@ def run(
     ahead = Ahead(source) if read_ahead else None
     source = ahead or source
     solving = Solving(skeleton, source, quant, solve, target, start.strengths, group, widths)
-    work = _Work(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group, ahead)
+    work = Workbench(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group, ahead)
     with ahead or nullcontext():
         states = _enter(work, tokens, start, micro_batch, folds, room) if solve.gram else None
         if states and (start.hidden is None or solve.carry_error):
@@ -138,50 +132,12 @@ def run(
             yield _run_block(work, index, found, states)
 
 
-@dataclass
-class _Work:
-    skeleton: Skeleton
-    source: TensorSource
-    solve: SolveSpec
-    device: torch.device
-    dtype: torch.dtype | None
-    gram_budget: int
-    on_progress: OnProgress
-    recall: Recall | None
-    solving: Solving
-    group: Group
-    ahead: Ahead | None
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    current: str = ""
-    together: int = 1  # the most matrices whose Grams are held at once, and the bytes of those
-    gram_bytes: int = 0
-
-    def load(self, index: int) -> None:
-        """Load a block, and begin to read the one behind it."""
-        self.skeleton.load_block(index, self.source, self.device, self.dtype)
-        if self.ahead and index + 1 < len(self.skeleton.blocks):
-            parameters = self.skeleton.parameters(index + 1)
-            self.ahead.read(piece.name for name in parameters for piece in self.skeleton.pieces[name])
-
-    @contextmanager
-    def stage(self, index: int, name: str) -> Iterator[None]:
-        """Announce a stage and add its wall time to `seconds`."""
-        self.current = name
-        self.on_progress(index, name)
-        began = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-
 def _enter(
-    work: _Work, tokens: Tensor | None, start: Start, micro_batch: int | None, folds: int | None, room: Room
+    work: Workbench, tokens: Tensor | None, start: Start, micro_batch: int | None, folds: int | None, room: Room
 ) -> States:
     """The hidden states that the run begins with, cut into micro-batches."""
     group = work.group
-    folds = folds or (min(2, len(tokens)) if tokens is not None and work.solve.strength == AUTO else 1)
+    folds = folds or (min(2, len(tokens)) if tokens is not None and work.solve.judges else 1)
     if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
         shape = None if tokens is None else list(tokens.shape)
         raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
@@ -194,7 +150,7 @@ def _enter(
     )  # fmt: skip
 
 
-def _run_block(work: _Work, index: int, found: Targets, states: States | None) -> BlockResult:
+def _run_block(work: Workbench, index: int, found: Targets, states: States | None) -> BlockResult:
     skeleton, members = work.skeleton, found.of_block(index)
     work.seconds, work.notes = {}, []
     with work.stage(index, "load"):
@@ -205,24 +161,18 @@ def _run_block(work: _Work, index: int, found: Targets, states: States | None) -
         else:
             glance = states.glance().to(work.device)
             sites = find_sites(skeleton, index, members, glance)
-    known = work.solving.strengths.copy()
-
-    def attempt() -> tuple[Weights, list[SolveReport], BlockScales | None]:
-        work.solving.begin(known)  # what a failed attempt was told is asked, and counted, again
-        return _solve_sites(work, index, sites, states)
-
-    weights, reports, scales = _with_memory(work, index, states, attempt)
+    if states is not None and states.original is not None:
+        weights, reports, scales = _solve_in_two(work, index, sites, states)
+    else:
+        weights, reports, scales = _solve(work, index, sites, states, {})
     lost = [target.linear for target in members if target.linear not in weights]
     if lost:
         raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
-    if states is not None and states.original is not None:
-        with work.stage(index, "replay"):  # as long as the block is what it was
-            _with_memory(work, index, states, lambda: _move_original_on(work, index, states))
     changed = scales.fold_in() if scales else {}
     leaving = None
     if states is not None and index + 1 < len(skeleton.blocks):
         with work.stage(index, "replay"):
-            _with_memory(work, index, states, lambda: _replay(work, index, members, states, weights, changed))
+            work.with_memory(index, states, lambda: _replay(work, index, members, states, weights, changed))
             _check_leaving(work, index, states)
             leaving = states.whole(work.group)
     skeleton.unload_block(index)
@@ -230,18 +180,49 @@ def _run_block(work: _Work, index: int, found: Targets, states: States | None) -
     return BlockResult(index, ordered, reports, dict(work.seconds), changed, list(dict.fromkeys(work.notes)), leaving)
 
 
+_Solved = tuple[Weights, list[SolveReport], BlockScales | None]
+
+
+def _solve(
+    work: Workbench, index: int, sites: Sequence[Site], states: States | None, before: Mapping[Target, QuantizedWeight]
+) -> _Solved:
+    """Some sites of a block in which the weights `before` are quantized already, with less at once where it must be."""
+    known = work.solving.strengths.copy()
+
+    def attempt() -> _Solved:
+        work.solving.begin(known)  # what a failed attempt was told is asked, and counted, again
+        for target, weight in before.items():  # and the block was loaded anew
+            write_back(work.skeleton.model, target, weight)
+        return _solve_sites(work, index, sites, states)
+
+    return work.with_memory(index, states, attempt)
+
+
+def _solve_in_two(work: Workbench, index: int, sites: Sequence[Site], states: States) -> _Solved:
+    """The layer that closes the block after all others, so that it can make up for what they did, and those before."""
+    closing = find_closing(work.skeleton, index, sites, states.glance().to(work.device))
+    others = [site for site in sites if closing is None or site.name != closing.name]
+    weights, reports, scales = _solve(work, index, others, states, {})
+    with work.stage(index, "replay"):  # as long as the block is what it was
+        work.with_memory(index, states, lambda: _move_original_on(work, index, states))
+    if closing is None:
+        work.notes.append(f"{work.skeleton.prefix}.{index} has no layer that could make up for earlier errors")
+        return weights, reports, scales
+    before = {target: weights[target.linear] for site in others for target in site.members}
+    closed, told, _ = _solve(work, index, [closing], states, before)
+    return weights | closed, reports + told, scales
+
+
 def _solve_sites(
-    work: _Work, index: int, sites: Sequence[Site], states: States | None
+    work: Workbench, index: int, sites: Sequence[Site], states: States | None
 ) -> tuple[Weights, list[SolveReport], BlockScales | None]:
     """Observe and solve all sites of a block, as many at a time as the Grams have room for."""
     weights: Weights = {}
     reports: list[SolveReport] = []
     folds = states.folds if states else 0
-    portions = list(passes(sites, folds, work.gram_budget, work.solve))
+    portions = list(passes(sites, folds, work.gram_budget))
     work.together = max((sum(share.stop - share.first for share in shares) for shares in portions), default=1)
-    work.gram_bytes = max(
-        (sum(gram_bytes(share, folds, work.solve) for share in shares) for shares in portions), default=0
-    )
+    work.gram_bytes = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
     scales, collected = None, None
     if work.solve.channel_scale and states is not None:
         scales, collected = _scale(work, index, sites, portions, states)
@@ -256,7 +237,7 @@ def _solve_sites(
     return weights, reports, scales
 
 
-def _observe(work: _Work, index: int, shares: Sequence[Share], states: States) -> list[Statistics]:
+def _observe(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[Statistics]:
     """Statistics of every share, recalled or from a pass of all windows through the block."""
     if work.recall:
         return work.recall(index, shares)
@@ -267,7 +248,7 @@ def _observe(work: _Work, index: int, shares: Sequence[Share], states: States) -
 
 
 def _scale(
-    work: _Work, index: int, sites: Sequence[Site], portions: Sequence[Sequence[Share]], states: States
+    work: Workbench, index: int, sites: Sequence[Site], portions: Sequence[Sequence[Share]], states: States
 ) -> tuple[BlockScales, list[Statistics] | None]:
     """The channel scales of a block, all before any of its weights is quantized, because scales end up in weights of
     other sites; and the statistics, where those of all sites fit at once and need not be collected again."""
@@ -286,43 +267,6 @@ def _scale(
     return scales, collected if len(portions) == 1 else None
 
 
-def _with_memory(work: _Work, index: int, states: States | None, attempt: Callable[[], _Result]) -> _Result:
-    """`attempt()`, again with less at once for as long as the device runs out of memory."""
-    while True:
-        try:
-            return attempt()
-        except torch.OutOfMemoryError as error:
-            reason = str(error).partition("\n")[0]
-        # Only out here are the frames of the attempt gone, and with them the tensors that filled the device.
-        _take_less(work, index, states, reason)
-
-
-def _take_less(work: _Work, index: int, states: States | None, reason: str) -> None:
-    """Halve the micro-batch or the Grams, and load the block again; `ResourceError` where neither can be halved."""
-    skeleton, place = work.skeleton, f"{work.device} has no memory left at {work.skeleton.prefix}.{index}"
-    skeleton.unload_block(index)
-    if work.device.type == "cuda":
-        torch.cuda.empty_cache()
-    # Replays are each rank's own; in all other stages every rank is here, and must take the same way.
-    apart = states is None or work.current == "replay"
-    before = 0 if states is None else states.micro_batch
-    before = before if apart else max(work.group.gather(before))
-    if states is not None and work.current != "solve" and before > 1:
-        states.halve()
-        skeleton.load_outer(work.source, work.device, work.dtype)
-        states.prepare(skeleton)
-        skeleton.unload_outer()
-        work.notes.append(f"{place} ({reason}): micro-batch of {before} windows halved")
-    elif states is not None and work.current != "replay" and work.together > 1:
-        work.gram_budget = min(work.gram_budget // 2, work.gram_bytes // 2)
-        work.notes.append(f"{place} ({reason}): {work.together} Grams at a time halved")
-    else:
-        raise ResourceError(
-            f"{place} ({reason}), with one window and one Gram at a time: use a device with more memory or --device cpu"
-        )
-    skeleton.load_block(index, work.source, work.device, work.dtype)
-
-
 def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
     """`NumericError` naming the first targeted layer with a weight that is not finite."""
     for parameter in dict.fromkeys(target.parameter for target in members):
@@ -337,7 +281,7 @@ def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
 
 
 def _replay(
-    work: _Work,
+    work: Workbench,
     index: int,
     members: Sequence[Target],
     states: States,
@@ -357,7 +301,7 @@ def _replay(
     states.move_on(lambda hidden: work.skeleton.call_block(index, hidden), work.device)
 
 
-def _check_leaving(work: _Work, index: int, states: States) -> None:
+def _check_leaving(work: Workbench, index: int, states: States) -> None:
     """`NumericError` where too much of what leaves a block, on all ranks, is not finite; a note where something is."""
     counted = work.group.gather((states.lost_rows(), states.hidden.shape[0] * states.hidden.shape[1]))
     lost, rows = map(sum, zip(*counted))
@@ -368,17 +312,17 @@ def _check_leaving(work: _Work, index: int, states: States) -> None:
         work.notes.append(where)
 
 
-def _move_original_on(work: _Work, index: int, states: States) -> None:
+def _move_original_on(work: Workbench, index: int, states: States) -> None:
     states.move_original_on(lambda hidden: work.skeleton.call_block(index, hidden), work.device)
 
 
-def _pass_done(work: _Work, index: int, members: Sequence[Target], states: States, start: Start) -> None:
+def _pass_done(work: Workbench, index: int, members: Sequence[Target], states: States, start: Start) -> None:
     """Move whatever hidden states are not there yet through a block that was quantized before."""
     work.load(index)
     with work.stage(index, "replay"):
-        _with_memory(work, index, states, lambda: _move_original_on(work, index, states))
+        work.with_memory(index, states, lambda: _move_original_on(work, index, states))
         if start.hidden is None:
             weights, changed = start.stored(index)
-            _with_memory(work, index, states, lambda: _replay(work, index, members, states, weights, changed))
+            work.with_memory(index, states, lambda: _replay(work, index, members, states, weights, changed))
             _check_leaving(work, index, states)
     work.skeleton.unload_block(index)

@@ -23,7 +23,6 @@ from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.states import GLANCE, cut, windows_at_once
 from sarqc.model.targets import Targets
-from sarqc.spec import SolveSpec
 
 
 @torch.no_grad()
@@ -52,7 +51,7 @@ def collect(
         skeleton.load_block(index, source, skeleton.device, skeleton.dtype)
         glance = hidden[:1, :GLANCE].to(skeleton.device)
         sites = find_sites(skeleton, index, found.of_block(index), glance)
-        portions = list(passes(sites, folds, gram_budget, SolveSpec(), cut=False))
+        portions = list(passes(sites, folds, gram_budget, cut=False))
         for number, shares in enumerate(portions, start=1):
             part, last = [share.site for share in shares], number == len(portions)
             for size, kept in _observe(skeleton, index, part, hidden, batches, folds, last=last):

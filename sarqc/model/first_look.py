@@ -154,7 +154,7 @@ def _begin(
     sites = find_sites(skeleton, index, found.of_block(index), states.hidden[:1, :GLANCE].to(device))
     losses: dict[str, WidthLosses] = {}
     weights: dict[str, list[tuple[Target, QuantizedWeight]]] = {site.name: [] for site in sites}
-    for shares in passes(sites, FOLDS, gram_budget, solve):
+    for shares in passes(sites, FOLDS, gram_budget):
         collected, _ = collect(skeleton, index, shares, states, solve, device)
         for share, statistics in zip(shares, collected):
             name = share.site.name

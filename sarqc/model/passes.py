@@ -1,9 +1,8 @@
 """Statistics of a block's sites, in as many passes of the text as their Grams need room for.
 
 A Gram takes K^2 floats for every expert and fold. What does not fit the byte budget at once waits for a further pass;
-sites are cut between experts, so one expert of one site is the least that must fit. Where sites are to make up for
-earlier errors, the original model's hidden states go through the block beside the quantized model's, and what both feed
-a site meets here, micro-batch by micro-batch.
+sites are cut between experts, so one expert of one site is the least that must fit. A site that closes its block also
+sees what leaves the block, and where the original model's hidden states, already moved on, say it should have been.
 """
 
 from __future__ import annotations
@@ -23,30 +22,22 @@ from sarqc.model.states import States
 from sarqc.spec import SolveSpec
 
 
-def gram_bytes(share: Share, folds: int, solve: SolveSpec) -> int:
+def gram_bytes(share: Share, folds: int) -> int:
     """Bytes of the Grams of a share."""
-    return _each(share.site, folds, solve) * (share.stop - share.first)
+    return _each(share.site, folds) * (share.stop - share.first)
 
 
-def _each(site: Site, folds: int, solve: SolveSpec) -> int:
-    return 4 * folds * site.in_features**2 * (2 if _crosses(site, solve) else 1)
+def _each(site: Site, folds: int) -> int:
+    return 4 * folds * site.in_features * (site.in_features + site.wishes)
 
 
-def _crosses(site: Site, solve: SolveSpec) -> bool:
-    """Whether a site has a second matrix, of what the original model feeds it; the tokens of experts have none, because
-    the two models may route them apart."""
-    return solve.carry_error and site.experts == 1
-
-
-def passes(
-    sites: Sequence[Site], folds: int, budget: int, solve: SolveSpec, *, cut: bool = True
-) -> Iterator[list[Share]]:
+def passes(sites: Sequence[Site], folds: int, budget: int, *, cut: bool = True) -> Iterator[list[Share]]:
     """Portions of the sites whose Grams fit the budget; one expert always does. cut: sites may be cut between experts,
     otherwise one whole site always fits."""
     portion: list[Share] = []
     room = budget
     for site in sites:
-        each = _each(site, folds, solve)
+        each = _each(site, folds)
         first = 0
         while first < site.experts:
             fitting = site.experts - first if not each else min(site.experts - first, room // each)
@@ -138,31 +129,30 @@ def _one_pass(
     """This rank's windows once; with `lost`, rows that are not finite are left out and counted there, by share."""
     kept = [_empty(share, states.folds, solve, device) for share in shares]
     fold = 0
-    originals: dict[str, Tensor] = {}
-
-    def remember(site: Site, x: Tensor, offsets: Tensor | None) -> None:
-        if offsets is None:
-            originals[site.name] = x
+    waiting: list[tuple[Site, Tensor]] = []
 
     def sink(site: Site, x: Tensor, offsets: Tensor | None) -> None:
-        original = originals.pop(site.name, None)
+        if site.closes:
+            waiting.append((site, x))  # for what leaves the block
+        else:
+            take(site, x, offsets, None)
+
+    def take(site: Site, x: Tensor, offsets: Tensor | None, wish: Tensor | None) -> None:
         for number, (share, statistics) in enumerate(zip(shares, kept)):
             if share.site is not site:
                 continue
-            own, bounds = x, offsets
+            own, bounds, wished = x, offsets, wish
             if lost is not None:
-                # A row counts where both models' are finite: they are stacked, so that they go or stay together.
-                stacked = own if original is None else torch.cat([own, original], -1)
-                stacked, bounds = finite_rows(stacked, bounds)
+                # A row and its wish are stacked, so that they go or stay together.
+                stacked, bounds = finite_rows(own if wish is None else torch.cat([own, wish], -1), bounds)
                 lost[number] += len(own) - len(stacked)
-                own = stacked[:, : own.shape[-1]]
-                original = None if original is None else stacked[:, own.shape[-1] :]
+                own, wished = stacked[:, : own.shape[-1]], None if wish is None else stacked[:, own.shape[-1] :]
             if bounds is not None and not share.whole:
                 first, last = bounds[share.first], bounds[share.stop]
                 statistics.add_rest(own[:first], fold)
                 statistics.add_rest(own[last:], fold)
                 own, bounds = own[first:last], bounds[share.first : share.stop + 1] - first
-            statistics.add(own, bounds, fold, original=original)
+            statistics.add(own, bounds, fold, wish=wished)
 
     sites = list(dict.fromkeys(share.site for share in shares))
     for fold in range(states.folds):
@@ -170,11 +160,12 @@ def _one_pass(
         if group.ordered:
             group.take_over_(sums)
         for hidden, original in states.of_fold(fold):
-            if original is not None:
-                with observe(skeleton, sites, remember):
-                    skeleton.call_block(index, original.to(device))
             with observe(skeleton, sites, sink, solve.gate_weight):
-                skeleton.call_block(index, hidden.to(device))
+                leaving = skeleton.call_block(index, hidden.to(device))
+            while waiting:
+                assert original is not None
+                site, x = waiting.pop()
+                take(site, x, None, _drift(original.to(device), leaving))
         if group.ordered:
             group.hand_on(sums)
     return kept
@@ -188,5 +179,16 @@ def _empty(share: Share, folds: int, solve: SolveSpec, device: torch.device) -> 
         folds,
         device,
         rest=solve.borrow > 0 and not share.whole,
-        cross=_crosses(share.site, solve),
+        wishes=share.site.wishes,
     )
+
+
+def _drift(original: Tensor, leaving: Tensor) -> Tensor:
+    """What each row of `leaving` [B, L, H] lacks of the original's, [B * L, H].
+
+    The first token of a window is asked for nothing: in most models it carries activations thousands of times those of
+    the others, so that its drift would drown theirs, and it is what all others rest their attention on.
+    """
+    lacking = original - leaving
+    lacking[:, 0] = 0
+    return lacking.flatten(0, 1)

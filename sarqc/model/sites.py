@@ -25,12 +25,19 @@ from sarqc.model.targets import Target
 
 @dataclass(frozen=True)
 class Site:
-    """Layers with one input tensor. name: of its first member. in_features: K. experts: E, 1 for Linears."""
+    """Layers with one input tensor. name: of its first member. in_features: K. experts: E, 1 for Linears.
+    closes: whether its outputs go straight into what leaves the block, and are asked to make up for earlier errors."""
 
     name: str
     members: tuple[Target, ...]
     experts: int
     in_features: int
+    closes: bool = False
+
+    @property
+    def wishes(self) -> int:
+        """N where something is asked of the outputs, else 0."""
+        return sum(rows for _, _, rows in self.slabs) if self.closes else 0
 
     @property
     def slabs(self) -> tuple[tuple[str, int, int], ...]:

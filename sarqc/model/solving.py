@@ -93,8 +93,8 @@ class Solving:
         """All members of these shares quantized, on the CPU of every rank, and a report of each share."""
         if collected is not None:
             self.choose(index, shares, collected)
-            if not self.solve.carry_error:  # which alone asks once more what each fold saw
-                for statistics in collected:
+            for statistics in collected:
+                if statistics.folds[0].wish is None:  # which alone is judged once more fold by fold
                     statistics.merge_folds()
         todo = pieces(shares, self.group.size, self.device, gram=collected is not None)
 

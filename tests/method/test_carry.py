@@ -16,7 +16,9 @@ SPEC = SolveSpec(strength=0.3, carry_error=True)
 STRENGTH = torch.tensor([0.3])
 
 
-def drifted(rows: int, size: int, outputs: int, generator: torch.Generator, noise: float = 0.1) -> tuple[Tensor, Tensor]:
+def drifted(
+    rows: int, size: int, outputs: int, generator: torch.Generator, noise: float = 0.1
+) -> tuple[Tensor, Tensor]:
     """Inputs of a site, and what its outputs should gain: some of it follows from the inputs, the rest is noise."""
     x = torch.randn(rows, size, generator=generator)
     follows = torch.randn(size, outputs, generator=torch.Generator().manual_seed(7)) / size**0.5
@@ -58,7 +60,9 @@ def test_completing_the_square(generator):
             output = (y @ q.T - y @ w.T - share * r).pow(2).sum() / 40
             direct = output + ((q - w) @ anchor * (q - w)).sum()
             constants.append(float(direct - ((q - target) @ metric * (q - target)).sum()))
-        assert constants == pytest.approx([constants[0]] * 3, rel=1e-4)
+        assert constants == pytest.approx(
+            [constants[0]] * 3, rel=1e-3
+        )  # H is fp32, and the constants are what is left of terms a hundred times as large
 
 
 def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
@@ -102,9 +106,10 @@ def test_the_output_comes_nearer_to_what_it_should_be_on_new_text(generator):
     x, wish = folds[2]
     errors = {}
     for carry in (False, True):
+        statistics = seen(*folds[:2]) if carry else seen(*((rows, rows.new_zeros(200, 24)) for rows, _ in folds[:2]))
         spec = solve_spec(strength=0.1, carry_error=carry)
         quantized, report = solve_site(
-            "s", weight, seen(*folds[:2]), QuantSpec(bits=4, group_size=32), spec, scale_dtype=torch.bfloat16
+            "s", weight, statistics, QuantSpec(bits=4, group_size=32), spec, scale_dtype=torch.bfloat16
         )
         errors[carry] = float((x @ quantized.dequantize()[0].T - x @ weight[0].T - wish).pow(2).sum())
         assert (report.carried > 0.5) is carry

@@ -15,7 +15,6 @@ from sarqc.model.sharing import SOLVE_BYTES, cost, deal, pieces, positions, renu
 from sarqc.model.sites import Share, Site
 from sarqc.model.states import cut
 from sarqc.model.targets import Target
-from sarqc.spec import solve_spec
 
 
 def site(name, experts, rows, columns):
@@ -85,7 +84,7 @@ def test_many_like_experts_are_shared_evenly():
 
 def test_no_portion_holds_more_than_one_gram_where_none_fits_the_budget():
     sites = [site("a", 4, 16, 64), site("b", 2, 16, 64)]
-    found = list(passes(sites, 1, 1, solve_spec("gptq")))
+    found = list(passes(sites, 1, 1))
     assert [[(share.site.name, share.first, share.stop) for share in portion] for portion in found] == [
         [(name, e, e + 1)] for name, experts in (("a", 4), ("b", 2)) for e in range(experts)
     ]

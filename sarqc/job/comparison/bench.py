@@ -32,6 +32,7 @@ from sarqc.model.source import Overlay
 from sarqc.model.states import GLANCE
 from sarqc.model.targets import Targets
 from sarqc.model.tokenizer import load_tokenizer
+from sarqc.model.workbench import Recall
 from sarqc.spec import QuantSpec, SolveSpec, to_json
 
 FOLDS = 2
@@ -230,7 +231,7 @@ def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> di
 
 def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> Iterator[blocks.BlockResult]:
     tokens, size = None, cell.windows
-    recall: blocks.Recall | None = None
+    recall: Recall | None = None
     if grams is not None and size is not None:
         tokens = bench.calibration.tokens[:1, :GLANCE]
 

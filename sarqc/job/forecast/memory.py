@@ -18,7 +18,6 @@ from sarqc.model.passes import gram_bytes, passes
 from sarqc.model.sharing import pieces, solving_bytes
 from sarqc.model.sites import Share, Site
 from sarqc.model.targets import Target
-from sarqc.spec import AUTO
 
 STAGES = ("embed", "load", "observe", "solve", "replay", "write")
 
@@ -72,7 +71,7 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
     """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
     width, states, ahead = plan.dtype.itemsize, waiting.states, waiting.ahead
     tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
-    apart = plan.quant.avg_bits is not None or (plan.solve.strength == AUTO and windows > 1)
+    apart = windows > 1 and (plan.quant.avg_bits is not None or plan.solve.judges)
     folds = 0 if not windows else 2 if apart else 1
     tensor = max(shapes.stored_bytes(plan, name) for name in plan.source.names())
     outer = width * _outer(plan)
@@ -114,8 +113,8 @@ def _outer(plan: Plan) -> int:
 
 def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
     """Bytes of the Grams that are held at once, and of solving the largest share beside them."""
-    portions = list(passes(sites, folds, plan.settings.gram_budget, plan.solve))
-    grams = max((sum(gram_bytes(share, folds, plan.solve) for share in shares) for shares in portions), default=0)
+    portions = list(passes(sites, folds, plan.settings.gram_budget))
+    grams = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
     solved = [piece.share for shares in portions for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
     solving = max((solving_bytes(share, folds > 0) for share in solved), default=0)
     choosing = max((_choosing(share) for shares in portions for share in shares), default=0) if folds > 1 else 0
