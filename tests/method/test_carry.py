@@ -112,5 +112,5 @@ def test_the_output_comes_nearer_to_what_it_should_be_on_new_text(generator):
             "s", weight, statistics, QuantSpec(bits=4, group_size=32), spec, scale_dtype=torch.bfloat16
         )
         errors[carry] = float((x @ quantized.dequantize()[0].T - x @ weight[0].T - wish).pow(2).sum())
-        assert (report.carried > 0.5) is carry
+        assert (report.carried > 0.4) is carry
     assert errors[True] < 0.6 * errors[False]
