@@ -113,4 +113,4 @@ def test_the_output_comes_nearer_to_what_it_should_be_on_new_text(generator):
         )
         errors[carry] = float((x @ quantized.dequantize()[0].T - x @ weight[0].T - wish).pow(2).sum())
         assert (report.carried > 0.4) is carry
-    assert errors[True] < 0.6 * errors[False]
+    assert errors[True] < errors[False] - 0.4 * float(wish.pow(2).sum())  # half a share leaves a quarter of a wish
