@@ -180,8 +180,8 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("sarqc-awq", "the same, regularised by saliency", _ROUND | {"channel_scale": True}),
     ("gptq", "the Gram solver as the common tools ship it", _GPTQ),
     ("rqc-gptq", "Gram solver, regularised evenly, searched grids", {"saliency": "iso"}),
-    ("sarqc-gptq", "Gram solver, regularised by saliency, searched grids", {}),
-    ("sarqc", "channel scales, then sarqc-gptq", {"channel_scale": True}),
+    ("sarqc-gptq", "the same by saliency; last layers make up for earlier errors", {"carry_error": True}),
+    ("sarqc", "channel scales, then the Gram solver, regularised by saliency", {"channel_scale": True}),
 )
 METHODS: dict[str, SolveSpec] = {name: SolveSpec(method=name, **fields) for name, _, fields in _TABLE}
 """Presets. `gptq` is what GPTQ tools do: damping 0.01 of the mean diagonal, min-max grids, static activation order.

@@ -25,8 +25,8 @@ CarryErrorOption = Annotated[
     bool | None,
     typer.Option(
         "--carry-error/--no-carry-error",
-        help="Make up for the errors of earlier blocks, as far as held-out text allows; twice the forward passes. "
-        "Default: off, which measured better.",
+        help="Let the last layer of each block make up for all errors before it, as far as held-out text allows. "
+        "Twice the forward passes. Default: on for sarqc-gptq, off for all others.",
     ),
 ]
 CalibOption = Annotated[

@@ -125,8 +125,8 @@ def run(
     work = Workbench(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group, ahead)
     with ahead or nullcontext():
         states = _enter(work, tokens, start, micro_batch, folds, room) if solve.gram else None
-        if states and (start.hidden is None or solve.carry_error):
-            for index in range(start.block):
+        for index in range(start.block if states else 0):
+            if states and (start.hidden is None or states.original is not None):
                 _pass_done(work, index, found.of_block(index), states, start)
         for index in range(start.block, len(skeleton.blocks)):
             yield _run_block(work, index, found, states)
@@ -161,6 +161,8 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
         else:
             glance = states.glance().to(work.device)
             sites = find_sites(skeleton, index, members, glance)
+            if index == 0 and not _keeps_original(work, sites, states):
+                work.notes.append("no layer of the first block closes it: earlier errors are not made up for")
     if states is not None and states.original is not None:
         weights, reports, scales = _solve_in_two(work, index, sites, states)
     else:
@@ -206,11 +208,22 @@ def _solve_in_two(work: Workbench, index: int, sites: Sequence[Site], states: St
     with work.stage(index, "replay"):  # as long as the block is what it was
         work.with_memory(index, states, lambda: _move_original_on(work, index, states))
     if closing is None:
-        work.notes.append(f"{work.skeleton.prefix}.{index} has no layer that could make up for earlier errors")
         return weights, reports, scales
     before = {target: weights[target.linear] for site in others for target in site.members}
     closed, told, _ = _solve(work, index, [closing], states, before)
     return weights | closed, reports + told, scales
+
+
+def _keeps_original(work: Workbench, sites: Sequence[Site], states: States) -> bool:
+    """Whether the original's states are of use, as block 0, which is loaded, shows; they are let go where not.
+
+    Models of routed experts alone have no layer that closes a block; to find that out for every block would cost them
+    a second model's forward passes.
+    """
+    if states.original is None or find_closing(work.skeleton, 0, sites, states.glance().to(work.device)):
+        return True
+    states.original = None
+    return False
 
 
 def _solve_sites(
@@ -319,6 +332,8 @@ def _move_original_on(work: Workbench, index: int, states: States) -> None:
 def _pass_done(work: Workbench, index: int, members: Sequence[Target], states: States, start: Start) -> None:
     """Move whatever hidden states are not there yet through a block that was quantized before."""
     work.load(index)
+    if index == 0:
+        _keeps_original(work, find_sites(work.skeleton, 0, members, states.glance().to(work.device)), states)
     with work.stage(index, "replay"):
         work.with_memory(index, states, lambda: _move_original_on(work, index, states))
         if start.hidden is None:

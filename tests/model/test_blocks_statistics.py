@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
+from sarqc.method.parts import Parts
 from sarqc.method.strength import GRID, Strengths
 from sarqc.model import blocks, sharing, solving
 from sarqc.model.sites import write_back
@@ -15,7 +16,8 @@ from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec, solve_spec
 
 QUANT = QuantSpec(bits=3, group_size=32)
-AUTO = solve_spec("sarqc-gptq")
+AUTO = solve_spec("sarqc-gptq", carry_error=False)
+CARRY = solve_spec("sarqc-gptq", carry_error=True)
 
 
 def run(case, solve=AUTO, **options):
@@ -79,7 +81,7 @@ def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny,
 
 
 def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, handed_over):
-    list(run(tiny("llama"), solve_spec(strength=0.5)))
+    list(run(tiny("llama"), solve_spec(strength=0.5, carry_error=False)))
     assert all(len(statistics.folds) == 1 for statistics in handed_over.values())
     case = tiny("llama")
     results = list(blocks.run(case.skeleton(), case.source, case.tokens[:1], QUANT, AUTO))
@@ -162,10 +164,35 @@ def test_what_leaves_the_blocks_is_nearer_to_the_original(tiny):
 
 @pytest.mark.parametrize(("kind", "closes"), [("llama", True), ("gemma3", False), ("qwen3_moe", False)])
 def test_only_a_layer_that_writes_into_the_stream_closes_a_block(tiny, kind, closes):
-    """down_proj of a dense block; not one with a norm behind it, nor routed experts."""
-    results = list(run(tiny(kind), solve_spec(strength=0.3, carry_error=True), micro_batch=2))
-    told = [note for result in results for note in result.notes if "no layer that could make up" in note]
-    assert len(told) == (0 if closes else len(results))
+    """down_proj of a dense block; not one with a norm behind it, nor routed experts: their original is let go."""
+    case = tiny(kind)
+    results = list(run(case, solve_spec(strength=0.3, carry_error=True), micro_batch=2))
+    told = [note for result in results for note in result.notes if "earlier errors are not made up for" in note]
+    assert len(told) == (0 if closes else 1)
+    without = list(run(case, solve_spec(strength=0.3, carry_error=False), micro_batch=2, folds=2))
+    assert all(same(*pair) for pair in zip(results, without, strict=True)) is not closes
+
+
+def test_going_on_carries_the_same_errors(tiny):
+    """From a later block, with its states at hand or made again: the original starts before block 0 either way."""
+    case = tiny("llama")
+    whole = list(run(case, CARRY, micro_batch=2))
+    assert all(result.reports[-1].carried > 0 for result in whole[1:])
+    *_, last = whole
+    for hidden in (None, "kept"):
+        kept = []
+        for result in run(case, CARRY, micro_batch=2):
+            kept.append(torch.stack([row.clone() for row in result.leaving.rows()]) if result.leaving else None)
+        before = kept[last.index - 1] if hidden else None
+        strengths = Strengths.restored(report.held_out for result in whole[:-1] for report in result.reports)
+        start = blocks.Start(
+            last.index,
+            None if before is None else Parts.of(before),
+            lambda index: (whole[index].weights, whole[index].changed),
+            strengths,
+        )
+        (again,) = run(case, CARRY, micro_batch=2, start=start)
+        assert same(again, last)
 
 
 def test_what_is_carried_is_exactly_the_original(tiny, monkeypatch):

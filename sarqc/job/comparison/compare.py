@@ -136,7 +136,8 @@ def parse_method(method: str, seed: int) -> SolveSpec:
         fixed = float(strength) if at else None
     except ValueError:
         raise ArgumentError(f"method = {method!r}: what follows @ must be a number, the strength") from None
-    return solve_spec(name, strength=fixed, seed=seed)
+    # in one shot there are no earlier errors to make up for
+    return solve_spec(name, strength=fixed, seed=seed, carry_error=False)
 
 
 def _quants(
@@ -207,7 +208,7 @@ def _grams(folder: Path, missing: Sequence[Cell], seed: int) -> Grams:
 def _protocol(bench: Bench, model: str) -> dict[str, Any]:
     return {
         "model": model,
-        "mode": "one-shot: every block is solved on what the unquantized blocks before it put out",
+        "mode": "one-shot: every block is solved on what the unquantized blocks before it put out, without carry_error",
         "calibration": {"text": bench.calibration.text, "seqlen": bench.calibration.tokens.shape[1]},
         "texts": [text.windows.record() | {"perplexity": text.perplexity} for text in bench.texts],
         "dtype": str(bench.dtype).removeprefix("torch."),

@@ -109,9 +109,10 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             passed += PASSES * site.experts * rows * site.in_features
         busiest = _busiest(sites, ranks, plan.device, windows > 0)
         calls = CALLS * batches * latency
+        times = 2 if plan.solve.carry_error else 1  # the last layer is observed apart, and the original runs beside
         if windows:
-            spent["observe"] += (forward + grams) / rate + calls
-            spent["replay"] += forward / rate + calls
+            spent["observe"] += (times * forward + grams) / rate + times * calls
+            spent["replay"] += times * (forward / rate + calls)
             spent["solve"] += busiest * (solve / rate + CALLS_A_COLUMN * columns * latency)
         spent["solve"] += busiest * (passed / stream + 100 * len(sites) * latency)
         if looked:
