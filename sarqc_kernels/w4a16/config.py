@@ -90,9 +90,11 @@ class Plan:
         """What a table calls it."""
         return f"{'persistent' if self.resident else self.kernel} {self.tokens} splits {self.splits}"
 
-    def gated(self) -> Plan:
-        """The same for gate and up in one tile: what joins them takes registers, so that 256 rows would spill."""
-        return replace(self, rows=min(self.rows, TILE_ROWS))
+    def fitting(self, *, gated: bool, asymmetric: bool, experts: int) -> Plan:
+        """The same with tiles of 128 rows where 256 spill: gate and up in one tile, asymmetric codes by expert."""
+        if self.rows <= TILE_ROWS or not (gated or (asymmetric and experts)):
+            return self
+        return replace(self, rows=TILE_ROWS)
 
 
 def takes_group(group_size: int, inputs: int) -> bool:

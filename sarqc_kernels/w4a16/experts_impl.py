@@ -26,7 +26,7 @@ def w4a16_experts(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, rout
     first = choose(rows, gate_up.outputs, gate_up.inputs, gate_up.group_size, experts, card, gate_up.bits)
     second = choose(rows, down.outputs, down.inputs, down.group_size, experts, card, down.bits)
     with on_device(x):
-        parts = product(first.gated(), x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True)
+        parts = product(first, x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True)
         hidden = summed(parts, gate_up, routing.offsets, x.dtype, gated=True)
         return _combined(product(second, hidden, down, routing.offsets), x, routing)
 
@@ -50,7 +50,7 @@ def aot_jobs() -> list[AotJob]:
         card = Card(arch, 132)
         for plan, groups in configurations(card):
             if plan.kernel != "expand" and groups <= 2 and not (plan.kernel == "gemv" and plan.tokens > 1):
-                jobs.append(product_job(plan.gated(), arch, "bf16", groups, groups == 2, 128, gated=True))
+                jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, 128, gated=True))
         jobs.append(sum_job(arch, gated=True))
         jobs.append(_combine_job(arch))
     return jobs

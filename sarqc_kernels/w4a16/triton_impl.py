@@ -71,6 +71,7 @@ def product(
     if rows == 0:
         return parts
     experts = 0 if offsets is None else weight.words.shape[0]
+    plan = plan.fitting(gated=gated, asymmetric=weight.zeros is not None, experts=experts)
     # each expert has at most one tile that is not full, and none without a row
     tiles = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
     bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
@@ -163,6 +164,7 @@ def product_job(
     gated: bool = False, bits: int = 4,
 ) -> AotJob:  # fmt: skip
     """One product ahead of time; gated ones read their rows by index, as the experts' first product does."""
+    plan = plan.fitting(gated=gated, asymmetric=asymmetric, experts=experts)
     grid = f"g{128 // sub}{'a' if asymmetric else 's'}"
     said = (("persistent", plan.resident), ("ragged", not whole), ("gated", gated))
     kinds = [word for word, true in said if true]

@@ -77,7 +77,9 @@ def test_persistent_where_tiles_are_many_and_no_more_stand_idle() -> None:
     assert config.choose(128, 28672, 4096, 128, 0, h200) == config.dot(128, 1, h200)  # 112 tiles leave 20 idle
     assert config.choose(32768, 2048, 768, 128, 128, h200) == walking
     assert config.choose(2047, 4096, 4096, 128, 0, CARDS[0]).resident == 0
-    assert walking.gated().rows == 128 and config.dot(16, 1, h200).gated() == config.dot(16, 1, h200)
+    assert walking.fitting(gated=False, asymmetric=True, experts=0) == walking
+    assert walking.fitting(gated=True, asymmetric=False, experts=8) == replace(walking, rows=128)
+    assert walking.fitting(gated=False, asymmetric=True, experts=8) == replace(walking, rows=128)
 
 
 def test_groups_that_fit_bricks() -> None:
