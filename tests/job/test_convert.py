@@ -88,7 +88,7 @@ def test_quantize_writes_the_format_itself(tmp_path, symmetric):
 
 
 def test_three_bits_in_old_padded_words_become_dense(tmp_path):
-    from tests.checkpoint.test_pack_quantized import padded
+    from tests.checkpoint.test_padded_words import padded
 
     new = quantize("llama", tmp_path, bits=3)
     old = tmp_path / "old"

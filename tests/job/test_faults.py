@@ -31,7 +31,13 @@ from tests.support import tiny
 from tests.support.killing import in_child
 
 UP = "up_proj"
-SMALL = {"num_samples": 4, "seqlen": 64, "group_size": 32, "strength": 0.3}  # one fold, so one micro-batch
+SMALL = {
+    "num_samples": 4,
+    "seqlen": 64,
+    "group_size": 32,
+    "strength": 0.3,
+    "carry_error": False,
+}  # one fold, one micro-batch
 Case = namedtuple("Case", "source out expected patch outcomes")
 
 
@@ -227,7 +233,14 @@ def poisoned(case, windows):
 
     case.patch.setattr(Skeleton, "call_block", poison)
     return sarqc.quantize(
-        case.source, case.out, num_samples=128, seqlen=16, micro_batch=128, group_size=32, strength=0.3
+        case.source,
+        case.out,
+        num_samples=128,
+        seqlen=16,
+        micro_batch=128,
+        group_size=32,
+        strength=0.3,
+        carry_error=False,
     )
 
 

@@ -40,6 +40,16 @@ def source(tmp_path_factory):
 def test_a_watcher_sees_every_stage_of_every_block(source, tmp_path):
     diary = Diary()
     sarqc.quantize(source, tmp_path / "out", watcher=diary, **SMALL)
+    # all layers but the last, the original on its way, the last layer, and what was quantized on its way
+    block = ["load", "observe", "solve", "replay", "observe", "solve"]
+    first, second = ([f"{index} {stage}" for stage in block] for index in range(2))
+    expected = ["note", "note", "begin 2 done 0", *first, "0 replay", "done 0", *second, "done 1", "note"]
+    assert diary.lines == expected
+
+
+def test_without_errors_to_make_up_for_the_original_stays_at_home(source, tmp_path):
+    diary = Diary()
+    sarqc.quantize(source, tmp_path / "out", watcher=diary, carry_error=False, **SMALL)
     expected = ["note", "note", "begin 2 done 0", "0 load", "0 observe", "0 solve", "0 replay", "done 0"]
     assert diary.lines == [*expected, "1 load", "1 observe", "1 solve", "done 1", "note"]
 

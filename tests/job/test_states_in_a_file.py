@@ -23,7 +23,7 @@ from tests.support import tiny
 from tests.support.killing import count_operations, in_child
 from tests.support.ranks import in_ranks
 
-SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "micro_batch": 1, "strength": 0.3}
+SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "micro_batch": 1, "strength": 0.3, "carry_error": False}
 STATES = 4 * 32 * 64 * 4
 KILLS = 4
 
@@ -189,6 +189,12 @@ def test_a_single_block_has_no_next_one(tmp_path):
     assert preflight(source, tmp_path / "out", **SMALL).waiting.ahead == 0
 
 
+def test_the_original_beside_takes_as_much_again(source, tmp_path):
+    options = SMALL | {"carry_error": True}
+    assert preflight(source, tmp_path / "out", **options).waiting.states == 2 * STATES
+    assert preflight(source, tmp_path / "out", state_budget=STATES, **options).waiting.mapped == STATES
+
+
 def test_a_budget_below_nothing_is_refused(source, tmp_path):
     with pytest.raises(ArgumentError, match=r"state_budget = -1 is too small: use 0 or more"):
         preflight(source, tmp_path / "out", state_budget=-1, **SMALL)
@@ -199,7 +205,7 @@ def test_the_command_line_takes_gigabytes(source, tmp_path, monkeypatch):
 
     from sarqc.cli import app
 
-    options = ["--num-samples", "4", "--seqlen", "32", "--dry-run", "--json", "--state-budget"]
+    options = ["--num-samples", "4", "--seqlen", "32", "--no-carry-error", "--dry-run", "--json", "--state-budget"]
     for given, mapped in (("0", STATES), ("1e-3", 0)):
         done = CliRunner().invoke(app, ["quantize", str(source), "-o", str(tmp_path / "out"), *options, given])
         assert done.exit_code == 0 and json.loads(done.stdout)["waiting"]["mapped"] == mapped

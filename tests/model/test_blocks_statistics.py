@@ -12,6 +12,7 @@ from sarqc.method.parts import Parts
 from sarqc.method.strength import GRID, Strengths
 from sarqc.model import blocks, sharing, solving
 from sarqc.model.sites import write_back
+from sarqc.model.skeleton import Skeleton
 from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec, solve_spec
 
@@ -208,3 +209,24 @@ def test_what_is_carried_is_exactly_the_original(tiny, monkeypatch):
         case.model(case.tokens)
     hook.remove()
     torch.testing.assert_close(kept[0].original, seen[0], rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_runs_out_at_the_last_layer_costs_only_time(tiny, monkeypatch):
+    """The block is loaded anew, and the layers before are put back as they were quantized."""
+    case = tiny("llama")
+    stages, failed, call_block = [], [], Skeleton.call_block
+
+    def full(self, index, hidden):
+        if stages.count((1, "observe")) == 2 and not failed:
+            failed.append(len(hidden))
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return call_block(self, index, hidden)
+
+    plain = list(run(case, CARRY, micro_batch=2))
+    monkeypatch.setattr(Skeleton, "call_block", full)
+    progress = lambda index, name: stages.append((index, name))  # noqa: E731
+    again = list(run(case, CARRY, micro_batch=2, on_progress=progress))
+    assert failed == [2] and "micro-batch of 2 windows halved" in again[1].notes[0]
+    for a, b in zip(plain, again, strict=True):
+        differing = sum(int((a.weights[name].codes != b.weights[name].codes).sum()) for name in a.weights)
+        assert differing <= 0.01 * sum(weight.codes.numel() for weight in a.weights.values())
