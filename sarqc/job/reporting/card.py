@@ -107,7 +107,9 @@ def command(report: facts.Report) -> str:
     for key in ("strength", "saliency", "borrow", "gate_weight"):
         if key in solve and solve[key] != getattr(preset, key, None):
             words += [f"--{key.replace('_', '-')}", str(solve[key])]
-    words += ["--carry-error"] if solve.get("carry_error") is True else []
+    carry = solve.get("carry_error")
+    if isinstance(carry, bool) and carry != getattr(preset, "carry_error", False):
+        words.append("--carry-error" if carry else "--no-carry-error")
     if calibration:
         words += ["--calib", calibration["text"].rpartition("/")[2], "--num-samples", str(calibration["windows"])]
         words += ["--seqlen", str(calibration["seqlen"]), "--seed", str(solve.get("seed", 0))]

@@ -24,7 +24,7 @@ _SHARE = re.compile(r"^(.*)\[(\d+):(\d+)\]$")
 @dataclass(frozen=True)
 class SiteFacts:
     """One site. block: index of its decoder block, None where its name has none. kind: its name inside the block.
-    loss: error / error of plain rounding, None where that is zero. bits: 0 in reports that lack them."""
+    loss: error / error of plain rounding, None where that is zero. carried, bits: 0 in reports that lack them."""
 
     name: str
     block: int | None
@@ -33,6 +33,7 @@ class SiteFacts:
     rounding_error: float
     loss: float | None
     strength: float
+    carried: float
     bits: int
     rows: tuple[int, ...]
     record: dict[str, Any]
@@ -181,6 +182,7 @@ def _site(record: dict[str, Any]) -> SiteFacts:
         rounding_error=plain,
         loss=record["error"] / plain if plain > 0 else None,
         strength=record["strength"],
+        carried=record.get("carried", 0.0),
         bits=record.get("bits", 0),
         rows=tuple(record["rows"]),
         record=record,

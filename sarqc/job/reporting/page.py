@@ -52,6 +52,7 @@ def page(report: facts.Report) -> str:
         _quality(report),
         _widths(report),
         _strengths(report),
+        _carried(report),
         _experts(report),
         _worst(report),
         _fallbacks(report),
@@ -158,6 +159,17 @@ def _strengths(report: facts.Report) -> str:
     chart = line_chart(series, x_label="block", y_label="strength λ", kind="log")
     told = "The weight of the pull to the original weights, against the output error. More text needs less of it."
     return _section("How strongly weights were held", told, f"<figure>{chart}</figure>") if chart else ""
+
+
+def _carried(report: facts.Report) -> str:
+    found = [site for site in facts.sites(report) if site.carried > 0]
+    series = _by_kind(found, lambda site: site.carried, lambda v: f"share {v:.2f}")
+    chart = line_chart(series, x_label="block", y_label="share")
+    told = (
+        "The last layer of a block also aims at what leaves the block being the original model's again: this share of "
+        "the way, half of what the other half of the text says is best."
+    )
+    return _section("What last layers made up for", told, f"<figure>{chart}</figure>") if chart else ""
 
 
 def _by_kind(found: list[facts.SiteFacts], value: Any, said: Any) -> list[Series]:

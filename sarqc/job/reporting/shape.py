@@ -19,7 +19,7 @@ def check(report: Mapping[str, Any], where: str) -> None:
         _fields(report["quant"], {"avg_bits": _number, "choices": _counts}, f"{where}: quant")
     for index, site in enumerate(report["sites"]):
         _fields(site, _SITE, f"{where}: sites[{index}]")
-        _fields({"bits": 0} | site, {"bits": _number}, f"{where}: sites[{index}]")
+        _fields({"bits": 0, "carried": 0} | site, {"bits": _number, "carried": _number}, f"{where}: sites[{index}]")
     for key in ("blocks", "quality"):
         if not isinstance(report.get(key, []), list):
             raise CheckpointError(f"{where}: {key!r} is not what a report holds there")
