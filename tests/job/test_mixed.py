@@ -269,12 +269,16 @@ def test_a_dry_run_says_what_is_known(models, tmp_path):
 def test_every_option_reaches_the_run(models, tmp_path):
     words = ["quantize", str(models["qwen3_moe"]), "-o", str(tmp_path / "out"), "--avg-bits", "4", "--bits-choices"]
     words += ["3,4,8", "--group-size", "32", "--num-samples", "4", "--seqlen", "32", "--borrow", "0.5", "--gate-weight"]
-    result = CliRunner().invoke(app, [*words, "2", "--carry-error", "--json"])
+    result = CliRunner().invoke(app, [*words, "2", "--no-carry-error", "--json"])
     assert result.exit_code == 0, result.output
     report = reports.load(tmp_path / "out")
     assert report["quant"]["choices"] == [3, 4, 8]
-    assert (report["solve"]["borrow"], report["solve"]["gate_weight"], report["solve"]["carry_error"]) == (0.5, 2, True)
+    assert (report["solve"]["borrow"], report["solve"]["gate_weight"], report["solve"]["carry_error"]) == (
+        0.5,
+        2,
+        False,
+    )
     said = (tmp_path / "out" / "README.md").read_text()
-    assert "--borrow 0.5 --gate-weight 2 --carry-error" in said
+    assert "--borrow 0.5 --gate-weight 2 --no-carry-error" in said
     refused = CliRunner().invoke(app, [*words[:7], "3,x"])
     assert refused.exit_code != 0 and "bits_choices = '3,x'" in str(refused.exception) + refused.output
