@@ -79,7 +79,8 @@ def collect(
     notes = []
     for share, statistics, count in zip(shares, kept, lost):
         rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
-        where = f"{count} of {rows} rows of the inputs of {share.name} hold NaN or Inf on the calibration text"
+        what = f"the inputs of {share.name}{' or what leaves the block' if share.site.closes else ''}"
+        where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
         if count > MAX_LOST * rows or not _finite(statistics):
             raise NumericError(f"{where}; up to {MAX_LOST:.0%} are left out: look at the model, its dtype or the text")
         if count:
@@ -88,8 +89,11 @@ def collect(
 
 
 def _finite(statistics: Statistics) -> bool:
-    # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed.
-    return all(bool(torch.isfinite(fold.abs_sum).all()) for fold in (*statistics.folds, *statistics.rest))
+    # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed. What is
+    # wished for can overflow where they do not.
+    grams = (*statistics.folds, *statistics.rest)
+    sums = [gram.abs_sum for gram in grams] + [gram.wish for gram in grams if gram.wish is not None]
+    return all(bool(torch.isfinite(each).all()) for each in sums)
 
 
 def _all_ranks(

@@ -230,3 +230,20 @@ def test_memory_that_runs_out_at_the_last_layer_costs_only_time(tiny, monkeypatc
     for a, b in zip(plain, again, strict=True):
         differing = sum(int((a.weights[name].codes != b.weights[name].codes).sum()) for name in a.weights)
         assert differing <= 0.01 * sum(weight.codes.numel() for weight in a.weights.values())
+
+
+def test_a_row_that_leaves_the_block_infinite_is_left_out_though_what_enters_the_layer_is_sound(tiny, monkeypatch):
+    """As where fp16 overflows in the last layer's output: one row of five windows, in both streams."""
+    case, call_block = tiny("llama"), Skeleton.call_block
+
+    def overflowing(self, index, hidden):
+        leaving = call_block(self, index, hidden)
+        if index == 1 and hidden.shape[:2] == (1, case.tokens.shape[1]):  # the one window that is a batch of its own
+            leaving[0, 5, 0] = float("inf")
+        return leaving
+
+    monkeypatch.setattr(Skeleton, "call_block", overflowing)
+    *_, last = run(case, CARRY, micro_batch=2)
+    assert any(f"1 of {case.tokens.numel()} rows" in note and "down_proj" in note for note in last.notes)
+    assert last.reports[-1].carried > 0
+    assert all(bool(torch.isfinite(weight.scales).all()) for weight in last.weights.values())
