@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from sarqc.model.evaluate import perplexity
 from sarqc.model.first_look import look
 from sarqc.model.sites import write_back
 from sarqc.model.skeleton import Skeleton
+from sarqc.model.states import windows_at_once
 from sarqc.model.targets import targets
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.spec import AUTO, QuantSpec, SolveSpec, solve_spec
@@ -84,7 +86,7 @@ def first_look(
         solve,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        micro_batch=lambda length: max(1, blocks.TOKENS_AT_ONCE["cpu"] // length),
+        micro_batch=partial(windows_at_once, torch.device("cpu")),
         gram_budget=blocks.GRAM_BUDGET,
     )
     chosen = choose([site for _, site in sites], quant)
