@@ -15,7 +15,7 @@ windows, one copy for every site so far, which all go through the next block: ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,7 +30,7 @@ from sarqc.model.sites import Site, find_sites, stack, write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import scale_dtype
 from sarqc.model.source import TensorSource
-from sarqc.model.states import GLANCE, States, cut, enter
+from sarqc.model.states import States, cut, enter
 from sarqc.model.targets import Target, Targets
 from sarqc.spec import QuantSpec, SolveSpec
 
@@ -98,7 +98,6 @@ def look(
     on the device.
     """
     windows = _evenly(tokens)
-    solve = replace(solve, carry_error=False)
     batches = cut(len(windows), micro_batch(windows.shape[1]), FOLDS)
     states = enter(skeleton, source, windows, batches, FOLDS, device=device, dtype=dtype)
     few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
@@ -151,7 +150,7 @@ def _begin(
 ) -> list[_Trial]:
     """A trial of each site of a block that is loaded, through that block."""
     device = skeleton.device
-    sites = find_sites(skeleton, index, found.of_block(index), states.hidden[:1, :GLANCE].to(device))
+    sites = find_sites(skeleton, index, found.of_block(index), states.glance().to(device))
     losses: dict[str, WidthLosses] = {}
     weights: dict[str, list[tuple[Target, QuantizedWeight]]] = {site.name: [] for site in sites}
     for shares in passes(sites, FOLDS, gram_budget):
