@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from sarqc.job.forecast.estimate import sizes
+from sarqc.job.forecast import shapes
+from sarqc.job.forecast.estimate import PASSES, busiest, sizes
 from sarqc.job.plan import Plan, Settings, make_plan
 from sarqc.model.passes import passes
-from sarqc.model.sharing import cost, pieces
-from sarqc.model.sites import Share, Site, separate_sites
+from sarqc.model.sharing import cost
+from sarqc.model.sites import Share, Site
 
 WINDOWS, SEQLEN = 128, 2048
 FOLDS = 2
@@ -40,8 +41,6 @@ class Rates:
 
 
 H200 = Rates(forward=400e12, gram=300e12, solve=25e12, memory=3e12, disk=5e9, pcie=40e9, network=300e9)
-PASSES = 120
-"""Times that the search for grids passes over a weight in memory, as `sarqc.job.forecast.estimate` has it."""
 
 _QWEN = dict(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,
@@ -65,7 +64,7 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a run by what takes them, and the passes of the text through the block that needs most."""
+    """Seconds of a run by what takes them, and how often the text is observed in the block that needs it most."""
 
     seconds: dict[str, float]
     looks: int
@@ -91,48 +90,40 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
     spent = dict.fromkeys(("disk", "pcie", "forward", "gram", "solve", "grids", "network"), 0.0)
     most = 0
     tokens = windows * seqlen / ranks
-    chosen = int(getattr(plan.skeleton.model.config, "num_experts_per_tok", None) or 1)
-    hidden = windows * seqlen * int(plan.skeleton.model.config.hidden_size) * 2
-    for index in range(len(plan.skeleton.blocks)):
-        sites = _sites(plan, index)
+    chosen, hidden = shapes.choices(plan), shapes.states_bytes(plan, windows, seqlen)
+    for _, sites in shapes.blocks(plan):
+        closing = _closing(plan, sites)
         weights = sum(site.experts * _rows(site) * site.in_features for site in sites)
         flow = sum(2.0 * tokens * min(site.experts, chosen) * _rows(site) * site.in_features for site in sites)
         grams = sum(site.experts * site.in_features**2 for site in sites)
-        portions = len(list(passes(sites, FOLDS, plan.settings.gram_budget)))
-        looks = portions * (2 if plan.solve.channel_scale and portions > 1 else 1)
+        others = [site for site in sites if site is not closing]
+        looks = len(list(passes(others, FOLDS, plan.settings.gram_budget))) + (closing is not None)
+        forwards = looks + (2 if closing else 1)  # the original's, and once more when all is quantized
         most = max(most, looks)
-        busiest = _busiest(sites, ranks)
+        share = busiest(sites, ranks, torch.device("cuda"), gram=True)
         spent["disk"] += 2 * weights / rates.disk
-        spent["pcie"] += (2 * weights + 2 * (looks + 1) * hidden / ranks) / rates.pcie
-        spent["forward"] += (looks + 1) * flow / rates.forward
+        spent["pcie"] += (2 * weights + 2 * forwards * hidden / ranks) / rates.pcie
+        spent["forward"] += forwards * flow / rates.forward
         spent["gram"] += (
-            (looks / portions)
-            * sum(2.0 * tokens * min(site.experts, chosen) * site.in_features**2 for site in sites)
-            / rates.gram
+            sum(2.0 * tokens * min(site.experts, chosen) * site.in_features**2 for site in sites) / rates.gram
         )
-        spent["solve"] += busiest * sum(cost(Share(site, 0, site.experts)) * 2 for site in sites) / rates.solve
-        spent["grids"] += busiest * PASSES * 4 * weights / rates.memory
-        summed = (looks / portions) * 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
+        spent["solve"] += share * sum(cost(Share(site, 0, site.experts)) * 2 for site in sites) / rates.solve
+        spent["grids"] += share * PASSES * 4 * weights / rates.memory
+        summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
         spent["network"] += (summed + (weights + hidden) * (ranks > 1)) / rates.network
     size = sizes(plan, windows, seqlen)
     spent["disk"] += (2 * size.blocks + 2 * size.output + len(plan.skeleton.blocks) * hidden) / rates.disk
     return Prediction(spent, most)
 
 
-def _sites(plan: Plan, index: int) -> list[Site]:
-    return separate_sites(plan.skeleton, plan.targets.of_block(index))
+def _closing(plan: Plan, sites: list[Site]) -> Site | None:
+    """The layer that makes up for the errors of its block, by its name: only a forward could tell it from others."""
+    named = (site for site in sites if site.experts == 1 and site.name.endswith("down_proj"))
+    return next(named, None) if plan.solve.carry_error else None
 
 
 def _rows(site: Site) -> int:
     return sum(rows for _, _, rows in site.slabs)
-
-
-def _busiest(sites: list[Site], ranks: int) -> float:
-    loads = [0.0] * ranks
-    shares = [Share(site, 0, site.experts) for site in sites]
-    for piece in pieces(shares, ranks, torch.device("cuda"), gram=True):
-        loads[piece.owner] += cost(piece.share)
-    return max(loads) / sum(loads)
 
 
 def table() -> str:

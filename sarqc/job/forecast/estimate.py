@@ -107,14 +107,14 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             solve += site.experts * (site.in_features**3 + 2.0 * rows * site.in_features**2)
             columns += site.in_features
             passed += PASSES * site.experts * rows * site.in_features
-        busiest = _busiest(sites, ranks, plan.device, windows > 0)
+        share = busiest(sites, ranks, plan.device, gram=windows > 0)
         calls = CALLS * batches * latency
         times = 2 if plan.solve.carry_error else 1  # the last layer is observed apart, and the original runs beside
         if windows:
             spent["observe"] += (times * forward + grams) / rate + times * calls
             spent["replay"] += times * (forward / rate + calls)
-            spent["solve"] += busiest * (solve / rate + CALLS_A_COLUMN * columns * latency)
-        spent["solve"] += busiest * (passed / stream + 100 * len(sites) * latency)
+            spent["solve"] += share * (solve / rate + CALLS_A_COLUMN * columns * latency)
+        spent["solve"] += share * (passed / stream + 100 * len(sites) * latency)
         if looked:
             trials = len(sites) * TRIED_WINDOWS * TRIED_LENGTH * len(plan.skeleton.blocks) / 2 / ranks
             solved = 3 * sum(min(site.experts, EXPERTS) * site.in_features**3 for site in sites)
@@ -128,7 +128,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     return Time(spent, basis)
 
 
-def _busiest(sites: list[Site], ranks: int, device: torch.device, gram: bool) -> float:
+def busiest(sites: list[Site], ranks: int, device: torch.device, *, gram: bool) -> float:
     """Share of the solving of a block that falls to the rank that has most of it."""
     loads = [0.0] * ranks
     for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks, device, gram=gram):
