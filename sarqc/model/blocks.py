@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from sarqc.model.sites import Share, Site, find_sites, separate_sites, write_bac
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import Solving, Weights
 from sarqc.model.source import TensorSource
-from sarqc.model.states import States, cut, enter, windows_at_once
+from sarqc.model.states import GLANCE, States, cut, enter, windows_at_once
 from sarqc.model.targets import Target, Targets, check_group_size, targets
 from sarqc.model.workbench import OnProgress, Recall, Workbench
 from sarqc.spec import QuantSpec, SolveSpec
@@ -156,13 +156,7 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
     with work.stage(index, "load"):
         work.load(index)
         _check_weights(skeleton, members)
-        if states is None:
-            sites = separate_sites(skeleton, members)
-        else:
-            glance = states.glance().to(work.device)
-            sites = find_sites(skeleton, index, members, glance)
-            if index == 0 and not _keeps_original(work, sites, states):
-                work.notes.append("no layer of the first block closes it: earlier errors are not made up for")
+        sites = separate_sites(skeleton, members) if states is None else _find_sites(work, index, members, states)
     if states is not None and states.original is not None:
         weights, reports, scales = _solve_in_two(work, index, sites, states)
     else:
@@ -180,6 +174,24 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
     skeleton.unload_block(index)
     ordered = {target.linear: weights[target.linear] for target in members}
     return BlockResult(index, ordered, reports, dict(work.seconds), changed, list(dict.fromkeys(work.notes)), leaving)
+
+
+def _find_sites(work: Workbench, index: int, members: Sequence[Target], states: States) -> list[Site]:
+    """The sites of a block that is loaded; where errors are made up for, the one that closes it is marked.
+
+    The original's states are let go where block 0 has none: models of routed experts alone have no layer that closes a
+    block, and to find that out for every block would cost them a second model's forward passes. Ranks take rank 0's
+    word, which is that of one process: each of them looks at a window of its own.
+    """
+    sites = find_sites(work.skeleton, index, members, states.glance().to(work.device))
+    if states.original is None:
+        return sites
+    found = find_closing(work.skeleton, index, sites, states.original[:1, :GLANCE].to(work.device))
+    closing = work.group.gather(found)[0]
+    if closing is None and index == 0:
+        states.original = None
+        work.notes.append("no layer of the first block closes it: earlier errors are not made up for")
+    return [replace(site, closes=site.name == closing) for site in sites]
 
 
 _Solved = tuple[Weights, list[SolveReport], BlockScales | None]
@@ -202,33 +214,18 @@ def _solve(
 
 def _solve_in_two(work: Workbench, index: int, sites: Sequence[Site], states: States) -> _Solved:
     """The layer that closes the block after all others, so that it can make up for what they did, and those before."""
-    closing = find_closing(work.skeleton, index, sites, states.glance().to(work.device))
-    others = [site for site in sites if closing is None or site.name != closing.name]
+    others, closing = ([site for site in sites if site.closes is closes] for closes in (False, True))
     weights, reports, scales = _solve(work, index, others, states, {})
     with work.stage(index, "replay"):  # as long as the block is what it was
         work.with_memory(index, states, lambda: _move_original_on(work, index, states))
-    if closing is None:
+    if not closing:
         return weights, reports, scales
     before = {target: weights[target.linear] for site in others for target in site.members}
-    closed, told, _ = _solve(work, index, [closing], states, before)
+    closed, told, _ = _solve(work, index, closing, states, before)
     return weights | closed, reports + told, scales
 
 
-def _keeps_original(work: Workbench, sites: Sequence[Site], states: States) -> bool:
-    """Whether the original's states are of use, as block 0, which is loaded, shows; they are let go where not.
-
-    Models of routed experts alone have no layer that closes a block; to find that out for every block would cost them
-    a second model's forward passes.
-    """
-    if states.original is None or find_closing(work.skeleton, 0, sites, states.glance().to(work.device)):
-        return True
-    states.original = None
-    return False
-
-
-def _solve_sites(
-    work: Workbench, index: int, sites: Sequence[Site], states: States | None
-) -> tuple[Weights, list[SolveReport], BlockScales | None]:
+def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: States | None) -> _Solved:
     """Observe and solve all sites of a block, as many at a time as the Grams have room for."""
     weights: Weights = {}
     reports: list[SolveReport] = []
@@ -333,7 +330,7 @@ def _pass_done(work: Workbench, index: int, members: Sequence[Target], states: S
     """Move whatever hidden states are not there yet through a block that was quantized before."""
     work.load(index)
     if index == 0:
-        _keeps_original(work, find_sites(work.skeleton, 0, members, states.glance().to(work.device)), states)
+        _find_sites(work, index, members, states)  # is the original of use?
     with work.stage(index, "replay"):
         work.with_memory(index, states, lambda: _move_original_on(work, index, states))
         if start.hidden is None:

@@ -9,7 +9,6 @@ a layer behind which a norm stands.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 
 
 @torch.no_grad()
-def find_closing(skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor) -> Site | None:
-    """The site of block `index`, which is loaded, that closes it, marked as such; the last of them, None without one.
+def find_closing(skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor) -> str | None:
+    """The name of the site of block `index`, which is loaded, that closes it; the last of them, None without one.
 
     hidden: [B, L, H], what enters the block.
     """
@@ -38,7 +37,7 @@ def find_closing(skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: 
         found = _with_added(skeleton, index, hidden, module, noise)
         lost = (found - expected - noise).float().norm() / noise.float().norm()
         if bool(lost < TOLERANCE[expected.dtype]):
-            return replace(site, closes=True)
+            return site.name
     return None
 
 
