@@ -19,8 +19,6 @@ tr(C_B V^T) / tr(V (Y^T Y / rows)_B V^T).
 
 from __future__ import annotations
 
-from itertools import permutations
-
 import torch
 from torch import Tensor
 
@@ -61,8 +59,9 @@ def shift(site: str, gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
 def held_out_share(site: str, statistics: Statistics, strength: Tensor, solve: SolveSpec) -> float:
     """The a that serves best on folds the shift was not fitted on, over all pairs of folds, clipped to 0 .. 1."""
     wished = given = 0.0
-    for fitted, judging in permutations(statistics.folds, 2):
+    for fitted in statistics.folds:
         fit = shift(site, fitted, strength, solve)
-        wished += float((judging.wished() * fit).sum(dtype=torch.float64))
-        given += float(((fit @ judging.hessian()) * fit).sum(dtype=torch.float64))
+        for judging in (fold for fold in statistics.folds if fold is not fitted):
+            wished += float((judging.wished() * fit).sum(dtype=torch.float64))
+            given += float(((fit @ judging.hessian()) * fit).sum(dtype=torch.float64))
     return min(max(wished / given, 0.0), 1.0) if given > 0 else 0.0

@@ -34,7 +34,9 @@ class Judge:
         self, weight: Tensor, statistics: Statistics, borrow: float, seed: int, trial: Trial, rounding: Rounding
     ) -> None:
         ranked = statistics.rows().argsort(descending=True, stable=True)
-        experts = ranked[:: -(-len(ranked) // EXPERTS)].sort().values
+        experts: slice | Tensor = slice(None)  # of all, Grams are taken as they are and not copied
+        if len(ranked) > EXPERTS:
+            experts = ranked[:: -(-len(ranked) // EXPERTS)].sort().values
         rows = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
         self.weight = weight[experts][:, rows.to(weight.device)]
         rest = statistics.rest or [None] * len(statistics.folds)

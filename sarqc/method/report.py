@@ -12,14 +12,15 @@ from sarqc.method.strength import Record
 class SolveReport:
     """What happened at one site.
 
-    rows: calibration rows of each expert. error: tr(E H E^T) / tr(W H W^T) over all experts, E = W - Q, H without the
-    regulariser (H = I where there is no Gram), on at most 256 rows of each matrix, evenly spaced. rounding_error: the
-    same for plain rounding on a min-max grid. signal: the denominator of both.
+    rows: calibration rows of each expert. error: tr(E H E^T) / tr(T H T^T) over all experts, E = T - Q, H without the
+    regulariser (H = I where there is no Gram), on at most 256 rows of each matrix, evenly spaced. T is what is aimed
+    at: the weight W, but for `carried`. rounding_error: the same for plain rounding of T on a min-max grid. signal: the
+    denominator of both.
     strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
     exponent: of the channel scales, the mean over experts; unscaled: why there are none though they were asked for.
-    borrowed_rows: kappa, rows that each expert has from the layer's pool. carried: share of the earlier blocks' error
-    that this site makes up for. held_out: how the strength was chosen, as `Choice.record` has it. bits: of its
-    codes.
+    borrowed_rows: kappa, rows that each expert has from the layer's pool. carried: the share a, by which T makes up for
+    what leaves the block wrong because of all that was quantized before (`method.carry`); 0 where T = W. held_out: how
+    the strength was chosen, as `Choice.record` has it. bits: of its codes.
     """
 
     site: str

@@ -224,13 +224,14 @@ def solve_site(
     if statistics is None or not solve.gram:
         solution = Solution(round_plainly(weight, quant, solve.grid, scale_dtype), torch.zeros(1))
     else:
-        gram = statistics.total().part(experts)
+        whole = statistics.in_one()  # once: with two folds it is a copy of what can be most of the memory
+        gram = whole.folds[0].part(experts)
         choice = choice or choose_strength(
             site, "", weight, statistics, quant, solve, scale_dtype=scale_dtype, strengths=Strengths()
         )
         if not choice.rounded:
             target, carried = shifted(site, weight, statistics, choice.strength, solve)
-        solution = _solve_chosen(site, target, statistics, choice, quant, solve, scale_dtype, scaling, experts)
+        solution = _solve_chosen(site, target, whole, choice, quant, solve, scale_dtype, scaling, experts)
     judged = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
     sample = target[:, judged]
     plain = round_plainly(sample, quant, "minmax", scale_dtype).dequantize()

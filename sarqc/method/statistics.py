@@ -147,6 +147,10 @@ class Statistics:
         """All folds together; the only fold itself where there is one."""
         return together(self.folds)
 
+    def in_one(self) -> Statistics:
+        """The same with all folds as one: these themselves where there is one, otherwise in memory of their own."""
+        return Statistics((self.total(),), (together(self.rest),) if self.rest else ())
+
     def total_rest(self) -> Gram | None:
         """The same of what other experts saw."""
         return together(self.rest) if self.rest else None

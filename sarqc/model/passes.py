@@ -193,6 +193,6 @@ def _drift(original: Tensor, leaving: Tensor) -> Tensor:
     The first token of a window is asked for nothing: in most models it carries activations thousands of times those of
     the others, so that its drift would drown theirs, and it is what all others rest their attention on.
     """
-    lacking = original - leaving
+    lacking = original - leaving  # exact in their own dtype where they are within a factor of two of each other
     lacking[:, 0] = 0
     return lacking.flatten(0, 1)
