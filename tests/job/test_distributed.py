@@ -17,7 +17,7 @@ from sarqc.errors import Interrupted, NumericError
 from sarqc.job import distributed
 from sarqc.job.watcher import Silent
 from sarqc.job.work import default_work, reopen
-from sarqc.model import solving
+from sarqc.model import blocks, solving
 from tests.support import tiny
 from tests.support.ranks import in_ranks
 
@@ -63,6 +63,21 @@ def test_ordered_sums_give_the_bytes_of_one_process(models, straight, tmp_path, 
     for site, one in zip(report["sites"], straight[kind].report["sites"], strict=True):
         assert site["site"] == one["site"] and site["rows"] == list(one["rows"])
         assert site["error"] == pytest.approx(one["error"], rel=1e-6)
+
+
+def test_ranks_agree_on_the_layer_that_closes_a_block(models, tmp_path, monkeypatch):
+    """Also where one of them finds none on its own window, as where activations there are not finite."""
+    options = SMALL | {"method": "sarqc-gptq", "num_samples": 4}
+    one = sarqc.quantize(models["llama"], tmp_path / "one", **options)
+    assert any(site["carried"] > 0 for site in one.report["sites"])
+
+    def action(rank):
+        if rank == 1:
+            monkeypatch.setattr(blocks, "find_closing", lambda *_: None)
+        sarqc.quantize(models["llama"], tmp_path / "two", **options, ordered=True)
+
+    assert in_ranks(2, action, tmp_path / "log", seconds=30) == [(0, "")] * 2
+    assert weights(tmp_path / "two") == weights(one.out)
 
 
 @pytest.mark.parametrize(("kind", "size"), [("llama", 4), ("qwen3_moe", 2)])
