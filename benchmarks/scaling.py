@@ -28,11 +28,12 @@ FOLDS = 2
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one rank, but for disk, which all ranks of a machine share. Flop/s of forward passes, of Grams and of solving;
-    bytes/s of memory, disk, PCIe and network; what is reached of the published figure is in it."""
+    """Of one rank, but for disk, which all ranks of a machine share. Flop/s of forward passes, of Grams, of products in
+    fp32 and of solving; bytes/s of memory, disk, PCIe and network; what is reached of the published figure is in it."""
 
     forward: float
     gram: float
+    single: float
     solve: float
     memory: float
     disk: float
@@ -40,7 +41,7 @@ class Rates:
     network: float
 
 
-H200 = Rates(forward=400e12, gram=300e12, solve=25e12, memory=3e12, disk=5e9, pcie=40e9, network=300e9)
+H200 = Rates(forward=400e12, gram=300e12, single=45e12, solve=25e12, memory=3e12, disk=5e9, pcie=40e9, network=300e9)
 
 _QWEN = dict(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,
@@ -100,15 +101,22 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         looks = len(list(passes(others, FOLDS, plan.settings.gram_budget))) + (closing is not None)
         forwards = looks + (2 if closing else 1)  # the original's, and once more when all is quantized
         most = max(most, looks)
-        share = busiest(sites, ranks, torch.device("cuda"), gram=True)
+        share = busiest(others, ranks, torch.device("cuda"), gram=True)
+        solved = share * sum(cost(Share(site, 0, site.experts)) * 2 for site in others)
         spent["disk"] += 2 * weights / rates.disk
         spent["pcie"] += (2 * weights + 2 * forwards * hidden / ranks) / rates.pcie
         spent["forward"] += forwards * flow / rates.forward
         spent["gram"] += (
             sum(2.0 * tokens * min(site.experts, chosen) * site.in_features**2 for site in sites) / rates.gram
         )
-        spent["solve"] += share * sum(cost(Share(site, 0, site.experts)) * 2 for site in sites) / rates.solve
-        spent["grids"] += share * PASSES * 4 * weights / rates.memory
+        if closing:  # by one rank, after the others; a shift takes about as much as a solve: of each fold, and of all
+            rows = _rows(closing)
+            spent["gram"] += 2.0 * tokens * rows * closing.in_features / rates.single
+            solved += (1 + FOLDS + 1) * cost(Share(closing, 0, 1)) * 2
+            grams += rows * closing.in_features
+        spent["solve"] += solved / rates.solve
+        alone = _rows(closing) * closing.in_features if closing else 0
+        spent["grids"] += (share * (weights - alone) + alone) * PASSES * 4 / rates.memory
         summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
         spent["network"] += (summed + (weights + hidden) * (ranks > 1)) / rates.network
     size = sizes(plan, windows, seqlen)
