@@ -115,11 +115,6 @@ def installed(package: str) -> str | None:
     return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
-def footprint(inputs: Inputs) -> int:
-    """Bytes of the tensors of one call's inputs."""
-    return sum(value.numel() * value.element_size() for value in inputs.values() if isinstance(value, Tensor))
-
-
 def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Random normal numbers where the generator lives."""
     return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)

@@ -10,9 +10,10 @@ The rules, for shapes that no table has, follow from counting, none from a timin
   keep about 70 KiB in flight there, more than bandwidth times latency asks for (4.3 TB/s x 0.8 us / 132 = 26 KiB).
 * splits: where tiles of rows are fewer than processors, inputs are cut so that programs reach about the number of
   processors, with at least four bricks (512 inputs) each; partial sums are fp32, added in order by a second kernel.
-* folded, in tiles of 128 tokens, which more than 64 take: scales go into the weights (rounded once to 16 bits, as `expand` does), so that one sum
-  runs through all bricks and the tensor core multiplies one brick while the next is unpacked. Below, the sum of each
-  group is scaled in fp32: that costs the same few instructions there, and a second set of sums has room.
+* folded, in tiles of 128 tokens, which more than 64 take: scales go into the weights (rounded once to 16 bits, as
+  `expand` does), so that one sum runs through all bricks and the tensor core multiplies one brick while the next is
+  unpacked. Below, the sum of each group is scaled in fp32: that costs the same few instructions there, and a second set
+  of sums has room.
 * persistent: on sm_90 tiles of 256 rows and 128 tokens, one program on each processor, which walks the tiles, eight
   tiles of tokens with all tiles of rows at a time. Counted: a brick of such a tile takes 48 KiB from the L2 cache for
   8.4 Mflop, so at the full rate of the tensor cores all processors together ask it for 4.6 TB/s, where tiles of 128

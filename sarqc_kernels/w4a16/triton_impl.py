@@ -140,9 +140,6 @@ def _expanded(plan: Plan, x: Tensor, weight: PreparedWeight, bias: Tensor | None
     return x @ matrix.T if bias is None else torch.addmm(bias[0].to(x.dtype), x, matrix.T)
 
 
-_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 def aot_jobs() -> list[AotJob]:
     """Every tile on every card; those with two groups to a brick stand for asymmetric codes and experts as well."""
     jobs = []
