@@ -32,7 +32,16 @@ ROOMS = {
         ("safetensors",),
     ),
     "sarqc.job": (
-        ("sarqc.job", "sarqc.model", "sarqc.checkpoint", "sarqc.method", "sarqc.spec", "sarqc.errors", "sarqc_kernels"),
+        (
+            "sarqc.__version__",
+            "sarqc.job",
+            "sarqc.model",
+            "sarqc.checkpoint",
+            "sarqc.method",
+            "sarqc.spec",
+            "sarqc.errors",
+            "sarqc_kernels",
+        ),
         ("huggingface_hub",),
     ),
     "sarqc": (("sarqc", "sarqc_kernels"), ("rich", "typer", "yaml")),

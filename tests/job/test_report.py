@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 from html.parser import HTMLParser
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -171,6 +173,16 @@ def test_the_verdict_names_what_calls_for_a_look(found):
     assert not verdict.good and len(verdict.concerns) == 3
     assert found["sites"][0]["site"] in " ".join(verdict.concerns) and "10.00 → 20.00" in verdict.sentence
     assert facts.worst(found)[0].name == found["sites"][0]["site"]
+
+
+def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypatch):
+    def stale(package):
+        if package == "torch":
+            return "1.0"
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("importlib.metadata.version", stale)
+    assert report.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
 
 
 def test_an_older_report_and_one_without_text_are_shown(found):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sarqc import __version__
 from sarqc.checkpoint.files import file_in, read_json
 from sarqc.errors import CheckpointError
 from sarqc.job.reporting import card, page
@@ -33,7 +34,7 @@ from sarqc.model.source import TensorSource
 from sarqc.spec import QuantSpec, SolveSpec, to_json
 
 REPORT, PAGE = "report.json", "report.html"
-_PACKAGES = ("sarqc", "torch", "transformers", "safetensors", "triton")
+_PACKAGES = ("torch", "transformers", "safetensors", "triton")
 
 
 @dataclass
@@ -172,8 +173,11 @@ def write_text(path: Path, content: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python, of sarqc as it runs here, and of the packages a result depends on.
+
+    Ours is not asked of what pip wrote down: of a checkout that is what it was when it was installed, or nothing.
+    """
+    found = {"python": platform.python_version(), "sarqc": __version__}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
