@@ -73,6 +73,16 @@ def test_widths_differ_within_the_average_and_never_where_servers_fuse(models, r
     assert verify(run.out, against=models[kind]).sound
 
 
+def test_verify_says_which_server_runs_layers_of_each_width(runs):
+    bits = list(widths_on_disk(runs["llama"].out).values())
+    found = {one.server: one for one in verify(runs["llama"].out).serve if one.ranks == 1}
+    marlin = sum(width in (4, 8) for width in bits)
+    assert found["vLLM 0.33, sm_80"].kernels == {"Marlin": marlin, "Humming": len(bits) - marlin}
+    refused = " ".join(found["SGLang 0.5.23"].failures)
+    for width in (2, 3, 4, 5, 6, 8):
+        assert (f"{width} bits symmetric" in refused) is (width in set(bits) - {4, 8})
+
+
 def test_what_loses_more_gets_more():
     def site(name, loss, module):
         losses = {2: 16 * loss, 3: 4 * loss, 4: loss}

@@ -51,6 +51,17 @@ def change_json(path: Path, change: Callable[[dict[str, object]], object]) -> No
     path.write_text(json.dumps(content))
 
 
+def test_groups_that_no_server_has_rules_for_are_sound(out):
+    """Of another tool: smaller ones than are written here."""
+    (out / MANIFEST).unlink()
+    scales = lambda t: {name: part.repeat_interleave(8, -1) for name, part in t.items() if name.endswith("_scale")}  # noqa: E731
+    change_tensors(out, lambda tensors: tensors.update(scales(tensors)))
+    group = lambda config: config["quantization_config"]["config_groups"]["group_0"]["weights"]  # noqa: E731
+    change_json(out / "config.json", lambda config: group(config).update(group_size=4))
+    found = verify(out)
+    assert found.problems == [] and found.serve == []
+
+
 def test_a_sound_checkpoint(whole, source):
     steps: list[tuple[int, int, str]] = []
     found = verify(whole, against=source, progress=lambda *step: steps.append(step))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from sarqc.checkpoint.reader import Checkpoint
 from sarqc.job.forecast.serve import Outlook, Served, fused_layers, mixed_places, outlook
@@ -24,29 +26,49 @@ def served(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str])
 
 
 def outlook_of(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Outlook]:
-    """Every server with every number of ranks, for a checkpoint as its headers describe it.
-
-    Empty where nothing is quantized, or where layers differ in bits, groups or symmetry: there are no rules for that.
+    """Every server with every number of ranks, for a checkpoint as its headers describe it; layers that differ in bits,
+    groups or symmetry each by their own. Empty where nothing is quantized, or in groups that there are no rules for.
     """
-    linears = set(checkpoint.linears())
-    quant = _quant(checkpoint, linears)
-    if checkpoint.format is None or quant is None:
+    kinds = _kinds(checkpoint)
+    if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
         return []
-    found = targets(skeleton, quant)
-    quantized = [target for target in found.selected if target.linear in linears]
-    left = [target.linear for target in found.selected if target.linear not in linears]
-    return outlook(served(skeleton, quantized, [*found.untouched, *left]), quant, checkpoint.format.name)
+    found = targets(skeleton, QuantSpec())
+    told = []
+    for kind, linears in kinds.items():
+        quantized = [target for target in found.selected if target.linear in linears]
+        others = [target.linear for target in found.selected if target.linear not in linears]
+        quant = QuantSpec(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
+        model = served(skeleton, quantized, [*found.untouched, *others])
+        told.append(outlook(model, quant, checkpoint.format.name))
+    return [_together(ones) for ones in zip(*told, strict=True)]
 
 
-def _quant(checkpoint: Checkpoint, linears: Collection[str]) -> QuantSpec | None:
-    """The one specification that all Linears have."""
-    infos = [checkpoint.describe(linear) for linear in linears]
-    kinds = {(info.bits, info.sym) for info in infos}
-    sizes = {-1} if all(info.groups == 1 for info in infos) else {info.shape[1] // info.groups for info in infos}
-    if len(kinds) != 1 or len(sizes) != 1:
-        return None
-    [(bits, sym)], [group_size] = kinds, sizes
-    return QuantSpec(bits=bits, group_size=group_size, sym=sym)
+class _Kind(NamedTuple):
+    """What a Linear is quantized to."""
+
+    bits: int
+    group_size: int
+    sym: bool
+
+
+def _kinds(checkpoint: Checkpoint) -> dict[_Kind, set[str]]:
+    """The quantized Linears of each kind."""
+    infos = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
+    channel = all(info.groups == 1 for info in infos.values())
+    found: dict[_Kind, set[str]] = {}
+    for linear, info in infos.items():
+        kind = _Kind(info.bits, -1 if channel else info.shape[1] // info.groups, info.sym)
+        found.setdefault(kind, set()).add(linear)
+    return found
+
+
+def _together(ones: Sequence[Outlook]) -> Outlook:
+    """One server with so many ranks, for layers of several kinds."""
+    kernels: Counter[str] = Counter()
+    for one in ones:
+        kernels.update(one.kernels)
+    failures = dict.fromkeys(line for one in ones for line in one.failures)
+    return replace(ones[0], kernels=dict(kernels), failures=tuple(failures))
 
 
 @dataclass(frozen=True)
