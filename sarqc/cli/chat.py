@@ -46,7 +46,7 @@ def chat(
     aside = stderr()
     if sys.stdin.isatty():
         how = "its chat template" if conversation.has_template else "no chat template: it continues your text"
-        aside.print(f"{model} ({how}). {COMMANDS}.", style="dim", highlight=False)
+        aside.print(f"{model} ({how}). {COMMANDS}.", style="dim", highlight=False, markup=False)
     for line in _lines(aside):
         if line == "/quit":
             break

@@ -94,7 +94,7 @@ def compare(
     console = stdout()
     for table in comparison_tables(found.table):
         console.print(table)
-    console.print(f"{found.out}/compare.json, .csv, .svg", highlight=False, soft_wrap=True)
+    console.print(f"{found.out}/compare.json, .csv, .svg", markup=False, highlight=False, soft_wrap=True)
 
 
 def _numbers(name: str, value: str) -> list[Any]:

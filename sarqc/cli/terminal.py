@@ -25,7 +25,10 @@ QUIET_SECONDS = 5.0
 
 
 class Ticker:
-    """One task of known length; `advance` moves it on. A context manager."""
+    """One task of known length; `advance` moves it on. A context manager.
+
+    Texts are shown as they are: names and paths come from files, and brackets in them are no markup.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -67,13 +70,13 @@ class Ticker:
     def detail(self, text: str) -> None:
         """What is going on inside the step, shown where a line can be redrawn."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, detail=text)
+            self._bar.update(self._task, detail=escape(text))
 
     def advance(self, text: str) -> None:
         """One step is done; `text` says how it went."""
         self._done += 1
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=1, detail=text)
+            self._bar.update(self._task, advance=1, detail=escape(text))
             return
         now = time.monotonic()
         if now - self._printed >= QUIET_SECONDS or self._done == self._total:
@@ -83,15 +86,15 @@ class Ticker:
 
     def _print(self, text: str) -> None:
         with suppress(OSError):  # a full disk under `2> log` is no reason to end a run
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def follow(self, label: str) -> Callable[[int, int, str], None]:
-        """A function of (done, total, text) that moves this on; `text` may come from a file and is shown as it is."""
+        """A function of (done, total, text) that moves this on."""
 
         def step(done: int, total: int, text: str) -> None:
             if done == 1:
                 self.begin(label, total)
-            self.advance(escape(text))
+            self.advance(text)
 
         return step
 
