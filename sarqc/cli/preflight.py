@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 def show(console: Console, found: Preflight) -> None:
     """Print everything that is known before a run."""
-    from sarqc.job.forecast.preflight import human
+    from sarqc.job.reporting.facts import human
 
-    console.print(f"[bold]{found.model}[/]  {found.architecture}, {found.headline()}", highlight=False, soft_wrap=True)
+    title = f"[bold]{escape(found.model)}[/]  {found.architecture}, {found.headline()}"
+    console.print(title, highlight=False, soft_wrap=True)
     for note in found.notes:
-        console.print(f"[dim]{note}[/]", highlight=False)
+        console.print(f"[dim]{escape(note)}[/]", highlight=False)
     console.print(_layers(found))
     facts = _plain()
     text = f"{found.windows} windows of {found.seqlen} tokens" if found.windows else "none"
@@ -31,19 +33,20 @@ def show(console: Console, found: Preflight) -> None:
     facts.add_row("memory", f"{stages}" + ("  (host+device)" if any(one.device for one in found.memory) else ""))
     facts.add_row("waiting", _waiting(found))
     for disk in found.disk:
-        facts.add_row("disk", f"{human(disk.needed)} of {human(disk.free)} free, for {' and '.join(disk.paths)}")
+        paths = escape(" and ".join(disk.paths))
+        facts.add_row("disk", f"{human(disk.needed)} of {human(disk.free)} free, for {paths}")
     spent = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.time.seconds.items())
     facts.add_row("time", f"{spent}; basis: {found.time.basis}")
     console.print(facts)
     console.print(_serve(found.serve))
     for line, where in _failures(found.serve).items():
-        console.print(f"[red]fails[/] {line}  [dim]{', '.join(where)}[/]", highlight=False)
+        console.print(f"[red]fails[/] {escape(line)}  [dim]{', '.join(where)}[/]", highlight=False)
     for problem in found.problems:
-        console.print(f"[bold red]refused[/] {problem}", highlight=False)
+        console.print(f"[bold red]refused[/] {escape(problem)}", highlight=False)
 
 
 def _waiting(found: Preflight) -> str:
-    from sarqc.job.forecast.preflight import human
+    from sarqc.job.reporting.facts import human
 
     said = []
     if found.waiting.states:
@@ -70,7 +73,8 @@ def _layers(found: Preflight) -> Table:
         table.add_column(title, justify="right" if title == "count" else "left", overflow="fold")
     for kind in found.kinds:
         shape = " x ".join(map(str, kind.shape))
-        table.add_row(kind.name, str(kind.count), shape, f"left: {kind.left}" if kind.left else "quantized")
+        became = f"left: {escape(kind.left)}" if kind.left else "quantized"
+        table.add_row(escape(kind.name), str(kind.count), shape, became)
     return table
 
 

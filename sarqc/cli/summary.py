@@ -22,10 +22,12 @@ def run_summary(out: Path, report: dict[str, Any]) -> Table:
 
 def checkpoint_summary(found: dict[str, Any]) -> Table:
     """What `inspect` found."""
+    from sarqc.job.reporting.facts import human
+
     table = _facts("checkpoint")
     table.add_row("folder", escape(found["folder"]))
     table.add_row("format", found["format"])
-    table.add_row("tensors", f"{found['tensors']} in {found['shards']} files, {_size(found['bytes'])}")
+    table.add_row("tensors", f"{found['tensors']} in {found['shards']} files, {human(found['bytes'])}")
     table.add_row("quantized", f"{found['quantized_linears']} Linears, {found['bits_per_weight']:.3f} bits per weight")
     if found["report"] is None:
         table.add_row("run", "no report.json: not written by sarqc, or removed")
@@ -41,7 +43,7 @@ def checkpoint_summary(found: dict[str, Any]) -> Table:
 
 def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Label and text of each line about a run."""
-    from sarqc.job.reporting.facts import width
+    from sarqc.job.reporting.facts import human, width
 
     quant, solve, size = report["quant"], report["solve"], report["size"]
     kind = "symmetric" if quant["sym"] else "asymmetric"
@@ -53,7 +55,7 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             counted[unit["bits"]] = counted.get(unit["bits"], 0) + unit["weights"]
         total = max(sum(counted.values()), 1)
         yield "widths", ", ".join(f"{bits} bits: {counted[bits] / total:.0%}" for bits in sorted(counted))
-    yield "size", _size(size["bytes"])
+    yield "size", human(size["bytes"])
     calibration = report["calibration"]
     how = "no calibration"
     if calibration:
@@ -74,11 +76,3 @@ def _facts(title: str) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

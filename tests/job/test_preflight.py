@@ -13,6 +13,7 @@ import torch
 
 import sarqc
 from sarqc.cli.preflight import show
+from sarqc.cli.terminal import RunWatcher
 from sarqc.errors import ArgumentError, ModelError, ResourceError
 from sarqc.job.forecast.preflight import preflight
 from tests.support import tiny
@@ -136,6 +137,21 @@ def test_everything_is_json_and_fits_a_terminal(sources, tmp_path, capsys):
     show(Console(width=120), found)
     shown = capsys.readouterr().out
     assert "basis:" in shown and "Humming MoE" in shown and "experts.*.down_proj" in shown
+
+
+def test_brackets_in_names_and_patterns_are_shown_as_they_are(sources, tmp_path, capsys):
+    """For rich they are markup, and `[/]` alone would end the command in a traceback."""
+    from rich.console import Console
+
+    model = shutil.copytree(sources["llama"], tmp_path / "a[bold]b")
+    found = preflight(model, tmp_path / "out[dim]", ignore=["[ok]_proj[/]?$"], **SMALL)
+    show(Console(width=300), found)
+    shown = capsys.readouterr().out
+    assert "a[bold]b" in shown and "out[dim]" in shown and "ignore [ok]_proj[/]?$" in shown
+    with RunWatcher(Console()) as watcher:
+        watcher.note("work[/] in [dim]")
+        watcher.follow("tensors")(1, 1, "x[/]")
+    assert capsys.readouterr().out == "work[/] in [dim]\ntensors 1/1: x[/], 0:00 left\n"
 
 
 MEASURE = """

@@ -16,14 +16,14 @@ import torch
 
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.job.distributed import world
-from sarqc.job.forecast import serve
+from sarqc.job.forecast import serve, shapes
 from sarqc.job.forecast.estimate import Sizes, Time, bits_per_weight, seconds, sizes
 from sarqc.job.forecast.memory import Memory, Waiting, look
 from sarqc.job.forecast.served import served
 from sarqc.job.machine import host_memory, ranks_here
 from sarqc.job.plan import Plan, expected_windows, make_plan, settings_of
+from sarqc.job.reporting.facts import human
 from sarqc.job.work import default_work
-from sarqc.model.sites import separate_sites
 
 _SPARE = 50 << 20
 """Bytes of disk for headers, tokenizer and reports."""
@@ -131,10 +131,7 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
         model=plan.model,
         architecture=type(plan.skeleton.model).__name__,
         blocks=len(plan.skeleton.blocks),
-        sites=sum(
-            len(separate_sites(plan.skeleton, plan.targets.of_block(index)))
-            for index in range(len(plan.skeleton.blocks))
-        ),
+        sites=sum(len(sites) for _, sites in shapes.blocks(plan)),
         quantized_linears=len(plan.targets.selected),
         kinds=tuple(_kinds(plan)),
         windows=windows,
@@ -220,15 +217,6 @@ def _no_server(outlook: Sequence[serve.Outlook], tp: int | None) -> list[str]:
     if not asked or any(not one.failures for one in asked):
         return []
     return [f"tp = {tp}: {asked[0].server} refuses {asked[0].failures[0]}; choose another group size, format or --tp"]
-
-
-def human(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _minutes(spent: float) -> str:

@@ -120,6 +120,15 @@ def width(quant: dict[str, Any]) -> str:
     return f"{quant['bits']} bits" if average is None else f"{average:g} bits on average"
 
 
+def human(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
 def calibrated(report: Report) -> bool:
     """Whether the run looked at text."""
     return bool(report["calibration"])

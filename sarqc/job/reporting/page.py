@@ -75,15 +75,6 @@ def page(report: facts.Report) -> str:
     )
 
 
-def size(count: float) -> str:
-    """Bytes for a person."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def duration(seconds: float) -> str:
     """Seconds for a person."""
     if seconds < 100:
@@ -102,7 +93,7 @@ def _tiles(report: facts.Report) -> str:
     tiles = [
         (f"{sizes['bits_per_weight']:.3g}", "bits per quantized weight"),
         (
-            f"{size(before)} → {size(sizes['bytes'])}" if before else size(sizes["bytes"]),
+            f"{facts.human(before)} → {facts.human(sizes['bytes'])}" if before else facts.human(sizes["bytes"]),
             f"size, {sizes['bytes'] / before:.0%} of the original" if before else "size",
         ),
         (
@@ -116,7 +107,10 @@ def _tiles(report: facts.Report) -> str:
     tiles += [
         (str(len(report["fallbacks"])), f"fallbacks in {len(report['sites'])} sites"),
         (duration(report["seconds"].get("total", 0.0)), f"on {report['device']}"),
-        (size(max(memory.values(), default=0) * 2**20), f"peak memory, {max(memory, key=memory.get, default='host')}"),
+        (
+            facts.human(max(memory.values(), default=0) * 2**20),
+            f"peak memory, {max(memory, key=memory.get, default='host')}",
+        ),
     ]
     return "".join(f'<div class="tile"><b>{text(value)}</b><span>{text(label)}</span></div>' for value, label in tiles)
 
@@ -255,12 +249,12 @@ def _sizes(report: facts.Report) -> str:
     found = report["size"]
     left = found["bytes"] - found["quantized_bytes"]
     rows = [
-        ("quantized weights", f"{found['quantized_weights']:,}", size(found["quantized_bytes"])),
-        ("everything else, as it was", "", size(left)),
-        ("together", "", size(found["bytes"])),
+        ("quantized weights", f"{found['quantized_weights']:,}", facts.human(found["quantized_bytes"])),
+        ("everything else, as it was", "", facts.human(left)),
+        ("together", "", facts.human(found["bytes"])),
     ]
     if before := report.get("source", {}).get("bytes"):
-        rows.append(("the original", "", size(before)))
+        rows.append(("the original", "", facts.human(before)))
     told = f"{found['bits_per_weight']} bits per quantized weight, with scales and zeros."
     return _section("Size", told, _table(("", "weights", "size"), rows, numbers=2))
 
@@ -277,7 +271,7 @@ def _time(report: facts.Report) -> str:
         columns = [(b["index"], [b["seconds"].get(stage, 0.0) for stage in stages]) for b in blocks]
         chart = stacked_bars(columns, stages, x_label="block", y_label="seconds", unit=duration)
         parts.insert(0, f"<figure>{chart}</figure>")
-    memory = ", ".join(f"{name} {size(mib * 2**20)}" for name, mib in report["peak_memory_mib"].items())
+    memory = ", ".join(f"{name} {facts.human(mib * 2**20)}" for name, mib in report["peak_memory_mib"].items())
     return _section("Time and memory", f"Peak memory: {memory}.", *parts)
 
 
