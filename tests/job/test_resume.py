@@ -14,31 +14,11 @@ import sarqc
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, Interrupted, ResourceError
 from sarqc.job import run as job
-from sarqc.job.watcher import Silent
 from sarqc.job.work import begin, default_work, reopen
 from tests.support import tiny
+from tests.support.stopping import Stopping
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
-
-
-class Stopping(Silent):
-    """Stops after so many blocks, and remembers what it was told."""
-
-    def __init__(self, after=99):
-        self.left, self.notes, self.done, self.solved = after, [], None, []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def begin_blocks(self, blocks, done):
-        self.done = done
-
-    def block(self, result):
-        self.solved.append(result.index)
-        self.left -= 1
-
-    def stop_asked(self):
-        return self.left <= 0
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from sarqc.cli.preflight import show
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.job.forecast import memory
 from sarqc.job.forecast.preflight import preflight
-from sarqc.job.watcher import Silent
 from sarqc.job.work import default_work
 from tests.support import tiny
-from tests.support.killing import count_operations, in_child
+from tests.support.killing import contents, count_operations, in_child
 from tests.support.ranks import in_ranks
+from tests.support.stopping import Stopping
 
 SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "micro_batch": 1, "strength": 0.3, "carry_error": False}
 STATES = 4 * 32 * 64 * 4
@@ -54,21 +54,6 @@ def files(monkeypatch):
     return made
 
 
-def contents(out):
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.stem != "report"}
-
-
-class Stopping(Silent):
-    def __init__(self, blocks):
-        self.left = blocks
-
-    def block(self, result):
-        self.left -= 1
-
-    def stop_asked(self):
-        return self.left <= 0
-
-
 @pytest.mark.parametrize(("budget", "used"), [(0, [STATES]), (STATES - 1, [STATES]), (STATES, []), (None, [])])
 def test_where_states_are_makes_no_difference(source, straight, tmp_path, files, budget, used):
     sarqc.quantize(source, tmp_path / "out", state_budget=budget, **SMALL)
@@ -86,6 +71,20 @@ def test_a_stopped_run_goes_on_with_another_budget(source, straight, tmp_path, f
     ]  # fmt: skip
     sarqc.quantize(source, out, state_budget=budgets[1], **SMALL)
     assert contents(out) == straight and files == [STATES] * budgets.count(0)
+
+
+@pytest.mark.parametrize(("budget", "used"), [(0, 2), (STATES, 1)])
+def test_the_originals_states_wait_in_a_file_too(tmp_path, files, budget, used):
+    """Of a dense model, whose last layers make up for errors; also where the run was stopped in between."""
+    source, run = tiny.save("llama", tmp_path / "model", num_hidden_layers=3), SMALL | {"carry_error": True}
+    report = sarqc.quantize(source, tmp_path / "straight", **run).report
+    assert files == [] and any(site["carried"] > 0 for site in report["sites"])
+    with pytest.raises(Interrupted):
+        sarqc.quantize(source, tmp_path / "stopped", state_budget=budget, watcher=Stopping(2), **run)
+    for name in ("stopped", "at once"):
+        sarqc.quantize(source, tmp_path / name, state_budget=budget, **run)
+        assert contents(tmp_path / name) == contents(tmp_path / "straight")
+    assert files == 3 * used * [STATES]
 
 
 def test_kills_at_any_file_operation_lose_nothing(source, straight, tmp_path):
