@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ PREFIX = "states-"
 
 
 class Scratch:
-    """Makes tensors in memory for as long as `budget` bytes last, and in files in or above `folder` after that.
+    """Makes tensors in memory for as long as `budget` bytes last, and in files in or above `folder` after that. A file
+    goes with the last view of its tensor.
 
     A folder that is not there yet, as on another machine than the one that leads a run, is not made: the files lie in
     the first folder above it that is.
@@ -34,7 +36,7 @@ class Scratch:
     def __init__(self, folder: Path, budget: int) -> None:
         self._folder = folder
         self._left = budget
-        self._maps: list[tuple[int, mmap.mmap]] = []  # with the address of each
+        self._maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address; each is its tensor's
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> Tensor:
         """An uninitialised tensor; `ResourceError` where the disk has no room for it. pinned: if it is in memory."""
@@ -44,12 +46,12 @@ class Scratch:
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=pinned)
         mapped = self._mapped(size)
         flat = torch.frombuffer(mapped, dtype=torch.uint8)
-        self._maps.append((flat.data_ptr(), mapped))
+        self._maps[flat.data_ptr()] = mapped
         return flat.view(dtype).view(tuple(shape))
 
     def leave(self, part: Tensor) -> None:
         """Give the pages of `part` back, where it is of a file; they are read again when it is next looked at."""
-        for begin, mapped in self._maps:
+        for begin, mapped in self._maps.items():
             first = part.data_ptr() - begin
             if 0 <= first < len(mapped):
                 start = first - first % mmap.PAGESIZE

@@ -50,6 +50,20 @@ def test_a_file_has_no_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_goes_with_its_tensor_and_not_before(tmp_path):
+    """Its room on the disk is free again while the run goes on."""
+    files = lambda: Path("/proc/self/maps").read_text().count(str(tmp_path))  # noqa: E731
+    room = Scratch(tmp_path, 0)
+    kept, other = made(room), made(room)
+    part = other[1:].fill_(2.0)
+    del other
+    room.leave(part)
+    assert files() == 2 and bool((part == 2.0).all())
+    del part
+    assert files() == 1
+    room.leave(kept)
+
+
 def test_parts_that_are_left_take_no_memory_and_keep_their_values(tmp_path):
     """Windows begin and end inside pages: their neighbours' values are in the same ones."""
     room = Scratch(tmp_path, 0)

@@ -53,7 +53,11 @@ def look(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[Waiting
 
 
 def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> Waiting:
-    """As `checkpoint.scratch` does it: as many sets of states as fit are in memory."""
+    """As `checkpoint.scratch` does it: as many sets of states as fit are in memory.
+
+    The original's set is counted also where the first block will show that no layer closes it, as in models of routed
+    experts alone, and the set is let go: it is there until then, and shapes do not tell.
+    """
     one = shapes.states_bytes(plan, -(-windows // ranks), seqlen)
     sets = 0 if not one else 2 if plan.solve.carry_error else 1
     fitting = min(sets, plan.state_budget // one) if one else 0
