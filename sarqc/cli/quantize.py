@@ -68,7 +68,9 @@ def quantize(
     carry_error: CarryErrorOption = None,
     calib: CalibOption = "builtin",
     num_samples: SamplesOption = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window. Default: 2048.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per window. Default: 2048, or all positions of a shorter model.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

@@ -15,7 +15,9 @@ from docs.draw import PICTURES
 from sarqc import errors
 from sarqc.cli import app
 
-PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {
+    path.stem: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 SOURCES = [path for package in ("sarqc", "sarqc_kernels") for path in sorted((ROOT / package).rglob("*.py"))]
 FAMILIES = {name for name in errors.__all__ if name != "SarqcError"}
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGES["troubleshooting"], re.DOTALL | re.MULTILINE))
@@ -74,7 +76,7 @@ def test_a_command_in_the_pages_exists_with_its_options(page, words):
 def test_options_in_prose_exist():
     known = get_command(app).commands.values()
     options = {name for each in known for one in each.params for name in (*one.opts, *one.secondary_opts)}
-    tools = {"--minutes", "--no-deps", "--model-path", "--help", "--nproc-per-node"}  # of other programs
+    tools = {"--minutes", "--no-deps", "--model-path", "--help", "--nproc-per-node", "--rival"}  # of other programs
     for page, text in PAGES.items():
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
             assert option in options | tools, f"{page}: no command has {option}"
