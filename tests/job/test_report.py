@@ -185,6 +185,14 @@ def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypa
     assert report.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
 
 
+def test_what_last_layers_made_up_for_is_drawn_where_they_did(found):
+    assert "What last layers made up for" not in page(found)  # routed experts alone
+    found["sites"] = [site(f"model.layers.{index}.mlp.down_proj") | {"carried": index / 10} for index in range(4)]
+    shown = " ".join(Outline(page(found)).text)
+    assert "What last layers made up for" in shown and "layers.3.mlp.down_proj: share 0.30" in shown
+    assert "layers.0.mlp.down_proj: share" not in shown
+
+
 def test_an_older_report_and_one_without_text_are_shown(found):
     for key in ("blocks", "source"):
         found.pop(key)
@@ -205,6 +213,7 @@ def test_the_page_is_made_again_from_the_json_alone(out, tmp_path):
         (lambda r: r.pop("sites"), "'sites'"),
         (lambda r: r["size"].pop("bytes"), "'bytes'"),
         (lambda r: r["sites"][1].update(error="much"), r"sites\[1\].*'error'"),
+        (lambda r: r["sites"][1].update(carried="half"), r"sites\[1\].*'carried'"),
         (lambda r: r["sites"].append(3), "no mapping"),
         (lambda r: r.update(error=float("nan")), "'error'"),
         (lambda r: r.update(quality=[{"text": "t", "after": -1}]), "'after'"),
