@@ -93,30 +93,28 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
     tokens = windows * seqlen / ranks
     chosen, hidden = shapes.choices(plan), shapes.states_bytes(plan, windows, seqlen)
     for _, sites in shapes.blocks(plan):
-        closing = _closing(plan, sites)
-        weights = sum(site.experts * _rows(site) * site.in_features for site in sites)
+        weights = _weights(sites)
         flow = sum(2.0 * tokens * min(site.experts, chosen) * _rows(site) * site.in_features for site in sites)
         grams = sum(site.experts * site.in_features**2 for site in sites)
-        others = [site for site in sites if site is not closing]
-        looks = len(list(passes(others, FOLDS, plan.settings.gram_budget))) + (closing is not None)
-        forwards = looks + (2 if closing else 1)  # the original's, and once more when all is quantized
+        parts = [[site for site in sites if not site.joint], [site for site in sites if site.joint]]
+        looks = sum(len(list(passes(part, FOLDS, plan.settings.gram_budget))) for part in parts)
+        forwards = looks + 2  # the original's, and once more when all is quantized
         most = max(most, looks)
-        share = busiest(others, ranks, torch.device("cuda"), gram=True)
-        solved = share * sum(cost(Share(site, 0, site.experts)) * 2 for site in others)
+        shares = [busiest(part, ranks, torch.device("cuda"), gram=True) if part else 0.0 for part in parts]
+        solved = sum(share * _cost(part) for share, part in zip(shares, parts))
         spent["disk"] += 2 * weights / rates.disk
         spent["pcie"] += (2 * weights + 2 * forwards * hidden / ranks) / rates.pcie
         spent["forward"] += forwards * flow / rates.forward
         spent["gram"] += (
             sum(2.0 * tokens * min(site.experts, chosen) * site.in_features**2 for site in sites) / rates.gram
         )
-        if closing:  # by one rank, after the others; a shift takes about as much as a solve: of each fold, and of all
-            rows = _rows(closing)
-            spent["gram"] += 2.0 * tokens * rows * closing.in_features / rates.single
-            solved += (1 + FOLDS + 1) * cost(Share(closing, 0, 1)) * 2
-            grams += rows * closing.in_features
+        for site in (site for site in sites if site.joint):
+            spent["gram"] += 2.0 * tokens * _rows(site) * site.in_features / rates.single
+            solved += (FOLDS + 1) * _cost([site])  # a shift takes about as much as a solve: of each fold, and of all
+            grams += _rows(site) * site.in_features
         spent["solve"] += solved / rates.solve
-        alone = _rows(closing) * closing.in_features if closing else 0
-        spent["grids"] += (share * (weights - alone) + alone) * PASSES * 4 / rates.memory
+        passed = sum(share * _weights(part) for share, part in zip(shares, parts))
+        spent["grids"] += passed * PASSES * 4 / rates.memory
         summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
         spent["network"] += (summed + (weights + hidden) * (ranks > 1)) / rates.network
     size = sizes(plan, windows, seqlen)
@@ -124,10 +122,12 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
     return Prediction(spent, most)
 
 
-def _closing(plan: Plan, sites: list[Site]) -> Site | None:
-    """The layer that makes up for the errors of its block, by its name: only a forward could tell it from others."""
-    named = (site for site in sites if site.experts == 1 and site.name.endswith("down_proj"))
-    return next(named, None) if plan.solve.carry_error else None
+def _weights(sites: list[Site]) -> float:
+    return sum(site.experts * _rows(site) * site.in_features for site in sites)
+
+
+def _cost(sites: list[Site]) -> float:
+    return 2.0 * sum(cost(Share(site, 0, site.experts)) for site in sites)
 
 
 def _rows(site: Site) -> int:

@@ -98,7 +98,7 @@ class SolveSpec:
     by saliency and columns inside each group, grid fitted as the solver arrives). None of them needs a g_idx on disk.
     damp: floor added to the diagonal, relative to its mean. borrow: rows, for each input, that an expert's statistics
     have from the average of its layer. gate_weight: power of the router's weight by which a row counts in an expert's
-    statistics, 0, 1 or 2. carry_error: whether a block's last layer also makes up for the errors of all before it, as
+    statistics, 0, 1 or 2. carry_error: whether a layer of each block also makes up for the errors of all before it, as
     far as held-out text says that this helps. seed: of every random draw of the run.
     """
 
@@ -180,7 +180,7 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("sarqc-awq", "the same, regularised by saliency", _ROUND | {"channel_scale": True}),
     ("gptq", "the Gram solver as the common tools ship it", _GPTQ),
     ("rqc-gptq", "Gram solver, regularised evenly, searched grids", {"saliency": "iso"}),
-    ("sarqc-gptq", "the same by saliency; last layers make up for earlier errors", {"carry_error": True}),
+    ("sarqc-gptq", "the same by saliency; a layer of each block makes up for earlier errors", {"carry_error": True}),
     ("sarqc", "channel scales, then the Gram solver, regularised by saliency", {"channel_scale": True}),
 )
 METHODS: dict[str, SolveSpec] = {name: SolveSpec(method=name, **fields) for name, _, fields in _TABLE}

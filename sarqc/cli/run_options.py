@@ -25,7 +25,7 @@ CarryErrorOption = Annotated[
     bool | None,
     typer.Option(
         "--carry-error/--no-carry-error",
-        help="Let the last layer of each block make up for all errors before it, as far as held-out text allows. "
+        help="Let one layer of each block make up for all errors before it, as far as held-out text allows. "
         "Twice the forward passes. Default: on for sarqc-gptq, off for all others.",
     ),
 ]

@@ -5,7 +5,7 @@ objective   Gram + lambda * saliency -> the matrix that is factored, and its fac
 strength    which lambda: what held-out text says, pooled over depth
 held_out    solve some rows on one stretch of text, judge them on another
 pooling     what an expert that saw few tokens borrows from the others
-carry       a target for a block's last layer that makes up for earlier errors
+carry       a target for the layer of a block that makes up for earlier errors
 channel_scale  inputs rescaled so that the ones that matter get finer steps
 grid        spans searched for the least output error
 order       in which order columns are taken

@@ -1,9 +1,9 @@
-"""A block's last layer makes up for what the model has drifted from the original up to the end of the block.
+"""One layer of a block makes up for what the model has drifted from the original up to the place where it writes.
 
-Errors of a layer reach all layers behind it, and no solve on a layer's own inputs sees them: what leaves a block is
-off by what the blocks before it, and the layers in it, have done wrong. The last layer writes straight into that
-stream. Its inputs Y are known, and so is R, what the stream lacks of the original's row by row; a share a of R can be
-asked of it:
+Errors of a layer reach all layers behind it, and no solve on a layer's own inputs sees them: the stream in a block is
+off by what the blocks before it, and the layers in it, have done wrong. A layer whose outputs join that stream as they
+are, the last one of the block if it is such a layer, can put that right. Its inputs Y are known, and so is R, what the
+stream behind it lacks of the original's row by row; a share a of R can be asked of it:
 
     F(Q) = |Y Q^T - (Y W^T + a R)|^2 / rows + lambda tr[(Q - W) D (Q - W)^T]
 
@@ -37,8 +37,8 @@ def shifted(
 ) -> tuple[Tensor, float]:
     """The target T fp32 [1, N, K] and its share a, from 0 to `CAUTION`; the weight itself where a is 0.
 
-    weight: fp32 [1, N, K]. strength: lambda, fp32 [1]. a is 0 where the statistics hold no wish (the site is not the
-    last of its block) or only one fold, on which it could not be judged.
+    weight: fp32 [1, N, K]. strength: lambda, fp32 [1]. a is 0 where the statistics hold no wish (the site has
+    no joint) or only one fold, on which it could not be judged.
     """
     if statistics.folds[0].wish is None or len(statistics.folds) < 2:
         return weight, 0.0

@@ -23,8 +23,8 @@ from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.absorb import find_folds
 from sarqc.model.ahead import Ahead
-from sarqc.model.closing import find_closing
 from sarqc.model.group import ALONE, Group
+from sarqc.model.joint import find_joint, through
 from sarqc.model.passes import collect, gram_bytes, passes
 from sarqc.model.rescale import BlockScales
 from sarqc.model.room import MEMORY, Room
@@ -177,21 +177,21 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
 
 
 def _find_sites(work: Workbench, index: int, members: Sequence[Target], states: States) -> list[Site]:
-    """The sites of a block that is loaded; where errors are made up for, the one that closes it is marked.
+    """The sites of a block that is loaded; where errors are made up for, one of them has a joint.
 
-    The original's states are let go where block 0 has none: models of routed experts alone have no layer that closes a
-    block, and to find that out for every block would cost them a second model's forward passes. Ranks take rank 0's
-    word, which is that of one process: each of them looks at a window of its own.
+    The original's states are let go where block 0 has none, as in models with a norm behind every layer: to find that
+    out for every block would cost them a second model's forward passes. Ranks take rank 0's word, which is that of one
+    process: each of them looks at a window of its own.
     """
     sites = find_sites(work.skeleton, index, members, states.glance().to(work.device))
     if states.original is None:
         return sites
-    found = find_closing(work.skeleton, index, sites, states.original[:1, :GLANCE].to(work.device))
-    closing = work.group.gather(found)[0]
-    if closing is None and index == 0:
-        states.original = None
-        work.notes.append("no layer of the first block closes it: earlier errors are not made up for")
-    return [replace(site, closes=site.name == closing) for site in sites]
+    found = find_joint(work.skeleton, index, sites, states.original[:1, :GLANCE].to(work.device))
+    name, joint = work.group.gather(found)[0] or (None, None)
+    if name is None and index == 0:
+        states.original = states.wanted = None
+        work.notes.append("no layer of the first block writes into the stream: earlier errors are not made up for")
+    return [replace(site, joint=joint) if site.name == name else site for site in sites]
 
 
 _Solved = tuple[Weights, list[SolveReport], BlockScales | None]
@@ -213,16 +213,17 @@ def _solve(
 
 
 def _solve_in_two(work: Workbench, index: int, sites: Sequence[Site], states: States) -> _Solved:
-    """The layer that closes the block after all others, so that it can make up for what they did, and those before."""
-    others, closing = ([site for site in sites if site.closes is closes] for closes in (False, True))
+    """The layer with the joint after all others, so that it can make up for what they did, and those before."""
+    others, last = ([site for site in sites if bool(site.joint) is joined] for joined in (False, True))
+    reader = next((site.joint.reader for site in last if site.joint), None)
     weights, reports, scales = _solve(work, index, others, states, {})
     with work.stage(index, "replay"):  # as long as the block is what it was
-        work.with_memory(index, states, lambda: _move_original_on(work, index, states))
-    if not closing:
+        work.with_memory(index, states, lambda: _move_original_on(work, index, states, reader))
+    if not last:
         return weights, reports, scales
     before = {target: weights[target.linear] for site in others for target in site.members}
-    closed, told, _ = _solve(work, index, closing, states, before)
-    return weights | closed, reports + told, scales
+    joined, told, _ = _solve(work, index, last, states, before)
+    return weights | joined, reports + told, scales
 
 
 def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: States | None) -> _Solved:
@@ -322,8 +323,10 @@ def _check_leaving(work: Workbench, index: int, states: States) -> None:
         work.notes.append(where)
 
 
-def _move_original_on(work: Workbench, index: int, states: States) -> None:
-    states.move_original_on(lambda hidden: work.skeleton.call_block(index, hidden), work.device)
+def _move_original_on(work: Workbench, index: int, states: States, reader: str | None = None) -> None:
+    states.move_original_on(
+        lambda hidden: through(work.skeleton, index, reader, hidden), work.device, inside=reader is not None
+    )
 
 
 def _pass_done(work: Workbench, index: int, members: Sequence[Target], states: States, start: Start) -> None:

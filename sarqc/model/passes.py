@@ -1,8 +1,8 @@
 """Statistics of a block's sites, in as many passes of the text as their Grams need room for.
 
 A Gram takes K^2 floats for every expert and fold. What does not fit the byte budget at once waits for a further pass;
-sites are cut between experts, so one expert of one site is the least that must fit. A site that closes its block also
-sees what leaves the block, and where the original model's hidden states, already moved on, say it should have been.
+sites are cut between experts, so one expert of one site is the least that must fit. A site with a joint also sees the
+stream there, and what the original's was there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sarqc.errors import NumericError
 from sarqc.method.rows import MAX_LOST, finite_rows
 from sarqc.method.statistics import Statistics
 from sarqc.model.group import ALONE, Group, all_or_none, in_turn
+from sarqc.model.joint import through
 from sarqc.model.sites import Share, Site, observe
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.states import States
@@ -79,7 +80,7 @@ def collect(
     notes = []
     for share, statistics, count in zip(shares, kept, lost):
         rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
-        what = f"the inputs of {share.name}{' or what leaves the block' if share.site.closes else ''}"
+        what = f"the inputs of {share.name}{' or the stream behind it' if share.site.joint else ''}"
         where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
         if count > MAX_LOST * rows or not _finite(statistics):
             raise NumericError(f"{where}; up to {MAX_LOST:.0%} are left out: look at the model, its dtype or the text")
@@ -136,8 +137,8 @@ def _one_pass(
     waiting: list[tuple[Site, Tensor]] = []
 
     def sink(site: Site, x: Tensor, offsets: Tensor | None) -> None:
-        if site.closes:
-            waiting.append((site, x))  # for what leaves the block
+        if site.joint:
+            waiting.append((site, x))  # for the stream behind it
         else:
             take(site, x, offsets, None)
 
@@ -159,17 +160,18 @@ def _one_pass(
             statistics.add(own, bounds, fold, wish=wished)
 
     sites = list(dict.fromkeys(share.site for share in shares))
+    reader = next((site.joint.reader for site in sites if site.joint), None)
     for fold in range(states.folds):
         sums = [tensor for statistics in kept for tensor in statistics.tensors(fold)]
         if group.ordered:
             group.take_over_(sums)
         for hidden, original in states.of_fold(fold):
             with observe(skeleton, sites, sink, solve.gate_weight):
-                leaving = skeleton.call_block(index, hidden.to(device))
+                _, stream = through(skeleton, index, reader, hidden.to(device))
             while waiting:
                 assert original is not None
                 site, x = waiting.pop()
-                take(site, x, None, _drift(original.to(device), leaving))
+                take(site, x, None, _drift(original.to(device), stream))
         if group.ordered:
             group.hand_on(sums)
     return kept
@@ -187,12 +189,12 @@ def _empty(share: Share, folds: int, solve: SolveSpec, device: torch.device) -> 
     )
 
 
-def _drift(original: Tensor, leaving: Tensor) -> Tensor:
-    """What each row of `leaving` [B, L, H] lacks of the original's, [B * L, H].
+def _drift(original: Tensor, stream: Tensor) -> Tensor:
+    """What each row of `stream` [B, L, H] lacks of the original's, [B * L, H].
 
     The first token of a window is asked for nothing: in most models it carries activations thousands of times those of
     the others, so that its drift would drown theirs, and it is what all others rest their attention on.
     """
-    lacking = original - leaving  # exact in their own dtype where they are within a factor of two of each other
+    lacking = original - stream  # exact in their own dtype where they are within a factor of two of each other
     lacking[:, 0] = 0
     return lacking.flatten(0, 1)

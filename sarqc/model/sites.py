@@ -24,20 +24,28 @@ from sarqc.model.targets import Target
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Where a layer's outputs have joined the stream. reader: the module that reads it there; None for the block's
+    end."""
+
+    reader: str | None
+
+
+@dataclass(frozen=True)
 class Site:
     """Layers with one input tensor. name: of its first member. in_features: K. experts: E, 1 for Linears.
-    closes: whether its outputs go straight into what leaves the block, and are asked to make up for earlier errors."""
+    joint: where its outputs are asked to make up for earlier errors, if they are."""
 
     name: str
     members: tuple[Target, ...]
     experts: int
     in_features: int
-    closes: bool = False
+    joint: Joint | None = None
 
     @property
     def wishes(self) -> int:
         """N where something is asked of the outputs, else 0."""
-        return sum(rows for _, _, rows in self.slabs) if self.closes else 0
+        return sum(rows for _, _, rows in self.slabs) if self.joint else 0
 
     @property
     def slabs(self) -> tuple[tuple[str, int, int], ...]:
@@ -108,7 +116,7 @@ def find_sites(skeleton: Skeleton, index: int, found: Sequence[Target], hidden: 
             module = skeleton.model.get_submodule(name)
             if not experts.is_experts(module):
                 seen = inputs.setdefault(name, [])
-                hooks.enter_context(_hooked(module, seen.append))
+                hooks.enter_context(reading(module, seen.append))
         skeleton.call_block(index, hidden)
     for target in found:
         if not inputs.get(target.module, [None]):
@@ -137,7 +145,7 @@ def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, gate_weight: 
             if experts.is_experts(module):
                 stacks.setdefault(first.module, {})[first.parameter.rpartition(".")[2]] = site
             else:
-                hooks.enter_context(_hooked(module, partial(pass_on, site, offsets=None)))
+                hooks.enter_context(reading(module, partial(pass_on, site, offsets=None)))
         for name, by_projection in stacks.items():
             module = skeleton.model.get_submodule(name)
             hooks.enter_context(experts.observed(module, partial(_dispatch, by_projection, pass_on), gate_weight))
@@ -153,9 +161,11 @@ def _dispatch(by_projection: dict[str, Site], sink: Sink, projection: str, x: Te
 
 
 @contextmanager
-def _hooked(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[None]:
+def reading(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[None]:
+    """Hand the first tensor that a module is called with to `seen`, for the time of the context."""
+
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen(args[0] if args else kwargs["input"])
+        seen(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -33,14 +33,16 @@ GLANCE = 8
 @dataclass
 class States:
     """hidden: [S, L, H] on the host. batches: the windows of each micro-batch and the fold they belong to.
-    original: the same of the unquantized model, or None. passed: windows that are through the block that moves them on
-    right now. places: which windows of the text each rank of the group has; here are those of one of them. room: made
-    both tensors."""
+    original: the same of the unquantized model, or None. wanted: what its stream was at the joint of the block that it
+    was last moved through; where that is the end of the block, this is `original`. passed: windows that are through the
+    block that moves them on right now. places: which windows of the text each rank of the group has; here are those of
+    one of them. room: makes these tensors."""
 
     hidden: Tensor
     batches: Batches
     folds: int
     original: Tensor | None = None
+    wanted: Tensor | None = None
     passed: int = 0
     places: Sequence[Tensor] = ()
     room: Room = MEMORY
@@ -66,10 +68,10 @@ class States:
         return self.hidden[:1, :GLANCE]
 
     def of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each micro-batch of a fold: its hidden states, and those of the original model where they are kept."""
+        """Each micro-batch of a fold: its hidden states, and what is wanted at the joint of the block, if known."""
         for windows, of in self.batches:
             if of == fold:
-                own, other = self.hidden[windows], None if self.original is None else self.original[windows]
+                own, other = self.hidden[windows], None if self.wanted is None else self.wanted[windows]
                 yield own, other
                 for part in (own,) if other is None else (own, other):
                     self.room.leave(part)
@@ -80,20 +82,37 @@ class States:
 
     def move_on(self, call: Callable[[Tensor], Tensor], device: torch.device) -> None:
         """Replace hidden by call(hidden), a micro-batch at a time; called again after a failure, it goes on there."""
-        self._move(self.hidden, call, device)
+        for windows in self._left():
+            self._put(self.hidden[windows], call(self.hidden[windows].to(device)))
 
-    def move_original_on(self, call: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        """The same for those of the unquantized model, if they are kept."""
-        if self.original is not None:
-            self._move(self.original, call, device)
+    def move_original_on(
+        self, call: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device, inside: bool = False
+    ) -> None:
+        """The same for those of the unquantized model, if they are kept: call(original) is what leaves the block, and
+        what is wanted at its joint; inside: that is not the same."""
+        if self.original is None:
+            return
+        if not inside:
+            self.wanted = self.original
+        elif self.wanted is None or self.wanted is self.original:
+            self.wanted = self.room.empty(self.original.shape, self.original.dtype, pinned=self.original.is_pinned())
+        for windows in self._left():
+            leaving, stream = call(self.original[windows].to(device))
+            self._put(self.original[windows], leaving)
+            if self.wanted is not self.original:
+                self._put(self.wanted[windows], stream)
 
-    def _move(self, states: Tensor, call: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def _left(self) -> Iterator[slice]:
+        """Windows of the micro-batches that are to be moved on; after a failure those that have not been."""
         for windows, _ in self.batches:
             if windows.start >= self.passed:
-                states[windows].copy_(call(states[windows].to(device)))
-                self.room.leave(states[windows])
+                yield windows
                 self.passed = windows.stop
         self.passed = 0
+
+    def _put(self, place: Tensor, states: Tensor) -> None:
+        place.copy_(states)
+        self.room.leave(place)
 
     def halve(self) -> None:
         """Cut every micro-batch of more than one window in two."""

@@ -65,7 +65,7 @@ def test_ordered_sums_give_the_bytes_of_one_process(models, straight, tmp_path, 
         assert site["error"] == pytest.approx(one["error"], rel=1e-6)
 
 
-def test_ranks_agree_on_the_layer_that_closes_a_block(models, tmp_path, monkeypatch):
+def test_ranks_agree_on_the_layer_that_makes_up_for_errors(models, tmp_path, monkeypatch):
     """Also where one of them finds none on its own window, as where activations there are not finite."""
     options = SMALL | {"method": "sarqc-gptq", "num_samples": 4}
     one = sarqc.quantize(models["llama"], tmp_path / "one", **options)
@@ -73,7 +73,7 @@ def test_ranks_agree_on_the_layer_that_closes_a_block(models, tmp_path, monkeypa
 
     def action(rank):
         if rank == 1:
-            monkeypatch.setattr(blocks, "find_closing", lambda *_: None)
+            monkeypatch.setattr(blocks, "find_joint", lambda *_: None)
         sarqc.quantize(models["llama"], tmp_path / "two", **options, ordered=True)
 
     assert in_ranks(2, action, tmp_path / "log", seconds=30) == [(0, "")] * 2

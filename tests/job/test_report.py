@@ -71,7 +71,7 @@ def site(name, rows=(100,), error=0.01, plain=0.02, strength=0.3):
 def test_a_run_leaves_a_page_and_a_card(out, found):
     shown = Outline((out / "report.html").read_text())
     words = " ".join(shown.text)
-    assert shown.links == [] and "script" not in shown.tags and shown.tags.count("svg") == 5
+    assert shown.links == [] and "script" not in shown.tags and shown.tags.count("svg") == 6
     assert "It went well" in words and "Left unquantized" in words and "model.layers.*.mlp.gate" in words
     stored = sum(path.stat().st_size for path in out.parent.rglob("*.safetensors"))
     assert found["source"]["bytes"] > stored
@@ -185,11 +185,12 @@ def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypa
     assert report.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
 
 
-def test_what_last_layers_made_up_for_is_drawn_where_they_did(found):
-    assert "What last layers made up for" not in page(found)  # routed experts alone
+def test_who_made_up_for_earlier_errors_is_drawn_where_layers_did(found):
+    found["sites"] = [site | {"carried": 0.0} for site in found["sites"]]
+    assert "Who made up for earlier errors" not in page(found)
     found["sites"] = [site(f"model.layers.{index}.mlp.down_proj") | {"carried": index / 10} for index in range(4)]
     shown = " ".join(Outline(page(found)).text)
-    assert "What last layers made up for" in shown and "layers.3.mlp.down_proj: share 0.30" in shown
+    assert "Who made up for earlier errors" in shown and "layers.3.mlp.down_proj: share 0.30" in shown
     assert "layers.0.mlp.down_proj: share" not in shown
 
 

@@ -73,10 +73,12 @@ def test_a_stopped_run_goes_on_with_another_budget(source, straight, tmp_path, f
     assert contents(out) == straight and files == [STATES] * budgets.count(0)
 
 
-@pytest.mark.parametrize(("budget", "used"), [(0, 2), (STATES, 1)])
-def test_the_originals_states_wait_in_a_file_too(tmp_path, files, budget, used):
-    """Of a dense model, whose last layers make up for errors; also where the run was stopped in between."""
-    source, run = tiny.save("llama", tmp_path / "model", num_hidden_layers=3), SMALL | {"carry_error": True}
+@pytest.mark.parametrize(
+    ("kind", "budget", "used"), [("llama", 0, 2), ("llama", STATES, 1), ("qwen3_moe", 0, 3), ("qwen3_moe", STATES, 2)]
+)
+def test_the_originals_states_wait_in_a_file_too(tmp_path, files, kind, budget, used):
+    """And what is wanted inside a block of routed experts; also where the run was stopped in between."""
+    source, run = tiny.save(kind, tmp_path / "model", num_hidden_layers=3), SMALL | {"carry_error": True}
     report = sarqc.quantize(source, tmp_path / "straight", **run).report
     assert files == [] and any(site["carried"] > 0 for site in report["sites"])
     with pytest.raises(Interrupted):
@@ -188,10 +190,12 @@ def test_a_single_block_has_no_next_one(tmp_path):
     assert preflight(source, tmp_path / "out", **SMALL).waiting.ahead == 0
 
 
-def test_the_original_beside_takes_as_much_again(source, tmp_path):
-    options = SMALL | {"carry_error": True}
-    assert preflight(source, tmp_path / "out", **options).waiting.states == 2 * STATES
-    assert preflight(source, tmp_path / "out", state_budget=STATES, **options).waiting.mapped == STATES
+@pytest.mark.parametrize(("kind", "sets"), [("llama", 2), ("deepseek_v3", 2), ("qwen3_moe", 3)])
+def test_the_original_beside_takes_as_much_again(tmp_path, kind, sets):
+    """Twice as much where experts are all routed: what is wanted inside a block is not what leaves it."""
+    source, options = tiny.save(kind, tmp_path / "model"), SMALL | {"carry_error": True}
+    assert preflight(source, tmp_path / "out", **options).waiting.states == sets * STATES
+    assert preflight(source, tmp_path / "out", state_budget=STATES, **options).waiting.mapped == (sets - 1) * STATES
 
 
 def test_a_budget_below_nothing_is_refused(source, tmp_path):

@@ -55,11 +55,12 @@ def look(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[Waiting
 def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> Waiting:
     """As `checkpoint.scratch` does it: as many sets of states as fit are in memory.
 
-    The original's set is counted also where the first block will show that no layer closes it, as in models of routed
-    experts alone, and the set is let go: it is there until then, and shapes do not tell.
+    The original's sets are counted also where the first block will show that no layer has a joint, and they are let go:
+    they are there until then, and shapes do not tell.
     """
     one = shapes.states_bytes(plan, -(-windows // ranks), seqlen)
-    sets = 0 if not one else 2 if plan.solve.carry_error else 1
+    joints = [site.joint for _, sites in shapes.blocks(plan) for site in sites if site.joint]
+    sets = 0 if not one else 1 + bool(joints) + any(joint.reader for joint in joints)
     fitting = min(sets, plan.state_budget // one) if one else 0
     ahead = [_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))]
     return Waiting(fitting * one, (sets - fitting) * one, max(ahead, default=0))

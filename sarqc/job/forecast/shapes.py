@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from sarqc.job.plan import Plan
-from sarqc.model.sites import Site, separate_sites
+from sarqc.model.sites import Joint, Site, separate_sites
 
 
 def stored_bytes(plan: Plan, name: str) -> int:
@@ -19,11 +20,20 @@ def elements(plan: Plan, parameter: str) -> int:
 
 
 def blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
-    """Sites of every block as shapes tell them: at least as many as a forward will show."""
+    """Sites of every block as shapes tell them, at least as many as a forward will show; one has the joint that it is
+    likely to have."""
     return [
-        (index, separate_sites(plan.skeleton, plan.targets.of_block(index)))
+        (index, _joined(plan, separate_sites(plan.skeleton, plan.targets.of_block(index))))
         for index in range(len(plan.skeleton.blocks))
     ]
+
+
+def _joined(plan: Plan, sites: list[Site]) -> list[Site]:
+    """By names, which a forward might prove wrong: down_proj ends its block; o_proj does not, where experts follow."""
+    dense = {site.name.rpartition(".")[2]: site for site in sites if site.experts == 1}
+    likely = dense.get("down_proj", dense.get("o_proj")) if plan.solve.carry_error else None
+    joint = Joint(None if "down_proj" in dense else "the norm behind it")
+    return [replace(site, joint=joint) if site is likely else site for site in sites]
 
 
 def choices(plan: Plan) -> int:

@@ -160,10 +160,10 @@ def _carried(report: facts.Report) -> str:
     series = _by_kind(found, lambda site: site.carried, lambda v: f"share {v:.2f}")
     chart = line_chart(series, x_label="block", y_label="share")
     told = (
-        "The last layer of a block also aims at what leaves the block being the original model's again: this share of "
-        "the way, half of what the other half of the text says is best."
+        "One layer of a block also aims at the hidden states behind it being the original model's again: this share "
+        "of the way, half of what the other half of the text says is best."
     )
-    return _section("What last layers made up for", told, f"<figure>{chart}</figure>") if chart else ""
+    return _section("Who made up for earlier errors", told, f"<figure>{chart}</figure>") if chart else ""
 
 
 def _by_kind(found: list[facts.SiteFacts], value: Any, said: Any) -> list[Series]:
