@@ -137,10 +137,10 @@ class SolveSpec:
         check_seed(self.seed)
         if isinstance(self.gate_weight, bool) or self.gate_weight not in (0, 1, 2):
             raise ArgumentError(f"gate_weight = {self.gate_weight!r} is not known: use 0, 1 or 2")
-        if self.carry_error and (self.solver != "gram" or self.channel_scale):
+        if self.carry_error and self.solver != "gram":
             raise ArgumentError(
-                f"carry_error = True is not for method {self.method!r}: only Gram solvers without channel scales can "
-                "aim elsewhere than at the weights; use gptq, rqc-gptq or sarqc-gptq"
+                f"carry_error = True is not for method {self.method!r}: only Gram solvers can aim elsewhere than at "
+                "the weights; use gptq, rqc-gptq, sarqc-gptq or sarqc"
             )
         if not self.gram and (self.solver == "gram" or self.channel_scale):
             raise ArgumentError("gram = False leaves nothing to solve with: use solver 'round' and no channel_scale")
@@ -180,8 +180,8 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("sarqc-awq", "the same, regularised by saliency", _ROUND | {"channel_scale": True}),
     ("gptq", "the Gram solver as the common tools ship it", _GPTQ),
     ("rqc-gptq", "Gram solver, regularised evenly, searched grids", {"saliency": "iso"}),
-    ("sarqc-gptq", "the same by saliency; a layer of each block makes up for earlier errors", {"carry_error": True}),
-    ("sarqc", "channel scales, then the Gram solver, regularised by saliency", {"channel_scale": True}),
+    ("sarqc-gptq", "by saliency; one layer a block makes up for earlier errors", {"carry_error": True}),
+    ("sarqc", "channel scales by search, then as sarqc-gptq", {"channel_scale": True, "carry_error": True}),
 )
 METHODS: dict[str, SolveSpec] = {name: SolveSpec(method=name, **fields) for name, _, fields in _TABLE}
 """Presets. `gptq` is what GPTQ tools do: damping 0.01 of the mean diagonal, min-max grids, static activation order.

@@ -26,7 +26,7 @@ CarryErrorOption = Annotated[
     typer.Option(
         "--carry-error/--no-carry-error",
         help="Let one layer of each block make up for all errors before it, as far as held-out text allows. "
-        "Twice the forward passes. Default: on for sarqc-gptq, off for all others.",
+        "Twice the forward passes. Default: on for sarqc-gptq and sarqc, off for all others.",
     ),
 ]
 CalibOption = Annotated[

@@ -20,7 +20,6 @@ from sarqc.method.report import SolveReport
 from sarqc.method.rows import MAX_LOST
 from sarqc.method.statistics import Statistics
 from sarqc.method.strength import Strengths
-from sarqc.method.weight import QuantizedWeight
 from sarqc.model.absorb import find_folds
 from sarqc.model.ahead import Ahead
 from sarqc.model.group import ALONE, Group
@@ -158,13 +157,13 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
         _check_weights(skeleton, members)
         sites = separate_sites(skeleton, members) if states is None else _find_sites(work, index, members, states)
     if states is not None and states.original is not None:
-        weights, reports, scales = _solve_in_two(work, index, sites, states)
+        weights, reports, changed = _solve_in_two(work, index, sites, states)
     else:
-        weights, reports, scales = _solve(work, index, sites, states, {})
+        weights, reports, scales = _solve(work, index, sites, states, scaled=work.solve.channel_scale)
+        changed = scales.fold_in() if scales else {}
     lost = [target.linear for target in members if target.linear not in weights]
     if lost:
         raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
-    changed = scales.fold_in() if scales else {}
     leaving = None
     if states is not None and index + 1 < len(skeleton.blocks):
         with work.stage(index, "replay"):
@@ -198,36 +197,48 @@ _Solved = tuple[Weights, list[SolveReport], BlockScales | None]
 
 
 def _solve(
-    work: Workbench, index: int, sites: Sequence[Site], states: States | None, before: Mapping[Target, QuantizedWeight]
+    work: Workbench,
+    index: int,
+    sites: Sequence[Site],
+    states: States | None,
+    *,
+    scaled: bool,
+    prepare: Callable[[], None] = lambda: None,
 ) -> _Solved:
-    """Some sites of a block in which the weights `before` are quantized already, with less at once where it must be."""
+    """Some sites of a block, with less at once where it must be. scaled: search channel scales for them first. prepare:
+    makes a block that was loaded anew what it has to be."""
     known = work.solving.strengths.copy()
 
     def attempt() -> _Solved:
         work.solving.begin(known)  # what a failed attempt was told is asked, and counted, again
-        for target, weight in before.items():  # and the block was loaded anew
-            write_back(work.skeleton.model, target, weight)
-        return _solve_sites(work, index, sites, states)
+        prepare()
+        return _solve_sites(work, index, sites, states, scaled)
 
     return work.with_memory(index, states, attempt)
 
 
-def _solve_in_two(work: Workbench, index: int, sites: Sequence[Site], states: States) -> _Solved:
-    """The layer with the joint after all others, so that it can make up for what they did, and those before."""
+def _solve_in_two(
+    work: Workbench, index: int, sites: Sequence[Site], states: States
+) -> tuple[Weights, list[SolveReport], dict[str, Tensor]]:
+    """The layer with the joint after all others, so that it can make up for what they did, and those before. Its inputs
+    are not rescaled: what would take up their scales is quantized by then."""
     others, last = ([site for site in sites if bool(site.joint) is joined] for joined in (False, True))
     reader = next((site.joint.reader for site in last if site.joint), None)
-    weights, reports, scales = _solve(work, index, others, states, {})
+    weights, reports, scales = _solve(work, index, others, states, scaled=work.solve.channel_scale)
     with work.stage(index, "replay"):  # as long as the block is what it was
         work.with_memory(index, states, lambda: _move_original_on(work, index, states, reader))
+    changed = scales.fold_in() if scales else {}
     if not last:
-        return weights, reports, scales
-    before = {target: weights[target.linear] for site in others for target in site.members}
-    joined, told, _ = _solve(work, index, last, states, before)
-    return weights | joined, reports + told, scales
+        return weights, reports, changed
+    before = [target for site in others for target in site.members]
+    joined, told, _ = _solve(
+        work, index, last, states, scaled=False, prepare=lambda: _put(work, index, before, weights, changed)
+    )
+    return weights | joined, reports + told, changed
 
 
-def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: States | None) -> _Solved:
-    """Observe and solve all sites of a block, as many at a time as the Grams have room for."""
+def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: States | None, scaled: bool) -> _Solved:
+    """Observe and solve some sites of a block, as many at a time as the Grams have room for."""
     weights: Weights = {}
     reports: list[SolveReport] = []
     folds = states.folds if states else 0
@@ -235,7 +246,7 @@ def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: Sta
     work.together = max((sum(share.stop - share.first for share in shares) for shares in portions), default=1)
     work.gram_bytes = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
     scales, collected = None, None
-    if work.solve.channel_scale and states is not None:
+    if scaled and states is not None:
         scales, collected = _scale(work, index, sites, portions, states)
     for shares in portions:
         if states is not None and not collected:
@@ -297,9 +308,17 @@ def _replay(
     members: Sequence[Target],
     states: States,
     weights: Weights,
-    changed: dict[str, Tensor],
+    changed: Mapping[str, Tensor],
 ) -> None:
     """Move the hidden states on through the block as it is after quantization."""
+    _put(work, index, members, weights, changed)
+    states.move_on(lambda hidden: work.skeleton.call_block(index, hidden), work.device)
+
+
+def _put(
+    work: Workbench, index: int, members: Sequence[Target], weights: Weights, changed: Mapping[str, Tensor]
+) -> None:
+    """Put the quantized weights of these members, and what took up channel scales, in the place of the block's own."""
     skeleton = work.skeleton
     for target in members:
         write_back(skeleton.model, target, weights[target.linear])
@@ -309,7 +328,6 @@ def _replay(
                 whole = skeleton.model.get_parameter(parameter)
                 part = whole if piece.expert is None else whole[piece.expert, piece.start : piece.start + piece.rows]
                 part.copy_(changed[piece.name])
-    states.move_on(lambda hidden: work.skeleton.call_block(index, hidden), work.device)
 
 
 def _check_leaving(work: Workbench, index: int, states: States) -> None:

@@ -13,6 +13,7 @@ from sarqc.method.strength import GRID, Strengths
 from sarqc.model import blocks, sharing, solving
 from sarqc.model.sites import write_back
 from sarqc.model.skeleton import Skeleton
+from sarqc.model.source import Overlay
 from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec, solve_spec
 
@@ -37,9 +38,10 @@ def entered(case):
     return skeleton
 
 
-def block(case, skeleton, index, weights):
-    """Block `index` of the original, with `weights` in the place of its own, as a function of hidden states."""
-    skeleton.load_block(index, case.source, torch.device("cpu"), torch.float32)
+def block(case, skeleton, index, weights, changed=None):
+    """Block `index` of the original, with `weights` and what is `changed` in the place of its own, as a function of
+    hidden states."""
+    skeleton.load_block(index, Overlay(case.source, {}, changed), torch.device("cpu"), torch.float32)
     for target in targets(skeleton, QUANT).of_block(index):
         if target.linear in weights:
             write_back(skeleton.model, target, weights[target.linear])
@@ -174,19 +176,19 @@ def test_a_layer_inside_the_block_is_asked_for_what_its_stream_lacks(tiny, hande
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-def test_what_leaves_the_blocks_is_nearer_to_the_original(tiny, kind):
+@pytest.mark.parametrize(("kind", "method"), [("llama", "gptq"), ("qwen3_moe", "gptq"), ("llama", "sarqc")])
+def test_what_leaves_the_blocks_is_nearer_to_the_original(tiny, kind, method):
     """On the text that was calibrated on; that other text gains is for real models to show (benchmarks/quality)."""
     case = tiny(kind)
     lacking = {}
     for carry in (False, True):
-        results = list(run(case, solve_spec("gptq", carry_error=carry), folds=2, micro_batch=2))
+        results = list(run(case, solve_spec(method, carry_error=carry), folds=2, micro_batch=2))
         assert any(report.carried > 0 for result in results for report in result.reports) is carry
         skeleton = entered(case)
         hidden = original = skeleton.embed(case.tokens)
         for result in results:
             original = block(case, skeleton, result.index, {})(original)
-            hidden = block(case, skeleton, result.index, result.weights)(hidden)
+            hidden = block(case, skeleton, result.index, result.weights, result.changed)(hidden)
         lacking[carry] = float((hidden - original)[:, 1:].pow(2).sum())
     assert lacking[True] < lacking[False]
 
@@ -256,9 +258,31 @@ def test_what_is_carried_is_exactly_the_original(tiny, monkeypatch, kind, reader
     torch.testing.assert_close(kept[0].wanted, seen[1], rtol=1e-5, atol=1e-5)
 
 
-def test_memory_that_runs_out_at_the_last_layer_costs_only_time(tiny, monkeypatch):
-    """The block is loaded anew, and the layers before are put back as they were quantized."""
+def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_over):
+    """All others have, and what it is asked is what the stream lacks with them in place."""
     case = tiny("llama")
+    result = next(run(case, solve_spec("sarqc", strength=0.3), micro_batch=2))
+    *others, last = result.reports
+    assert last.site.endswith("down_proj") and last.exponent == 0.0 and last.carried > 0
+    assert any(report.exponent > 0 for report in others) and any("norm" in name for name in result.changed)
+    skeleton = entered(case)
+    entering = skeleton.embed(case.tokens)
+    original = block(case, skeleton, 0, {})(entering)
+    rest = {name: weight for name, weight in result.weights.items() if "down_proj" not in name}
+    inputs = []
+    hook = skeleton.model.get_submodule(last.site).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    lacking = original - block(case, skeleton, 0, rest, result.changed)(entering)
+    hook.remove()
+    lacking[:, 0] = 0
+    expected = torch.einsum("bln,blk->nk", lacking.double(), inputs[0].double())
+    found = handed_over[last.site].total().wish[0].double()
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["sarqc-gptq", "sarqc"])
+def test_memory_that_runs_out_at_the_last_layer_costs_only_time(tiny, monkeypatch, method):
+    """The block is loaded anew, and the layers before are put back as they were quantized."""
+    case, solve = tiny("llama"), solve_spec(method)
     stages, failed, call_block = [], [], Skeleton.call_block
 
     def full(self, index, hidden):
@@ -267,10 +291,10 @@ def test_memory_that_runs_out_at_the_last_layer_costs_only_time(tiny, monkeypatc
             raise torch.OutOfMemoryError("tried to allocate 2 GB")
         return call_block(self, index, hidden)
 
-    plain = list(run(case, CARRY, micro_batch=2))
+    plain = list(run(case, solve, micro_batch=2))
     monkeypatch.setattr(Skeleton, "call_block", full)
     progress = lambda index, name: stages.append((index, name))  # noqa: E731
-    again = list(run(case, CARRY, micro_batch=2, on_progress=progress))
+    again = list(run(case, solve, micro_batch=2, on_progress=progress))
     assert failed == [2] and "micro-batch of 2 windows halved" in again[1].notes[0]
     for a, b in zip(plain, again, strict=True):
         differing = sum(int((a.weights[name].codes != b.weights[name].codes).sum()) for name in a.weights)

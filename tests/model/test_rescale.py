@@ -118,4 +118,6 @@ def test_same_input_same_bytes(tiny):
 def test_scales_are_a_stage_of_their_own(tiny):
     told = []
     run(tiny("llama"), on_progress=lambda index, stage: told.append((index, stage)))
-    assert [stage for index, stage in told if index == 0] == ["load", "scale", "observe", "scale", "solve", "replay"]
+    stages = [stage for index, stage in told if index == 0]
+    # the original on its way, the layer that makes up for errors, and what was quantized on its way
+    assert stages == ["load", "scale", "observe", "scale", "solve", "replay", "observe", "solve", "replay"]
