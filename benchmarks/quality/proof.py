@@ -37,6 +37,8 @@ SMALL: tuple[Setting, ...] = (
         eval_windows=8,
     ),
 )
+WHOLE = "whole runs"
+"""The protocol's mode where checkpoints of whole runs were judged (`benchmarks.quality.whole`)."""
 _FULL: Setting = dict(
     methods=("rtn", "awq", "sarqc-awq", "gptq", "rqc-gptq", "sarqc-gptq", "sarqc"),
     num_samples=(4, 16, 64),
@@ -52,20 +54,37 @@ FULL: tuple[Setting, ...] = (
 def markdown(results: dict[str, Any]) -> str:
     """The README's table: what was measured how, the perplexities, and how to read them."""
     protocol = results["protocol"]
+    mode = protocol["mode"].partition(":")[0]
+    work = "Judging" if mode == WHOLE else "Solving and judging"
     texts = ", ".join(f"{entry['text'].rpartition('/')[2]} {entry['perplexity']:.2f}" for entry in protocol["texts"])
     seeds = max(row["seeds"] for row in results["rows"])
     return "\n".join(
         [
-            f"{protocol['model'].rpartition('/')[2]}, one-shot, calibrated on "
+            f"{protocol['model'].rpartition('/')[2]}, {mode}, calibrated on "
             f"{protocol['calibration']['text'].rpartition('/')[2]} in windows of {protocol['calibration']['seqlen']} "
             f"tokens, {seeds} seeds; perplexity, mean ± largest distance of a seed from it. Unquantized: {texts}.",
             "",
             as_markdown(results),
             "",
             "**Bold**: best; ≈: tied with it, because the difference, seed by seed, varies by more than it amounts to. "
-            f"Solving and judging took {results['minutes']:.0f} minutes on {results['cpus']} CPU cores.",
+            f"{work} took {results['minutes']:.0f} minutes on {results['cpus']} CPU cores.",
         ]
     )
+
+
+def write_results(path: Path, protocol: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+    """The rows of these cells to `path`, their plot beside it, and their tables to the terminal."""
+    whole = table(protocol, cells)
+    spent = sum(cell["seconds"]["total"] for cell in cells)
+    results = {key: whole[key] for key in ("protocol", "rows")} | {
+        "minutes": round(spent / 60, 1),
+        "cpus": os.cpu_count(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".svg").write_text(plot(whole), encoding="utf-8")
+    for shown in comparison_tables(whole):
+        Console().print(shown)
 
 
 def main() -> None:
@@ -101,17 +120,7 @@ def main() -> None:
             )
         cells += found.table["cells"]
         protocol = found.table["protocol"]
-    whole = table(protocol, cells)
-    spent = sum(cell["seconds"]["total"] for cell in cells)
-    results = {key: whole[key] for key in ("protocol", "rows")} | {
-        "minutes": round(spent / 60, 1),
-        "cpus": os.cpu_count(),
-    }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    args.results.with_suffix(".svg").write_text(plot(whole), encoding="utf-8")
-    for shown in comparison_tables(whole):
-        Console().print(shown)
+    write_results(args.results, protocol, cells)
 
 
 if __name__ == "__main__":

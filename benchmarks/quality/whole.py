@@ -1,0 +1,113 @@
+"""Whole runs side by side: ours and those of other tools, on the same tokens and judged by the same code.
+
+    python -m benchmarks.quality.whole MODEL RESULTS.json --calib CALIB.txt --eval A.txt --eval B.txt --work WORK \
+        --format 3:64 --format 2:32 --method sarqc-gptq --method sarqc --rival gptq --rival awq --python VENV/bin/python
+
+A format is BITS:GROUP_SIZE. Every method makes a checkpoint for each format and seed from the windows that are drawn
+with that seed; checkpoints stay in WORK, so that an interrupted table goes on where it was. The rivals are those of
+`benchmarks/rivals/llmcompressor_oneshot.py`, run by the interpreter of a virtual environment of their own. All are
+judged by `sarqc.compare`, beside plain rounding. RESULTS.json gets rows, protocol and versions, RESULTS.svg the plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+import sarqc
+from benchmarks.quality.proof import WHOLE, write_results
+from sarqc.job.comparison.bench import Other
+from sarqc.job.locate import locate
+from sarqc.model import calibration
+from sarqc.model.tokenizer import load_tokenizer
+
+SEQLEN = 512
+RIVAL = Path(__file__).parent.parent / "rivals" / "llmcompressor_oneshot.py"
+
+
+def tokens_of(args: argparse.Namespace, seed: int) -> Path:
+    """A file with the windows int64 [S, L] that all methods calibrate on with this seed."""
+    path: Path = args.work / f"tokens-{seed}.safetensors"
+    if not path.exists():
+        text = calibration.windows(args.calib, load_tokenizer(locate(args.model)), part="calibration", seqlen=SEQLEN)
+        save_file({"tokens": text.draw(args.windows, seed).tokens}, path)
+    return path
+
+
+def ours(args: argparse.Namespace, method: str, bits: int, group_size: int, seed: int, out: Path) -> dict[str, Any]:
+    """A checkpoint by one of our methods; seconds of the run."""
+    tokens = load_file(tokens_of(args, seed))["tokens"]
+    run = sarqc.quantize(
+        args.model, out, method=method, bits=bits, group_size=group_size, calib=tokens, num_samples=len(tokens)
+    )
+    return {"tool": f"sarqc {sarqc.__version__}", "seconds": run.report["seconds"]["total"]}
+
+
+def rivals(args: argparse.Namespace, method: str, bits: int, group_size: int, seed: int, out: Path) -> dict[str, Any]:
+    """A checkpoint by another tool; what it prints of itself."""
+    what = [str(locate(args.model)), str(tokens_of(args, seed)), str(out), "--modifier", method]
+    format_ = ["--bits", str(bits), "--group-size", str(group_size)]
+    done = subprocess.run([args.python, str(RIVAL), *what, *format_], check=True, capture_output=True, text=True)
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {"tool": told["tool"], "seconds": told["wall_seconds"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--eval", action="append", dest="texts", required=True)
+    parser.add_argument("--eval-windows", type=int, default=16)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--format", action="append", dest="formats", required=True, help="BITS:GROUP_SIZE")
+    parser.add_argument("--method", action="append", dest="methods", default=[])
+    parser.add_argument("--rival", action="append", dest="rivals", default=[], help="gptq, awq or autoround")
+    parser.add_argument("--python", help="of the rivals' environment")
+    parser.add_argument("--also", action="append", default=[], type=Other.parsed, help="as in `sarqc compare --also`")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seeds", default="0,1,2")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    makers = [(name, name, ours) for name in args.methods]
+    makers += [(f"llm-compressor {name}", name, rivals) for name in args.rivals]
+    made: dict[str, dict[str, Any]] = {}
+    cells: list[dict[str, Any]] = []
+    protocol: dict[str, Any] = {}
+    for bits, group_size in (map(int, format_.split(":")) for format_ in args.formats):
+        also = [other for other in args.also if (other.bits, other.group_size) == (bits, group_size)]
+        for seed in map(int, args.seeds.split(",")):
+            for name, method, make in makers:
+                out = args.work / f"{name.replace(' ', '-')}-{bits}-{group_size}-{seed}"
+                record = out.with_suffix(".json")
+                if not record.exists():
+                    record.write_text(json.dumps(make(args, method, bits, group_size, seed, out)))
+                    print(out.name, flush=True)
+                made[name] = json.loads(record.read_text())
+                also.append(Other(name, bits, group_size, args.windows, seed, out))
+        found = sarqc.compare(
+            args.model,
+            args.work / "judged",
+            methods=("rtn",),
+            bits=(bits,),
+            group_sizes=(group_size,),
+            calib=args.calib,
+            num_samples=(args.windows,),
+            seqlen=SEQLEN,
+            texts=args.texts,
+            eval_windows=args.eval_windows,
+            also=also,
+        )
+        cells += found.table["cells"]
+        protocol = found.table["protocol"]
+    tools = {name: record["tool"] for name, record in made.items()}
+    write_results(args.results, protocol | {"mode": WHOLE, "tools": tools}, cells)
+
+
+if __name__ == "__main__":
+    main()
