@@ -15,7 +15,8 @@ from typing import Any
 from benchmarks import reliability
 from benchmarks.quality import proof
 from benchmarks.quality.table import markdown
-from sarqc.spec import ABOUT
+from sarqc.job.comparison.table import perplexity
+from sarqc.spec import ABOUT, METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,6 +36,32 @@ def quality() -> str:
     """Methods and rivals on the same tokens."""
     found = _read("cpu-smollm2-quality")
     return f"Unquantized: {found['unquantized']:.2f}.\n\n{markdown(found)}"
+
+
+def whole() -> str:
+    """Whole runs of ours and of other tools: a row for each model, format and text, a column for each method."""
+    found = [_read(path.stem) for path in sorted(RESULTS.glob("whole-*.json"))]
+    methods = sorted({row["method"] for results in found for row in results["rows"]}, key=_place)
+    lines = ["| model | bits, group | text | " + " | ".join([*methods, "unquantized"]) + " |"]
+    lines.append("|---" * (len(methods) + 4) + "|")
+    for results in found:
+        reached = {entry["text"]: entry["perplexity"] for entry in results["protocol"]["texts"]}
+        cases = dict.fromkeys((row["bits"], row["group_size"], row["text"]) for row in results["rows"])
+        for bits, group_size, text in sorted(cases, key=lambda case: (-case[0], -case[1], case[2])):
+            own = {
+                row["method"]: perplexity(row)
+                for row in results["rows"]
+                if (row["bits"], row["group_size"], row["text"]) == (bits, group_size, text)
+            }
+            what = (Path(results["protocol"]["model"]).name, f"{bits}, {group_size}", Path(text).stem)
+            cells = [*what, *(own.get(method, "") for method in methods), f"{reached[text]:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _place(method: str) -> tuple[int, str]:
+    """Plain rounding, other tools, ours."""
+    return 0 if method == "rtn" else 2 if method in METHODS else 1, method
 
 
 def speed() -> str:
@@ -104,6 +131,7 @@ def methods() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "quality": quality,
+    "whole": whole,
     "speed": speed,
     "compare": compare,
     "inference": inference,
