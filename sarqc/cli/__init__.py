@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.main import get_command
@@ -24,6 +24,7 @@ from sarqc.cli.evaluate import evaluate
 from sarqc.cli.export import export
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
+from sarqc.cli.layout import laid_out
 from sarqc.cli.quantize import quantize
 from sarqc.cli.report import report
 from sarqc.cli.verify import verify
@@ -42,13 +43,26 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
 }
 
-app = typer.Typer(
-    name="sarqc",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Quantize language models to 2..8 bits with regularised calibration, and see what it cost.",
-)
+app = typer.Typer(name="sarqc", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from sarqc import __version__
+
+        print(f"sarqc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _sarqc(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize language models to 2..8 bits with regularised calibration, and see what it cost."""
+
+
 for _name, _command in COMMANDS.items():
     app.command(name=_name)(_command)
 
@@ -72,7 +86,7 @@ def _run() -> int:
     """The exit code of the command in `sys.argv`: what it says, or that of what ended it."""
     from sarqc.errors import Interrupted, SarqcError
 
-    command = get_command(app)
+    command = laid_out(get_command(app))
     try:
         with command.make_context("sarqc", sys.argv[1:]) as context:
             command.invoke(context)
@@ -98,9 +112,9 @@ def _run() -> int:
 
 
 def _usage(error: Exception) -> str:
-    """What is wrong with a command line; without a command it is the help."""
+    """What is wrong with a command line; where there is nothing on it, its help was printed instead."""
     context, told = getattr(error, "ctx", None), getattr(error, "format_message", lambda: str(error))()
-    if context is not None and told == context.get_help():
+    if not told:
         return f"no command: {', '.join(COMMANDS)} are known; `sarqc COMMAND --help` explains one"
     command = "sarqc" if context is None else context.command_path
     return f"{told.rstrip('.')}; `{command} --help` lists what there is"

@@ -19,6 +19,7 @@ from sarqc.cli.options import (
     stderr,
     stdout,
 )
+from sarqc.cli.run_options import CalibOption, IgnoreOption
 
 
 def compare(
@@ -30,21 +31,19 @@ def compare(
     bits: Annotated[str, typer.Option(help="Numbers with commas between.")] = "4,3",
     group_size: Annotated[str, typer.Option(help="Numbers with commas between, -1 for a whole row, or auto.")] = "auto",
     sym: Annotated[bool, typer.Option("--sym/--asym", help="One fixed zero, or a zero for each group.")] = True,
-    calib: Annotated[
-        str, typer.Option(help="Calibration text: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin.")
-    ] = "builtin",
+    calib: CalibOption = "builtin",
     num_samples: Annotated[str, typer.Option(help="Windows of calibration text: numbers with commas between.")] = "16",
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
     seeds: Annotated[str, typer.Option(help="Draws of the windows: numbers with commas between.")] = "0",
     text: Annotated[list[str] | None, typer.Option("--eval", help="Text to judge on, as --calib. Repeatable.")] = None,
     eval_seqlen: Annotated[int, typer.Option(help="Tokens per window of these.")] = 512,
     eval_windows: Annotated[int, typer.Option(help="Only the last so many windows of each.")] = 16,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Regular expression; Linears it finds stay as they are. Repeatable.")
-    ] = None,
+    ignore: IgnoreOption = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="A checkpoint of another tool, METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER. Repeatable."),
+        typer.Option(
+            metavar="<text>", help="A checkpoint of another tool, METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER. Repeatable."
+        ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

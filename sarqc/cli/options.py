@@ -32,9 +32,12 @@ FormatOption = Annotated[
         "The first is what vLLM, SGLang and transformers all read."
     ),
 ]
-OverwriteOption = Annotated[bool, typer.Option(help="Replace the output folder, once the new one is whole.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output folder, once the new one is whole.")
+]
 TrustOption = Annotated[
-    bool, typer.Option(help="Run Python code that comes with the model. Off: such models are refused.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Off: such models are refused."),
 ]
 
 

@@ -96,8 +96,7 @@ def quantize(
 
     A run that was killed or stopped (Ctrl-C) goes on where it was when the same command is given again.
 
-    On several GPUs or machines: torchrun --nproc-per-node N -m sarqc quantize ... (windows and solving are shared out,
-    rank 0 writes; a stopped run goes on with any other N).
+    Several GPUs share a run: torchrun --nproc-per-node N -m sarqc quantize ...
     """
     from sarqc.job.distributed import leads
 

@@ -51,7 +51,8 @@ GroupSizeOption = Annotated[
     str, typer.Option(help="Inputs per scale: a number, -1 for a whole row, or auto: largest of 128, 64, 32 that fits.")
 ]
 IgnoreOption = Annotated[
-    list[str] | None, typer.Option(help="Regular expression; Linears it finds stay as they are. Repeatable.")
+    list[str] | None,
+    typer.Option(metavar="<regex>", help="Linears that this finds in their names stay as they are. Repeatable."),
 ]
 KeepWorkOption = Annotated[
     bool, typer.Option("--keep-work", help="Keep the work folder, for `sarqc export` to another format.")

@@ -1,0 +1,38 @@
+"""How help is laid out: a switch shows no type, and a long list of options stands in panels by what they are about.
+
+Commands share options, and a panel is a matter of the list that an option stands in; so both are set on the commands,
+not where options are declared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typer.core import TyperGroup
+
+LONG = 15
+"""Options from which on a command shows them in panels."""
+
+PANELS: dict[str, str] = {
+    **dict.fromkeys(
+        ("method", "methods", "bits", "avg_bits", "bits_choices", "group_size", "sym", "ignore", "also"), "Weights"
+    ),
+    **dict.fromkeys(("calib", "num_samples", "seqlen", "seed", "seeds"), "Calibration text"),
+    **dict.fromkeys(("text", "eval_seqlen", "eval_windows"), "Text to judge on"),
+    **dict.fromkeys(("strength", "saliency", "borrow", "gate_weight", "carry_error"), "Solver"),
+    **dict.fromkeys(("device", "dtype", "micro_batch", "gram_budget", "state_budget", "ordered"), "Machine"),
+    **dict.fromkeys(("work", "keep_work", "restart"), "Stopping and going on"),
+}
+"""Parameter of a command -> its panel; one that is not here stands in the first, `Options`."""
+
+
+def laid_out(group: TyperGroup) -> TyperGroup:
+    """The same commands, with the help of each made easy to read."""
+    for command in (group, *group.commands.values()):
+        for param in command.params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+            if len(command.params) >= LONG:
+                param.rich_help_panel = PANELS.get(param.name)
+    return group
