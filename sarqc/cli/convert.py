@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sarqc.cli.options import FormatOption, JsonOption, OverwriteOption, TrustOption, print_json, stderr
+from sarqc.cli.options import FormatOption, JsonOption, OverwriteOption, TrustOption, print_json, sentence, stderr, stdout
 
 
 def convert(
@@ -40,7 +40,8 @@ def convert(
     if as_json:
         print_json(record)
     else:
-        print(
+        sentence(
+            stdout(),
             f"{done.out}: {record['from']} -> {record['format']}, {record['quantized_linears']} Linears, "
-            f"{record['bits_per_weight']:.3f} bits per weight, every code, scale and zero compared"
+            f"{record['bits_per_weight']:.3f} bits per weight, every code, scale and zero compared",
         )

@@ -33,6 +33,8 @@ def _shown(found: dict[str, Any]) -> Group:
 
 
 def _machine(found: dict[str, Any]) -> Table:
+    from sarqc.job.reporting.facts import human
+
     table = Table(title="machine", title_justify="left", title_style="bold", show_header=False, box=None,
                   padding=(0, 2, 0, 0))  # fmt: skip
     table.add_column(style="dim", no_wrap=True)
@@ -40,7 +42,7 @@ def _machine(found: dict[str, Any]) -> Table:
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     table.add_row("python", f"{found['machine']['python']} on {found['machine']['platform']}")
     for gpu in found["gpus"]:
-        memory = f"{_gib(gpu['free'])} of {_gib(gpu['memory'])} free"
+        memory = f"{human(gpu['free'])} of {human(gpu['memory'])} free"
         table.add_row(gpu["device"], f"{gpu['name']}, sm_{gpu['arch']}, {gpu['multiprocessors']} processors, {memory}")
     if not found["gpus"]:
         table.add_row("GPU", "none: everything runs on the CPU")
@@ -49,7 +51,7 @@ def _machine(found: dict[str, Any]) -> Table:
     for device, state in csrc["libraries"].items():
         table.add_row(f"csrc {device}", state)
     free = found["free"]
-    table.add_row("free", f"memory {_gib(free['memory'])}; disk {_gib(free['here'])} here, {_gib(free['cache'])} at "
+    table.add_row("free", f"memory {human(free['memory'])}; disk {human(free['here'])} here, {human(free['cache'])} at "
                           f"the cache {csrc['cache']}")  # fmt: skip
     for variable, value in found["environment"].items():
         table.add_row("set", f"{variable}={value}")
@@ -88,7 +90,3 @@ def _end(found: dict[str, Any]) -> list[Text]:
     if not found["healthy"]:
         lines.append(Text("a self-test failed: results of that implementation cannot be trusted", "bold red"))
     return lines
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -14,7 +14,9 @@ from sarqc.cli.options import (
     ModelArgument,
     TrustOption,
     print_json,
+    sentence,
     stderr,
+    stdout,
 )
 
 
@@ -90,7 +92,7 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
     windows, length = found.protocol["windows"], found.protocol["seqlen"]
     form = f"{'packed' if found.protocol['packed'] else 'dense'} weights, {found.protocol['dtype']}"
     about = f"{windows} windows of {length} tokens of {how['text']}, {form}, {found.seconds:.0f} s"
-    print(f"perplexity {found.perplexity:.3f}  ({about})")
+    sentence(stdout(), f"perplexity {found.perplexity:.3f}  ({about})")
 
 
 def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) -> None:
@@ -109,9 +111,10 @@ def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) 
     if as_json:
         print_json({"model": model, "card": found.card} | entry)
         return
-    print(
+    sentence(
+        stdout(),
         f"perplexity {entry['before']:.3f} -> {entry['after']:.3f}, next token agrees {entry['agreement']:.1%}, "
-        f"KL {entry['kl']:.4f}  ({entry['windows']} windows of {entry['seqlen']} tokens of {how['text']})"
+        f"KL {entry['kl']:.4f}  ({entry['windows']} windows of {entry['seqlen']} tokens of {how['text']})",
     )
     card = "" if found.card else "; README.md was edited and is left as it is"
     print(f"saved in {model}/report.json and report.html{card}")

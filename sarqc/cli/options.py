@@ -127,6 +127,11 @@ def stderr() -> Console:
     return _Aside(stderr=True)
 
 
+def sentence(console: Console, text: str) -> None:
+    """Print a line as it is: a terminal has it broken between words, a file or a pipe whole."""
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
 def print_json(values: dict[str, Any]) -> None:
     """The result of a command for scripts; a number that is not finite, which JSON has no word for, becomes null."""
     print(json.dumps(_finite(values), indent=2, allow_nan=False))

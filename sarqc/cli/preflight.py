@@ -18,7 +18,7 @@ def show(console: Console, found: Preflight) -> None:
     from sarqc.job.reporting.facts import human
 
     title = f"[bold]{escape(found.model)}[/]  {found.architecture}, {found.headline()}"
-    console.print(title, highlight=False, soft_wrap=True)
+    console.print(title, highlight=False, soft_wrap=not console.is_terminal)
     for note in found.notes:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
     console.print(_layers(found))

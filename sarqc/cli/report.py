@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sarqc.cli.options import JsonOption, print_json
+from sarqc.cli.options import JsonOption, print_json, sentence, stdout
 
 
 def report(
@@ -23,4 +23,5 @@ def report(
     if as_json:
         print_json({"page": str(page), "good": found.good, "verdict": found.sentence, "concerns": found.concerns})
         return
-    print("\n".join([found.sentence, *(f"- {concern}" for concern in found.concerns), str(page)]))
+    for line in (found.sentence, *(f"- {concern}" for concern in found.concerns), str(page)):
+        sentence(stdout(), line)

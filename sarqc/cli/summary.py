@@ -22,12 +22,12 @@ def run_summary(out: Path, report: dict[str, Any]) -> Table:
 
 def checkpoint_summary(found: dict[str, Any]) -> Table:
     """What `inspect` found."""
-    from sarqc.job.reporting.facts import human
+    from sarqc.job.reporting.facts import counted, human
 
     table = _facts("checkpoint")
     table.add_row("folder", escape(found["folder"]))
     table.add_row("format", found["format"])
-    table.add_row("tensors", f"{found['tensors']} in {found['shards']} files, {human(found['bytes'])}")
+    table.add_row("tensors", f"{found['tensors']} in {counted(found['shards'], 'file')}, {human(found['bytes'])}")
     table.add_row("quantized", f"{found['quantized_linears']} Linears, {found['bits_per_weight']:.3f} bits per weight")
     if found["report"] is None:
         table.add_row("run", "no report.json: not written by sarqc, or removed")
@@ -65,7 +65,7 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield measured, f"{report['error']:.3%} (plain rounding {report['rounding_error']:.3%})"
     for site, reason in report["fallbacks"].items():
         yield "fallback", escape(f"{site}: {reason}")
-    memory = ", ".join(f"{name} {mib} MiB" for name, mib in report["peak_memory_mib"].items())
+    memory = ", ".join(f"{name} {human(mib * 2**20)}" for name, mib in report["peak_memory_mib"].items())
     yield "cost", escape(f"{report['seconds']['total']:.0f} s, peak memory {memory}")
 
 

@@ -17,11 +17,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
+from sarqc.cli.options import sentence
+
 if TYPE_CHECKING:
     from sarqc.model.blocks import BlockResult
 
 QUIET_SECONDS = 5.0
 """Least time between two plain lines where there is no terminal to redraw."""
+
+BAR = 24
+"""Columns of a bar: a line with it fits 80 columns with room behind for the ^C that terminals echo, which would break it.
+"""
 
 
 class Ticker:
@@ -55,7 +61,7 @@ class Ticker:
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(BAR),
                 MofNCompleteColumn(),
                 TextColumn("[dim]{task.fields[detail]}[/]"),
                 TimeElapsedColumn(),
@@ -86,7 +92,7 @@ class Ticker:
 
     def _print(self, text: str) -> None:
         with suppress(OSError):  # a full disk under `2> log` is no reason to end a run
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            sentence(self.console, text)
 
     def follow(self, label: str) -> Callable[[int, int, str], None]:
         """A function of (done, total, text) that moves this on."""
@@ -134,7 +140,7 @@ class RunWatcher(Ticker):
 
     def stage(self, block: int, name: str) -> None:
         """A block begins a stage."""
-        self.detail(f"block {block}: {name}")
+        self.detail(name)
 
     def block(self, result: BlockResult) -> None:
         """A block is solved: its output error beside that of plain rounding."""
@@ -147,7 +153,7 @@ class RunWatcher(Ticker):
 
 
 def _percent(values: list[float]) -> str:
-    return f"{100 * sum(values) / max(len(values), 1):.2f} %"
+    return f"{sum(values) / max(len(values), 1):.2%}"
 
 
 def _duration(seconds: float) -> str:

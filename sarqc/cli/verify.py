@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sarqc.cli.options import JsonOption, TrustOption, print_json, stderr
+from sarqc.cli.options import JsonOption, TrustOption, print_json, sentence, stderr, stdout
 
 
 def verify(
@@ -31,20 +31,20 @@ def verify(
     if as_json:
         print_json(found.record())
     else:
-        for problem in found.problems:
-            print(problem)
-        print(_verdict(found.record(), against))
-        for server in by_server(found.serve):
-            print(f"  {server}")
+        servers = (f"  {server}" for server in by_server(found.serve))
+        for line in (*found.problems, _verdict(found.record(), against), *servers):
+            sentence(stdout(), line)
     if not found.sound:
         raise typer.Exit(1)
 
 
-def _verdict(record: dict[str, object], against: str | None) -> str:
+def _verdict(record: dict[str, Any], against: str | None) -> str:
     """The line that says it all."""
+    from sarqc.job.reporting.facts import counted
+
     if not record["sound"]:
         return f"{record['folder']}: not sound"
     told = "as written, bit for bit" if record["manifest"] else "readable (no manifest to compare the bits with)"
-    error = record["weight_error"]
+    error, files = record["weight_error"], counted(record["shards"], "file")
     beside = f"; relative weight error {error:.4f} against {against}" if isinstance(error, float) else ""
-    return f"{record['folder']}: sound; {record['tensors']} tensors in {record['shards']} files, {told}{beside}"
+    return f"{record['folder']}: sound; {record['tensors']} tensors in {files}, {told}{beside}"

@@ -129,6 +129,11 @@ def human(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def calibrated(report: Report) -> bool:
     """Whether the run looked at text."""
     return bool(report["calibration"])
