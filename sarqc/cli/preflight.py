@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,7 +26,7 @@ def show(console: Console, found: Preflight) -> None:
     text = f"{found.windows} windows of {found.seqlen} tokens" if found.windows else "none"
     facts.add_row("text", text)
     ranks = f" on {found.ranks} ranks" if found.ranks > 1 else ""
-    facts.add_row("runs on", f"{found.device} in {found.dtype}{ranks}; at most {found.sites} sites")
+    facts.add_row("runs on", f"{found.device} in {found.dtype}{ranks}")
     stages = "  ".join(
         f"{one.stage} {human(one.host)}" + (f"+{human(one.device)}" if one.device else "") for one in found.memory
     )
@@ -70,7 +70,8 @@ def _plain() -> Table:
 def _layers(found: Preflight) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("layers", "count", "shape", ""):
-        table.add_column(title, justify="right" if title == "count" else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if title == "count" else "left"
+        table.add_column(title, justify=justify, no_wrap=title == "layers", overflow="fold")
     for kind in found.kinds:
         shape = " x ".join(map(str, kind.shape))
         became = f"left: {escape(kind.left)}" if kind.left else "quantized"

@@ -184,7 +184,8 @@ def _work(
     missing = [cell for cell in cells if isinstance(cell, Cell) and cell not in done]
     seeds = dict.fromkeys(cell.seed for cell in missing)
     needed = {seed: _grams(done.folder, missing, seed) for seed in seeds if seed is not None}
-    watcher.note(f"{len(cells)} cells, {len(cells) - len(missing)} of them there already")
+    there = len(cells) - len(missing)
+    watcher.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
     watcher.begin("steps", len(missing) + len(needed))
     for seed in seeds:
         grams = needed.get(seed) if seed is not None else None
