@@ -12,11 +12,14 @@ from rich.table import Table
 
 def run_summary(out: Path, report: dict[str, Any]) -> Table:
     """What a run did, in a dozen lines."""
+    from sarqc.job.reporting.facts import serves
+
     table = _facts("quantized")
     table.add_row("checkpoint", escape(str(out)))
     for row in _report_rows(report):
         table.add_row(*row)
-    table.add_row("next", escape(f"sarqc eval {out}    vllm serve {out}"))
+    serve = f"    vllm serve {out}" if serves(report, "vLLM") else ""
+    table.add_row("next", escape(f"sarqc eval {out}    sarqc chat {out}{serve}"))
     return table
 
 

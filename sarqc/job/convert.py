@@ -67,7 +67,7 @@ def convert(
             write_config(partial, checkpoint.config, target.config(quant, _ignored(checkpoint), widths))
             record = _checked(partial, checkpoint, quant)
             if (report := reports.read(folder)) is not None:
-                reports.write(partial, report | {"converted": record})
+                reports.write(partial, report | _told(report, record))
     return Converted(Path(out), record)
 
 
@@ -135,6 +135,17 @@ def _write(
                 writer.add(full, tensor)
             if progress is not None:
                 progress(done, len(names), name)
+
+
+def _told(report: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of the files themselves, as they are now; who serves them is for `sarqc verify` to say."""
+    before = report["size"]
+    size = before | {
+        "bytes": record["bytes"],
+        "quantized_bytes": before["quantized_bytes"] + record["bytes"] - before["bytes"],
+        "bits_per_weight": round(record["bits_per_weight"], 3),
+    }
+    return {"converted": record, "format": record["format"], "size": size, "serve": {}}
 
 
 def _checked(partial: Path, source: Checkpoint, quant: QuantSpec) -> dict[str, Any]:

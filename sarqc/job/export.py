@@ -22,6 +22,7 @@ from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.writer import ShardWriter
 from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.job.fingerprint import of_model
+from sarqc.job.forecast.served import ranks_by_server
 from sarqc.job.reporting import report as reports
 from sarqc.job.verify import verify
 from sarqc.job.work import BlockRecord, Work, reopen
@@ -82,11 +83,12 @@ def write_checkpoint(
         copy_side_files(checkpoint.folder, partial, code=work.about["code"])
         widths = chosen.by_linear() if (chosen := work.widths()) else None
         write_config(partial, checkpoint.config, format.config(quant, work.about["targets"]["untouched"], widths))
-        report = _report(work, checkpoint, quant, size, time.perf_counter() - began)
+        report = _report(work, checkpoint, quant, size, time.perf_counter() - began) | {"format": format.name}
         reports.write(partial, report)  # names the tensors that took up scales, which the comparison has to know
         checked = verify(partial, against=checkpoint.folder, trust_remote_code=work.about["code"])
         checked.require()
         report["weight_errors"] = checked.errors
+        report["serve"] = ranks_by_server(checked.serve)
         reports.write(partial, report)
     return Result(out, report)
 

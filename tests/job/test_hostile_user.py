@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,7 @@ def test_a_rank_of_nothing_is_nothing(source, tmp_path, monkeypatch, capsys):
 def test_serving_is_told_by_verify(source, door, tmp_path, monkeypatch, capsys):
     assert door("quantize", source, "-o", tmp_path / "out", *RTN)[0] == 0
     printed: list[str] = []
+    monkeypatch.setattr(sys.modules["sarqc.cli.verify"], "sentence", lambda console, line: printed.append(line))
     monkeypatch.setattr("builtins.print", lambda *words, **how: printed.extend(map(str, words)))
     assert door("verify", tmp_path / "out")[0] == 0
     assert "sound; " in printed[0]

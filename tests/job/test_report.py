@@ -86,7 +86,7 @@ def test_the_card_says_what_was_done_and_claims_nothing_else(source, out, found)
     written = (out / "README.md").read_text()
     front = written.split("---\n")[1]
     assert "license: other" in front and "qwen-research" in front and "base_model:" not in front
-    assert "vllm serve ." in written and "Great model" not in written
+    assert "AutoModelForCausalLM" in written and "Great model" not in written
     assert "--num-samples 8 --seqlen 64 --seed 0" in written and str(source.parent) not in written
     assert "perplexity" not in written.lower()
     found["model"] = "Qwen/Qwen3-8B"
@@ -242,3 +242,19 @@ def test_a_grown_report_renews_the_card_but_not_over_somebodys_words(out, found,
     assert not report.update(tmp_path, found)
     assert (tmp_path / "README.md").read_text() == "my own words"
     assert report.load(tmp_path)["quality"][0]["after"] == 11.0
+
+
+def test_the_card_sends_nobody_to_a_server_that_refuses(found):
+    assert found["format"] == "compressed-tensors" and "--format" not in card.command(found)
+    assert found["serve"]["transformers 5.23"] == [1]
+    found["serve"] = {"vLLM 0.33, sm_80": [], "vLLM 0.33, sm_90": [1, 2], "SGLang 0.5.23": []}
+    half = card.card(found)
+    assert "vllm serve ." in half and "vLLM has" not in half
+    assert "sglang.launch_server" not in half and "SGLang has no kernels for all of its layers" in half
+    found["serve"] = {"vLLM 0.33, sm_80": None}
+    assert "vllm serve ." in card.card(found) and "Whether vLLM has kernels for it was not looked at" in card.card(found)
+    found["quant"]["sym"] = False
+    assert "transformers needs `import sarqc`" in card.card(found)
+    found["format"] = "gptq"
+    assert "- gptq\n" in card.card(found) and "`gptqmodel`" in card.card(found)
+    assert "--format gptq" in card.command(found)

@@ -108,3 +108,8 @@ def by_server(outlooks: Sequence[Outlook]) -> list[Server]:
         kernels = good[0].kernels if good else {}
         found.append(Server(name, tuple(one.ranks for one in good), kernels, failures, bool(mine)))
     return found
+
+
+def ranks_by_server(outlooks: Sequence[Outlook]) -> dict[str, list[int] | None]:
+    """Numbers of ranks that each server runs on, none where it refuses; None where there are no rules."""
+    return {server.name: list(server.ranks) if server.known else None for server in by_server(outlooks)}

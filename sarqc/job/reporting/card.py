@@ -47,11 +47,9 @@ def card(report: facts.Report) -> str:
         "Activations stay in 16 bits.",
         "## Run",
         "From inside this folder; elsewhere its path, or its hub id, in the place of the dot.",
-        _fenced("vllm serve .", "bash"),
-        _fenced("python -m sglang.launch_server --model-path .", "bash"),
+        *(_fenced(line, "bash") for server, line in _SERVERS.items() if facts.serves(report, server) is not False),
         _fenced(_TRANSFORMERS, "python"),
-        "vLLM and SGLang read the format from config.json, transformers needs the package `compressed-tensors`. "
-        "The run that made this started none of the three." + (_MIXED if quant.get("avg_bits") is not None else ""),
+        _readers(report),
         "## What was done",
         _done(report),
         _quality(report),
@@ -103,6 +101,7 @@ def command(report: facts.Report) -> str:
         ]
     words += ["--group-size", str(quant["group_size"])]
     words += [] if quant["sym"] else ["--asym"]
+    words += [] if _format_name(report) == "compressed-tensors" else ["--format", _format_name(report)]
     preset = METHODS.get(solve["method"])
     for key in ("strength", "saliency", "borrow", "gate_weight"):
         if key in solve and solve[key] != getattr(preset, key, None):
@@ -124,10 +123,31 @@ model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", device_map="auto
 tokenizer = AutoTokenizer.from_pretrained(".")"""
 
 
-_MIXED = (
-    " Layers have different widths: SGLang has kernels for 4 and 8 bits alone, and transformers loads experts of "
-    "several ones where `import sarqc` stands before."
-)
+_SERVERS = {"vLLM": "vllm serve .", "SGLang": "python -m sglang.launch_server --model-path ."}
+
+
+def _readers(report: facts.Report) -> str:
+    """Who reads the folder, and what they need for it."""
+    quant, format = report["quant"], _format_name(report)
+    said = ["Servers read the format from config.json."]
+    for server in _SERVERS:
+        if (taken := facts.serves(report, server)) is None:
+            said.append(f"Whether {server} has kernels for it was not looked at.")
+        elif not taken:
+            said.append(f"{server} has no kernels for all of its layers.")
+    if format != "compressed-tensors":
+        said.append("transformers needs the package `gptqmodel`, or `import sarqc` before.")
+    elif quant["sym"]:
+        said.append("transformers needs the package `compressed-tensors`.")
+    else:
+        said.append("transformers needs `import sarqc` before: alone it does not load asymmetric weights.")
+    if quant.get("avg_bits") is not None:
+        said.append("Layers have different widths: experts of several ones need `import sarqc` too.")
+    return " ".join([*said, "The run that made this started none of them."])
+
+
+def _format_name(report: facts.Report) -> str:
+    return str(report.get("format", "compressed-tensors"))
 
 
 def _front_matter(report: facts.Report) -> str:
@@ -142,7 +162,7 @@ def _front_matter(report: facts.Report) -> str:
         "base_model_relation": "quantized" if base else None,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sarqc", "quantized", report.get("format", "compressed-tensors"), f"w{bits:g}a16"],
+        "tags": ["sarqc", "quantized", _format_name(report), f"w{bits:g}a16"],
         **stated,
     }
     return str(ModelCardData(**{key: value for key, value in values.items() if value is not None}).to_yaml()).strip()

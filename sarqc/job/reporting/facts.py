@@ -134,6 +134,13 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def serves(report: Report, server: str) -> bool | None:
+    """Whether a server, `vLLM` or `SGLang`, has kernels for all layers; None where the report does not know."""
+    said = report.get("serve")
+    ranks = [found for name, found in (said if isinstance(said, dict) else {}).items() if name.startswith(server)]
+    return None if not ranks or None in ranks else any(ranks)
+
+
 def calibrated(report: Report) -> bool:
     """Whether the run looked at text."""
     return bool(report["calibration"])
