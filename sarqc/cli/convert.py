@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from sarqc.cli.options import FormatOption, JsonOption, OverwriteOption, TrustOption, print_json, sentence, stderr, stdout
+from sarqc.cli.options import (
+    FormatOption,
+    JsonOption,
+    OverwriteOption,
+    TrustOption,
+    print_json,
+    sentence,
+    stderr,
+    stdout,
+)
 
 
 def convert(

@@ -37,7 +37,9 @@ OverwriteOption = Annotated[
 ]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Off: such models are refused."),
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with the model. Off: such models are refused."
+    ),
 ]
 
 

@@ -63,7 +63,8 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     how = "no calibration"
     if calibration:
         how = f"{calibration['windows']} windows of {calibration['seqlen']} tokens of {calibration['text']}"
-    yield "method", escape(f"{solve['method']}, strength {solve['strength']}; {how}")
+    held = f", strength {solve['strength']}" if solve["strength"] else ""
+    yield "method", escape(f"{solve['method']}{held}; {how}")
     measured = "output error" if calibration else "weight error"
     yield measured, f"{report['error']:.3%} (plain rounding {report['rounding_error']:.3%})"
     for site, reason in report["fallbacks"].items():

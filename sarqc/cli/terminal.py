@@ -26,8 +26,7 @@ QUIET_SECONDS = 5.0
 """Least time between two plain lines where there is no terminal to redraw."""
 
 BAR = 24
-"""Columns of a bar: a line with it fits 80 columns with room behind for the ^C that terminals echo, which would break it.
-"""
+"""Columns of a bar: its line fits 80 columns with room behind for the ^C that terminals echo, which would break it."""
 
 
 class Ticker:

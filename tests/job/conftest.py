@@ -29,7 +29,9 @@ def door(monkeypatch, capsys, outcomes) -> Callable[..., tuple[int, str]]:
         last = lines[-1] if lines else ""
         assert ended.value.code in (0, 1, 2)
         assert ended.value.code != 2 or last.startswith("sarqc: "), last
-        assert ended.value.code != 2 or not arguments or "Usage:" not in said.out, "a line is lost behind a page of help"
+        assert ended.value.code != 2 or not arguments or "Usage:" not in said.out, (
+            "a line is lost behind a page of help"
+        )
         assert "Traceback" not in last and "\x1b" not in last
         if ended.value.code:
             outcomes.clear_error(last if ended.value.code == 2 else said.out.splitlines()[0])

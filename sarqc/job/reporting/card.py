@@ -180,7 +180,8 @@ def _bits(quant: dict[str, Any]) -> float:
 
 def _done(report: facts.Report) -> str:
     solve, calibration, size = report["solve"], report["calibration"], report["size"]
-    lines = [f"- method `{_inline(solve['method'])}`, strength {_inline(str(solve.get('strength', '')))}"]
+    held = f", strength {_inline(str(solve['strength']))}" if solve.get("strength") else ""
+    lines = [f"- method `{_inline(solve['method'])}`{held}"]
     if calibration:
         lines.append(
             f"- calibrated on {calibration['windows']} windows of {calibration['seqlen']} tokens of "

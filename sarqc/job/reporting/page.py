@@ -300,15 +300,28 @@ def _folded(names: Iterable[tuple[str, str]]) -> list[tuple[tuple[str, str], int
 
 def _settings(report: facts.Report) -> str:
     parts = []
-    for heading, key in (("Format", "quant"), ("Method", "solve"), ("Calibration", "calibration"), ("", "versions")):
+    for heading, key in _SETTINGS.items():
         values = report.get(key)
         if isinstance(values, dict):
             rows = [(name, _plain(value)) for name, value in values.items()]
-            parts.append(f"<details><summary>{heading or 'Versions'}</summary>{_table(('', ''), rows)}</details>")
-    return _section("Settings and versions", f"Model: {report['model']}", *parts)
+            parts.append(f"<details><summary>{heading}</summary>{_table(('', ''), rows)}</details>")
+    told = f"Model: {report['model']}. On disk: {report.get('format', 'compressed-tensors')}."
+    return _section("Settings and versions", told, *parts)
+
+
+_SETTINGS = {
+    "Numbers": "quant",
+    "Method": "solve",
+    "Calibration": "calibration",
+    "Servers, and on how many ranks": "serve",
+    "Versions": "versions",
+}
+"""What is folded up at the end of the page, and its key in the report."""
 
 
 def _plain(value: object) -> str:
+    if value is None:
+        return "not known"
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
