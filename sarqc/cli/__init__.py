@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
-from typer.main import get_command
+from typer.main import get_group
 
 from sarqc.cli.chat import chat
 from sarqc.cli.compare import compare
@@ -86,7 +86,7 @@ def _run() -> int:
     """The exit code of the command in `sys.argv`: what it says, or that of what ended it."""
     from sarqc.errors import Interrupted, SarqcError
 
-    command = laid_out(get_command(app))
+    command = laid_out(get_group(app))
     try:
         with command.make_context("sarqc", sys.argv[1:]) as context:
             command.invoke(context)

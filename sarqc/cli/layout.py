@@ -6,10 +6,7 @@ not where options are declared.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
 
 LONG = 15
 """Options from which on a command shows them in panels."""
@@ -30,9 +27,9 @@ PANELS: dict[str, str] = {
 def laid_out(group: TyperGroup) -> TyperGroup:
     """The same commands, with the help of each made easy to read."""
     for command in (group, *group.commands.values()):
-        for param in command.params:
-            if getattr(param, "is_flag", False):
-                param.metavar = ""
+        for option in (param for param in command.params if isinstance(param, TyperOption)):
+            if option.is_flag:
+                option.metavar = ""
             if len(command.params) >= LONG:
-                param.rich_help_panel = PANELS.get(param.name)
+                option.rich_help_panel = PANELS.get(option.name or "")
     return group
