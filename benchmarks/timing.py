@@ -55,6 +55,7 @@ def ready(calls: Sequence[Call], device: torch.device) -> Turn:
     repeats = max(1, min(math.ceil(LEAST_CALLS / len(calls)), math.ceil(LONG / max(once, 1e-9))))
     sequence = [*calls] * repeats
     try:
+        _without_waiting(calls)
         graph = _captured(sequence)
     except RuntimeError as error:
         torch.cuda.synchronize()
@@ -101,6 +102,20 @@ def _between_events(work: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1000
+
+
+def _without_waiting(calls: Sequence[Call]) -> None:
+    """Raises RuntimeError where a call waits for the device, which no graph can hold.
+
+    Seen before a capture, not by one that fails: torch before 2.12 then takes it to be under way for ever, and neither
+    gives memory back nor begins another (pytorch/pytorch#180395).
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call in calls:
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:

@@ -76,18 +76,21 @@ def dequantize(weight: Quantized) -> Tensor:
     return values.flatten(-2)
 
 
-def random_gram(generator: torch.Generator, experts: int, inputs: int, spread: float = 30.0) -> Tensor:
+def random_gram(
+    generator: torch.Generator, experts: int, inputs: int, spread: float = 30.0, device: str = "cpu"
+) -> Tensor:
     """Symmetric positive definite fp64 [E, K, K] as activations make them: correlated, a few inputs far larger.
 
-    spread: ratio of the largest to the smallest input magnitude.
+    spread: ratio of the largest to the smallest input magnitude. device: where products of thousands of inputs are
+    made, which take a core half a minute; the result lies there.
     """
     mixed = torch.randn((experts, 2 * inputs, inputs), generator=generator, dtype=torch.float64)
     mixed = mixed + 0.7 * mixed.roll(1, -1) + mixed[..., :1]
     size = spread ** torch.rand((experts, 1, inputs), generator=generator, dtype=torch.float64)
-    x = mixed * size
+    x = (mixed * size).to(device)
     gram = x.mT @ x / x.shape[1]
     ridge = 0.01 * gram.diagonal(dim1=1, dim2=2).mean(1)
-    return gram + ridge[:, None, None] * torch.eye(inputs, dtype=torch.float64)
+    return gram + ridge[:, None, None] * torch.eye(inputs, dtype=torch.float64, device=device)
 
 
 def upper_factor(hessian: Tensor) -> Tensor:

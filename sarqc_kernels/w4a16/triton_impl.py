@@ -118,8 +118,8 @@ def _more(plan: Plan) -> dict[str, Any]:
 
 
 def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
-    """A pointer has to be passed; one that stands in for None is never read."""
-    return instead if tensor is None else tensor
+    """What a kernel reads as one piece. A pointer has to be passed; one that stands in for None is never read."""
+    return instead if tensor is None else tensor.contiguous()
 
 
 def _bricks_per_group(weight: PreparedWeight) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gate, records
+from benchmarks import gate, records, timing
 from benchmarks.budget import Budget
 from benchmarks.measure import Settings, measure
 from benchmarks.ops import OPS
@@ -147,3 +148,29 @@ def test_every_op_has_its_tests_and_shapes_with_a_reason():
         names = [contender.name for contender in op.contenders]
         assert len(set(names)) == len(names) and op.contenders[0].ours
         assert any(not contender.ours for contender in op.contenders)
+
+
+def test_what_waits_for_the_device_is_not_captured(monkeypatch):
+    """A capture that fails would spoil the next ones, so what a graph cannot hold is seen before."""
+    modes, captured = ["default"], []
+
+    def waits() -> None:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def capture(calls):
+        captured.append(calls)
+        return SimpleNamespace(replay=None)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "LEAST_CALLS", 1)
+    monkeypatch.setattr(timing, "_on_stream", lambda calls: float(len([call() for call in calls])))
+    monkeypatch.setattr(timing, "_captured", capture)
+    card = torch.device("cuda")
+    turn = timing.ready([lambda: None, waits], card)
+    assert turn.how == "stream (called a synchronizing CUDA operation)" and not captured
+    assert turn.run() == 2.0 and modes[-1] == "default"
+    free = lambda: None  # noqa: E731
+    assert timing.ready([free], card).how == "graph" and captured == [[free]]
+    assert modes[-1] == "default"

@@ -36,10 +36,13 @@ BIG = [
 ]
 
 
-def problem(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weight, Hessian (fp64, as it lies) and order."""
+def problem(
+    case: Case, generator: torch.Generator, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, Hessian (fp64, as it lies) and order; device: where the Hessian is made."""
     weight = torch.randn(case.experts, case.rows, case.columns, generator=generator) * 0.02
-    return weight, random_gram(generator, case.experts, case.columns), case.processing_order(generator)
+    hessian = random_gram(generator, case.experts, case.columns, device=device).cpu()
+    return weight, hessian, case.processing_order(generator)
 
 
 def solved(case: Case, backend: str, device: str, weight: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
@@ -53,7 +56,7 @@ def solved(case: Case, backend: str, device: str, weight: Tensor, *rest: Tensor 
 def test_like_the_reference(case: Case, backend: str, device: str, generator: torch.Generator) -> None:
     if case in BIG and device == "cpu":
         pytest.skip("too large for the interpreter: runs on a GPU")
-    weight, hessian, order = problem(case, generator)
+    weight, hessian, order = problem(case, generator, device)
     factor = upper_factor(permuted(hessian, order)).float()
     grid = fit_grid(weight, None, **case.rule) if case.given else (None, None)
     want = solved(case, "reference", "cpu", weight, factor, order, *grid)

@@ -212,6 +212,17 @@ def test_a_strided_input(backend: str, device: str, generator: torch.Generator) 
     assert torch.equal(out, w4a16_matmul(wide[:, ::2].contiguous(), weight, backend=backend))
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_strided_offsets_and_bias(tokens: int, backend: str, device: str, generator: torch.Generator) -> None:
+    weight = random_quantized(generator, (3, 16, 64), 1, 4, scale_dtype=torch.bfloat16)
+    ready = prepared(weight, backend, device)
+    x = torch.randn(tokens, 64, generator=generator).bfloat16().to(device)
+    offsets = torch.tensor([0, 9, 1, 9, 3, 9, tokens, 9], device=device)[::2]
+    bias = torch.randn(16, 3, generator=generator).bfloat16().to(device).T
+    out = w4a16_matmul(x, ready, offsets, bias, backend=backend)
+    assert torch.equal(out, w4a16_matmul(x, ready, offsets.contiguous(), bias.contiguous(), backend=backend))
+
+
 def test_refuses_what_does_not_fit(generator: torch.Generator) -> None:
     weight = prepared(random_quantized(generator, (2, 6, 16), 2, 4), "reference", "cpu")
     x, offsets, bias = torch.zeros(5, 16), torch.tensor([0, 1, 5]), torch.zeros(2, 6)
