@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -119,10 +120,15 @@ def _without_waiting(calls: Sequence[Call]) -> None:
 
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            for call in calls:
+                call()
+    except RuntimeError:  # a wait that torch did not see: end for its allocator what it left under way
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
     graph.replay()  # the first one uploads it
     torch.cuda.synchronize()
     return graph

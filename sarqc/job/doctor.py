@@ -91,7 +91,7 @@ def _tested(
     began = time.perf_counter()
     try:
         error = probe.error(implementation.name, device)
-    except (SarqcError, RuntimeError, OSError, ImportError, AttributeError, TypeError, ValueError) as problem:
+    except Exception as problem:  # noqa: BLE001  (whatever a compiler of kernels raises is what there is to say)
         said = " ".join(str(problem).split())[:200]
         return None, f"{type(problem).__name__}: {said}", time.perf_counter() - began
     failed = None if error <= probe.limit else f"off by {error:.2g}, allowed is {probe.limit:.2g}"

@@ -174,3 +174,29 @@ def test_what_waits_for_the_device_is_not_captured(monkeypatch):
     free = lambda: None  # noqa: E731
     assert timing.ready([free], card).how == "graph" and captured == [[free]]
     assert modes[-1] == "default"
+
+
+def test_a_capture_that_fails_is_ended_for_the_allocator(monkeypatch):
+    ended = []
+
+    class Fails:
+        def __init__(self, graph, pool):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device, pool):
+        ended.append((device, pool))
+        raise RuntimeError("not currently recording to mempool_id")  # a torch that has ended it
+
+    fake = {"CUDAGraph": object, "graph_pool_handle": lambda: (0, 7), "graph": Fails, "current_device": lambda: 1}
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        timing._captured([lambda: None])
+    assert ended == [(1, (0, 7))]

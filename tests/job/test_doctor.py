@@ -68,15 +68,20 @@ def test_a_self_test_notices_a_wrong_implementation(probe, monkeypatch):
     assert chosen.failed is not None and "off by" in chosen.failed
 
 
-def test_an_implementation_that_raises_is_a_failure_with_its_words(monkeypatch):
+class OutOfResources(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OutOfResources])
+def test_an_implementation_that_raises_is_a_failure_with_its_words(kind, monkeypatch):
     probe = selftest.PROBES[0]
 
     def breaks(*args, **kwargs):
-        raise RuntimeError("no kernel image\nis available")
+        raise kind("no kernel image\nis available")
 
     monkeypatch.setattr(selftest.gram, probe.op, breaks)
     chosen = next(verdict for verdict in doctor.judge(probe, CPU) if verdict.chosen)
-    assert chosen.failed == "RuntimeError: no kernel image is available"
+    assert chosen.failed == f"{kind.__name__}: no kernel image is available"
 
 
 def test_a_wish_decides_what_is_marked(monkeypatch):
