@@ -36,9 +36,7 @@ BIG = [
 ]
 
 
-def problem(
-    case: Case, generator: torch.Generator, device: str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def problem(case: Case, generator: torch.Generator, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight, Hessian (fp64, as it lies) and order; device: where the Hessian is made."""
     weight = torch.randn(case.experts, case.rows, case.columns, generator=generator) * 0.02
     hessian = random_gram(generator, case.experts, case.columns, device=device).cpu()
