@@ -98,13 +98,20 @@ def all_or_none(group: Group, attempt: Callable[[], _Value]) -> _Value:
     reason = None
     try:
         result.append(attempt())
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
     short = [why for why in group.gather(reason) if why is not None]
     if short:
         result.clear()
         raise torch.OutOfMemoryError(short[0])
     return result[0]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Also where a library of the GPU found no memory for its own work: torch has no error of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
 
 
 def in_turn(group: Group, attempt: Callable[[], _Value]) -> _Value:

@@ -109,3 +109,16 @@ def test_memory_that_runs_out_is_everybodys():
     with pytest.raises(torch.OutOfMemoryError, match=r"^tried to allocate 2 GB$"):
         all_or_none(ALONE, full)
     assert all_or_none(ALONE, lambda: 3) == 3
+
+
+def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_error_is():
+    def failing(words):
+        raise RuntimeError(words)
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        all_or_none(
+            ALONE, lambda: failing("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        )
+    with pytest.raises(RuntimeError, match="an illegal access") as told:
+        all_or_none(ALONE, lambda: failing("an illegal access"))
+    assert not isinstance(told.value, torch.OutOfMemoryError)
