@@ -249,6 +249,8 @@ def test_ties_are_judged_seed_by_seed():
     assert rows["rtn"]["spread"] is None
     alone = tables.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, 10.0001)])["rows"]
     assert not any(row["tied"] for row in alone)
+    fewer = [record("a", seed, 10.0) for seed in range(3)] + [record("b", 0, 10.5)]
+    assert not any(row["tied"] for row in tables.table(PROTOCOL, fewer)["rows"])  # one seed in common is not enough
 
 
 def test_logits_that_are_not_finite_are_a_result():

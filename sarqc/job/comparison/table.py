@@ -172,11 +172,14 @@ def _row(text: str, windows: int | None, cells: dict[int | None, dict[str, Any]]
 
 def _tied(best: dict[str, float], other: dict[str, float]) -> bool:
     """Whether two methods differ by no more than their difference varies over seeds."""
-    seeds = [seed for seed in {*best, *other} if seed != "None"]
+    # A method that reads no text is the same for every seed; of others only seeds that both have can be compared.
+    known = [set(found) for found in (best, other) if "None" not in found]
+    seeds = sorted(set.intersection(*known)) if known else []
     if len(seeds) < 2:
         return False
-    # A method that reads no text is the same for every seed.
-    one, two = ([math.log(found.get(seed, found.get("None", 1.0))) for seed in seeds] for found in (best, other))
+    one, two = (
+        [math.log(found["None"] if "None" in found else found[seed]) for seed in seeds] for found in (best, other)
+    )
     gaps = [b - a for a, b in zip(one, two)]
     mean = sum(gaps) / len(gaps)
     return abs(mean) <= max(abs(gap - mean) for gap in gaps)
