@@ -139,7 +139,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "faults": faults,
     "methods": methods,
 }
-README_HAS = frozenset({"demo", "quality", "speed"})
+README_HAS = frozenset({"demo", "whole", "speed"})
 
 
 def filled(text: str, has: Collection[str] = README_HAS) -> str:

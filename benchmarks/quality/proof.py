@@ -72,8 +72,8 @@ def markdown(results: dict[str, Any]) -> str:
     )
 
 
-def write_results(path: Path, protocol: dict[str, Any], cells: list[dict[str, Any]]) -> None:
-    """The rows of these cells to `path`, their plot beside it, and their tables to the terminal."""
+def write_results(path: Path, protocol: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of these cells to `path`, and their tables to the terminal; all of it, as compare.json has it."""
     whole = table(protocol, cells)
     spent = sum(cell["seconds"]["total"] for cell in cells)
     results = {key: whole[key] for key in ("protocol", "rows")} | {
@@ -82,9 +82,9 @@ def write_results(path: Path, protocol: dict[str, Any], cells: list[dict[str, An
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".svg").write_text(plot(whole), encoding="utf-8")
     for shown in comparison_tables(whole):
         Console().print(shown)
+    return whole
 
 
 def main() -> None:
@@ -120,7 +120,8 @@ def main() -> None:
             )
         cells += found.table["cells"]
         protocol = found.table["protocol"]
-    write_results(args.results, protocol, cells)
+    whole = write_results(args.results, protocol, cells)
+    args.results.with_suffix(".svg").write_text(plot(whole), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 A format is BITS:GROUP_SIZE. Every method makes a checkpoint for each format and seed from the windows that are drawn
 with that seed; checkpoints stay in WORK, so that an interrupted table goes on where it was. The rivals are those of
 `benchmarks/rivals/llmcompressor_oneshot.py`, run by the interpreter of a virtual environment of their own. All are
-judged by `sarqc.compare`, beside plain rounding. RESULTS.json gets rows, protocol and versions, RESULTS.svg the plot.
+judged by `sarqc.compare`, beside plain rounding. RESULTS.json gets rows, protocol and versions.
 """
 
 from __future__ import annotations
