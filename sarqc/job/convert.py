@@ -66,7 +66,7 @@ def convert(
             copy_side_files(folder, partial, code=trust_remote_code)
             write_config(partial, checkpoint.config, target.config(quant, _ignored(checkpoint), widths))
             record = _checked(partial, checkpoint, quant)
-            if (report := reports.read(folder)) is not None:
+            if (report := reports.whole(folder)) is not None:
                 reports.write(partial, report | _told(report, record))
     return Converted(Path(out), record)
 

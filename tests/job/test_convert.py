@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,14 @@ def test_spec_of_reads_no_further_than_it_must(asymmetric):
         load = checkpoint.quantized
         checkpoint.quantized = lambda linear: (asked.append(linear), load(linear))[1]
         assert not job.spec_of(checkpoint)[0].sym and len(asked) == 1
+
+
+@pytest.mark.parametrize("damaged", ["{", '{"blocks": [5]}', "[]"])
+def test_a_report_that_cannot_be_shown_is_left_out(symmetric, tmp_path, damaged):
+    copy = tmp_path / "copy"
+    shutil.copytree(symmetric, copy)
+    report = json.loads((copy / "report.json").read_text())
+    (copy / "report.json").write_text(damaged if damaged[-2:] != "]}" else json.dumps(report | json.loads(damaged)))
+    out = convert(copy, tmp_path / "out", format="gptq").out
+    assert files(out) == files(convert(symmetric, tmp_path / "other", format="gptq").out)
+    assert not (out / "report.json").exists() and not (out / "report.html").exists()

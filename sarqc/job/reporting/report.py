@@ -161,6 +161,14 @@ def load(folder: Path) -> dict[str, Any]:
     return found
 
 
+def whole(folder: Path) -> dict[str, Any] | None:
+    """As `load`, but None where there is no report that can be shown."""
+    try:
+        return load(folder)
+    except CheckpointError:
+        return None
+
+
 def write_text(path: Path, content: str) -> None:
     """Write a small file whole: beside its place first, so that what was there is never half replaced."""
     beside = path.with_name(f".{path.name}-{os.getpid()}")
