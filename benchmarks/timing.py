@@ -126,7 +126,7 @@ def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
             for call in calls:
                 call()
     except RuntimeError:  # a wait that torch did not see: end for its allocator what it left under way
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, AttributeError):  # it is no public name
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         raise
     graph.replay()  # the first one uploads it
