@@ -35,7 +35,7 @@ docs: $(DOCS_READY)
 
 soak: $(READY)
 	SARQC_KILLS=60 $(BIN)/python -m pytest tests/job/test_killed.py
-	SARQC_LARGE=1 $(BIN)/python -m pytest tests/e2e/test_large.py
+	SARQC_LARGE=1 $(BIN)/python -m pytest -rP tests/e2e/test_large.py
 
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0

@@ -39,22 +39,20 @@ def tokens_of(args: argparse.Namespace, seed: int) -> Path:
     return path
 
 
-def ours(args: argparse.Namespace, method: str, bits: int, group_size: int, seed: int, out: Path) -> dict[str, Any]:
-    """A checkpoint by one of our methods; seconds of the run."""
+def ours(args: argparse.Namespace, method: str, bits: int, group_size: int, seed: int, out: Path) -> str:
+    """A checkpoint by one of our methods; what made it."""
     tokens = load_file(tokens_of(args, seed))["tokens"]
-    run = sarqc.quantize(
-        args.model, out, method=method, bits=bits, group_size=group_size, calib=tokens, num_samples=len(tokens)
-    )
-    return {"tool": f"sarqc {sarqc.__version__}", "seconds": run.report["seconds"]["total"]}
+    how = dict(method=method, bits=bits, group_size=group_size)
+    sarqc.quantize(args.model, out, calib=tokens, num_samples=len(tokens), overwrite=True, **how)
+    return f"sarqc {sarqc.__version__}"
 
 
-def rivals(args: argparse.Namespace, method: str, bits: int, group_size: int, seed: int, out: Path) -> dict[str, Any]:
-    """A checkpoint by another tool; what it prints of itself."""
+def rivals(args: argparse.Namespace, method: str, bits: int, group_size: int, seed: int, out: Path) -> str:
+    """The same by another tool, which prints what it is."""
     what = [str(locate(args.model)), str(tokens_of(args, seed)), str(out), "--modifier", method]
     format_ = ["--bits", str(bits), "--group-size", str(group_size)]
     done = subprocess.run([args.python, str(RIVAL), *what, *format_], check=True, capture_output=True, text=True)
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"tool": told["tool"], "seconds": told["wall_seconds"]}
+    return str(json.loads(done.stdout.splitlines()[-1])["tool"])
 
 
 def main() -> None:
@@ -76,7 +74,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     makers = [(name, name, ours) for name in args.methods]
     makers += [(f"llm-compressor {name}", name, rivals) for name in args.rivals]
-    made: dict[str, dict[str, Any]] = {}
+    tools: dict[str, str] = {}
     cells: list[dict[str, Any]] = []
     protocol: dict[str, Any] = {}
     for bits, group_size in (map(int, format_.split(":")) for format_ in args.formats):
@@ -84,11 +82,11 @@ def main() -> None:
         for seed in map(int, args.seeds.split(",")):
             for name, method, make in makers:
                 out = args.work / f"{name.replace(' ', '-')}-{bits}-{group_size}-{seed}"
-                record = out.with_suffix(".json")
-                if not record.exists():
-                    record.write_text(json.dumps(make(args, method, bits, group_size, seed, out)))
+                maker = args.work / f"{out.name}.txt"  # there once the checkpoint is whole
+                if not maker.exists():
+                    maker.write_text(make(args, method, bits, group_size, seed, out))
                     print(out.name, flush=True)
-                made[name] = json.loads(record.read_text())
+                tools[name] = maker.read_text()
                 also.append(Other(name, bits, group_size, args.windows, seed, out))
         found = sarqc.compare(
             args.model,
@@ -105,7 +103,6 @@ def main() -> None:
         )
         cells += found.table["cells"]
         protocol = found.table["protocol"]
-    tools = {name: record["tool"] for name, record in made.items()}
     write_results(args.results, protocol | {"mode": WHOLE, "tools": tools}, cells)
 
 

@@ -19,8 +19,8 @@ class SolveReport:
     strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
     exponent: of the channel scales, the mean over experts; unscaled: why there are none though they were asked for.
     borrowed_rows: kappa, rows that each expert has from the layer's pool. carried: the share a, by which T makes up for
-    what leaves the block wrong because of all that was quantized before (`method.carry`); 0 where T = W. held_out: how
-    the strength was chosen, as `Choice.record` has it. bits: of its codes.
+    what the stream behind it lacks because of all that was quantized before (`method.carry`); 0 where T = W.
+    held_out: how the strength was chosen, as `Choice.record` has it. bits: of its codes.
     """
 
     site: str

@@ -342,9 +342,7 @@ def _check_leaving(work: Workbench, index: int, states: States) -> None:
 
 
 def _move_original_on(work: Workbench, index: int, states: States, reader: str | None = None) -> None:
-    states.move_original_on(
-        lambda hidden: through(work.skeleton, index, reader, hidden), work.device, inside=reader is not None
-    )
+    states.move_original_on(lambda hidden: through(work.skeleton, index, reader, hidden), work.device)
 
 
 def _pass_done(work: Workbench, index: int, members: Sequence[Target], states: States, start: Start) -> None:

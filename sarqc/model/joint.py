@@ -40,7 +40,7 @@ def find_joint(skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Te
 
 
 def through(skeleton: Skeleton, index: int, reader: str | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What leaves the block [B, L, H], and what `reader` reads in it; without one, that is what leaves it too."""
+    """What leaves the block [B, L, H], and what `reader` reads in it; without one, twice the same tensor."""
     inside: list[Tensor] = []
     with ExitStack() as hooks:
         if reader is not None:

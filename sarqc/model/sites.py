@@ -162,10 +162,12 @@ def _dispatch(by_projection: dict[str, Site], sink: Sink, projection: str, x: Te
 
 @contextmanager
 def reading(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[None]:
-    """Hand the first tensor that a module is called with to `seen`, for the time of the context."""
+    """Hand the first tensor that a module is called with, if there is one, to `seen`, for the time of the context."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is not None:
+            seen(first)
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -85,22 +85,21 @@ class States:
         for windows in self._left():
             self._put(self.hidden[windows], call(self.hidden[windows].to(device)))
 
-    def move_original_on(
-        self, call: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device, inside: bool = False
-    ) -> None:
+    def move_original_on(self, call: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device) -> None:
         """The same for those of the unquantized model, if they are kept: call(original) is what leaves the block, and
-        what is wanted at its joint; inside: that is not the same."""
+        what is wanted at its joint, the very same tensor where that is the end of the block."""
         if self.original is None:
             return
-        if not inside:
-            self.wanted = self.original
-        elif self.wanted is None or self.wanted is self.original:
-            self.wanted = self.room.empty(self.original.shape, self.original.dtype, pinned=self.original.is_pinned())
         for windows in self._left():
             leaving, stream = call(self.original[windows].to(device))
-            self._put(self.original[windows], leaving)
+            if stream is leaving:
+                self.wanted = self.original
+            elif self.wanted is None or self.wanted is self.original:
+                pinned = self.original.is_pinned()
+                self.wanted = self.room.empty(self.original.shape, self.original.dtype, pinned=pinned)
             if self.wanted is not self.original:
                 self._put(self.wanted[windows], stream)
+            self._put(self.original[windows], leaving)
 
     def _left(self) -> Iterator[slice]:
         """Windows of the micro-batches that are to be moved on; after a failure those that have not been."""

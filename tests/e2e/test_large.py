@@ -55,4 +55,6 @@ def test_blocks_leave_memory_as_they_are_done(tmp_path):
 def test_a_model_of_eight_gigabytes_takes_less_than_three(tmp_path, method):
     source = large.save(tmp_path / "model")
     assert size_of(source) > 8e9
-    assert peak(source, tmp_path / "out", method) < 3e9
+    found = peak(source, tmp_path / "out", method)
+    print(f"peak memory of {method}: {found / 1e9:.2f} GB")
+    assert found < 3e9

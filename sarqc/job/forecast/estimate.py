@@ -109,9 +109,8 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             passed += PASSES * site.experts * rows * site.in_features
         share = busiest(sites, ranks, plan.device, gram=windows > 0)
         calls = CALLS * batches * latency
-        times = (
-            2 if plan.solve.carry_error else 1
-        )  # the layer that makes up for errors is observed apart, and the original runs beside
+        # The layer that makes up for errors is observed apart, and the original runs beside.
+        times = 2 if plan.solve.carry_error else 1
         if windows:
             spent["observe"] += (times * forward + grams) / rate + times * calls
             spent["replay"] += times * (forward / rate + calls)
