@@ -19,6 +19,8 @@ GridSearch = Literal["minmax", "search"]
 Order = Literal["none", "static", "group"]
 
 
+_GRAM_METHODS = ("gptq", "rqc-gptq", "sarqc-gptq", "sarqc")
+
 CHOICES = (2, 3, 4, 5, 6, 8)
 """Widths that `avg_bits` chooses from, if nothing else is said."""
 
@@ -96,6 +98,7 @@ class SolveSpec:
     grid: "minmax" spans each group; "search" shrinks that span to the least weighted error.
     act_order: order of the Gram solver's columns: "none", "static" (by saliency, grid fixed before) or "group" (groups
     by saliency and columns inside each group, grid fitted as the solver arrives). None of them needs a g_idx on disk.
+    sweeps: times that scales and codes are improved in turn after the Gram solver's pass (`method.descent`).
     damp: floor added to the diagonal, relative to its mean. borrow: rows, for each input, that an expert's statistics
     have from the average of its layer. gate_weight: power of the router's weight by which a row counts in an expert's
     statistics, 0, 1 or 2. carry_error: whether a layer of each block also makes up for the errors of all before it, as
@@ -110,6 +113,7 @@ class SolveSpec:
     saliency: str = "energy"
     grid: GridSearch = "search"
     act_order: Order = "group"
+    sweeps: int = 0
     damp: float = 1e-4
     borrow: float = 0.25
     gate_weight: int = 0
@@ -130,6 +134,13 @@ class SolveSpec:
             value = getattr(self, name)
             if value not in accepted:
                 raise ArgumentError(f"{name} = {value!r} is not known: use one of {', '.join(accepted)}")
+        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
+            raise ArgumentError(f"sweeps = {self.sweeps!r} is not usable: use a whole number from 0 up")
+        if self.sweeps and self.solver != "gram":
+            raise ArgumentError(
+                f"sweeps = {self.sweeps} is not for method {self.method!r}, which rounds: only what Gram solvers find "
+                f"is improved; use {', '.join(_GRAM_METHODS)}"
+            )
         if not 0 <= self.damp < 1:
             raise ArgumentError(f"damp = {self.damp!r} is out of range: use a number from 0 up to 1")
         if not 0 <= self.borrow < float("inf"):
@@ -140,7 +151,7 @@ class SolveSpec:
         if self.carry_error and self.solver != "gram":
             raise ArgumentError(
                 f"carry_error = True is not for method {self.method!r}: only Gram solvers can aim elsewhere than at "
-                "the weights; use gptq, rqc-gptq, sarqc-gptq or sarqc"
+                f"the weights; use {', '.join(_GRAM_METHODS)}"
             )
         if not self.gram and (self.solver == "gram" or self.channel_scale):
             raise ArgumentError("gram = False leaves nothing to solve with: use solver 'round' and no channel_scale")
@@ -179,9 +190,13 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("rqc-awq", "the same, regularised evenly", _ROUND | {"channel_scale": True, "saliency": "iso"}),
     ("sarqc-awq", "the same, regularised by saliency", _ROUND | {"channel_scale": True}),
     ("gptq", "the Gram solver as the common tools ship it", _GPTQ),
-    ("rqc-gptq", "Gram solver, regularised evenly, searched grids", {"saliency": "iso"}),
-    ("sarqc-gptq", "by saliency; one layer a block makes up for earlier errors", {"carry_error": True}),
-    ("sarqc", "channel scales by search, then as sarqc-gptq", {"channel_scale": True, "carry_error": True}),
+    ("rqc-gptq", "Gram solver, regularised evenly, searched grids", {"saliency": "iso", "sweeps": 2}),
+    ("sarqc-gptq", "by saliency; one layer a block makes up for earlier errors", {"sweeps": 2, "carry_error": True}),
+    (
+        "sarqc",
+        "channel scales by search, then as sarqc-gptq",
+        {"channel_scale": True, "sweeps": 2, "carry_error": True},
+    ),
 )
 METHODS: dict[str, SolveSpec] = {name: SolveSpec(method=name, **fields) for name, _, fields in _TABLE}
 """Presets. `gptq` is what GPTQ tools do: damping 0.01 of the mean diagonal, min-max grids, static activation order.

@@ -17,7 +17,7 @@ PANELS: dict[str, str] = {
     ),
     **dict.fromkeys(("calib", "num_samples", "seqlen", "seed", "seeds"), "Calibration text"),
     **dict.fromkeys(("text", "eval_seqlen", "eval_windows"), "Text to judge on"),
-    **dict.fromkeys(("strength", "saliency", "borrow", "gate_weight", "carry_error"), "Solver"),
+    **dict.fromkeys(("strength", "saliency", "borrow", "gate_weight", "sweeps", "carry_error"), "Solver"),
     **dict.fromkeys(("device", "dtype", "micro_batch", "gram_budget", "state_budget", "ordered"), "Machine"),
     **dict.fromkeys(("work", "keep_work", "restart"), "Stopping and going on"),
 }

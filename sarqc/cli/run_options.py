@@ -81,6 +81,13 @@ StateBudgetOption = Annotated[
 StrengthOption = Annotated[
     str | None, typer.Option(help="Weight lambda of the regulariser: auto or a number. Default: the method's own.")
 ]
+SweepsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Times that scales and codes are improved in turn after the Gram solver's pass; each takes about as long "
+        "as that. Default: 2 for sarqc-gptq, sarqc and rqc-gptq, 0 for all others."
+    ),
+]
 TensorParallelOption = Annotated[
     int | None, typer.Option(help="Ranks that will serve the model: refuse what no server could split so.")
 ]

@@ -50,6 +50,7 @@ class Settings:
     saliency: str | None = None
     borrow: float | None = None
     gate_weight: int | None = None
+    sweeps: int | None = None
     carry_error: bool | None = None
     calib: str | Path | Tensor = calibration.BUILTIN
     num_samples: int | None = None
@@ -132,7 +133,7 @@ def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = Fal
     quant = QuantSpec(
         settings.bits, size, settings.sym, tuple(settings.ignore), settings.avg_bits, tuple(settings.bits_choices)
     )
-    asked = ("strength", "saliency", "borrow", "gate_weight", "carry_error", "seed")
+    asked = ("strength", "saliency", "borrow", "gate_weight", "sweeps", "carry_error", "seed")
     solve = solve_spec(settings.method, **{name: getattr(settings, name) for name in asked})
     folder, source = _open(model, trust, headers_only)
     skeleton = Skeleton.from_folder(folder, source, trust_remote_code=trust)

@@ -53,6 +53,7 @@ def quantize(
     saliency: str | None = None,
     borrow: float | None = None,
     gate_weight: int | None = None,
+    sweeps: int | None = None,
     carry_error: bool | None = None,
     calib: str | Path | Tensor = calibration.BUILTIN,
     num_samples: int | None = None,
@@ -80,23 +81,24 @@ def quantize(
     of a weight on average with its scales: layers get widths out of `bits_choices` (2, 3, 4, 5, 6, 8) by what each
     loses. group_size: inputs per scale, -1 for one scale a row, "auto" for the largest of 128, 64, 32 that divides
     every layer's inputs. strength, saliency: of the regulariser. borrow, gate_weight: of experts' statistics.
-    carry_error: make up for earlier blocks. None is the method's own. calib: text to calibrate on (a UTF-8 file, a data
-    set, `builtin`) or tokens int64 [S, L]. num_samples: exactly so many windows of `seqlen` tokens, drawn with `seed`;
-    by default up to 128, of 2048. dtype: of the forward passes. micro_batch: windows at once. gram_budget: bytes of
-    Grams at once. state_budget: bytes of hidden states in memory, a quarter of the machine's by default; beyond it they
-    are in a file in the work folder. ignore: regular expressions of Linears to leave. tp: refuse what no server could
-    run on so many ranks. work: folder for what is finished, by default a hidden one beside `out`; removed in the end
-    unless `keep_work`. restart: forget what it holds. ordered: under torchrun, make sums in the order of one process.
+    sweeps: over codes and scales after the solver's pass. carry_error: make up for earlier blocks. None is the method's
+    own. calib: text to calibrate on (a UTF-8 file, a data set, `builtin`) or tokens int64 [S, L]. num_samples: exactly
+    so many windows of `seqlen` tokens, drawn with `seed`; by default up to 128, of 2048. dtype: of the forward passes.
+    micro_batch: windows at once. gram_budget: bytes of Grams at once. state_budget: bytes of hidden states in memory, a
+    quarter of the machine's by default; beyond it they are in a file in the work folder. ignore: regular expressions of
+    Linears to leave. tp: refuse what no server could run on so many ranks. work: folder for what is finished, by
+    default a hidden one beside `out`; removed in the end unless `keep_work`. restart: forget what it holds. ordered:
+    under torchrun, make sums in the order of one process.
 
     Under torchrun all ranks call this alike: windows and solving are shared out, rank 0 writes, all return its result.
     Raises `SarqcError` for anything wrong with the input, before `out` exists; `Interrupted` where the watcher asked.
     """
     settings = Settings(
         method=method, bits=bits, avg_bits=avg_bits, bits_choices=bits_choices, group_size=group_size, sym=sym,
-        strength=strength, saliency=saliency, borrow=borrow, gate_weight=gate_weight, carry_error=carry_error,
-        calib=calib, num_samples=num_samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype,
-        micro_batch=micro_batch, gram_budget=gram_budget, state_budget=state_budget, ignore=ignore, format=format,
-        tp=tp, trust_remote_code=trust_remote_code,
+        strength=strength, saliency=saliency, borrow=borrow, gate_weight=gate_weight, sweeps=sweeps,
+        carry_error=carry_error, calib=calib, num_samples=num_samples, seqlen=seqlen, seed=seed, device=device,
+        dtype=dtype, micro_batch=micro_batch, gram_budget=gram_budget, state_budget=state_budget, ignore=ignore,
+        format=format, tp=tp, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with joined(device, ordered=ordered) as (group, own_device):
         refuse_existing(out, overwrite)

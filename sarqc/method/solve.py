@@ -7,7 +7,7 @@ rounding and refuses numbers that are not finite.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from sarqc.errors import NumericError
 from sarqc.method import objective
 from sarqc.method.carry import shifted
 from sarqc.method.channel_scale import Scaling
+from sarqc.method.descent import descend
 from sarqc.method.grid import search_grid
 from sarqc.method.held_out import Judge
 from sarqc.method.order import column_order
@@ -126,7 +127,7 @@ def solve_gram(
     """Column by column with error feedback in the metric H + lambda D (GPTQ, arXiv 2210.17323, without an inverse).
 
     One factor M M^T of the metric gives both the feedback and, as M_jj^2, what an error in column j will cost; the
-    searched grid is fitted with those weights.
+    searched grid is fitted with those weights. `solve.sweeps` then improve on all of it in the same metric.
     """
     group_size = quant.group_size if quant.group_size > 0 else weight.shape[-1]
     metric = objective.metric(gram, strength, solve)
@@ -159,7 +160,14 @@ def solve_gram(
         search=search,
         scale_dtype=scale_dtype,
     )
-    return Solution(QuantizedWeight(codes, scales, zeros, quant.bits), factor.damping)
+    quantized, damping = QuantizedWeight(codes, scales, zeros, quant.bits), factor.damping
+    if solve.sweeps:
+        del factor
+        diagonal += damping.to(diagonal)[:, None] * diagonal.mean(
+            -1, keepdim=True
+        )  # a view: the metric as it was factored
+        quantized = descend(weight, quantized, metric, solve.sweeps)
+    return Solution(quantized, damping)
 
 
 SOLVERS: dict[str, Solver] = {"round": solve_round, "gram": solve_gram}
@@ -178,14 +186,15 @@ def choose_strength(
 ) -> Choice:
     """lambda of every expert of a site: as asked for, or what held-out text says; see `method.strength`.
 
-    weight: [E, N, K], tried without channel scales. kind: which sites share their answers. strengths: answers so far;
-    this site's is added.
+    weight: [E, N, K], tried without channel scales and without sweeps, which find their best at the same strengths.
+    kind: which sites share their answers. strengths: answers so far; this site's is added.
     """
     judge = None
     if solve.strength == AUTO and len(statistics.folds) > 1:
+        once = replace(solve, sweeps=0)
 
         def trial(rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
-            return SOLVERS[solve.solver](site, rows, gram, strength, quant, solve, scale_dtype).weight.dequantize()
+            return SOLVERS[once.solver](site, rows, gram, strength, quant, once, scale_dtype).weight.dequantize()
 
         def rounding(rows: Tensor) -> Tensor:
             return round_plainly(rows, quant, "minmax", scale_dtype).dequantize()

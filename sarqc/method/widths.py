@@ -6,7 +6,7 @@ from it, times how much more or less the solver loses at another width, is how m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -49,7 +49,9 @@ def tried_width(quant: QuantSpec) -> int:
 def tried(
     site: str, weight: Tensor, statistics: Statistics, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
 ) -> QuantizedWeight:
-    """A weight [E, N, K] as it is tried on the model: solved, without channel scales, at the rule's strength."""
+    """A weight [E, N, K] as it is tried on the model: solved, without channel scales and sweeps, at the rule's
+    strength."""
+    solve = replace(solve, sweeps=0)
     gram = borrowing(statistics, solve.borrow)
     strength = Strengths().choose("", statistics.rows(), weight.shape[-1], solve, None).strength
     spec = quant.at(tried_width(quant))
@@ -62,9 +64,11 @@ def width_losses(
     """The losses of `quant.choices` on a few rows of a few experts of weight [E, N, K], without channel scales.
 
     statistics: two folds; one is fitted on, the other judges. Where a strength is to be chosen it is the rule's here:
-    another one would move all widths of a site alike. The widest choices are not solved: they lose as much less than
-    the widest that is solved as rounding does, because what a solver gains no longer depends on the width there.
+    another one would move all widths of a site alike, and so would sweeps. The widest choices are not solved: they
+    lose as much less than the widest that is solved as rounding does, because what a solver gains no longer depends on
+    the width there.
     """
+    solve = replace(solve, sweeps=0)
 
     def rounding(width: int, rows: Tensor) -> Tensor:
         return round_plainly(rows, quant.at(width), "search", scale_dtype).dequantize()

@@ -85,6 +85,8 @@ CALLS = 150
 """Calls that one micro-batch takes through a block, hooks and masks included."""
 CALLS_A_COLUMN = 0.6
 """Calls that the solver takes for a column of a site."""
+PRODUCTS = 4
+"""Products with a K x K matrix that a sweep over codes and scales takes."""
 PASSES = 120
 """Times that the search for the grid passes over a weight."""
 
@@ -104,8 +106,10 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             used = min(site.experts, shapes.choices(plan)) if site.experts > 1 else 1
             forward += 2.0 * tokens * used * rows * site.in_features
             grams += 2.0 * tokens * used * site.in_features**2
-            solve += site.experts * (site.in_features**3 + 2.0 * rows * site.in_features**2)
-            columns += site.in_features
+            sweeps = plan.solve.sweeps
+            passes = 1 + PRODUCTS * sweeps  # over a K x K matrix
+            solve += site.experts * (site.in_features**3 + 2.0 * passes * rows * site.in_features**2)
+            columns += (1 + sweeps) * site.in_features
             passed += PASSES * site.experts * rows * site.in_features
         share = busiest(sites, ranks, plan.device, gram=windows > 0)
         calls = CALLS * batches * latency

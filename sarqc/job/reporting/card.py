@@ -103,7 +103,7 @@ def command(report: facts.Report) -> str:
     words += [] if quant["sym"] else ["--asym"]
     words += [] if _format_name(report) == "compressed-tensors" else ["--format", _format_name(report)]
     preset = METHODS.get(solve["method"])
-    for key in ("strength", "saliency", "borrow", "gate_weight"):
+    for key in ("strength", "saliency", "borrow", "gate_weight", "sweeps"):
         if key in solve and solve[key] != getattr(preset, key, None):
             words += [f"--{key.replace('_', '-')}", str(solve[key])]
     carry = solve.get("carry_error")
