@@ -14,8 +14,7 @@ from typing import Any
 
 from benchmarks import reliability
 from benchmarks.quality import proof
-from benchmarks.quality.table import markdown
-from sarqc.job.comparison.table import perplexity
+from sarqc.job.comparison.table import Row, perplexity
 from sarqc.spec import ABOUT, METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -32,30 +31,60 @@ def demo() -> str:
     return "\n".join(lines)
 
 
-def quality() -> str:
-    """Methods and rivals on the same tokens."""
-    found = _read("cpu-smollm2-quality")
-    return f"Unquantized: {found['unquantized']:.2f}.\n\n{markdown(found)}"
+WHOLE_WINDOWS = 16
+"""Calibration windows of the whole runs in the README; docs/ has the others."""
 
 
 def whole() -> str:
-    """Whole runs of ours and of other tools: a row for each model, format and text, a column for each method."""
-    found = [_read(path.stem) for path in sorted(RESULTS.glob("whole-*.json"))]
-    methods = sorted({row["method"] for results in found for row in results["rows"]}, key=_place)
-    lines = ["| model | bits, group | text | " + " | ".join([*methods, "unquantized"]) + " |"]
-    lines.append("|---" * (len(methods) + 4) + "|")
-    for results in found:
-        reached = {entry["text"]: entry["perplexity"] for entry in results["protocol"]["texts"]}
-        cases = dict.fromkeys((row["bits"], row["group_size"], row["text"]) for row in results["rows"])
-        for bits, group_size, text in sorted(cases, key=lambda case: (-case[0], -case[1], case[2])):
-            own = {
-                row["method"]: perplexity(row)
-                for row in results["rows"]
-                if (row["bits"], row["group_size"], row["text"]) == (bits, group_size, text)
-            }
-            what = (Path(results["protocol"]["model"]).name, f"{bits}, {group_size}", Path(text).stem)
-            cells = [*what, *(own.get(method, "") for method in methods), f"{reached[text]:.2f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+    """Whole runs of ours and of other tools."""
+    return _whole(perplexity, lambda row: row["windows"] == WHOLE_WINDOWS)
+
+
+def amounts() -> str:
+    """The same over calibration sizes, where there are several."""
+    return _whole(perplexity, lambda row: len(row["sizes"]) > 1, windows=True)
+
+
+def divergence() -> str:
+    """How far the runs of the README are from the model they were made from."""
+
+    def shown(row: Row) -> str:
+        return "" if row["kl"] is None else f"{row['kl']:.3f}, {100 * row['agreement']:.0f} %"
+
+    return _whole(shown, lambda row: row["windows"] == WHOLE_WINDOWS, reference=False)
+
+
+def _whole(
+    shown: Callable[[Row], str], wanted: Callable[[Row], bool], *, windows: bool = False, reference: bool = True
+) -> str:
+    """A row for each model, format, text and calibration size that is wanted, a column for each method."""
+    cases: dict[tuple[Any, ...], dict[str, str]] = {}
+    for results in (_read(path.stem) for path in sorted(RESULTS.glob("whole-*.json"))):
+        reached = {entry["text"]: f"{entry['perplexity']:.2f}" for entry in results["protocol"]["texts"]}
+        sizes: dict[tuple[int, int], set[int]] = {}
+        for row in results["rows"]:
+            if row["method"] != "rtn":
+                sizes.setdefault((row["bits"], row["group_size"]), set()).add(row["windows"])
+        for row in results["rows"]:
+            made = sizes.get((row["bits"], row["group_size"]), set())
+            if row["windows"] in made and wanted(row | {"sizes": made}):
+                what = Path(results["protocol"]["model"]).name, -row["bits"], -row["group_size"], Path(row["text"]).stem
+                cells = cases.setdefault((*what, row["windows"]), {"unquantized": reached[row["text"]]})
+                cells[row["method"]] = shown(row)
+    methods = sorted({method for cells in cases.values() for method in cells} - {"unquantized"}, key=_place)
+    head = ["model", "bits, group", "text", *(["windows"] if windows else []), *methods]
+    head += ["unquantized"] if reference else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for case in sorted(cases):
+        model, bits, group_size, text, count = case
+        own = {
+            "model": model,
+            "bits, group": f"{-bits}, {-group_size}",
+            "text": text,
+            "windows": str(count),
+            **cases[case],
+        }
+        lines.append(f"| {' | '.join(own.get(name, '') for name in head)} |")
     return "\n".join(lines)
 
 
@@ -130,8 +159,9 @@ def methods() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "quality": quality,
     "whole": whole,
+    "amounts": amounts,
+    "divergence": divergence,
     "speed": speed,
     "compare": compare,
     "inference": inference,

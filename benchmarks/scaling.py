@@ -16,7 +16,7 @@ import torch
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from sarqc.job.forecast import shapes
-from sarqc.job.forecast.estimate import PASSES, busiest, sizes
+from sarqc.job.forecast.estimate import PASSES, PRODUCTS, busiest, sizes
 from sarqc.job.plan import Plan, Settings, make_plan
 from sarqc.model.passes import passes
 from sarqc.model.sharing import cost
@@ -112,7 +112,8 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
             spent["gram"] += 2.0 * tokens * _rows(site) * site.in_features / rates.single
             solved += (FOLDS + 1) * _cost([site])  # a shift takes about as much as a solve: of each fold, and of all
             grams += _rows(site) * site.in_features
-        spent["solve"] += solved / rates.solve
+        swept = sum(share * _products(part) for share, part in zip(shares, parts))
+        spent["solve"] += solved / rates.solve + plan.solve.sweeps * PRODUCTS * swept / rates.single
         passed = sum(share * _weights(part) for share, part in zip(shares, parts))
         spent["grids"] += passed * PASSES * 4 / rates.memory
         summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
@@ -128,6 +129,11 @@ def _weights(sites: list[Site]) -> float:
 
 def _cost(sites: list[Site]) -> float:
     return 2.0 * sum(cost(Share(site, 0, site.experts)) for site in sites)
+
+
+def _products(sites: list[Site]) -> float:
+    """Flops of a product of each weight with a matrix of its Gram's size."""
+    return sum(2.0 * site.experts * _rows(site) * site.in_features**2 for site in sites)
 
 
 def _rows(site: Site) -> int:

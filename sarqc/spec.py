@@ -98,7 +98,7 @@ class SolveSpec:
     grid: "minmax" spans each group; "search" shrinks that span to the least weighted error.
     act_order: order of the Gram solver's columns: "none", "static" (by saliency, grid fixed before) or "group" (groups
     by saliency and columns inside each group, grid fitted as the solver arrives). None of them needs a g_idx on disk.
-    sweeps: times that scales and codes are improved in turn after the Gram solver's pass (`method.descent`).
+    sweeps: times that codes and scales are improved in turn after the Gram solver's pass (`method.descent`).
     damp: floor added to the diagonal, relative to its mean. borrow: rows, for each input, that an expert's statistics
     have from the average of its layer. gate_weight: power of the router's weight by which a row counts in an expert's
     statistics, 0, 1 or 2. carry_error: whether a layer of each block also makes up for the errors of all before it, as

@@ -3,10 +3,11 @@
     python -m benchmarks.quality.whole MODEL RESULTS.json --calib CALIB.txt --eval A.txt --eval B.txt --work WORK \
         --format 3:64 --format 2:32 --method sarqc-gptq --method sarqc --rival gptq --rival awq --python VENV/bin/python
 
-A format is BITS:GROUP_SIZE. Every method makes a checkpoint for each format and seed from the windows that are drawn
-with that seed; checkpoints stay in WORK, so that an interrupted table goes on where it was. The rivals are those of
-`benchmarks/rivals/llmcompressor_oneshot.py`, run by the interpreter of a virtual environment of their own. All are
-judged by `sarqc.compare`, beside plain rounding. RESULTS.json gets rows, protocol and versions.
+A format is BITS:GROUP_SIZE. Every method makes a checkpoint for each format, calibration size and seed from the windows
+that are drawn with that seed; checkpoints stay in WORK, so that an interrupted table goes on where it was. The rivals
+are those of `benchmarks/rivals/llmcompressor_oneshot.py`, run by the interpreter of a virtual environment of their own.
+All are judged by `sarqc.compare`, beside plain rounding; --kept judges what is in WORK and makes nothing.
+RESULTS.json gets rows, protocol and versions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +32,26 @@ SEQLEN = 512
 RIVAL = Path(__file__).parent.parent / "rivals" / "llmcompressor_oneshot.py"
 
 
-def tokens_of(args: argparse.Namespace, seed: int) -> Path:
+def tokens_of(args: argparse.Namespace, windows: int, seed: int) -> Path:
     """A file with the windows int64 [S, L] that all methods calibrate on with this seed."""
-    path: Path = args.work / f"tokens-{seed}.safetensors"
+    path: Path = args.work / f"tokens-{windows}-{seed}.safetensors"
     if not path.exists():
         text = calibration.windows(args.calib, load_tokenizer(locate(args.model)), part="calibration", seqlen=SEQLEN)
-        save_file({"tokens": text.draw(args.windows, seed).tokens}, path)
+        save_file({"tokens": text.draw(windows, seed).tokens}, path)
     return path
 
 
-def ours(args: argparse.Namespace, method: str, bits: int, group_size: int, seed: int, out: Path) -> str:
+def ours(args: argparse.Namespace, method: str, bits: int, group_size: int, tokens: Path, out: Path) -> str:
     """A checkpoint by one of our methods; what made it."""
-    tokens = load_file(tokens_of(args, seed))["tokens"]
+    drawn = load_file(tokens)["tokens"]
     how = dict(method=method, bits=bits, group_size=group_size)
-    sarqc.quantize(args.model, out, calib=tokens, num_samples=len(tokens), overwrite=True, **how)
+    sarqc.quantize(args.model, out, calib=drawn, num_samples=len(drawn), overwrite=True, **how)
     return f"sarqc {sarqc.__version__}"
 
 
-def rivals(args: argparse.Namespace, method: str, bits: int, group_size: int, seed: int, out: Path) -> str:
+def rivals(args: argparse.Namespace, method: str, bits: int, group_size: int, tokens: Path, out: Path) -> str:
     """The same by another tool, which prints what it is."""
-    what = [str(locate(args.model)), str(tokens_of(args, seed)), str(out), "--modifier", method]
+    what = [str(locate(args.model)), str(tokens), str(out), "--modifier", method]
     format_ = ["--bits", str(bits), "--group-size", str(group_size)]
     done = subprocess.run([args.python, str(RIVAL), *what, *format_], check=True, capture_output=True, text=True)
     return str(json.loads(done.stdout.splitlines()[-1])["tool"])
@@ -68,8 +70,9 @@ def main() -> None:
     parser.add_argument("--rival", action="append", dest="rivals", default=[], help="gptq, awq or autoround")
     parser.add_argument("--python", help="of the rivals' environment")
     parser.add_argument("--also", action="append", default=[], type=Other.parsed, help="as in `sarqc compare --also`")
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", default="16", help="calibration sizes, with commas between")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--kept", action="store_true", help="make no checkpoint that is not there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     makers = [(name, name, ours) for name in args.methods]
@@ -77,17 +80,19 @@ def main() -> None:
     tools: dict[str, str] = {}
     cells: list[dict[str, Any]] = []
     protocol: dict[str, Any] = {}
+    sizes = sorted(map(int, args.windows.split(",")))
     for bits, group_size in (map(int, format_.split(":")) for format_ in args.formats):
         also = [other for other in args.also if (other.bits, other.group_size) == (bits, group_size)]
-        for seed in map(int, args.seeds.split(",")):
-            for name, method, make in makers:
-                out = args.work / f"{name.replace(' ', '-')}-{bits}-{group_size}-{seed}"
-                maker = args.work / f"{out.name}.txt"  # there once the checkpoint is whole
-                if not maker.exists():
-                    maker.write_text(make(args, method, bits, group_size, seed, out))
-                    print(out.name, flush=True)
-                tools[name] = maker.read_text()
-                also.append(Other(name, bits, group_size, args.windows, seed, out))
+        for windows, seed, (name, method, make) in product(sizes, map(int, args.seeds.split(",")), makers):
+            out = args.work / f"{name.replace(' ', '-')}-{bits}-{group_size}-{windows}-{seed}"
+            maker = args.work / f"{out.name}.txt"  # there once the checkpoint is whole
+            if not maker.exists():
+                if args.kept:
+                    continue
+                maker.write_text(make(args, method, bits, group_size, tokens_of(args, windows, seed), out))
+                print(out.name, flush=True)
+            tools[name] = maker.read_text()
+            also.append(Other(name, bits, group_size, windows, seed, out))
         found = sarqc.compare(
             args.model,
             args.work / "judged",
@@ -95,7 +100,7 @@ def main() -> None:
             bits=(bits,),
             group_sizes=(group_size,),
             calib=args.calib,
-            num_samples=(args.windows,),
+            num_samples=tuple(sizes),
             seqlen=SEQLEN,
             texts=args.texts,
             eval_windows=args.eval_windows,

@@ -111,11 +111,12 @@ def flow() -> str:
 
 def quality() -> str:
     """Perplexity at 3 bits over the number of calibration windows, from the committed results."""
-    results = json.loads((RESULTS / "cpu-smollm2-quality.json").read_text(encoding="utf-8"))
-    curves: dict[str, list[tuple[int, float]]] = {"gptq": [], "sarqc-gptq": []}
-    for run in results["runs"]:
-        if run["bits"] == 3 and run["method"] in curves:
-            curves[run["method"]].append((run["windows"], run["perplexity"]))
+    results = json.loads((RESULTS / "whole-smollm2.json").read_text(encoding="utf-8"))
+    text = next(entry for entry in results["protocol"]["texts"] if entry["text"] == "wikitext.txt")
+    curves: dict[str, list[tuple[int, float]]] = {"llm-compressor gptq": [], "sarqc-gptq": []}
+    for row in results["rows"]:
+        if (row["bits"], row["text"]) == (3, text["text"]) and row["method"] in curves:
+            curves[row["method"]].append((row["windows"], row["perplexity"]))
     picture = Canvas(720, 330, "perplexity at 3 bits over calibration windows")
     windows = sorted({count for curve in curves.values() for count, _ in curve})
 
@@ -127,9 +128,9 @@ def quality() -> str:
         y = place(windows[0], level)[1]
         picture.lines([(80, y), (540, y)], GREY)
         picture.text((72, y + 4), str(level), FAINT, "end")
-    base = place(windows[0], results["unquantized"])[1]
+    base = place(windows[0], text["perplexity"])[1]
     picture.lines([(80, base), (540, base)], GREEN, 1, "5 4")
-    picture.text((548, base + 4), f"unquantized, {results['unquantized']:.1f}", GREEN)
+    picture.text((548, base + 4), f"unquantized, {text['perplexity']:.1f}", GREEN)
     for (name, curve), colour in zip(curves.items(), (ORANGE, BLUE)):
         points = [place(*point) for point in sorted(curve)]
         picture.lines(points, colour, 2)

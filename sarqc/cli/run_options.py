@@ -84,8 +84,8 @@ StrengthOption = Annotated[
 SweepsOption = Annotated[
     int | None,
     typer.Option(
-        help="Times that scales and codes are improved in turn after the Gram solver's pass; each takes about as long "
-        "as that. Default: 2 for sarqc-gptq, sarqc and rqc-gptq, 0 for all others."
+        help="Times that codes and scales are improved in turn after the Gram solver's pass; each takes about half as "
+        "long as that. Default: 2 for sarqc-gptq, sarqc and rqc-gptq, 0 for all others."
     ),
 ]
 TensorParallelOption = Annotated[

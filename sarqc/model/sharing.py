@@ -73,11 +73,11 @@ def solving_bytes(share: Share, gram: bool) -> int:
     """Bytes that solving a share at once takes beside its block and its Grams; gram: whether it has any.
 
     Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
-    its workspace) and eight of the weight's, of which plain rounding needs four.
+    its workspace) and six of the weight's, of which plain rounding needs four.
     """
     columns, rows = share.site.in_features, sum(count for _, _, count in share.site.slabs)
     return (share.stop - share.first) * (
-        5 * 4 * columns**2 + 8 * 4 * rows * columns if gram else 4 * 4 * rows * columns
+        5 * 4 * columns**2 + 6 * 4 * rows * columns if gram else 4 * 4 * rows * columns
     )
 
 

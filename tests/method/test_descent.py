@@ -43,26 +43,19 @@ def by_the_book(weight: Tensor, start: QuantizedWeight, metric: Tensor, sweeps: 
         levels = codes[0, row].double() - zeros[0, row].double().repeat_interleave(size)
         return weight[0, row] - levels * scales[0, row].double().repeat_interleave(size)
 
-    def fit_scales(row: int) -> None:
-        for group in range(scales.shape[-1]):
-            at = slice(group * size, (group + 1) * size)
-            levels = codes[0, row, at].double() - zeros[0, row, group].double()
-            price = levels @ metric[0, at, at] @ levels
-            old = scales[0, row, group].double()
-            new = (old + (error(row) @ metric[0])[at] @ levels / price).to(scales.dtype)
-            if old / REACH < new < old * REACH:
-                scales[0, row, group] = new
-
     for row in range(weight.shape[1]):
-        for _ in range(sweeps):
-            fit_scales(row)
-            for column in range(weight.shape[2]):
-                scale, zero = scales[0, row, column // size].double(), zeros[0, row, column // size].double()
+        for group in list(range(scales.shape[-1])) * sweeps:
+            at = slice(group * size, (group + 1) * size)
+            scale, zero = scales[0, row, group].double(), zeros[0, row, group].double()
+            for column in range(at.start, at.stop):
                 others = error(row)
                 others[column] = 0
                 best = weight[0, row, column] + others @ metric[0, :, column] / metric[0, column, column]
                 codes[0, row, column] = int((best / scale + zero).round().clamp(0, top))
-        fit_scales(row)
+            levels = codes[0, row, at].double() - zero
+            new = scale + (error(row) @ metric[0])[at] @ levels / (levels @ metric[0, at, at] @ levels)
+            if scale / REACH < new < scale * REACH:
+                scales[0, row, group] = new
     return QuantizedWeight(codes, scales, zeros, start.bits)
 
 

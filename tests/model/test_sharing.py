@@ -68,7 +68,7 @@ def test_pieces_are_all_experts_once(shapes, size):
 def test_no_more_experts_are_solved_at_once_than_there_is_memory_for(monkeypatch, room, lengths):
     share = Share(site("experts", 5, 16, 64), 0, 5)
     one = solving_bytes(Share(share.site, 0, 1), gram=True)
-    assert one == 5 * 4 * 64 * 64 + 8 * 4 * 16 * 64 and solving_bytes(share, gram=False) == 5 * 16 * 16 * 64
+    assert one == 5 * 4 * 64 * 64 + 6 * 4 * 16 * 64 and solving_bytes(share, gram=False) == 5 * 16 * 16 * 64
     monkeypatch.setitem(SOLVE_BYTES, "cpu", room * one)
     found = pieces([share], 1, torch.device("cpu"), gram=True)
     assert [piece.share.stop - piece.share.first for piece in found] == lengths

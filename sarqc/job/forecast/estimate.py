@@ -85,8 +85,8 @@ CALLS = 150
 """Calls that one micro-batch takes through a block, hooks and masks included."""
 CALLS_A_COLUMN = 0.6
 """Calls that the solver takes for a column of a site."""
-PRODUCTS = 4
-"""Products with a K x K matrix that a sweep over codes and scales takes."""
+PRODUCTS = 2
+"""Products of the weight with a K x K matrix that one sweep over codes and scales takes, all in all."""
 PASSES = 120
 """Times that the search for the grid passes over a weight."""
 
