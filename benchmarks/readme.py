@@ -54,6 +54,22 @@ def divergence() -> str:
     return _whole(shown, lambda row: row["windows"] == WHOLE_WINDOWS, reference=False)
 
 
+def cloze() -> str:
+    """Right answers of the models that were asked, a column for each text."""
+    rows = _read("cloze")["rows"]
+    asked = dict.fromkeys((row["text"], row["questions"]) for row in rows)
+    head = ["model", *(f"{text}, {questions} questions" for text, questions in asked)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {
+            row["text"]: f"{100 * row['accuracy']:.1f} ± {100 * row['error']:.1f}"
+            for row in rows
+            if row["model"] == model
+        }
+        lines.append(f"| {' | '.join([model, *(own.get(text, '') for text, _ in asked)])} |")
+    return "\n".join(lines)
+
+
 def _whole(
     shown: Callable[[Row], str], wanted: Callable[[Row], bool], *, windows: bool = False, reference: bool = True
 ) -> str:
@@ -162,6 +178,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "whole": whole,
     "amounts": amounts,
     "divergence": divergence,
+    "cloze": cloze,
     "speed": speed,
     "compare": compare,
     "inference": inference,

@@ -1,11 +1,12 @@
 """Whole runs side by side: ours and those of other tools, on the same tokens and judged by the same code.
 
     python -m benchmarks.quality.whole MODEL RESULTS.json --calib CALIB.txt --eval A.txt --eval B.txt --work WORK \
-        --format 3:64 --format 2:32 --method sarqc-gptq --method sarqc --rival gptq --rival awq --python VENV/bin/python
+        --format 3:64 --format 2:32 --windows 4,16,64 --method sarqc-gptq --method sarqc \
+        --rival gptq=VENV/bin/python --rival awq=VENV/bin/python
 
 A format is BITS:GROUP_SIZE. Every method makes a checkpoint for each format, calibration size and seed from the windows
 that are drawn with that seed; checkpoints stay in WORK, so that an interrupted table goes on where it was. The rivals
-are those of `benchmarks/rivals/llmcompressor_oneshot.py`, run by the interpreter of a virtual environment of their own.
+are those of `benchmarks/rivals/*_oneshot.py`, each run by the interpreter of a virtual environment of its own.
 All are judged by `sarqc.compare`, beside plain rounding; --kept judges what is in WORK and makes nothing.
 RESULTS.json gets rows, protocol and versions.
 """
@@ -29,7 +30,13 @@ from sarqc.model import calibration
 from sarqc.model.tokenizer import load_tokenizer
 
 SEQLEN = 512
-RIVAL = Path(__file__).parent.parent / "rivals" / "llmcompressor_oneshot.py"
+RIVALS = {
+    "gptq": ("llm-compressor gptq", "llmcompressor_oneshot.py", "gptq"),
+    "awq": ("llm-compressor awq", "llmcompressor_oneshot.py", "awq"),
+    "autoround": ("AutoRound", "llmcompressor_oneshot.py", "autoround"),
+    "gptqmodel": ("GPTQModel", "gptqmodel_oneshot.py", "gptq"),
+}
+"""Other tools by the name they are asked for with: their name in the table, script, and what the script is to do."""
 
 
 def tokens_of(args: argparse.Namespace, windows: int, seed: int) -> Path:
@@ -49,11 +56,14 @@ def ours(args: argparse.Namespace, method: str, bits: int, group_size: int, toke
     return f"sarqc {sarqc.__version__}"
 
 
-def rivals(args: argparse.Namespace, method: str, bits: int, group_size: int, tokens: Path, out: Path) -> str:
-    """The same by another tool, which prints what it is."""
-    what = [str(locate(args.model)), str(tokens), str(out), "--modifier", method]
+def rivals(args: argparse.Namespace, rival: str, bits: int, group_size: int, tokens: Path, out: Path) -> str:
+    """The same by another tool, NAME=PYTHON, which prints what it is."""
+    name, _, python = rival.partition("=")
+    _, script, modifier = RIVALS[name]
+    program = Path(__file__).parent.parent / "rivals" / script
+    what = [str(locate(args.model)), str(tokens), str(out), "--modifier", modifier]
     format_ = ["--bits", str(bits), "--group-size", str(group_size)]
-    done = subprocess.run([args.python, str(RIVAL), *what, *format_], check=True, capture_output=True, text=True)
+    done = subprocess.run([python, str(program), *what, *format_], check=True, capture_output=True, text=True)
     return str(json.loads(done.stdout.splitlines()[-1])["tool"])
 
 
@@ -67,8 +77,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--format", action="append", dest="formats", required=True, help="BITS:GROUP_SIZE")
     parser.add_argument("--method", action="append", dest="methods", default=[])
-    parser.add_argument("--rival", action="append", dest="rivals", default=[], help="gptq, awq or autoround")
-    parser.add_argument("--python", help="of the rivals' environment")
+    parser.add_argument("--rival", action="append", dest="rivals", default=[], help="NAME=PYTHON of its environment")
     parser.add_argument("--also", action="append", default=[], type=Other.parsed, help="as in `sarqc compare --also`")
     parser.add_argument("--windows", default="16", help="calibration sizes, with commas between")
     parser.add_argument("--seeds", default="0,1,2")
@@ -76,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     makers = [(name, name, ours) for name in args.methods]
-    makers += [(f"llm-compressor {name}", name, rivals) for name in args.rivals]
+    makers += [(RIVALS[rival.partition("=")[0]][0], rival, rivals) for rival in args.rivals]
     tools: dict[str, str] = {}
     cells: list[dict[str, Any]] = []
     protocol: dict[str, Any] = {}
