@@ -2,7 +2,10 @@
 
 The error of a weight is ||W - Q||_F / ||W||_F, W the source's weight and Q the dequantized one, in fp64: 0 for the
 same numbers, about 0.1 at 4 bits, 1 for a weight of zeros, 1.41 for another weight of the same size, 2 for the
-opposite sign. The optimum for the layer's output lies a little above that of plain rounding.
+opposite sign. The optimum for the layer's output lies above that of plain rounding: a little as a rule, but at 2 bits a
+solver may move a weight by more than its own size, in directions that inputs hardly have. What tells such a weight from
+another one is its share of the original, <W, Q> / <W, W>: near 1 in whatever was rounded from it, 0 in what has nothing
+to do with it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from sarqc.checkpoint.headers import bytes_of
 from sarqc.checkpoint.reader import Checkpoint
 
 WORST_ERROR = 1.2
-"""A larger error is no rounding at any width: the weight is another one, or lies in another order."""
+LEAST_SHARE = 0.5
+"""A weight with a larger error and a smaller share of the original is another one, or lies in another order."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,11 @@ def _weight(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
     assert found is not None
     weight = source.load(name).double()
     size = float(weight.norm())
-    distance = float((found.dequantize()[0].double() - weight).norm())
+    quantized = found.dequantize()[0].double()
+    distance = float((quantized - weight).norm())
     error = distance / size if size else 0.0 if not distance else math.inf
-    if error <= WORST_ERROR:  # False for NaN too
+    share = float((quantized * weight).sum()) / size**2 if size else 0.0
+    if error <= WORST_ERROR or (math.isfinite(error) and share >= LEAST_SHARE):  # False for NaN too
         return Compared(name, error, None)
     return Compared(
         name, None, f"{checkpoint.folder}: {name!r} is {error:.3g} of its size away from the weight in {source.folder}"
