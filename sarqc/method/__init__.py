@@ -10,6 +10,7 @@ channel_scale  inputs rescaled so that the ones that matter get finer steps
 grid        spans searched for the least output error
 order       in which order columns are taken
 solve       a weight and its statistics -> codes, scales, zeros and a report
+descent     codes and scales that a solver found, improved in turn
 weight      the quantized weight all rooms exchange
 parts       a tensor that is handed on piece by piece
 """
