@@ -84,8 +84,7 @@ def _cloze(text: str) -> dict[str, Any]:
         "output_type": "loglikelihood",
         "test_split": "test",
         "doc_to_text": "{{context}}",
-        "doc_to_target": "{{word}}",
-        "target_delimiter": " ",
+        "doc_to_target": "{{' ' + word}}",  # lm-eval puts no space between a context and what it asks for
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1},
     }

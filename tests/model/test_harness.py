@@ -6,6 +6,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from jinja2 import Template
 
 from sarqc.errors import ArgumentError, TextError
 from sarqc.model.calibration import builtin_text
@@ -52,6 +53,9 @@ def test_cloze_is_made_from_the_text_and_names_lose_their_filter(lm_eval, tmp_pa
         "cloze": {"acc": 0.25, "sample_len": 4}
     }
     assert lm_eval.questions[0] == {"context": TWELVE, "word": "thirteen"} and lm_eval.limit == 3
+    parts = [lm_eval.tasks[0][part] for part in ("doc_to_text", "doc_to_target")]
+    asked = "".join(Template(part).render(lm_eval.questions[0]) for part in parts)
+    assert asked == f"{TWELVE} thirteen"  # lm-eval itself puts nothing between them
     assert lm_eval.model["pretrained"] == "model"
     seeds = [lm_eval.random_seed, lm_eval.numpy_random_seed, lm_eval.torch_random_seed, lm_eval.fewshot_random_seed]
     assert seeds == [None] * 4
