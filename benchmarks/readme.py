@@ -121,7 +121,7 @@ def speed() -> str:
     lines += [
         "",
         f"A run takes {ratios['run / forward']} times a forward pass "
-        f"(four passes of each block, the Grams, the choice of strengths and the solving). "
+        f"(four passes of each block, the Grams, the choice of strengths, the solving and its sweeps). "
         f"The rival takes {ratios['rival / ours, inner_seconds']} times as long as we do, "
         f"and {ratios['rival / ours, peak_mib']} times the memory.",
     ]
