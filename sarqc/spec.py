@@ -19,8 +19,6 @@ GridSearch = Literal["minmax", "search"]
 Order = Literal["none", "static", "group"]
 
 
-_GRAM_METHODS = ("gptq", "rqc-gptq", "sarqc-gptq", "sarqc")
-
 CHOICES = (2, 3, 4, 5, 6, 8)
 """Widths that `avg_bits` chooses from, if nothing else is said."""
 
@@ -139,7 +137,7 @@ class SolveSpec:
         if self.sweeps and self.solver != "gram":
             raise ArgumentError(
                 f"sweeps = {self.sweeps} is not for method {self.method!r}, which rounds: only what Gram solvers find "
-                f"is improved; use {', '.join(_GRAM_METHODS)}"
+                f"is improved; use {_gram_methods()}"
             )
         if not 0 <= self.damp < 1:
             raise ArgumentError(f"damp = {self.damp!r} is out of range: use a number from 0 up to 1")
@@ -151,7 +149,7 @@ class SolveSpec:
         if self.carry_error and self.solver != "gram":
             raise ArgumentError(
                 f"carry_error = True is not for method {self.method!r}: only Gram solvers can aim elsewhere than at "
-                f"the weights; use {', '.join(_GRAM_METHODS)}"
+                f"the weights; use {_gram_methods()}"
             )
         if not self.gram and (self.solver == "gram" or self.channel_scale):
             raise ArgumentError("gram = False leaves nothing to solve with: use solver 'round' and no channel_scale")
@@ -209,6 +207,10 @@ of two where they touch a tensor that is not quantized, a router's or a bias, so
 """
 ABOUT: dict[str, str] = {name: line for name, line, _ in _TABLE}
 """What each method is, in a line."""
+
+
+def _gram_methods() -> str:
+    return ", ".join(name for name, spec in METHODS.items() if spec.solver == "gram")
 
 
 def solve_spec(method: str = DEFAULT_METHOD, **changes: Any) -> SolveSpec:

@@ -67,6 +67,13 @@ def rivals(args: argparse.Namespace, rival: str, bits: int, group_size: int, tok
     return str(json.loads(done.stdout.splitlines()[-1])["tool"])
 
 
+def _rival(said: str) -> str:
+    name, _, python = said.partition("=")
+    if name not in RIVALS or not python:
+        raise argparse.ArgumentTypeError(f"{said!r}: write NAME=PYTHON, NAME one of {', '.join(RIVALS)}")
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -77,7 +84,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--format", action="append", dest="formats", required=True, help="BITS:GROUP_SIZE")
     parser.add_argument("--method", action="append", dest="methods", default=[])
-    parser.add_argument("--rival", action="append", dest="rivals", default=[], help="NAME=PYTHON of its environment")
+    parser.add_argument(
+        "--rival", action="append", dest="rivals", default=[], type=_rival, help="NAME=PYTHON of its environment"
+    )
     parser.add_argument("--also", action="append", default=[], type=Other.parsed, help="as in `sarqc compare --also`")
     parser.add_argument("--windows", default="16", help="calibration sizes, with commas between")
     parser.add_argument("--seeds", default="0,1,2")

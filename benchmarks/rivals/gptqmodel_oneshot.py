@@ -6,7 +6,8 @@ In a virtual environment of its own (it brings its own torch):
     python gptqmodel_oneshot.py MODEL TOKENS.safetensors OUT [--bits 4] [--group-size 64]
 
 TOKENS holds int64 [S, L] under the name `tokens`, as `python -m benchmarks.quality.tokens` writes it. Everything else
-is as its authors set it. Prints one JSON line with wall and CPU seconds.
+is as its authors set it. On two cores it starts only with GPTQMODEL_CPU_WORKERS=2 in the environment. Prints one JSON
+line with wall and CPU seconds.
 """
 
 import argparse

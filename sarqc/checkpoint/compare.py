@@ -84,8 +84,8 @@ def _weight(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
     quantized = found.dequantize()[0].double()
     distance = float((quantized - weight).norm())
     error = distance / size if size else 0.0 if not distance else math.inf
-    share = float((quantized * weight).sum()) / size**2 if size else 0.0
-    if error <= WORST_ERROR or (math.isfinite(error) and share >= LEAST_SHARE):  # False for NaN too
+    kept = error <= WORST_ERROR  # False for NaN too
+    if kept or (math.isfinite(error) and float((quantized * weight).sum()) >= LEAST_SHARE * size**2):
         return Compared(name, error, None)
     return Compared(
         name, None, f"{checkpoint.folder}: {name!r} is {error:.3g} of its size away from the weight in {source.folder}"

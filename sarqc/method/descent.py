@@ -44,14 +44,15 @@ def descend(weight: Tensor, quantized: QuantizedWeight, metric: Tensor, sweeps: 
             part = QuantizedWeight(
                 codes[..., at], scales[..., group, None], quantized.zeros[..., group, None], quantized.bits
             )
-            part, change = _bettered(part, metric[:, at, at], passed[..., at], usable)
-            codes[..., at], scales[..., group, None] = part.codes, part.scales
+            codes[..., at], scales[..., group, None], change = _bettered(
+                part, metric[:, at, at], passed[..., at], usable
+            )
             passed.baddbmm_(change, metric[:, at], alpha=-1)
     return QuantizedWeight(codes, scales, quantized.zeros, quantized.bits)
 
 
-def _bettered(part: QuantizedWeight, metric: Tensor, passed: Tensor, usable: Tensor) -> tuple[QuantizedWeight, Tensor]:
-    """One group with better codes and then a better scale, and by how much its weights [E, N, g] changed.
+def _bettered(part: QuantizedWeight, metric: Tensor, passed: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Better codes and then a better scale of one group, and by how much its weights change, fp32 [E, N, g].
 
     metric: H_gg [E, g, g]. passed: (E H)_g [E, N, g].
     """
@@ -65,26 +66,19 @@ def _bettered(part: QuantizedWeight, metric: Tensor, passed: Tensor, usable: Ten
         part.zeros.contiguous(),
         bits=part.bits,
         group_size=part.group_size,
-        sym=part.sym,
+        sym=True,  # not read, nor is search: the grid is given
         search=False,
         scale_dtype=part.scales.dtype,
     )
-    levels = codes.float() - part.zeros.float()
-    swept = QuantizedWeight(codes, part.scales, part.zeros, part.bits)
-    rest = passed - (swept.dequantize() - before) @ metric
-    old = part.scales.float()
-    new = (old + _rowwise(levels, rest) / _rowwise(levels @ metric, levels)).to(part.scales.dtype)
+    levels, old = codes.float() - part.zeros.float(), part.scales.float()
+    rest = passed - (levels * old - before) @ metric
+    new = (old + _rowwise(levels, rest) / _rowwise(levels @ metric, levels)).to(part.scales.dtype).float()
     within = (new > old / REACH) & (new < old * REACH)  # not so for NaN: a group of zeros keeps its scale
-    found = QuantizedWeight(codes, torch.where(within, new, part.scales), part.zeros, part.bits)
-    change = found.dequantize() - before
+    new = torch.where(within, new, old)
+    change = levels * new - before
     better = (_rowwise(change, 2 * passed - change @ metric) > 0) & usable
-    kept = QuantizedWeight(
-        torch.where(better, found.codes, part.codes),
-        torch.where(better, found.scales, part.scales),
-        part.zeros,
-        part.bits,
-    )
-    return kept, torch.where(better, change, 0.0)
+    scales = torch.where(better, new, old).to(part.scales.dtype)
+    return torch.where(better, codes, part.codes), scales, torch.where(better, change, 0.0)
 
 
 def _rowwise(left: Tensor, right: Tensor) -> Tensor:

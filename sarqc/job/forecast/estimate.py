@@ -106,10 +106,9 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             used = min(site.experts, shapes.choices(plan)) if site.experts > 1 else 1
             forward += 2.0 * tokens * used * rows * site.in_features
             grams += 2.0 * tokens * used * site.in_features**2
-            sweeps = plan.solve.sweeps
-            passes = 1 + PRODUCTS * sweeps  # over a K x K matrix
-            solve += site.experts * (site.in_features**3 + 2.0 * passes * rows * site.in_features**2)
-            columns += (1 + sweeps) * site.in_features
+            products = 1 + PRODUCTS * plan.solve.sweeps
+            solve += site.experts * (site.in_features**3 + 2.0 * products * rows * site.in_features**2)
+            columns += (1 + plan.solve.sweeps) * site.in_features
             passed += PASSES * site.experts * rows * site.in_features
         share = busiest(sites, ranks, plan.device, gram=windows > 0)
         calls = CALLS * batches * latency
