@@ -124,12 +124,12 @@ __device__ void advance(const Row& row, const Columns& call, float (*strip)[kMic
     }
 }
 
-// An fp32 scale as its dtype will hold it: finite, at least the smallest normal number.
+// An fp32 scale as its dtype will hold it: finite, no smaller than the smallest normal number.
 __device__ float storable(const Columns& call, float scale) {
-    scale = clamped(scale, call.tiny, call.most);
-    if (call.scale_kind == 1) return __half2float(__float2half_rn(scale));
-    if (call.scale_kind == 2) return __bfloat162float(__float2bfloat16_rn(scale));
-    return scale;
+    float size = clamped(fabsf(scale), call.tiny, call.most);
+    if (call.scale_kind == 1) size = __half2float(__float2half_rn(size));
+    if (call.scale_kind == 2) size = __bfloat162float(__float2bfloat16_rn(size));
+    return scale < 0.f ? -size : size;
 }
 
 __device__ Grid grid_of(const Columns& call, float span, float low, int trial) {
@@ -152,13 +152,14 @@ __device__ Grid fitted(const Row& row, const Columns& call, int begin, int end) 
         span = __fsub_rn(fmaxf(high, 0.f), low);
     }
     Grid best = grid_of(call, span, low, 0);
+    const float turned = call.sym && high > -low ? -span : span;
     float least = INFINITY;
     for (int trial = 0; trial < call.trials && call.trials > 1; trial += kTogether) {
         Grid grid[kTogether];
         float per_scale[kTogether], total[kTogether];
 #pragma unroll
         for (int t = 0; t < kTogether; ++t) {
-            grid[t] = grid_of(call, span, low, min(trial + t, call.trials - 1));
+            grid[t] = grid_of(call, trial + t ? turned : span, low, min(trial + t, call.trials - 1));
             per_scale[t] = __fdiv_rn(1.f, grid[t].scale);
             total[t] = 0.f;
         }

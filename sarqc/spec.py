@@ -202,8 +202,9 @@ METHODS: dict[str, SolveSpec] = {name: SolveSpec(method=name, **fields) for name
 `awq` is AWQ's search (arXiv 2306.00978) over 20 exponents of E|x_j|, s divided by sqrt(max s * min s), no regulariser,
 then a search for the span of every group, then rounding. It differs from the tools in four ways. A candidate is judged
 by the output error of the Linears that read the tensor, not of the whole attention or MLP. Spans are searched over the
-factors of all our grids, for q and k too. Scales go into v_proj also where several heads share it. Scales are powers
-of two where they touch a tensor that is not quantized, a router's or a bias, so that nothing is rounded on the way.
+factors of all our grids, for q and k too, and symmetric grids may have scales below zero. Scales go into v_proj also
+where several heads share it. Scales are powers of two where they touch a tensor that is not quantized, a router's or a
+bias, so that nothing is rounded on the way.
 """
 ABOUT: dict[str, str] = {name: line for name, line, _ in _TABLE}
 """What each method is, in a line."""

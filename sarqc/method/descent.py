@@ -73,7 +73,8 @@ def _bettered(part: QuantizedWeight, metric: Tensor, passed: Tensor, usable: Ten
     levels, old = codes.float() - part.zeros.float(), part.scales.float()
     rest = passed - (levels * old - before) @ metric
     new = (old + _rowwise(levels, rest) / _rowwise(levels @ metric, levels)).to(part.scales.dtype).float()
-    within = (new > old / REACH) & (new < old * REACH)  # not so for NaN: a group of zeros keeps its scale
+    growth = new / old
+    within = (growth > 1 / REACH) & (growth < REACH)  # not so for NaN: a group of zeros keeps its scale
     new = torch.where(within, new, old)
     change = levels * new - before
     better = (_rowwise(change, 2 * passed - change @ metric) > 0) & usable

@@ -2,8 +2,8 @@
 
 The kernels' search weighs every squared error by itself, which is right where a solver corrects errors as it goes.
 Plain rounding corrects nothing, so the error e of a group costs e H_gg e^T, with all of the group's block of the
-metric. The candidates are the kernels' own: the min-max span times every factor of `span_factors`, the first of equals
-winning.
+metric. The candidates are the kernels' own: the min-max span times every factor of `span_factors`, turned around where
+the largest weight is positive, the first of equals winning.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.columns import fit_grid
-from sarqc_kernels.columns.grid import GridRule, grid_of, levels_of, span_factors
+from sarqc_kernels.columns.grid import GridRule, grid_of, levels_of, span_factors, span_of, turned
 
 ELEMENTS = 1 << 22
 """Weights in flight: rows are taken in portions of about so many."""
@@ -42,7 +42,7 @@ def search_grid(weight: Tensor, metric: Tensor, rule: GridRule, group_size: int)
 def minmax_error(weight: Tensor, rule: GridRule, group_size: int) -> Tensor:
     """What plain rounding on min-max grids takes away: W - Q, fp32 [E, N, K]."""
     part = weight.unflatten(-1, (-1, group_size))
-    scale, zero = grid_of(*_span(part, rule), 1.0, rule)
+    scale, zero = grid_of(*span_of(part.amin(-1), part.amax(-1), rule), 1.0, rule)
     return _error(part, scale, zero, rule, torch.empty_like(part)).flatten(-2)
 
 
@@ -63,10 +63,12 @@ def searched_error(weight: Tensor, price: Tensor, rule: GridRule, group_size: in
 
 def _search(part: Tensor, blocks: Tensor, rule: GridRule) -> tuple[Tensor, Tensor]:
     """fp32 scales and zeros [E, G, N] of groups [E, G, N, g]."""
-    span, low = _span(part, rule)
+    low, high = part.amin(-1), part.amax(-1)
+    span, low = span_of(low, high, rule)
     scale, zero = grid_of(span, low, 1.0, rule)
     work = torch.empty_like(part)
     least = _loss(part, blocks, scale, zero, rule, work)
+    span = turned(span, low, high, rule)
     for factor in span_factors(rule.bits)[1:]:
         trial, trial_zero = grid_of(span, low, factor, rule)
         loss = _loss(part, blocks, trial, trial_zero, rule, work)
@@ -75,15 +77,6 @@ def _search(part: Tensor, blocks: Tensor, rule: GridRule) -> tuple[Tensor, Tenso
         torch.where(better, trial, scale, out=scale)
         torch.where(better, trial_zero, zero, out=zero)
     return scale, zero
-
-
-def _span(part: Tensor, rule: GridRule) -> tuple[Tensor, Tensor]:
-    """Width and lower end of what a min-max grid covers, of groups [..., g]."""
-    low, high = part.amin(-1), part.amax(-1)
-    if rule.sym:
-        return torch.maximum(low.neg(), high), low
-    low = low.clamp(max=0)
-    return high.clamp(min=0) - low, low
 
 
 def _error(part: Tensor, scale: Tensor, zero: Tensor, rule: GridRule, work: Tensor) -> Tensor:

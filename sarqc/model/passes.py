@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import NumericError
-from sarqc.method.rows import MAX_LOST, finite_rows
+from sarqc.method.rows import MAX_LOST, finite_rows, shortening
 from sarqc.method.statistics import Statistics
 from sarqc.model.group import ALONE, Group, all_or_none, in_turn
 from sarqc.model.joint import through
@@ -171,7 +171,8 @@ def _one_pass(
             while waiting:
                 assert original is not None
                 site, x = waiting.pop()
-                take(site, x, None, _drift(original.to(device), stream))
+                held = shortening(x, stream.shape[1])
+                take(site, x * held, None, _drift(original.to(device), stream) * held)
         if group.ordered:
             group.hand_on(sums)
     return kept

@@ -116,10 +116,11 @@ def fit_grid(
     bits: 2 to 8. group_size: divides K. sym: zero is 2^(bits-1) and scale absmax / ((2^bits - 1) / 2); otherwise the
     range is widened to include 0, scale is (max - min) / (2^bits - 1) and zero the whole number nearest -min / scale.
     search: try a fixed list of factors on that span and keep the least sum of importance * error^2; min-max itself is
-    among them, so the result is never worse.
+    among them, so the result is never worse. Symmetric grids are turned around, with a scale below zero, where the
+    largest weight of a group is positive: of their codes there is one more on that side.
     scale_dtype: fp32, bf16 or fp16; scales are rounded to it before any error is measured.
-    Returns (scales [E, N, K / group_size] in scale_dtype, zeros uint8 of that shape). Every scale is finite and at
-    least the smallest normal number of its dtype, also for a group of zeros, which the grid represents exactly.
+    Returns (scales [E, N, K / group_size] in scale_dtype, zeros uint8 of that shape). Every scale is finite and no
+    smaller than the smallest normal number of its dtype, also for a group of zeros, which the grid represents exactly.
     """
     _check_weight(weight)
     _check_rule(weight, bits, group_size, scale_dtype)

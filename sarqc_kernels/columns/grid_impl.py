@@ -67,6 +67,8 @@ def fit(
         span = tl.maximum(high, 0.0) - low
     scale, zero = _grid(span, low, table, top, middle, tiny, most, SYM, SCALE)
     if SEARCH:
+        if SYM:
+            span = tl.where(high > -low, -span, span)
         least = _loss(weight, delta, importance, scale, zero, begin, end, row, live, rows, top, MOVED, ROWS, CHUNK)
         for trial in range(1, TRIALS):
             other, other_zero = _grid(span, low, table + 2 * trial, top, middle, tiny, most, SYM, SCALE)
@@ -82,7 +84,8 @@ def fit(
 @triton.jit
 def _grid(span, low, pair, top, middle, tiny, most, SYM: tl.constexpr, SCALE: tl.constexpr):
     """The grid that covers a multiple of a span; pair: what gives the scale, and minus the multiple."""
-    scale = clamped(span * tl.load(pair), tiny, most).to(SCALE).to(tl.float32)
+    size = clamped(tl.abs(span) * tl.load(pair), tiny, most).to(SCALE).to(tl.float32)
+    scale = tl.where(span < 0.0, -size, size)
     if SYM:
         zero = tl.zeros_like(span) + middle
     else:

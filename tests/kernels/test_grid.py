@@ -95,6 +95,29 @@ def test_importance_decides_which_weight_is_clipped() -> None:
         assert (float(error) < 0.1) == reached
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searched_symmetric_grids_turn_to_the_side_of_the_largest_weight(bits: int, generator: torch.Generator) -> None:
+    """The mirrored weight gets the mirrored grid, and what is lost has no direction."""
+    weight = torch.randn(1, 500, 128, generator=generator)
+    scales, zeros = fit_grid(weight, None, **options(bits, 32, True, True))
+    mirrored, _ = fit_grid(-weight, None, **options(bits, 32, True, True))
+    groups = weight.unflatten(-1, (-1, 32))
+    upward = groups.amax(-1) > -groups.amin(-1)
+    turned = scales < 0
+    assert not turned[~upward].any() and turned[upward].float().mean() > 0.99  # the rest kept the min-max grid itself
+    both = turned == (mirrored > 0)
+    assert torch.equal(scales[both], -mirrored[both]) and both.float().mean() > 0.99
+
+    def direction(grid: tuple[Tensor, Tensor]) -> float:
+        """The mean error as a part of the mean size of errors."""
+        error = dequantize(Quantized(round_to_grid(weight, *grid, bits=bits), *grid)) - weight
+        return abs(float(error.mean() / error.abs().mean()))
+
+    plain = fit_grid(weight, None, **options(bits, 32, True, False))
+    assert (plain[0] > 0).all()
+    assert direction((scales, zeros)) < 0.02 < direction((scales.abs(), zeros))
+
+
 def test_no_importance_is_all_ones(generator: torch.Generator) -> None:
     weight = torch.randn(1, 30, 64, generator=generator)
     plain, ones = (fit_grid(weight, i, **options(3, 32, False, True)) for i in (None, torch.ones(1, 64)))
@@ -123,11 +146,11 @@ def test_hard_groups(sym: bool, search: bool, dtype: torch.dtype) -> None:
     weight = rows.view(1, -1, 1).repeat(1, 1, 16)
     scales, zeros = fit_grid(weight, torch.ones(1, 16), **options(4, 16, sym, search, dtype))
     assert scales.dtype == dtype and scales.isfinite().all()
-    assert (scales.float() >= torch.finfo(dtype).tiny).all()
+    assert (scales.float().abs() >= torch.finfo(dtype).tiny).all()
     codes = round_to_grid(weight, scales, zeros, bits=4)
     values = dequantize(Quantized(codes, scales, zeros))[0]
     assert values.isfinite().all() and not values[0].any()
-    assert ((values[:5] - weight[0, :5]).abs() <= scales[0, :5].float()).all()
+    assert ((values[:5] - weight[0, :5]).abs() <= scales[0, :5].float().abs()).all()
 
 
 def test_codes_round_half_to_even_and_clamp() -> None:

@@ -54,7 +54,7 @@ def by_the_book(weight: Tensor, start: QuantizedWeight, metric: Tensor, sweeps: 
                 codes[0, row, column] = int((best / scale + zero).round().clamp(0, top))
             levels = codes[0, row, at].double() - zero
             new = scale + (error(row) @ metric[0])[at] @ levels / (levels @ metric[0, at, at] @ levels)
-            if scale / REACH < new < scale * REACH:
+            if 1 / REACH < new / scale < REACH:
                 scales[0, row, group] = new
     return QuantizedWeight(codes, scales, zeros, start.bits)
 

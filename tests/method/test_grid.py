@@ -50,6 +50,8 @@ def test_every_group_gets_the_best_of_all_candidates(weight, metric, bits, sym):
     for factor in span_factors(bits):
         if sym:
             trial, zero = torch.maximum(-low, high) * (2 * factor / top), torch.full_like(low, 2 ** (bits - 1))
+            if factor != 1:
+                trial = torch.where(high > -low, -trial, trial)
         else:
             trial = (high.clamp(min=0) - low.clamp(max=0)) * (factor / top)
             zero = (-factor * low.clamp(max=0) / trial).round().clamp(0, top)
