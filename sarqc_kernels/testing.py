@@ -59,10 +59,11 @@ def random_quantized(
     sym: bool = True,
     scale_dtype: torch.dtype = torch.float16,
 ) -> Quantized:
-    """A quantized weight [E, N, K]: every code occurs with equal chance, scales between 0.01 and 0.02."""
+    """A quantized weight [E, N, K]: every code occurs with equal chance, scales are 0.01 to 0.02, half of them negative."""
     experts, rows, _ = shape
     codes = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
-    scales = (0.01 + 0.01 * torch.rand((experts, rows, groups), generator=generator)).to(scale_dtype)
+    drawn = 2 * torch.rand((experts, rows, groups), generator=generator) - 1
+    scales = (0.01 * (drawn + drawn.sign())).to(scale_dtype)
     zeros = torch.full((experts, rows, groups), 1 << (bits - 1), dtype=torch.uint8)
     if not sym:
         zeros = torch.randint(0, 1 << bits, (experts, rows, groups), generator=generator, dtype=torch.uint8)

@@ -23,7 +23,8 @@ def shortening(x: Tensor, window: int) -> Tensor:
     """
     length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).view(-1, window)
     most = LONGEST * length.nanmedian(-1, keepdim=True).values
-    return (most / length).clamp(max=1).nan_to_num(1.0).view(-1, 1).to(x.dtype)
+    factor: Tensor = (most / length).clamp(max=1).nan_to_num(1.0)
+    return factor.view(-1, 1).to(x.dtype)
 
 
 def finite_rows(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:

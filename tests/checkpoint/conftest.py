@@ -81,7 +81,8 @@ def random_weight() -> Callable[..., QuantizedWeight]:
         rng = torch.Generator().manual_seed(rows * 1000 + columns * 10 + bits)
         groups = 1 if group_size == -1 else columns // group_size
         codes = torch.randint(0, 1 << bits, (1, rows, columns), generator=rng, dtype=torch.uint8)
-        scales = (torch.rand((1, rows, groups), generator=rng) * 0.1 + 1e-3).to(dtype)
+        drawn = 2 * torch.rand((1, rows, groups), generator=rng) - 1
+        scales = (drawn * 0.1 + drawn.sign() * 1e-3).to(dtype)
         zeros = torch.randint(0, 1 << bits, (1, rows, groups), generator=rng, dtype=torch.uint8)
         middle = torch.full_like(zeros, 1 << (bits - 1))
         return QuantizedWeight(codes, scales, middle if sym else zeros, bits)
