@@ -154,9 +154,9 @@ def faults() -> str:
     return reliability.table(_read("reliability"))
 
 
-def kinds_of_faults() -> str:
-    """The same in a dozen lines."""
-    return reliability.table(reliability.by_kind(_read("reliability")))
+def faults_summed() -> str:
+    """The same in a sentence."""
+    return reliability.sentence(_read("reliability"))
 
 
 def methods() -> str:
@@ -173,7 +173,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "compare": compare,
     "inference": inference,
-    "reliability": kinds_of_faults,
+    "reliability": faults_summed,
     "faults": faults,
     "methods": methods,
 }

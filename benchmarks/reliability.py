@@ -23,44 +23,6 @@ import pytest
 OUT = Path(__file__).parent / "results" / "reliability.json"
 ENDS = ("clear error", "recovered run", "still valid", "lost data")
 LOST = ENDS[-1]
-KINDS = {
-    "killed at any moment": ("SIGKILL at a random time", "SIGKILL at a random time, real weights",
-        "SIGKILL before a file operation", "SIGKILL while a kept run is exported",
-        "SIGKILL while an old output is replaced"),
-    "Ctrl-C": ("Ctrl-C once", "Ctrl-C twice"),
-    "a disk that is full or fills up": ("a disk too small from the start", "a file size limit of the operating system",
-        "a full disk while a block is saved", "a full disk while hidden states are saved",
-        "a full disk while the checkpoint is written", "a full disk while the plan is written",
-        "a tmpfs of 16 MB that fills up"),
-    "a device out of memory": ("device out of memory on one of two ranks", "device out of memory while observing",
-        "device out of memory while replaying", "device out of memory while solving many experts",
-        "device too small for one window and one Gram"),
-    "NaN, overflow, matrices without a factor, experts without a token": ("NaN in a tensor outside the blocks",
-        "NaN in over 1 % of the rows of activations", "NaN in the weights of one expert of one layer",
-        "NaN in under 1 % of the rows of activations", "a Gram that is not positive definite",
-        "a Gram that no damping makes positive definite", "one expert of one layer whose outputs overflow",
-        "text of one token: singular Grams, experts without tokens"),
-    "a rank that dies, hangs or sees something else": ("a rank that fails or is killed",
-        "a rank that is stopped and hangs", "ranks that see different texts"),
-    "a work folder or model changed under a run": ("a damaged or lost file of the work folder",
-        "a damaged plan of the work folder", "a model truncated between two parts of a run",
-        "a run that goes on with another setting", "a work folder with somebody's files in it",
-        "two runs at once in one work folder"),
-    "a flipped bit": ("a flipped bit in a header", "a flipped bit in a tensor"),
-    "shards cut anywhere, too long, missing": ("a missing shard", "a truncated shard",
-        "bytes behind the end of a shard"),
-    "mutated headers, indexes, configurations": ("a mutated header, index or config.json",),
-    "hostile headers, indexes, links, code": ("a damaged or hostile header", "a link out of the folder",
-        "a pickle in the weights' place", "a pipe in a file's place", "an index that points out of the folder",
-        "an unusable index", "code that comes with a model"),
-    "tensors missing, doubled, changed": ("a damaged manifest", "a missing, doubled or changed tensor",
-        "a packer that writes something else", "a weight of the model that is in no file"),
-    "config.json or tokenizer damaged, absurd, another's": ("a damaged tokenizer", "absurd numbers in config.json",
-        "an unusable config.json", "the tokenizer of another model"),
-    "no rights, nobody who reads the output": ("no right to write in a folder, or to read a file",
-        "nobody reads what is printed, or its disk is full"),
-}  # fmt: skip
-"""What faults have in common, for a table of a dozen lines."""
 
 
 @dataclass(eq=False)  # pytest keeps its plugins in a set
@@ -97,15 +59,14 @@ class Faults:
         ]
 
 
-def by_kind(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records summed up by `KINDS`; `ValueError` for a fault that is of none."""
-    kinds = {fault: kind for kind, faults in KINDS.items() for fault in faults}
-    if strange := [row["fault"] for row in rows if row["fault"] not in kinds]:
-        raise ValueError(f"of no kind: {strange}; say in KINDS what they are")
-    found: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for row in rows:
-        found[kinds[row["fault"]]].update({key: row[key] for key in ("tried", *ENDS)})
-    return [{"fault": kind} | {key: counts[key] for key in ("tried", *ENDS)} for kind, counts in found.items()]
+def sentence(rows: Sequence[dict[str, Any]]) -> str:
+    """The records in a sentence."""
+    clear, recovered, valid, lost = (sum(row[end] for row in rows) for end in ENDS)
+    return (
+        f"{len(rows)} kinds of faults were tried {sum(row['tried'] for row in rows)} times: kills, full disks and devices, "
+        f"flipped bits, cut shards, hostile files, ranks that die. {clear} ended in a clear error, {recovered} in a run that "
+        f"recovered, {valid} in a checkpoint that is still valid; {lost or 'none'} lost data."
+    )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

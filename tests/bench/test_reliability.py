@@ -57,8 +57,9 @@ def test_trials_are_counted_by_what_they_ended_in_and_a_failed_test_as_lost():
     assert (
         reliability.table(faults.rows()).splitlines()[-1] == "| **all** | **14** | **5** | **8** | **none** | **1** |"
     )
-    with pytest.raises(ValueError, match="of no kind"):
-        reliability.by_kind(faults.rows())
+    assert "2 kinds of faults were tried 14 times" in reliability.sentence(faults.rows())
+    assert "5 ended in a clear error, 8 in a run" in reliability.sentence(faults.rows())
+    assert reliability.sentence(faults.rows()).endswith("1 lost data.")
 
 
 def test_outcomes_look_before_they_count():
