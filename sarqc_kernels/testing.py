@@ -59,7 +59,7 @@ def random_quantized(
     sym: bool = True,
     scale_dtype: torch.dtype = torch.float16,
 ) -> Quantized:
-    """A quantized weight [E, N, K]: every code occurs with equal chance, scales are 0.01 to 0.02, half of them negative."""
+    """A quantized weight [E, N, K]: all codes as likely, scales of 0.01 to 0.02, half of them negative."""
     experts, rows, _ = shape
     codes = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
     drawn = 2 * torch.rand((experts, rows, groups), generator=generator) - 1
