@@ -64,9 +64,10 @@ def sentence(rows: Sequence[dict[str, Any]]) -> str:
     clear, recovered, valid, lost = (sum(row[end] for row in rows) for end in ENDS)
     tried = sum(row["tried"] for row in rows)
     return (
-        f"{len(rows)} kinds of faults were tried {tried} times: kills, full disks and devices, flipped bits, cut shards, "
-        f"hostile files, ranks that die. {clear} ended in a clear error, {recovered} in a run that recovered, {valid} in a "
-        f"checkpoint that is still valid; {lost or 'none'} lost data."
+        f"{len(rows)} kinds of faults were tried {tried} times: kills, full disks and devices, flipped bits, "
+        "cut shards, hostile files, ranks that die. "
+        f"{clear} ended in a clear error, {recovered} in a run that recovered, {valid} in a checkpoint that is still "
+        f"valid; {lost or 'none'} lost data."
     )
 
 
