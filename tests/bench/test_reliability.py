@@ -30,12 +30,11 @@ def marked() -> set[str]:
     return found
 
 
-def test_every_fault_has_a_kind_and_a_committed_result():
-    kinds = [fault for faults in reliability.KINDS.values() for fault in faults]
-    assert sorted(kinds) == sorted(marked()) == [row["fault"] for row in ROWS]
+def test_every_fault_has_a_committed_result():
+    assert sorted(marked()) == [row["fault"] for row in ROWS]
     assert all(row["tried"] > 0 and row["tried"] == sum(row[end] for end in reliability.ENDS) for row in ROWS)
     assert sum(row["lost data"] for row in ROWS) == 0
-    kills = [row["tried"] for row in ROWS if row["fault"] in reliability.KINDS["killed at any moment"]]
+    kills = [row["tried"] for row in ROWS if row["fault"].startswith("SIGKILL")]
     assert sum(kills) >= 60
 
 
