@@ -33,13 +33,11 @@ def demo() -> str:
 
 WHOLE_WINDOWS = 16
 """Calibration windows of the whole runs in the README; docs/ has the others."""
-DESTROYED = 10
-"""Times the unquantized perplexity from which on a model is no model any more."""
 
 
 def whole() -> str:
-    """Whole runs of ours and of other tools, but where none of them left a model to speak of."""
-    return _whole(perplexity, lambda row: row["windows"] == WHOLE_WINDOWS and row["times"] < DESTROYED)
+    """Whole runs of ours and of other tools."""
+    return _whole(perplexity, lambda row: row["windows"] == WHOLE_WINDOWS)
 
 
 def amounts() -> str:
@@ -48,7 +46,7 @@ def amounts() -> str:
 
 
 def divergence() -> str:
-    """How far the runs with as many windows as the README's are from the model they were made from."""
+    """How far the runs of the README are from the model they were made from."""
 
     def shown(row: Row) -> str:
         return "" if row["kl"] is None else f"{row['kl']:.3f}, {100 * row['agreement']:.0f} %"
@@ -62,22 +60,16 @@ def _whole(
     """A row for each model, format, text and calibration size that is wanted, a column for each method."""
     cases: dict[tuple[Any, ...], dict[str, str]] = {}
     for results in (_read(path.stem) for path in sorted(RESULTS.glob("whole-*.json"))):
-        reached = {entry["text"]: entry["perplexity"] for entry in results["protocol"]["texts"]}
+        reached = {entry["text"]: f"{entry['perplexity']:.2f}" for entry in results["protocol"]["texts"]}
         sizes: dict[tuple[int, int], set[int]] = {}
-        least: dict[tuple[int, int], float] = {}
         for row in results["rows"]:
-            kind = row["bits"], row["group_size"]
             if row["method"] != "rtn":
-                sizes.setdefault(kind, set()).add(row["windows"])
-            if row["perplexity"] is not None:
-                times = row["perplexity"] / reached[row["text"]]
-                least[kind] = min(least.get(kind, times), times)
+                sizes.setdefault((row["bits"], row["group_size"]), set()).add(row["windows"])
         for row in results["rows"]:
-            kind = row["bits"], row["group_size"]
-            made = sizes.get(kind, set())
-            if row["windows"] in made and wanted(row | {"sizes": made, "times": least[kind]}):
+            made = sizes.get((row["bits"], row["group_size"]), set())
+            if row["windows"] in made and wanted(row | {"sizes": made}):
                 what = Path(results["protocol"]["model"]).name, -row["bits"], -row["group_size"], Path(row["text"]).stem
-                cells = cases.setdefault((*what, row["windows"]), {"unquantized": f"{reached[row['text']]:.2f}"})
+                cells = cases.setdefault((*what, row["windows"]), {"unquantized": reached[row["text"]]})
                 cells[row["method"]] = shown(row)
     methods = sorted({method for cells in cases.values() for method in cells} - {"unquantized"}, key=_place)
     head = ["model", "bits, group", "text", *(["windows"] if windows else []), *methods]

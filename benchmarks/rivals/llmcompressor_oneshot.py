@@ -8,14 +8,19 @@ In a virtual environment of its own (it pins other versions than we do):
 TOKENS holds int64 [S, L] under the name `tokens`, as `python -m benchmarks.quality.tokens` writes it. Everything else
 is as its authors set it: GPTQ with static activation order and damping 0.01; AWQ with 20 grid points and duo scaling
 tried both ways, which costs it time and serves it best; AutoRound with 200 steps a block. lm_head is left. Where there
-is no GPU its AWQ fails in pinning memory for one; that step changes no number and is left out. Prints one JSON line
-with wall, CPU and peak memory.
+is no GPU its AWQ fails in pinning memory for one; that step changes no number and is left out. It saves Mixtral's
+experts under other names than the model's; they get their own. Prints one JSON line with wall, CPU and peak memory.
 """
 
 import argparse
 import json
+import re
 import resource
 import time
+from pathlib import Path
+
+MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""What llm-compressor calls an expert's matrices in a Mixtral, and what the model calls them."""
 
 
 def main() -> None:
@@ -52,6 +57,7 @@ def main() -> None:
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     model.save_pretrained(args.out, save_compressed=True)
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.out)
+    name_experts(Path(args.out))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         json.dumps(
@@ -67,6 +73,24 @@ def main() -> None:
             }
         )
     )
+
+
+def name_experts(folder: Path) -> None:
+    """Give a Mixtral's experts their own names in every file of a checkpoint; others stay as they are."""
+    from safetensors.torch import load_file, save_file
+
+    def own(name: str) -> str:
+        return re.sub(r"(block_sparse_moe\.experts\.\d+\.)(\w+_proj)", lambda m: m[1] + MIXTRAL[m[2]], name)
+
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if any(own(name) != name for name in tensors):
+            save_file({own(name): tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = json.loads(index.read_text())
+        listed["weight_map"] = {own(name): file for name, file in listed["weight_map"].items()}
+        index.write_text(json.dumps(listed))
 
 
 def recipe(modifier: str, bits: int, group_size: int) -> list[object]:

@@ -172,7 +172,7 @@ def _one_pass(
                 assert original is not None
                 site, x = waiting.pop()
                 held = shortening(x, stream.shape[1])
-                take(site, x * held, None, _drift(original.to(device), stream) * held)
+                take(site, x * held, None, _drift(original.to(device), stream).mul_(held))
         if group.ordered:
             group.hand_on(sums)
     return kept

@@ -84,9 +84,9 @@ def fit(
 @triton.jit
 def _grid(span, low, pair, top, middle, tiny, most, SYM: tl.constexpr, SCALE: tl.constexpr):
     """The grid that covers a multiple of a span; pair: what gives the scale, and minus the multiple."""
-    size = clamped(tl.abs(span) * tl.load(pair), tiny, most).to(SCALE).to(tl.float32)
-    scale = tl.where(span < 0.0, -size, size)
+    scale = clamped(tl.abs(span) * tl.load(pair), tiny, most).to(SCALE).to(tl.float32)
     if SYM:
+        scale = tl.where(span < 0.0, -scale, scale)
         zero = tl.zeros_like(span) + middle
     else:
         zero = clamped(half_even(tl.div_rn(low * tl.load(pair + 1), scale)), 0.0, top)
