@@ -1,11 +1,10 @@
 """Two checkpoints beside each other, tensor by tensor of the dense view: what a checkpoint became of its source.
 
-The error of a weight is ||W - Q||_F / ||W||_F, W the source's weight and Q the dequantized one, in fp64: 0 for the
-same numbers, about 0.1 at 4 bits, 1 for a weight of zeros, 1.41 for another weight of the same size, 2 for the
-opposite sign. The optimum for the layer's output lies above that of plain rounding: a little as a rule, but at 2 bits a
-solver may move a weight by more than its own size, in directions that inputs hardly have. What tells such a weight from
-another one is its share of the original, <W, Q> / <W, W>: near 1 in whatever was rounded from it, 0 in what has nothing
-to do with it.
+The error of a weight is ||W - Q||_F / ||W||_F, W the source's weight and Q the dequantized one: 0 for the same numbers,
+about 0.1 at 4 bits, 1 for a weight of zeros, 1.41 for another weight of the same size, 2 for the opposite sign. The
+optimum for the layer's output lies above that of plain rounding: a little as a rule, but at 2 bits a solver may move a
+weight by more than its own size, in directions that inputs hardly have. What tells such a weight from another one is
+its share of the original, <W, Q> / <W, W>: near 1 in whatever was rounded from it, 0 in what has nothing to do with it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from sarqc.checkpoint.headers import bytes_of
 from sarqc.checkpoint.reader import Checkpoint
@@ -79,17 +81,24 @@ def _weight(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
     """A quantized weight against what it stands for."""
     found = checkpoint.quantized(name.removesuffix(".weight"))
     assert found is not None
-    weight = source.load(name).double()
-    size = float(weight.norm())
-    quantized = found.dequantize()[0].double()
-    distance = float((quantized - weight).norm())
+    weight, quantized = source.load(name).float(), found.dequantize()[0]
+    size, distance = _norm(weight), _norm(quantized - weight)
     error = distance / size if size else 0.0 if not distance else math.inf
     kept = error <= WORST_ERROR  # False for NaN too
-    if kept or (math.isfinite(error) and float((quantized * weight).sum()) >= LEAST_SHARE * size**2):
+    if kept or (math.isfinite(error) and _inner(quantized, weight) >= LEAST_SHARE * size**2):
         return Compared(name, error, None)
     return Compared(
         name, None, f"{checkpoint.folder}: {name!r} is {error:.3g} of its size away from the weight in {source.folder}"
     )
+
+
+def _norm(matrix: Tensor) -> float:
+    """Of rows in fp32, of their norms in fp64: as good as fp64 throughout, for half its time."""
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1), dtype=torch.float64))
+
+
+def _inner(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum(-1).sum(dtype=torch.float64))
 
 
 def _copy(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:

@@ -56,6 +56,7 @@ def joined(parts: Sequence[SolveReport]) -> SolveReport:
         rows=tuple(row for part in parts for row in part.rows),
         error=sum(part.error * part.signal for part in parts) / signal,
         rounding_error=sum(part.rounding_error * part.signal for part in parts) / signal,
+        strength=max(part.strength for part in parts),
         damping=max(part.damping for part in parts),
         fallback="; ".join(reasons) or None,
         seconds=sum(part.seconds for part in parts),

@@ -13,7 +13,7 @@ every block is asked. `benchmarks/quality/STRENGTH.md` has the measurements behi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log, log10
 from typing import Any
 
@@ -33,6 +33,8 @@ that costs nothing that could be measured; on text of another kind, of which the
 PRIOR_BEND = 0.03
 """Log loss that the rule expects one step of the grid (half a decade) away from its own strength."""
 
+_RULE = "rule in inputs per row: no second stretch of text to judge on"
+
 Curve = Mapping[float, float]
 """lambda -> loss on held-out text, relative to that of plain rounding on a min-max grid."""
 Record = Mapping[str, Any]
@@ -48,6 +50,13 @@ class Choice:
     kind: str
     curve: Curve
     why: str
+
+    def of_others(self, rows: Tensor, in_features: int, solve: SolveSpec) -> Choice:
+        """The choice for other experts of the same layer, which saw so many rows (int64 [E]): the same lambda, or the
+        same rule. They are not asked."""
+        prior = rule(rows, in_features, solve)
+        strength = prior if self.why == _RULE else torch.full_like(prior, float(self.strength[0]))
+        return replace(self, strength=strength)
 
     def record(self) -> Record:
         """All but the strength, as JSON values: what `Strengths.restored` reads."""
@@ -108,7 +117,7 @@ class Strengths:
         curve = ask(track.curves, float(prior.min()), judge) if judge and track.asks else {}
         self.remember(kind, curve)
         if not track.curves:
-            return Choice(prior, False, kind, curve, "rule in inputs per row: no second stretch of text to judge on")
+            return Choice(prior, False, kind, curve, _RULE)
         pooled = pool(track.curves, float(prior.min()))
         over = f"over {len(track.curves)} sites of this kind"
         if sum(log(min(known.values())) for known in track.curves) >= 0:

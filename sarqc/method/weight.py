@@ -34,9 +34,14 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [E, N, K]; computed in fp32 and rounded once to `dtype`."""
-        groups = self.codes.unflatten(-1, (self.scales.shape[-1], self.group_size)).float()
-        weight: Tensor = (groups - self.zeros.float().unsqueeze(-1)) * self.scales.float().unsqueeze(-1)
+        weight: Tensor = self.codes.unflatten(-1, (self.scales.shape[-1], self.group_size)).float()
+        weight -= self.zeros.float().unsqueeze(-1)  # in place: what a copy of a large stack costs is its memory
+        weight *= self.scales.float().unsqueeze(-1)
         return weight.flatten(-2).to(dtype)
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same in another place."""
+        return QuantizedWeight(self.codes.to(device), self.scales.to(device), self.zeros.to(device), self.bits)
 
     def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:
         """The parts of a weight whose rows were concatenated: one for each entry of `rows`, which sum to N."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from sarqc.errors import ArgumentError, ModelError, NumericError
 from sarqc.method.parts import Parts
 from sarqc.method.pooling import borrowing
-from sarqc.method.report import SolveReport
+from sarqc.method.report import SolveReport, joined
 from sarqc.method.rows import MAX_LOST
 from sarqc.method.statistics import Statistics
 from sarqc.method.strength import Strengths
@@ -27,7 +27,7 @@ from sarqc.model.joint import find_joint, through
 from sarqc.model.passes import collect, gram_bytes, passes
 from sarqc.model.rescale import BlockScales
 from sarqc.model.room import MEMORY, Room
-from sarqc.model.sites import Share, Site, find_sites, separate_sites, write_back
+from sarqc.model.sites import Share, Site, find_sites, separate_sites, stack, write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import Solving, Weights
 from sarqc.model.source import TensorSource
@@ -126,7 +126,7 @@ def run(
         states = _enter(work, tokens, start, micro_batch, folds, room) if solve.gram else None
         for index in range(start.block if states else 0):
             if states and (start.hidden is None or states.original is not None):
-                _pass_done(work, index, found.of_block(index), states, start)
+                _pass_done(work, index, found, states, start)
         for index in range(start.block, len(skeleton.blocks)):
             yield _run_block(work, index, found, states)
 
@@ -155,7 +155,7 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
     with work.stage(index, "load"):
         work.load(index)
         _check_weights(skeleton, members)
-        sites = separate_sites(skeleton, members) if states is None else _find_sites(work, index, members, states)
+        sites = separate_sites(skeleton, members) if states is None else _find_sites(work, index, found, states)
     if states is not None and states.original is not None:
         weights, reports, changed = _solve_in_two(work, index, sites, states)
     else:
@@ -175,21 +175,22 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
     return BlockResult(index, ordered, reports, dict(work.seconds), changed, list(dict.fromkeys(work.notes)), leaving)
 
 
-def _find_sites(work: Workbench, index: int, members: Sequence[Target], states: States) -> list[Site]:
+def _find_sites(work: Workbench, index: int, found: Targets, states: States) -> list[Site]:
     """The sites of a block that is loaded; where errors are made up for, one of them has a joint.
 
-    The original's states are let go where block 0 has none, as in models with a norm behind every layer: to find that
-    out for every block would cost them a second model's forward passes. Ranks take rank 0's word, which is that of one
-    process: each of them looks at a window of its own.
+    The original's states are let go where the first block that is quantized has none, as in models with a norm behind
+    every layer: to find that out for every block would cost them a second model's forward passes. Ranks take rank 0's
+    word, which is that of one process: each of them looks at a window of its own.
     """
-    sites = find_sites(work.skeleton, index, members, states.glance().to(work.device))
+    sites = find_sites(work.skeleton, index, found.of_block(index), states.glance().to(work.device))
     if states.original is None:
         return sites
-    found = find_joint(work.skeleton, index, sites, states.original[:1, :GLANCE].to(work.device))
-    name, joint = work.group.gather(found)[0] or (None, None)
-    if name is None and index == 0:
+    seen = find_joint(work.skeleton, index, sites, states.original[:1, :GLANCE].to(work.device))
+    name, joint = work.group.gather(seen)[0] or (None, None)
+    if name is None and index == found.first_block:
         states.original = states.wanted = None
-        work.notes.append("no layer of the first block writes into the stream: earlier errors are not made up for")
+        where = f"{work.skeleton.prefix}.{index}"
+        work.notes.append(f"no layer of {where} writes into the stream as it is: earlier errors are not made up for")
     return [replace(site, joint=joint) if site.name == name else site for site in sites]
 
 
@@ -240,7 +241,7 @@ def _solve_in_two(
 def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: States | None, scaled: bool) -> _Solved:
     """Observe and solve some sites of a block, as many at a time as the Grams have room for."""
     weights: Weights = {}
-    reports: list[SolveReport] = []
+    reports: dict[str, list[SolveReport]] = {}
     folds = states.folds if states else 0
     portions = list(passes(sites, folds, work.gram_budget))
     work.together = max((sum(share.stop - share.first for share in shares) for shares in portions), default=1)
@@ -255,8 +256,9 @@ def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: Sta
             solved, told = work.solving.quantize(index, shares, collected, scales)
             collected = None
         weights |= solved
-        reports += told
-    return weights, reports, scales
+        for share, report in zip(shares, told):
+            reports.setdefault(share.site.name, []).append(report)
+    return weights, [replace(joined(parts), site=name) for name, parts in reports.items()], scales
 
 
 def _observe(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[Statistics]:
@@ -292,12 +294,12 @@ def _scale(
 def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
     """`NumericError` naming the first targeted layer with a weight that is not finite."""
     for parameter in dict.fromkeys(target.parameter for target in members):
-        weight = skeleton.model.get_parameter(parameter)
-        if bool(torch.isfinite(weight).all()):
+        matrices = stack(skeleton.model, parameter)
+        # One at a time: what says of each weight whether it is finite would take more memory than a layer of experts.
+        if bool(torch.stack([torch.isfinite(matrix).all() for matrix in matrices]).all()):
             continue
-        stack = weight if weight.dim() == 3 else weight[None]
         for target in members:
-            rows = stack[target.expert, target.start : target.start + target.shape[0]]
+            rows = matrices[target.expert, target.start : target.start + target.shape[0]]
             if target.parameter == parameter and not bool(torch.isfinite(rows).all()):
                 raise NumericError(f"{target.linear}.weight holds NaN or Inf; repair the checkpoint before quantizing")
 
@@ -345,15 +347,16 @@ def _move_original_on(work: Workbench, index: int, states: States, reader: str |
     states.move_original_on(lambda hidden: through(work.skeleton, index, reader, hidden), work.device)
 
 
-def _pass_done(work: Workbench, index: int, members: Sequence[Target], states: States, start: Start) -> None:
+def _pass_done(work: Workbench, index: int, found: Targets, states: States, start: Start) -> None:
     """Move whatever hidden states are not there yet through a block that was quantized before."""
     work.load(index)
-    if index == 0:
-        _find_sites(work, index, members, states)  # is the original of use?
+    if index == found.first_block:
+        _find_sites(work, index, found, states)  # is the original of use?
     with work.stage(index, "replay"):
         work.with_memory(index, states, lambda: _move_original_on(work, index, states))
         if start.hidden is None:
             weights, changed = start.stored(index)
+            members = found.of_block(index)
             work.with_memory(index, states, lambda: _replay(work, index, members, states, weights, changed))
             _check_leaving(work, index, states)
     work.skeleton.unload_block(index)

@@ -32,7 +32,7 @@ Weights = dict[str, QuantizedWeight]
 @dataclass
 class Solving:
     """What solving a block needs beside its statistics. widths: bits by linear, where layers have different ones.
-    choices: of the shares of the block at work, by name."""
+    choices: of the shares of the block at work, by name; by a site's name that of its first experts."""
 
     skeleton: Skeleton
     source: TensorSource
@@ -50,7 +50,13 @@ class Solving:
 
     def choose(self, index: int, shares: Sequence[Share], collected: Sequence[Statistics]) -> None:
         """The strength of each share, chosen once in a block; sites of other blocks at the same place share their
-        answers. All shares are of different sites, so none waits for another's answer."""
+        answers. All shares are of different sites, so none waits for another's answer. Experts that are observed in a
+        later pass than the first of their layer take its choice: a layer answers once, however little memory there is.
+        """
+        for share, statistics in zip(shares, collected):
+            if share.first and share.name not in self.choices:
+                of_first = self.choices[share.site.name]
+                self.choices[share.name] = of_first.of_others(statistics.rows(), share.site.in_features, self.solve)
         open_ = [number for number, share in enumerate(shares) if share.name not in self.choices]
         owners = share_out([cost(shares[number]) for number in open_], self.group.size)
 
@@ -68,7 +74,8 @@ class Solving:
             if self.solve.strength == AUTO:
                 self.strengths.remember(choice.kind, choice.curve)
             device = collected[number].folds[0].rows.device
-            self.choices[shares[number].name] = replace(choice, strength=choice.strength.to(device))
+            choice = replace(choice, strength=choice.strength.to(device))
+            self.choices |= dict.fromkeys((shares[number].name, shares[number].site.name), choice)
 
     def _choice(self, index: int, share: Share, statistics: Statistics, answers: Strengths) -> Choice:
         choice = choose_strength(
@@ -133,7 +140,7 @@ class Solving:
             choice=self.choices[share.name] if collected is not None else None,
             experts=slice(piece.share.first - share.first, piece.share.stop - share.first),
         )
-        return QuantizedWeight(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), solved.bits), report
+        return solved.to("cpu"), report
 
     def quant_of(self, site: Site) -> QuantSpec:
         """What a site's weights become."""

@@ -70,6 +70,11 @@ class Targets:
         """Targets of one decoder block."""
         return self._by_block.get(index, [])
 
+    @property
+    def first_block(self) -> int:
+        """The first decoder block that has targets."""
+        return self.selected[0].block
+
     def record(self) -> dict[str, Any]:
         """For a report: how many are quantized, and what is not and why."""
         return {

@@ -81,7 +81,7 @@ def test_the_error_is_that_of_the_definition(whole, source):
     with open_checkpoint(whole) as checkpoint:
         ours = checkpoint.quantized(UP).dequantize()[0].double()
     error = verify(whole, against=source).errors[f"{UP}.weight"]
-    assert error == pytest.approx(float((ours - theirs).norm() / theirs.norm()), rel=1e-9)
+    assert error == pytest.approx(float((ours - theirs).norm() / theirs.norm()), rel=1e-6)  # rows are summed in fp32
 
 
 @pytest.mark.fault("a flipped bit in a tensor")
