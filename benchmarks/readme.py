@@ -59,18 +59,19 @@ def _whole(
 ) -> str:
     """A row for each model, format, text and calibration size that is wanted, a column for each method."""
     cases: dict[tuple[Any, ...], dict[str, str]] = {}
-    for results in (_read(path.stem) for path in sorted(RESULTS.glob("whole-*.json"))):
-        reached = {entry["text"]: f"{entry['perplexity']:.2f}" for entry in results["protocol"]["texts"]}
-        sizes: dict[tuple[int, int], set[int]] = {}
-        for row in results["rows"]:
-            if row["method"] != "rtn":
-                sizes.setdefault((row["bits"], row["group_size"]), set()).add(row["windows"])
-        for row in results["rows"]:
-            made = sizes.get((row["bits"], row["group_size"]), set())
-            if row["windows"] in made and wanted(row | {"sizes": made}):
-                what = Path(results["protocol"]["model"]).name, -row["bits"], -row["group_size"], Path(row["text"]).stem
-                cells = cases.setdefault((*what, row["windows"]), {"unquantized": reached[row["text"]]})
-                cells[row["method"]] = shown(row)
+    sizes: dict[tuple[Any, ...], set[int]] = {}
+    found = [_read(path.stem) for path in sorted(RESULTS.glob("whole-*.json"))]
+    rows = [(results["protocol"], row) for results in found for row in results["rows"]]
+    for protocol, row in rows:
+        if row["method"] != "rtn":
+            sizes.setdefault((protocol["model"], row["bits"], row["group_size"]), set()).add(row["windows"])
+    for protocol, row in rows:
+        made = sizes.get((protocol["model"], row["bits"], row["group_size"]), set())
+        if row["windows"] in made and wanted(row | {"sizes": made}):
+            reached = {entry["text"]: f"{entry['perplexity']:.2f}" for entry in protocol["texts"]}
+            what = Path(protocol["model"]).name, -row["bits"], -row["group_size"], Path(row["text"]).stem
+            cells = cases.setdefault((*what, row["windows"]), {"unquantized": reached[row["text"]]})
+            cells[row["method"]] = shown(row)
     methods = sorted({method for cells in cases.values() for method in cells} - {"unquantized"}, key=_place)
     head = ["model", "bits, group", "text", *(["windows"] if windows else []), *methods]
     head += ["unquantized"] if reference else []

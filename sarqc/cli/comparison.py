@@ -10,6 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sarqc.job.comparison.table import with_spread
+from sarqc.job.reporting.facts import figure
+
 _HEADINGS = ("format", "windows", "method", "perplexity", "", "agrees", "KL", "solve s")
 
 
@@ -21,7 +24,7 @@ def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
     for text in protocol["texts"]:
         table = Table(
             title=escape(f"{protocol['model']} on {text['text']}, one-shot"),
-            caption=escape(f"unquantized: {text['perplexity']:.2f}. {note}"),
+            caption=escape(f"unquantized: {figure(text['perplexity'])}. {note}"),
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             title_justify="left",
@@ -49,7 +52,6 @@ def _fill(table: Table, rows: list[dict[str, Any]]) -> None:
 def _numbers(row: dict[str, Any]) -> list[str]:
     seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
     if row["perplexity"] is None:
-        return ["not finite", "", "", "", seconds]
-    spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
+        return [with_spread(row), "", "", "", seconds]
     mark = "best" if row["best"] else "≈" if row["tied"] else ""
-    return [f"{row['perplexity']:.2f}{spread}", mark, f"{row['agreement']:.1%}", f"{row['kl']:.4f}", seconds]
+    return [with_spread(row), mark, f"{row['agreement']:.1%}", f"{row['kl']:.4f}", seconds]

@@ -261,6 +261,14 @@ def test_logits_that_are_not_finite_are_a_result():
     assert "polyline" in tables.plot(tables.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, None)]))
 
 
+def test_thousands_have_no_decimals():
+    cells = [record("a", 0, 5000.4), record("a", 1, 7000.2), record("b", 0, 13.2), record("b", 1, 13.4)]
+    assert [tables.with_spread(row) for row in tables.table(PROTOCOL, cells)["rows"]] == [
+        "6,000 ± 1,000",
+        "13.30 ± 0.10",
+    ]
+
+
 def test_smaller_sizes_are_the_beginning_of_larger_ones(deep):
     text = Windows.of_tokens(torch.arange(40)[:, None].expand(-1, 4).contiguous())
     nested = text.nested([3, 8, 20], seed=7).tokens

@@ -27,6 +27,7 @@ from sarqc.job.comparison import table as tables
 from sarqc.job.comparison.bench import Bench, Cell, Other
 from sarqc.job.comparison.store import Cells, Grams
 from sarqc.job.locate import locate
+from sarqc.job.reporting.facts import figure
 from sarqc.job.reporting.report import versions
 from sarqc.model import calibration
 from sarqc.model.targets import Targets, auto_group_size, check_group_size, targets
@@ -220,5 +221,5 @@ def _protocol(bench: Bench, model: str) -> dict[str, Any]:
 
 def _told(record: dict[str, Any]) -> str:
     text = "" if record["windows"] is None else f", {record['windows']} windows, seed {record['seed']}"
-    found = ", ".join(f"{entry['perplexity']:.2f}" for entry in record["quality"].values()) or record["failed"]
+    found = ", ".join(figure(entry["perplexity"]) for entry in record["quality"].values()) or record["failed"]
     return f"{record['method']} {record['bits']} bits g{record['group_size']}{text}: perplexity {found}"

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sarqc.job.reporting.facts import figure
 from sarqc.job.reporting.report import write_text
 from sarqc.job.reporting.svg import Series, beside, line_chart, short, standalone
 
@@ -81,12 +82,13 @@ def as_markdown(found: dict[str, Any]) -> str:
 
 def perplexity(row: Row) -> str:
     """A cell of the table: mean ± spread, bold where best, with a mark where tied with the best."""
-    if row["perplexity"] is None:
-        return "not finite"
-    shown = f"{row['perplexity']:.2f}"
-    if row["spread"] is not None:
-        shown += f" ± {row['spread']:.2f}"
+    shown = with_spread(row)
     return f"**{shown}**" if row["best"] else f"{shown} ≈" if row["tied"] else shown
+
+
+def with_spread(row: Row) -> str:
+    """Mean ± spread, as far as there are any."""
+    return "not finite" if row["perplexity"] is None else figure(row["perplexity"], row["spread"])
 
 
 def plot(found: dict[str, Any]) -> str:

@@ -120,6 +120,12 @@ def width(quant: dict[str, Any]) -> str:
     return f"{quant['bits']} bits" if average is None else f"{average:g} bits on average"
 
 
+def figure(perplexity: float, spread: float | None = None) -> str:
+    """A perplexity, ± its spread if known, in two decimals, or in none where it is in the thousands."""
+    form = ".2f" if perplexity < 1000 else ",.0f"
+    return " ± ".join(format(value, form) for value in (perplexity, spread) if value is not None)
+
+
 def human(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -169,7 +175,7 @@ def verdict(report: Report) -> Verdict:
     after = [entry for entry in report.get("quality", []) if entry.get("before")]
     if after:
         kept = max(after, key=lambda entry: entry["after"] / entry["before"])
-        told += f"; perplexity {kept['before']:.2f} → {kept['after']:.2f}"
+        told += f"; perplexity {figure(kept['before'])} → {figure(kept['after'])}"
     opening = "It went well" if not concerns else "Look closer"
     return Verdict(not concerns, f"{opening}: {told}.", tuple(concerns))
 

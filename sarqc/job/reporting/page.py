@@ -102,7 +102,7 @@ def _tiles(report: facts.Report) -> str:
         ),
     ]
     for entry in report.get("quality", [])[:1]:
-        told = f"{entry['before']:.2f} → {entry['after']:.2f}" if entry.get("before") else f"{entry['after']:.2f}"
+        told = " → ".join(facts.figure(entry[when]) for when in ("before", "after") if entry.get(when))
         tiles.append((told, f"perplexity on {entry['text'].rpartition('/')[2]}"))
     tiles += [
         (str(len(report["fallbacks"])), f"fallbacks in {len(report['sites'])} sites"),
