@@ -7,6 +7,7 @@ the file is the only place where a method's name gets its meaning.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,6 +28,11 @@ def _is_width(bits: object) -> bool:
     return isinstance(bits, int) and not isinstance(bits, bool) and 2 <= bits <= 8
 
 
+def _several(values: Any) -> tuple[Any, ...]:
+    """Values as a tuple; one alone, of which a string is one, is a tuple of it."""
+    return (values,) if isinstance(values, str) or not isinstance(values, Iterable) else tuple(values)
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """The number format of the quantized weights.
@@ -41,9 +47,9 @@ class QuantSpec:
     bits: int = 4
     group_size: int = 128
     sym: bool = True
-    ignore: tuple[str, ...] = ()
+    ignore: Sequence[str] = ()
     avg_bits: float | None = None
-    choices: tuple[int, ...] = ()
+    choices: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not _is_width(self.bits):
@@ -53,8 +59,8 @@ class QuantSpec:
                 f"group_size = {self.group_size!r} is not usable: use 32, 64 or 128 (any whole number from 8), "
                 "or -1 for one scale per output row"
             )
-        object.__setattr__(self, "ignore", tuple(self.ignore))
-        object.__setattr__(self, "choices", tuple(self.choices))
+        object.__setattr__(self, "ignore", _several(self.ignore))
+        object.__setattr__(self, "choices", _several(self.choices))
         if self.avg_bits is None:
             if self.choices:
                 raise ArgumentError(f"bits_choices = {self.choices} chooses nothing: give avg_bits too")

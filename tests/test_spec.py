@@ -48,3 +48,9 @@ def test_what_does_not_fit_is_refused(changes, says):
 def test_an_unknown_key_is_named():
     with pytest.raises(ArgumentError, match="'sover'"):
         from_json(SolveSpec, {"sover": "gram"})
+
+
+def test_one_alone_is_one_of_several():
+    """A string is not its letters."""
+    assert QuantSpec(ignore="down_proj").ignore == ("down_proj",)
+    assert QuantSpec(avg_bits=4.5, choices=4).choices == (4,)

@@ -54,6 +54,8 @@ def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
     refuse_place(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"output folder {out} is a file: choose another name")
+    if path.is_mount():  # a checkpoint is built beside its place and renamed to it
+        raise CheckpointError(f"output folder {out} is a mount point, and cannot be replaced: give a folder inside it")
     if not path.exists() or not any(path.iterdir()):
         return
     if not overwrite:

@@ -51,6 +51,7 @@ def convert(
     if format not in FORMATS:
         raise ArgumentError(f"format = {format!r} is not known: use {', '.join(FORMATS)}")
     target = FORMATS[format]
+    out = Path(out).expanduser()
     refuse_existing(out, overwrite)
     folder = locate(source, trust_remote_code=trust_remote_code)
     refuse_overlap(out, folder)
@@ -68,7 +69,7 @@ def convert(
             record = _checked(partial, checkpoint, quant)
             if (report := reports.whole(folder)) is not None:
                 reports.write(partial, report | _told(report, record))
-    return Converted(Path(out), record)
+    return Converted(out, record)
 
 
 def spec_of(checkpoint: Checkpoint) -> tuple[QuantSpec, dict[str, int]]:

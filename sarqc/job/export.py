@@ -51,17 +51,18 @@ def export(
     """
     if format not in FORMATS:
         raise ArgumentError(f"format = {format!r} is not known: use {', '.join(FORMATS)}")
+    out = Path(out).expanduser()
     refuse_existing(out, overwrite)
-    with reopen(Path(work)) as opened:
+    with reopen(Path(work).expanduser()) as opened:
         refuse_overlap(out, opened.folder)
-        folder = Path(model) if model is not None else Path(opened.about["folder"])
+        folder = Path(model).expanduser() if model is not None else Path(opened.about["folder"])
         refuse_overlap(out, folder)
         with open_checkpoint(folder) as checkpoint:
             if of_model(checkpoint) != opened.fingerprint["model"]:
                 raise CheckpointError(
                     f"model {folder} is not the one that was quantized in {work}: give that with --model"
                 )
-            return write_checkpoint(opened, checkpoint, Path(out), FORMATS[format], overwrite=overwrite)
+            return write_checkpoint(opened, checkpoint, out, FORMATS[format], overwrite=overwrite)
 
 
 def write_checkpoint(

@@ -10,11 +10,15 @@ from pathlib import Path
 import torch
 
 from sarqc.checkpoint.headers import DTYPES
+from sarqc.checkpoint.side_files import PATTERNS
 from sarqc.errors import ModelError
 from sarqc.model.packaged import SMOLLM2, smollm2_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_WEIGHTS = "*.safetensors"
+_NEEDED = ["*.json", "*.txt", "*.jinja", *PATTERNS]
+_UNWANTED = ["consolidated*", "original/*", f"*/{_WEIGHTS}"]
+"""The same weights once more, in the layout of whoever trained them."""
 
 
 def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
@@ -51,22 +55,24 @@ def _path(model: str | Path) -> Path:
     return path
 
 
-def hub_headers(
-    hub_id: str, *, trust_remote_code: bool = False
-) -> tuple[Path, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-    """Folder with the configuration of a model on a hub, and (shape, dtype) of its tensors; no weights are fetched.
+def hub_configuration(hub_id: str, *, trust_remote_code: bool = False) -> Path:
+    """Folder with everything of a model on a hub but its weights."""
+    return _download(hub_id, trust_remote_code, weights=False)
 
-    The tensors are empty where the hub holds no safetensors headers that can be read. Raises `ModelError` where the
-    hub cannot be reached.
+
+def hub_headers(hub_id: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of the tensors of a model on a hub; no weights are fetched.
+
+    Empty where the hub holds no safetensors headers that can be read. Raises `ModelError` where the hub cannot be
+    reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
-    folder = _download(hub_id, trust_remote_code, headers_only=True)
     try:
         found = HfApi().get_safetensors_metadata(hub_id).files_metadata.values()
     except (NotASafetensorsRepoError, SafetensorsParsingError):
-        return folder, {}
+        return {}
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"the hub did not give the headers of {hub_id!r}: {_first_line(error)}") from error
     tensors = {}
@@ -75,17 +81,16 @@ def hub_headers(
             if info.dtype not in DTYPES:
                 raise ModelError(f"{hub_id}: tensor {name!r} has dtype {info.dtype}, which is not read")
             tensors[name] = (tuple(info.shape), DTYPES[info.dtype])
-    return folder, tensors
+    return tensors
 
 
-def _download(hub_id: str, trust_remote_code: bool, headers_only: bool = False) -> Path:
+def _download(hub_id: str, trust_remote_code: bool, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    needed = [name for name in _NEEDED if not (headers_only and name == "*.safetensors")]
+    needed = [*_NEEDED, *([_WEIGHTS] if weights else []), *(["*.py"] if trust_remote_code else [])]
     try:
-        patterns = [*needed, "*.py"] if trust_remote_code else needed
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=needed, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"no model {hub_id!r}: no such folder, and the hub did not give it ({_first_line(error)})"

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from sarqc.errors import ArgumentError
 
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
 
 def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or less in a container."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(found, int(text)) if text.isdigit() else found
+    """Bytes of memory that this process may use: the machine's, or less in a container or a job of a scheduler."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits()])
+
+
+def _limits() -> Iterator[int]:
+    """Bytes that control groups allow: that of this process and all around it, of version 2 or of version 1."""
+    for line in _read(_OWN_GROUPS).splitlines():
+        _, kinds, path = line.split(":", 2)
+        version_1 = "memory" in kinds.split(",")
+        if kinds and not version_1:
+            continue
+        root = _GROUPS / "memory" if version_1 else _GROUPS
+        inmost = root / path.lstrip("/")
+        for group in (inmost, *inmost.parents):
+            if group.is_relative_to(root):
+                said = _read(group / ("memory.limit_in_bytes" if version_1 else "memory.max")).strip()
+                if said.isdigit():
+                    yield int(said)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def ranks_here() -> int:

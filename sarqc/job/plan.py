@@ -18,12 +18,12 @@ from sarqc.checkpoint.formats import FORMATS, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.job.load import resolve_device, resolve_dtype
-from sarqc.job.locate import hub_headers, is_local, locate
+from sarqc.job.locate import hub_configuration, hub_headers, is_local, locate
 from sarqc.job.machine import host_memory, ranks_here
 from sarqc.method.allocation import average_range
 from sarqc.model import calibration
 from sarqc.model.blocks import GRAM_BUDGET
-from sarqc.model.outline import Outline, outline
+from sarqc.model.outline import Outline, outline, unquantized_decoder
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.states import windows_at_once
@@ -130,9 +130,7 @@ def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = Fal
             raise ArgumentError(f"{name} = {value} is too small: use {least} or more")
     chosen, trust = FORMATS[settings.format], settings.trust_remote_code
     size = 128 if settings.group_size == AUTO else settings.group_size
-    quant = QuantSpec(
-        settings.bits, size, settings.sym, tuple(settings.ignore), settings.avg_bits, tuple(settings.bits_choices)
-    )
+    quant = QuantSpec(settings.bits, size, settings.sym, settings.ignore, settings.avg_bits, settings.bits_choices)
     asked = ("strength", "saliency", "borrow", "gate_weight", "sweeps", "carry_error", "seed")
     solve = solve_spec(settings.method, **{name: getattr(settings, name) for name in asked})
     folder, source = _open(model, trust, headers_only)
@@ -175,9 +173,12 @@ def _mixed(quant: QuantSpec, solve: SolveSpec, found: Targets) -> QuantSpec:
 
 def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tuple[Path, TensorSource]:
     """A model's folder and its tensors, or only their names and shapes."""
-    if headers_only and not is_local(model):
-        folder, tensors = hub_headers(str(model), trust_remote_code=trust_remote_code)
-        return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+    if not is_local(model):
+        folder = hub_configuration(str(model), trust_remote_code=trust_remote_code)
+        unquantized_decoder(folder, trust_remote_code=trust_remote_code)  # before hundreds of GB are fetched
+        if headers_only:
+            tensors = hub_headers(str(model))
+            return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
     folder = locate(model, trust_remote_code=trust_remote_code)
     if headers_only and not any(folder.glob("*.safetensors")):
         return folder, outline(folder, trust_remote_code=trust_remote_code)

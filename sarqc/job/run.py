@@ -100,11 +100,12 @@ def quantize(
         dtype=dtype, micro_batch=micro_batch, gram_budget=gram_budget, state_budget=state_budget, ignore=ignore,
         format=format, tp=tp, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    out = Path(out).expanduser()
     with joined(device, ordered=ordered) as (group, own_device):
         refuse_existing(out, overwrite)
         plan = make_plan(model, replace(settings, device=own_device))
         place = _work_place(out, work, plan.folder)
-        return _carry_out(plan, Path(out), place, group, watcher or Silent(), keep_work, restart, overwrite)
+        return _carry_out(plan, out, place, group, watcher or Silent(), keep_work, restart, overwrite)
 
 
 def _carry_out(
@@ -125,7 +126,7 @@ def _carry_out(
 def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
     """The work folder, which must lie outside the model and the output."""
     refuse_overlap(out, model)
-    place = default_work(out) if work is None else Path(work)
+    place = default_work(out) if work is None else Path(work).expanduser()
     refuse_place(place, "work folder")
     refuse_overlap(place, model, "work folder")
     inner, outer = place.resolve(), Path(out).resolve()

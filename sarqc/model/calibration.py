@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +23,14 @@ from sarqc.errors import ArgumentError, TextError
 from sarqc.model.tokenizer import encode
 from sarqc.spec import check_seed
 
-BUILTIN = "builtin"
+BUILTIN, GIVEN = "builtin", "given tokens"
 Part = Literal["calibration", "evaluation"]
 MIN_SEQLEN = 16
+MOST_TEXT = 1 << 26
+"""Characters of a text that are looked at, from its start: some 16 million tokens, to draw a few hundred thousand from.
+A data set can have a thousand times as many."""
+STRETCH = 1 << 20
+"""Characters that are made tokens at a time: a tokenizer takes 150 times as many bytes."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,14 @@ class Windows:
     available: int
 
     @classmethod
-    def of_tokens(cls, tokens: Tensor, text: str = "given tokens") -> Windows:
+    def of_tokens(cls, tokens: Tensor, text: str = GIVEN) -> Windows:
         """Windows of the caller's own tokens, int64 [S, L]."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
             raise ArgumentError(
                 f"tokens are {str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}: "
                 "give int64 [windows, seqlen]"
             )
-        return cls(tokens, False, text, len(tokens))
+        return cls(tokens.cpu(), False, text, len(tokens))
 
     @property
     def fingerprint(self) -> str:
@@ -99,13 +105,19 @@ class Windows:
 
 
 def read_text(text: str, part: Part) -> str:
-    """The text behind a name: `builtin`, the path of a UTF-8 file, or a data set NAME[:CONFIG[:SPLIT]]."""
+    """The text behind a name: `builtin`, the path of a UTF-8 file, or a data set NAME[:CONFIG[:SPLIT]].
+
+    A file that is called .jsonl has a JSON object with a "text" in each line. At most `MOST_TEXT` characters.
+    """
     if text == BUILTIN:
         return builtin_text(part)
     path = _path(text)
+    if path is not None and path.suffix == ".json":
+        raise TextError(f"text {text!r} is JSON: give plain text, or JSON Lines (.jsonl) with a 'text' in each line")
     if path is not None and path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8") as file:
+                return _json_lines(text, file) if path.suffix == ".jsonl" else file.read(MOST_TEXT)
         except UnicodeDecodeError as error:
             raise TextError(
                 f"text {text!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it first, "
@@ -155,7 +167,7 @@ def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
     if not raw.strip():
         raise TextError(f"text {text!r} is empty: give a file with at least {seqlen} tokens")
     prefix = _prefix(tokenizer)
-    body = torch.tensor(encode(tokenizer, raw, special=False), dtype=torch.int64)
+    body = torch.cat([torch.tensor(encode(tokenizer, part, special=False)).long() for part in _stretches(raw)])
     step = seqlen - len(prefix)
     count = body.numel() // step
     if count == 0:
@@ -167,6 +179,17 @@ def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
     if prefix:
         tokens = torch.cat([torch.tensor(prefix).expand(count, -1), tokens], dim=1)
     return Windows(tokens, bool(prefix), text, count)
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """A text in parts of some `STRETCH` characters that end with a line, if lines are not longer than that."""
+    start = 0
+    while start < len(text):
+        stop = start + STRETCH
+        if stop < len(text):
+            stop = text.rfind("\n", start, stop) + 1 or stop
+        yield text[start:stop]
+        start = stop
 
 
 def _prefix(tokenizer: Any) -> list[int]:
@@ -186,9 +209,7 @@ def _dataset_text(name: str, part: Part) -> str:
         raise TextError(
             f"text {name!r} is no file, and reading it as a data set needs the extra: pip install 'sarqc[data]'"
         ) from error
-    path, config, split, *rest = [*name.split(":"), "", ""]
-    if any(rest[: name.count(":") - 2]):
-        raise TextError(f"text {name!r}: write a data set as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
+    path, config, split = [*name.split(":", 2), "", ""][:3]  # a split may be a slice, train[:1000]
     split = split or ("train" if part == "calibration" else "test")
     try:
         data = datasets.load_dataset(path, config or None, split=split)
@@ -197,4 +218,32 @@ def _dataset_text(name: str, part: Part) -> str:
         raise TextError(f"text {name!r} is no file and did not load as a data set: {reason}") from error
     if "text" not in data.column_names:
         raise TextError(f"data set {name!r} has no column 'text', it has {', '.join(data.column_names)}")
-    return "\n".join(data["text"])
+    return _joined(str(row["text"] or "") for row in data)
+
+
+def _json_lines(name: str, lines: Iterable[str]) -> str:
+    """The texts in the lines of a file of JSON Lines."""
+
+    def texts() -> Iterator[str]:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    found = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError):
+                    found = None
+                if not isinstance(found, str):
+                    raise TextError(f"text {name!r}: line {number} is no JSON object with a string 'text'")
+                yield found
+
+    return _joined(texts())
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Texts with line ends between them, as many as there may be."""
+    kept, room = [], MOST_TEXT
+    for text in texts:
+        kept.append(text[:room])
+        room -= len(kept[-1]) + 1
+        if room <= 0:
+            break
+    return "\n".join(kept)

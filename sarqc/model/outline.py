@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from sarqc.errors import ModelError
@@ -48,13 +49,21 @@ class Outline:
 
 def outline(folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
     """The outline of the model whose config.json is in `folder`; `ModelError` where that is not a model we take."""
-    config = read_config(folder, trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{folder} is quantized already: give the original model")
-    config = text_decoder(config)
+    config = unquantized_decoder(folder, trust_remote_code=trust_remote_code)
     dtype = config.dtype or torch.float32
     model = build_on_meta(config, trust_remote_code, dtype)
     tied = model.all_tied_weights_keys
     saved = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
     found = revert_weight_conversion(model, saved)
     return Outline({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()})
+
+
+def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration in `folder`; `ModelError` where that alone says that the model is none we take: it has more
+    than a text decoder, or its weights are quantized, as those of models that are trained in fp8 are."""
+    config = read_config(folder, trust_remote_code)
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        how = f", with quant_method {method!r}" if method else ""
+        raise ModelError(f"{folder} is quantized already{how}: give the original model, its weights in bf16 or fp16")
+    return text_decoder(config)

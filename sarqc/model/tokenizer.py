@@ -32,12 +32,16 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
 
 
 def check_tokens(tokens: Tensor, model: Any) -> None:
-    """`ModelError` where `tokens` (int64, any shape) has one that the model's embedding has no row for.
+    """`ModelError` where `tokens` (int64, any shape) has one that the model's embedding has no row for, below 0 too.
 
     That is what the tokenizer of another model does. Without this the embedding fails, on a GPU beyond repair.
     """
     rows = model.get_input_embeddings().num_embeddings
-    greatest = int(tokens.max()) if tokens.numel() else 0
+    if not tokens.numel():
+        return
+    least, greatest = map(int, tokens.aminmax())
+    if least < 0:
+        raise ModelError(f"the text has token {least}: tokens are numbers from 0 up, without marks for padding")
     if greatest >= rows:
         raise ModelError(
             f"the text has token {greatest}, and the model's embedding has {rows} rows: the tokenizer is another "

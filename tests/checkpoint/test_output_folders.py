@@ -154,3 +154,11 @@ def test_neighbours_do_not_overlap(tmp_path):
     (tmp_path / "model").mkdir()
     for out in ("model-w4", "mode", "out/model", "x"):
         refuse_overlap(tmp_path / out, tmp_path / "model")
+
+
+def test_a_mount_point_is_refused_because_nothing_can_be_renamed_to_it(tmp_path, monkeypatch):
+    """As /out of `docker -v FOLDER:/out` is."""
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(CheckpointError, match="is a mount point, and cannot be replaced: give a folder inside it"):
+        refuse_existing(tmp_path)
+    refuse_existing(tmp_path / "inside")

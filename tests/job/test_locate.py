@@ -26,3 +26,23 @@ def test_a_file_is_not_a_model(tmp_path):
     path.touch()
     with pytest.raises(ModelError, match="is a file"):
         locate(path)
+
+
+def test_of_a_hub_everything_that_is_used_is_fetched_and_nothing_twice(monkeypatch, tmp_path):
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = [
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+        "qwen.tiktoken", "NOTICE", "USE_POLICY.md", "LICENSE", "chat_template.jinja",
+    ]  # fmt: skip
+    twice = ["consolidated.safetensors", "consolidated.safetensors.index.json", "original/params.json"]
+    twice += ["original/model.safetensors", "fp32/model.safetensors", "pytorch_model.bin", "model.py"]
+    fetched = []
+
+    def snapshot_download(hub_id, **patterns):
+        fetched.extend(filter_repo_objects([*there, *twice], **patterns))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    locate("owner/name")
+    assert fetched == there

@@ -71,7 +71,7 @@ def test_a_model_on_a_hub_is_known_by_its_headers(sources, tmp_path, monkeypatch
     source = sources["llama"]
     asked = []
 
-    def snapshot_download(hub_id, allow_patterns):
+    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
         asked.append((hub_id, allow_patterns))
         return source
 
@@ -86,6 +86,24 @@ def test_a_model_on_a_hub_is_known_by_its_headers(sources, tmp_path, monkeypatch
     found = preflight("owner/name", tmp_path / "out", **SMALL)
     assert found.sizes == preflight(source, tmp_path / "out", **SMALL).sizes
     assert asked[0][0] == "owner/name" and "*.safetensors" not in asked[0][1]
+
+
+def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(sources, tmp_path, monkeypatch):
+    """Models that are trained in fp8 are hundreds of GB."""
+    config = json.loads((sources["llama"] / "config.json").read_text())
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    asked = []
+
+    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+        asked.extend(allow_patterns)
+        return tmp_path / "hub"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for ask in (preflight, sarqc.quantize):
+        with pytest.raises(sarqc.SarqcError, match=r"quantized already, with quant_method 'fp8': give the original"):
+            ask("owner/name", tmp_path / "out", **SMALL)
+    assert "*.json" in asked and "*.safetensors" not in asked
 
 
 def test_what_is_left_is_said_with_the_reason(sources, tmp_path):

@@ -122,6 +122,14 @@ def test_the_command_repeats_the_run(source, found, tmp_path):
     line = card.command(found)
     assert line.endswith("--seed 0 --ignore 'o_proj$' --ignore 'it'\"'\"'s'")
     assert " --asym " in line and " --strength 0.5 " in line and "--saliency" not in line
+    for text, shown in (
+        ("/data/my/calib.txt", "calib.txt"),
+        ("Salesforce/wikitext:wikitext-2-raw-v1:train", "Salesforce/wikitext:wikitext-2-raw-v1:train"),
+        ("builtin", "builtin"),
+        ("given tokens", "YOUR_TOKENS"),
+    ):
+        found["calibration"]["text"] = text
+        assert f" --calib {shown} " in card.command(found)
 
 
 def test_hostile_names_stay_text(found):

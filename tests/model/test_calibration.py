@@ -1,8 +1,13 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from sarqc.errors import ArgumentError, TextError
+from sarqc.errors import ArgumentError, ModelError, TextError
+from sarqc.model import calibration
 from sarqc.model.calibration import Windows, builtin_text, read_text, windows
+from sarqc.model.tokenizer import check_tokens
 from tests.support import tiny
 
 
@@ -87,3 +92,60 @@ def test_a_path_to_nothing_is_not_taken_for_a_data_set(name):
 def test_tokens_of_another_shape_or_kind_are_refused(tokens):
     with pytest.raises(ArgumentError, match=r"int64 \[windows, seqlen\]"):
         Windows.of_tokens(tokens)
+
+
+def test_a_long_text_is_made_tokens_in_stretches_of_whole_lines_up_to_a_limit(tmp_path, monkeypatch):
+    """What the tokenizer is given at a time does not grow with the text, and what is looked at of it has an end."""
+    path = tmp_path / "long.txt"
+    path.write_text("".join(f"line {number} of many\n" for number in range(400)))
+    given, plain = [], tiny.tokenizer()
+    whole = windows(str(path), plain, part="calibration", seqlen=16)
+    monkeypatch.setattr(calibration, "STRETCH", 100)
+    encode = calibration.encode
+    monkeypatch.setattr(calibration, "encode", lambda t, text, **how: given.append(text) or encode(t, text, **how))
+    cut = windows(str(path), plain, part="calibration", seqlen=16)
+    stretches = [text for text in given if "line" in text]
+    assert "".join(stretches) == path.read_text() and len(stretches) > 50
+    assert all(len(text) <= 100 and text.endswith("\n") for text in stretches)
+    assert plain.decode(cut.tokens.flatten()) == plain.decode(whole.tokens.flatten())
+    monkeypatch.setattr(calibration, "MOST_TEXT", 1000)
+    assert read_text(str(path), "calibration") == path.read_text()[:1000]
+
+
+def test_a_line_longer_than_a_stretch_is_cut(monkeypatch):
+    monkeypatch.setattr(calibration, "STRETCH", 4)
+    assert list(calibration._stretches("abcdefg\nhi\nj")) == ["abcd", "efg\n", "hi\nj"]
+
+
+def test_json_lines_are_read_by_their_texts(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "one\\ntwo", "id": 1}\n\n{"text": "three"}\n')
+    assert read_text(str(path), "calibration") == "one\ntwo\nthree"
+    for line in ('{"content": "x"}', "[1]", '{"text": null}', "{"):
+        path.write_text('{"text": "fine"}\n' + line)
+        with pytest.raises(TextError, match=r"data\.jsonl.*line 2 is no JSON object with a string 'text'"):
+            read_text(str(path), "calibration")
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(TextError, match=r"data\.json.*JSON Lines"):
+        read_text(str(tmp_path / "data.json"), "calibration")
+
+
+def test_a_data_set_may_have_a_slice_as_its_split_and_rows_without_text(monkeypatch):
+    asked = []
+
+    class Data(list):
+        column_names = ("text",)
+
+    def load_dataset(*args, **how):
+        asked.append((*args, how["split"]))
+        return Data([{"text": "a"}, {"text": None}, {"text": "b"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_text("owner/set:en:train[:1000]", "calibration") == "a\n\nb"
+    assert asked == [("owner/set", "en", "train[:1000]")]
+
+
+def test_tokens_below_zero_are_refused():
+    model = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(num_embeddings=10))
+    with pytest.raises(ModelError, match=r"token -100: tokens are numbers from 0 up"):
+        check_tokens(torch.tensor([[1, -100]]), model)

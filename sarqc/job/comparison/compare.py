@@ -106,7 +106,7 @@ def compare(
     unquantized model on the same windows. Memory holds a block, its statistics and the hidden states of the texts;
     disk the statistics of one seed at a time. Raises `SarqcError` for anything wrong with the input.
     """
-    watcher, out = watcher or Silent(), Path(out)
+    watcher, out = watcher or Silent(), Path(out).expanduser()
     folder = locate(model, trust_remote_code=trust_remote_code)
     refuse_place(out)
     refuse_overlap(out, folder)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sarqc.checkpoint.writer import SHARD_BYTES
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.job.distributed import world
 from sarqc.job.forecast import serve, shapes
@@ -111,7 +112,9 @@ def preflight(
     `SarqcError` where the settings do not fit the model; what this machine lacks is in `problems`.
     """
     plan = make_plan(model, settings_of(**settings), headers_only=True)
-    return look_ahead(plan, expected_windows(plan), Path(out), default_work(out) if work is None else Path(work))
+    out = Path(out).expanduser()
+    place = default_work(out) if work is None else Path(work).expanduser()
+    return look_ahead(plan, expected_windows(plan), out, place)
 
 
 def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) -> Preflight:
@@ -168,11 +171,12 @@ def _kinds(plan: Plan) -> list[Kind]:
 
 def _disk(size: Sizes, waiting: Waiting, out: Path, work: Path) -> list[Disk]:
     """Needs by file system; what the work folder holds already is counted as free. Ranks of this machine have their
-    hidden states beside each other."""
+    hidden states beside each other, and a shard that is being written is there twice."""
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
     found: dict[int, Disk] = {}
     here = size.work + ranks_here() * waiting.mapped
-    for path, needed, freed in ((work, here, there), (out, size.output + _SPARE, 0)):
+    written = size.output + min(size.output, SHARD_BYTES) + _SPARE
+    for path, needed, freed in ((work, here, there), (out, written, 0)):
         place = next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
         system = place.stat().st_dev
         before = found.get(system, Disk((), 0, shutil.disk_usage(place).free))

@@ -15,6 +15,7 @@ from typing import Any
 
 from sarqc.job.reporting import facts
 from sarqc.job.reporting.svg import text
+from sarqc.model.calibration import GIVEN
 from sarqc.model.packaged import SMOLLM2
 from sarqc.spec import METHODS
 
@@ -110,11 +111,20 @@ def command(report: facts.Report) -> str:
     if isinstance(carry, bool) and carry != getattr(preset, "carry_error", False):
         words.append("--carry-error" if carry else "--no-carry-error")
     if calibration:
-        words += ["--calib", calibration["text"].rpartition("/")[2], "--num-samples", str(calibration["windows"])]
+        words += ["--calib", _text_name(calibration["text"]), "--num-samples", str(calibration["windows"])]
         words += ["--seqlen", str(calibration["seqlen"]), "--seed", str(solve.get("seed", 0))]
     for pattern in quant.get("ignore", []):
         words += ["--ignore", str(pattern)]
     return " ".join(shlex.quote(_one_line(word)) for word in words)
+
+
+def _text_name(text: str) -> str:
+    """What calibration text is called: a file without the path to it, a data set by its whole name, and where tokens
+    were given, which no command line can, what stands for them."""
+    if text == GIVEN:
+        return "YOUR_TOKENS"
+    is_file = ":" not in text and (bool(Path(text).suffix) or text.startswith(("/", ".", "~")))
+    return text.rpartition("/")[2] if is_file else text
 
 
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
