@@ -32,9 +32,8 @@ def _each(site: Site, folds: int) -> int:
     return 4 * folds * site.in_features * (site.in_features + site.wishes)
 
 
-def passes(sites: Sequence[Site], folds: int, budget: int, *, cut: bool = True) -> Iterator[list[Share]]:
-    """Portions of the sites whose Grams fit the budget; one expert always does. cut: sites may be cut between experts,
-    otherwise one whole site always fits."""
+def passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Share]]:
+    """Portions of the sites whose Grams fit the budget; one expert always does."""
     portion: list[Share] = []
     room = budget
     for site in sites:
@@ -42,13 +41,11 @@ def passes(sites: Sequence[Site], folds: int, budget: int, *, cut: bool = True) 
         first = 0
         while first < site.experts:
             fitting = site.experts - first if not each else min(site.experts - first, room // each)
-            if not cut and fitting < site.experts:
-                fitting = 0
             if fitting <= 0 and portion:
                 yield portion
                 portion, room = [], budget
                 continue
-            stop = first + max(fitting, 1) if cut else site.experts
+            stop = first + max(fitting, 1)
             portion.append(Share(site, first, stop))
             room -= each * (stop - first)
             first = stop

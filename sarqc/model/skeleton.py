@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from sarqc.errors import ModelError, SarqcError
 from sarqc.model import experts
 from sarqc.model.first_calls import settle
+from sarqc.model.group import out_of_memory
 from sarqc.model.names import Piece, trace
 from sarqc.model.sanity import check_config, check_layers, first_line
 from sarqc.model.source import TensorSource
@@ -173,6 +174,8 @@ class Skeleton:
         except (SarqcError, torch.OutOfMemoryError):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise torch.OutOfMemoryError(first_line(error)) from error
             raise ModelError(
                 f"block {self.prefix}.{index} does not run as config.json says: {first_line(error)}"
             ) from error

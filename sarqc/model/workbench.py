@@ -13,7 +13,7 @@ import torch
 from sarqc.errors import ResourceError
 from sarqc.method.statistics import Statistics
 from sarqc.model.ahead import Ahead
-from sarqc.model.group import Group
+from sarqc.model.group import Group, out_of_memory
 from sarqc.model.sites import Share
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import Solving
@@ -71,7 +71,9 @@ class Workbench:
         while True:
             try:
                 return attempt()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 reason = str(error).partition("\n")[0]
             # Only out here are the frames of the attempt gone, and with them the tensors that filled the device.
             _take_less(self, index, states, reason)

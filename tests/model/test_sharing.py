@@ -119,6 +119,8 @@ def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_err
         all_or_none(
             ALONE, lambda: failing("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         )
+    with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
+        all_or_none(ALONE, lambda: failing("DefaultCPUAllocator: can't allocate memory"))
     with pytest.raises(RuntimeError, match="an illegal access") as told:
         all_or_none(ALONE, lambda: failing("an illegal access"))
     assert not isinstance(told.value, torch.OutOfMemoryError)
