@@ -1,7 +1,7 @@
 """Statistics of a model's sites in files, so that they wait on disk and not in memory.
 
-A file holds sites of one block, of each all experts or a stretch of them. Each sum is a tensor called "FOLD FIELD SITE",
-so that a reader takes what it needs, experts included, and no more; a stretch's first expert is the tensor "first SITE".
+A file holds sites of one block, of each all experts or a stretch of them. Each sum is a tensor "FOLD FIELD SITE", so
+that a reader takes what it needs, experts included, and no more; the number of the first expert is "first SITE".
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def collect(
     tokens: int64 [S, L]. sizes: rising, the last at most S. folds: each stretch from one size to the next is cut into
     so many parts, and fold f is the f-th part of them all. gram_budget: bytes; experts beyond it come in a further
     pass, so that a block and size may come several times with other shares. What is yielded grows as the loop goes on:
-    keep nothing of it. What a share's other experts saw (`Statistics.rest`) is not in it: it is in their shares. Needs `load_outer`. Raises `NumericError` naming a site whose inputs are not finite.
+    keep nothing of it. What a share's other experts saw (`Statistics.rest`) is not in it: it is in their shares. Needs
+    `load_outer`. Raises `NumericError` naming a site whose inputs are not finite.
     """
     hidden = stream.enter(skeleton, tokens[: sizes[-1]])
     skeleton.prepare(1, min(GLANCE, tokens.shape[1]))

@@ -37,7 +37,9 @@ class Skeleton:
 
     model: the transformers model, in eval mode; non-persistent buffers (rotary tables, scales) are real. blocks: its
     decoder blocks. prefix: their name in the model ("model.layers"). pieces: checkpoint tensors of each parameter.
-    dtype: what parameters become unless transformers keeps them in fp32. device: where the outer parameters are.
+    unused: matrices of the checkpoint that transformers makes nothing of, without ".weight" (layers that servers
+    draft tokens with). dtype: what parameters become unless transformers keeps them in fp32. device: where the outer
+    parameters are.
     """
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
@@ -51,6 +53,8 @@ class Skeleton:
         self.blocks: list[nn.Module] = list(self._layers)
         experts.use_sorted_experts(model)
         self.pieces: dict[str, tuple[Piece, ...]] = trace(model, source)
+        used = {piece.name for pieces in self.pieces.values() for piece in pieces}
+        self.unused = _unused(source, used | set(model.all_tied_weights_keys))
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
     @classmethod
@@ -278,6 +282,11 @@ class _Recorder(nn.Module):
             self.hidden = kwargs.pop("hidden_states")
         self.call = (args, kwargs)
         return self.hidden if self.leaving is None else self.leaving
+
+
+def _unused(source: TensorSource, used: set[str]) -> tuple[str, ...]:
+    names = (name for name in source.names() if name.endswith(".weight") and name not in used)
+    return tuple(name.removesuffix(".weight") for name in names if len(source.shape(name)) == 2)
 
 
 def read_config(folder: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
