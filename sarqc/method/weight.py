@@ -38,6 +38,10 @@ class QuantizedWeight:
         weight: Tensor = (groups - self.zeros.float().unsqueeze(-1)) * self.scales.float().unsqueeze(-1)
         return weight.flatten(-2).to(dtype)
 
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on a device."""
+        return QuantizedWeight(self.codes.to(device), self.scales.to(device), self.zeros.to(device), self.bits)
+
     def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:
         """The parts of a weight whose rows were concatenated: one for each entry of `rows`, which sum to N."""
         parts = zip(self.codes.split(list(rows), 1), self.scales.split(list(rows), 1), self.zeros.split(list(rows), 1))

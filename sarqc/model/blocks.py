@@ -24,7 +24,7 @@ from sarqc.model.absorb import find_folds
 from sarqc.model.ahead import Ahead
 from sarqc.model.group import ALONE, Group
 from sarqc.model.joint import find_joint, through
-from sarqc.model.passes import collect, gram_bytes, passes
+from sarqc.model.passes import collect
 from sarqc.model.rescale import BlockScales
 from sarqc.model.room import MEMORY, Room
 from sarqc.model.sites import Share, Site, find_sites, separate_sites, write_back
@@ -241,10 +241,7 @@ def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: Sta
     """Observe and solve some sites of a block, as many at a time as the Grams have room for."""
     weights: Weights = {}
     reports: list[SolveReport] = []
-    folds = states.folds if states else 0
-    portions = list(passes(sites, folds, work.gram_budget))
-    work.together = max((sum(share.stop - share.first for share in shares) for shares in portions), default=1)
-    work.gram_bytes = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
+    portions = work.portions(sites, states.folds if states else 0)
     scales, collected = None, None
     if scaled and states is not None:
         scales, collected = _scale(work, index, sites, portions, states)

@@ -14,7 +14,8 @@ from sarqc.errors import ResourceError
 from sarqc.method.statistics import Statistics
 from sarqc.model.ahead import Ahead
 from sarqc.model.group import Group, out_of_memory
-from sarqc.model.sites import Share
+from sarqc.model.passes import gram_bytes, passes
+from sarqc.model.sites import Share, Site
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import Solving
 from sarqc.model.source import TensorSource
@@ -54,6 +55,13 @@ class Workbench:
         if self.ahead and index + 1 < len(self.skeleton.blocks):
             parameters = self.skeleton.parameters(index + 1)
             self.ahead.read(piece.name for name in parameters for piece in self.skeleton.pieces[name])
+
+    def portions(self, sites: Sequence[Site], folds: int) -> list[list[Share]]:
+        """The sites in portions whose Grams fit the budget; remembers how many of them are held at once."""
+        found = list(passes(sites, folds, self.gram_budget))
+        self.together = max((sum(share.stop - share.first for share in shares) for shares in found), default=1)
+        self.gram_bytes = max((sum(gram_bytes(share, folds) for share in shares) for shares in found), default=0)
+        return found
 
     @contextmanager
     def stage(self, index: int, name: str) -> Iterator[None]:
