@@ -119,8 +119,8 @@ def in_turn(group: Group, attempt: Callable[[], _Value]) -> _Value:
     """`attempt()`, in which ranks wait for each other; where one runs out of memory it cannot be repeated."""
     try:
         return attempt()
-    except torch.OutOfMemoryError as error:
-        if group.size == 1:
+    except RuntimeError as error:
+        if group.size == 1 or not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
         raise ResourceError(

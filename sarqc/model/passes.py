@@ -68,22 +68,26 @@ def collect(
     `NumericError` naming the share where those are more than 1 %.
     """
     kept = _all_ranks(skeleton, index, shares, states, solve, device, None, group)
-    if all(map(_finite, kept)):
+    if all(_each_finite(kept, group)):
         return kept, []
     del kept  # their memory is needed for the second pass
     lost = [0] * len(shares)
     kept = _all_ranks(skeleton, index, shares, states, solve, device, lost, group)
     lost = [sum(counts) for counts in zip(*group.gather(lost))]
     notes = []
-    for share, statistics, count in zip(shares, kept, lost):
+    for share, statistics, count, sound in zip(shares, kept, lost, _each_finite(kept, group)):
         rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
         what = f"the inputs of {share.name}{' or the stream behind it' if share.site.joint else ''}"
         where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
-        if count > MAX_LOST * rows or not _finite(statistics):
+        if count > MAX_LOST * rows or not sound:
             raise NumericError(f"{where}; up to {MAX_LOST:.0%} are left out: look at the model, its dtype or the text")
         if count:
             notes.append(f"{where}: left out")
     return kept, notes
+
+
+def _each_finite(kept: Sequence[Statistics], group: Group) -> list[bool]:
+    return all_or_none(group, lambda: list(map(_finite, kept)))
 
 
 def _finite(statistics: Statistics) -> bool:

@@ -97,7 +97,7 @@ def _take_less(work: Workbench, index: int, states: States | None, reason: str) 
     apart = states is None or work.current == "replay"
     before = 0 if states is None else states.micro_batch
     before = before if apart else max(work.group.gather(before))
-    if states is not None and work.current != "solve" and before > 1:
+    if states is not None and work.current not in ("scale", "solve") and before > 1:  # windows have no part in these
         states.halve()
         skeleton.load_outer(work.source, work.device, work.dtype)
         states.prepare(skeleton)
