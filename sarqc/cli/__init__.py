@@ -43,6 +43,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
 }
 
+LESS = {
+    "quantize": "a smaller --micro-batch or --gram-budget",
+    "eval": "a smaller --seqlen",
+    "generate": "a shorter --prompt or a smaller --max-new-tokens",
+    "chat": "a smaller --max-new-tokens, or /reset sooner",
+    "compare": "smaller --seqlen and --eval-seqlen",
+}
+"""What makes a command with a `--device` take less memory."""
+
 app = typer.Typer(name="sarqc", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -106,6 +115,12 @@ def _run() -> int:
         return _said("stopped", 130)
     except BrokenPipeError:
         return 128 + signal.SIGPIPE  # `sarqc ... | head`: there is nobody to tell
+    except (RuntimeError, MemoryError) as error:
+        from sarqc.model.group import out_of_memory  # torch is there by now, or this is no error of memory
+
+        if not out_of_memory(error):
+            raise
+        return _said(_full(error))
     except OSError as error:
         where = "standard output" if error.filename is None else repr(os.fspath(error.filename))
         return _said(f"{where} cannot be used: {error.strerror or error}; give another place, or make room there")
@@ -118,6 +133,13 @@ def _usage(error: Exception) -> str:
         return f"no command: {', '.join(COMMANDS)} are known; `sarqc COMMAND --help` explains one"
     command = "sarqc" if context is None else context.command_path
     return f"{told.rstrip('.')}; `{command} --help` lists what there is"
+
+
+def _full(error: Exception) -> str:
+    """That memory ran out, and what the command in `sys.argv` could do with less of it."""
+    command = next((word for word in sys.argv[1:] if word in COMMANDS), "")
+    what = f"{LESS[command]}, or another --device" if command in LESS else "a machine with more"
+    return f"{command}: out of memory ({str(error).partition(chr(10))[0] or 'of this machine'}); use {what}"
 
 
 def _said(line: str, code: int = 2) -> int:

@@ -47,13 +47,19 @@ def tried_width(quant: QuantSpec) -> int:
 
 
 def tried(
-    site: str, weight: Tensor, statistics: Statistics, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
+    site: str,
+    weight: Tensor,
+    statistics: Statistics,
+    quant: QuantSpec,
+    solve: SolveSpec,
+    scale_dtype: torch.dtype,
+    experts: slice = slice(None),
 ) -> QuantizedWeight:
     """A weight [E, N, K] as it is tried on the model: solved, without channel scales and sweeps, at the rule's
-    strength."""
+    strength. experts: those of the site that `weight` is of; statistics are of all of them."""
     solve = replace(solve, sweeps=0)
-    gram = borrowing(statistics, solve.borrow)
-    strength = Strengths().choose("", statistics.rows(), weight.shape[-1], solve, None).strength
+    gram = borrowing(statistics, solve.borrow, experts)
+    strength = Strengths().choose("", statistics.rows(), weight.shape[-1], solve, None).strength[experts]
     spec = quant.at(tried_width(quant))
     return SOLVERS[solve.solver](site, weight, gram, strength, spec, solve, scale_dtype).weight
 

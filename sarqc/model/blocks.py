@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ from sarqc.method.parts import Parts
 from sarqc.method.pooling import borrowing
 from sarqc.method.report import SolveReport, joined
 from sarqc.method.rows import MAX_LOST
-from sarqc.method.statistics import Statistics
+from sarqc.method.statistics import Gram, Statistics
 from sarqc.method.strength import Strengths
 from sarqc.model.absorb import find_folds
 from sarqc.model.ahead import Ahead
-from sarqc.model.group import ALONE, Group
+from sarqc.model.group import ALONE, Group, all_or_none
 from sarqc.model.joint import find_joint, through
-from sarqc.model.passes import collect, gram_bytes, passes
+from sarqc.model.passes import collect
 from sarqc.model.rescale import BlockScales
 from sarqc.model.room import MEMORY, Room
 from sarqc.model.sites import Share, Site, find_sites, separate_sites, stack, write_back
@@ -212,7 +213,7 @@ def _solve(
 
     def attempt() -> _Solved:
         work.solving.begin(known)  # what a failed attempt was told is asked, and counted, again
-        prepare()
+        all_or_none(work.group, prepare)
         return _solve_sites(work, index, sites, states, scaled)
 
     return work.with_memory(index, states, attempt)
@@ -242,10 +243,7 @@ def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: Sta
     """Observe and solve some sites of a block, as many at a time as the Grams have room for."""
     weights: Weights = {}
     reports: dict[str, list[SolveReport]] = {}
-    folds = states.folds if states else 0
-    portions = list(passes(sites, folds, work.gram_budget))
-    work.together = max((sum(share.stop - share.first for share in shares) for shares in portions), default=1)
-    work.gram_bytes = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
+    portions = work.portions(sites, states.folds if states else 0)
     scales, collected = None, None
     if scaled and states is not None:
         scales, collected = _scale(work, index, sites, portions, states)
@@ -278,17 +276,21 @@ def _scale(
     other sites; and the statistics, where those of all sites fit at once and need not be collected again."""
     with work.stage(index, "scale"):
         glance = states.glance().to(work.device)
-        folds, reasons = find_folds(work.skeleton, index, sites, glance)
+        folds, reasons = all_or_none(work.group, partial(find_folds, work.skeleton, index, sites, glance))
         scales = BlockScales(work.skeleton, work.source, sites, folds, reasons, work.group)
     collected: list[Statistics] = []
     for shares in portions:
         collected = _observe(work, index, shares, states)
         with work.stage(index, "scale"):
             work.solving.choose(index, shares, collected)
-            grams = [borrowing(statistics, work.solve.borrow) for statistics in collected]
+            grams = all_or_none(work.group, partial(_borrowing, collected, work.solve.borrow))
             dtype = work.solving.scale_dtype(shares[0].site)
             scales.decide(shares, grams, work.solving.cost, work.solving.quant_of, dtype)
     return scales, collected if len(portions) == 1 else None
+
+
+def _borrowing(collected: Sequence[Statistics], borrow: float) -> list[Gram]:
+    return [borrowing(statistics, borrow) for statistics in collected]
 
 
 def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:

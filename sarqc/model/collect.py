@@ -18,7 +18,7 @@ from sarqc.method.statistics import Statistics
 from sarqc.model import stream
 from sarqc.model.blocks import GRAM_BUDGET
 from sarqc.model.passes import passes
-from sarqc.model.sites import Site, find_sites, observe
+from sarqc.model.sites import Share, Site, find_sites, observe
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.states import GLANCE, cut, windows_at_once
@@ -35,13 +35,14 @@ def collect(
     *,
     folds: int,
     gram_budget: int = GRAM_BUDGET,
-) -> Iterator[tuple[int, int, dict[str, Statistics]]]:
-    """Yields (block, size, statistics by site) for each block and each size, of the first `size` windows.
+) -> Iterator[tuple[int, int, dict[Share, Statistics]]]:
+    """Yields (block, size, statistics by share) for each block and each size, of the first `size` windows.
 
     tokens: int64 [S, L]. sizes: rising, the last at most S. folds: each stretch from one size to the next is cut into
-    so many parts, and fold f is the f-th part of them all. gram_budget: bytes; sites beyond it come in a further pass,
-    so that a block and size may come several times with other sites. What is yielded grows as the loop goes on: keep
-    nothing of it. Needs `load_outer`. Raises `NumericError` naming a site whose inputs are not finite.
+    so many parts, and fold f is the f-th part of them all. gram_budget: bytes; experts beyond it come in a further
+    pass, so that a block and size may come several times with other shares. What is yielded grows as the loop goes on:
+    keep nothing of it. What a share's other experts saw (`Statistics.rest`) is not in it: it is in their shares. Needs
+    `load_outer`. Raises `NumericError` naming a site whose inputs are not finite.
     """
     hidden = stream.enter(skeleton, tokens[: sizes[-1]])
     skeleton.prepare(1, min(GLANCE, tokens.shape[1]))
@@ -51,10 +52,10 @@ def collect(
         skeleton.load_block(index, source, skeleton.device, skeleton.dtype)
         glance = hidden[:1, :GLANCE].to(skeleton.device)
         sites = find_sites(skeleton, index, found.of_block(index), glance)
-        portions = list(passes(sites, folds, gram_budget, cut=False))
+        portions = list(passes(sites, folds, gram_budget))
         for number, shares in enumerate(portions, start=1):
-            part, last = [share.site for share in shares], number == len(portions)
-            for size, kept in _observe(skeleton, index, part, hidden, batches, folds, last=last):
+            last = number == len(portions)
+            for size, kept in _observe(skeleton, index, shares, hidden, batches, folds, last=last):
                 yield index, size, kept
         skeleton.unload_block(index)
 
@@ -62,27 +63,32 @@ def collect(
 def _observe(
     skeleton: Skeleton,
     index: int,
-    sites: Sequence[Site],
+    shares: Sequence[Share],
     hidden: Tensor,
     batches: dict[int, list[tuple[slice, int]]],
     folds: int,
     *,
     last: bool,
-) -> Iterator[tuple[int, dict[str, Statistics]]]:
+) -> Iterator[tuple[int, dict[Share, Statistics]]]:
     """One pass of all windows through a block; the last pass also moves the hidden states on."""
-    kept = {s.name: Statistics.zeros(s.experts, s.in_features, folds, skeleton.device) for s in sites}
+    kept = {s: Statistics.zeros(s.stop - s.first, s.site.in_features, folds, skeleton.device) for s in shares}
+    by_site = {share.site: share for share in shares}  # a portion holds one stretch of a site at most
     fold = 0
 
     def sink(site: Site, x: Tensor, offsets: Tensor | None) -> None:
-        kept[site.name].add(x, offsets, fold)
+        share = by_site[site]
+        if offsets is not None and not share.whole:
+            x = x[offsets[share.first] : offsets[share.stop]]
+            offsets = offsets[share.first : share.stop + 1] - offsets[share.first]
+        kept[share].add(x, offsets, fold)
 
-    with observe(skeleton, sites, sink):
+    with observe(skeleton, list(by_site), sink):
         for size, parts in batches.items():
             for windows, fold in parts:  # noqa: B007 (the sink reads it)
                 leaving = skeleton.call_block(index, hidden[windows].to(skeleton.device))
                 if last:
                     hidden[windows].copy_(leaving)
-            for name, statistics in kept.items():
+            for share, statistics in kept.items():
                 if not all(bool(torch.isfinite(gram.abs_sum).all()) for gram in statistics.folds):
-                    raise NumericError(f"the inputs of {name} hold NaN or Inf on the calibration text")
+                    raise NumericError(f"the inputs of {share.name} hold NaN or Inf on the calibration text")
             yield size, kept

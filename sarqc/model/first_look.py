@@ -14,7 +14,7 @@ windows, one copy for every site so far, which all go through the next block: ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,16 +22,21 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ArgumentError
+from sarqc.method.statistics import Statistics
+from sarqc.method.strength import Strengths
 from sarqc.method.weight import QuantizedWeight
 from sarqc.method.widths import WidthLosses, tried, tried_width, width_losses
 from sarqc.model.evaluate import Tally
-from sarqc.model.passes import collect, passes
-from sarqc.model.sites import Site, find_sites, stack, write_back
+from sarqc.model.group import ALONE
+from sarqc.model.passes import collect
+from sarqc.model.sharing import pieces
+from sarqc.model.sites import Share, Site, find_sites, stack, write_back
 from sarqc.model.skeleton import Skeleton
-from sarqc.model.solving import scale_dtype
+from sarqc.model.solving import Solving, scale_dtype
 from sarqc.model.source import TensorSource
 from sarqc.model.states import States, cut, enter
 from sarqc.model.targets import Target, Targets
+from sarqc.model.workbench import Workbench
 from sarqc.spec import QuantSpec, SolveSpec
 
 TOKENS = 1 << 14
@@ -94,26 +99,32 @@ def look(
     """(block, losses) of every site in the order of blocks; of blocks that are not `mine` nothing.
 
     tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are observed. micro_batch(L): windows at once.
-    gram_budget: bytes of Grams at once, as in `blocks.run`. Beside a block there is at most a copy of one of its sites
-    on the device.
+    gram_budget: bytes of Grams at once, as in `blocks.run`; where memory runs out there is less at once, as there.
+    Beside a block there is at most a copy of one of its sites on the device.
     """
     windows = _evenly(tokens)
     batches = cut(len(windows), micro_batch(windows.shape[1]), FOLDS)
     states = enter(skeleton, source, windows, batches, FOLDS, device=device, dtype=dtype)
     few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
-    skeleton.load_outer(source, device, dtype, head=True)
+    skeleton.load_outer(source, device, dtype)
     skeleton.prepare(*few.shape)
     plain = skeleton.embed(few).cpu()
+    skeleton.unload_outer()
+    solving = Solving(skeleton, source, quant, solve, device, Strengths(), ALONE)
+    work = Workbench(skeleton, source, solve, device, dtype, gram_budget, lambda *_: None, None, solving, ALONE, None)
     trials: list[_Trial] = []
     for index in range(len(skeleton.blocks)):
         on_block(index)
-        skeleton.load_block(index, source, device, dtype)
-        begun = _begin(skeleton, source, index, found, states, plain, quant, solve, gram_budget) if mine(index) else []
+        work.load(index)
+        trying = partial(_begin, work, index, found, states, plain)
+        begun = work.with_memory(index, states, trying) if mine(index) else []
         for hidden in (plain, *(trial.hidden for trial in trials)):
             hidden.copy_(skeleton.call_block(index, hidden.to(device)))
         trials += begun
-        states.move_on(partial(skeleton.call_block, index), device)
+        with work.stage(index, "replay"):
+            work.with_memory(index, states, partial(states.move_on, partial(skeleton.call_block, index), device))
         skeleton.unload_block(index)
+    skeleton.load_outer(source, device, dtype, head=True)
     expected = _logits(skeleton, plain)
     results = []
     for trial in trials:
@@ -137,42 +148,46 @@ def _evenly(tokens: Tensor) -> Tensor:
     return windows
 
 
-def _begin(
-    skeleton: Skeleton,
-    source: TensorSource,
-    index: int,
-    found: Targets,
-    states: States,
-    plain: Tensor,
-    quant: QuantSpec,
-    solve: SolveSpec,
-    gram_budget: int,
-) -> list[_Trial]:
+def _begin(work: Workbench, index: int, found: Targets, states: States, plain: Tensor) -> list[_Trial]:
     """A trial of each site of a block that is loaded, through that block."""
-    device = skeleton.device
-    sites = find_sites(skeleton, index, found.of_block(index), states.glance().to(device))
+    skeleton, quant = work.skeleton, work.solving.quant
+    sites = find_sites(skeleton, index, found.of_block(index), states.glance().to(work.device))
     losses: dict[str, WidthLosses] = {}
     weights: dict[str, list[tuple[Target, QuantizedWeight]]] = {site.name: [] for site in sites}
-    for shares in passes(sites, FOLDS, gram_budget):
-        collected, _ = collect(skeleton, index, shares, states, solve, device)
-        for share, statistics in zip(shares, collected):
+    for shares in work.portions(sites, FOLDS):
+        for share, own, solved in _portion(work, index, shares, states):
             name = share.site.name
-            given = (
-                share.name,
-                share.weight(skeleton.model),
-                statistics,
-                quant,
-                solve,
-                scale_dtype(source, share.site),
-            )
-            own = width_losses(*given)
             losses[name] = losses[name] + own if name in losses else own
-            weights[name] += share.site.split(tried(*given), share.first)
+            weights[name] += solved
     width = tried_width(quant)
     return [
         _Trial(index, site, losses[site.name].relative(width), _tried(skeleton, index, site, weights[site.name], plain))
         for site in sites
     ]
+
+
+_Solved = tuple[Share, WidthLosses, list[tuple[Target, QuantizedWeight]]]
+
+
+def _portion(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[_Solved]:
+    """What is lost in each share, and its weights as they are tried; their Grams are gone when this returns."""
+    with work.stage(index, "observe"):
+        collected, _ = collect(work.skeleton, index, shares, states, work.solve, work.device)
+    with work.stage(index, "solve"):
+        return [_share(work, share, statistics) for share, statistics in zip(shares, collected)]
+
+
+def _share(work: Workbench, share: Share, statistics: Statistics) -> _Solved:
+    """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
+    model, how = work.skeleton.model, (work.solving.quant, work.solve, scale_dtype(work.source, share.site))
+    losses = width_losses(share.name, share.weight(model), statistics, *how)
+    statistics.merge_folds()
+    solved: list[tuple[Target, QuantizedWeight]] = []
+    for piece in pieces([share], 1, work.device, gram=True):
+        own, experts = piece.share, slice(piece.share.first - share.first, piece.share.stop - share.first)
+        weight = tried(share.name, own.weight(model), statistics, *how, experts)
+        solved += share.site.split(weight.to("cpu"), own.first)
+    return share, losses, solved
 
 
 def _tried(

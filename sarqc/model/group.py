@@ -99,7 +99,7 @@ def all_or_none(group: Group, attempt: Callable[[], _Value]) -> _Value:
     try:
         result.append(attempt())
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
     short = [why for why in group.gather(reason) if why is not None]
@@ -109,17 +109,18 @@ def all_or_none(group: Group, attempt: Callable[[], _Value]) -> _Value:
     return result[0]
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Also where a library of the GPU found no memory for its own work: torch has no error of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Also where the host, or a library of the GPU for its own work, has none: torch has no error of its own there."""
+    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return named or any(words in str(error) for words in ("_STATUS_ALLOC_FAILED", "can't allocate memory"))
 
 
 def in_turn(group: Group, attempt: Callable[[], _Value]) -> _Value:
     """`attempt()`, in which ranks wait for each other; where one runs out of memory it cannot be repeated."""
     try:
         return attempt()
-    except torch.OutOfMemoryError as error:
-        if group.size == 1:
+    except RuntimeError as error:
+        if group.size == 1 or not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
         raise ResourceError(

@@ -32,9 +32,8 @@ def _each(site: Site, folds: int) -> int:
     return 4 * folds * site.in_features * (site.in_features + site.wishes)
 
 
-def passes(sites: Sequence[Site], folds: int, budget: int, *, cut: bool = True) -> Iterator[list[Share]]:
-    """Portions of the sites whose Grams fit the budget; one expert always does. cut: sites may be cut between experts,
-    otherwise one whole site always fits."""
+def passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Share]]:
+    """Portions of the sites whose Grams fit the budget; one expert always does."""
     portion: list[Share] = []
     room = budget
     for site in sites:
@@ -42,13 +41,11 @@ def passes(sites: Sequence[Site], folds: int, budget: int, *, cut: bool = True) 
         first = 0
         while first < site.experts:
             fitting = site.experts - first if not each else min(site.experts - first, room // each)
-            if not cut and fitting < site.experts:
-                fitting = 0
             if fitting <= 0 and portion:
                 yield portion
                 portion, room = [], budget
                 continue
-            stop = first + max(fitting, 1) if cut else site.experts
+            stop = first + max(fitting, 1)
             portion.append(Share(site, first, stop))
             room -= each * (stop - first)
             first = stop
@@ -71,22 +68,26 @@ def collect(
     `NumericError` naming the share where those are more than 1 %.
     """
     kept = _all_ranks(skeleton, index, shares, states, solve, device, None, group)
-    if all(map(_finite, kept)):
+    if all(_each_finite(kept, group)):
         return kept, []
     del kept  # their memory is needed for the second pass
     lost = [0] * len(shares)
     kept = _all_ranks(skeleton, index, shares, states, solve, device, lost, group)
     lost = [sum(counts) for counts in zip(*group.gather(lost))]
     notes = []
-    for share, statistics, count in zip(shares, kept, lost):
+    for share, statistics, count, sound in zip(shares, kept, lost, _each_finite(kept, group)):
         rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
         what = f"the inputs of {share.name}{' or the stream behind it' if share.site.joint else ''}"
         where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
-        if count > MAX_LOST * rows or not _finite(statistics):
+        if count > MAX_LOST * rows or not sound:
             raise NumericError(f"{where}; up to {MAX_LOST:.0%} are left out: look at the model, its dtype or the text")
         if count:
             notes.append(f"{where}: left out")
     return kept, notes
+
+
+def _each_finite(kept: Sequence[Statistics], group: Group) -> list[bool]:
+    return all_or_none(group, lambda: list(map(_finite, kept)))
 
 
 def _finite(statistics: Statistics) -> bool:

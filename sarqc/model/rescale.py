@@ -90,16 +90,23 @@ class BlockScales:
             }
 
         answers = self._group.gather(all_or_none(self._group, search_own))
-        for number, (fold, found) in enumerate(open_):
-            chosen = answers[owners[number]][number].to(found[0][1].rows.device)
-            if model.get_parameter(fold.giver).dim() == 1:
-                chosen = ChannelScales(self._storable(fold, chosen.scales), chosen.exponents)
-            before = self._chosen.get(fold.giver)
-            if before is not None:
-                chosen = ChannelScales(
-                    torch.cat([before.scales, chosen.scales]), torch.cat([before.exponents, chosen.exponents])
-                )
-            self._chosen[fold.giver] = chosen
+
+        def take() -> None:
+            for number, (fold, found) in enumerate(open_):
+                self._take(fold, answers[owners[number]][number].to(found[0][1].rows.device))
+
+        all_or_none(self._group, take)
+
+    def _take(self, fold: Fold, chosen: ChannelScales) -> None:
+        """Keep what was chosen for a fold, behind what its experts before have."""
+        if self._skeleton.model.get_parameter(fold.giver).dim() == 1:
+            chosen = ChannelScales(self._storable(fold, chosen.scales), chosen.exponents)
+        before = self._chosen.get(fold.giver)
+        if before is not None:
+            chosen = ChannelScales(
+                torch.cat([before.scales, chosen.scales]), torch.cat([before.exponents, chosen.exponents])
+            )
+        self._chosen[fold.giver] = chosen
 
     def of(self, share: Share) -> Scaling:
         """What happens to the weight of a share; ones where nothing does."""

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from sarqc.errors import ModelError, SarqcError
 from sarqc.model import experts
 from sarqc.model.first_calls import settle
+from sarqc.model.group import out_of_memory
 from sarqc.model.names import Piece, trace
 from sarqc.model.sanity import check_config, check_layers, first_line
 from sarqc.model.source import TensorSource
@@ -36,7 +37,9 @@ class Skeleton:
 
     model: the transformers model, in eval mode; non-persistent buffers (rotary tables, scales) are real. blocks: its
     decoder blocks. prefix: their name in the model ("model.layers"). pieces: checkpoint tensors of each parameter.
-    dtype: what parameters become unless transformers keeps them in fp32. device: where the outer parameters are.
+    unused: matrices of the checkpoint that transformers makes nothing of, without ".weight" (layers that servers
+    draft tokens with). dtype: what parameters become unless transformers keeps them in fp32. device: where the outer
+    parameters are.
     """
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
@@ -50,6 +53,8 @@ class Skeleton:
         self.blocks: list[nn.Module] = list(self._layers)
         experts.use_sorted_experts(model)
         self.pieces: dict[str, tuple[Piece, ...]] = trace(model, source)
+        used = {piece.name for pieces in self.pieces.values() for piece in pieces}
+        self.unused = _unused(source, used | set(model.all_tied_weights_keys))
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
     @classmethod
@@ -173,6 +178,8 @@ class Skeleton:
         except (SarqcError, torch.OutOfMemoryError):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise torch.OutOfMemoryError(first_line(error)) from error
             raise ModelError(
                 f"block {self.prefix}.{index} does not run as config.json says: {first_line(error)}"
             ) from error
@@ -275,6 +282,11 @@ class _Recorder(nn.Module):
             self.hidden = kwargs.pop("hidden_states")
         self.call = (args, kwargs)
         return self.hidden if self.leaving is None else self.leaving
+
+
+def _unused(source: TensorSource, used: set[str]) -> tuple[str, ...]:
+    names = (name for name in source.names() if name.endswith(".weight") and name not in used)
+    return tuple(name.removesuffix(".weight") for name in names if len(source.shape(name)) == 2)
 
 
 def read_config(folder: str | Path, trust_remote_code: bool) -> PreTrainedConfig:

@@ -3,7 +3,8 @@
 Targeted is every Linear of the decoder blocks, and every matrix of their experts, under the name the checkpoint has
 for it. Left alone are
 
-- whatever stands outside the blocks (embeddings, `lm_head`, norms);
+- whatever stands outside the blocks (embeddings, `lm_head`, norms), or is no part of the model that transformers
+  builds;
 - routers: a Linear whose name says so (`gate`, `router`, or a name that ends in `_gate` or `_router`, or one inside a
   module called `router`) *and* whose output is one number, or one per expert of its block. `gate_proj` is no router;
 - what a regular expression of `QuantSpec.ignore` finds; one that finds no Linear of the model is an error.
@@ -186,7 +187,8 @@ def _is_router(path: str, module: nn.Linear, outputs: set[int]) -> bool:
 
 
 def _matrices(skeleton: Skeleton) -> list[str]:
-    """Names of all matrices of the checkpoint that are not embeddings, and of Linears that are tied to one."""
+    """Names of all matrices of the checkpoint that are not embeddings, and of Linears that are tied to one; those that
+    the model has no use for too: a server may have one."""
     names: dict[str, None] = {}
     for parameter, pieces in skeleton.pieces.items():
         path, _, _ = parameter.rpartition(".")
@@ -197,6 +199,7 @@ def _matrices(skeleton: Skeleton) -> list[str]:
     for path, module in skeleton.model.named_modules():
         if isinstance(module, nn.Linear) and f"{path}.weight" not in skeleton.pieces:
             names[path] = None
+    names |= dict.fromkeys(name for name in skeleton.unused if "embed" not in name.rpartition(".")[2])
     return list(names)
 
 

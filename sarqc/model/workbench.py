@@ -13,8 +13,9 @@ import torch
 from sarqc.errors import ResourceError
 from sarqc.method.statistics import Statistics
 from sarqc.model.ahead import Ahead
-from sarqc.model.group import Group
-from sarqc.model.sites import Share
+from sarqc.model.group import Group, out_of_memory
+from sarqc.model.passes import gram_bytes, passes
+from sarqc.model.sites import Share, Site
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.solving import Solving
 from sarqc.model.source import TensorSource
@@ -55,6 +56,13 @@ class Workbench:
             parameters = self.skeleton.parameters(index + 1)
             self.ahead.read(piece.name for name in parameters for piece in self.skeleton.pieces[name])
 
+    def portions(self, sites: Sequence[Site], folds: int) -> list[list[Share]]:
+        """The sites in portions whose Grams fit the budget; remembers how many of them are held at once."""
+        found = list(passes(sites, folds, self.gram_budget))
+        self.together = max((sum(share.stop - share.first for share in shares) for shares in found), default=1)
+        self.gram_bytes = max((sum(gram_bytes(share, folds) for share in shares) for shares in found), default=0)
+        return found
+
     @contextmanager
     def stage(self, index: int, name: str) -> Iterator[None]:
         """Announce a stage and add its wall time to `seconds`."""
@@ -71,7 +79,9 @@ class Workbench:
         while True:
             try:
                 return attempt()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 reason = str(error).partition("\n")[0]
             # Only out here are the frames of the attempt gone, and with them the tensors that filled the device.
             _take_less(self, index, states, reason)
@@ -87,7 +97,7 @@ def _take_less(work: Workbench, index: int, states: States | None, reason: str) 
     apart = states is None or work.current == "replay"
     before = 0 if states is None else states.micro_batch
     before = before if apart else max(work.group.gather(before))
-    if states is not None and work.current != "solve" and before > 1:
+    if states is not None and work.current not in ("scale", "solve") and before > 1:  # windows have no part in these
         states.halve()
         skeleton.load_outer(work.source, work.device, work.dtype)
         states.prepare(skeleton)

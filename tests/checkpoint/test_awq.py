@@ -65,6 +65,12 @@ def test_the_config_that_is_written():
         "bits": 4, "group_size": 128, "modules_to_not_convert": ["lm_head", "a.gate"], "quant_method": "awq",
         "version": "gemm", "zero_point": True,
     }  # fmt: skip
+    layers = ["h.0.mlp", "h.0.mlp.experts.3", "h.1.mlp"]  # no server has one matrix of two parts of a single expert
+    left = [f"{layer}.{name}" for layer in layers for name in ("up_proj", "gate_proj")][:-1]
+    config = AWQ.config(QuantSpec(4, 128), left)
+    assert config["modules_to_not_convert"] == [*left, "h.0.mlp.gate_up_proj"]
+    assert AWQ.ignored(config) == (*left, "lm_head")
+    assert AWQ.ignored(config | {"modules_to_not_convert": ["h.0.qkv_proj"]}) == ("h.0.qkv_proj", "lm_head")
     assert AWQ.config(QuantSpec(4, 128), [])["modules_to_not_convert"] is None
 
 

@@ -120,6 +120,11 @@ def test_the_config_that_is_written():
     left = V1.config(QuantSpec(4, 128), ["lm_head", "model.layers.0.mlp.gate"])
     assert left == expected | {"dynamic": {r"-:^model\.layers\.0\.mlp\.gate$": {}}}
     assert V1.ignored(left) == ("lm_head", "model.layers.0.mlp.gate")
+    attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    whole = V1.config(QuantSpec(4, 128), attention)  # a server that has one matrix of them asks for its name alone
+    assert list(whole["dynamic"])[3:] == [r"-:^model\.layers\.0\.self_attn\.qkv_proj$"]
+    assert V1.ignored(whole) == ("lm_head", *attention)
+    assert len(V1.config(QuantSpec(4, 128), attention[:2])["dynamic"]) == 2
     for config in (V1.config(QuantSpec(4, 128, sym=False), []), V2.config(QuantSpec(4, 128, sym=False), [])):
         assert config == expected | {"checkpoint_format": "gptq_v2", "format": "gptq_v2", "sym": False}
 

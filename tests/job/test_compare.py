@@ -10,23 +10,28 @@ import pytest
 import torch
 
 import sarqc
+from sarqc.checkpoint.grams import load_statistics, save_statistics
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.job.comparison import bench as module
 from sarqc.job.comparison import table as tables
 from sarqc.job.comparison.bench import Other
 from sarqc.job.comparison.compare import Silent, compare
+from sarqc.job.comparison.store import Grams
 from sarqc.method.statistics import Statistics
 from sarqc.model.calibration import Windows, windows
 from sarqc.model.collect import collect
 from sarqc.model.evaluate import perplexity
 from sarqc.model.inference import build
+from sarqc.model.passes import gram_bytes
+from sarqc.model.sites import Share
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import Overlay
 from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec, solve_spec
 from tests.support import tiny
 
+CPU = torch.device("cpu")
 HOW = dict(seqlen=32, eval_seqlen=48, eval_windows=3, num_samples=(4,))
 
 
@@ -278,20 +283,18 @@ def test_smaller_sizes_are_the_beginning_of_larger_ones(deep):
 
 
 def test_statistics_of_a_size_are_those_of_its_windows_alone(deep, tmp_path):
-    from sarqc.checkpoint.grams import load_statistics, save_statistics
-
     source = open_checkpoint(deep)
     skeleton = Skeleton.from_folder(deep, source)
     skeleton.load_outer(source, "cpu", torch.float32)
     found = targets(skeleton, QuantSpec())
     tokens = torch.arange(6 * 20).view(6, 20) % tiny.VOCABULARY
+    path = tmp_path / "x.safetensors"
 
     def statistics(sizes, folds, budget):
         kept: dict[tuple[int, int], dict[str, Statistics]] = {}
-        for block, size, sites in collect(skeleton, source, found, tokens, sizes, folds=folds, gram_budget=budget):
-            path = tmp_path / "x.safetensors"
-            save_statistics(path, sites)
-            read = {name: load_statistics(path, name, 0, 1, torch.device("cpu")) for name in sites}
+        for block, size, shares in collect(skeleton, source, found, tokens, sizes, folds=folds, gram_budget=budget):
+            save_statistics(path, {(share.site.name, share.first): own for share, own in shares.items()})
+            read = {share.name: load_statistics([path], share.name, 0, 1, CPU, rest=True) for share in shares}
             kept.setdefault((block, size), {}).update(read)
         return kept
 
@@ -305,5 +308,45 @@ def test_statistics_of_a_size_are_those_of_its_windows_alone(deep, tmp_path):
     for (block, size), sites in apart.items():
         for name, one in sites.items():
             torch.testing.assert_close(one.total().hessian(), both[block, size][name].total().hessian())
-    assert load_statistics(tmp_path / "x.safetensors", "no such site", 0, 1, torch.device("cpu")) is None
+    assert load_statistics([path], "no such site", 0, 1, CPU, rest=True) is None
     assert not math.isnan(float(both[1, 6][next(iter(both[1, 6]))].total().sum.tril().sum()))
+
+
+def test_experts_are_collected_within_the_budget_and_read_in_any_portions(tmp_path):
+    """Each stretch with what all others of its layer saw, whichever portions they were collected in."""
+    folder = tiny.save("qwen3_moe", tmp_path / "model", num_hidden_layers=1)
+    source = open_checkpoint(folder)
+    skeleton = Skeleton.from_folder(folder, source)
+    skeleton.load_outer(source, "cpu", torch.float32)
+    found = targets(skeleton, QuantSpec())
+    tokens = torch.arange(4 * 20).view(4, 20) % tiny.VOCABULARY
+
+    def stored(name, budget):
+        grams, most = Grams(tmp_path / name, [4]), 0
+        grams.begin()
+        for block, size, shares in collect(skeleton, source, found, tokens, [4], folds=2, gram_budget=budget):
+            most = max(most, sum(gram_bytes(share, 2) for share in shares))
+            grams.save(block, size, shares, blocks=1)
+        return grams, most, next(share.site for share in shares if share.site.experts > 1)
+
+    budget = 3 * 2 * 4 * 64 * 64  # three experts of gate and up
+    whole, _, site = stored("whole", 1 << 30)
+    portions, most, _ = stored("portions", budget)
+    assert most <= budget
+    all_of_them = whole.load(0, 4, Share(site, 0, 4), CPU, rest=True)
+    assert not all_of_them.rest and not portions.load(0, 4, Share(site, 1, 4), CPU, rest=False).rest
+    for first, stop in ((0, 4), (0, 3), (1, 2), (2, 4)):
+        own = portions.load(0, 4, Share(site, first, stop), CPU, rest=True)
+        for expected, fold in zip(all_of_them.folds, own.folds, strict=True):
+            assert torch.equal(fold.sum, expected.sum[first:stop]) and torch.equal(fold.rows, expected.rows[first:stop])
+        others = [number for number in range(4) if not first <= number < stop]
+        for expected, fold in zip(all_of_them.folds, own.rest, strict=bool(others)):
+            torch.testing.assert_close(fold.sum[0], expected.sum[others].sum(0))
+            assert int(fold.rows) == int(expected.rows[others].sum())
+
+
+def test_grams_are_counted_with_every_fold_that_is_read(deep, tmp_path, monkeypatch):
+    folds, run = [], module.blocks.run
+    monkeypatch.setattr(module.blocks, "run", lambda *a, **k: folds.append((k["folds"], len(a[2]))) or run(*a, **k))
+    compare(deep, tmp_path / "a", methods=("gptq",), bits=(4,), **HOW)
+    assert folds == [(2, 2)]

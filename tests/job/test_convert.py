@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sarqc
 from sarqc.checkpoint.compare import differences
@@ -86,6 +87,24 @@ def test_quantize_writes_the_format_itself(tmp_path, symmetric):
         first, second = (json.loads(found["config.json"]) for found in (direct_files, there_files))
         known = FORMATS[format]
         assert set(known.ignored(first["quantization_config"])) == set(known.ignored(second["quantization_config"]))
+
+
+def test_quantize_and_convert_name_alike_what_transformers_has_no_use_for(tmp_path):
+    """Layers that servers draft tokens with: whoever takes every Linear for packed must be told that these are not."""
+    source = tiny.save("deepseek_v3", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    extra = {
+        name.replace(".layers.1.", ".layers.2."): one.clone() for name, one in tensors.items() if ".layers.1." in name
+    }
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    kinds = sarqc.preflight(source, tmp_path / "out", method="rtn", group_size=32).kinds
+    assert all(kind.left != "router or no Linear" or kind.name.endswith("mlp.gate") for kind in kinds)
+    out = sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32).out
+    with open_checkpoint(out) as written:
+        ignored = set(written.config["quantization_config"]["ignore"])
+        assert ignored == set(job._ignored(written))
+    more = {name.removesuffix(".weight") for name, one in extra.items() if one.dim() == 2}
+    assert len(more) > 10 and {name for name in ignored if ".layers.2." in name} == more
 
 
 def test_three_bits_in_old_padded_words_become_dense(tmp_path):

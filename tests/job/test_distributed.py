@@ -17,7 +17,8 @@ from sarqc.errors import Interrupted, NumericError
 from sarqc.job import distributed
 from sarqc.job.watcher import Silent
 from sarqc.job.work import default_work, reopen
-from sarqc.model import blocks, solving
+from sarqc.model import blocks, passes, solving
+from sarqc.model.rescale import BlockScales
 from tests.support import tiny
 from tests.support.ranks import in_ranks
 
@@ -174,6 +175,32 @@ def test_memory_that_runs_out_on_one_rank_makes_all_take_less(models, straight, 
     assert in_ranks(2, failing, tmp_path / "log") == [(0, "")] * 2
     one = sarqc.quantize(models["qwen3_moe"], tmp_path / "one", **SMALL | {"method": "gptq"})
     outcomes.recovered(weights(out), weights(one.out))
+
+
+@pytest.mark.parametrize(
+    ("room", "name"),
+    [(blocks, "find_folds"), (blocks, "borrowing"), (blocks, "_put"), (passes, "_finite"), (BlockScales, "_take")],
+    ids=["folds", "Grams", "weights before", "finite", "scales"],
+)
+def test_memory_that_runs_out_between_two_meetings_keeps_ranks_in_step(models, tmp_path, room, name):
+    """On one rank alone, where no other waits: none of them may take its next word for another one's."""
+    call = getattr(room, name)
+
+    def failing(rank):
+        left = [1]
+
+        def full(*args):
+            if rank == 1 and left:
+                left.clear()
+                raise torch.OutOfMemoryError("tried to allocate 2 GB")
+            return call(*args)
+
+        setattr(room, name, full)
+        result = sarqc.quantize(models["qwen3_moe"], tmp_path / "out", **SMALL | {"micro_batch": 2})
+        assert not left or rank == 0
+        assert any("halved" in note for note in result.report["notes"])
+
+    assert in_ranks(2, failing, tmp_path / "log") == [(0, "")] * 2
 
 
 def test_rank_0_alone_writes(models, tmp_path):

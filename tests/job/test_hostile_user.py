@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from sarqc import cli
 from sarqc.checkpoint.folders import refuse_place
 from sarqc.errors import CheckpointError
 from tests.support import tiny
@@ -181,6 +183,42 @@ def test_a_config_file_has_the_names_of_the_options(source, door, tmp_path, caps
         assert door("quantize", source, "-o", tmp_path / "out", "--config", tmp_path / "run.yaml")[0] == 0
     kinds = json.loads(printed[0])["kinds"]
     assert [kind["left"] for kind in kinds if "o_proj" in kind["name"]] == ["ignore o_proj"]
+
+
+HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.\nmore")
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "says"),
+    [
+        (
+            ("eval", "m"),
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "CUDA out of memory); use a smaller --seqlen, or",
+        ),
+        (("generate", "m", "--prompt", "p"), HOST, "[enforce fail] DefaultCPUAllocator"),
+        (("chat", "m"), MemoryError(), "of this machine); use a smaller --max-new-tokens"),
+        (("compare", "m", "-o", "o"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "CUBLAS_STATUS_ALLOC_FAILED); use"),
+    ],
+)
+def test_memory_that_runs_out(door, monkeypatch, command, error, says):
+    def full(*args, **options):
+        raise error
+
+    for place in ("load", "comparison.compare"):
+        monkeypatch.setattr(f"sarqc.job.{place}.locate", full)
+    code, line = door(*command)
+    assert code == 2 and line.startswith(f"sarqc: {command[0]}: out of memory ({says}"), line
+
+
+def test_an_error_that_is_none_of_memory_stays_what_it_is(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("an illegal access")
+
+    monkeypatch.setattr("sarqc.job.load.locate", broken)
+    monkeypatch.setattr(sys, "argv", ["sarqc", "eval", "m"])
+    with pytest.raises(RuntimeError, match="an illegal access"):
+        cli.main()
 
 
 @pytest.mark.parametrize("size", ["x", "0", "-2", "2.0"])

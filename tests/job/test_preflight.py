@@ -131,6 +131,16 @@ def test_ranks_that_no_server_takes_are_refused_before_the_run(sources, tmp_path
         preflight(sources["llama"], tmp_path / "out", tp=0)
 
 
+def test_the_first_look_is_counted_where_there_is_one(sources, tmp_path):
+    def stages(**how):
+        found = preflight(sources["qwen3_moe"], tmp_path / "out", **SMALL | {"method": "gptq"} | how).memory
+        return {stage.stage: stage.host for stage in found}
+
+    assert "look" not in stages()
+    mixed = stages(avg_bits=4.5)
+    assert mixed["look"] >= mixed["solve"] - (1 << 20) and list(mixed).index("look") < list(mixed).index("observe")
+
+
 def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
     monkeypatch.setattr("sarqc.job.forecast.preflight.host_memory", lambda: 1 << 20)
     with pytest.raises(ResourceError, match=r"of memory, this machine has 1\.0 MB: lower --gram-budget"):

@@ -10,7 +10,7 @@ import torch
 
 from sarqc.method.parts import Parts
 from sarqc.method.strength import GRID, Strengths
-from sarqc.model import blocks, sharing, solving
+from sarqc.model import blocks, rescale, sharing, solving
 from sarqc.model.sites import write_back
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import Overlay
@@ -337,6 +337,21 @@ def test_memory_that_runs_out_at_the_last_layer_costs_only_time(tiny, monkeypatc
     for a, b in zip(plain, again, strict=True):
         differing = sum(int((a.weights[name].codes != b.weights[name].codes).sum()) for name in a.weights)
         assert differing <= 0.01 * sum(weight.codes.numel() for weight in a.weights.values())
+
+
+def test_memory_that_runs_out_in_the_search_of_scales_leaves_the_windows_as_they_are(tiny, monkeypatch):
+    """Windows have no part in it: of Grams there are fewer at a time."""
+    case, search, failed = tiny("qwen3_moe"), rescale.search, []
+
+    def full(readers, *args, **options):
+        if not failed:
+            failed.append(len(readers))
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return search(readers, *args, **options)
+
+    monkeypatch.setattr(rescale, "search", full)
+    notes = [note for result in run(case, solve_spec("sarqc"), micro_batch=2) for note in result.notes]
+    assert failed and len(notes) == 1 and "Grams at a time halved" in notes[0]
 
 
 def test_a_row_that_leaves_the_block_infinite_is_left_out_though_what_enters_the_layer_is_sound(tiny, monkeypatch):

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from sarqc.errors import ArgumentError
+from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.solve import round_plainly
-from sarqc.model import first_look
+from sarqc.model import first_look, sharing
+from sarqc.model.skeleton import Skeleton
 from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec, solve_spec
 
@@ -42,7 +43,7 @@ def test_the_divergence_is_that_of_the_whole_model(tiny, monkeypatch):
     """By hand: change one site of the first block of an ordinary model, and compare what both say next."""
     case = tiny("llama")
 
-    def rounded(site, weight, statistics, quant, solve, scale_dtype):
+    def rounded(site, weight, statistics, quant, solve, scale_dtype, experts=slice(None)):
         return round_plainly(weight, quant.at(4), "minmax", scale_dtype)
 
     monkeypatch.setattr(first_look, "tried", rounded)
@@ -70,6 +71,62 @@ def test_experts_in_portions_lose_as_much(tiny):
     for (_, one), (_, other) in zip(look(case), look(case, gram_budget=1)):
         assert one.divergence == other.divergence
         assert all(0.3 < one.losses[width] / other.losses[width] < 3 for width in one.losses)
+
+
+def test_experts_are_solved_in_pieces_as_in_a_run_and_lose_the_same(tiny, monkeypatch):
+    case, most, tried = tiny("qwen3_moe"), [], first_look.tried
+    whole = look(case)
+
+    def watched(site, weight, *rest):
+        most.append(len(weight))
+        return tried(site, weight, *rest)
+
+    monkeypatch.setattr(first_look, "tried", watched)
+    monkeypatch.setitem(sharing.SOLVE_BYTES, "cpu", 1)
+    assert look(case) == whole and max(most) == 1
+
+
+@pytest.mark.parametrize("where", ["tried", "width_losses"])
+def test_memory_that_runs_out_while_solving_costs_only_time(tiny, monkeypatch, where):
+    """Fewer Grams at a time, in as many tries as it takes."""
+    case, held, call = tiny("qwen3_moe"), [], getattr(first_look, where)
+
+    def full(site, weight, statistics, *rest):
+        held.append(len(statistics.rows()))
+        if held[-1] > 2:
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return call(site, weight, statistics, *rest)
+
+    whole = look(case)
+    monkeypatch.setattr(first_look, where, full)
+    again = look(case)
+    assert [site.divergence for _, site in again] == [site.divergence for _, site in whole] and held.count(4) == 1
+
+
+def test_memory_that_runs_out_while_observing_or_moving_on_halves_the_windows(tiny, monkeypatch):
+    case, calls, call_block = tiny("llama"), [], Skeleton.call_block
+
+    def full(self, index, hidden):
+        calls.append(len(hidden))
+        if index == 0 and len(hidden) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return call_block(self, index, hidden)
+
+    whole = look(case)
+    monkeypatch.setattr(Skeleton, "call_block", full)
+    again = look(case, micro_batch=lambda length: 4)
+    assert 3 in calls and max(calls[calls.index(3) + 1 :]) <= 2
+    for (_, one), (_, other) in zip(whole, again, strict=True):
+        assert one.divergence == pytest.approx(other.divergence, rel=0.1)
+
+
+def test_a_device_too_small_for_one_gram_is_said(tiny, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("tried to allocate 2 GB")
+
+    monkeypatch.setattr(first_look, "tried", full)
+    with pytest.raises(ResourceError, match="one window and one Gram at a time"):
+        look(tiny("qwen3_moe"))
 
 
 def test_one_window_is_cut_in_two(tiny):

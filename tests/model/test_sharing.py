@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarqc.errors import ArgumentError
+from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.report import SolveReport, joined
-from sarqc.model.group import ALONE, all_or_none
+from sarqc.model.group import ALONE, all_or_none, in_turn
 from sarqc.model.passes import passes
 from sarqc.model.sharing import SOLVE_BYTES, cost, deal, pieces, positions, renumbered, share_out, solving_bytes
 from sarqc.model.sites import Share, Site
@@ -111,6 +111,18 @@ def test_memory_that_runs_out_is_everybodys():
     assert all_or_none(ALONE, lambda: 3) == 3
 
 
+def test_memory_that_runs_out_while_ranks_wait_in_turn_ends_the_run(monkeypatch):
+    def full():
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")
+
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED when calling") as told:
+        in_turn(ALONE, full)
+    assert not isinstance(told.value, ResourceError)
+    monkeypatch.setattr(type(ALONE), "size", 2)
+    with pytest.raises(ResourceError, match="while ranks wait for each other, in ordered sums"):
+        in_turn(ALONE, full)
+
+
 def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_error_is():
     def failing(words):
         raise RuntimeError(words)
@@ -119,6 +131,8 @@ def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_err
         all_or_none(
             ALONE, lambda: failing("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         )
+    with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
+        all_or_none(ALONE, lambda: failing("DefaultCPUAllocator: can't allocate memory"))
     with pytest.raises(RuntimeError, match="an illegal access") as told:
         all_or_none(ALONE, lambda: failing("an illegal access"))
     assert not isinstance(told.value, torch.OutOfMemoryError)

@@ -9,6 +9,7 @@ from torch import nn
 from sarqc.errors import ArgumentError, ModelError
 from sarqc.model.names import Piece
 from sarqc.model.sites import find_sites, observe, separate_sites
+from sarqc.model.source import StateDictSource
 from sarqc.model.targets import auto_group_size, check_group_size, targets
 from sarqc.spec import QuantSpec
 
@@ -80,6 +81,23 @@ def test_targets_are_the_checkpoints_linears(tiny, arch):
     for target in found.selected:
         assert target.shape == case.source.shape(f"{target.linear}.weight")
     assert not case.source.reads
+
+
+def test_layers_that_the_model_has_no_use_for_are_left_by_name(tiny):
+    """As those that servers draft tokens with: matrices alone, and no embedding."""
+    case = tiny("deepseek_v3")
+    start = "model.layers.2."
+    more = {
+        f"{start}mlp.experts.0.gate_proj.weight": torch.zeros(64, 64),
+        f"{start}eh_proj.weight": torch.zeros(64, 128),
+        f"{start}shared_head.head.weight": torch.zeros(256, 64),
+        f"{start}embed_tokens.weight": torch.zeros(256, 64),
+        f"{start}enorm.weight": torch.zeros(64),
+    }
+    before = targets(case.skeleton(), QUANT)
+    found = targets(case.skeleton(StateDictSource(case.tensors() | more)), QUANT)
+    left = (f"{start}eh_proj", f"{start}mlp.experts.0.gate_proj", f"{start}shared_head.head")
+    assert found.selected == before.selected and sorted(set(found.untouched) - set(before.untouched)) == sorted(left)
 
 
 def test_ignored_layers_are_left_with_the_pattern_that_found_them(tiny):

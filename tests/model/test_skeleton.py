@@ -183,6 +183,21 @@ def test_nothing_global_is_touched_and_the_configuration_is_not_changed(tiny):
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
+def test_memory_that_runs_out_in_a_block_is_no_fault_of_its_configuration(tiny, monkeypatch):
+    case = tiny("llama")
+    skeleton = case.skeleton()
+    skeleton.load_outer(case.source)
+    hidden = skeleton.embed(case.tokens)
+    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"):
+
+        def full(*args, words=words, **kwargs):
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(skeleton.blocks[0], "forward", full)
+        with pytest.raises(torch.OutOfMemoryError, match=words):
+            skeleton.call_block(0, hidden)
+
+
 def test_blocks_given_something_of_the_tokens_are_refused(tiny):
     case = tiny("llama")
     skeleton = case.skeleton()

@@ -32,6 +32,8 @@ from sarqc.checkpoint.formats.common import (
     say,
     strings,
     whole_linears,
+    with_fused,
+    without_fused,
 )
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
@@ -91,7 +93,7 @@ class Awq:
         return {
             "bits": BITS,
             "group_size": quant.group_size,
-            "modules_to_not_convert": list(dict.fromkeys(ignored)) or None,
+            "modules_to_not_convert": with_fused(ignored) or None,
             "quant_method": self.name,
             "version": "gemm",
             "zero_point": True,
@@ -99,7 +101,7 @@ class Awq:
 
     def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
         """`modules_to_not_convert`, and `lm_head`, which AWQ never takes."""
-        return (*strings(quantization, "modules_to_not_convert"), "lm_head")
+        return (*without_fused(strings(quantization, "modules_to_not_convert")), "lm_head")
 
     def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         """None: config.json says it all."""

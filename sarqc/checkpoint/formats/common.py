@@ -13,6 +13,13 @@ from sarqc.errors import CheckpointError, NumericError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.spec import QuantSpec
 
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""What servers make one matrix of, and call it."""
+
 
 def check_weight(linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None:
     """`CheckpointError` where `weight` is not one matrix as `quant` says; `NumericError` for a scale not finite."""
@@ -99,6 +106,26 @@ def check_tensor(
 def say(tensor: TensorInfo) -> str:
     """Dtype and shape for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def with_fused(names: Iterable[str]) -> list[str]:
+    """Names of Linears left unquantized, each once, and behind them those of the matrices that servers make of some of
+    them: SGLang asks for these alone. Not of single experts, which are part of a larger one."""
+    given = dict.fromkeys(names)
+    found: dict[str, None] = {}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in given):
+        if not parent.rpartition(".")[2].isdigit():
+            whole = (one for one, parts in _FUSED.items() if all(f"{parent}.{part}" in given for part in parts))
+            found |= dict.fromkeys(f"{parent}.{one}" for one in whole)
+    return list(given | found)
+
+
+def without_fused(names: Iterable[str]) -> list[str]:
+    """The names without those that `with_fused` adds to the others."""
+    given = list(names)
+    parts = [name for name in given if name.rpartition(".")[2] not in _FUSED]
+    added = set(with_fused(parts)) - set(parts)
+    return [name for name in given if name not in added]
 
 
 def strings(quantization: Mapping[str, Any], key: str) -> list[str]:

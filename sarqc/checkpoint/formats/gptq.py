@@ -33,6 +33,8 @@ from sarqc.checkpoint.formats.common import (
     refuse_mixed,
     say,
     whole_linears,
+    with_fused,
+    without_fused,
 )
 from sarqc.checkpoint.formats.gptq_scheme import (
     BITS,
@@ -123,13 +125,13 @@ class Gptq:
             "quant_method": METHOD,
             "sym": quant.sym,
         }
-        if names := [name for name in dict.fromkeys(ignored) if name != "lm_head"]:
+        if names := [name for name in with_fused(ignored) if name != "lm_head"]:
             config["dynamic"] = {f"-:{exactly(name)}": {} for name in names}
         return config
 
     def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
         """Names under `dynamic` that stand for one layer, and `lm_head`."""
-        return left_out(quantization)
+        return tuple(without_fused(left_out(quantization)))
 
     def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         """GPTQModel looks for the same numbers in a file of their own first."""

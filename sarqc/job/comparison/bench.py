@@ -230,13 +230,14 @@ def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> di
 
 
 def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> Iterator[blocks.BlockResult]:
-    tokens, size = None, cell.windows
+    tokens, size, borrows = None, cell.windows, cell.solve.borrow > 0
+    folds = min(FOLDS, bench.sizes[0])
     recall: Recall | None = None
     if grams is not None and size is not None:
-        tokens = bench.calibration.tokens[:1, :GLANCE]
+        tokens = bench.calibration.tokens[:folds, :GLANCE]  # a window for each fold: Grams are counted with all of them
 
         def recall(index: int, shares: Sequence[Share]) -> list[Any]:
-            return [grams.load(index, size, s.site.name, s.first, s.stop, bench.device) for s in shares]
+            return [grams.load(index, size, share, bench.device, rest=borrows) for share in shares]
 
     return blocks.run(
         bench.solver,
@@ -246,6 +247,7 @@ def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> It
         cell.solve,
         device=bench.device,
         dtype=bench.dtype,
+        folds=folds,
         recall=recall,
         on_progress=lambda index, stage: detail(f"{cell.method} {cell.quant.bits} bits, block {index} {stage}"),
     )

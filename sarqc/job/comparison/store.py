@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from sarqc.checkpoint.grams import load_statistics, save_statistics
 from sarqc.errors import CheckpointError
 from sarqc.method.statistics import Statistics
+from sarqc.model.sites import Share
 
 CELLS = "cells.jsonl"
 
@@ -98,22 +99,22 @@ class Grams:
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be written: {error.strerror or error}") from error
 
-    def save(self, block: int, size: int, sites: dict[str, Statistics], *, blocks: int) -> None:
-        """Write some sites of a block; `CheckpointError` after the first block where the disk has no room for all."""
+    def save(self, block: int, size: int, shares: Mapping[Share, Statistics], *, blocks: int) -> None:
+        """Write some shares of a block; `CheckpointError` after the first block where the disk has no room for all."""
         if block and not any(at for at, _ in self._written):
             self._check_room(blocks)
         own = self._written.setdefault((block, size), [])
         path = self.folder / f"block-{block:04d}-windows-{size}-{len(own)}.safetensors"
-        save_statistics(path, sites)
+        save_statistics(path, {(share.site.name, share.first): kept for share, kept in shares.items()})
         own.append(path)
 
-    def load(self, block: int, size: int, site: str, first: int, stop: int, device: torch.device) -> Statistics:
-        """Statistics of experts first .. stop of a site."""
-        for path in self._written[block, size]:
-            found = load_statistics(path, site, first, stop, device)
-            if found is not None:
-                return found
-        raise CheckpointError(f"{self.folder} holds no statistics of {site}: remove the folder and run again")
+    def load(self, block: int, size: int, share: Share, device: torch.device, *, rest: bool) -> Statistics:
+        """Statistics of a share, however they were cut when they were written; rest: with those of its others."""
+        name, paths = share.site.name, self._written[block, size]
+        found = load_statistics(paths, name, share.first, share.stop, device, rest=rest)
+        if found is None:
+            raise CheckpointError(f"{self.folder} holds no statistics of {name}: remove the folder and run again")
+        return found
 
     def remove(self) -> None:
         """Give the disk back."""

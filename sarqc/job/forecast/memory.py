@@ -14,12 +14,13 @@ from sarqc.job.machine import host_memory, ranks_here
 from sarqc.job.plan import Plan
 from sarqc.job.reporting.report import peak_memory_mib
 from sarqc.method.held_out import EXPERTS, TRIAL_BYTES
+from sarqc.model.first_look import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.model.passes import gram_bytes, passes
 from sarqc.model.sharing import pieces, solving_bytes
 from sarqc.model.sites import Share, Site
 from sarqc.model.targets import Target
 
-STAGES = ("embed", "load", "observe", "solve", "replay", "write")
+STAGES = ("embed", "load", "look", "observe", "solve", "replay", "write")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
     folds = 0 if not windows else 2 if apart else 1
     tensor = max(shapes.stored_bytes(plan, name) for name in plan.source.names())
     outer = width * _outer(plan)
+    tried = (TOKENS + TRIED_WINDOWS * TRIED_LENGTH * _sites(plan)) * width * shapes.hidden_size(plan)
     peaks: dict[str, tuple[int, int]] = dict.fromkeys(STAGES, (0, 0))  # on the device, and on the host beside it
     for index, sites in shapes.blocks(plan):
         members = plan.targets.of_block(index)
@@ -90,6 +92,7 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
         needs = {
             "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),
             "load": (block + tensor, states + tensor + ahead),
+            "look": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
             "observe": (block + grams + flow, states + ahead),
             "solve": (block + grams + solving, states + ahead + codes),
             "replay": (block + flow, states + ahead + codes),
@@ -97,6 +100,8 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
         }
         for stage, need in needs.items():
             peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
+    if plan.quant.avg_bits is None:
+        del peaks["look"]
     if not windows:
         peaks = {stage: peak for stage, peak in peaks.items() if stage in ("load", "solve", "write")}
     base = peak_memory_mib()["host"] << 20
@@ -124,6 +129,16 @@ def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
     solving = max((solving_bytes(share, folds > 0) for share in solved), default=0)
     choosing = max((_choosing(share) for shares in portions for share in shares), default=0) if folds > 1 else 0
     return grams, max(solving, choosing)
+
+
+def _largest(sites: list[Site]) -> int:
+    """Elements of the largest site, of which the first look keeps a copy while it tries another weight in its place."""
+    return max((sum(prod(target.shape) for target in site.members) for site in sites), default=0)
+
+
+def _sites(plan: Plan) -> int:
+    """Sites of the whole model, each of which the first look runs a few windows of its own on from."""
+    return sum(len(sites) for _, sites in shapes.blocks(plan))
 
 
 def _choosing(share: Share) -> int:

@@ -163,7 +163,9 @@ def _kinds(plan: Plan) -> list[Kind]:
     for name in plan.targets.untouched:
         tensor = next((one for one in (f"{name}.weight", name) if one in known), None)
         reason = f"ignore {patterns[name]}" if name in patterns else "router or no Linear"
-        if name not in patterns and not name.startswith(inside):
+        if name in plan.skeleton.unused:
+            reason = "not used by transformers"
+        elif name not in patterns and not name.startswith(inside):
             reason = "outside the blocks"
         counted[serve.star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
     return [Kind(name, shape, count, left) for (name, shape, left), count in counted.items()]

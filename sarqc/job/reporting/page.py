@@ -282,7 +282,11 @@ def _left_alone(report: facts.Report) -> str:
     found = report["targets"]
     ignored: dict[str, str] = found.get("ignored", {})
     rows = [
-        (name, str(count), f"ignore pattern {reason}" if reason else "outside the blocks, or a router")
+        (
+            name,
+            str(count),
+            f"ignore pattern {reason}" if reason else "outside the blocks, a router, or not used by transformers",
+        )
         for (name, reason), count in _folded((name, ignored.get(name, "")) for name in found.get("untouched", []))
     ]
     told = f"{found['quantized']} layers were quantized. Norms and embeddings always stay; so do these:"
