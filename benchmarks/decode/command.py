@@ -23,7 +23,6 @@ from benchmarks.decode import model as models
 from benchmarks.ops.base import Contender, Op, Point, Roof, runs_anywhere
 from benchmarks.quantize.shapes import MODELS, config_of
 from benchmarks.timing import Turn, in_turns, ready
-from sarqc.job.load import resolve_device
 
 BITS: dict[str, int | None] = {"sarqc W4": 4, "sarqc W3": 3, "transformers bf16": None}
 BATCHES = (1, 8, 64)
@@ -53,7 +52,7 @@ OP = Op(
 
 def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
-    device, budget = resolve_device(options.device), Budget(options.minutes, first_guess=1.0)
+    device, budget = machine.device_of(options.device), Budget(options.minutes, first_guess=1.0)
     shapes, context = BY_DEVICE["cpu" if options.quick else device.type]
     tested = options.tested_before
     out = options.out or machine.place(device, options.quick)

@@ -142,3 +142,12 @@ def test_tuning_keeps_what_beats_the_rule_and_nothing_else(monkeypatch, tmp_path
 def test_tuning_wants_a_card():
     with pytest.raises(SystemExit, match="nothing to tune"):
         tune.main(["gram", "--device", "cpu"])
+
+
+def test_the_card_that_is_asked_for_is_the_current_one(monkeypatch):
+    """Or its kernels would be timed by events, and captured in graphs, of the first."""
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert [machine.device_of(name) for name in ("cuda:2", "cpu")] == [torch.device("cuda:2"), torch.device("cpu")]
+    assert made_current == [2]
