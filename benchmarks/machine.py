@@ -24,7 +24,7 @@ QUERY = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "
 
 
 def device_of(name: str) -> torch.device:
-    """The device of a `--device`, made the current one: events and graphs are of the current card, whatever they time."""
+    """The device of a `--device`, made the current one: events and graphs are of that, whatever they time."""
     device = resolve_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)

@@ -209,6 +209,14 @@ extern "C" int sarqc_gemv_size() { return sizeof(Gemv); }
 
 extern "C" const char* sarqc_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+// 0 where a kernel of this library can run on the current card; versions: of CUDA here, and the driver's latest.
+extern "C" int sarqc_ready(int* versions) {
+    cudaRuntimeGetVersion(versions);
+    cudaDriverGetVersion(versions + 1);
+    cudaFuncAttributes found;
+    return cudaFuncGetAttributes(&found, gemv<false, 1, true>);
+}
+
 template <bool kHalf, bool kWhole>
 static auto kernel_for(int tokens) {
     return tokens == 1   ? gemv<kHalf, 1, kWhole>

@@ -38,8 +38,8 @@ MOST_WORKSPACE = 1 << 28  # bytes of partial sums
 class Tile:
     """What is compiled.
 
-    m x n: inputs. depth: rows at a time. descriptors: x is read by bulk copies (sm_90 on). apart: tiles on the diagonal,
-    which sum |x| too, have a loop of their own; in one loop for all, every tile takes x into registers at each step.
+    m x n: inputs. depth: rows at a time. descriptors: x is read by bulk copies (sm_90 on). apart: tiles on the
+    diagonal, which sum |x| too, have a loop of their own; in one for all, every tile takes x into registers each step.
     """
 
     m: int
