@@ -16,10 +16,19 @@ import torch
 
 from benchmarks.ops.base import Roof
 from benchmarks.timing import in_turns, percentiles, ready
+from sarqc.job.load import resolve_device
 from sarqc.job.reporting.report import versions
 
 ROOT = Path(__file__).parent.parent
 QUERY = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a `--device`, made the current one: events and graphs are of that, whatever they time."""
+    device = resolve_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    return device
 
 
 def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:

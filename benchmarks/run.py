@@ -25,7 +25,6 @@ from benchmarks.budget import Budget
 from benchmarks.decode import command as decode
 from benchmarks.ops import OPS
 from benchmarks.quantize import command as quantize
-from sarqc.job.load import resolve_device
 
 WHOLE = {"decode": decode.main, "quantize": quantize.main}
 """What is measured of whole models, each a command with options of its own."""
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] and arguments[0] in WHOLE:
         return WHOLE[arguments[0]](arguments[1:])
     options = _options(arguments)
-    device, budget = resolve_device(options.device), Budget(options.minutes)
+    device, budget = machine.device_of(options.device), Budget(options.minutes)
     out = options.out or machine.place(device, options.quick)
     chosen = list(OPS) if options.what == "all" else [options.what]
     tested, refused = options.tested_before, []

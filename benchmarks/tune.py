@@ -23,7 +23,6 @@ from benchmarks.ops import OPS, columns, gram
 from benchmarks.ops.base import Call, Inputs, Point
 from benchmarks.ops.w4a16 import GROUP
 from benchmarks.timing import COLD_BYTES, copies_for, in_turns, percentiles, ready
-from sarqc.job.load import resolve_device
 from sarqc_kernels import prepare
 from sarqc_kernels.cards import Card, card_of, triton_unsupported
 from sarqc_kernels.columns import config as columns_config
@@ -189,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written")
     options = parser.parse_args(arguments)
-    device, budget = resolve_device(options.device), Budget(options.minutes)
+    device, budget = machine.device_of(options.device), Budget(options.minutes)
     if reason := triton_unsupported(torch.empty(0, device=device)):
         raise SystemExit(f"nothing to tune: {reason}")
     if device.type != "cuda":

@@ -230,6 +230,14 @@ extern "C" int sarqc_columns_size() { return sizeof(Columns); }
 
 extern "C" const char* sarqc_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+// 0 where a kernel of this library can run on the current card; versions: of CUDA here, and the driver's latest.
+extern "C" int sarqc_ready(int* versions) {
+    cudaRuntimeGetVersion(versions);
+    cudaDriverGetVersion(versions + 1);
+    cudaFuncAttributes found;
+    return cudaFuncGetAttributes(&found, columns<false, false>);
+}
+
 extern "C" int sarqc_columns(const Columns* call, int threads, void* stream) {
     const dim3 blocks((call->rows + threads - 1) / threads, call->experts);
     const auto kernel = call->fit ? columns<true, true> : call->round ? columns<true, false> : columns<false, false>;

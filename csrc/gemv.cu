@@ -6,8 +6,11 @@
 // 64 KiB in flight on a processor, where bandwidth times latency asks for about 26. Nibble i of word p is the code of
 // input 16 i + p: a lane's four words need x at four neighbouring inputs, eight times, from the first-level cache.
 //
-// A code becomes fp32 without a conversion: OR-ed into the bits of 2^23 it is 2^23 + code, and subtracting 2^23 + zero
-// is exact. Per weight: shift, OR, subtract, and a multiply-add for each token. Scales multiply the sums of a group.
+// A code becomes fp32 without a conversion, and where it stands: nibble t of a word under the exponent of 2^(23 - 4t)
+// is 2^(23 - 4t) + code, and subtracting 2^(23 - 4t) + zero is exact. Nibbles 5 to 7 lie too high for that and come
+// down first, three with one shift. Per weight: AND-OR, subtract, and a multiply-add for each token. Scales multiply
+// the sums of a group. Counted for sm_90a with one token in bf16, symmetric, groups of 128: 600 instructions for the
+// 128 weights that a lane has of a brick, 384 of them these three.
 //
 // Lanes and warps meet once, in shared memory, and are added in one order: the same call gives the same bits.
 
@@ -23,6 +26,7 @@ constexpr int kRows = 32;             // of a block
 constexpr int kOwn = kRows / 8;       // rows of a lane: row lane / 4 of every eight
 constexpr int kBrick = 256;           // 16-byte vectors of a brick of 64 rows
 constexpr int kSlices = 8;            // slices of 16 inputs in a brick
+constexpr int kScales = 6;            // slice at which a whole group's scales come: earlier, and four tokens spill
 constexpr int kPad = 8;               // floats between the quarters' sums: their banks differ
 
 // What a launch gets; sarqc_kernels/w4a16/cuda_impl.py has the same fields in the same order.
@@ -50,10 +54,36 @@ __device__ uint16_t bits_of(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
-__device__ float scale_at(const Gemv& call, int64_t at) {
-    if (call.scale_kind == 0) return static_cast<const float*>(call.scales)[at];
-    const uint16_t bits = static_cast<const uint16_t*>(call.scales)[at];
-    return call.scale_kind == 1 ? value_of<true>(bits) : value_of<false>(bits);
+// The scales of a lane's rows in a group: those at `at`, at + 8 and so on.
+__device__ void scales_at(const Gemv& call, int64_t at, float (&scale)[kOwn]) {
+    if (call.scale_kind == 0) {
+#pragma unroll
+        for (int own = 0; own < kOwn; ++own) scale[own] = static_cast<const float*>(call.scales)[at + 8 * own];
+    } else {
+#pragma unroll
+        for (int own = 0; own < kOwn; ++own) {
+            const uint16_t bits = static_cast<const uint16_t*>(call.scales)[at + 8 * own];
+            scale[own] = call.scale_kind == 1 ? value_of<true>(bits) : value_of<false>(bits);
+        }
+    }
+}
+
+// The zeros of the same rows.
+__device__ void zeros_at(const Gemv& call, int64_t at, float (&zero)[kOwn]) {
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) zero[own] = call.zeros ? static_cast<float>(call.zeros[at + 8 * own]) : 8.f;
+}
+
+// 2^(23 - 4 place) + the code at `place` of a word, 0 to 4: the code stands where that power of two has its units.
+__device__ float lifted(uint32_t word, int place) {
+    const uint32_t mask = 15u << (4 * place), power = (150u - 4 * place) << 23;
+#ifdef __CUDACC__
+    uint32_t bits;  // left to itself the compiler takes two instructions, as one holds no more than one constant
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(bits) : "r"(word), "r"(mask), "r"(power));
+    return __uint_as_float(bits);
+#else
+    return __uint_as_float((word & mask) | power);
+#endif
 }
 
 // The lane's vector of each of its rows of a brick; nothing beyond the last brick.
@@ -65,49 +95,47 @@ __device__ void fetch(const Gemv& call, const uint4* words, int brick, uint4 (&p
     }
 }
 
-// A brick: sums[own][token] += scale * sum (code - zero) * x.
-template <bool kHalf, int kTokens>
+// A brick: sums[own][token] += scale * sum (code - zero) * x. kWhole: a group is a brick or more.
+template <bool kHalf, int kTokens, bool kWhole>
 __device__ void multiply(const Gemv& call, const uint4 (&packed)[kOwn], int brick, int row, int quarter,
                          float (&sums)[kOwn][kTokens]) {
+    const int every = kWhole ? kSlices : call.slices_per_group;  // a power of two
+    const int before = !kWhole                      ? brick * (kSlices / every)
+                       : call.bricks_per_group == 1 ? brick  // a division takes 24 instructions
+                                                    : brick / call.bricks_per_group;
+    int64_t at = static_cast<int64_t>(before) * call.padded + row;
     float part[kOwn][kTokens] = {}, scale[kOwn], zero[kOwn];
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
-        if (slice % call.slices_per_group == 0) {
-            const int group = call.slices_per_group == kSlices
-                                  ? brick / call.bricks_per_group
-                                  : (brick * kSlices + slice) / call.slices_per_group;
-#pragma unroll
-            for (int own = 0; own < kOwn; ++own) {
-                const int64_t at = static_cast<int64_t>(group) * call.padded + row + 8 * own;
-                scale[own] = scale_at(call, at);
-                zero[own] = 8388608.f + (call.zeros ? static_cast<float>(call.zeros[at]) : 8.f);
-            }
-        }
+        if ((slice & (every - 1)) == 0) zeros_at(call, at, zero);
+        if (kWhole ? slice == kScales : (slice & (every - 1)) == 0) scales_at(call, at, scale);
         const int column = brick * 128 + 16 * slice + 4 * quarter;
         float x[kTokens][4];
 #pragma unroll
         for (int token = 0; token < kTokens; ++token) {
-            ushort4 four = {0, 0, 0, 0};
+            uint2 four = {0, 0};
             if (column < call.inputs) {  // inputs are a multiple of 4
-                four = *reinterpret_cast<const ushort4*>(call.x + static_cast<int64_t>(token) * call.inputs + column);
+                four = *reinterpret_cast<const uint2*>(call.x + static_cast<int64_t>(token) * call.inputs + column);
             }
-            x[token][0] = value_of<kHalf>(four.x);
-            x[token][1] = value_of<kHalf>(four.y);
-            x[token][2] = value_of<kHalf>(four.z);
-            x[token][3] = value_of<kHalf>(four.w);
+            x[token][0] = value_of<kHalf>(four.x & 0xffffu);
+            x[token][1] = value_of<kHalf>(four.x >> 16);
+            x[token][2] = value_of<kHalf>(four.y & 0xffffu);
+            x[token][3] = value_of<kHalf>(four.y >> 16);
         }
+        const int shift = slice < 5 ? 0 : 12, place = slice - shift / 4;
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) {
             const uint32_t word[4] = {packed[own].x, packed[own].y, packed[own].z, packed[own].w};
+            const float above = zero[own] + static_cast<float>(1 << (23 - 4 * place));
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
-                const float weight = __uint_as_float(((word[p] >> (4 * slice)) & 15u) | 0x4B000000u) - zero[own];
+                const float weight = lifted(word[p] >> shift, place) - above;
 #pragma unroll
                 for (int token = 0; token < kTokens; ++token)
                     part[own][token] = fmaf(weight, x[token][p], part[own][token]);
             }
         }
-        if ((slice + 1) % call.slices_per_group == 0) {
+        if (((slice + 1) & (every - 1)) == 0) {
 #pragma unroll
             for (int own = 0; own < kOwn; ++own) {
 #pragma unroll
@@ -116,6 +144,7 @@ __device__ void multiply(const Gemv& call, const uint4 (&packed)[kOwn], int bric
                     part[own][token] = 0.f;
                 }
             }
+            at += call.padded;
         }
     }
 }
@@ -127,7 +156,7 @@ __device__ int place(int warp, int quarter, int token, int row) {
 }
 
 // First half of the kernel: a thread's sums, into shared memory.
-template <bool kHalf, int kTokens>
+template <bool kHalf, int kTokens, bool kWhole>
 __device__ void accumulate(const Gemv& call, float* shared, int block, int thread) {
     const int warp = thread / 32, row = thread % 32 / 4, quarter = thread % 4;
     const int first = block * kRows;
@@ -138,7 +167,8 @@ __device__ void accumulate(const Gemv& call, float* shared, int block, int threa
     fetch(call, words, warp, now);
     for (int brick = warp; brick < call.bricks; brick += kWarps) {
         fetch(call, words, brick + kWarps, next);
-        multiply<kHalf, kTokens>(call, now, brick, first + row, quarter, sums);
+        __syncwarp();  // or the compiler moves these loads down into the products
+        multiply<kHalf, kTokens, kWhole>(call, now, brick, first + row, quarter, sums);
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) now[own] = next[own];
     }
@@ -166,10 +196,10 @@ template <int kTokens>
 constexpr int kShared = 4 * kWarps * (kTokens * kRows + kPad);  // floats
 
 #ifdef __CUDACC__
-template <bool kHalf, int kTokens>
+template <bool kHalf, int kTokens, bool kWhole>
 __global__ void __launch_bounds__(kThreads) gemv(const Gemv call) {
     __shared__ float shared[kShared<kTokens>];
-    accumulate<kHalf, kTokens>(call, shared, blockIdx.x, threadIdx.x);
+    accumulate<kHalf, kTokens, kWhole>(call, shared, blockIdx.x, threadIdx.x);
     __syncthreads();
     finish<kHalf, kTokens>(call, shared, blockIdx.x, threadIdx.x);
 }
@@ -179,15 +209,26 @@ extern "C" int sarqc_gemv_size() { return sizeof(Gemv); }
 
 extern "C" const char* sarqc_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+// 0 where a kernel of this library can run on the current card; versions: of CUDA here, and the driver's latest.
+extern "C" int sarqc_ready(int* versions) {
+    cudaRuntimeGetVersion(versions);
+    cudaDriverGetVersion(versions + 1);
+    cudaFuncAttributes found;
+    return cudaFuncGetAttributes(&found, gemv<false, 1, true>);
+}
+
+template <bool kHalf, bool kWhole>
+static auto kernel_for(int tokens) {
+    return tokens == 1   ? gemv<kHalf, 1, kWhole>
+           : tokens == 2 ? gemv<kHalf, 2, kWhole>
+           : tokens == 3 ? gemv<kHalf, 3, kWhole>
+                         : gemv<kHalf, 4, kWhole>;
+}
+
 extern "C" int sarqc_gemv(const Gemv* call, void* stream) {
-    const auto kernel = call->half ? (call->tokens == 1   ? gemv<true, 1>
-                                      : call->tokens == 2 ? gemv<true, 2>
-                                      : call->tokens == 3 ? gemv<true, 3>
-                                                          : gemv<true, 4>)
-                                   : (call->tokens == 1   ? gemv<false, 1>
-                                      : call->tokens == 2 ? gemv<false, 2>
-                                      : call->tokens == 3 ? gemv<false, 3>
-                                                          : gemv<false, 4>);
+    const bool whole = call->slices_per_group == kSlices;
+    const auto kernel = call->half ? (whole ? kernel_for<true, true> : kernel_for<true, false>)(call->tokens)
+                                   : (whole ? kernel_for<false, true> : kernel_for<false, false>)(call->tokens);
     const int blocks = (call->outputs + kRows - 1) / kRows;
     kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*call);
     return cudaGetLastError();

@@ -3,7 +3,8 @@
 The sources include no header of torch: they export plain C functions that take pointers and a stream, so a build takes
 seconds, needs nvcc and a host compiler and nothing else, and one library serves every version of torch. A library's
 name holds a hash of all that shaped it (every source in csrc/, card, flags, version of nvcc), so a stale one is never
-loaded; it is compiled in a folder of its own and moved into place at once, so that processes may race.
+loaded; it is compiled in a folder of its own and moved into place at once, so that processes may race. That the card
+can run it is asked of the library itself (`sarqc_ready`), before the first call.
 
 The cache is $SARQC_CACHE, or else sarqc/ in $XDG_CACHE_HOME or ~/.cache. The CUDA runtime is linked in statically: it
 joins the context that torch made, whichever runtime torch brought along.
@@ -18,8 +19,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
+from sarqc_kernels.cards import card_of
 from sarqc_kernels.errors import BackendError
 
 __all__ = ["FLAGS", "cache_folder", "card_name", "compile_library", "library", "nvcc", "sources", "why_not"]
@@ -49,12 +54,15 @@ def nvcc() -> str:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept; need not exist."""
+    """Where libraries are kept; need not exist. Raises BackendError where that is in the home folder of nobody."""
     own = os.environ.get("SARQC_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared) if shared else Path.home() / ".cache") / "sarqc"
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(shared) if shared else Path.home() / ".cache") / "sarqc"
+    except RuntimeError as error:  # HOME is not set, and the user is not in the passwd file
+        raise BackendError(f"no home folder to keep libraries in: {error}; set SARQC_CACHE") from error
 
 
 def card_name(arch: int) -> str:
@@ -67,23 +75,23 @@ def compile_library(name: str, arch: int) -> Path:
 
     Raises BackendError with the reason where it cannot be built.
     """
-    compiler, folder = nvcc(), sources()
+    compiler, folder, cache = nvcc(), sources(), cache_folder()
     source = folder / f"{name}.cu"
     if not source.exists():
         raise BackendError(f"there is no {source}")
     card = card_name(arch)
     flags = (*FLAGS, f"-gencode=arch=compute_{card},code=sm_{card}")
-    target = cache_folder() / f"{name}-sm{card}-{_key(compiler, folder, flags)}.so"
-    if not target.exists():
-        try:
+    try:
+        target = cache / f"{name}-sm{card}-{_key(compiler, folder, flags)}.so"
+        if not target.exists():
             _build([compiler, *flags, str(source)], target)
-        except OSError as error:
-            raise BackendError(f"cannot build {source.name} in {target.parent}: {error}; set SARQC_CACHE") from error
+    except OSError as error:
+        raise BackendError(f"cannot build {source.name} in {cache}: {error}; set SARQC_CACHE") from error
     return target
 
 
 def _key(compiler: str, folder: Path, flags: tuple[str, ...]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
     key = hashlib.sha256("\n".join((version, *flags)).encode())
     for path in sorted(folder.glob("*.cu*")):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -94,7 +102,7 @@ def _build(command: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, errors="replace")
         if done.returncode:
             said = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
             raise BackendError(f"nvcc failed for {target.stem}: {said[:400]}")
@@ -113,9 +121,25 @@ def library(name: str, arch: int) -> ctypes.CDLL:
 
 @functools.cache
 def why_not(name: str, arch: int) -> str | None:
-    """The reason why `library(name, arch)` cannot be had, None if it can. The first call builds it; asked once."""
+    """The reason why `library(name, arch)` cannot run here, None if it can. The first call builds it; asked once."""
     try:
-        library(name, arch)
+        _check_ready(library(name, arch), arch)
     except BackendError as error:
         return str(error)
     return None
+
+
+def _check_ready(made: ctypes.CDLL, arch: int) -> None:
+    """Raise BackendError where the card cannot run what was loaded: an nvcc newer than the driver makes what loads."""
+    every = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    mine = next((device for device in every if card_of(device).arch == arch), None)
+    versions = (ctypes.c_int * 2)()
+    with nullcontext() if mine is None else torch.cuda.device(mine):
+        error = made.sarqc_ready(versions)
+    if error:
+        made.sarqc_error.restype = ctypes.c_char_p
+        ours, theirs = (f"{version // 1000}.{version % 1000 // 10}" if version else "none" for version in versions)
+        raise BackendError(
+            f"kernels that nvcc built do not run: {made.sarqc_error(error).decode()} (CUDA {ours}, the driver takes up "
+            f"to {theirs}); update the driver, or put an nvcc that it takes first on PATH"
+        )

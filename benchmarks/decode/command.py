@@ -2,9 +2,10 @@
 
 The models have the shapes of real ones and random weights, made block by block. Every sequence of the batch has a
 context of --context tokens. On a card a step is a CUDA graph; on a CPU it is eager and a small shape, which tests the
-harness. A packed model's logits are first compared with those of its plain torch reference, and one that is wrong is
-not timed. One JSON line for each shape, batch and model; its share is of the time that its own bytes take at the
-measured copy bandwidth (or its flops, where they take longer).
+harness. At its smallest batch a packed model's logits are first compared with those of its plain torch reference (whose
+many launches take too long to do it at each), and one that is wrong is not timed. One JSON line for each shape, batch
+and model; its share is of the time that its own bytes take at the measured copy bandwidth (or its flops, where they
+take longer).
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ import torch
 from benchmarks import gate, machine, records
 from benchmarks.budget import Budget
 from benchmarks.decode import model as models
-from benchmarks.ops.base import Contender, Op, Point, Roof, runs_anywhere
+from benchmarks.ops.base import Call, Contender, Op, Point, Roof, runs_anywhere
 from benchmarks.quantize.shapes import MODELS, config_of
 from benchmarks.timing import Turn, in_turns, ready
-from sarqc.job.load import resolve_device
 
 BITS: dict[str, int | None] = {"sarqc W4": 4, "sarqc W3": 3, "transformers bf16": None}
 BATCHES = (1, 8, 64)
 BY_DEVICE = {"cuda": (("llama-3-8b", "qwen3-30b-a3b"), 1024), "cpu": (("small", "small-moe"), 64)}
 SECONDS = {True: 0.02, False: 1.0}  # of the clock for each model at a batch: quick, or not
 MOST_ERROR = 0.5  # a wrong product makes it about 1.4; dense models have 0.02, routers near a tie tip over now and then
-MEANING = "relative error of the logits against the same packed model by the reference; none is taken of bf16"
+MEANING = (
+    "relative error of the logits at the smallest batch against the same packed model by the reference; none of bf16"
+)
 
 
 def contenders() -> tuple[Contender, ...]:
@@ -53,7 +55,7 @@ OP = Op(
 
 def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
-    device, budget = resolve_device(options.device), Budget(options.minutes, first_guess=1.0)
+    device, budget = machine.device_of(options.device), Budget(options.minutes, first_guess=1.0)
     shapes, context = BY_DEVICE["cpu" if options.quick else device.type]
     tested = options.tested_before
     out = options.out or machine.place(device, options.quick)
@@ -87,8 +89,10 @@ class Bench:
     sink: records.Sink
 
     def run(self, batches: Sequence[int], budget: Budget) -> None:
-        """Make every model once, then time all batches; what cannot be made, or has no time, is recorded."""
+        """Make every model once, then time all batches, smallest first; record what cannot be made or has no time."""
         made: dict[str, Any] = {}
+        errors: dict[str, float] = {}
+        batches = sorted(batches)
         for contender in OP.contenders:
             try:
                 made[contender.name] = models.made(self.shape, BITS[contender.name], self.device)
@@ -102,7 +106,7 @@ class Bench:
                 print(f"[{budget}] decode: left out {self.shape} batch {batches[number:]}", flush=True)
                 return
             with budget.step():
-                line = self.measure(made, batch)
+                line = self.measure(made, batch, errors)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()  # graphs have pools of their own, which the next batch cannot use
             print(f"[{budget}] {self.point(batch).name}: {line}", flush=True)
@@ -114,10 +118,9 @@ class Bench:
         why = f"a decode step in the shape of {self.shape}, {self.context} tokens of context"
         return Point(f"{self.shape} batch {batch}", why, {"batch": batch, "context": self.context}, flops, traffic)
 
-    def measure(self, made: Mapping[str, Any], batch: int) -> str:
-        """All models at a batch, in turns; what to show of it."""
+    def measure(self, made: Mapping[str, Any], batch: int, errors: dict[str, float]) -> str:
+        """All models at a batch, in turns; what to show of it. errors: of the models judged before; the others join."""
         turns: dict[str, Turn] = {}
-        errors: dict[str, float | None] = {}
         points: dict[str, Point] = {}
         context: models.Context | None = None  # one for all: a step writes its place in it before it reads it
         for contender in (each for each in OP.contenders if each.name in made):
@@ -125,7 +128,11 @@ class Bench:
             try:
                 context = context or models.Context(model.config, batch, self.context, self.device)
                 points[name] = self.point(batch, models.bytes_of(model, context))
-                errors[name], turn = self._judged(model, context, contender)
+                call = models.step(model, context)
+                if contender.ours and name not in errors:
+                    errors[name] = _error(call)
+                right = not contender.ours or errors[name] <= MOST_ERROR  # NaN is not
+                turn = ready([call], self.device) if right else None
             except RuntimeError as error:
                 self._left_out("failed", [self.point(batch)], contender, _first_line(error))
                 continue
@@ -138,21 +145,10 @@ class Bench:
         rates: dict[str, float] = {}
         for contender in (each for each in OP.contenders if each.name in turns):
             name, turn = contender.name, turns[contender.name]
-            record = records.timed(OP, points[name], contender, turn, self.roof, errors[name], copies=1)
+            record = records.timed(OP, points[name], contender, turn, self.roof, errors.get(name), copies=1)
             rates[name] = batch / record["seconds"]["p50"]
             self.sink.add(record | {"shape": self.shape, "tokens_per_second": rates[name]})
         return self._shown(rates, points) or "nothing could be timed"
-
-    def _judged(self, model: Any, context: models.Context, contender: Contender) -> tuple[float | None, Turn | None]:
-        """Error of the logits, and a turn where it is small enough."""
-        call, error = models.step(model, context), None
-        if contender.ours:
-            with models.by_reference():
-                right = call().float()
-            error = OP.error({"right": right}, call())
-            if not error <= MOST_ERROR:  # NaN is not
-                return error, None
-        return error, ready([call], self.device)
 
     def _left_out(self, status: str, points: Sequence[Point], contender: Contender, reason: str) -> None:
         for point in points:
@@ -165,6 +161,13 @@ class Bench:
             share = self.roof.seconds(point) * rate / point.sizes["batch"]
             cells.append(f"{name} {rate:.4g} tokens/s ({share:.0%} of the roof of {point.traffic / 1e9:.3g} GB)")
         return "  ".join(cells)
+
+
+def _error(call: Call) -> float:
+    """Of the logits of a step, against those of the same step by the reference."""
+    with models.by_reference():
+        right = call().float()
+    return OP.error({"right": right}, call())
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,6 @@ from benchmarks.quantize.source import RandomSource
 from benchmarks.quantize.stopwatch import OpTimes
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.job.load import resolve_device
 from sarqc.job.reporting.report import peak_memory_mib
 from sarqc.model import blocks
 from sarqc.model.skeleton import Skeleton
@@ -65,7 +64,7 @@ class Spent:
 
 def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
-    device, budget = resolve_device(options.device), Budget(options.minutes)
+    device, budget = machine.device_of(options.device), Budget(options.minutes)
     models, windows, seqlen = BY_DEVICE[device.type]
     out = options.out or machine.place(device, options.quick)
     sink = records.Sink(out, {**machine.facts(device, options.commit), "tested": False, "quick": options.quick})

@@ -132,9 +132,8 @@ def gpus() -> list[dict[str, Any]]:
 
 def csrc() -> dict[str, Any]:
     """State of the CUDA C++ sources: the compiler, the cache, and for each GPU why a library cannot be had."""
-    found: dict[str, Any] = {"cache": str(build.cache_folder())}
-    for name, ask in (("nvcc", build.nvcc), ("sources", build.sources)):
-        found[name] = _or_reason(ask)
+    asked = (("cache", build.cache_folder), ("nvcc", build.nvcc), ("sources", build.sources))
+    found: dict[str, Any] = {name: _or_reason(ask) for name, ask in asked}
     cards = {} if interpreting() else {str(device): card_of(device).arch for device in devices()[1:]}
     found["libraries"] = {device: build.why_not("columns", arch) or "built" for device, arch in cards.items()}
     return found

@@ -36,7 +36,11 @@ MOST_WORKSPACE = 1 << 28  # bytes of partial sums
 
 @dataclass(frozen=True)
 class Tile:
-    """What is compiled. m x n: inputs; depth: rows at a time; descriptors: x is read by bulk copies (sm_90 on)."""
+    """What is compiled.
+
+    m x n: inputs. depth: rows at a time. descriptors: x is read by bulk copies (sm_90 on). apart: tiles on the
+    diagonal, which sum |x| too, have a loop of their own; in one for all, every tile takes x into registers each step.
+    """
 
     m: int
     n: int
@@ -44,6 +48,7 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool = False
+    apart: bool = False
 
     def units(self, inputs: int) -> int:
         """Tiles that touch the lower triangle of a Gram of `inputs`: row i of tiles has i // (n / m) + 1 of them."""
@@ -119,7 +124,8 @@ def _tile(inputs: int, dtype: torch.dtype, arch: int, even: bool) -> Tile:
     if arch < 90:
         return Tile(128, 128, 64 if roomy else 32, warps=8, stages=4)
     wide = roomy and inputs >= WIDE_FROM
-    return Tile(128, 256 if wide else 128, 64 if roomy else 32, warps=8, stages=4, descriptors=True)
+    # Two loops on sm_90 alone, and not for fp32: that spills, and on later cards they take too much shared memory.
+    return Tile(128, 256 if wide else 128, 64 if roomy else 32, warps=8, stages=4, descriptors=True, apart=arch == 90)
 
 
 def _most_splits(units: int, rows: int, tile_bytes: int) -> int:

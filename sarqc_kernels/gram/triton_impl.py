@@ -86,6 +86,22 @@ def _step(acc, total, a, b, diagonal, DEPTH: tl.constexpr, M: tl.constexpr, LANE
 
 
 @triton.jit
+def _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, diagonal, M: tl.constexpr, N: tl.constexpr,
+          DEPTH: tl.constexpr, LANES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc fp32 [M, N] and total fp32 [LANES, M] of rows start .. whole - 1, whole steps of DEPTH."""
+    acc = tl.zeros((M, N), tl.float32)
+    total = tl.zeros((LANES, M), tl.float32)
+    for t in range(start, whole, DEPTH):
+        if DESCRIPTORS:
+            a, b = x_m.load([t, row]), x_n.load([t, column])
+        else:
+            a = _load(x, t, row, stride, inputs, stop, DEPTH, M)
+            b = _load(x, t, column, stride, inputs, stop, DEPTH, N)
+        acc, total = _step(acc, total, a, b, diagonal, DEPTH, M, LANES, PRECISION)
+    return acc, total
+
+
+@triton.jit
 def _add(target, width, tile, high, wide, known):
     """target[:high, :wide] += tile, for a matrix with rows of `width`; = tile where it is not `known` yet."""
     if tile.shape[1] > 64:  # in halves, so that never a whole tile of the Gram sits in registers beside the sum
@@ -103,7 +119,8 @@ def _add(target, width, tile, high, wide, known):
 @triton.jit(do_not_specialize=COUNTS)
 def _accumulate(x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs, ragged, tokens, inputs, stride,
                 experts, units, splits, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr, FLUSH: tl.constexpr,
-                LANES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                LANES: tl.constexpr, DESCRIPTORS: tl.constexpr, APART: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     """Items (split, expert, tile), tile fastest: programs that run together read the same rows.
 
     One loop goes over the items of a program and over the chunks of FLUSH rows of an item: as everything is worked out
@@ -124,15 +141,15 @@ def _accumulate(x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs,
         stop = tl.minimum(start + FLUSH, last)
         if start < stop:
             whole = start + (stop - start) // DEPTH * DEPTH
-            acc = tl.zeros((M, N), tl.float32)
-            total = tl.zeros((LANES, M), tl.float32)
-            for t in range(start, whole, DEPTH):
-                if DESCRIPTORS:
-                    a, b = x_m.load([t, row]), x_n.load([t, column])
-                else:
-                    a = _load(x, t, row, stride, inputs, stop, DEPTH, M)
-                    b = _load(x, t, column, stride, inputs, stop, DEPTH, N)
-                acc, total = _step(acc, total, a, b, diagonal, DEPTH, M, LANES, PRECISION)
+            if not APART:
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, diagonal, M, N, DEPTH,
+                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
+            elif diagonal:
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, True, M, N, DEPTH,
+                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
+            else:
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, False, M, N, DEPTH,
+                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
             for t in tl.range(whole, stop, LANES, num_stages=1):
                 a = _load(x, t, row, stride, inputs, stop, LANES, M)
                 b = _load(x, t, column, stride, inputs, stop, LANES, N)
@@ -228,7 +245,13 @@ def _slice(m: int, n: int) -> int:
 
 def _constants(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of `_accumulate` beside the shape of its tiles."""
-    return {"FLUSH": FLUSH, "LANES": LANES, "DESCRIPTORS": tile.descriptors, "PRECISION": PRECISION[dtype]}
+    return {
+        "FLUSH": FLUSH,
+        "LANES": LANES,
+        "DESCRIPTORS": tile.descriptors,
+        "APART": tile.apart,
+        "PRECISION": PRECISION[dtype],
+    }
 
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -60,6 +60,7 @@ GROUPED_GEMV_ROWS = 8  # of all experts together: each row reads its own expert,
 GEMV_ROWS = 16  # of a tile
 DOT_TOKENS = (16, 32, 64, 128)
 FOLDED_TOKENS = 128  # of the tile whose scales go into the weights; not split: so many tokens make programs enough
+FOLDED_BYTES = 118_800  # of shared memory that tiles of 128 rows take then; those of fewer tokens take up to 81 920
 GROUPS = (1, 2, 4, 8)  # to a brick
 IDLE = 1 / 16  # of the time may be lost at the end of the last wave for taller tiles
 WIDTHS_GROUPS = 2
@@ -196,8 +197,9 @@ def persistent(card: Card, bits: int = 4) -> Plan:
 
 
 def dot_sizes(groups: int, card: Card, bits: int = 4) -> tuple[int, ...]:
-    """Tokens of the dot tiles that do not spill with so many groups to a brick (seen ahead of time)."""
-    most = 64 if card.arch < 90 or (card.arch >= 100 and bits == 7) else FOLDED_TOKENS  # 7 bits are three planes
+    """Tokens of the dot tiles that fit and do not spill with so many groups to a brick (seen ahead of time)."""
+    spills = card.arch < 90 or (card.arch >= 100 and bits == 7)  # 7 bits are three planes
+    most = 64 if spills or card.shared_bytes < FOLDED_BYTES else FOLDED_TOKENS
     least = 32 if groups == 8 and card.arch >= 100 else 16  # 16 with splits: ptxas stops at 80 registers and spills one
     return tuple(size for size in DOT_TOKENS if least <= size <= most)
 

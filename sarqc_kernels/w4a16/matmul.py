@@ -64,10 +64,15 @@ def w4a16_matmul(
     [E, N] or None. backend: see `sarqc_kernels.backend`.
     Returns [T, N] in x's dtype; rows outside of offsets[0] .. offsets[E] are 0.
 
-    Rounding: (code - zero) * scale in fp32, at most rounded once to x's dtype; products summed in fp32 at least; the
-    bias joins the sum, rounded to x's dtype or not; at most two roundings to x's dtype at the end, one without a bias.
-    With identity activations the result is the dequantized weight exactly (one exception: see `cpu_impl`). No gradient
-    is defined. Raises ArgumentError for other shapes, dtypes or devices; what `offsets` holds is checked on a CPU only.
+    Rounding: (code - zero) * scale in fp32, at most rounded once to x's dtype; products summed in fp32 at least (where
+    cuBLAS multiplies, see below, sums of parts may be rounded between); the bias joins the sum, rounded to x's dtype or
+    not; at most two roundings to x's dtype at the end, one without a bias. With identity activations the result is the
+    dequantized weight exactly (one exception: see `cpu_impl`). No gradient is defined. Raises ArgumentError for other
+    shapes, dtypes or devices; what `offsets` holds is checked on a CPU only.
+
+    cuBLAS multiplies in the reference on a card, and in `triton` for a dense weight and thousands of tokens. Where it
+    cuts the inputs it may round the sum of each part to x's dtype, which is torch's default: see
+    `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`, and the one for fp16.
     """
     if x.dim() != 2 or x.dtype not in ACTIVATION_DTYPES or x.shape[1] != weight.inputs:
         raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {weight.inputs}]")

@@ -36,8 +36,8 @@ def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias
             target = out[begin:end, rows]
             if bias is None:
                 torch.mm(x[begin:end], tile.T, out=target)
-            else:
-                torch.addmm(bias[at].to(x.dtype), x[begin:end], tile.T, out=target)
+            else:  # cuBLAS takes another routine where the bias is strided, and so another order of sums
+                torch.addmm(bias[at].to(x.dtype).contiguous(), x[begin:end], tile.T, out=target)
     return out
 
 

@@ -81,6 +81,20 @@ def test_a_wrong_product_is_not_timed(monkeypatch, tmp_path):
     assert status == {"sarqc W4": "wrong", "sarqc W3": "wrong", "transformers bf16": "timed"}
 
 
+def test_a_model_is_judged_once_at_its_smallest_batch(monkeypatch, tmp_path):
+    """The reference may take minutes of launches on a card; larger batches are left to the tests of the kernels."""
+    judged = []
+    right = command._error
+    monkeypatch.setattr(command, "_error", lambda call: judged.append(len(call())) or right(call))
+    out = tmp_path / "r.jsonl"
+    arguments = ["--shape", "small", "--batch", "3", "--batch", "2", "--quick", "--skip-tests", "--device", "cpu"]
+    command.main([*arguments, "--out", str(out)])
+    assert judged == [2, 2]  # W4 and W3
+    found = {(r["point"], r["contender"]): r["error"] for r in records.read(out)}
+    for name in ("sarqc W4", "sarqc W3"):
+        assert found["small batch 2", name] == found["small batch 3", name] < command.MOST_ERROR
+
+
 def test_what_cannot_be_made_or_has_no_time_is_listed(monkeypatch, tmp_path):
     made = model.made
 

@@ -133,7 +133,7 @@ def test_the_gate_lets_through_what_passes_and_says_what_fails(tmp_path):
     good.write_text("def test_it(): pass\n")
     bad.write_text("def test_it(): assert 1 == 2\n")
     slow.write_text("import time\ndef test_it(): time.sleep(600)\n")
-    found = gate.verdicts({"good": [str(good)], "bad": [str(bad)]}, 300)
+    found = gate.verdicts({"good": [str(good)], "bad": [str(good), str(bad)]}, 300)
     assert found["good"] is None and "test_bad.py::test_it" in found["bad"]
     assert "did not end in time" in gate.verdicts({"slow": [str(slow)]}, 0.5)["slow"]
 

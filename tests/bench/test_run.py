@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gate, machine, plot, records, run, tune
+from benchmarks.decode import command as decode
 from benchmarks.ops import OPS
 from benchmarks.quantize import command as quantize
 from benchmarks.quantize.shapes import MODELS, config_of, tensors_of
@@ -56,6 +58,13 @@ def test_an_op_whose_tests_fail_is_refused(monkeypatch, tmp_path, capsys):
     (record,) = records.read(out)
     assert (record["status"], record["op"], record["reason"]) == ("refused", "gram", "its tests fail: test_x")
     assert "gram is not timed" in capsys.readouterr().out
+
+
+def test_what_a_benchmark_runs_first_needs_nothing_but_pytest():
+    """NOTES promises it for a GPU machine: an import of more there ends in an error, and nothing is timed."""
+    files = {file for op in (*OPS.values(), decode.OP) for file in op.tests} | {"tests/kernels/columns_cases.py"}
+    wanted = re.compile(r"^(?:from|import) (hypothesis|xdist|pytest_benchmark|matplotlib|scipy)\b", re.MULTILINE)
+    assert {file: wanted.findall((gate.ROOT / file).read_text()) for file in files} == {file: [] for file in files}
 
 
 def test_no_time_no_points(tmp_path, capsys):
@@ -142,3 +151,12 @@ def test_tuning_keeps_what_beats_the_rule_and_nothing_else(monkeypatch, tmp_path
 def test_tuning_wants_a_card():
     with pytest.raises(SystemExit, match="nothing to tune"):
         tune.main(["gram", "--device", "cpu"])
+
+
+def test_the_card_that_is_asked_for_is_the_current_one(monkeypatch):
+    """Or its kernels would be timed by events, and captured in graphs, of the first."""
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert [machine.device_of(name) for name in ("cuda:2", "cpu")] == [torch.device("cuda:2"), torch.device("cpu")]
+    assert made_current == [2]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import torch
 
 from sarqc_kernels import build
-from sarqc_kernels.errors import BackendError
+from sarqc_kernels.cards import card_of
 from tests.kernels import interpreter
 
 DEVICE = interpreter.prepare()
@@ -23,10 +24,7 @@ def why_not(backend: str) -> str | None:
     if backend == "cuda" and DEVICE != "cuda":
         return "no CUDA device"
     if backend == "cuda":
-        try:
-            build.nvcc()
-        except BackendError as error:
-            return str(error)
+        return build.why_not("columns", card_of(torch.device("cuda", torch.cuda.current_device())).arch)
     if backend in ("cuda", "triton") and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sarqc_kernels import build
+from sarqc_kernels.cards import card_of
 from sarqc_kernels.columns import cuda_impl
 from sarqc_kernels.errors import BackendError
 
@@ -108,7 +110,37 @@ def test_the_library_loads_and_agrees_on_its_struct() -> None:
     real_nvcc()
     library = cuda_impl.bind(build.library("columns", 90))
     assert library.sarqc_columns_size() == ctypes.sizeof(cuda_impl.Columns)
-    assert build.why_not("columns", 90) is None
+
+
+def test_a_library_that_loads_may_not_run_here() -> None:
+    """Without a card no kernel does, and the reason holds both versions and a way out."""
+    real_nvcc()
+    if torch.cuda.is_available():
+        arch = card_of(torch.device("cuda", 0)).arch
+        assert [build.why_not(name, arch) for name in ("columns", "gemv")] == [None, None]
+        return
+    for name in ("columns", "gemv"):
+        reason = build.why_not(name, 90)
+        assert re.search(r"do not run: .* \(CUDA [\d.]+, the driver takes up to none\); update the driver", str(reason))
+
+
+def test_without_a_home_the_reason_says_so(monkeypatch: pytest.MonkeyPatch, pretended: Path) -> None:
+    def homeless(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SARQC_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert re.search("no home folder.*set SARQC_CACHE", str(build.why_not("columns", 90)))
+
+
+def test_a_compiler_that_cannot_be_asked_is_a_reason(monkeypatch: pytest.MonkeyPatch, pretended: Path) -> None:
+    """What goes wrong before anything is built, and what is said in no known encoding."""
+    pretended.write_bytes(b"#!/bin/sh\nprintf '\\377\\n'; printf '\\377 bad luck\\n' >&2; exit 1\n")
+    assert "bad luck" in str(build.why_not("columns", 90))
+    pretended.write_text("no interpreter line that exists")
+    build.why_not.cache_clear()
+    assert "cannot build columns.cu" in str(build.why_not("columns", 90))
 
 
 def test_fields_are_those_of_the_source() -> None:

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from sarqc_kernels import ArgumentError, fit_grid, quantize_columns, round_to_grid
@@ -225,33 +223,6 @@ def test_an_expert_without_a_factor_is_rounded_alone(bad: float, given: bool, ge
     scales, zeros = fit_grid(weight, None, **rule)
     assert torch.equal(got[0][1], round_to_grid(weight, scales, zeros, bits=4)[1])
     assert torch.equal(got[1][1], scales[1])
-
-
-@settings(deadline=None, max_examples=12)
-@given(
-    experts=st.integers(1, 3), rows=st.integers(0, 20), groups=st.integers(1, 4), size=st.integers(1, 150),
-    bits=st.integers(2, 8), sym=st.booleans(), search=st.booleans(), given=st.booleans(), seed=st.integers(0, 2**31),
-)  # fmt: skip
-def test_shapes(
-    experts: int, rows: int, groups: int, size: int, bits: int, sym: bool, search: bool, given: bool, seed: int
-) -> None:
-    """Any shape runs, leaves nothing unwritten, keeps its dtypes, and does not touch its arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = groups * size
-    weight = torch.randn(experts, rows, columns, generator=generator)
-    factor = torch.eye(columns) + 0.01 * torch.randn(experts, columns, columns, generator=generator).triu(1)
-    rule = options(bits, size, sym, search)
-    grid = fit_grid(weight, None, **rule) if given else (None, None)
-    order = group_order(generator, experts, columns, size)
-    kept = [t.clone() for t in (weight, factor, order)]
-    with poisoned_empty():
-        codes, scales, zeros = quantize_columns(weight, factor, order, *grid, **rule)
-    assert codes.shape == weight.shape and codes.dtype == zeros.dtype == torch.uint8
-    assert scales.shape == zeros.shape == (experts, rows, groups) and scales.isfinite().all()
-    assert all(torch.equal(a, b) for a, b in zip(kept, (weight, factor, order)))
-    if rows:
-        assert int(codes.max()) < 1 << bits and int(zeros.max()) < 1 << bits
-        assert not sym or given or (zeros == 1 << (bits - 1)).all()
 
 
 def test_refuses_what_does_not_fit() -> None:

@@ -1,7 +1,8 @@
 """Shapes, group sizes and dtypes that nobody thought of: drawn by Hypothesis, the same ones on every run.
 
 All are held to float64, and plain rounding to the reference. In the interpreter an example costs most of a second, so
-there are few and small; on a GPU there are many and larger.
+there are few and small; on a GPU there are many and larger. They stand apart from the tests that a benchmark runs
+first, which need nothing but pytest.
 """
 
 from __future__ import annotations
@@ -11,10 +12,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sarqc_kernels import fit_grid, gram_accumulate_, quantize_columns, round_to_grid
-from sarqc_kernels.testing import product_bound, random_gram, uneven_offsets, upper_factor
+from sarqc_kernels import fit_grid, gram_accumulate_, quantize_columns, round_to_grid, w4a16_matmul
+from sarqc_kernels.testing import (
+    poisoned_empty,
+    product_bound,
+    random_gram,
+    random_quantized,
+    uneven_offsets,
+    upper_factor,
+)
+from sarqc_kernels.w4a16 import prepare
 from tests.kernels.columns_cases import Case
 from tests.kernels.conftest import DEVICE, why_not
+from tests.kernels.test_columns import group_order, options
+from tests.kernels.test_w4a16 import check as check_product
 
 ON_GPU = DEVICE == "cuda"
 MOST = 4 if ON_GPU else 1  # times larger on a GPU
@@ -149,3 +160,50 @@ def test_grids_and_rounding_like_the_reference(case, seed):
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     codes = round_to_grid(weight.to(DEVICE), *(part.to(DEVICE) for part in want), bits=case.bits, backend="triton")
     assert torch.equal(codes.cpu(), round_to_grid(weight, *want, bits=case.bits, backend="reference"))
+
+
+@settings(DRAWN, max_examples=12)
+@given(
+    experts=st.integers(1, 3), rows=st.integers(0, 20), groups=st.integers(1, 4), size=st.integers(1, 150),
+    bits=st.integers(2, 8), sym=st.booleans(), search=st.booleans(), given=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_shapes_of_columns(
+    experts: int, rows: int, groups: int, size: int, bits: int, sym: bool, search: bool, given: bool, seed: int
+) -> None:
+    """Any shape runs, leaves nothing unwritten, keeps its dtypes, and does not touch its arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = groups * size
+    weight = torch.randn(experts, rows, columns, generator=generator)
+    factor = torch.eye(columns) + 0.01 * torch.randn(experts, columns, columns, generator=generator).triu(1)
+    rule = options(bits, size, sym, search)
+    grid = fit_grid(weight, None, **rule) if given else (None, None)
+    order = group_order(generator, experts, columns, size)
+    kept = [t.clone() for t in (weight, factor, order)]
+    with poisoned_empty():
+        codes, scales, zeros = quantize_columns(weight, factor, order, *grid, **rule)
+    assert codes.shape == weight.shape and codes.dtype == zeros.dtype == torch.uint8
+    assert scales.shape == zeros.shape == (experts, rows, groups) and scales.isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(kept, (weight, factor, order)))
+    if rows:
+        assert int(codes.max()) < 1 << bits and int(zeros.max()) < 1 << bits
+        assert not sym or given or (zeros == 1 << (bits - 1)).all()
+
+
+@settings(DRAWN, max_examples=25)
+@given(
+    bits=st.integers(2, 8), tokens=st.integers(0, 20), rows=st.integers(1, 40), groups=st.integers(1, 5),
+    group=st.integers(1, 40), experts=st.integers(1, 4), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_every_width_and_shape_of_w4a16_by_the_reference(
+    bits: int, tokens: int, rows: int, groups: int, group: int, experts: int, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = random_quantized(generator, (experts, rows, groups * group), groups, bits, sym=False)
+    x = torch.randn(tokens, groups * group, generator=generator).to(dtype)
+    bias = torch.randn(experts, rows, generator=generator)
+    offsets = uneven_offsets(generator, tokens, experts)
+    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=bits)
+    out = w4a16_matmul(x, ready, offsets, bias, backend="reference")
+    assert out.shape == (tokens, rows) and out.dtype == dtype
+    assert ready.layout == "stream"
+    check_product(out, x, weight, offsets, bias, "reference")

@@ -51,6 +51,7 @@ def test_tiles_cover_the_triangle_once(ratio: int, device: str) -> None:
         Plan(Tile(32, 32, 16, 4, 2), splits=3, programs=2),
         Plan(Tile(32, 64, 32, 4, 2, descriptors=True), splits=1, programs=4),
         Plan(Tile(32, 64, 32, 4, 2, descriptors=True), splits=4, programs=7),
+        Plan(Tile(32, 64, 32, 4, 2, descriptors=True, apart=True), splits=2, programs=5),
         Plan(Tile(128, 256, 64, 8, 4, descriptors=True), splits=2, programs=3),
         Plan(Tile(128, 128, 64, 8, 4), splits=1, programs=1),
     ],
@@ -86,7 +87,7 @@ def test_more_rows_than_a_flush(splits: int, device: str, generator: torch.Gener
 def test_choice_depends_on_nothing_else() -> None:
     for card, dtype, even in itertools.product((H200, A100), (torch.bfloat16, torch.float32), (True, False)):
         assert choose(1, 9000, 4096, dtype, card, even) == choose(1, 9000, 4096, dtype, card, even)
-    assert choose(1, 1 << 18, 4096, torch.bfloat16, H200, True) == Plan(Tile(128, 128, 64, 8, 4, True), 1, 132)
+    assert choose(1, 1 << 18, 4096, torch.bfloat16, H200, True) == Plan(Tile(128, 128, 64, 8, 4, True, True), 1, 132)
     assert choose(1, 1 << 18, 14336, torch.bfloat16, H200, True).tile.n == 256
     assert not choose(1, 1 << 18, 4096, torch.bfloat16, A100, True).tile.descriptors
 

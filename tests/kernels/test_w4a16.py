@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from sarqc_kernels import ArgumentError, BackendError, w4a16_matmul
@@ -142,24 +140,6 @@ def test_a_weight_in_any_layout_is_one_weight(device: str, generator: torch.Gene
         for layout in layouts
     ]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    bits=st.integers(2, 8), tokens=st.integers(0, 20), rows=st.integers(1, 40), groups=st.integers(1, 5),
-    group=st.integers(1, 40), experts=st.integers(1, 4), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31),
-)  # fmt: skip
-def test_every_width_and_shape_by_the_reference(
-    bits: int, tokens: int, rows: int, groups: int, group: int, experts: int, dtype: torch.dtype, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = random_quantized(generator, (experts, rows, groups * group), groups, bits, sym=False)
-    x = torch.randn(tokens, groups * group, generator=generator).to(dtype)
-    bias = torch.randn(experts, rows, generator=generator)
-    offsets = uneven_offsets(generator, tokens, experts)
-    out = w4a16_matmul(x, prepared(weight, "reference", "cpu", bits=bits), offsets, bias, backend="reference")
-    assert out.shape == (tokens, rows) and out.dtype == dtype
-    check(out, x, weight, offsets, bias, "reference")
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -61,6 +61,16 @@ def test_other_widths_choose_what_is_compiled_ahead_of_time(card: Card) -> None:
         assert chosen == checked if bits in (2, 3, 8) else (len(checked) == 1 and checked < chosen)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_card_with_less_shared_memory_gets_no_tile_that_needs_more(bits: int) -> None:
+    """A card of sm_120 has 99 KiB for a program; sm_100 and the same number of processors take the larger tile."""
+    small, large = (
+        {plan.tokens for plan, _ in plans_of_calls(Card(arch, 132), bits) if plan.kernel == "dot"}
+        for arch in (120, 100)
+    )
+    assert max(small) == 64 and max(large) == 128
+
+
 def test_few_tokens_fill_the_card_by_splits() -> None:
     plan = config.choose(16, 4096, 4096, 128, 0, CARDS[1])
     assert plan.kernel == "dot" and 32 * plan.splits > 66

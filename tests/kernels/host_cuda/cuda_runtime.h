@@ -15,8 +15,8 @@
 struct uint4 {
     uint32_t x, y, z, w;
 };
-struct ushort4 {
-    uint16_t x, y, z, w;
+struct uint2 {
+    uint32_t x, y;
 };
 struct Index {
     int x = 0, y = 0;
@@ -24,6 +24,7 @@ struct Index {
 static Index threadIdx, blockIdx, blockDim;
 
 static inline void __syncthreads() {}
+static inline void __syncwarp() {}
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
