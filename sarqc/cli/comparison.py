@@ -31,7 +31,13 @@ def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
             caption_justify="left",
         )
         for heading in _HEADINGS:
-            table.add_column(heading, no_wrap=True, justify="left" if heading in {"format", "method", ""} else "right")
+            # Where a terminal is too narrow, names of methods go on in the next line, and no number is cut.
+            table.add_column(
+                heading,
+                no_wrap=heading != "method",
+                overflow="fold",
+                justify="left" if heading in {"format", "method", ""} else "right",
+            )
         _fill(table, [row for row in found["rows"] if row["text"] == text["text"]])
         yield table
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 import sarqc
 from sarqc.checkpoint.grams import load_statistics, save_statistics
 from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.cli.comparison import comparison_tables
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.job.comparison import bench as module
 from sarqc.job.comparison import table as tables
@@ -272,6 +275,19 @@ def test_thousands_have_no_decimals():
         "6,000 ± 1,000",
         "13.30 ± 0.10",
     ]
+
+
+def test_a_narrow_terminal_cuts_no_number():
+    """A long name, of another tool's checkpoint, goes on in the next line."""
+    long = [record("the gptq of another tool", seed, 130.0 + seed) for seed in (0, 1)]
+    found = tables.table(PROTOCOL | {"model": "m"}, [*long, record("rtn", 0, 1234567.0)])
+    for width in (80, 70):
+        out = StringIO()
+        for shown in comparison_tables(found):
+            Console(file=out, width=width).print(shown)
+        lines = out.getvalue().splitlines()
+        assert any("130.50 ± 0.50" in line for line in lines) and any("1,234,567" in line for line in lines)
+        assert "…" not in out.getvalue() and all(len(line.rstrip()) <= width for line in lines)
 
 
 def test_smaller_sizes_are_the_beginning_of_larger_ones(deep):
