@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -100,10 +101,36 @@ def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(so
         return tmp_path / "hub"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for ask in (preflight, sarqc.quantize):
+    for ask in (partial(preflight, **SMALL), partial(sarqc.quantize, **SMALL), sarqc.compare):
         with pytest.raises(sarqc.SarqcError, match=r"quantized already, with quant_method 'fp8': give the original"):
-            ask("owner/name", tmp_path / "out", **SMALL)
+            ask("owner/name", tmp_path / "out")
     assert "*.json" in asked and "*.safetensors" not in asked
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_path, monkeypatch, reachable):
+    """Experts that no method takes, or a group size that does not fit. Without headers, as for what was fetched before
+    and there is no network now, a run goes on to the weights."""
+    from sarqc.checkpoint.reader import open_checkpoint
+    from sarqc.job import plan
+
+    asked = []
+
+    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+        asked.extend(allow_patterns)
+        return sources["llama"]
+
+    def headers(hub_id):
+        if not reachable:
+            raise ModelError("no network")
+        checkpoint = open_checkpoint(sources["llama"])
+        return {name: (checkpoint.shape(name), checkpoint.dtype(name)) for name in checkpoint.names()}
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(plan, "hub_headers", headers)
+    with pytest.raises(ArgumentError, match="group_size = 48 does not divide"):
+        sarqc.quantize("owner/name", tmp_path / "out", **SMALL | {"group_size": 48})
+    assert ("*.safetensors" in asked) is not reachable
 
 
 def test_what_is_left_is_said_with_the_reason(sources, tmp_path):

@@ -26,7 +26,7 @@ from sarqc.job.comparison import bench as benches
 from sarqc.job.comparison import table as tables
 from sarqc.job.comparison.bench import Bench, Cell, Other
 from sarqc.job.comparison.store import Cells, Grams
-from sarqc.job.locate import locate
+from sarqc.job.locate import locate_source
 from sarqc.job.reporting.facts import figure
 from sarqc.job.reporting.report import versions
 from sarqc.model import calibration
@@ -107,7 +107,7 @@ def compare(
     disk the statistics of one seed at a time. Raises `SarqcError` for anything wrong with the input.
     """
     watcher, out = watcher or Silent(), Path(out).expanduser()
-    folder = locate(model, trust_remote_code=trust_remote_code)
+    folder = locate_source(model, trust_remote_code=trust_remote_code)
     refuse_place(out)
     refuse_overlap(out, folder)
     for name, values in (("methods", methods), ("bits", bits), ("seeds", seeds), ("eval", texts)):
