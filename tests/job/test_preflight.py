@@ -111,10 +111,16 @@ def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(so
 def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_path, monkeypatch, reachable):
     """Experts that no method takes, or a group size that does not fit. Without headers, as for what was fetched before
     and there is no network now, a run goes on to the weights."""
+    from huggingface_hub import HfApi
+
     from sarqc.checkpoint.reader import open_checkpoint
     from sarqc.job import plan
 
     asked = []
+    whole = plan.hub_headers
+
+    def unreachable(self, hub_id):
+        raise RuntimeError("[Errno 111] Connection refused")
 
     def snapshot_download(hub_id, allow_patterns, ignore_patterns):
         asked.extend(allow_patterns)
@@ -122,11 +128,12 @@ def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_
 
     def headers(hub_id):
         if not reachable:
-            raise ModelError("no network")
+            return whole(hub_id)
         checkpoint = open_checkpoint(sources["llama"])
         return {name: (checkpoint.shape(name), checkpoint.dtype(name)) for name in checkpoint.names()}
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(HfApi, "get_safetensors_metadata", unreachable)
     monkeypatch.setattr(plan, "hub_headers", headers)
     with pytest.raises(ArgumentError, match="group_size = 48 does not divide"):
         sarqc.quantize("owner/name", tmp_path / "out", **SMALL | {"group_size": 48})
