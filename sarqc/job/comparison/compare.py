@@ -114,8 +114,9 @@ def compare(
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
     bench = benches.make(folder, calib, sorted(set(num_samples)), seqlen, seeds, device, dtype, trust_remote_code)
-    found = targets(bench.solver, QuantSpec(ignore=tuple(ignore)))
-    quants = list(_quants(found, bits, group_sizes, sym, tuple(ignore)))
+    patterns = QuantSpec(ignore=ignore).ignore
+    found = targets(bench.solver, QuantSpec(ignore=patterns))
+    quants = list(_quants(found, bits, group_sizes, sym, patterns))
     cells = _cells(methods, quants, sorted(set(num_samples)), seeds)
     watcher.note("judging the unquantized model")
     benches.add_texts(bench, texts, eval_seqlen, eval_windows, trust_remote_code)
@@ -146,7 +147,7 @@ def _quants(
     bits: Sequence[int],
     group_sizes: Sequence[int | Literal["auto"]],
     sym: bool,
-    ignore: tuple[str, ...],
+    ignore: Sequence[str],
 ) -> Iterator[QuantSpec]:
     for group_size in group_sizes:
         size = auto_group_size(found) if group_size == AUTO else group_size
