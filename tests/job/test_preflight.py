@@ -140,6 +140,17 @@ def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_
     assert ("*.safetensors" in asked) is not reachable
 
 
+def test_a_shard_that_is_written_needs_its_room_twice(sources, tmp_path, monkeypatch):
+    """The spool and the shard that is made of it are there together."""
+    module = sys.modules[preflight.__module__]
+    (disk,) = preflight(sources["llama"], tmp_path / "out", **SMALL).disk
+    monkeypatch.setattr(module, "SHARD_BYTES", 0)
+    found = preflight(sources["llama"], tmp_path / "out", **SMALL)
+    assert disk.needed == found.disk[0].needed + found.sizes.output  # all of it is one shard
+    monkeypatch.setattr(module, "SHARD_BYTES", 1000)
+    assert preflight(sources["llama"], tmp_path / "out", **SMALL).disk[0].needed == found.disk[0].needed + 1000
+
+
 def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
     found = preflight(sources["qwen3_moe"], tmp_path / "out", ignore=["o_proj$"], **SMALL)
     left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}
