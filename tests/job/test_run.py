@@ -9,6 +9,7 @@ import torch
 
 import sarqc
 from sarqc.errors import ArgumentError, CheckpointError, SarqcError, TextError
+from sarqc.job.convert import convert
 from sarqc.job.watcher import Silent
 from tests.support import tiny
 
@@ -52,6 +53,21 @@ def test_without_errors_to_make_up_for_the_original_stays_at_home(source, tmp_pa
     sarqc.quantize(source, tmp_path / "out", watcher=diary, carry_error=False, **SMALL)
     expected = ["note", "note", "begin 2 done 0", "0 load", "0 observe", "0 solve", "0 replay", "done 0"]
     assert diary.lines == [*expected, "1 load", "1 observe", "1 solve", "done 1", "note"]
+
+
+def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    sarqc.preflight(source, "~/run", work="~/work", **SMALL)
+    run = sarqc.quantize(source, "~/run", work="~/work", method="rtn", group_size=32, keep_work=True)
+    exported = sarqc.export("~/work", "~/exported", format="gptq")
+    converted = convert("~/run", "~/converted", format="gptq")
+    compared = sarqc.compare(source, "~/compared", methods=["rtn"], bits=[4], seqlen=32, eval_seqlen=32, eval_windows=1)
+    assert {run.out, exported.out, converted.out, compared.out} < set(home.iterdir())
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_rounding_reads_no_text(source, tmp_path):
