@@ -89,9 +89,16 @@ def test_the_report_is_complete_json(source, tmp_path):
     assert {"sarqc", "torch", "transformers", "python"} <= set(report["versions"])
 
 
+def test_the_card_repeats_the_dtype_and_the_trust_that_were_asked_for(source, tmp_path):
+    asked = dict(dtype="bfloat16", trust_remote_code=True)
+    sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32, **asked)
+    assert " --dtype bfloat16 --trust-remote-code" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_own_tokens_are_calibrated_on_as_they_are(source, tmp_path):
     tokens = torch.arange(3 * 40).view(3, 40) % tiny.VOCABULARY
     report = sarqc.quantize(source, tmp_path / "out", calib=tokens).report
+    assert "dtype" not in report and "trust_remote_code" not in report
     assert report["calibration"]["windows"] == 3 and report["calibration"]["seqlen"] == 40
     assert all(site["rows"] == [120] for site in report["sites"])
 
