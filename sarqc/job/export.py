@@ -26,7 +26,7 @@ from sarqc.job.forecast.served import ranks_by_server
 from sarqc.job.reporting import report as reports
 from sarqc.job.verify import verify
 from sarqc.job.work import BlockRecord, Work, reopen
-from sarqc.spec import QuantSpec, SolveSpec, from_json
+from sarqc.spec import AUTO, QuantSpec, SolveSpec, from_json
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,10 @@ def _report(work: Work, checkpoint: Checkpoint, quant: QuantSpec, size: reports.
         device=work.about["device"],
         notes=[note for record in records for note in record.notes],
     )
+    if (dtype := work.about.get("dtype", AUTO)) != AUTO:
+        report["dtype"] = dtype
+    if work.about["code"]:
+        report["trust_remote_code"] = True
     if chosen:
         report["widths"] = chosen.record()
     if rescaled := [name for index, record in enumerate(records) for name in _rescaled(work, index, record)]:

@@ -12,6 +12,7 @@ import torch
 from sarqc.checkpoint.headers import DTYPES
 from sarqc.checkpoint.side_files import PATTERNS
 from sarqc.errors import ModelError
+from sarqc.model.outline import unquantized_decoder
 from sarqc.model.packaged import SMOLLM2, smollm2_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -55,9 +56,20 @@ def _path(model: str | Path) -> Path:
     return path
 
 
+def locate_source(model: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Folder of a model to quantize, as `locate` has it; what its configuration refuses is refused before its weights
+    are fetched."""
+    if not is_local(model):
+        hub_configuration(str(model), trust_remote_code=trust_remote_code)
+    return locate(model, trust_remote_code=trust_remote_code)
+
+
 def hub_configuration(hub_id: str, *, trust_remote_code: bool = False) -> Path:
-    """Folder with everything of a model on a hub but its weights."""
-    return _download(hub_id, trust_remote_code, weights=False)
+    """Folder with everything of a model on a hub but its weights; `ModelError` where that alone says that the model
+    is none we quantize."""
+    folder = _download(hub_id, trust_remote_code, weights=False)
+    unquantized_decoder(folder, trust_remote_code=trust_remote_code)
+    return folder
 
 
 def hub_headers(hub_id: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -67,13 +79,13 @@ def hub_headers(hub_id: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
         found = HfApi().get_safetensors_metadata(hub_id).files_metadata.values()
     except (NotASafetensorsRepoError, SafetensorsParsingError):
         return {}
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # without a network that of the client's own client, which changes with its versions
         raise ModelError(f"the hub did not give the headers of {hub_id!r}: {_first_line(error)}") from error
     tensors = {}
     for file in found:

@@ -18,12 +18,12 @@ from sarqc.checkpoint.formats import FORMATS, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.job.load import resolve_device, resolve_dtype
-from sarqc.job.locate import hub_configuration, hub_headers, is_local, locate
+from sarqc.job.locate import hub_configuration, hub_headers, is_local, locate_source
 from sarqc.job.machine import host_memory, ranks_here
 from sarqc.method.allocation import average_range
 from sarqc.model import calibration
 from sarqc.model.blocks import GRAM_BUDGET
-from sarqc.model.outline import Outline, outline, unquantized_decoder
+from sarqc.model.outline import Outline, outline
 from sarqc.model.skeleton import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.states import windows_at_once
@@ -128,13 +128,33 @@ def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = Fal
         value = getattr(settings, name)
         if value is not None and value < least:
             raise ArgumentError(f"{name} = {value} is too small: use {least} or more")
-    chosen, trust = FORMATS[settings.format], settings.trust_remote_code
     size = 128 if settings.group_size == AUTO else settings.group_size
     quant = QuantSpec(settings.bits, size, settings.sym, settings.ignore, settings.avg_bits, settings.bits_choices)
     asked = ("strength", "saliency", "borrow", "gate_weight", "sweeps", "carry_error", "seed")
     solve = solve_spec(settings.method, **{name: getattr(settings, name) for name in asked})
-    folder, source = _open(model, trust, headers_only)
-    skeleton = Skeleton.from_folder(folder, source, trust_remote_code=trust)
+    if not (headers_only or is_local(model)):
+        _refuse_unfetched(model, settings, quant, solve)
+    return _fitted(model, settings, quant, solve, *_open(model, settings.trust_remote_code, headers_only))
+
+
+def _refuse_unfetched(model: str | Path, settings: Settings, quant: QuantSpec, solve: SolveSpec) -> None:
+    """What headers refuse, before hundreds of GB are fetched; where the hub gives none, as it does for what was fetched
+    before and there is no network, the weights are waited for."""
+    folder = hub_configuration(str(model), trust_remote_code=settings.trust_remote_code)
+    try:
+        tensors = hub_headers(str(model))
+    except ModelError:
+        return
+    if tensors:
+        _fitted(model, settings, quant, solve, folder, Outline(tensors))
+
+
+def _fitted(
+    model: str | Path, settings: Settings, quant: QuantSpec, solve: SolveSpec, folder: Path, source: TensorSource
+) -> Plan:
+    """The plan, with settings that fit the tensors of the model."""
+    chosen = FORMATS[settings.format]
+    skeleton = Skeleton.from_folder(folder, source, trust_remote_code=settings.trust_remote_code)
     found = targets(skeleton, quant)
     notes: tuple[str, ...] = ()
     if settings.group_size == AUTO:
@@ -173,13 +193,11 @@ def _mixed(quant: QuantSpec, solve: SolveSpec, found: Targets) -> QuantSpec:
 
 def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tuple[Path, TensorSource]:
     """A model's folder and its tensors, or only their names and shapes."""
-    if not is_local(model):
+    if headers_only and not is_local(model):
         folder = hub_configuration(str(model), trust_remote_code=trust_remote_code)
-        unquantized_decoder(folder, trust_remote_code=trust_remote_code)  # before hundreds of GB are fetched
-        if headers_only:
-            tensors = hub_headers(str(model))
-            return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
-    folder = locate(model, trust_remote_code=trust_remote_code)
+        tensors = hub_headers(str(model))
+        return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+    folder = locate_source(model, trust_remote_code=trust_remote_code)
     if headers_only and not any(folder.glob("*.safetensors")):
         return folder, outline(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)

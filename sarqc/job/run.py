@@ -146,6 +146,7 @@ def _about(plan: Plan, windows: calibration.Windows | None) -> dict[str, Any]:
         "targets": plan.targets.record(),
         "calibration": None if windows is None else windows.record(),
         "device": str(plan.device),
+        "dtype": plan.settings.dtype,
         "code": plan.settings.trust_remote_code,
     }
 

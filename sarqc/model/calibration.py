@@ -29,8 +29,10 @@ MIN_SEQLEN = 16
 MOST_TEXT = 1 << 26
 """Characters of a text that are looked at, from its start: some 16 million tokens, to draw a few hundred thousand from.
 A data set can have a thousand times as many."""
+WHOLE = 1 << 22
+"""Characters up to which a text is made tokens in one go, as a cut can change the token beside it."""
 STRETCH = 1 << 20
-"""Characters that are made tokens at a time: a tokenizer takes 150 times as many bytes."""
+"""Characters of a longer one that are made tokens at a time: a tokenizer takes 150 times as many bytes."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class Windows:
     """Windows of one text that do not overlap.
 
     tokens: int64 [S, L], every window full. bos: whether each begins with the tokenizer's first token.
-    text: where the text came from. available: how many windows it had before some were chosen.
+    text: where the text came from. available: how many windows it had before some were chosen. characters: how many of
+    the text were looked at, from its start; None where tokens were given.
     """
 
     tokens: Tensor
     bos: bool
     text: str
     available: int
+    characters: int | None = None
 
     @classmethod
     def of_tokens(cls, tokens: Tensor, text: str = GIVEN) -> Windows:
@@ -97,6 +101,7 @@ class Windows:
             "text": self.text,
             "windows": count,
             "windows_available": self.available,
+            "characters": self.characters,
             "seqlen": seqlen,
             "tokens": count * seqlen,
             "bos": self.bos,
@@ -178,14 +183,15 @@ def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
     tokens = body[: count * step].view(count, step)
     if prefix:
         tokens = torch.cat([torch.tensor(prefix).expand(count, -1), tokens], dim=1)
-    return Windows(tokens, bool(prefix), text, count)
+    return Windows(tokens, bool(prefix), text, count, len(raw))
 
 
 def _stretches(text: str) -> Iterator[str]:
-    """A text in parts of some `STRETCH` characters that end with a line, if lines are not longer than that."""
-    start = 0
+    """A text whole, or one longer than `WHOLE` in parts of some `STRETCH` characters that end with a line, if lines are
+    not longer than that."""
+    start, step = 0, STRETCH if len(text) > WHOLE else WHOLE
     while start < len(text):
-        stop = start + STRETCH
+        stop = start + step
         if stop < len(text):
             stop = text.rfind("\n", start, stop) + 1 or stop
         yield text[start:stop]

@@ -199,6 +199,11 @@ def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how
     assert not (tmp_path / "out").exists()
 
 
+def test_one_pattern_is_not_its_letters(deep, tmp_path):
+    with pytest.raises(ArgumentError, match="ignore = 'nowhere_proj' finds no Linear"):
+        compare(deep, tmp_path / "out", ignore="nowhere_proj", **HOW)
+
+
 def test_other_refusals(deep, tmp_path):
     with pytest.raises(ModelError):
         compare(tmp_path / "nothing", tmp_path / "out")

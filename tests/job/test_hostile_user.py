@@ -205,8 +205,8 @@ def test_memory_that_runs_out(door, monkeypatch, command, error, says):
     def full(*args, **options):
         raise error
 
-    for place in ("load", "comparison.compare"):
-        monkeypatch.setattr(f"sarqc.job.{place}.locate", full)
+    for place in ("load.locate", "comparison.compare.locate_source"):
+        monkeypatch.setattr(f"sarqc.job.{place}", full)
     code, line = door(*command)
     assert code == 2 and line.startswith(f"sarqc: {command[0]}: out of memory ({says}"), line
 

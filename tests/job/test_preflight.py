@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -100,10 +101,54 @@ def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(so
         return tmp_path / "hub"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for ask in (preflight, sarqc.quantize):
+    for ask in (partial(preflight, **SMALL), partial(sarqc.quantize, **SMALL), sarqc.compare):
         with pytest.raises(sarqc.SarqcError, match=r"quantized already, with quant_method 'fp8': give the original"):
-            ask("owner/name", tmp_path / "out", **SMALL)
+            ask("owner/name", tmp_path / "out")
     assert "*.json" in asked and "*.safetensors" not in asked
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_path, monkeypatch, reachable):
+    """Experts that no method takes, or a group size that does not fit. Without headers, as for what was fetched before
+    and there is no network now, a run goes on to the weights."""
+    from huggingface_hub import HfApi
+
+    from sarqc.checkpoint.reader import open_checkpoint
+    from sarqc.job import plan
+
+    asked = []
+    whole = plan.hub_headers
+
+    def unreachable(self, hub_id):
+        raise RuntimeError("[Errno 111] Connection refused")
+
+    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+        asked.extend(allow_patterns)
+        return sources["llama"]
+
+    def headers(hub_id):
+        if not reachable:
+            return whole(hub_id)
+        checkpoint = open_checkpoint(sources["llama"])
+        return {name: (checkpoint.shape(name), checkpoint.dtype(name)) for name in checkpoint.names()}
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(HfApi, "get_safetensors_metadata", unreachable)
+    monkeypatch.setattr(plan, "hub_headers", headers)
+    with pytest.raises(ArgumentError, match="group_size = 48 does not divide"):
+        sarqc.quantize("owner/name", tmp_path / "out", **SMALL | {"group_size": 48})
+    assert ("*.safetensors" in asked) is not reachable
+
+
+def test_a_shard_that_is_written_needs_its_room_twice(sources, tmp_path, monkeypatch):
+    """The spool and the shard that is made of it are there together."""
+    module = sys.modules[preflight.__module__]
+    (disk,) = preflight(sources["llama"], tmp_path / "out", **SMALL).disk
+    monkeypatch.setattr(module, "SHARD_BYTES", 0)
+    found = preflight(sources["llama"], tmp_path / "out", **SMALL)
+    assert disk.needed == found.disk[0].needed + found.sizes.output  # all of it is one shard
+    monkeypatch.setattr(module, "SHARD_BYTES", 1000)
+    assert preflight(sources["llama"], tmp_path / "out", **SMALL).disk[0].needed == found.disk[0].needed + 1000
 
 
 def test_what_is_left_is_said_with_the_reason(sources, tmp_path):

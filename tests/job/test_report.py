@@ -130,6 +130,9 @@ def test_the_command_repeats_the_run(source, found, tmp_path):
     ):
         found["calibration"]["text"] = text
         assert f" --calib {shown} " in card.command(found)
+        written = card.card(found)
+        assert ("Tokens were given in place of a text: YOUR_TOKENS" in written) is (text == "given tokens")
+        assert f"tokens of {text if shown == 'YOUR_TOKENS' else shown} (sha256" in written
 
 
 def test_hostile_names_stay_text(found):

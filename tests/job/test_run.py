@@ -9,6 +9,7 @@ import torch
 
 import sarqc
 from sarqc.errors import ArgumentError, CheckpointError, SarqcError, TextError
+from sarqc.job.convert import convert
 from sarqc.job.watcher import Silent
 from tests.support import tiny
 
@@ -54,6 +55,21 @@ def test_without_errors_to_make_up_for_the_original_stays_at_home(source, tmp_pa
     assert diary.lines == [*expected, "1 load", "1 observe", "1 solve", "done 1", "note"]
 
 
+def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    sarqc.preflight(source, "~/run", work="~/work", **SMALL)
+    run = sarqc.quantize(source, "~/run", work="~/work", method="rtn", group_size=32, keep_work=True)
+    exported = sarqc.export("~/work", "~/exported", format="gptq")
+    converted = convert("~/run", "~/converted", format="gptq")
+    compared = sarqc.compare(source, "~/compared", methods=["rtn"], bits=[4], seqlen=32, eval_seqlen=32, eval_windows=1)
+    assert {run.out, exported.out, converted.out, compared.out} < set(home.iterdir())
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_rounding_reads_no_text(source, tmp_path):
     diary = Diary()
     report = sarqc.quantize(source, tmp_path / "out", method="rtn", calib="nowhere.txt", watcher=diary).report
@@ -73,9 +89,16 @@ def test_the_report_is_complete_json(source, tmp_path):
     assert {"sarqc", "torch", "transformers", "python"} <= set(report["versions"])
 
 
+def test_the_card_repeats_the_dtype_and_the_trust_that_were_asked_for(source, tmp_path):
+    asked = dict(dtype="bfloat16", trust_remote_code=True)
+    sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32, **asked)
+    assert " --dtype bfloat16 --trust-remote-code" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_own_tokens_are_calibrated_on_as_they_are(source, tmp_path):
     tokens = torch.arange(3 * 40).view(3, 40) % tiny.VOCABULARY
     report = sarqc.quantize(source, tmp_path / "out", calib=tokens).report
+    assert "dtype" not in report and "trust_remote_code" not in report
     assert report["calibration"]["windows"] == 3 and report["calibration"]["seqlen"] == 40
     assert all(site["rows"] == [120] for site in report["sites"])
 

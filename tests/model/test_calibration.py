@@ -101,6 +101,8 @@ def test_a_long_text_is_made_tokens_in_stretches_of_whole_lines_up_to_a_limit(tm
     given, plain = [], tiny.tokenizer()
     whole = windows(str(path), plain, part="calibration", seqlen=16)
     monkeypatch.setattr(calibration, "STRETCH", 100)
+    assert torch.equal(windows(str(path), plain, part="calibration", seqlen=16).tokens, whole.tokens)
+    monkeypatch.setattr(calibration, "WHOLE", 1000)
     encode = calibration.encode
     monkeypatch.setattr(calibration, "encode", lambda t, text, **how: given.append(text) or encode(t, text, **how))
     cut = windows(str(path), plain, part="calibration", seqlen=16)
@@ -110,10 +112,14 @@ def test_a_long_text_is_made_tokens_in_stretches_of_whole_lines_up_to_a_limit(tm
     assert plain.decode(cut.tokens.flatten()) == plain.decode(whole.tokens.flatten())
     monkeypatch.setattr(calibration, "MOST_TEXT", 1000)
     assert read_text(str(path), "calibration") == path.read_text()[:1000]
+    assert cut.record()["characters"] == len(path.read_text())
+    assert windows(str(path), plain, part="calibration", seqlen=16).record()["characters"] == 1000
 
 
 def test_a_line_longer_than_a_stretch_is_cut(monkeypatch):
     monkeypatch.setattr(calibration, "STRETCH", 4)
+    assert list(calibration._stretches("abcdefg\nhi\nj")) == ["abcdefg\nhi\nj"]
+    monkeypatch.setattr(calibration, "WHOLE", 4)
     assert list(calibration._stretches("abcdefg\nhi\nj")) == ["abcd", "efg\n", "hi\nj"]
 
 

@@ -26,7 +26,7 @@ from sarqc.job.comparison import bench as benches
 from sarqc.job.comparison import table as tables
 from sarqc.job.comparison.bench import Bench, Cell, Other
 from sarqc.job.comparison.store import Cells, Grams
-from sarqc.job.locate import locate
+from sarqc.job.locate import locate_source
 from sarqc.job.reporting.facts import figure
 from sarqc.job.reporting.report import versions
 from sarqc.model import calibration
@@ -107,15 +107,16 @@ def compare(
     disk the statistics of one seed at a time. Raises `SarqcError` for anything wrong with the input.
     """
     watcher, out = watcher or Silent(), Path(out).expanduser()
-    folder = locate(model, trust_remote_code=trust_remote_code)
+    folder = locate_source(model, trust_remote_code=trust_remote_code)
     refuse_place(out)
     refuse_overlap(out, folder)
     for name, values in (("methods", methods), ("bits", bits), ("seeds", seeds), ("eval", texts)):
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
     bench = benches.make(folder, calib, sorted(set(num_samples)), seqlen, seeds, device, dtype, trust_remote_code)
-    found = targets(bench.solver, QuantSpec(ignore=tuple(ignore)))
-    quants = list(_quants(found, bits, group_sizes, sym, tuple(ignore)))
+    patterns = QuantSpec(ignore=ignore).ignore
+    found = targets(bench.solver, QuantSpec(ignore=patterns))
+    quants = list(_quants(found, bits, group_sizes, sym, patterns))
     cells = _cells(methods, quants, sorted(set(num_samples)), seeds)
     watcher.note("judging the unquantized model")
     benches.add_texts(bench, texts, eval_seqlen, eval_windows, trust_remote_code)
@@ -146,7 +147,7 @@ def _quants(
     bits: Sequence[int],
     group_sizes: Sequence[int | Literal["auto"]],
     sym: bool,
-    ignore: tuple[str, ...],
+    ignore: Sequence[str],
 ) -> Iterator[QuantSpec]:
     for group_size in group_sizes:
         size = auto_group_size(found) if group_size == AUTO else group_size

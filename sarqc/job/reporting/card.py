@@ -56,6 +56,7 @@ def card(report: facts.Report) -> str:
         _quality(report),
         "## Do it again",
         _fenced(command(report), "bash"),
+        _given(report),
         f"Versions: {', '.join(f'{_inline(k)} {_inline(str(v))}' for k, v in report['versions'].items())}. "
         "The same input on the same machine gives the same bytes. `report.html` has every layer's numbers.",
     ]
@@ -111,20 +112,31 @@ def command(report: facts.Report) -> str:
     if isinstance(carry, bool) and carry != getattr(preset, "carry_error", False):
         words.append("--carry-error" if carry else "--no-carry-error")
     if calibration:
-        words += ["--calib", _text_name(calibration["text"]), "--num-samples", str(calibration["windows"])]
+        text_name = _YOURS if calibration["text"] == GIVEN else _text_name(calibration["text"])
+        words += ["--calib", text_name, "--num-samples", str(calibration["windows"])]
         words += ["--seqlen", str(calibration["seqlen"]), "--seed", str(solve.get("seed", 0))]
     for pattern in quant.get("ignore", []):
         words += ["--ignore", str(pattern)]
+    words += ["--dtype", str(report["dtype"])] if report.get("dtype") else []
+    words += ["--trust-remote-code"] if report.get("trust_remote_code") else []
     return " ".join(shlex.quote(_one_line(word)) for word in words)
 
 
 def _text_name(text: str) -> str:
-    """What calibration text is called: a file without the path to it, a data set by its whole name, and where tokens
-    were given, which no command line can, what stands for them."""
-    if text == GIVEN:
-        return "YOUR_TOKENS"
+    """What calibration text is called: a file without the path to it, a data set by its whole name."""
     is_file = ":" not in text and (bool(Path(text).suffix) or text.startswith(("/", ".", "~")))
     return text.rpartition("/")[2] if is_file else text
+
+
+_YOURS = "YOUR_TOKENS"
+
+
+def _given(report: facts.Report) -> str:
+    """What no command line can say, in words."""
+    calibration = report["calibration"]
+    if not calibration or calibration["text"] != GIVEN:
+        return ""
+    return f"Tokens were given in place of a text: {_YOURS} stands for them; `sarqc.quantize(calib=TOKENS)` takes them."
 
 
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -195,7 +207,7 @@ def _done(report: facts.Report) -> str:
     if calibration:
         lines.append(
             f"- calibrated on {calibration['windows']} windows of {calibration['seqlen']} tokens of "
-            f"{_inline(calibration['text'].rpartition('/')[2])} (sha256 of the tokens "
+            f"{_inline(_text_name(calibration['text']))} (sha256 of the tokens "
             f"{_inline(str(calibration.get('fingerprint', 'not recorded')))[:16]})"
         )
     else:
@@ -211,7 +223,7 @@ def _done(report: facts.Report) -> str:
 
 def _quality(report: facts.Report) -> str:
     rows = [
-        f"| {_inline(entry['text'].rpartition('/')[2])} | {entry.get('windows', '')} of {entry.get('seqlen', '')} "
+        f"| {_inline(_text_name(entry['text']))} | {entry.get('windows', '')} of {entry.get('seqlen', '')} "
         f"| {_cell(entry.get('before'), '.3f')} | {entry['after']:.3f} "
         f"| {_cell(entry.get('agreement'), '.1%')} | {_cell(entry.get('kl'), '.4f')} |"
         for entry in report.get("quality", [])
