@@ -224,7 +224,13 @@ def solve_spec(method: str = DEFAULT_METHOD, **changes: Any) -> SolveSpec:
     """The preset called `method` with some of its fields changed; None as a value means "as the preset has it"."""
     if method not in METHODS:
         raise ArgumentError(f"method = {method!r} is not known: use one of {', '.join(METHODS)}")
-    return dataclasses.replace(METHODS[method], **{k: v for k, v in changes.items() if v is not None})
+    preset, given = METHODS[method], {k: v for k, v in changes.items() if v is not None}
+    idle = next((name for name in ("strength", "saliency", "borrow", "gate_weight") if name in given), None)
+    if idle and not preset.gram:
+        raise ArgumentError(
+            f"{idle} = {given[idle]!r} is not for method {method!r}, which looks at no text: leave it out"
+        )
+    return dataclasses.replace(preset, **given)
 
 
 def to_json(spec: QuantSpec | SolveSpec) -> dict[str, Any]:

@@ -54,3 +54,11 @@ def test_one_alone_is_one_of_several():
     """A string is not its letters."""
     assert QuantSpec(ignore="down_proj").ignore == ("down_proj",)
     assert QuantSpec(avg_bits=4.5, choices=4).choices == (4,)
+
+
+@pytest.mark.parametrize("given", [{"strength": 0.3}, {"saliency": "rms"}, {"borrow": 0.5}, {"gate_weight": 1}])
+def test_a_method_without_text_takes_nothing_that_is_about_text(given):
+    with pytest.raises(
+        ArgumentError, match=rf"{next(iter(given))} = .* is not for method 'rtn', which looks at no text"
+    ):
+        solve_spec("rtn", **given)

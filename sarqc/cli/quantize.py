@@ -114,7 +114,7 @@ def quantize(
     )  # fmt: skip
     if dry_run:
         if leads():
-            look_ahead(model, output, settings, as_json)
+            look_ahead(model, output, settings, overwrite, as_json)
         return
     manner = dict(keep_work=keep_work, restart=restart, overwrite=overwrite, ordered=ordered)
     result = carry_out(model, output, settings, manner)
@@ -142,11 +142,13 @@ def carry_out(model: str, output: Path, settings: dict[str, Any], manner: dict[s
         raise Interrupted(how) from None
 
 
-def look_ahead(model: str, output: Path, settings: dict[str, Any], as_json: bool) -> None:
+def look_ahead(model: str, output: Path, settings: dict[str, Any], overwrite: bool, as_json: bool) -> None:
     """Print the preflight; an error where the run could not begin."""
+    from sarqc.checkpoint.folders import refuse_existing
     from sarqc.cli.preflight import show
     from sarqc.job.forecast.preflight import preflight
 
+    refuse_existing(output, overwrite)
     found = preflight(model, output, **settings)
     if as_json:
         print_json(found.to_json())

@@ -12,12 +12,14 @@ from rich.table import Table
 
 def run_summary(out: Path, report: dict[str, Any]) -> Table:
     """What a run did, in a dozen lines."""
-    from sarqc.job.reporting.facts import serves
+    from sarqc.job.reporting.facts import serves, verdict
 
     table = _facts("quantized")
     table.add_row("checkpoint", escape(str(out)))
     for row in _report_rows(report):
         table.add_row(*row)
+    for concern in verdict(report).concerns:
+        table.add_row("look closer", escape(concern))
     serve = f"    vllm serve {out}" if serves(report, "vLLM") else ""
     table.add_row("next", escape(f"sarqc eval {out}    sarqc chat {out}{serve}"))
     return table
@@ -46,7 +48,7 @@ def checkpoint_summary(found: dict[str, Any]) -> Table:
 
 def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Label and text of each line about a run."""
-    from sarqc.job.reporting.facts import human, width
+    from sarqc.job.reporting.facts import human, share, width
 
     quant, solve, size = report["quant"], report["solve"], report["size"]
     kind = "symmetric" if quant["sym"] else "asymmetric"
@@ -66,7 +68,7 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     held = f", strength {solve['strength']}" if solve["strength"] else ""
     yield "method", escape(f"{solve['method']}{held}; {how}")
     measured = "output error" if calibration else "weight error"
-    yield measured, f"{report['error']:.3%} (plain rounding {report['rounding_error']:.3%})"
+    yield measured, f"{share(report['error'])} (plain rounding {share(report['rounding_error'])})"
     for site, reason in report["fallbacks"].items():
         yield "fallback", escape(f"{site}: {reason}")
     memory = ", ".join(f"{name} {human(mib * 2**20)}" for name, mib in report["peak_memory_mib"].items())

@@ -221,10 +221,17 @@ def read_windows(plan: Plan) -> calibration.Windows | None:
 
 
 def expected_windows(plan: Plan) -> tuple[int, int]:
-    """Windows and tokens per window as far as the settings say; (0, 0) for a method that looks at no text."""
+    """Windows and tokens per window, counted where model and text are here, otherwise as the settings say; (0, 0) for a
+    method that looks at no text."""
     asked = plan.settings
     if not plan.solve.gram:
         return 0, 0
+    if isinstance(plan.source, Checkpoint) and (
+        isinstance(asked.calib, Tensor) or calibration.is_here(str(asked.calib))
+    ):
+        found = read_windows(plan)
+        assert found is not None
+        return len(found.tokens), found.tokens.shape[1]
     if isinstance(asked.calib, Tensor):
         available, seqlen = calibration.Windows.of_tokens(asked.calib).tokens.shape
         return asked.num_samples or min(DEFAULT_SAMPLES, available), seqlen

@@ -119,11 +119,11 @@ class Strengths:
         if not track.curves:
             return Choice(prior, False, kind, curve, _RULE)
         pooled = pool(track.curves, float(prior.min()))
-        over = f"over {len(track.curves)} sites of this kind"
+        over = f"over {len(track.curves)} {'site' if len(track.curves) == 1 else 'sites'} of this kind"
         if sum(log(min(known.values())) for known in track.curves) >= 0:
             return Choice(prior, True, kind, curve, f"no strength beats plain rounding on held-out text {over}")
         best = max(at for at, loss in enumerate(pooled) if loss <= min(pooled) + TOLERANCE)
-        why = f"strongest within {TOLERANCE:.0%} of the least held-out loss {over}"
+        why = f"strongest within {TOLERANCE:.0%} of the least held-out loss {over}, the rule counting as one more"
         return Choice(torch.full_like(prior, GRID[best]), False, kind, curve, why)
 
 

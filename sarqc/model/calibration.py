@@ -130,14 +130,17 @@ def read_text(text: str, part: Part) -> str:
             ) from error
         except OSError as error:
             raise TextError(f"text {text!r} cannot be read: {error.strerror or error}") from error
-    if (
-        path is None
-        or path.is_dir()
-        or path.suffix in {".txt", ".md", ".json", ".jsonl"}
-        or text.startswith(("/", ".", "~"))
-    ):
-        raise TextError(f"text {text!r}: no such file; give a UTF-8 text file, the name of a data set, or 'builtin'")
+    if is_here(text):
+        what = "a folder" if path is not None and path.is_dir() else "no such file"
+        raise TextError(f"text {text!r}: {what}; give a UTF-8 text file, the name of a data set, or 'builtin'")
     return _dataset_text(text, part)
+
+
+def is_here(text: str) -> bool:
+    """Whether a text is of this machine, there or not, and no data set that would have to be fetched."""
+    path = _path(text)
+    means_file = path is None or path.exists() or path.suffix in {".txt", ".md", ".json", ".jsonl"}
+    return text == BUILTIN or means_file or text.startswith(("/", ".", "~"))
 
 
 def _path(text: str) -> Path | None:
@@ -213,7 +216,7 @@ def _dataset_text(name: str, part: Part) -> str:
         import datasets
     except ImportError as error:
         raise TextError(
-            f"text {name!r} is no file, and reading it as a data set needs the extra: pip install 'sarqc[data]'"
+            f"text {name!r} is no file, and reading it as a data set needs: pip install datasets"
         ) from error
     path, config, split = [*name.split(":", 2), "", ""][:3]  # a split may be a slice, train[:1000]
     split = split or ("train" if part == "calibration" else "test")

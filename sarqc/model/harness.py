@@ -16,7 +16,7 @@ from sarqc.model.calibration import read_text
 CLOZE = "cloze"
 CLOZE_WORDS = 12
 """Least words before the one that is asked for."""
-_INSTALL = "pip install 'sarqc[eval]'"
+_INSTALL = "pip install lm-eval"
 
 
 def last_words(text: str) -> list[dict[str, str]]:

@@ -371,3 +371,11 @@ def test_grams_are_counted_with_every_fold_that_is_read(deep, tmp_path, monkeypa
     monkeypatch.setattr(module.blocks, "run", lambda *a, **k: folds.append((k["folds"], len(a[2]))) or run(*a, **k))
     compare(deep, tmp_path / "a", methods=("gptq",), bits=(4,), **HOW)
     assert folds == [(2, 2)]
+
+
+def test_a_folder_of_something_else_is_not_written_into(deep, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds something else than a comparison: choose another one"):
+        compare(deep, tmp_path / "checkpoint", methods=("rtn",), **HOW)
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["config.json"]

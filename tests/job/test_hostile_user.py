@@ -58,6 +58,13 @@ def test_words_that_make_no_command(door, arguments, says):
     assert code == 2 and says in line, line
 
 
+def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(source, door, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    code, line = door("quantize", source, "-o", tmp_path / "out", *SHORT, "--dry-run")
+    assert code == 2 and "exists and is not empty" in line, line
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 import sarqc
-from sarqc.errors import ModelError
+from sarqc.errors import ArgumentError, ModelError
 from sarqc.job.measure import evaluate_and_save
 from sarqc.job.reporting import report
 from tests.support import tiny
@@ -32,3 +34,9 @@ def test_before_and_after_are_saved_and_measured_again(tmp_path):
     with pytest.raises(ModelError, match="llama"):
         evaluate_and_save(out, **how)
     assert evaluate_and_save(out, original=tmp_path / "moved", **how).entry == saved.entry
+    with pytest.raises(ArgumentError, match="is quantized itself: give the model before that"):
+        evaluate_and_save(out, original=out, **how)
+    assert report.load(out)["quality"][-1] == saved.entry
+    for judge in (partial(evaluate_and_save, original=tmp_path / "moved"), sarqc.evaluate):
+        with pytest.raises(ArgumentError, match=r"seqlen = 4096 is more than the \d+ positions of .*: use \d+ or less"):
+            judge(out, seqlen=4096)

@@ -151,6 +151,17 @@ def test_a_shard_that_is_written_needs_its_room_twice(sources, tmp_path, monkeyp
     assert preflight(sources["llama"], tmp_path / "out", **SMALL).disk[0].needed == found.disk[0].needed + 1000
 
 
+def test_text_that_is_here_is_counted_and_text_that_is_not_refused(sources, tmp_path):
+    """A dry run that says yes to a text that is not there would be of no use."""
+    few = tmp_path / "few.txt"
+    few.write_text("a few words of text " * 60)
+    how = {key: value for key, value in SMALL.items() if key not in ("num_samples", "calib")}
+    found = preflight(sources["llama"], tmp_path / "out", calib=str(few), **how)
+    assert 0 < found.windows < 128
+    with pytest.raises(sarqc.SarqcError, match=r"gone\.txt.*no such file"):
+        preflight(sources["llama"], tmp_path / "out", calib=str(tmp_path / "gone.txt"), **how)
+
+
 def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
     found = preflight(sources["qwen3_moe"], tmp_path / "out", ignore=["o_proj$"], **SMALL)
     left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import re
 from html.parser import HTMLParser
 from importlib.metadata import PackageNotFoundError
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 import sarqc
+from sarqc.cli.summary import run_summary
 from sarqc.errors import CheckpointError
 from sarqc.job.reporting import card, facts, report
 from sarqc.job.reporting.page import page
@@ -133,6 +137,28 @@ def test_the_command_repeats_the_run(source, found, tmp_path):
         written = card.card(found)
         assert ("Tokens were given in place of a text: YOUR_TOKENS" in written) is (text == "given tokens")
         assert f"tokens of {text if shown == 'YOUR_TOKENS' else shown} (sha256" in written
+
+
+def test_what_calls_for_a_look_is_said_where_the_run_ends(found, out):
+    def shown():
+        printed = StringIO()
+        Console(file=printed, width=200).print(run_summary(out, found))
+        return printed.getvalue()
+
+    assert "look closer" not in shown()
+    found["fallbacks"] = {"model.layers.0.mlp.down_proj": "no factor"}
+    assert re.search(r"look closer +1 site fell back to plain rounding", shown())
+
+
+def test_the_card_loads_with_what_transformers_needs(found):
+    assert "import sarqc" not in card.card(found)
+    found["quant"]["sym"] = False
+    assert "import sarqc  # so that transformers reads it\nfrom transformers import" in card.card(found)
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.0000123, "0.00123%"), (0.01012, "1.01%"), (0.25, "25%"), (0.0, "0%")])
+def test_small_errors_keep_their_digits(value, told):
+    assert facts.share(value) == told
 
 
 def test_hostile_names_stay_text(found):

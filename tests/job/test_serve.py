@@ -8,6 +8,7 @@ from sarqc.job.forecast.serve import SERVERS, Layer, Served, fused_layers, mixed
 from sarqc.spec import QuantSpec
 
 AMPERE, HOPPER, SGLANG = "vLLM 0.33, sm_80", "vLLM 0.33, sm_90", "SGLang 0.5.23"
+TRANSFORMERS = "transformers 5.23"
 
 
 def layer(out=4096, inputs=4096, name="o_proj", stacked=False):
@@ -37,6 +38,8 @@ def kernel(server, one, ranks=1, **quant):
         (SGLANG, {}, "Marlin"),
         (SGLANG, {"bits": 3}, None),
         (SGLANG, {"bits": 8, "sym": False}, None),
+        (TRANSFORMERS, {"bits": 3}, "expanded on loading"),
+        (TRANSFORMERS, {"sym": False}, None),
     ],
 )
 def test_dense_layers_by_number_format(server, quant, expected):

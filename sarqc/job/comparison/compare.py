@@ -21,11 +21,11 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from sarqc.checkpoint.folders import refuse_overlap, refuse_place
-from sarqc.errors import ArgumentError
+from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.job.comparison import bench as benches
 from sarqc.job.comparison import table as tables
 from sarqc.job.comparison.bench import Bench, Cell, Other
-from sarqc.job.comparison.store import Cells, Grams
+from sarqc.job.comparison.store import CELLS, Cells, Grams
 from sarqc.job.locate import locate_source
 from sarqc.job.reporting.facts import figure
 from sarqc.job.reporting.report import versions
@@ -110,6 +110,8 @@ def compare(
     folder = locate_source(model, trust_remote_code=trust_remote_code)
     refuse_place(out)
     refuse_overlap(out, folder)
+    if out.is_dir() and any(out.iterdir()) and not (out / CELLS).exists():
+        raise CheckpointError(f"output folder {out} holds something else than a comparison: choose another one")
     for name, values in (("methods", methods), ("bits", bits), ("seeds", seeds), ("eval", texts)):
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")

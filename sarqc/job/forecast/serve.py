@@ -108,7 +108,9 @@ def _vllm_experts(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> 
     if _marlin(quant) and hidden % 128 == 0:
         return "Marlin MoE", ""
     if quant.group_size == -1:
-        return None, "experts with one scale a row run in Marlin alone (4 or 8 bits, hidden size a multiple of 128)"
+        return None, (
+            "experts with one scale a row run in Marlin alone (4 bits, or 8 symmetric, hidden size a multiple of 128)"
+        )
     return "Humming MoE", ""
 
 
@@ -123,8 +125,9 @@ def _vllm_hopper(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> t
 def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[str | None, str]:
     if not _marlin(quant):
         kind = "symmetric" if quant.sym else "asymmetric"
+        groups = "with one scale a row" if quant.group_size == -1 else f"in groups of {quant.group_size}"
         return None, (
-            f"{quant.bits} bits {kind} in groups of {quant.group_size} run in no kernel of its own "
+            f"{quant.bits} bits {kind} {groups} run in no kernel of its own "
             "(4 bits, and 8 symmetric, in groups of 32, 64, 128 or whole rows do)"
         )
     if reason := _group(quant, inputs):
@@ -135,6 +138,8 @@ def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[
 
 
 def _transformers(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[str | None, str]:
+    if not quant.sym:
+        return None, "asymmetric weights load with `import sarqc` alone: it expects zero points in another shape"
     return "expanded on loading", ""
 
 

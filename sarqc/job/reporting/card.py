@@ -49,7 +49,7 @@ def card(report: facts.Report) -> str:
         "## Run",
         "From inside this folder; elsewhere its path, or its hub id, in the place of the dot.",
         *(_fenced(line, "bash") for server, line in _SERVERS.items() if facts.serves(report, server) is not False),
-        _fenced(_TRANSFORMERS, "python"),
+        _fenced(_loading(report), "python"),
         _readers(report),
         "## What was done",
         _done(report),
@@ -139,10 +139,16 @@ def _given(report: facts.Report) -> str:
     return f"Tokens were given in place of a text: {_YOURS} stands for them; `sarqc.quantize(calib=TOKENS)` takes them."
 
 
-_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(".")"""
+
+
+def _loading(report: facts.Report) -> str:
+    """What loads the folder, with what transformers needs for it."""
+    alone = _format_name(report) == "compressed-tensors" and report["quant"]["sym"]
+    return _LOADING if alone else f"import sarqc  # so that transformers reads it\n{_LOADING}"
 
 
 _SERVERS = {"vLLM": "vllm serve .", "SGLang": "python -m sglang.launch_server --model-path ."}
@@ -213,7 +219,7 @@ def _done(report: facts.Report) -> str:
     else:
         lines.append("- no calibration text")
     kind = "output error on the calibration text" if calibration else "weight error"
-    lines.append(f"- {kind} {report['error']:.3%}; plain rounding has {report['rounding_error']:.3%}")
+    lines.append(f"- {kind} {facts.share(report['error'])}; plain rounding has {facts.share(report['rounding_error'])}")
     lines.append(f"- {report['targets']['quantized']} layers at {size['bits_per_weight']} bits per weight with scales")
     if fallbacks := report["fallbacks"]:
         lines.append(f"- {len(fallbacks)} of {len(report['sites'])} sites were rounded plainly; report.html says why")

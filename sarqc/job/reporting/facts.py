@@ -126,6 +126,11 @@ def figure(perplexity: float, spread: float | None = None) -> str:
     return " ± ".join(format(value, form) for value in (perplexity, spread) if value is not None)
 
 
+def share(value: float) -> str:
+    """A share in percent, three digits of it."""
+    return f"{100 * value:.3g}%"
+
+
 def human(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -163,7 +168,7 @@ def verdict(report: Report) -> Verdict:
     concerns = _concerns(report)
     quant = report["quant"]
     what = f"{width(quant)} by {report['solve']['method']}"
-    error, plain = f"{report['error']:.2%}", f"{report['rounding_error']:.2%}"
+    error, plain = share(report["error"]), share(report["rounding_error"])
     if not calibrated(report):
         told = f"{what}, without calibration; weight error {error}"
     elif (times := gain(report)) is None:
@@ -183,15 +188,15 @@ def verdict(report: Report) -> Verdict:
 def _concerns(report: Report) -> list[str]:
     found = []
     if fallbacks := len(report["fallbacks"]):
-        found.append(f"{_counted(fallbacks, 'site')} fell back to plain rounding")
+        found.append(f"{counted(fallbacks, 'site')} fell back to plain rounding")
     if calibrated(report):
         harmed = [s for s in sites(report) if s.loss is not None and s.loss > HARMED]
         if harmed:
             first = max(harmed, key=lambda site: site.loss or 0.0)
-            found.append(f"{_counted(len(harmed), 'site')} lost more than plain rounding would, most {first.name}")
+            found.append(f"{counted(len(harmed), 'site')} lost more than plain rounding would, most {first.name}")
     unseen = sum(count == 0 for load in loads(report) for count in load.rows)
     if unseen:
-        found.append(f"{_counted(unseen, 'expert')} saw no token at all: more or other calibration text helps")
+        found.append(f"{counted(unseen, 'expert')} saw no token at all: more or other calibration text helps")
     for entry in report.get("quality", []):
         if entry.get("before") and entry["after"] > 1.25 * entry["before"]:
             found.append(f"perplexity rose by {entry['after'] / entry['before'] - 1:.0%} on {entry['text']}")
@@ -214,7 +219,3 @@ def _site(record: dict[str, Any]) -> SiteFacts:
         rows=tuple(record["rows"]),
         record=record,
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -90,6 +90,7 @@ def duration(seconds: float) -> str:
 def _tiles(report: facts.Report) -> str:
     sizes, memory = report["size"], report["peak_memory_mib"]
     before = report.get("source", {}).get("bytes")
+    kind = "output" if facts.calibrated(report) else "weight"
     tiles = [
         (f"{sizes['bits_per_weight']:.3g}", "bits per quantized weight"),
         (
@@ -97,8 +98,8 @@ def _tiles(report: facts.Report) -> str:
             f"size, {sizes['bytes'] / before:.0%} of the original" if before else "size",
         ),
         (
-            f"{report['error']:.3%}",
-            f"{'output' if facts.calibrated(report) else 'weight'} error (rounding {report['rounding_error']:.3%})",
+            facts.share(report["error"]),
+            f"{kind} error (rounding {facts.share(report['rounding_error'])})",
         ),
     ]
     for entry in report.get("quality", [])[:1]:
