@@ -48,7 +48,7 @@ def of_model(checkpoint: Checkpoint) -> dict[str, str]:
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """The first setting in which two fingerprints differ, by the name a person knows it by, with both values."""
     flat, other = dict(_flat(old)), dict(_flat(new))
-    for name in sorted(flat.keys() | other.keys()):
+    for name in sorted(flat.keys() | other.keys(), key=lambda name: (name != "method", name)):  # it changes others
         if flat.get(name) != other.get(name):
             return name, flat.get(name), other.get(name)
     return None

@@ -1,4 +1,4 @@
-"""Is a checkpoint sound: every bit as written, every weight of the model there once, and near what it was made of?
+"""Is a checkpoint sound: every tensor as written, every weight of the model there once, and near what it was made of?
 
 Three looks, from the inside out: the files (`sarqc.checkpoint.verify`), the model that config.json describes, which
 must find each of its weights, and, where the source is at hand, every tensor beside the source's. The last one also
@@ -35,7 +35,7 @@ _TOLERANCE = 1e-6
 class Verified:
     """What was found in `folder`.
 
-    problems: a line each, none where it is sound. manifest: whether every bit could be compared with what was written.
+    problems: a line each, none where it is sound. manifest: whether tensors could be compared with what was written.
     facts: format and numbers of tensors, files, bytes. errors: relative error ||W - Q|| / ||W|| of each quantized
     weight, where there was a source to compare with. serve: what the servers make of it, where it is sound.
     """

@@ -88,6 +88,7 @@ def test_plain_rounding_goes_on_too(source, tmp_path):
     [
         ({"bits": 3}, "bits = 4, now it is 3"),
         ({"strength": 0.5}, "strength = 'auto', now it is 0.5"),
+        ({"method": "gptq"}, "method = 'sarqc-gptq', now it is 'gptq'"),
         ({"num_samples": 3}, "calibration"),
         ({"dtype": "bfloat16"}, "dtype = 'float32', now it is 'bfloat16'"),
         ({"ignore": ["o_proj"]}, "ignore"),
