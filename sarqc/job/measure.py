@@ -41,8 +41,8 @@ def evaluate(
     seqlen: tokens per window. max_windows: only the last so many windows of the text.
     """
     built, tokenizer = load(model, device=device, dtype=dtype, packed=packed, trust_remote_code=trust_remote_code)
-    _check_positions(built.config, seqlen, model)
     windows = calibration.windows(text, tokenizer, part="evaluation", seqlen=seqlen)
+    _check_positions(built.config, seqlen, model)
     if max_windows is not None:
         windows = windows.last(max_windows)
     found = perplexity(built, windows, on_window=on_window)

@@ -21,7 +21,9 @@ MEASURE = """
 import sys
 import sarqc
 from sarqc.job.reporting.report import peak_memory_mib
-sarqc.quantize(sys.argv[1], sys.argv[2], state_budget=0, num_samples=4, seqlen=64, strength=0.3, method=sys.argv[3])
+model, out, method = sys.argv[1:]
+strength = None if method == "rtn" else 0.3
+sarqc.quantize(model, out, state_budget=0, num_samples=4, seqlen=64, strength=strength, method=method)
 print(peak_memory_mib()["host"] << 20)
 """
 
