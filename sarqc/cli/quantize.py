@@ -148,7 +148,7 @@ def look_ahead(model: str, output: Path, settings: dict[str, Any], overwrite: bo
     from sarqc.cli.preflight import show
     from sarqc.job.forecast.preflight import preflight
 
-    refuse_existing(output, overwrite)
+    refuse_existing(output.expanduser(), overwrite)
     found = preflight(model, output, **settings)
     if as_json:
         print_json(found.to_json())

@@ -42,18 +42,11 @@ def evaluate(
     """
     built, tokenizer = load(model, device=device, dtype=dtype, packed=packed, trust_remote_code=trust_remote_code)
     windows = calibration.windows(text, tokenizer, part="evaluation", seqlen=seqlen)
-    _check_positions(built.config, seqlen, model)
+    calibration.check_seqlen(seqlen, built.config, model)
     if max_windows is not None:
         windows = windows.last(max_windows)
     found = perplexity(built, windows, on_window=on_window)
     return replace(found, protocol=found.protocol | {"packed": is_packed(built)})
-
-
-def _check_positions(config: Any, seqlen: int, model: str | Path) -> None:
-    """`ArgumentError` for windows that are longer than what the model was trained to read."""
-    most = getattr(config, "max_position_embeddings", None)
-    if isinstance(most, int) and 0 < most < seqlen:
-        raise ArgumentError(f"seqlen = {seqlen} is more than the {most} positions of {model}: use {most} or less")
 
 
 def zero_shot(
@@ -111,7 +104,7 @@ def evaluate_and_save(
         if place is source and checkpoint.format is not None:
             raise ArgumentError(f"original = {str(source)!r} is quantized itself: give the model before that")
         skeleton = Skeleton.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
-        _check_positions(skeleton.model.config, seqlen, place)
+        calibration.check_seqlen(seqlen, skeleton.model.config, place)
         kept, total = resolve_dtype(dtype, where, skeleton.dtype), 2 * len(skeleton.blocks)
         skeleton.load_outer(checkpoint, where, kept, head=True)
 

@@ -18,7 +18,7 @@ from sarqc.checkpoint.formats import FORMATS, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.job.load import resolve_device, resolve_dtype
-from sarqc.job.locate import hub_configuration, hub_headers, is_local, locate_source
+from sarqc.job.locate import hub_configuration, hub_headers, is_local, locate
 from sarqc.job.machine import host_memory, ranks_here
 from sarqc.method.allocation import average_range
 from sarqc.model import calibration
@@ -98,13 +98,11 @@ class Plan:
     def seqlen(self) -> int:
         """Tokens per window of text: as asked, or 2048, or as many as the model has positions; `ArgumentError` for a
         longer one, which the model was never trained to read."""
-        most, asked = getattr(self.skeleton.model.config, "max_position_embeddings", None), self.settings.seqlen
-        most = most if isinstance(most, int) and most > 0 else asked or DEFAULT_SEQLEN
-        if asked is not None and asked > most:
-            raise ArgumentError(
-                f"seqlen = {asked} is more than the {most} positions of {self.model}: use {most} or less"
-            )
-        return min(DEFAULT_SEQLEN, most) if asked is None else asked
+        asked, config = self.settings.seqlen, self.skeleton.model.config
+        if asked is None:
+            return min(DEFAULT_SEQLEN, calibration.positions(config) or DEFAULT_SEQLEN)
+        calibration.check_seqlen(asked, config, self.model)
+        return asked
 
     @property
     def state_budget(self) -> int:
@@ -197,7 +195,7 @@ def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tup
         folder = hub_configuration(str(model), trust_remote_code=trust_remote_code)
         tensors = hub_headers(str(model))
         return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
-    folder = locate_source(model, trust_remote_code=trust_remote_code)
+    folder = locate(model, trust_remote_code=trust_remote_code)
     if headers_only and not any(folder.glob("*.safetensors")):
         return folder, outline(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
@@ -226,15 +224,11 @@ def expected_windows(plan: Plan) -> tuple[int, int]:
     asked = plan.settings
     if not plan.solve.gram:
         return 0, 0
-    if isinstance(plan.source, Checkpoint) and (
-        isinstance(asked.calib, Tensor) or calibration.is_here(str(asked.calib))
-    ):
+    model_here = isinstance(plan.source, Checkpoint)  # and so its tokenizer
+    if isinstance(asked.calib, Tensor) or (model_here and calibration.is_here(str(asked.calib))):
         found = read_windows(plan)
         assert found is not None
         return len(found.tokens), found.tokens.shape[1]
-    if isinstance(asked.calib, Tensor):
-        available, seqlen = calibration.Windows.of_tokens(asked.calib).tokens.shape
-        return asked.num_samples or min(DEFAULT_SAMPLES, available), seqlen
     return asked.num_samples or DEFAULT_SAMPLES, plan.seqlen
 
 

@@ -33,8 +33,6 @@ that costs nothing that could be measured; on text of another kind, of which the
 PRIOR_BEND = 0.03
 """Log loss that the rule expects one step of the grid (half a decade) away from its own strength."""
 
-_RULE = "rule in inputs per row: no second stretch of text to judge on"
-
 Curve = Mapping[float, float]
 """lambda -> loss on held-out text, relative to that of plain rounding on a min-max grid."""
 Record = Mapping[str, Any]
@@ -43,19 +41,21 @@ Record = Mapping[str, Any]
 @dataclass(frozen=True)
 class Choice:
     """strength: lambda of each expert, fp32 [E]. rounded: whether held-out text prefers plain rounding to any lambda.
-    kind, curve: what this site was asked as one of and what it answered, empty where it was not. why: in words."""
+    kind, curve: what this site was asked as one of and what it answered, empty where it was not. why: in words.
+    by_rule: whether strength is the rule's, which differs with an expert's rows, for want of any answer."""
 
     strength: Tensor
     rounded: bool
     kind: str
     curve: Curve
     why: str
+    by_rule: bool = False
 
     def of_others(self, rows: Tensor, in_features: int, solve: SolveSpec) -> Choice:
         """The choice for other experts of the same layer, which saw so many rows (int64 [E]): the same lambda, or the
         same rule. They are not asked."""
         prior = rule(rows, in_features, solve)
-        strength = prior if self.why == _RULE else torch.full_like(prior, float(self.strength[0]))
+        strength = prior if self.by_rule else torch.full_like(prior, float(self.strength[0]))
         return replace(self, strength=strength)
 
     def record(self) -> Record:
@@ -117,7 +117,8 @@ class Strengths:
         curve = ask(track.curves, float(prior.min()), judge) if judge and track.asks else {}
         self.remember(kind, curve)
         if not track.curves:
-            return Choice(prior, False, kind, curve, _RULE)
+            why = "rule in inputs per row: no second stretch of text to judge on"
+            return Choice(prior, False, kind, curve, why, by_rule=True)
         pooled = pool(track.curves, float(prior.min()))
         over = f"over {len(track.curves)} {'site' if len(track.curves) == 1 else 'sites'} of this kind"
         if sum(log(min(known.values())) for known in track.curves) >= 0:

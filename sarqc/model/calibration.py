@@ -189,6 +189,19 @@ def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
     return Windows(tokens, bool(prefix), text, count, len(raw))
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a model was made to read, where its configuration says it."""
+    most = getattr(config, "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
+def check_seqlen(seqlen: int, config: Any, model: str | Path) -> None:
+    """`ArgumentError` for windows that are longer than what the model was trained to read."""
+    most = positions(config)
+    if most is not None and seqlen > most:
+        raise ArgumentError(f"seqlen = {seqlen} is more than the {most} positions of {model}: use {most} or less")
+
+
 def _stretches(text: str) -> Iterator[str]:
     """A text whole, or one longer than `WHOLE` in parts of some `STRETCH` characters that end with a line, if lines are
     not longer than that."""

@@ -96,7 +96,7 @@ Sink = Callable[[Site, Tensor, Tensor | None], None]
 def write_back(model: Any, target: Target, weight: QuantizedWeight) -> None:
     """Put a target's dequantized weight in the place of its own."""
     rows = stack(model, target.parameter)[target.expert, target.start : target.start + target.shape[0]]
-    rows.copy_(weight.to(rows.device).dequantize(rows.dtype)[0])  # codes are an eighth of what weights would move
+    rows.copy_(weight.to(rows.device).dequantize(rows.dtype)[0])  # codes move: a byte each
 
 
 def separate_sites(skeleton: Skeleton, found: Sequence[Target]) -> list[Site]:

@@ -156,7 +156,9 @@ def test_the_card_loads_with_what_transformers_needs(found):
     assert "import sarqc  # so that transformers reads it\nfrom transformers import" in card.card(found)
 
 
-@pytest.mark.parametrize(("value", "told"), [(0.0000123, "0.00123%"), (0.01012, "1.01%"), (0.25, "25%"), (0.0, "0%")])
+@pytest.mark.parametrize(
+    ("value", "told"), [(0.0000123, "0.00123%"), (0.01012, "1.01%"), (0.25, "25%"), (0.0, "0%"), (12.3456, "1235%")]
+)
 def test_small_errors_keep_their_digits(value, told):
     assert facts.share(value) == told
 

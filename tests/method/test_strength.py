@@ -116,6 +116,15 @@ def test_a_site_that_held_out_text_never_excites_says_nothing():
     assert not strengths.tracks["down"].curves and strengths.tracks["down"].seen == 1
 
 
+def test_other_experts_of_a_layer_take_its_choice_or_the_same_rule():
+    few = torch.tensor([16, 4096])
+    asked = choose(Strengths(), Bowl(0.3))
+    assert torch.equal(asked.of_others(few, 512, AUTO).strength, asked.strength.expand(2))
+    ruled = choose(Strengths(), None)
+    assert torch.equal(ruled.of_others(few, 512, AUTO).strength, rule(few, 512, AUTO))
+    assert ruled.by_rule and not asked.by_rule and ruled.strength != rule(few, 512, AUTO)[0]
+
+
 def test_later_sites_are_asked_now_and_then():
     strengths = Strengths()
     asked = [bool(choose(strengths, Bowl(0.3)).curve) for _ in range(12)]

@@ -112,7 +112,7 @@ def command(report: facts.Report) -> str:
     if isinstance(carry, bool) and carry != getattr(preset, "carry_error", False):
         words.append("--carry-error" if carry else "--no-carry-error")
     if calibration:
-        text_name = _YOURS if calibration["text"] == GIVEN else _text_name(calibration["text"])
+        text_name = _YOURS if calibration["text"] == GIVEN else facts.text_name(calibration["text"])
         words += ["--calib", text_name, "--num-samples", str(calibration["windows"])]
         words += ["--seqlen", str(calibration["seqlen"]), "--seed", str(solve.get("seed", 0))]
     for pattern in quant.get("ignore", []):
@@ -120,12 +120,6 @@ def command(report: facts.Report) -> str:
     words += ["--dtype", str(report["dtype"])] if report.get("dtype") else []
     words += ["--trust-remote-code"] if report.get("trust_remote_code") else []
     return " ".join(shlex.quote(_one_line(word)) for word in words)
-
-
-def _text_name(text: str) -> str:
-    """What calibration text is called: a file without the path to it, a data set by its whole name."""
-    is_file = ":" not in text and (bool(Path(text).suffix) or text.startswith(("/", ".", "~")))
-    return text.rpartition("/")[2] if is_file else text
 
 
 _YOURS = "YOUR_TOKENS"
@@ -213,7 +207,7 @@ def _done(report: facts.Report) -> str:
     if calibration:
         lines.append(
             f"- calibrated on {calibration['windows']} windows of {calibration['seqlen']} tokens of "
-            f"{_inline(_text_name(calibration['text']))} (sha256 of the tokens "
+            f"{_inline(facts.text_name(calibration['text']))} (sha256 of the tokens "
             f"{_inline(str(calibration.get('fingerprint', 'not recorded')))[:16]})"
         )
     else:
@@ -229,7 +223,7 @@ def _done(report: facts.Report) -> str:
 
 def _quality(report: facts.Report) -> str:
     rows = [
-        f"| {_inline(_text_name(entry['text']))} | {entry.get('windows', '')} of {entry.get('seqlen', '')} "
+        f"| {_inline(facts.text_name(entry['text']))} | {entry.get('windows', '')} of {entry.get('seqlen', '')} "
         f"| {_cell(entry.get('before'), '.3f')} | {entry['after']:.3f} "
         f"| {_cell(entry.get('agreement'), '.1%')} | {_cell(entry.get('kl'), '.4f')} |"
         for entry in report.get("quality", [])

@@ -10,6 +10,7 @@ import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 STARVED = 0.1
@@ -127,8 +128,14 @@ def figure(perplexity: float, spread: float | None = None) -> str:
 
 
 def share(value: float) -> str:
-    """A share in percent, three digits of it."""
-    return f"{100 * value:.3g}%"
+    """A share in percent, three digits of it or what stands before the point."""
+    return f"{100 * value:.3g}%" if value < 9.99 else f"{100 * value:.0f}%"
+
+
+def text_name(text: str) -> str:
+    """What a text is called: a file without the path to it, a data set by its whole name."""
+    is_file = ":" not in text and (bool(Path(text).suffix) or text.startswith(("/", ".", "~")))
+    return text.rpartition("/")[2] if is_file else text
 
 
 def human(count: float) -> str:

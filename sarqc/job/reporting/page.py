@@ -104,7 +104,7 @@ def _tiles(report: facts.Report) -> str:
     ]
     for entry in report.get("quality", [])[:1]:
         told = " → ".join(facts.figure(entry[when]) for when in ("before", "after") if entry.get(when))
-        tiles.append((told, f"perplexity on {entry['text'].rpartition('/')[2]}"))
+        tiles.append((told, f"perplexity on {facts.text_name(entry['text'])}"))
     tiles += [
         (str(len(report["fallbacks"])), f"fallbacks in {len(report['sites'])} sites"),
         (duration(report["seconds"].get("total", 0.0)), f"on {report['device']}"),
@@ -122,7 +122,7 @@ def _tiles(report: facts.Report) -> str:
 def _losses(report: facts.Report) -> str:
     found = facts.sites(report)
     plain = "weight error" if not facts.calibrated(report) else "output error"
-    errors = _by_kind(found, lambda site: site.error, lambda v: f"{plain} {v:.3%}")
+    errors = _by_kind(found, lambda site: site.error, lambda v: f"{plain} {facts.share(v)}")
     charts = [line_chart(errors, x_label="block", y_label=plain, kind="log", unit=lambda v: f"{100 * v:.3g} %")]
     told = f"Each point is a site: the layers that read one input, named by the first. {plain.capitalize()} by depth."
     if facts.calibrated(report):
@@ -225,8 +225,8 @@ def _worst(report: facts.Report) -> str:
     rows = [
         (
             site.name,
-            f"{site.error:.3%}",
-            f"{site.rounding_error:.3%}",
+            facts.share(site.error),
+            facts.share(site.rounding_error),
             short(site.loss) if site.loss is not None else "",
             short(site.strength),
             short(site.record.get("damping", 0.0)),
