@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import quantize_columns
+from sarqc_kernels.products import rows_product, solve_rows
 
 REACH = 2.0
 """A scale changes by less than this factor at once; one that wants more is of weights that hardly matter."""
@@ -37,7 +38,7 @@ def descend(weight: Tensor, quantized: QuantizedWeight, metric: Tensor, sweeps: 
     diagonal = metric.diagonal(dim1=-2, dim2=-1)
     usable = (torch.isfinite(diagonal) & (diagonal > 0)).all(-1)[:, None, None]
     codes, scales, size = quantized.codes.clone(), quantized.scales.clone(), quantized.group_size
-    passed = (weight - quantized.dequantize()) @ metric
+    passed = rows_product(weight - quantized.dequantize(), metric)
     for _ in range(sweeps):
         for group in range(scales.shape[-1]):
             at = slice(group * size, (group + 1) * size)
@@ -47,7 +48,7 @@ def descend(weight: Tensor, quantized: QuantizedWeight, metric: Tensor, sweeps: 
             codes[..., at], scales[..., group, None], change = _bettered(
                 part, metric[:, at, at], passed[..., at], usable
             )
-            passed.baddbmm_(change, metric[:, at], alpha=-1)
+            passed -= rows_product(change, metric[:, at])
     return QuantizedWeight(codes, scales, quantized.zeros, quantized.bits)
 
 
@@ -59,7 +60,7 @@ def _bettered(part: QuantizedWeight, metric: Tensor, passed: Tensor, usable: Ten
     before = part.dequantize()
     upper = metric.triu()
     codes, _, _ = quantize_columns(
-        before + torch.linalg.solve_triangular(upper, passed, upper=True, left=False),
+        before + solve_rows(upper, passed),
         upper,
         None,
         part.scales.contiguous(),
@@ -71,13 +72,13 @@ def _bettered(part: QuantizedWeight, metric: Tensor, passed: Tensor, usable: Ten
         scale_dtype=part.scales.dtype,
     )
     levels, old = codes.float() - part.zeros.float(), part.scales.float()
-    rest = passed - (levels * old - before) @ metric
-    new = (old + _rowwise(levels, rest) / _rowwise(levels @ metric, levels)).to(part.scales.dtype).float()
+    rest = passed - rows_product(levels * old - before, metric)
+    new = (old + _rowwise(levels, rest) / _rowwise(rows_product(levels, metric), levels)).to(part.scales.dtype).float()
     growth = new / old
     within = (growth > 1 / REACH) & (growth < REACH)  # not so for NaN: a group of zeros keeps its scale
     new = torch.where(within, new, old)
     change = levels * new - before
-    better = (_rowwise(change, 2 * passed - change @ metric) > 0) & usable
+    better = (_rowwise(change, 2 * passed - rows_product(change, metric)) > 0) & usable
     scales = torch.where(better, new, old).to(part.scales.dtype)
     return torch.where(better, codes, part.codes), scales, torch.where(better, change, 0.0)
 

@@ -9,9 +9,7 @@ the panel; inside it one small GEMM per micro-panel (16 columns); inside that a 
 is bound by memory, and it stays in cache.
 
 Rows are taken in batches that bound the work buffers. A row's codes do not depend on which rows or experts share its
-batch: every elementwise step is one IEEE operation, and every sum runs over columns, in an order that BLAS (MKL, seen
-for all widths tried) keeps the same for every product that is at least two wide on both sides; `_add_product_` sees to
-that.
+batch: every elementwise step is one IEEE operation, and `sarqc_kernels.products` keeps the order of every sum.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.columns.grid import GridRule, Problem, fit_slabs, given_grid, levels_of, safe_scale
+from sarqc_kernels.products import columns_product, solve_columns
 
 __all__ = ["quantize_columns"]
 
@@ -135,26 +134,8 @@ def _pull(work: _Work, panel: Tensor, first: int) -> Tensor:
     pull = torch.zeros((panel.shape[2], *work.weight.shape[1:]), device=panel.device)
     if first:
         for expert in range(pull.shape[1]):
-            _add_product_(pull[:, expert], panel[expert, :first], work.delta[:first, expert])
+            pull[:, expert] = columns_product(panel[expert, :first], work.delta[:first, expert])
     return pull
-
-
-def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out [w, n] += left^T right, of left [a, w] and right [a, n].
-
-    BLAS hands a product that is one wide to another routine (GEMV), which sums in an order that depends on the other
-    width. A twin of the lone column keeps every product a GEMM and so every row's sums in one order.
-    """
-    if min(out.shape) > 1:
-        out.addmm_(left.T, right)
-    else:
-        wide = torch.addmm(_two_wide(_two_wide(out).T).T, _two_wide(left).T, _two_wide(right))
-        out.copy_(wide[: out.shape[0], : out.shape[1]])
-
-
-def _two_wide(matrix: Tensor) -> Tensor:
-    """[a, n], or [a, 2] with the column twice if n is 1."""
-    return matrix.expand(-1, 2) if matrix.shape[1] == 1 else matrix
 
 
 def _fit(work: _Work, first: int, pull: Tensor) -> None:
@@ -170,9 +151,7 @@ def _fit(work: _Work, first: int, pull: Tensor) -> None:
         inside = torch.where(work.usable[:, None, None], inside, 0.0).mT
         group = group.clone()
         for expert in range(group.shape[1]):
-            asked = _two_wide(pull[:, expert])  # for the reason given in _add_product_
-            solved = torch.linalg.solve_triangular(inside[expert], asked, upper=False, unitriangular=True)
-            group[:, expert] += solved[:, : group.shape[2]]
+            group[:, expert] += solve_columns(inside[expert], pull[:, expert])
     scales, zeros = (grid[first // work.group_size] for grid in (work.scales, work.zeros))
     fit_slabs(group, work.diagonal[:, first:last].T.square(), work.rule, scales, zeros)
 
@@ -196,7 +175,7 @@ def _solve_panel(work: _Work, first: int, last: int) -> None:
             if stop < last:
                 for expert in range(pull.shape[1]):
                     coming = inside[expert, start - first : stop - first, stop - first :]
-                    _add_product_(pull[stop - first :, expert], coming, work.delta[start:stop, expert])
+                    pull[stop - first :, expert] += columns_product(coming, work.delta[start:stop, expert])
 
 
 def _solve_micro(work: _Work, start: int, stop: int, pull: Tensor, coefficients: Tensor) -> None:

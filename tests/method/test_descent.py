@@ -136,3 +136,15 @@ def test_what_cannot_be_swept_is_refused():
         solve_spec("sarqc-gptq", sweeps=-1)
     with pytest.raises(ArgumentError, match="sweeps = 2 is not for method 'awq', which rounds"):
         solve_spec("awq", sweeps=2)
+
+
+@pytest.mark.parametrize("rows", [(1, 2, 13), (64, 100, 31)], ids=str)
+def test_rows_do_not_depend_on_those_beside(rows: tuple[int, ...], generator: torch.Generator) -> None:
+    parts = [torch.randn(1, n, 96, generator=generator) * 0.02 for n in rows]
+    metric = metric_of(1, 96, generator)
+    quant = QuantSpec(bits=3, group_size=32)
+    whole = torch.cat(parts, 1)
+    whole_solved = descend(whole, greedy(whole, metric, quant), metric, 2)
+    for part, codes, scales in zip(parts, whole_solved.codes.split(rows, 1), whole_solved.scales.split(rows, 1)):
+        alone = descend(part, greedy(part, metric, quant), metric, 2)
+        assert torch.equal(alone.codes, codes) and torch.equal(alone.scales, scales)
