@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 
-from sarqc_kernels.cards import card_of
+from sarqc_kernels.device import device_info
 from sarqc_kernels.errors import BackendError
 
-__all__ = ["FLAGS", "cache_folder", "card_name", "compile_library", "library", "nvcc", "sources", "why_not"]
+__all__ = ["FLAGS", "arch_name", "cache_folder", "compile_library", "library", "nvcc", "sources", "why_not"]
 
 FLAGS = ("-std=c++17", "-O3", "--shared", "-Xcompiler", "-fPIC", "--cudart=static")
 
@@ -65,7 +65,7 @@ def cache_folder() -> Path:
         raise BackendError(f"no home folder to keep libraries in: {error}; set SARQC_CACHE") from error
 
 
-def card_name(arch: int) -> str:
+def arch_name(arch: int) -> str:
     """What nvcc calls a card of capability arch / 10: "90a" for 9.0, whose own instructions need the letter."""
     return "90a" if arch == 90 else str(arch)
 
@@ -79,7 +79,7 @@ def compile_library(name: str, arch: int) -> Path:
     source = folder / f"{name}.cu"
     if not source.exists():
         raise BackendError(f"there is no {source}")
-    card = card_name(arch)
+    card = arch_name(arch)
     flags = (*FLAGS, f"-gencode=arch=compute_{card},code=sm_{card}")
     try:
         target = cache / f"{name}-sm{card}-{_key(compiler, folder, flags)}.so"
@@ -132,7 +132,7 @@ def why_not(name: str, arch: int) -> str | None:
 def _check_ready(made: ctypes.CDLL, arch: int) -> None:
     """Raise BackendError where the card cannot run what was loaded: an nvcc newer than the driver makes what loads."""
     every = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    mine = next((device for device in every if card_of(device).arch == arch), None)
+    mine = next((device for device in every if device_info(device).arch == arch), None)
     versions = (ctypes.c_int * 2)()
     with nullcontext() if mine is None else torch.cuda.device(mine):
         error = made.sarqc_ready(versions)

@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal, on_gpu_only
 from benchmarks.ops.w4a16 import GROUP, LAYOUT, weight_of, why_not
 from sarqc.model.experts import route
-from sarqc_kernels import PreparedWeight, prepare, w4a16_matmul
+from sarqc_kernels import RepackedWeight, repack, w4a16_matmul
 from sarqc_kernels.w4a16 import Routing, w4a16_experts
 
 MODELS = (  # name, experts, chosen, hidden, intermediate, goals by tokens
@@ -87,10 +87,10 @@ def make(point: Point, device: torch.device, generator: torch.Generator) -> Inpu
     }
 
 
-def _prepared(inputs: Inputs, backend: str) -> tuple[PreparedWeight, PreparedWeight]:
+def _prepared(inputs: Inputs, backend: str) -> tuple[RepackedWeight, RepackedWeight]:
     x = inputs["x"]
     up, down = (
-        prepare(inputs[f"{side}_codes"], inputs[f"{side}_scales"], None, bits=4, dtype=x.dtype, device=x.device,
+        repack(inputs[f"{side}_codes"], inputs[f"{side}_scales"], None, bits=4, dtype=x.dtype, device=x.device,
                 layout=LAYOUT[backend])
         for side in ("up", "down")
     )  # fmt: skip

@@ -24,7 +24,7 @@ from sarqc.job import selftest
 from sarqc.job.reporting.report import versions
 from sarqc_kernels import build
 from sarqc_kernels.backend import ENVIRONMENT, Implementation, explain
-from sarqc_kernels.cards import card_of, interpreting
+from sarqc_kernels.device import device_info, interpreting
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def gpus() -> list[dict[str, Any]]:
             {
                 "device": str(device),
                 "name": properties.name,
-                "arch": card_of(device).arch,
+                "arch": device_info(device).arch,
                 "multiprocessors": properties.multi_processor_count,
                 "free": free_bytes,
                 "memory": total,
@@ -134,7 +134,7 @@ def csrc() -> dict[str, Any]:
     """State of the CUDA C++ sources: the compiler, the cache, and for each GPU why a library cannot be had."""
     asked = (("cache", build.cache_folder), ("nvcc", build.nvcc), ("sources", build.sources))
     found: dict[str, Any] = {name: _or_reason(ask) for name, ask in asked}
-    cards = {} if interpreting() else {str(device): card_of(device).arch for device in devices()[1:]}
+    cards = {} if interpreting() else {str(device): device_info(device).arch for device in devices()[1:]}
     found["libraries"] = {device: build.why_not("columns", arch) or "built" for device, arch in cards.items()}
     return found
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sarqc_kernels import columns, gram, w4a16
 from sarqc_kernels.backend import Implementation
-from sarqc_kernels.cards import fastest_first
+from sarqc_kernels.device import fastest_first
 from sarqc_kernels.testing import dequantize, random_gram, random_quantized, relative_error, upper_factor
 from sarqc_kernels.w4a16 import experts
 
 EXPERTS, ROWS, INPUTS, TOKENS, GROUP, BITS = 2, 64, 128, 40, 32, 4
 RULE: dict[str, Any] = {"bits": BITS, "sym": True, "search": False, "scale_dtype": torch.bfloat16}
-LAYOUTS = {"cuda": "bricks", "triton": "bricks", "cpu": "int4pack", "reference": "stream"}
+LAYOUTS = {"cuda": "tiles", "triton": "tiles", "cpu": "int4pack", "reference": "stream"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _prepared(device: torch.device, layout: str, rows: int = ROWS) -> tuple[Any,
     """A weight [EXPERTS, rows, INPUTS] in a layout, and what it stands for in float64."""
     quantized = random_quantized(_generator(), (EXPERTS, rows, INPUTS), INPUTS // GROUP, BITS,
                                  scale_dtype=torch.bfloat16)  # fmt: skip
-    prepared = w4a16.prepare(quantized.codes, quantized.scales, None, bits=BITS, dtype=torch.bfloat16, device=device,
+    prepared = w4a16.repack(quantized.codes, quantized.scales, None, bits=BITS, dtype=torch.bfloat16, device=device,
                              layout=layout)  # fmt: skip
     return prepared, dequantize(quantized).double()
 

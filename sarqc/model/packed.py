@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.packing import words_per_row
-from sarqc_kernels.w4a16 import PreparedWeight, prepare, restore, w4a16_matmul
+from sarqc_kernels.w4a16 import RepackedWeight, repack, unpack_weight, w4a16_matmul
 from sarqc_kernels.w4a16.layout import STREAM
 
 __all__ = ["PackedWeight", "QuantExperts", "QuantLinear", "is_packed"]
@@ -49,25 +49,25 @@ class PackedWeight(nn.Module):
             prepared = _reserved(weight)
         else:
             zeros = None if weight.sym else weight.zeros
-            prepared = prepare(weight.codes, weight.scales, zeros, bits=weight.bits, dtype=dtype, device=device)
+            prepared = repack(weight.codes, weight.scales, zeros, bits=weight.bits, dtype=dtype, device=device)
         self.words, self.scales, self.zeros = prepared[:3]
         self.activations = torch.empty(0, dtype=dtype, device=prepared.words.device)
         self.layout, self.bits = prepared.layout, prepared.bits
         self.out_features, self.in_features, self.group_size = prepared[-3:]
 
-    def prepared(self) -> PreparedWeight:
+    def prepared(self) -> RepackedWeight:
         """The weight as the kernel takes it."""
         buffers = self._buffers  # an attribute of a module that is a buffer costs a microsecond
         words, scales, zeros = buffers["words"], buffers["scales"], buffers["zeros"]
         assert words is not None and scales is not None
-        return PreparedWeight(
+        return RepackedWeight(
             words, scales, zeros,
             self.layout, self.bits, self.out_features, self.in_features, self.group_size,
         )  # fmt: skip
 
     def weight(self) -> QuantizedWeight:
         """The very codes, scales and zeros that it was filled with, where the module lies."""
-        codes, scales, zeros = restore(self.prepared())
+        codes, scales, zeros = unpack_weight(self.prepared())
         if zeros is None:
             zeros = torch.full(scales.shape, 1 << (self.bits - 1), dtype=torch.uint8, device=scales.device)
         return QuantizedWeight(codes, scales, zeros, self.bits)
@@ -132,8 +132,8 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedWeight) for module in model.modules())
 
 
-def _reserved(weight: QuantizedWeight) -> PreparedWeight:
+def _reserved(weight: QuantizedWeight) -> RepackedWeight:
     """A weight on meta as it will lie, near enough to count its bytes."""
     experts, rows, columns = weight.codes.shape
     words = torch.empty(experts, rows, words_per_row(columns, weight.bits), dtype=torch.int32, device="meta")
-    return PreparedWeight(words, weight.scales, weight.zeros, STREAM, weight.bits, rows, columns, weight.group_size)
+    return RepackedWeight(words, weight.scales, weight.zeros, STREAM, weight.bits, rows, columns, weight.group_size)

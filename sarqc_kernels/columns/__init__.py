@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
-from sarqc_kernels.cards import fastest_first, triton_unsupported
 from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
 from sarqc_kernels.columns import grid, panels, reference
 from sarqc_kernels.columns.grid import GridRule, Problem
+from sarqc_kernels.device import fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.packing import words_of
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sarqc_kernels import build
-from sarqc_kernels.cards import card_of
+from sarqc_kernels.device import device_info
 from tests.kernels import interpreter
 
 DEVICE = interpreter.prepare()
@@ -24,7 +24,7 @@ def why_not(backend: str) -> str | None:
     if backend == "cuda" and DEVICE != "cuda":
         return "no CUDA device"
     if backend == "cuda":
-        return build.why_not("columns", card_of(torch.device("cuda", torch.cuda.current_device())).arch)
+        return build.why_not("columns", device_info(torch.device("cuda", torch.cuda.current_device())).arch)
     if backend in ("cuda", "triton") and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sarqc_kernels import build
-from sarqc_kernels.cards import card_of
 from sarqc_kernels.columns import cuda_impl
+from sarqc_kernels.device import device_info
 from sarqc_kernels.errors import BackendError
 
 PRETENDED = """#!/bin/sh
@@ -116,7 +116,7 @@ def test_a_library_that_loads_may_not_run_here() -> None:
     """Without a card no kernel does, and the reason holds both versions and a way out."""
     real_nvcc()
     if torch.cuda.is_available():
-        arch = card_of(torch.device("cuda", 0)).arch
+        arch = device_info(torch.device("cuda", 0)).arch
         assert [build.why_not(name, arch) for name in ("columns", "gemv")] == [None, None]
         return
     for name in ("columns", "gemv"):
@@ -153,7 +153,7 @@ def test_fields_are_those_of_the_source() -> None:
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_nothing_spills(arch: int, tmp_path: Path) -> None:
-    card = build.card_name(arch)
+    card = build.arch_name(arch)
     target = ["-cubin", "-Xptxas", "-v", f"-gencode=arch=compute_{card},code=sm_{card}", "-o", str(tmp_path / "cubin")]
     source = build.sources() / "columns.cu"
     done = subprocess.run([real_nvcc(), "-std=c++17", "-O3", *target, str(source)], capture_output=True, text=True)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sarqc_kernels import ArgumentError, BackendError
 from sarqc_kernels.testing import Quantized, dequantize, poisoned_empty, random_quantized, relative_error
-from sarqc_kernels.w4a16 import PreparedWeight, Routing, prepare, w4a16_experts
+from sarqc_kernels.w4a16 import RepackedWeight, Routing, repack, w4a16_experts
 
 BACKENDS = ("reference", "cpu", "triton")
-LAYOUT = {"reference": "stream", "cpu": "int4pack", "triton": "bricks"}
+LAYOUT = {"reference": "stream", "cpu": "int4pack", "triton": "tiles"}
 
 
 def routed(chosen: Tensor, weights: Tensor, experts: int) -> Routing:
@@ -47,11 +47,11 @@ def layer(generator: torch.Generator, experts: int, hidden: int, inner: int, gro
     ]
 
 
-def prepared(weights: list[Quantized], backend: str, device: str, sym: bool) -> list[PreparedWeight]:
+def prepared(weights: list[Quantized], backend: str, device: str, sym: bool) -> list[RepackedWeight]:
     if backend == "cpu" and device != "cpu":
         pytest.skip("the CPU's own tests run where the kernel tests are on the CPU")
     return [
-        prepare(w.codes, w.scales, None if sym else w.zeros, bits=4, device=device, layout=LAYOUT[backend])
+        repack(w.codes, w.scales, None if sym else w.zeros, bits=4, device=device, layout=LAYOUT[backend])
         for w in weights
     ]
 

@@ -11,7 +11,7 @@ from sarqc.model.inference import QuantExperts, QuantLinear, build
 from sarqc.model.source import StateDictSource
 from sarqc.model.targets import targets
 from sarqc.spec import QuantSpec
-from sarqc_kernels.w4a16 import restore
+from sarqc_kernels.w4a16 import unpack_weight
 
 QUANT = QuantSpec(bits=4, group_size=32)
 
@@ -78,7 +78,7 @@ def test_packed_weights_are_small_and_give_their_codes_back(tiny, rounded):
             -(-module.out_features // 64) * 64 * module.in_features
         )
     name = "model.layers.0.self_attn.q_proj"
-    codes, scales, zeros = restore(packed.get_submodule(name).prepared())
+    codes, scales, zeros = unpack_weight(packed.get_submodule(name).prepared())
     want = source.quantized(name)
     assert torch.equal(codes, want.codes) and torch.equal(scales, want.scales) and zeros is None
 

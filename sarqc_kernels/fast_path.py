@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["unwatched"]
+__all__ = ["takes_fast_path"]
 
 
-def unwatched(x: Tensor) -> bool:
+def takes_fast_path(x: Tensor) -> bool:
     """Whether a call on `x` would mean the same without the dispatcher: plain, on a CPU or a card, nobody looking."""
     return (
         type(x) is Tensor

@@ -22,8 +22,8 @@ from sarqc_kernels.backend import Implementation
 
 __all__ = [
     "SHARED_BYTES",
-    "Card",
-    "card_of",
+    "Device",
+    "device_info",
     "fastest_first",
     "interpreting",
     "on_device",
@@ -35,7 +35,7 @@ SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448,
 
 
 @dataclass(frozen=True)
-class Card:
+class Device:
     """What a choice of tiles may depend on. arch: capability times ten. multiprocessors: how many run at once."""
 
     arch: int
@@ -47,7 +47,7 @@ class Card:
         return SHARED_BYTES.get(self.arch, min(SHARED_BYTES.values()))
 
 
-INTERPRETED = Card(arch=90, multiprocessors=4)
+INTERPRETED = Device(arch=90, multiprocessors=4)
 """The card that the interpreter stands for: it takes tensor descriptors; few processors keep its launches small."""
 
 
@@ -56,9 +56,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def card_of(device: torch.device) -> Card:
+def device_info(device: torch.device) -> Device:
     """The card behind a device; asks the driver once and never waits for the device."""
-    return _cuda_card(device.index or 0) if device.type == "cuda" and not interpreting() else INTERPRETED
+    return _cuda_device(device.index or 0) if device.type == "cuda" and not interpreting() else INTERPRETED
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -68,9 +68,9 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 @functools.cache
-def _cuda_card(index: int) -> Card:
+def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Card(10 * properties.major + properties.minor, properties.multi_processor_count)
+    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def triton_unsupported(tensor: Tensor) -> str | None:
         return "tensors are on the CPU and TRITON_INTERPRET is not set"
     if tensor.device.type != "cuda" or torch.version.hip:
         return f"tensors are on {tensor.device.type}{' (ROCm)' if torch.version.hip else ''}, not on an NVIDIA card"
-    arch = card_of(tensor.device).arch
+    arch = device_info(tensor.device).arch
     return None if arch >= 80 else f"the card has compute capability {arch / 10}, 8.0 or later is needed"
 
 

@@ -1,4 +1,4 @@
-"""W4A16 on a GPU by Triton: launches of the kernels of `kernels_impl`, and what to compile where no card is at hand.
+"""W4A16 on a GPU by Triton: launches of the kernels of `kernels`, and what to compile where no card is at hand.
 
 A call is one launch, or two where inputs are split or the weight is expanded for cuBLAS; it allocates its result (and
 fp32 partial sums), asks the device nothing and can be captured in a CUDA graph. Sums are added in an order that only
@@ -14,34 +14,42 @@ import triton
 from torch import Tensor
 
 from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.cards import Card, card_of, interpreting, on_device
+from sarqc_kernels.device import Device, device_info, interpreting, on_device
 from sarqc_kernels.w4a16.config import (
     WIDTHS_GROUPS,
     Plan,
     choose,
     configurations,
     dot,
-    groups_per_brick,
+    groups_per_tile,
     other_widths,
 )
-from sarqc_kernels.w4a16.kernels_impl import dot_kernel, expand_kernel, gemv_kernel
-from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, PreparedWeight
-from sarqc_kernels.w4a16.sums_impl import sum_kernel
+from sarqc_kernels.w4a16.layout import TILE_K, TILE_N, RepackedWeight
+from sarqc_kernels.w4a16.triton.kernels import dot_kernel, expand_kernel, gemv_kernel
+from sarqc_kernels.w4a16.triton.reduce import sum_kernel
 
 __all__ = ["SUM_COLUMNS", "aot_jobs", "product", "product_job", "sum_job", "summed", "w4a16_matmul"]
 
 SUM_COLUMNS = 256  # of a program of `sum_kernel`
 
 
-def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
-    """See `sarqc_kernels.w4a16.w4a16_matmul`; takes what `config` and the layout `bricks` take."""
+def w4a16_matmul(x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+    """See `sarqc_kernels.w4a16.w4a16_matmul`; takes what `config` and the layout `k_tiles` take."""
     experts = 0 if offsets is None else weight.words.shape[0]
-    plan = choose(x.shape[0], weight.outputs, weight.inputs, weight.group_size, experts, card_of(x.device), weight.bits)
+    plan = choose(
+        x.shape[0],
+        weight.out_features,
+        weight.in_features,
+        weight.group_size,
+        experts,
+        device_info(x.device),
+        weight.bits,
+    )
     with on_device(x):
         return run(plan, x.contiguous(), weight, offsets, bias)
 
 
-def run(plan: Plan, x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+def run(plan: Plan, x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """The product by a given plan."""
     if plan.kernel == "expand":
         return _expanded(plan, x, weight, bias)
@@ -51,7 +59,7 @@ def run(plan: Plan, x: Tensor, weight: PreparedWeight, offsets: Tensor | None, b
 def product(
     plan: Plan,
     x: Tensor,
-    weight: PreparedWeight,
+    weight: RepackedWeight,
     offsets: Tensor | None,
     bias: Tensor | None = None,
     index: Tensor | None = None,
@@ -63,8 +71,8 @@ def product(
     then up; the result is silu(gate) * up, N / 2 wide, where splits is 1, and still both, N wide, where it is not.
     """
     rows, split = x.shape[0] if index is None else index.shape[0], plan.splits > 1
-    outputs = weight.outputs // 2 if gated else weight.outputs
-    wide, dtype = (weight.outputs, torch.float32) if split else (outputs, x.dtype)
+    outputs = weight.out_features // 2 if gated else weight.out_features
+    wide, dtype = (weight.out_features, torch.float32) if split else (outputs, x.dtype)
     # rows outside of all experts are zeroed here, or left out of the sum over splits
     make = x.new_empty if split or offsets is None else x.new_zeros
     parts: Tensor = make((plan.splits, rows, wide), dtype=dtype)
@@ -74,18 +82,18 @@ def product(
     plan = plan.fitting(gated=gated, asymmetric=weight.zeros is not None, experts=experts)
     # each expert has at most one tile that is not full, and none without a row
     tiles = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
-    bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
+    k_tiles, padded = weight.words.shape[2], weight.words.shape[1] * TILE_N
     grid = (tiles, triton.cdiv(outputs, plan.rows // 2 if gated else plan.rows), plan.splits)
     if plan.resident:
-        grid = (min(tiles * grid[1], plan.resident * card_of(x.device).multiprocessors), 1, 1)
+        grid = (min(tiles * grid[1], plan.resident * device_info(x.device).multiprocessors), 1, 1)
     kernel = gemv_kernel if plan.kernel == "gemv" else dot_kernel
     kernel[grid](
         x, weight.words, weight.scales, _or(weight.zeros, weight.words), _or(offsets, weight.words),
-        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.inputs, bricks,
-        weight.scales.shape[1], _bricks_per_group(weight), padded, triton.cdiv(bricks, plan.splits),
+        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.in_features, k_tiles,
+        weight.scales.shape[1], _tiles_per_group(weight), padded, triton.cdiv(k_tiles, plan.splits),
         BITS=weight.bits, EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)),
-        SUB=groups_per_brick(weight.group_size, weight.inputs), ASYMMETRIC=weight.zeros is not None,
-        BIASED=bias is not None, SPLIT=split, WHOLE=weight.inputs % BRICK_COLUMNS == 0,
+        SUB=groups_per_tile(weight.group_size, weight.in_features), ASYMMETRIC=weight.zeros is not None,
+        BIASED=bias is not None, SPLIT=split, WHOLE=weight.in_features % TILE_K == 0,
         INDEXED=index is not None, GATED=gated, TOKENS=plan.tokens, ROWS=plan.rows, INTERPRETED=interpreting(),
         num_warps=plan.warps, num_stages=plan.stages, **_more(plan),
     )  # fmt: skip
@@ -93,13 +101,13 @@ def product(
 
 
 def summed(
-    parts: Tensor, weight: PreparedWeight, offsets: Tensor | None, dtype: torch.dtype, gated: bool = False
+    parts: Tensor, weight: RepackedWeight, offsets: Tensor | None, dtype: torch.dtype, gated: bool = False
 ) -> Tensor:
     """[rows, N] in `dtype` of what `product` made, with the same `gated`."""
     splits, rows = parts.shape[:2]
     if splits == 1:
         return parts[0]
-    outputs = weight.outputs // 2 if gated else weight.outputs
+    outputs = weight.out_features // 2 if gated else weight.out_features
     out = parts.new_empty((rows, outputs), dtype=dtype)
     experts = 0 if offsets is None else weight.words.shape[0]
     if rows:
@@ -122,29 +130,30 @@ def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
     return instead if tensor is None else tensor.contiguous()
 
 
-def _bricks_per_group(weight: PreparedWeight) -> int:
+def _tiles_per_group(weight: RepackedWeight) -> int:
     """Bricks that share a scale; beyond the last one where a scale is for a whole row."""
-    whole = weight.group_size == weight.inputs
-    return weight.words.shape[2] if whole else max(1, weight.group_size // BRICK_COLUMNS)
+    whole = weight.group_size == weight.in_features
+    return weight.words.shape[2] if whole else max(1, weight.group_size // TILE_K)
 
 
-def _expanded(plan: Plan, x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
+def _expanded(plan: Plan, x: Tensor, weight: RepackedWeight, bias: Tensor | None) -> Tensor:
     """Dense: write the weight to memory for the time of this call, and let cuBLAS multiply."""
-    matrix = x.new_empty((weight.outputs, weight.inputs))
-    bricks, padded = weight.words.shape[2], weight.words.shape[1] * BRICK_ROWS
-    expand_kernel[(bricks, padded // plan.rows)](
-        weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.outputs, weight.inputs, bricks,
-        _bricks_per_group(weight), padded, BITS=weight.bits, SUB=groups_per_brick(weight.group_size, weight.inputs),
+    matrix = x.new_empty((weight.out_features, weight.in_features))
+    k_tiles, padded = weight.words.shape[2], weight.words.shape[1] * TILE_N
+    expand_kernel[(k_tiles, padded // plan.rows)](
+        weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.out_features, weight.in_features,
+        k_tiles, _tiles_per_group(weight), padded, BITS=weight.bits,
+        SUB=groups_per_tile(weight.group_size, weight.in_features),
         ASYMMETRIC=weight.zeros is not None, ROWS=plan.rows, num_warps=plan.warps,
     )  # fmt: skip
     return x @ matrix.T if bias is None else torch.addmm(bias[0].to(x.dtype), x, matrix.T)
 
 
 def aot_jobs() -> list[AotJob]:
-    """Every tile on every card; those with two groups to a brick stand for asymmetric codes and experts as well."""
+    """Every tile on every card; those with two groups to a k_tile stand for asymmetric codes and experts as well."""
     jobs = []
     for arch in ARCHS:
-        card = Card(arch, 132)
+        card = Device(arch, 132)
         for plan, groups in configurations(card):
             experts = 128 if groups == 2 and plan.kernel != "expand" else 0
             jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, experts))
@@ -168,7 +177,7 @@ def product_job(
     tile = " ".join([plan.kernel, f"{plan.tokens}x{plan.rows}", f"split{plan.splits}", *kinds])
     name = f"w{bits}a16 {tile} {kind} {grid} e{experts}"
     signature = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": f"*{kind}"}
-    sizes = ["outputs", "inputs", "bricks", "bricks_per_group", "padded"]
+    sizes = ["outputs", "inputs", "k_tiles", "tiles_per_group", "padded"]
     constants: dict[str, Any] = {"BITS": bits, "SUB": sub, "ASYMMETRIC": asymmetric, "ROWS": plan.rows}
     if plan.kernel == "expand":
         kernel, divisible = expand_kernel, [*signature, "outputs", "inputs", "padded"]
@@ -177,7 +186,7 @@ def product_job(
         signature |= {"x": f"*{kind}", "offsets": "*i64", "index": "*i64", "bias": f"*{kind}"}
         signature["out"] = "*fp32" if plan.splits > 1 else signature["out"]
         divisible = [*signature, "outputs", "inputs", "padded"]
-        sizes += ["tokens", "groups", "bricks_per_split"]
+        sizes += ["tokens", "groups", "tiles_per_split"]
         constants |= {
             "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": plan.splits > 1, "WHOLE": whole,
             "INDEXED": gated, "GATED": gated, "TOKENS": plan.tokens, "INTERPRETED": False,
@@ -190,7 +199,7 @@ def product_job(
 
 def _wanted(plan: Plan, arch: int) -> tuple[str, ...]:
     """What a dot's machine code must show. On sm_90 weights go from the register that held the word into the tensor
-    core, words come 16 bytes at a time, and folded products are under way while the next brick is unpacked."""
+    core, words come 16 bytes at a time, and folded products are under way while the next k_tile is unpacked."""
     if plan.kernel != "dot":
         return ()
     if arch == 90:

@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sarqc_kernels.w4a16.layout import INT4PACK, INT4PACK_ROWS, PreparedWeight, grid_of, int4pack_block, lift
+from sarqc_kernels.w4a16.layout import INT4PACK, INT4PACK_ROWS, RepackedWeight, grid_of, int4pack_block, lift
 
 __all__ = ["FEW", "unsupported", "w4a16_matmul"]
 
@@ -38,7 +38,7 @@ TILE = 1 << 20
 """Weights expanded at a time, 4 MiB of fp32 (measured: smaller tiles cost more in calls than they save in cache)."""
 
 
-def unsupported(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> str | None:
+def unsupported(x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None) -> str | None:
     """Why this implementation cannot take the call; None where it can."""
     if not x.is_cpu:
         return f"tensors are on {x.device.type}, not on the CPU"
@@ -49,23 +49,23 @@ def unsupported(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias:
     return None if int4pack_block() else "torch packs int4 in an order that is not known here"
 
 
-def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+def w4a16_matmul(x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """See `sarqc_kernels.w4a16.w4a16_matmul`."""
     if offsets is None:
         return _expert(x, weight, 0, bias)
-    out = x.new_zeros((x.shape[0], weight.outputs))
+    out = x.new_zeros((x.shape[0], weight.out_features))
     for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if begin != end:
             out[begin:end] = _expert(x[begin:end], weight, expert, bias)
     return out
 
 
-def _expert(x: Tensor, weight: PreparedWeight, expert: int, bias: Tensor | None) -> Tensor:
+def _expert(x: Tensor, weight: RepackedWeight, expert: int, bias: Tensor | None) -> Tensor:
     if x.shape[0] > FEW:
         return _many(x, weight, expert, bias)
     out: Tensor = _INT4_PRODUCT(x.contiguous(), weight.words[expert], weight.group_size, weight.scales[expert])
-    if out.shape[1] != weight.outputs:
-        out = out[:, : weight.outputs].contiguous()
+    if out.shape[1] != weight.out_features:
+        out = out[:, : weight.out_features].contiguous()
     return out if bias is None else out.add_(bias[expert])
 
 
@@ -75,14 +75,14 @@ def _product_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def _many(x: Tensor, weight: PreparedWeight, expert: int, bias: Tensor | None) -> Tensor:
-    out = x.new_empty((x.shape[0], weight.outputs))
+def _many(x: Tensor, weight: RepackedWeight, expert: int, bias: Tensor | None) -> Tensor:
+    out = x.new_empty((x.shape[0], weight.out_features))
     wide = x.to(_product_dtype())
     scales, zeros = (None if part is None else part[expert].float() for part in grid_of(weight))
     assert scales is not None
-    tall = max(1, TILE // (weight.inputs * INT4PACK_ROWS)) * INT4PACK_ROWS
-    for row in range(0, weight.outputs, tall):
-        rows = slice(row, min(row + tall, weight.outputs))
+    tall = max(1, TILE // (weight.in_features * INT4PACK_ROWS)) * INT4PACK_ROWS
+    for row in range(0, weight.out_features, tall):
+        rows = slice(row, min(row + tall, weight.out_features))
         tile = _expand(weight, expert, rows, scales[rows], None if zeros is None else zeros[rows]).to(wide.dtype)
         if bias is None:
             out[:, rows] = wide @ tile
@@ -91,12 +91,12 @@ def _many(x: Tensor, weight: PreparedWeight, expert: int, bias: Tensor | None) -
     return out
 
 
-def _expand(weight: PreparedWeight, expert: int, rows: slice, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def _expand(weight: RepackedWeight, expert: int, rows: slice, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """fp32 [K, rows], the transpose of some rows of the weight; `rows` starts a block, scales and zeros are theirs."""
     half = (int4pack_block() or INT4PACK_ROWS) // 2
     words = weight.words[expert, rows.start : -(-rows.stop // INT4PACK_ROWS) * INT4PACK_ROWS]
-    eights = words.view(-1, weight.inputs, half).view(torch.int64).transpose(0, 1)  # [K, blocks, half / 8]
-    nibbles = torch.empty((weight.inputs, eights.shape[1], 2, half // 8), dtype=torch.int64)
+    eights = words.view(-1, weight.in_features, half).view(torch.int64).transpose(0, 1)  # [K, blocks, half / 8]
+    nibbles = torch.empty((weight.in_features, eights.shape[1], 2, half // 8), dtype=torch.int64)
     nibbles[:, :, 0] = eights
     nibbles[:, :, 1] = eights >> 4
     nibbles &= _LOW_NIBBLES  # eight codes to a 64-bit integer: bytes would take eight times the operations

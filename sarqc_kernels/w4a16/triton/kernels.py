@@ -1,4 +1,4 @@
-"""The Triton kernels of W4A16, all on bricks (see `layout`). `triton_impl` launches them.
+"""The Triton kernels of W4A16, all on k_tiles (see `layout`). `launch` launches them.
 
 Dots are sums of exact integers, code - zero, times activations in fp32, and the scale of a group multiplies its sum
 once: a weight is never rounded to 16 bits at all. With many tokens (`dot_kernel`, FOLDED) it is rounded once. Either
@@ -20,8 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sarqc_kernels.w4a16.sums_impl import silu_times
-from sarqc_kernels.w4a16.unpack_impl import fields_of, interleaved, lanes_of, slice_of, weights_of
+from sarqc_kernels.w4a16.triton.reduce import silu_times
+from sarqc_kernels.w4a16.triton.unpack import fields_of, interleaved, lanes_of, slice_of, weights_of
 
 __all__ = ["dot_kernel", "expand_kernel", "gemv_kernel"]
 
@@ -116,7 +116,7 @@ def store(out, sums, tile, tokens, last, bias, expert, split, count, outputs,
 @triton.jit
 def scaled(fields, scales, zeros, first: tl.constexpr, COUNT: tl.constexpr, SUB: tl.constexpr, BITS: tl.constexpr,
            ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """(code - zero) * scale of groups first .. of a brick, rounded once to DTYPE: [R, COUNT * 128 / SUB]."""
+    """(code - zero) * scale of groups first .. of a k_tile, rounded once to DTYPE: [R, COUNT * 128 / SUB]."""
     if COUNT > 1:
         out = interleaved(
             scaled(fields, scales, zeros, first, COUNT // 2, SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED),
@@ -134,8 +134,8 @@ def scaled(fields, scales, zeros, first: tl.constexpr, COUNT: tl.constexpr, SUB:
 
 @triton.jit
 def dot_tile(
-    x, words, scales, zeros, index, bias, out, expert, first, last, tile, split, tokens, outputs, inputs, bricks,
-    groups, bricks_per_group, padded, bricks_per_split, BITS: tl.constexpr, SUB: tl.constexpr,
+    x, words, scales, zeros, index, bias, out, expert, first, last, tile, split, tokens, outputs, inputs, k_tiles,
+    groups, tiles_per_group, padded, tiles_per_split, BITS: tl.constexpr, SUB: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
     GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, FOLDED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -146,25 +146,25 @@ def dot_tile(
         rows = tl.minimum(rows, padded - 1)
     token = first + tl.arange(0, TOKENS)
     source = tl.load(index + token, mask=token < last, other=0) if INDEXED else token
-    word = words + tl.cast(expert, tl.int64) * bricks * padded * (4 * BITS) + (rows // 64) * (bricks * (256 * BITS))
+    word = words + tl.cast(expert, tl.int64) * k_tiles * padded * (4 * BITS) + (rows // 64) * (k_tiles * (256 * BITS))
     grid = tl.cast(expert, tl.int64) * groups * padded + rows
     DEPTH: tl.constexpr = 128 if FOLDED else 128 // SUB
     depth = tl.arange(0, DEPTH)
     active = x + source.to(tl.int64)[None, :] * inputs + depth[:, None]
-    begin = split * bricks_per_split
+    begin = split * tiles_per_split
     sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for brick in range(begin, tl.minimum(begin + bricks_per_split, bricks)):
+    for k_tile in range(begin, tl.minimum(begin + tiles_per_split, k_tiles)):
         scale, zero = (), ()
         for j in tl.static_range(SUB):
-            group = (brick * SUB + j if SUB > 1 else brick // bricks_per_group) * padded
+            group = (k_tile * SUB + j if SUB > 1 else k_tile // tiles_per_group) * padded
             scale = scale + (tl.load(scales + (grid + group))[:, None],)
             if ASYMMETRIC:
                 zero = zero + (tl.load(zeros + (grid + group)).to(tl.int32)[:, None],)
             else:
                 zero = scale  # not looked at
-        fields = fields_of(word + brick * (256 * BITS), rows % 64, BITS, DTYPE, INTERPRETED)
+        fields = fields_of(word + k_tile * (256 * BITS), rows % 64, BITS, DTYPE, INTERPRETED)
         for j in tl.static_range(128 // DEPTH):
-            start = brick * 128 + j * DEPTH
+            start = k_tile * 128 + j * DEPTH
             keep = (token < last)[None, :]
             if not WHOLE:
                 keep = keep & (start + depth < inputs)[:, None]
@@ -181,8 +181,8 @@ def dot_tile(
 
 @triton.jit(do_not_specialize=["tokens"])
 def dot_kernel(
-    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
-    padded, bricks_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
+    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, k_tiles, groups, tiles_per_group,
+    padded, tiles_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
     GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     FOLDED: tl.constexpr, PERSISTENT: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -190,7 +190,7 @@ def dot_kernel(
     """Tiles [ROWS of the weight, TOKENS] on the tensor cores, weights as first operand from registers.
 
     One dot for each group of inputs, whose sums are scaled in fp32; FOLDED: the scale is multiplied into the weight
-    and there is one dot for each brick, which runs while the next brick is unpacked. WHOLE: inputs % 128 == 0.
+    and there is one dot for each k_tile, which runs while the next k_tile is unpacked. WHOLE: inputs % 128 == 0.
 
     Grid (tiles of tokens, tiles of rows, splits): programs beside each other read the same weights. PERSISTENT: as many
     programs as a card holds at once, no splits; each takes every so-many-th tile in the order of `grouped`.
@@ -202,7 +202,7 @@ def dot_kernel(
             block, tile = grouped(number, blocks, row_tiles)
             expert, first, last = locate(offsets, block, tokens, EXPERTS, SPAN, TOKENS)
             dot_tile(x, words, scales, zeros, index, bias, out, expert, first, last, tile, 0, tokens, outputs, inputs,
-                     bricks, groups, bricks_per_group, padded, bricks_per_split, BITS, SUB, ASYMMETRIC, BIASED, SPLIT,
+                     k_tiles, groups, tiles_per_group, padded, tiles_per_split, BITS, SUB, ASYMMETRIC, BIASED, SPLIT,
                      WHOLE, INDEXED, GATED, TOKENS, ROWS, FOLDED, INTERPRETED)  # fmt: skip
     else:
         expert, first, last = locate(offsets, tl.program_id(0), tokens, EXPERTS, SPAN, TOKENS)
@@ -210,21 +210,21 @@ def dot_kernel(
             if expert == EXPERTS:
                 return
         dot_tile(x, words, scales, zeros, index, bias, out, expert, first, last, tl.program_id(1), tl.program_id(2),
-                 tokens, outputs, inputs, bricks, groups, bricks_per_group, padded, bricks_per_split, BITS, SUB,
+                 tokens, outputs, inputs, k_tiles, groups, tiles_per_group, padded, tiles_per_split, BITS, SUB,
                  ASYMMETRIC, BIASED, SPLIT, WHOLE, INDEXED, GATED, TOKENS, ROWS, FOLDED, INTERPRETED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def gemv_kernel(
-    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, bricks, groups, bricks_per_group,
-    padded, bricks_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
+    x, words, scales, zeros, offsets, index, bias, out, tokens, outputs, inputs, k_tiles, groups, tiles_per_group,
+    padded, tiles_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
     GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One or two tokens: fp32 multiply-adds in place of the tensor core; arguments and grid as of `dot_kernel`.
 
-    A step takes four bricks of ROWS rows, one word of eight weights for each of [ROWS, 4 x 16] places, and the loads of
+    A step takes four k_tiles of ROWS rows, a word of eight weights for each of [ROWS, 4 x 16] places, and the loads of
     STAGES steps are under way at once. Lanes are added up only after the last step.
     """
     expert, first, last = locate(offsets, tl.program_id(0), tokens, EXPERTS, SPAN, TOKENS)
@@ -235,25 +235,25 @@ def gemv_kernel(
     rows = rows_of(tl.program_id(1), outputs, ROWS, GATED)
     lane = tl.arange(0, 64)
     mine, depth = lane // 16, lane % 16
-    word = words + expert * bricks * padded * (4 * BITS)
-    word += ((rows // 64) * (bricks * (256 * BITS)))[:, None] + (mine * (256 * BITS))[None, :]
+    word = words + expert * k_tiles * padded * (4 * BITS)
+    word += ((rows // 64) * (k_tiles * (256 * BITS)))[:, None] + (mine * (256 * BITS))[None, :]
     scale_of, zero_of = (
         scales + expert * groups * padded + rows[:, None],
         zeros + expert * groups * padded + rows[:, None],
     )
-    begin = tl.program_id(2) * bricks_per_split
-    end = tl.minimum(begin + bricks_per_split, bricks)
+    begin = tl.program_id(2) * tiles_per_split
+    end = tl.minimum(begin + tiles_per_split, k_tiles)
     token = tl.arange(0, TOKENS)
     source = tl.load(index + first + token, mask=first + token < last, other=0) if INDEXED else first + token
     active = x + source.to(tl.int64)[:, None, None] * inputs
     sums = tl.zeros((TOKENS, ROWS, 64), dtype=tl.float32)
-    for brick in tl.range(begin, end, 4, num_stages=STAGES):
-        here = (brick + mine < end)[None, :]
-        # the last step's lanes may stand behind the last brick: they read the first one and count for nothing
-        place = word + tl.where(here, brick, -mine[None, :]) * (256 * BITS)
+    for k_tile in tl.range(begin, end, 4, num_stages=STAGES):
+        here = (k_tile + mine < end)[None, :]
+        # the last step's lanes may stand behind the last k_tile: they read the first one and count for nothing
+        place = word + tl.where(here, k_tile, -mine[None, :]) * (256 * BITS)
         lanes = lanes_of(place, (rows % 64)[:, None], depth[None, :], BITS)
         for j in tl.static_range(SUB):
-            group = ((brick + mine) * SUB + j if SUB > 1 else (brick + mine) // bricks_per_group) * padded
+            group = ((k_tile + mine) * SUB + j if SUB > 1 else (k_tile + mine) // tiles_per_group) * padded
             scale = tl.load(scale_of + group[None, :], mask=here, other=0.0).to(tl.float32)
             zero = float(1 << (BITS - 1))
             if ASYMMETRIC:
@@ -261,7 +261,7 @@ def gemv_kernel(
             part = tl.zeros((TOKENS, ROWS, 64), dtype=tl.float32)
             for i in tl.static_range(8 // SUB):
                 nibble = j * (8 // SUB) + i
-                column = (brick + mine) * 128 + nibble * 16 + depth
+                column = (k_tile + mine) * 128 + nibble * 16 + depth
                 keep = (column < inputs)[None, None, :] & (first + token < last)[:, None, None] & here[None]
                 act = tl.load(active + column[None, None, :], mask=keep, other=0.0).to(tl.float32)
                 codes = slice_of(lanes, nibble, BITS)
@@ -276,21 +276,21 @@ def gemv_kernel(
 
 @triton.jit
 def expand_kernel(
-    words, scales, zeros, out, outputs, inputs, bricks, bricks_per_group, padded, BITS: tl.constexpr,
+    words, scales, zeros, out, outputs, inputs, k_tiles, tiles_per_group, padded, BITS: tl.constexpr,
     SUB: tl.constexpr, ASYMMETRIC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out [outputs, inputs] of one expert in 16 bits: (code - zero) * scale in fp32, rounded once; a brick each."""
-    brick = tl.program_id(0)
+    """out [outputs, inputs] of one expert in 16 bits: (code - zero) * scale in fp32, rounded once; a k_tile each."""
+    k_tile = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, 16)
-    word = words + ((rows // 64) * bricks + brick).to(tl.int64)[:, None] * (256 * BITS)
+    word = words + ((rows // 64) * k_tiles + k_tile).to(tl.int64)[:, None] * (256 * BITS)
     lanes = lanes_of(word, (rows % 64)[:, None], depth[None, :], BITS)
     target = out + rows.to(tl.int64)[:, None] * inputs + depth[None, :]
     for i in tl.static_range(8):
-        group = (brick * SUB + i * SUB // 8 if SUB > 1 else brick // bricks_per_group) * padded
+        group = (k_tile * SUB + i * SUB // 8 if SUB > 1 else k_tile // tiles_per_group) * padded
         scale = tl.load(scales + group + rows).to(tl.float32)[:, None]
         zero = tl.load(zeros + group + rows).to(tl.float32)[:, None] if ASYMMETRIC else float(1 << (BITS - 1))
         weight = (slice_of(lanes, i, BITS).to(tl.float32) - zero) * scale
-        start = brick * 128 + i * 16
+        start = k_tile * 128 + i * 16
         keep = (rows < outputs)[:, None] & (start + depth < inputs)[None, :]
         tl.store(target + start, weight.to(out.dtype.element_ty), mask=keep)

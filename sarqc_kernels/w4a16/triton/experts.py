@@ -1,4 +1,4 @@
-"""The experts of a layer by Triton: launches of kernels of `kernels_impl` and `sums_impl`; `experts` says of what.
+"""The experts of a layer by Triton: launches of kernels of `kernels` and `reduce`; `experts` says of what.
 
 Nothing waits for the device: grids are upper bounds of what any routing of so many rows can need, and a program without
 a tile returns at once.
@@ -10,21 +10,21 @@ import triton
 from torch import Tensor
 
 from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.cards import Card, card_of, on_device
+from sarqc_kernels.device import Device, device_info, on_device
 from sarqc_kernels.w4a16.config import choose, configurations
-from sarqc_kernels.w4a16.experts import Routing
-from sarqc_kernels.w4a16.layout import PreparedWeight
-from sarqc_kernels.w4a16.sums_impl import combine_kernel
-from sarqc_kernels.w4a16.triton_impl import SUM_COLUMNS, product, product_job, sum_job, summed
+from sarqc_kernels.w4a16.layout import RepackedWeight
+from sarqc_kernels.w4a16.routing import Routing
+from sarqc_kernels.w4a16.triton.launch import SUM_COLUMNS, product, product_job, sum_job, summed
+from sarqc_kernels.w4a16.triton.reduce import combine_kernel
 
 __all__ = ["aot_jobs", "w4a16_experts"]
 
 
-def w4a16_experts(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing) -> Tensor:
-    """See `sarqc_kernels.w4a16.experts`; takes weights that `triton_impl.product` takes."""
-    rows, experts, card = routing.tokens.shape[0], gate_up.words.shape[0], card_of(x.device)
-    first = choose(rows, gate_up.outputs, gate_up.inputs, gate_up.group_size, experts, card, gate_up.bits)
-    second = choose(rows, down.outputs, down.inputs, down.group_size, experts, card, down.bits)
+def w4a16_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing) -> Tensor:
+    """See `sarqc_kernels.w4a16.experts`; takes weights that `launch.product` takes."""
+    rows, experts, card = routing.tokens.shape[0], gate_up.words.shape[0], device_info(x.device)
+    first = choose(rows, gate_up.out_features, gate_up.in_features, gate_up.group_size, experts, card, gate_up.bits)
+    second = choose(rows, down.out_features, down.in_features, down.group_size, experts, card, down.bits)
     with on_device(x):
         parts = product(first, x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True)
         hidden = summed(parts, gate_up, routing.offsets, x.dtype, gated=True)
@@ -47,7 +47,7 @@ def aot_jobs() -> list[AotJob]:
     """The gated product on every tile that it can get, and the two sums."""
     jobs = []
     for arch in ARCHS:
-        card = Card(arch, 132)
+        card = Device(arch, 132)
         for plan, groups in configurations(card):
             if plan.kernel != "expand" and groups <= 2 and not (plan.kernel == "gemv" and plan.tokens > 1):
                 jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, 128, gated=True))
