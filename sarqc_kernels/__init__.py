@@ -8,7 +8,8 @@ Three operations carry the work, and everything has an expert axis E (a dense la
 
 with `fit_grid` and `round_to_grid` (grids and plain rounding), `gram_finalize` (a Gram's sums -> the regularised matrix
 that is factored), `symmetrize_` (completes a Gram), `pack` / `unpack` (2 to 8 bit codes in 32-bit words), `repack` /
-`unpack_weight` (a packed weight as the machine multiplies it, and back).
+`unpack_weight` (a packed weight as the machine multiplies it, and back), `dequantize_fp8` / `dequantize_fp4` (FP8,
+MXFP4 and NVFP4 source weights to bf16, fp16 or fp32).
 Activations are rows [T, K] sorted by expert with `offsets` [E + 1]; the weight that codes stand for is
 (code - zero) * scale.
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
+    from sarqc_kernels.dequant import dequantize_fp4, dequantize_fp8
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
     from sarqc_kernels.gram import gram_accumulate_, gram_finalize, symmetrize_
     from sarqc_kernels.packing import pack, unpack
@@ -34,6 +36,8 @@ __all__ = [
     "BackendError",
     "RepackedWeight",
     "SarqcError",
+    "dequantize_fp4",
+    "dequantize_fp8",
     "fit_grid",
     "gram_accumulate_",
     "gram_finalize",
@@ -52,6 +56,8 @@ _HOME = {
     "BackendError": "errors",
     "RepackedWeight": "w4a16",
     "SarqcError": "errors",
+    "dequantize_fp4": "dequant",
+    "dequantize_fp8": "dequant",
     "fit_grid": "columns",
     "gram_accumulate_": "gram",
     "gram_finalize": "gram",

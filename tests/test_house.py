@@ -19,6 +19,7 @@ ROOMS = {
     "sarqc_kernels.gram": (("sarqc_kernels.gram", "L0"), ()),
     "sarqc_kernels.columns": (("sarqc_kernels.columns", "L0"), ()),
     "sarqc_kernels.w4a16": (("sarqc_kernels.w4a16", "L0"), ()),
+    "sarqc_kernels.dequant": (("sarqc_kernels.dequant", "L0"), ()),
     "sarqc_kernels": (("L0",), ()),
     "sarqc.spec": (("sarqc.errors",), ()),
     "sarqc.errors": (("sarqc_kernels.errors",), ()),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from sarqc_kernels.aot import AotJob
 
-ROOMS = ("gram", "columns", "w4a16")
+ROOMS = ("gram", "columns", "w4a16", "dequant")
 
 
 def collect(rooms: Sequence[str] = (), match: str = "", archs: Sequence[int] = ()) -> list[AotJob]:
