@@ -17,6 +17,7 @@ from sarqc.cli.preflight import show
 from sarqc.cli.terminal import RunWatcher
 from sarqc.entrypoints.estimate import preflight
 from sarqc.errors import ArgumentError, ModelError, ResourceError
+from sarqc.estimation.preflight import Preflight
 from tests.support import tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
@@ -142,7 +143,7 @@ def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_
 
 def test_a_shard_that_is_written_needs_its_room_twice(sources, tmp_path, monkeypatch):
     """The spool and the shard that is made of it are there together."""
-    module = sys.modules[preflight.__module__]
+    module = sys.modules[Preflight.__module__]
     (disk,) = preflight(sources["llama"], tmp_path / "out", **SMALL).disk
     monkeypatch.setattr(module, "SHARD_BYTES", 0)
     found = preflight(sources["llama"], tmp_path / "out", **SMALL)
@@ -241,7 +242,7 @@ def test_brackets_in_names_and_patterns_are_shown_as_they_are(sources, tmp_path,
 MEASURE = """
 import json, sys
 import sarqc
-from sarqc.estimation.preflight import preflight
+from sarqc.entrypoints.estimate import preflight
 settings = dict(num_samples=8, seqlen=128, group_size=64)
 found = preflight(sys.argv[1], sys.argv[2], **settings)
 report = sarqc.quantize(sys.argv[1], sys.argv[2], **settings).report

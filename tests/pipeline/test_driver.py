@@ -205,8 +205,8 @@ DEEP = textwrap.dedent(
     """
     import torch, transformers
     from sarqc.method.layer import SolveReport
-    from sarqc.method.layer import round_plainly
-    from sarqc.model import blocks, solving
+    from sarqc.method.rtn import round_plainly
+    from sarqc.pipeline import driver, quantize_site
     from sarqc.model.lazy_model import Skeleton
     from sarqc.config import QuantSpec, solve_spec
 
@@ -223,7 +223,7 @@ DEEP = textwrap.dedent(
         report = SolveReport(name, tuple(statistics.total().rows.tolist()), 0.0, 0.0, 0.0, 0.0, None, 0.0)
         return round_plainly(weight, quant, "minmax", scale_dtype), report
 
-    solving.solve_site = quickly
+    quantize_site.solve_site = quickly
     torch.set_num_threads(1)
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1024, head_dim=64,
         num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True)
@@ -233,7 +233,7 @@ DEEP = textwrap.dedent(
     source = Endless(shapes)
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
     skeleton = Skeleton.from_config(config, source)
-    for result in blocks.run(skeleton, source, tokens, QuantSpec(group_size=128), solve_spec("gptq")):
+    for result in driver.run(skeleton, source, tokens, QuantSpec(group_size=128), solve_spec("gptq")):
         if result.index in (3, 23):
             print(int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) // 1024)
     """
