@@ -34,7 +34,7 @@ docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 soak: $(READY)
-	SARQC_KILLS=60 $(BIN)/python -m pytest tests/job/test_killed.py
+	SARQC_KILLS=60 $(BIN)/python -m pytest tests/pipeline/test_killed.py
 	SARQC_LARGE=1 $(BIN)/python -m pytest -rP tests/e2e/test_large.py
 
 aot: $(READY)

@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks import reliability
 from benchmarks.quality import proof
-from sarqc.job.comparison.table import Row, perplexity
-from sarqc.spec import ABOUT, METHODS
+from sarqc.comparison.table import Row, perplexity
+from sarqc.config import ABOUT, METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

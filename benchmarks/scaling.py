@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from sarqc.job.forecast import shapes
-from sarqc.job.forecast.estimate import PASSES, PRODUCTS, busiest, sizes
-from sarqc.job.plan import Plan, Settings, make_plan
-from sarqc.model.passes import passes
-from sarqc.model.sharing import cost
+from sarqc.estimation import shapes
+from sarqc.estimation.sizes import PASSES, PRODUCTS, busiest, sizes
 from sarqc.model.sites import Share, Site
+from sarqc.pipeline.passes import passes
+from sarqc.pipeline.plan import Plan, Settings, make_plan
+from sarqc.pipeline.work_split import cost
 
 WINDOWS, SEQLEN = 128, 2048
 FOLDS = 2

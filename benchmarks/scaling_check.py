@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import sarqc
-from sarqc.job.distributed import leads
-from sarqc.job.watcher import Silent
+from sarqc.pipeline.distributed import leads
+from sarqc.pipeline.progress import Silent
 
 _COMMON = dict(vocab_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
 CONFIGS: dict[str, PreTrainedConfig] = {

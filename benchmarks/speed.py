@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sarqc.job.reporting.report import versions
+from sarqc.system import versions
 
 RIVAL = Path(__file__).parent / "rivals" / "llmcompressor_oneshot.py"
 

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 import sarqc
-from sarqc.job.locate import locate
+from sarqc.model.hub import locate
 
 Conversation = list[dict[str, str]]
 

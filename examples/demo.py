@@ -16,8 +16,8 @@ from rich.table import Table
 
 import sarqc
 from sarqc.cli.terminal import RunWatcher, Ticker
-from sarqc.job.generate import generate
-from sarqc.job.locate import locate
+from sarqc.entrypoints.generate import generate
+from sarqc.model.hub import locate
 
 OUT = Path("demo-output")
 MODEL = "smollm2"

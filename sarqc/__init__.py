@@ -15,19 +15,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sarqc.registration import register, unregister
-
-__version__ = "0.2.0"
+from sarqc._version import __version__
+from sarqc.integrations.register import register, unregister
 
 if TYPE_CHECKING:
+    from sarqc.config import METHODS, QuantSpec, SolveSpec
+    from sarqc.entrypoints.compare import Comparison, compare
+    from sarqc.entrypoints.estimate import preflight
+    from sarqc.entrypoints.evaluate import evaluate
+    from sarqc.entrypoints.load import load
+    from sarqc.entrypoints.quantize import quantize
     from sarqc.errors import SarqcError
-    from sarqc.job.comparison.compare import Comparison, compare
-    from sarqc.job.export import Result, export
-    from sarqc.job.forecast.preflight import preflight
-    from sarqc.job.load import load
-    from sarqc.job.measure import evaluate
-    from sarqc.job.run import quantize
-    from sarqc.spec import METHODS, QuantSpec, SolveSpec
+    from sarqc.pipeline.write import Result, export
 
 __all__ = [
     "METHODS",
@@ -36,6 +35,7 @@ __all__ = [
     "Result",
     "SarqcError",
     "SolveSpec",
+    "__version__",
     "compare",
     "evaluate",
     "export",
@@ -47,18 +47,18 @@ __all__ = [
 ]
 
 _HOME = {
-    "METHODS": "sarqc.spec",
-    "Comparison": "sarqc.job.comparison.compare",
-    "QuantSpec": "sarqc.spec",
-    "Result": "sarqc.job.export",
+    "METHODS": "sarqc.config",
+    "Comparison": "sarqc.entrypoints.compare",
+    "QuantSpec": "sarqc.config",
+    "Result": "sarqc.pipeline.write",
     "SarqcError": "sarqc.errors",
-    "SolveSpec": "sarqc.spec",
-    "compare": "sarqc.job.comparison.compare",
-    "evaluate": "sarqc.job.measure",
-    "export": "sarqc.job.export",
-    "load": "sarqc.job.load",
-    "preflight": "sarqc.job.forecast.preflight",
-    "quantize": "sarqc.job.run",
+    "SolveSpec": "sarqc.config",
+    "compare": "sarqc.entrypoints.compare",
+    "evaluate": "sarqc.entrypoints.evaluate",
+    "export": "sarqc.pipeline.write",
+    "load": "sarqc.entrypoints.load",
+    "preflight": "sarqc.entrypoints.estimate",
+    "quantize": "sarqc.entrypoints.quantize",
 }
 
 

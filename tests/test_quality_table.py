@@ -6,8 +6,8 @@ import sarqc
 from benchmarks import readme
 from benchmarks.quality import whole
 from benchmarks.quality.proof import FULL, SMALL, markdown
-from sarqc.job.comparison.table import table
-from sarqc.spec import METHODS
+from sarqc.comparison.table import table
+from sarqc.config import METHODS
 from tests.support import tiny
 
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig
 from benchmarks.ops.base import Call
 from benchmarks.quantize.shapes import config_of, tensors_of
 from benchmarks.quantize.source import RandomSource
-from sarqc.model.experts import is_experts
-from sarqc.model.inference import build
-from sarqc.spec import QuantSpec
+from sarqc.config import QuantSpec
+from sarqc.model.build import build
+from sarqc.model.moe import is_experts
 from sarqc_kernels.backend import ENVIRONMENT
 
 GROUP = 128  # or the largest part of it that divides the inputs of a small shape

@@ -22,8 +22,8 @@ from rich.console import Console
 import sarqc
 from sarqc.cli.comparison import comparison_tables
 from sarqc.cli.terminal import RunWatcher
-from sarqc.job.comparison.bench import Other
-from sarqc.job.comparison.table import as_markdown, plot, table
+from sarqc.comparison.experiment import Other
+from sarqc.comparison.table import as_markdown, plot, table
 
 Setting = dict[str, Any]
 """What `sarqc.compare` is asked for."""

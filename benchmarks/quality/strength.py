@@ -23,17 +23,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
-from sarqc.job.locate import locate
-from sarqc.job.widths import choose
-from sarqc.model import blocks, calibration
-from sarqc.model.evaluate import perplexity
-from sarqc.model.first_look import look
+from sarqc.config import AUTO, QuantSpec, SolveSpec, solve_spec
+from sarqc.model import dataset
+from sarqc.model.hub import locate
+from sarqc.model.layers import targets
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.perplexity import perplexity
 from sarqc.model.sites import write_back
-from sarqc.model.skeleton import Skeleton
-from sarqc.model.states import windows_at_once
-from sarqc.model.targets import targets
 from sarqc.model.tokenizer import load_tokenizer
-from sarqc.spec import AUTO, QuantSpec, SolveSpec, solve_spec
+from sarqc.pipeline import driver
+from sarqc.pipeline.activations import windows_at_once
+from sarqc.pipeline.bit_allocation import choose
+from sarqc.pipeline.sensitivity import look
 
 
 def fields(text: str) -> SolveSpec:
@@ -46,10 +47,10 @@ def fields(text: str) -> SolveSpec:
     return solve_spec(**values)
 
 
-def evenly(windows: calibration.Windows, count: int) -> calibration.Windows:
+def evenly(windows: dataset.Windows, count: int) -> dataset.Windows:
     """`count` windows, evenly spaced over the text."""
     at = torch.linspace(0, len(windows.tokens) - 1, min(count, len(windows.tokens))).long()
-    return calibration.Windows(windows.tokens[at], windows.bos, windows.text, windows.available)
+    return dataset.Windows(windows.tokens[at], windows.bos, windows.text, windows.available)
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def quantized(
     results = []
     given = tokens if solve.gram else None
     widths = first_look(skeleton, checkpoint, tokens, quant, solve) if quant.avg_bits is not None else None
-    run = blocks.run(skeleton, checkpoint, given, quant, solve, dtype=torch.float32, widths=widths)
+    run = driver.run(skeleton, checkpoint, given, quant, solve, dtype=torch.float32, widths=widths)
     for result in islice(run, stop):
         for linear, weight in result.weights.items():
             write_back(model, by_name[linear], weight)
@@ -87,7 +88,7 @@ def first_look(
         device=torch.device("cpu"),
         dtype=torch.float32,
         micro_batch=partial(windows_at_once, torch.device("cpu")),
-        gram_budget=blocks.GRAM_BUDGET,
+        gram_budget=driver.GRAM_BUDGET,
     )
     chosen = choose([site for _, site in sites], quant)
     print(chosen.headline(), flush=True)
@@ -126,9 +127,9 @@ def main() -> None:
     folder = locate(args.model)
     tokenizer = load_tokenizer(folder)
     name, text = args.calibration.split("=", 1)
-    calib = calibration.windows(text, tokenizer, part="calibration", seqlen=args.seqlen)
+    calib = dataset.windows(text, tokenizer, part="calibration", seqlen=args.seqlen)
     judged = {
-        key: evenly(calibration.windows(text, tokenizer, part="evaluation", seqlen=args.seqlen), args.eval_windows)
+        key: evenly(dataset.windows(text, tokenizer, part="evaluation", seqlen=args.seqlen), args.eval_windows)
         for key, text in (entry.split("=", 1) for entry in args.evaluation)
     }
     for case in args.case:

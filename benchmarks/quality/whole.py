@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 
 import sarqc
 from benchmarks.quality.proof import WHOLE, write_results
-from sarqc.job.comparison.bench import Other
-from sarqc.job.locate import locate
-from sarqc.model import calibration
+from sarqc.comparison.experiment import Other
+from sarqc.model import dataset
+from sarqc.model.hub import locate
 from sarqc.model.tokenizer import load_tokenizer
 
 SEQLEN = 512
@@ -43,7 +43,7 @@ def tokens_of(args: argparse.Namespace, windows: int, seed: int) -> Path:
     """A file with the windows int64 [S, L] that all methods calibrate on with this seed."""
     path: Path = args.work / f"tokens-{windows}-{seed}.safetensors"
     if not path.exists():
-        text = calibration.windows(args.calib, load_tokenizer(locate(args.model)), part="calibration", seqlen=SEQLEN)
+        text = dataset.windows(args.calib, load_tokenizer(locate(args.model)), part="calibration", seqlen=SEQLEN)
         save_file({"tokens": text.draw(windows, seed).tokens}, path)
     return path
 

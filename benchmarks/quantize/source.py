@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.quantize.shapes import Shapes
+from sarqc.config import QuantSpec
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 
 POOL = 1 << 24
 

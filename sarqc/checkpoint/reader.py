@@ -23,9 +23,9 @@ from sarqc.checkpoint.files import file_in, read_json
 from sarqc.checkpoint.formats import FORMATS, DenseInfo, detect, quantization_of
 from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
+from sarqc.config import QuantSpec
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 
 
 @dataclass(frozen=True)

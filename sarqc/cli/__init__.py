@@ -57,7 +57,7 @@ app = typer.Typer(name="sarqc", no_args_is_help=True, add_completion=False, pret
 
 def _version(asked: bool) -> None:
     if asked:
-        from sarqc import __version__
+        from sarqc._version import __version__
 
         print(f"sarqc {__version__}")
         raise typer.Exit
@@ -116,7 +116,7 @@ def _run() -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE  # `sarqc ... | head`: there is nobody to tell
     except (RuntimeError, MemoryError) as error:
-        from sarqc.model.group import out_of_memory  # torch is there by now, or this is no error of memory
+        from sarqc.errors import out_of_memory  # torch is there by now, or this is no error of memory
 
         if not out_of_memory(error):
             raise

@@ -60,8 +60,8 @@ def compare(
     Example: sarqc compare smollm2 -o table --methods rtn,gptq,sarqc-gptq --bits 4,3 --seeds 0,1,2
     """
     from sarqc.cli.terminal import RunWatcher
-    from sarqc.job.comparison.bench import Other
-    from sarqc.job.comparison.compare import compare as run
+    from sarqc.comparison.experiment import Other
+    from sarqc.entrypoints.compare import compare as run
 
     with RunWatcher(stderr()) as watcher:
         found = run(

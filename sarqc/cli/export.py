@@ -19,7 +19,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the checkpoint of a finished run again, in any format; no calibration is needed."""
-    from sarqc.job.export import export as run
+    from sarqc.pipeline.write import export as run
 
     result = run(work, output, format=format, model=model, overwrite=overwrite)
     if as_json:

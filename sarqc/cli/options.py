@@ -83,8 +83,8 @@ ConfigOption = Annotated[
 
 def auto_or(kind: type[int] | type[float], name: str, value: str) -> Any:
     """`auto`, or `value` as a number; `ArgumentError` naming the option otherwise."""
+    from sarqc.config import AUTO
     from sarqc.errors import ArgumentError
-    from sarqc.spec import AUTO
 
     if value == AUTO:
         return AUTO

@@ -47,10 +47,10 @@ from sarqc.cli.run_options import (
     WorkOption,
     widths_of,
 )
-from sarqc.spec import ABOUT, DEFAULT_METHOD
+from sarqc.config import ABOUT, DEFAULT_METHOD
 
 if TYPE_CHECKING:
-    from sarqc.job.export import Result
+    from sarqc.pipeline.write import Result
 
 
 def quantize(
@@ -100,7 +100,7 @@ def quantize(
 
     Several GPUs share a run: torchrun --nproc-per-node N -m sarqc quantize ...
     """
-    from sarqc.job.distributed import leads
+    from sarqc.pipeline.distributed import leads
 
     settings: dict[str, Any] = dict(
         method=method, bits=bits, avg_bits=avg_bits, bits_choices=widths_of(bits_choices),
@@ -131,8 +131,8 @@ def quantize(
 def carry_out(model: str, output: Path, settings: dict[str, Any], manner: dict[str, Any]) -> Result:
     """Run it with a bar; Ctrl-C twice becomes the error that says how to go on."""
     from sarqc.cli.terminal import RunWatcher
+    from sarqc.entrypoints.quantize import quantize as run
     from sarqc.errors import Interrupted
-    from sarqc.job.run import quantize as run
 
     try:
         with RunWatcher(stderr()) as watcher:
@@ -146,7 +146,7 @@ def look_ahead(model: str, output: Path, settings: dict[str, Any], overwrite: bo
     """Print the preflight; an error where the run could not begin."""
     from sarqc.checkpoint.folders import refuse_existing
     from sarqc.cli.preflight import show
-    from sarqc.job.forecast.preflight import preflight
+    from sarqc.entrypoints.estimate import preflight
 
     refuse_existing(output.expanduser(), overwrite)
     found = preflight(model, output, **settings)

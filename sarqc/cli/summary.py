@@ -12,7 +12,7 @@ from rich.table import Table
 
 def run_summary(out: Path, report: dict[str, Any]) -> Table:
     """What a run did, in a dozen lines."""
-    from sarqc.job.reporting.facts import serves, verdict
+    from sarqc.report.summary import serves, verdict
 
     table = _facts("quantized")
     table.add_row("checkpoint", escape(str(out)))
@@ -27,7 +27,7 @@ def run_summary(out: Path, report: dict[str, Any]) -> Table:
 
 def checkpoint_summary(found: dict[str, Any]) -> Table:
     """What `inspect` found."""
-    from sarqc.job.reporting.facts import counted, human
+    from sarqc.report.summary import counted, human
 
     table = _facts("checkpoint")
     table.add_row("folder", escape(found["folder"]))
@@ -48,7 +48,7 @@ def checkpoint_summary(found: dict[str, Any]) -> Table:
 
 def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Label and text of each line about a run."""
-    from sarqc.job.reporting.facts import human, share, width
+    from sarqc.report.summary import human, share, width
 
     quant, solve, size = report["quant"], report["solve"], report["size"]
     kind = "symmetric" if quant["sym"] else "asymmetric"

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from benchmarks import records, run
 from benchmarks.decode import command, model
 from benchmarks.quantize.shapes import config_of
-from sarqc.model.packed import PackedWeight
+from sarqc.model.packed_linear import PackedWeight
 from sarqc_kernels.w4a16 import cpu
 
 CPU = torch.device("cpu")

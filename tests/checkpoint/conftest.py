@@ -13,8 +13,8 @@ from torch import Tensor
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.writer import ShardWriter
+from sarqc.config import QuantSpec
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 
 DTYPES = (
     torch.bfloat16,

@@ -8,9 +8,9 @@ import torch
 
 from sarqc.checkpoint.formats import FORMATS, detect
 from sarqc.checkpoint.verify import verify
+from sarqc.config import QuantSpec
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 from tests.checkpoint.test_gptq import words, write
 
 AWQ = FORMATS["awq"]

@@ -15,9 +15,9 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.verify import verify
 from sarqc.checkpoint.writer import ShardWriter
+from sarqc.config import QuantSpec
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 
 V1, V2 = FORMATS["gptq"], FORMATS["gptq_v2"]
 SHAPES = [(32, 32, 8), (64, 96, 32), (96, 64, -1), (160, 320, 64)]

@@ -9,10 +9,10 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 
-from sarqc.checkpoint.formats import FORMATS, scheme
+from sarqc.checkpoint.formats import FORMATS, compressed_tensors_config
+from sarqc.config import QuantSpec
 from sarqc.errors import ArgumentError, CheckpointError, NumericError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 
 FORMAT = FORMATS["compressed-tensors"]
 
@@ -162,7 +162,7 @@ def test_a_group_for_each_width_and_one_pattern_for_the_experts_of_a_layer():
     }
     assert config["format"] == "pack-quantized" and all("Linear" not in targets for targets in groups.values())
     for linear, width in widths.items():
-        assert scheme.scheme_of(linear, config).bits == width
+        assert compressed_tensors_config.scheme_of(linear, config).bits == width
         matching = [bits for bits, targets in groups.items() if any(match_name(linear, target) for target in targets)]
         assert matching == [width]
     parsed = QuantizationConfig.model_validate(config)

@@ -11,8 +11,8 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.verify import verify
 from sarqc.checkpoint.writer import ShardWriter
+from sarqc.config import QuantSpec
 from sarqc.errors import CheckpointError
-from sarqc.spec import QuantSpec
 
 FORMAT = FORMATS["compressed-tensors"]
 

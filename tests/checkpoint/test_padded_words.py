@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sarqc.checkpoint.formats import FORMATS, scheme
-from sarqc.spec import QuantSpec
+from sarqc.checkpoint.formats import FORMATS, compressed_tensors_config
+from sarqc.config import QuantSpec
 
 FORMAT = FORMATS["compressed-tensors"]
 
@@ -48,8 +48,8 @@ def test_width_alone_tells_padded_from_dense_in_every_real_layer():
     for bits in (3, 5, 6, 7):
         for columns in range(192, 20_000):
             assert -(-columns // (32 // bits)) != -(-columns * bits // 32)
-    assert scheme.is_padded(scheme.Scheme(3, 8, True, "0.17.2.a20260601"), 40, 4)
-    assert not scheme.is_padded(scheme.Scheme(3, 8, True, "0.18.0"), 40, 4)
-    assert not scheme.is_padded(scheme.Scheme(3, 8, True, None), 40, 4)
-    assert scheme.is_padded(scheme.Scheme(3, 8, True, "0.20.0"), 256, 26)
-    assert not scheme.is_padded(scheme.Scheme(3, 8, True, "0.17.1"), 256, 24)
+    assert compressed_tensors_config.is_padded(compressed_tensors_config.Scheme(3, 8, True, "0.17.2.a20260601"), 40, 4)
+    assert not compressed_tensors_config.is_padded(compressed_tensors_config.Scheme(3, 8, True, "0.18.0"), 40, 4)
+    assert not compressed_tensors_config.is_padded(compressed_tensors_config.Scheme(3, 8, True, None), 40, 4)
+    assert compressed_tensors_config.is_padded(compressed_tensors_config.Scheme(3, 8, True, "0.20.0"), 256, 26)
+    assert not compressed_tensors_config.is_padded(compressed_tensors_config.Scheme(3, 8, True, "0.17.1"), 256, 24)

@@ -106,7 +106,7 @@ def test_nan_is_named(written):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_scales_must_be_finite(tmp_path, value, dtype):
     from sarqc.checkpoint.formats import FORMATS
-    from sarqc.spec import QuantSpec
+    from sarqc.config import QuantSpec
 
     scale = torch.ones(2, 4, dtype=dtype)
     scale[1, 2] = value

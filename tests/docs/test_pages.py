@@ -19,7 +19,7 @@ PAGES = {
     path.stem: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 SOURCES = [path for package in ("sarqc", "sarqc_kernels") for path in sorted((ROOT / package).rglob("*.py"))]
-FAMILIES = {name for name in errors.__all__ if name != "SarqcError"}
+FAMILIES = {name for name in errors.__all__ if isinstance(getattr(errors, name), type) and name != "SarqcError"}
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGES["troubleshooting"], re.DOTALL | re.MULTILINE))
 QUOTED = [(family, said) for family in SECTIONS for said in re.findall(r"^\| `([^`]+)` \|", SECTIONS[family], re.M)]
 

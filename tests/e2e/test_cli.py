@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sarqc.spec import ABOUT, solve_spec, to_json
+from sarqc.config import ABOUT, solve_spec, to_json
 from tests.support import tiny
 
 RUN = ["--num-samples", "4", "--seqlen", "64"]

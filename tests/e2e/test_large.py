@@ -20,7 +20,7 @@ FEW = 8
 MEASURE = """
 import sys
 import sarqc
-from sarqc.job.reporting.report import peak_memory_mib
+from sarqc.system import peak_memory_mib
 model, out, method = sys.argv[1:]
 strength = None if method == "rtn" else 0.3
 sarqc.quantize(model, out, state_budget=0, num_samples=4, seqlen=64, strength=strength, method=method)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sarqc
-from sarqc.model.calibration import windows
+from sarqc.model.dataset import windows
 from tests.support import tiny
 
 CALIBRATION = dict(num_samples=8, seqlen=64)
@@ -126,7 +126,7 @@ def test_weights_far_from_the_source_because_they_were_scaled_are_no_fault(tmp_p
         if "input_layernorm" in name:
             tensor[::16] *= 0.01
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr("sarqc.method.channel_scale.EXPONENTS", (0.9,))
+    monkeypatch.setattr("sarqc.method.awq.EXPONENTS", (0.9,))
     result = sarqc.quantize(source, tmp_path / "out", method="awq", **CALIBRATION)
     name = "model.layers.0.self_attn.q_proj.weight"
     before, after = open_checkpoint(source).load(name).float(), open_checkpoint(result.out).load(name).float()

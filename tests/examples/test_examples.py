@@ -12,7 +12,8 @@ import pytest
 
 import sarqc
 from sarqc.errors import ArgumentError
-from sarqc.method.solve import SOLVERS, solve_round
+from sarqc.method.layer import SOLVERS
+from sarqc.method.rtn import solve_round
 from sarqc.model.tokenizer import load_tokenizer
 from tests.support import tiny
 
@@ -95,7 +96,7 @@ def test_starved_experts(tmp_path, capsys):
 
 
 def test_eight_gpus(llama, tmp_path, monkeypatch):
-    """With two processes on the CPU; tests/job/test_distributed.py holds what they compute."""
+    """With two processes on the CPU; tests/pipeline/test_distributed.py holds what they compute."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ("--num-samples", "8", "--seqlen", "32", "--group-size", "32", "--device", "cpu")
     assert example("eight_gpus").main(str(llama), str(tmp_path / "out"), *options, processes=2) == 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sarqc.method.held_out import EXPERTS, ROWS, Judge
-from sarqc.method.solve import SOLVERS, choose_strength, solve_gram, solve_site
-from sarqc.method.statistics import Statistics
-from sarqc.method.strength import Strengths
-from sarqc.spec import METHODS, QuantSpec, solve_spec
+from sarqc.config import METHODS, QuantSpec, solve_spec
+from sarqc.method.gptq import solve_gram
+from sarqc.method.gram import Statistics
+from sarqc.method.lambda_search import EXPERTS, ROWS, Judge, Strengths
+from sarqc.method.layer import SOLVERS, choose_strength, solve_site
 
 QUANT = QuantSpec(bits=3, group_size=16)
 BF16 = torch.bfloat16
@@ -73,7 +73,7 @@ def test_trials_side_by_side_are_trials_one_by_one(generator, monkeypatch):
         judge = Judge(weight, two_folds(*x, offsets), borrow, 0, trial, by_rounding_down)
         together = judge.losses([0.1, 1.0, 10.0], 0)
         assert together == [judge.losses([s], 0)[0] for s in (0.1, 1.0, 10.0)]
-        monkeypatch.setattr("sarqc.method.held_out.TRIAL_BYTES", 1)
+        monkeypatch.setattr("sarqc.method.lambda_search.TRIAL_BYTES", 1)
         assert together == judge.losses([0.1, 1.0, 10.0], 0)
         monkeypatch.undo()
 

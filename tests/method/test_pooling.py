@@ -6,10 +6,9 @@ from itertools import pairwise
 
 import torch
 
-from sarqc.method.pooling import kappa, shrunk
-from sarqc.method.solve import solve_site
-from sarqc.method.statistics import Gram, Statistics
-from sarqc.spec import QuantSpec, solve_spec
+from sarqc.config import QuantSpec, solve_spec
+from sarqc.method.gram import Gram, Statistics, kappa, shrunk
+from sarqc.method.layer import solve_site
 
 OFFSETS = torch.tensor([0, 9, 9, 10, 40])
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from sarqc.config import QuantSpec
 from sarqc.errors import ArgumentError, ModelError
-from sarqc.model.names import Piece
+from sarqc.model.layers import auto_group_size, check_group_size, targets
 from sarqc.model.sites import find_sites, observe, separate_sites
 from sarqc.model.source import StateDictSource
-from sarqc.model.targets import auto_group_size, check_group_size, targets
-from sarqc.spec import QuantSpec
+from sarqc.model.weight_map import Piece
 
 QUANT = QuantSpec(group_size=32)
 

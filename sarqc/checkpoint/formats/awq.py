@@ -35,9 +35,9 @@ from sarqc.checkpoint.formats.common import (
     with_fused,
     without_fused,
 )
+from sarqc.config import QuantSpec
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 from sarqc_kernels.packing import pack, unpack
 
 BITS = 4

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sarqc.config import QuantSpec
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 
 
 class TensorInfo(Protocol):

@@ -9,16 +9,10 @@ from typing import Any
 import torch
 
 from sarqc.checkpoint.formats.base import TensorInfo
+from sarqc.config import QuantSpec
+from sarqc.conventions import FUSED_NAMES
 from sarqc.errors import CheckpointError, NumericError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
-
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""What servers make one matrix of, and call it."""
 
 
 def check_weight(linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None:
@@ -115,7 +109,7 @@ def with_fused(names: Iterable[str]) -> list[str]:
     found: dict[str, None] = {}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in given):
         if not parent.rpartition(".")[2].isdigit():
-            whole = (one for one, parts in _FUSED.items() if all(f"{parent}.{part}" in given for part in parts))
+            whole = (one for one, parts in FUSED_NAMES.items() if all(f"{parent}.{part}" in given for part in parts))
             found |= dict.fromkeys(f"{parent}.{one}" for one in whole)
     return list(given | found)
 
@@ -123,7 +117,7 @@ def with_fused(names: Iterable[str]) -> list[str]:
 def without_fused(names: Iterable[str]) -> list[str]:
     """The names without those that `with_fused` adds to the others."""
     given = list(names)
-    parts = [name for name in given if name.rpartition(".")[2] not in _FUSED]
+    parts = [name for name in given if name.rpartition(".")[2] not in FUSED_NAMES]
     added = set(with_fused(parts)) - set(parts)
     return [name for name in given if name not in added]
 

@@ -26,10 +26,17 @@ from torch import Tensor
 
 from sarqc.checkpoint.formats.base import DenseInfo, TensorInfo
 from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, say, strings, whole_linears
-from sarqc.checkpoint.formats.scheme import LAYOUT, Scheme, check_config, is_padded, scheme_of, targets_by_width
+from sarqc.checkpoint.formats.compressed_tensors_config import (
+    LAYOUT,
+    Scheme,
+    check_config,
+    is_padded,
+    scheme_of,
+    targets_by_width,
+)
+from sarqc.config import QuantSpec
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 from sarqc_kernels.packing import pack, unpack, unpack_padded
 
 VERSION = "0.20.0"

@@ -36,7 +36,7 @@ from sarqc.checkpoint.formats.common import (
     with_fused,
     without_fused,
 )
-from sarqc.checkpoint.formats.gptq_scheme import (
+from sarqc.checkpoint.formats.gptq_config import (
     BITS,
     V1,
     V2,
@@ -48,9 +48,9 @@ from sarqc.checkpoint.formats.gptq_scheme import (
     scheme_of,
     version_of,
 )
+from sarqc.config import QuantSpec
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 from sarqc_kernels.packing import pack, unpack
 
 METHOD = "gptq"
