@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
     from sarqc_kernels.gram import gram_accumulate_, gram_finalize, symmetrize_
     from sarqc_kernels.packing import pack, unpack
-    from sarqc_kernels.w4a16 import RepackedWeight, repack, unpack_weight, w4a16_matmul
+    from sarqc_kernels.w4a16 import RepackedWeight, repack, unpack_weight, w4a16_matmul, warm_up
 
 __all__ = [
     "ArgumentError",
@@ -49,6 +49,7 @@ __all__ = [
     "unpack",
     "unpack_weight",
     "w4a16_matmul",
+    "warm_up",
 ]
 
 _HOME = {
@@ -69,6 +70,7 @@ _HOME = {
     "symmetrize_": "gram",
     "unpack": "packing",
     "w4a16_matmul": "w4a16",
+    "warm_up": "w4a16",
 }
 
 

@@ -133,8 +133,10 @@ def csrc() -> dict[str, Any]:
     """State of the CUDA C++ sources: the compiler, the cache, and for each GPU why a library cannot be had."""
     asked = (("cache", build.cache_folder), ("nvcc", build.nvcc), ("sources", build.sources))
     found: dict[str, Any] = {name: _or_reason(ask) for name, ask in asked}
-    cards = {} if interpreting() else {str(device): device_info(device).arch for device in devices()[1:]}
-    found["libraries"] = {device: build.why_not("columns", arch) or "built" for device, arch in cards.items()}
+    cuda = [] if interpreting() else devices()[1:]
+    found["libraries"] = {
+        str(device): build.why_not("columns", device_info(device).arch, device) or "built" for device in cuda
+    }
     return found
 
 

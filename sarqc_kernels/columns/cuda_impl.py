@@ -50,7 +50,7 @@ def unsupported(problem: Problem) -> str | None:
     if weight.device.type != "cuda":
         return f"tensors are on {weight.device.type}, not on an NVIDIA card"
     reason = triton_unsupported(weight) or too_large(weight.shape[2])
-    return reason or build.why_not("columns", device_info(weight.device).arch)
+    return reason or build.why_not("columns", device_info(weight.device).arch, weight.device)
 
 
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,5 +13,15 @@ from sarqc_kernels.w4a16.experts import w4a16_experts
 from sarqc_kernels.w4a16.layout import RepackedWeight, repack, unpack_weight
 from sarqc_kernels.w4a16.matmul import implementations, w4a16_matmul
 from sarqc_kernels.w4a16.routing import Routing
+from sarqc_kernels.w4a16.warmup import warm_up
 
-__all__ = ["RepackedWeight", "Routing", "implementations", "repack", "unpack_weight", "w4a16_experts", "w4a16_matmul"]
+__all__ = [
+    "RepackedWeight",
+    "Routing",
+    "implementations",
+    "repack",
+    "unpack_weight",
+    "w4a16_experts",
+    "w4a16_matmul",
+    "warm_up",
+]

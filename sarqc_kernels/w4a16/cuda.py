@@ -39,7 +39,7 @@ def unsupported(x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias:
     if x.device.type != "cuda":
         return f"tensors are on {x.device.type}, not on an NVIDIA card"
     reason = unfit(x, weight, offsets) or triton_unsupported(x)
-    return reason or build.why_not("gemv", device_info(x.device).arch)
+    return reason or build.why_not("gemv", device_info(x.device).arch, x.device)
 
 
 def unfit(x: Tensor, weight: RepackedWeight, offsets: Tensor | None) -> str | None:

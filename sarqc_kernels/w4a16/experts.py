@@ -22,7 +22,7 @@ from sarqc_kernels.checks import check_offsets, check_same_device
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.fast_path import takes_fast_path
 from sarqc_kernels.w4a16 import cpu, matmul, reference
-from sarqc_kernels.w4a16.layout import RepackedWeight
+from sarqc_kernels.w4a16.layout import RepackedWeight, check_weight
 from sarqc_kernels.w4a16.routing import Routing
 
 __all__ = ["implementations", "w4a16_experts"]
@@ -90,6 +90,8 @@ def w4a16_experts(
             f"gate_up is [{experts}, {gate_up.out_features}, {gate_up.in_features}] and down [{down.words.shape[0]}, "
             f"{down.out_features}, {down.in_features}]: pass [E, 2 I, H] and [E, H', I]"
         )
+    check_weight("gate_up", gate_up)
+    check_weight("down", down)
     offsets, tokens, slots, weights = routing
     check_offsets(offsets, experts)
     sizes = (tokens.numel(), weights.numel())

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sarqc_kernels.checks import check_bits, check_grid, check_tensor
+from sarqc_kernels.checks import check_bits, check_contiguous, check_grid, check_tensor
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.packing import pack, unpack
 
@@ -47,6 +47,7 @@ __all__ = [
     "TILE_K",
     "TILE_N",
     "RepackedWeight",
+    "check_weight",
     "codes_of",
     "grid_of",
     "int4pack_block",
@@ -87,6 +88,12 @@ class RepackedWeight(NamedTuple):
     out_features: int
     in_features: int
     group_size: int
+
+
+def check_weight(name: str, weight: RepackedWeight) -> None:
+    """The tensors of a weight lie as `repack` made them. Only `stream` may be a view: no kernel reads it."""
+    if weight.layout != STREAM:
+        check_contiguous(name, words=weight.words, scales=weight.scales, zeros=weight.zeros)
 
 
 def repack(

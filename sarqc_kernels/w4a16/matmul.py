@@ -13,7 +13,7 @@ from sarqc_kernels.device import triton_unsupported
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.fast_path import takes_fast_path
 from sarqc_kernels.w4a16 import config, cpu, cuda, reference
-from sarqc_kernels.w4a16.layout import TILES, RepackedWeight
+from sarqc_kernels.w4a16.layout import TILES, RepackedWeight, check_weight
 
 __all__ = ["ACTIVATION_DTYPES", "implementations", "triton_unsupported_product", "w4a16_matmul"]
 
@@ -76,6 +76,7 @@ def w4a16_matmul(
     """
     if x.dim() != 2 or x.dtype not in ACTIVATION_DTYPES or x.shape[1] != weight.in_features:
         raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {weight.in_features}]")
+    check_weight("weight", weight)
     experts, outputs = weight.words.shape[0], weight.out_features
     if bias is not None and (tuple(bias.shape) != (experts, outputs) or not bias.is_floating_point()):
         raise ArgumentError(f"bias is {bias.dtype} {list(bias.shape)}: pass floating [{experts}, {outputs}] or None")

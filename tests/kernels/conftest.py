@@ -24,7 +24,8 @@ def why_not(backend: str) -> str | None:
     if backend == "cuda" and DEVICE != "cuda":
         return "no CUDA device"
     if backend == "cuda":
-        return build.why_not("columns", device_info(torch.device("cuda", torch.cuda.current_device())).arch)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return build.why_not("columns", device_info(device).arch, device)
     if backend in ("cuda", "triton") and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None

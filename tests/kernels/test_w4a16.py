@@ -219,6 +219,18 @@ def test_refuses_what_does_not_fit(generator: torch.Generator) -> None:
             w4a16_matmul(*bad)
 
 
+@pytest.mark.parametrize("layout", ["int4pack", "tiles"])
+def test_refuses_a_slice_of_a_repacked_weight(layout: str, generator: torch.Generator) -> None:
+    """Kernels take pointers: a shard that is a view would be read wrongly."""
+    weight = random_quantized(generator, (1, 128, 256), 4, 4, scale_dtype=torch.bfloat16)
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=4, layout=layout)
+    x = torch.zeros(2, 256, dtype=torch.bfloat16)
+    for part in ("words", "scales", "zeros"):
+        view = getattr(ready, part).repeat_interleave(2, -1)[..., ::2]
+        with pytest.raises(ArgumentError, match=rf"weight\.{part} has strides"):
+            w4a16_matmul(x, ready._replace(**{part: view}))
+
+
 def test_a_backend_says_why_not(generator: torch.Generator) -> None:
     weight = random_quantized(generator, (1, 6, 64), 2, 4, scale_dtype=torch.bfloat16)
     x = torch.zeros(5, 64)

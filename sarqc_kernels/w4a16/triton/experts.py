@@ -26,9 +26,9 @@ def w4a16_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, rout
     first = choose(rows, gate_up.out_features, gate_up.in_features, gate_up.group_size, experts, card, gate_up.bits)
     second = choose(rows, down.out_features, down.in_features, down.group_size, experts, card, down.bits)
     with on_device(x):
-        parts = product(first, x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True)
+        parts = product(first, x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True, covered=True)
         hidden = summed(parts, gate_up, routing.offsets, x.dtype, gated=True)
-        return _combined(product(second, hidden, down, routing.offsets), x, routing)
+        return _combined(product(second, hidden, down, routing.offsets, covered=True), x, routing)
 
 
 def _combined(parts: Tensor, x: Tensor, routing: Routing) -> Tensor:

@@ -64,17 +64,19 @@ def product(
     bias: Tensor | None = None,
     index: Tensor | None = None,
     gated: bool = False,
+    covered: bool = False,
 ) -> Tensor:
     """Partial products [splits, rows, N] of a plan that is not "expand": in x's dtype where splits is 1, else fp32.
 
     index: int64 [rows], the row of x behind each row; None: x has them in order. gated: rows of the weight are gate and
     then up; the result is silu(gate) * up, N / 2 wide, where splits is 1, and still both, N wide, where it is not.
+    covered: every row belongs to an expert, so that each is written; otherwise rows of none are zeroed first.
     """
     rows, split = x.shape[0] if index is None else index.shape[0], plan.splits > 1
     outputs = weight.out_features // 2 if gated else weight.out_features
     wide, dtype = (weight.out_features, torch.float32) if split else (outputs, x.dtype)
     # rows outside of all experts are zeroed here, or left out of the sum over splits
-    make = x.new_empty if split or offsets is None else x.new_zeros
+    make = x.new_empty if split or offsets is None or covered else x.new_zeros
     parts: Tensor = make((plan.splits, rows, wide), dtype=dtype)
     if rows == 0:
         return parts
