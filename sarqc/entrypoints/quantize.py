@@ -32,7 +32,7 @@ from sarqc.pipeline.comm import Group
 from sarqc.pipeline.distributed import Following, joined, named, same_everywhere, start_everywhere
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import fingerprint
-from sarqc.pipeline.offload import Scratch
+from sarqc.pipeline.holding import hold
 from sarqc.pipeline.plan import Plan, Settings, make_plan, read_windows
 from sarqc.pipeline.progress import Silent, Watcher
 from sarqc.pipeline.resume import Work, begin, default_work
@@ -252,7 +252,7 @@ class _Run:
             start=start,
             on_progress=self._stage,
             group=self.group,
-            room=Scratch(self.place, plan.state_budget),
+            memory=hold(plan, windows, seqlen, self.group.size, self.place),
             read_ahead=waiting.ahead > 0,
             widths=widths,
         )
@@ -261,8 +261,8 @@ class _Run:
                 now = time.perf_counter()
                 if work:
                     work.save(result, now - began)
-                elif result.leaving:
-                    deque(result.leaving.each(), maxlen=0)  # they go to rank 0, which saves them
+                elif result.handover:
+                    deque(result.handover.hidden.each(), maxlen=0)  # they go to rank 0, which saves them
                 give_back()
                 began = now
                 for note in result.notes:

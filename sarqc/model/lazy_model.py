@@ -116,6 +116,14 @@ class Skeleton:
         for parameter in {*self._outer(), *self.model.all_tied_weights_keys}:
             self._empty(parameter)
 
+    def unload_embeddings(self) -> None:
+        """Give back the memory of embeddings and of what is tied to them; what else stands outside the blocks (norms,
+        small projections) stays, because a model may use it between two blocks."""
+        for parameter in {*self._outer(), *self.model.all_tied_weights_keys}:
+            module = self.model.get_submodule(parameter.rpartition(".")[0])
+            if isinstance(module, nn.Embedding) or parameter in self.model.all_tied_weights_keys:
+                self._empty(parameter)
+
     def load_block(
         self, index: int, source: TensorSource, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> None:
@@ -137,6 +145,11 @@ class Skeleton:
         return [name for name in self.pieces if name.startswith(start) and name.removeprefix(start) in present]
 
     # -- running ------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder blocks as the list that the model holds."""
+        return self._layers
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:

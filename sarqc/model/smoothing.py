@@ -63,11 +63,11 @@ class Fold:
 
 @torch.no_grad()
 def find_folds(
-    skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor
+    skeleton: Skeleton, index: int, sites: Sequence[Site], run: Callable[[], Tensor]
 ) -> tuple[list[Fold], dict[str, str]]:
-    """The folds of block `index`, which is loaded, seen on hidden states [B, L, H]; and by site why it has none."""
-    sight = _look(skeleton, index, hidden)
-    run = partial(skeleton.call_block, index, hidden)
+    """The folds of block `index`, which is loaded; and by site why it has none. run: the block on a few tokens, what
+    leaves it."""
+    sight = _look(skeleton, index, run)
     folds: list[Fold] = []
     reasons: dict[str, str] = {}
     by_norm: dict[str, list[Site]] = {}
@@ -121,7 +121,7 @@ class _Sight:
         return next((name for name, out in self.norms.items() if _same_storage(x, out)), None)
 
 
-def _look(skeleton: Skeleton, index: int, hidden: Tensor) -> _Sight:
+def _look(skeleton: Skeleton, index: int, run: Callable[[], Tensor]) -> _Sight:
     sight = _Sight({}, {})
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ def _look(skeleton: Skeleton, index: int, hidden: Tensor) -> _Sight:
                 hooks.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
             if own.keys() in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in own.values()):
                 hooks.callback(module.register_forward_hook(partial(after, name)).remove)
-        skeleton.call_block(index, hidden)
+        run()
     return sight
 
 

@@ -24,6 +24,7 @@ from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.pipeline.comm import ALONE, Group
 from sarqc.pipeline.driver import Start
+from sarqc.pipeline.streams import Handover
 from sarqc.pipeline.fingerprint import first_difference
 from sarqc.pipeline.progress import Silent, Watcher
 from sarqc.pipeline.quantize_site import Weights
@@ -194,25 +195,26 @@ class Following(Silent):
 
 def start_everywhere(group: Group, start: Start | None) -> Start:
     """Rank 0's start on every rank; the others, which have no work folder, give None."""
-    told = None if start is None else (start.block, _shape(start.hidden), start.strengths)
+    handed = start.handover if start else None
+    told = None if start is None else (start.block, _told(handed), start.strengths)
     found = group.gather(told)[0]
     assert found is not None
     block, kind, strengths = found
 
     def each() -> Iterator[Tensor]:
-        shape, dtype = kind
-        here = start.hidden.rows() if start and start.hidden else None
+        shape, dtype = kind[0]
+        here = handed.hidden.rows() if handed else None
         for _ in range(shape[0]):
             row = next(here) if here else torch.empty(shape[1:], dtype=dtype)
             group.spread_([row], 0)
             yield row[None]
 
-    hidden = Parts(kind[0], kind[1], each) if kind else None
+    everywhere = Handover(Parts(*kind[0], each), *kind[1:]) if kind else None
 
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(group, start.stored(index) if start else ({}, {}))
 
-    return Start(block, hidden, stored, start.strengths if start else strengths)
+    return Start(block, everywhere, stored, start.strengths if start else strengths)
 
 
 def _stored_everywhere(group: Group, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:
@@ -235,5 +237,12 @@ def _stored_everywhere(group: Group, stored: tuple[Weights, dict[str, Tensor]]) 
     return weights, changed
 
 
-def _shape(tensor: Tensor | Parts | None) -> Any:
-    return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+def _told(handed: Handover | None) -> Any:
+    """All of it that is small: the hidden states' shape and dtype, and the rest as it is."""
+    if handed is None:
+        return None
+    return _shape(handed.hidden), handed.form, handed.fingerprint, handed.scout, handed.reference
+
+
+def _shape(tensor: Tensor | Parts) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype

@@ -36,6 +36,7 @@ from sarqc.method.layer import SolveReport
 from sarqc.method.weight import QuantizedWeight
 from sarqc.pipeline.bit_allocation import Widths
 from sarqc.pipeline.driver import BlockResult, Start
+from sarqc.pipeline.streams import Handover
 from sarqc.pipeline.fingerprint import MAY_CHANGE, first_difference
 from sarqc.pipeline.offload import PREFIX as SCRATCH
 from sarqc.pipeline.quantize_site import Weights
@@ -89,7 +90,7 @@ class Work:
         return None
 
     def save(self, result: BlockResult, wall: float) -> None:
-        """Save a finished block, then the hidden states that leave it; `ResourceError` where the disk is full."""
+        """Save a finished block, then what the next one is entered with; `ResourceError` where the disk is full."""
         tensors: dict[str, Tensor] = {}
         for linear, weight in result.weights.items():
             tensors[f"{linear}.codes"] = pack(weight.codes[0], weight.bits)
@@ -102,8 +103,11 @@ class Work:
             tensors,
             record | {"linears": linears, "changed": list(result.changed), "block": result.index},
         )
-        if result.leaving is not None:
-            write_state(self.folder / _HIDDEN, {"hidden": result.leaving}, {"block": result.index + 1})
+        handed = result.handover
+        if handed is not None:
+            record = {"block": result.index + 1, "form": handed.form, "entry": handed.fingerprint}
+            record["reference"] = handed.reference
+            write_state(self.folder / _HIDDEN, {"hidden": handed.hidden, "scout": handed.scout}, record)
 
     def start(self, gram: bool) -> tuple[Start, str | None]:
         """Where to go on, and a word on what was found damaged. gram: whether hidden states are needed."""
@@ -123,8 +127,10 @@ class Work:
                 entering = int(state.record["block"])
                 if entering <= finished:
                     state.check()
-                    whole = state.parts("hidden")
-                    return self._start(entering, Parts(whole.shape, whole.dtype, self._hidden)), trouble
+                    whole, told = state.parts("hidden"), state.record
+                    hidden = Parts(whole.shape, whole.dtype, self._hidden)
+                    handed = Handover(hidden, told["form"], told["entry"], state.load("scout"), told["reference"])
+                    return self._start(entering, handed), trouble
         except CheckpointError as error:
             trouble = trouble or str(error)
         return self._start(finished, None), trouble
@@ -134,9 +140,9 @@ class Work:
         with open_state(self.folder / _HIDDEN) as state:
             yield from state.parts("hidden").each()
 
-    def _start(self, block: int, hidden: Parts | None) -> Start:
+    def _start(self, block: int, handed: Handover | None) -> Start:
         said = [report.held_out for index in range(block) for report in self.record(index).reports]
-        return Start(block, hidden, self.stored, Strengths.restored(said))
+        return Start(block, handed, self.stored, Strengths.restored(said))
 
     def linears(self, index: int) -> list[str]:
         """Names of the quantized Linears of a finished block."""
