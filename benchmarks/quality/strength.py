@@ -32,9 +32,9 @@ from sarqc.model.perplexity import perplexity
 from sarqc.model.sites import write_back
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.pipeline import driver
-from sarqc.pipeline.streams import windows_at_once
 from sarqc.pipeline.bit_allocation import choose
 from sarqc.pipeline.sensitivity import look
+from sarqc.pipeline.streams import windows_at_once
 
 
 def fields(text: str) -> SolveSpec:

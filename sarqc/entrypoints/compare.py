@@ -1,10 +1,7 @@
-"""Compare methods x bits x calibration sizes on one model, at the price of one calibration per seed.
+"""Compare methods x bits x calibration sizes on one model.
 
-Statistics are collected once per seed from the unquantized model, for all sizes in one pass, and wait on disk; every
-cell then solves from them in memory and is judged as it goes, block by block, without a checkpoint ever being written.
-That makes this a *one-shot* comparison: each block is solved as if the blocks before it were unquantized, whereas
-`quantize` calibrates each block on what the quantized ones before it put out. Methods are comparable with each other
-here; whoever wants a method's own best number runs `quantize`.
+Every cell is a whole run, block by block, that is judged as it goes: what `quantize` would make, without a checkpoint
+ever being written.
 
 Finished cells stand in cells.jsonl, one line each, under the fingerprint of everything that they depend on. A second
 run skips them, so that an interrupted comparison goes on where it was, and one with more methods adds to what is there.
@@ -24,7 +21,7 @@ from sarqc.checkpoint.folders import refuse_overlap, refuse_place
 from sarqc.comparison import experiment as benches
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Bench, Cell, Other
-from sarqc.comparison.store import CELLS, Cells, Grams
+from sarqc.comparison.store import CELLS, Cells
 from sarqc.config import AUTO, QuantSpec, SolveSpec, solve_spec
 from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.model import dataset
@@ -41,7 +38,7 @@ class Watcher(Protocol):
         """Something worth one line."""
 
     def begin(self, label: str, total: int) -> None:
-        """So many steps follow: a collection for each seed that needs one, and the cells that are not there yet."""
+        """So many steps follow: the cells that are not there yet."""
 
     def detail(self, text: str) -> None:
         """What is going on inside a step."""
@@ -103,8 +100,8 @@ def compare(
     the last `eval_windows` windows of `eval_seqlen` tokens of each. also: checkpoints of other tools or of whole runs.
 
     Every cell gets perplexity, agreement of the likeliest next token and mean KL divergence, the last two against the
-    unquantized model on the same windows. Memory holds a block, its statistics and the hidden states of the texts;
-    disk the statistics of one seed at a time. Raises `SarqcError` for anything wrong with the input.
+    unquantized model on the same windows. Memory holds two blocks, the Grams of a site and the hidden states of the
+    texts. Raises `SarqcError` for anything wrong with the input.
     """
     watcher, out = watcher or Silent(), Path(out).expanduser()
     folder = locate_source(model, trust_remote_code=trust_remote_code)
@@ -124,7 +121,7 @@ def compare(
     benches.add_texts(bench, texts, eval_seqlen, eval_windows, trust_remote_code)
     protocol = _protocol(bench, str(model))
     done = Cells(out, partial(benches.identity, bench))
-    _work(bench, [*also, *cells], done, found, protocol, watcher)
+    _work(bench, [*also, *cells], done, protocol, watcher)
     table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
     tables.write(out, table)
     return Comparison(out, table)
@@ -140,8 +137,7 @@ def parse_method(method: str, seed: int) -> SolveSpec:
         fixed = float(strength) if at else None
     except ValueError:
         raise ArgumentError(f"method = {method!r}: what follows @ must be a number, the strength") from None
-    # in one shot there are no earlier errors to make up for
-    return solve_spec(name, strength=fixed, seed=seed, carry_error=False)
+    return solve_spec(name, strength=fixed, seed=seed)
 
 
 def _quants(
@@ -179,41 +175,25 @@ def _cells(
 # -- the work -------------------------------------------------------------------------------------------------------
 
 
-def _work(
-    bench: Bench, cells: Sequence[Cell | Other], done: Cells, found: Targets, protocol: dict[str, Any], watcher: Watcher
-) -> None:
-    """Measure the cells that are not there yet, seed by seed."""
+def _work(bench: Bench, cells: Sequence[Cell | Other], done: Cells, protocol: dict[str, Any], watcher: Watcher) -> None:
+    """Measure the cells that are not there yet."""
     for other in (cell for cell in cells if isinstance(cell, Other) and cell not in done):
         done.add(other, benches.measure_other(bench, other, watcher.detail))
     missing = [cell for cell in cells if isinstance(cell, Cell) and cell not in done]
-    seeds = dict.fromkeys(cell.seed for cell in missing)
-    needed = {seed: _grams(done.folder, missing, seed) for seed in seeds if seed is not None}
     there = len(cells) - len(missing)
     watcher.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
-    watcher.begin("steps", len(missing) + len(needed))
-    for seed in seeds:
-        grams = needed.get(seed) if seed is not None else None
-        if grams is not None and seed is not None:
-            benches.gather(bench, grams, found, bench.drawn[seed], watcher.detail)
-            watcher.advance(f"seed {seed}: statistics collected")
-        for cell in (cell for cell in missing if cell.seed == seed):
-            record = benches.measure(bench, cell, grams, watcher.detail)
-            done.add(cell, record)
-            tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
-            watcher.advance(_told(record))
-        if grams is not None:
-            grams.remove()
-
-
-def _grams(folder: Path, missing: Sequence[Cell], seed: int) -> Grams:
-    sizes = {cell.windows for cell in missing if cell.seed == seed and cell.windows is not None}
-    return Grams(folder / "grams" / f"seed-{seed}", sorted(sizes))
+    watcher.begin("cells", len(missing))
+    for cell in missing:
+        record = benches.measure(bench, cell, watcher.detail)
+        done.add(cell, record)
+        tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
+        watcher.advance(_told(record))
 
 
 def _protocol(bench: Bench, model: str) -> dict[str, Any]:
     return {
         "model": model,
-        "mode": "one-shot: every block is solved on what the unquantized blocks before it put out, without carry_error",
+        "mode": "whole runs: every layer is quantized on what the quantized ones before it put out",
         "calibration": {"text": bench.calibration.text, "seqlen": bench.calibration.tokens.shape[1]},
         "texts": [text.windows.record() | {"perplexity": text.perplexity} for text in bench.texts],
         "dtype": str(bench.dtype).removeprefix("torch."),

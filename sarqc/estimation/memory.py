@@ -13,7 +13,7 @@ from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS, TRIAL_BYTES
 from sarqc.model.layers import Target
 from sarqc.model.sites import Share, Site
-from sarqc.pipeline.passes import gram_bytes, passes
+from sarqc.pipeline.grams import gram_bytes, portions
 from sarqc.pipeline.plan import Plan
 from sarqc.pipeline.sensitivity import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.pipeline.work_split import pieces, solving_bytes
@@ -122,11 +122,11 @@ def _outer(plan: Plan) -> int:
 
 def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
     """Bytes of the Grams that are held at once, and of solving the largest share beside them."""
-    portions = list(passes(sites, folds, plan.settings.gram_budget))
-    grams = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
-    solved = [piece.share for shares in portions for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
+    found = list(portions(sites, folds, plan.settings.gram_budget))
+    grams = max((sum(gram_bytes(share, folds) for share in shares) for shares in found), default=0)
+    solved = [piece.share for shares in found for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
     solving = max((solving_bytes(share, folds > 0) for share in solved), default=0)
-    choosing = max((_choosing(share) for shares in portions for share in shares), default=0) if folds > 1 else 0
+    choosing = max((_choosing(share) for shares in found for share in shares), default=0) if folds > 1 else 0
     return grams, max(solving, choosing)
 
 

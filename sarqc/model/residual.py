@@ -1,11 +1,11 @@
 """Which layers write into the residual stream, and where: there they can make up for what it has drifted.
 
-Which layers those are is seen and proved, not looked up. At the end of a block: whatever is added to such outputs leaves
-the block unchanged, which is tried with noise of the stream's own size. down_proj of a dense block passes, and so does
-a shared expert's; routed experts do not, whose outputs are weighted token by token, nor does a layer behind which a
-gate or a norm stands. Inside a block: some module reads the sum of what entered the block and of what a layer puts out,
-as the norm before the MLP does with o_proj's; changing the stream there in place has to be the same as changing what
-the layer puts out, to the bit.
+Which layers those are is seen and proved, not looked up. At the end of a block: whatever is added to such outputs
+leaves the block unchanged, which is tried with noise of the stream's own size. down_proj of a dense block passes, and
+so does a shared expert's; routed experts do not, whose outputs are weighted token by token, nor does a layer behind
+which a gate or a norm stands. Inside a block: some module reads the sum of what entered the block and of what a layer
+puts out, as the norm before the MLP does with o_proj's; changing the stream there in place has to be the same as
+changing what the layer puts out, to the bit.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.pipeline.comm import ALONE, Group
 from sarqc.pipeline.driver import Start
-from sarqc.pipeline.streams import Handover
 from sarqc.pipeline.fingerprint import first_difference
 from sarqc.pipeline.progress import Silent, Watcher
 from sarqc.pipeline.quantize_site import Weights
+from sarqc.pipeline.streams import Handover
 from sarqc.pipeline.watchdog import beating
 from sarqc.system import from_torchrun
 
@@ -209,7 +209,7 @@ def start_everywhere(group: Group, start: Start | None) -> Start:
             group.spread_([row], 0)
             yield row[None]
 
-    everywhere = Handover(Parts(*kind[0], each), *kind[1:]) if kind else None
+    everywhere = Handover(Parts(kind[0][0], kind[0][1], each), *kind[1:]) if kind else None
 
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(group, start.stored(index) if start else ({}, {}))

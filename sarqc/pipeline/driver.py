@@ -225,8 +225,9 @@ class _Driver:
         self._load(index)
         block = self._new_block(index)
         all_or_none(self._comm, lambda: block.look(streams))
-        with self._journal.stage(index, "reference"):
-            all_or_none(self._comm, lambda: streams.leave_reference(index))
+        if streams.reference is not None:
+            with self._journal.stage(index, "reference"):
+                all_or_none(self._comm, lambda: streams.leave_reference(index))
         block.quantize(streams)
         with self._journal.stage(index, "forward"):
             lost = all_or_none(self._comm, lambda: streams.leave_quantized(index))

@@ -109,6 +109,10 @@ class Forward:
         """Whether `dissolve` would have what has left the block before."""
         return all(walk.left_whole for walk in self._walks)
 
+    def lefts(self) -> list[Tensor]:
+        """The stream of every micro-batch as it has left the block before; none in front of the first one."""
+        return [walk.left for walk in self._walks if walk.left is not None]
+
     def dissolve(self) -> Iterator[Tensor]:
         """End all forwards, one by one, and hand out the stream as it has left the block before."""
         while self._walks:

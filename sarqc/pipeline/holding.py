@@ -36,7 +36,8 @@ def hold(plan: Plan, windows: int, seqlen: int, ranks: int, place: Path) -> Memo
 def suspended_bytes(plan: Plan, tokens: int) -> int:
     """Bytes that all micro-batches hold where they hold most: at the widest site its input, what left the block before,
     the residual stream, and as much again for what the model keeps beside it; and twice the stream in the reference."""
-    hidden = plan.skeleton.model.config.hidden_size
+    hidden: int = plan.skeleton.model.config.hidden_size
     widest = max((target.shape[1] for target in plan.targets.selected), default=hidden)
     quantized, reference = widest + 4 * hidden, 2 * hidden * plan.solve.carry_error
-    return tokens * plan.dtype.itemsize * (quantized + reference)
+    total: int = tokens * plan.dtype.itemsize * (quantized + reference)
+    return total

@@ -6,7 +6,7 @@
     blocks/00000.safetensors ...   codes, scales and zeros of each finished block, with its reports: any format can be
                          made of them
     hidden.safetensors   the hidden states that enter the next block
-    states-*             for an instant: hidden states that are at work and have no room in memory
+    activations-*        for an instant: activations that are at work and have no room in memory
 
 Every file is whole or absent, and each block is on disk before the hidden states that follow it. So whatever was
 going on when a run ended, the blocks from 0 up to the first that is missing are good, and so is the file of hidden
@@ -34,12 +34,12 @@ from sarqc.errors import ArgumentError, CheckpointError, ResourceError
 from sarqc.method.lambda_search import Strengths
 from sarqc.method.layer import SolveReport
 from sarqc.method.weight import QuantizedWeight
+from sarqc.pipeline.activation_store import PREFIX as SCRATCH
 from sarqc.pipeline.bit_allocation import Widths
 from sarqc.pipeline.driver import BlockResult, Start
-from sarqc.pipeline.streams import Handover
 from sarqc.pipeline.fingerprint import MAY_CHANGE, first_difference
-from sarqc.pipeline.offload import PREFIX as SCRATCH
 from sarqc.pipeline.quantize_site import Weights
+from sarqc.pipeline.streams import Handover
 from sarqc_kernels.packing import pack, unpack
 
 _LOCK, _PLAN, _WIDTHS, _BLOCKS, _HIDDEN = "lock", "plan.json", "widths.json", "blocks", "hidden.safetensors"

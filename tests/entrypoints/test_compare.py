@@ -10,6 +10,8 @@ from io import StringIO
 import pytest
 import torch
 from rich.console import Console
+from sarqc.pipeline.collect import collect
+from sarqc.pipeline.passes import gram_bytes
 
 import sarqc
 from sarqc.checkpoint.reader import open_checkpoint
@@ -29,8 +31,6 @@ from sarqc.model.lazy_model import Skeleton
 from sarqc.model.perplexity import perplexity
 from sarqc.model.sites import Share
 from sarqc.model.source import Overlay
-from sarqc.pipeline.collect import collect
-from sarqc.pipeline.passes import gram_bytes
 from tests.support import tiny
 
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ import threading
 
 import pytest
 import torch
+from sarqc.pipeline.offload import Scratch
 
 from sarqc.config import QuantSpec, solve_spec
 from sarqc.errors import CheckpointError
 from sarqc.model.source import Ahead, StateDictSource
 from sarqc.pipeline import driver
-from sarqc.pipeline.offload import Scratch
 
 QUANT = QuantSpec(bits=4, group_size=32)
 TENSORS = {name: torch.full((4,), float(number)) for number, name in enumerate("abc")}

@@ -15,7 +15,7 @@ from sarqc.errors import ArgumentError, ModelError, NumericError
 from sarqc.model.build import build
 from sarqc.model.layers import targets
 from sarqc.model.source import StateDictSource
-from sarqc.pipeline import driver, quantize_site
+from sarqc.pipeline import block, driver, quantize_site
 
 QUANT = QuantSpec(bits=4, group_size=32)
 GPTQ, RTN = solve_spec("gptq"), solve_spec("rtn")
@@ -59,8 +59,7 @@ def test_every_target_comes_out_once_in_its_shape(tiny, arch, solve):
 
 def test_plain_rounding_runs_nothing_forward(tiny, monkeypatch):
     case = tiny("llama")
-    monkeypatch.setattr("sarqc.model.lazy_model.Skeleton.call_block", None)
-    monkeypatch.setattr("sarqc.model.lazy_model.Skeleton.embed", None)
+    monkeypatch.setattr(driver, "Streams", None)
     run(case, solve=RTN)
     assert all(".layers." in name for name in case.source.reads)
 
@@ -170,8 +169,8 @@ def test_activations_that_are_not_finite_are_named(tiny):
 
 
 def test_a_target_that_is_lost_is_an_error(tiny, monkeypatch):
-    find_sites = driver.find_sites
-    monkeypatch.setattr(driver, "find_sites", lambda *args: find_sites(*args)[:-1])
+    find_sites = block.find_sites
+    monkeypatch.setattr(block, "find_sites", lambda *args: find_sites(*args)[:-1])
     with pytest.raises(ModelError, match="came out unquantized"):
         run(tiny("llama"))
 
@@ -196,9 +195,11 @@ def test_scales_take_the_checkpoints_dtype(tiny, dtype, expected):
 def test_progress_and_seconds_name_the_stages(tiny):
     told = []
     results = run(tiny("llama"), on_progress=lambda index, stage: told.append((index, stage)))
-    stages = ["load", "observe", "solve", "replay"]
-    assert told == [(0, stage) for stage in stages] + [(1, stage) for stage in stages[:3]]
-    assert list(results[0].seconds) == stages and all(seconds >= 0 for seconds in results[0].seconds.values())
+    stages = ["load", *["forward", "solve"] * 4, "forward"]  # at four sites, and then to the end of the block
+    assert told == [(index, stage) for index in range(2) for stage in stages]
+    assert list(results[0].seconds) == ["load", "forward", "solve"] and all(
+        seconds >= 0 for seconds in results[0].seconds.values()
+    )
 
 
 DEEP = textwrap.dedent(
