@@ -12,6 +12,7 @@ import torch
 from sarqc.entrypoints import doctor
 from sarqc_kernels import selftest
 from sarqc_kernels.backend import ENVIRONMENT
+from sarqc_kernels.columns import cpu_impl
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,8 @@ def test_every_operation_has_one_implementation_that_runs_and_is_right():
         assert (verdict["reason"] is None) == (verdict["error"] is not None)
         assert verdict["error"] is None or verdict["error"] <= verdict["limit"]
     chosen = {verdict["op"]: verdict["backend"] for verdict in on_cpu if verdict["chosen"]}
-    assert chosen["gram_accumulate_"] == chosen["quantize_columns"] == "reference"
+    assert chosen["gram_accumulate_"] == "reference"
+    assert chosen["quantize_columns"] == ("reference" if cpu_impl.why_not() else "cpu")
     assert found["versions"]["torch"] == torch.__version__
     assert all(count > 0 for count in found["free"].values())
     json.dumps(found, allow_nan=False)
