@@ -9,8 +9,8 @@ import torch
 
 from sarqc_kernels import BackendError, cpu_build, fit_grid, quantize_columns
 from sarqc_kernels.backend import explain
-from sarqc_kernels.cards import fastest_first
 from sarqc_kernels.columns import cpu_impl, grid, implementations, reference
+from sarqc_kernels.device import fastest_first
 from sarqc_kernels.testing import poisoned_empty, random_gram, upper_factor
 from tests.kernels.columns_cases import Case
 
