@@ -42,7 +42,7 @@ ROOMS = {
     "sarqc.report": ((*INSIDE, "sarqc.report"), ("huggingface_hub",)),
     # it puts a quantizer into transformers' own tables
     "sarqc.integrations": ((*INSIDE, "sarqc.integrations"), ("transformers",)),
-    "sarqc.pipeline": ((*INSIDE, "sarqc.serving", "sarqc.report", "sarqc.pipeline"), ()),
+    "sarqc.pipeline": ((*INSIDE, "sarqc.serving", "sarqc.report", "sarqc.pipeline"), ("greenlet",)),
     "sarqc.estimation": ((*INSIDE, "sarqc.serving", "sarqc.report", "sarqc.pipeline", "sarqc.estimation"), ()),
     # statistics wait on disk in files of its own, which are no checkpoint
     "sarqc.comparison": ((*INSIDE, "sarqc.report", "sarqc.pipeline", "sarqc.comparison"), ("safetensors",)),
@@ -72,6 +72,7 @@ GUARDED = (
     "datasets",
     "safetensors",
     "huggingface_hub",
+    "greenlet",
     "rich",
     "typer",
     "yaml",

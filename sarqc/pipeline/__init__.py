@@ -11,5 +11,8 @@ comm          the ranks of a run                              work_split   which
 distributed   several processes at one run                    watchdog     notices ranks that hang
 resume        finished blocks, the resume point               fingerprint  whether a run may go on from them
 write         finished blocks -> checkpoint                   verify       is what was written whole and true
+forward       the model's own forward, all micro-batches suspended at blocks and sites (with points, walk, task,
+              thread_state)                                   handed       a forward that enters a model in its middle
+parking       what they hold, out of memory                   activation_store  where that is
 stream        perplexity, one block at a time                 progress     who follows a run
 """
