@@ -86,7 +86,7 @@ def test_every_method_solves_from_what_was_collected_as_from_what_it_observes(sh
     for method in sarqc.METHODS:
         solve = solve_spec(method, seed=5, carry_error=False)
         skeleton = Skeleton.from_folder(shallow, source)
-        (block,) = module.blocks.run(skeleton, source, text.tokens, QuantSpec(3, 64), solve, dtype=torch.float32)
+        (block,) = module.driver.run(skeleton, source, text.tokens, QuantSpec(3, 64), solve, dtype=torch.float32)
         model = build(
             Skeleton.from_folder(shallow, source), Overlay(source, block.weights, block.changed), dtype=torch.float32
         )
@@ -147,7 +147,7 @@ def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_p
     assert sum("perplexity" in step for step in rest.steps) == 9 - len(lines)
     assert not (out / "grams").exists()
     monkeypatch.setattr(module, "collect", None)
-    monkeypatch.setattr(module.blocks, "run", None)
+    monkeypatch.setattr(module.driver, "run", None)
     assert without_times(compare(deep, out, **how)) == without_times(straight)
 
 
@@ -366,8 +366,8 @@ def test_experts_are_collected_within_the_budget_and_read_in_any_portions(tmp_pa
 
 
 def test_grams_are_counted_with_every_fold_that_is_read(deep, tmp_path, monkeypatch):
-    folds, run = [], module.blocks.run
-    monkeypatch.setattr(module.blocks, "run", lambda *a, **k: folds.append((k["folds"], len(a[2]))) or run(*a, **k))
+    folds, run = [], module.driver.run
+    monkeypatch.setattr(module.driver, "run", lambda *a, **k: folds.append((k["folds"], len(a[2]))) or run(*a, **k))
     compare(deep, tmp_path / "a", methods=("gptq",), bits=(4,), **HOW)
     assert folds == [(2, 2)]
 

@@ -199,7 +199,7 @@ def test_a_choice_outlives_a_run_that_ends_before_its_first_block(models, tmp_pa
         raise RuntimeError("gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(job.blocks, "run", fail)
+        patched.setattr(job.driver, "run", fail)
         with pytest.raises(RuntimeError, match="gone"):
             sarqc.quantize(models["llama"], tmp_path / "out", **SMALL)
     watcher = Stopping()

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 import sarqc
+from sarqc import system
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.entrypoints import quantize as job
 from sarqc.errors import ArgumentError, CheckpointError, Interrupted, ResourceError
 from sarqc.pipeline.resume import begin, default_work, reopen
 from tests.support import tiny
@@ -110,8 +110,8 @@ def test_versions_and_the_model_count_as_settings(source, stopped, tmp_path, mon
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     with pytest.raises(ArgumentError, match=r"model\.config"):
         sarqc.quantize(other, stopped, **SMALL)
-    versions = job.fingerprint.__globals__["reports"].versions()
-    monkeypatch.setattr("sarqc.report.report.versions", lambda: versions | {"torch": "1.0"})
+    versions = system.versions()
+    monkeypatch.setattr("sarqc.pipeline.fingerprint.versions", lambda: versions | {"torch": "1.0"})
     with pytest.raises(ArgumentError, match=r"versions\.torch = .*now it is '1\.0'"):
         sarqc.quantize(source, stopped, **SMALL)
 
