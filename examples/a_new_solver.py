@@ -32,8 +32,8 @@ def least_squares(
     weight: Tensor,  # fp32 [E, N, K]
     gram: Gram,
     strength: Tensor,  # lambda of each expert, fp32 [E]; this solver has no regulariser
-    quant: sarqc.QuantSpec,
-    solve: sarqc.SolveSpec,
+    quant: sarqc.QuantConfig,
+    method: sarqc.MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:

@@ -11,7 +11,6 @@ of a run and the model card follow from the field; `make keywords` renews the ke
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,115 +19,34 @@ from sarqc import kinds
 from sarqc.errors import ArgumentError
 from sarqc.kinds import AUTO, Kind
 from sarqc.methods import CALIBRATION, DEFAULT_METHOD, FEEDBACK, METHODS, Method, method_name
-from sarqc.options import Config, default_of, option, options, shown
+from sarqc.options import Config, option, options, shown, sorted_out
+from sarqc.quant_config import QuantConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-BIT_OPTIONS = (2, 3, 4, 5, 6, 8)
-"""Bit-widths that `avg_bits` chooses from by default."""
+__all__ = [
+    "AUTO",
+    "BUILTIN",
+    "DEFAULT_METHOD",
+    "GRAM_BUDGET",
+    "METHODS",
+    "MIN_SEQLEN",
+    "QUANTIZE",
+    "CalibrationConfig",
+    "Configs",
+    "MethodConfig",
+    "QuantConfig",
+    "RunConfig",
+    "check_seed",
+]
+
 DEFAULT_SAMPLES, DEFAULT_SEQLEN, MIN_SEQLEN = 128, 2048, 16
+GRAM_BUDGET = 16 * kinds.GB
 BUILTIN = "builtin"
 """Name of the data set that comes with Python: its language reference."""
-
-
-# -- what the weights become ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class QuantConfig(Config):
-    """The number format of the quantized weights. With `avg_bits`, `bits` is the width that estimates use."""
-
-    panel: ClassVar[str] = "Weights"
-
-    bits: int = option(4, kinds.whole(2, 8), "Bits per weight.", excludes=("avg_bits",))
-    avg_bits: float | None = option(
-        None,
-        kinds.number(2, 16),
-        "Average bits per weight, scales included, in place of bits: each layer gets a width by its sensitivity.",
-        default_text="not set",
-    )
-    bit_options: Sequence[int] = option(
-        (),
-        kinds.several(kinds.whole(2, 8)),
-        "Bit-widths that avg_bits chooses from. Marlin kernels run 4,8.",
-        default_text="2,3,4,5,6,8",
-        old=("bits_choices",),
-    )
-    group_size: int | Literal["auto"] = option(
-        AUTO,
-        kinds.group_size(),
-        "Inputs that share one scale. -1: one scale per output row. auto: the largest of 128, 64, 32 that divides "
-        "the inputs of every layer.",
-    )
-    sym: bool = option(
-        True,
-        kinds.switch(),
-        "Symmetric: the zero point is the middle code. Asymmetric: each group stores a zero point.",
-        flag="--sym/--asym",
-    )
-    ignore: Sequence[str] = option(
-        (),
-        kinds.several(kinds.regex(), repeated=True),
-        "Regular expression; Linears whose names match stay unquantized.",
-    )
-    format: str = option(
-        "compressed-tensors",
-        kinds.text("the name of a checkpoint format"),
-        "Checkpoint format: compressed-tensors (vLLM, SGLang and transformers load it), gptq, gptq_v2 or awq.",
-        resume="free",
-    )
-    tp: int | None = option(
-        None,
-        kinds.whole(1),
-        "Tensor-parallel size for serving; the run fails at the start if no runtime supports it.",
-        default_text="not checked",
-        resume="free",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.avg_bits is None:
-            if self.bit_options:
-                raise ArgumentError(f"bit_options = {self.bit_options} has no effect alone: give avg_bits too")
-            return
-        widths = tuple(sorted(set(self.bit_options or BIT_OPTIONS)))
-        nominal = min(width for width in widths if width >= min(self.avg_bits, widths[-1]))
-        if self.bits not in (default_of(QuantConfig, "bits"), nominal):
-            raise ArgumentError(
-                f"bits = {self.bits} and avg_bits = {self.avg_bits:g} exclude each other: give one of them"
-            )
-        object.__setattr__(self, "bit_options", widths)
-        object.__setattr__(self, "bits", nominal)
-
-    @property
-    def levels(self) -> int:
-        """Number of codes, 2^bits."""
-        return 1 << self.bits
-
-    def at(self, bits: int) -> QuantConfig:
-        """The format of layers of this width, where layers have different ones."""
-        return dataclasses.replace(self, bits=bits, avg_bits=None, bit_options=())
-
-    def columns_per_group(self, in_features: int) -> int:
-        """Inputs that share a scale, in a Linear with `in_features` inputs.
-
-        Raises:
-            ArgumentError: The group size does not divide them, or is not chosen yet.
-        """
-        if self.group_size == AUTO:
-            raise ArgumentError("group_size = 'auto' is not resolved: give a number for a layer alone")
-        if self.group_size == -1:
-            return in_features
-        if in_features % self.group_size:
-            raise ArgumentError(f"group_size = {self.group_size} does not divide {in_features} inputs")
-        return self.group_size
-
-    def groups(self, in_features: int) -> int:
-        """Groups per row of a Linear with `in_features` inputs; `ArgumentError` where they do not divide."""
-        return in_features // self.columns_per_group(in_features)
 
 
 # -- the method -------------------------------------------------------------------------------------------------------
@@ -324,7 +242,7 @@ class RunConfig(Config):
         resume="free",
     )
     gram_budget: int = option(
-        16_000_000_000,
+        GRAM_BUDGET,
         kinds.size_in_bytes(1),
         "Memory for Gram matrices. Experts beyond it take further passes.",
         resume="free",
@@ -373,6 +291,45 @@ class RunConfig(Config):
         flag="--trust-remote-code",
         resume="free",
     )
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The four configurations of a run."""
+
+    quant: QuantConfig
+    method: MethodConfig
+    calibration: CalibrationConfig
+    run: RunConfig
+
+    @classmethod
+    def of(
+        cls,
+        quant: QuantConfig | None = None,
+        method: str | MethodConfig | None = None,
+        calibration: CalibrationConfig | None = None,
+        run: RunConfig | None = None,
+        **options: Any,
+    ) -> Configs:
+        """From configurations, their fields as keywords, or both; a keyword changes the field of a configuration.
+
+        Raises:
+            ArgumentError: An unknown keyword, a value that an option does not take, or two that exclude each other.
+        """
+        given = sorted_out(QUANTIZE, options)
+        if method is not None and not isinstance(method, MethodConfig):
+            given[MethodConfig]["method"], method = method, None
+        return cls(
+            QuantConfig.made(quant, given[QuantConfig]),
+            MethodConfig.made(method, given[MethodConfig]),
+            CalibrationConfig.made(calibration, given[CalibrationConfig]),
+            RunConfig.made(run, given[RunConfig]),
+        )
+
+
+def check_seed(seed: int) -> None:
+    """`ArgumentError` for what is no seed of `torch.Generator`."""
+    options(CalibrationConfig)["seed"].keep("seed", seed)
 
 
 QUANTIZE: tuple[type[Config], ...] = (QuantConfig, MethodConfig, CalibrationConfig, RunConfig)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from torch import Tensor
 
 
@@ -15,11 +16,6 @@ class QuantKeywords(TypedDict, total=False):
 
     bits: int
     """Bits per weight. Default: 4."""
-    avg_bits: float | None
-    """Average bits per weight, scales included, in place of bits: each layer gets a width by its sensitivity.
-    Default: not set."""
-    bit_options: Sequence[int]
-    """Bit-widths that avg_bits chooses from. Marlin kernels run 4,8. Default: 2,3,4,5,6,8."""
     group_size: int | Literal["auto"]
     """Inputs that share one scale. -1: one scale per output row. auto: the largest of 128, 64, 32 that divides the
     inputs of every layer. Default: auto."""
@@ -27,6 +23,11 @@ class QuantKeywords(TypedDict, total=False):
     """Symmetric: the zero point is the middle code. Asymmetric: each group stores a zero point. Default: on."""
     ignore: Sequence[str]
     """Regular expression; Linears whose names match stay unquantized. Default: none."""
+    avg_bits: float | None
+    """Average bits per weight, scales included, in place of bits: each layer gets a width by its sensitivity.
+    Default: not set."""
+    bit_options: Sequence[int]
+    """Bit-widths that avg_bits chooses from. Marlin kernels run 4,8. Default: 2,3,4,5,6,8."""
     format: str
     """Checkpoint format: compressed-tensors (vLLM, SGLang and transformers load it), gptq, gptq_v2 or awq. Default:
     compressed-tensors."""

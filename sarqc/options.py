@@ -72,6 +72,14 @@ class Option:
         except (ValueError, TypeError):
             raise refusal(name, value, self.kind.accepted) from None
 
+    def takes(self, value: Any) -> bool:
+        """Whether a value is accepted."""
+        try:
+            self.keep("", value)
+        except ArgumentError:
+            return False
+        return True
+
     def read(self, name: str, text: str) -> Any:
         """The value that `text` of the command line or of a YAML file stands for."""
         try:
@@ -257,12 +265,19 @@ def may_change(kinds: Iterable[type[Config]]) -> tuple[str, ...]:
 
 
 def command_words(kind: type[Config], values: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> list[str]:
-    """Flags that stand for `values`, without those that are as in `base`, or as the defaults where that is None."""
+    """Flags that stand for `values`, without those that are as in `base`, or as the defaults where that is None.
+
+    Values that an option does not take are left out: they come from files that anybody may have edited.
+    """
     words = []
     for name, one in options(kind).items():
         usual = default_of(kind, name) if base is None else base.get(name)
         value = values.get(name)
-        if value is None or one.kind.json(value) == (usual if usual is None else one.kind.json(usual)):
+        if (
+            value is None
+            or not one.takes(value)
+            or one.kind.json(value) == (usual if usual is None else one.kind.json(usual))
+        ):
             continue
         flags = one.flags(name)
         if one.kind.form == "switch":

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import json
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -30,6 +32,7 @@ from sarqc.options import (
     record,
     sorted_out,
 )
+from sarqc.quant_config import BIT_OPTIONS
 from tests.support import keywords as written
 
 EVERY = (*QUANTIZE, *COMPARE)
@@ -84,7 +87,7 @@ def test_a_number_format_is_checked(given, says):
 
 def test_mixed_widths():
     mixed = QuantConfig(avg_bits=3.5)
-    assert mixed.bits == 4 and mixed.bit_options == config.BIT_OPTIONS
+    assert mixed.bits == 4 and mixed.bit_options == BIT_OPTIONS
     assert QuantConfig(avg_bits=3.5, bit_options=[8, 3, 3, 2]).bit_options == (2, 3, 8)
     assert QuantConfig(avg_bits=9, bit_options=4).bits == 4
     assert dataclasses.replace(mixed, group_size=64).bits == 4
@@ -244,7 +247,7 @@ def test_what_a_resumed_run_may_change():
 
 def test_the_keywords_that_editors_know_are_the_options():
     assert written.PLACE.read_text(encoding="utf-8") == written.source(), "run `make keywords`"
-    names = {"Tensor": Tensor}
+    names = {"Tensor": Tensor, "Path": Path, "Sequence": Sequence}
     for whole, kinds in ((keywords.QuantizeKeywords, QUANTIZE), (keywords.CompareKeywords, COMPARE)):
         expected = {name for kind in kinds for name in options(kind)} - {"method"}
         assert get_type_hints(whole, localns=names).keys() == expected

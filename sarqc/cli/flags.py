@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from sarqc.errors import ArgumentError
 from sarqc.options import Config, Option, options, renamed, unknown, warn_removed, warn_renamed
@@ -85,6 +85,15 @@ class OptionCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace earlier names by the present ones, each with a warning."""
         return super().parse_args(ctx, present_names(self.kinds, args))
+
+
+def plain_switches(group: TyperGroup) -> TyperGroup:
+    """The same commands, with no type behind switches in help."""
+    for command in (group, *group.commands.values()):
+        for option in (param for param in command.params if isinstance(param, TyperOption)):
+            if option.is_flag:
+                option.metavar = ""
+    return group
 
 
 def command_class(command: Command) -> type[OptionCommand]:

@@ -110,7 +110,7 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
     size = sizes(plan, windows, seqlen)
     waiting, stages = look(plan, windows, seqlen, ranks)
     disk = tuple(_disk(size, waiting, out, work))
-    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.settings.tp
+    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.quant.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
     servers = sorted({*rules.RANKS, tp}) if tp else rules.RANKS

@@ -19,7 +19,7 @@ from sarqc.errors import CheckpointError
 from tests.support import tiny
 
 RTN = ("--method", "rtn", "--group-size", "32")
-SHORT = ("--num-samples", "2", "--seqlen", "32", "--group-size", "32", "--strength", "0.3")
+SHORT = ("--num-samples", "2", "--seqlen", "32", "--group-size", "32", "--reg-lambda", "0.3")
 LONG = "x" * 300
 
 
@@ -78,9 +78,9 @@ def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(source, door, tmp
         (("--method", "rtn", "--group-size", "7"), "group_size = 7 is not usable"),
         ((*SHORT[:-1], "-1"), "strength = -1.0 is not usable"),
         (("--tp", "3", *RTN), "tp = 3: "),
-        (("--work", LONG, *RTN), "work folder 'xxx"),
-        (("--calib", LONG, *SHORT), "no such file"),
-        (("--calib", "~nobody-of-this-name/x.txt", *SHORT), "no such file"),
+        (("--work-dir", LONG, *RTN), "work folder 'xxx"),
+        (("--dataset", LONG, *SHORT), "no such file"),
+        (("--dataset", "~nobody-of-this-name/x.txt", *SHORT), "no such file"),
     ],
 )
 def test_settings_that_cannot_be(source, door, tmp_path, arguments, says):
@@ -90,7 +90,7 @@ def test_settings_that_cannot_be(source, door, tmp_path, arguments, says):
 
 def test_a_text_in_another_encoding(source, door, tmp_path):
     (tmp_path / "text").write_bytes("naïve café ".encode("latin-1") * 200)
-    code, line = door("quantize", source, "-o", tmp_path / "out", "--calib", tmp_path / "text", *SHORT)
+    code, line = door("quantize", source, "-o", tmp_path / "out", "--dataset", tmp_path / "text", *SHORT)
     assert code == 2 and "is not UTF-8 (invalid continuation byte at byte 2): convert it" in line, line
 
 
@@ -99,7 +99,7 @@ def test_names_that_no_folder_can_have(source, door, tmp_path, name):
     """245 letters are a name, but those of the hidden folders beside it are longer."""
     for arguments in (
         ("quantize", source, "-o", tmp_path / name, *RTN),
-        ("quantize", source, "-o", tmp_path / "out", "--work", tmp_path / name, *RTN),
+        ("quantize", source, "-o", tmp_path / "out", "--work-dir", tmp_path / name, *RTN),
         ("compare", source, "-o", tmp_path / name),
         ("convert", source, "-o", tmp_path / name, "--format", "gptq"),
     ):
@@ -117,7 +117,7 @@ def test_models_that_no_folder_can_be(door, tmp_path, model):
 
 
 def test_the_argument_that_is_wrong_is_named(source, door, tmp_path):
-    code, line = door("quantize", source, "-o", tmp_path / "out", "--work", source / "work", *RTN)
+    code, line = door("quantize", source, "-o", tmp_path / "out", "--work-dir", source / "work", *RTN)
     assert code == 2 and line.startswith("sarqc: work folder ") and "inside the model's own folder" in line, line
 
 

@@ -18,7 +18,7 @@ from sarqc.comparison import experiment as module
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Other
 from sarqc.comparison.store import Grams, load_statistics, save_statistics
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.entrypoints.compare import Silent, compare
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.method.gram import Statistics
@@ -84,9 +84,9 @@ def test_every_method_solves_from_what_was_collected_as_from_what_it_observes(sh
     text = windows("builtin", tiny.tokenizer(), part="calibration", seqlen=32).draw(4, 5)
     judged_on = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(3)
     for method in sarqc.METHODS:
-        solve = solve_spec(method, seed=5, carry_error=False)
+        method = MethodConfig(method, seed=5, error_correction=False)
         skeleton = Skeleton.from_folder(shallow, source)
-        (block,) = module.blocks.run(skeleton, source, text.tokens, QuantSpec(3, 64), solve, dtype=torch.float32)
+        (block,) = module.blocks.run(skeleton, source, text.tokens, QuantConfig(3, 64), method, dtype=torch.float32)
         model = build(
             Skeleton.from_folder(shallow, source), Overlay(source, block.weights, block.changed), dtype=torch.float32
         )
@@ -136,13 +136,13 @@ def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_p
     straight = compare(deep, tmp_path / "straight", **how)
     out = tmp_path / "broken"
     with pytest.raises(Stop):
-        compare(deep, out, watcher=StopAfter(5), **how)
+        compare(deep, out, progress=StopAfter(5), **how)
     lines = (out / "cells.jsonl").read_text().splitlines()
     assert 0 < len(lines) < 9
     assert len(json.loads((out / "compare.json").read_text())["cells"]) == len(lines)
     (out / "cells.jsonl").write_text("\n".join(lines) + "\n" + lines[0][:40])  # cut off in the middle of a line
     rest = StopAfter(100)
-    again = compare(deep, out, watcher=rest, **how)
+    again = compare(deep, out, progress=rest, **how)
     assert without_times(again) == without_times(straight)
     assert sum("perplexity" in step for step in rest.steps) == 9 - len(lines)
     assert not (out / "grams").exists()
@@ -306,7 +306,7 @@ def test_statistics_of_a_size_are_those_of_its_windows_alone(deep, tmp_path):
     source = open_checkpoint(deep)
     skeleton = Skeleton.from_folder(deep, source)
     skeleton.load_outer(source, "cpu", torch.float32)
-    found = targets(skeleton, QuantSpec())
+    found = targets(skeleton, QuantConfig())
     tokens = torch.arange(6 * 20).view(6, 20) % tiny.VOCABULARY
     path = tmp_path / "x.safetensors"
 
@@ -338,7 +338,7 @@ def test_experts_are_collected_within_the_budget_and_read_in_any_portions(tmp_pa
     source = open_checkpoint(folder)
     skeleton = Skeleton.from_folder(folder, source)
     skeleton.load_outer(source, "cpu", torch.float32)
-    found = targets(skeleton, QuantSpec())
+    found = targets(skeleton, QuantConfig())
     tokens = torch.arange(4 * 20).view(4, 20) % tiny.VOCABULARY
 
     def stored(name, budget):
