@@ -85,7 +85,7 @@ class Track:
 class Strengths:
     """What the sites of a run have answered so far, by kind; `choose` reads it and adds to it.
 
-    Beside the seed of the rows that trials solve, it holds nothing but the sites' curves, so what an interrupted run
+    Beside the seed of the rows that trials method, it holds nothing but the sites' curves, so what an interrupted run
     knew can be read from the reports it left.
     """
 
