@@ -85,7 +85,7 @@ class MethodConfig(Config):
     cd_passes: int = _own(
         0,
         kinds.whole(0),
-        "Coordinate-descent passes over codes and scales after GPTQ. Each takes about half as long as GPTQ.",
+        "Passes of coordinate descent over codes and scales after GPTQ. Each takes about half as long as GPTQ.",
         FEEDBACK,
         old=("sweeps",),
     )
@@ -153,12 +153,13 @@ class MethodConfig(Config):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """The usual value, then each method whose own value is another one."""
+        """The usual value, then methods whose own value is another one; no method in which the option has no effect."""
         if name == "method":
             return DEFAULT_METHOD
         one, others = options(cls)[name], dict[Any, list[str]]()
-        for method in METHODS:
-            others.setdefault(own_value(method, name), []).append(method)
+        for method, row in METHODS.items():
+            if row.offers(one.needs):
+                others.setdefault(own_value(method, name), []).append(method)
         rest = (
             f"{shown(one, value)} for {', '.join(methods)}" for value, methods in others.items() if value != one.usual
         )

@@ -41,19 +41,19 @@ class MethodKeywords(TypedDict, total=False):
 
     reg_lambda: float | Literal["auto"]
     """Regularisation lambda, relative to the mean of diag(H). auto: chosen on held-out calibration data. Default:
-    auto; 0 for rtn, rtn-search, awq; 0.01 for gptq."""
+    auto; 0 for rtn-search, awq; 0.01 for gptq."""
     saliency: str
     """Weight of each input channel in the regulariser: iso, abs, rms, energy (diag(H)) or power:A (diag(H)^A).
-    Default: energy; iso for rtn, rtn-search, awq, rqc-awq, gptq, rqc-gptq."""
+    Default: energy; iso for rtn-search, awq, rqc-awq, gptq, rqc-gptq."""
     cd_passes: int
-    """Coordinate-descent passes over codes and scales after GPTQ. Each takes about half as long as GPTQ. Default:
-    0; 2 for rqc-gptq, sarqc-gptq, sarqc-awq-gptq."""
+    """Passes of coordinate descent over codes and scales after GPTQ. Each takes about half as long as GPTQ.
+    Default: 0; 2 for rqc-gptq, sarqc-gptq, sarqc-awq-gptq."""
     error_correction: bool
     """Residual error correction: one layer of each block compensates the error of all layers before it, as far as
     held-out data supports it. Doubles the forward passes. Default: off; on for sarqc-gptq, sarqc-awq-gptq."""
     expert_shrinkage: float
     """Shrinkage of each expert's Hessian to the pooled Hessian of its layer, in pooled rows per input channel.
-    Default: 0.25; 0 for rtn, rtn-search, awq, gptq."""
+    Default: 0.25; 0 for rtn-search, awq, gptq."""
     router_weight_power: int
     """Power of the router weight by which a token counts in an expert's Hessian. 2 is least squares of the layer
     output. Default: 0."""
@@ -61,7 +61,7 @@ class MethodKeywords(TypedDict, total=False):
     """Scales of groups: from minimum and maximum, or by MSE search. Default: search; minmax for rtn, gptq."""
     act_order: Literal["none", "static", "group"]
     """Column order of GPTQ: none, static (by diag(H), scales fixed before) or group (group-aware reordering). None
-    of them stores a g_idx. Default: group; none for rtn, rtn-search, awq, rqc-awq, sarqc-awq; static for gptq."""
+    of them stores a g_idx. Default: group; static for gptq."""
     damp: float
     """Damping added to the diagonal of the Hessian, relative to its mean (damp_percent / 100). Default: 0.0001; 0
     for gptq."""

@@ -150,7 +150,7 @@ def size_in_bytes(least: int) -> Kind:
 
     return replace(
         bytes_,
-        accepted=f"{bytes_.accepted} (bytes; on the command line GB, like 4 or 0.5)",
+        accepted=f"{bytes_.accepted} in bytes; on the command line and in YAML GB, like 4 or 0.5",
         parse=parse,
         spell=lambda value: _figure(value / GB),
         metavar="GB",

@@ -152,7 +152,7 @@ def test_none_is_the_methods_own():
 
 def test_the_default_in_help_follows_the_methods():
     said = MethodConfig.default_text("reg_lambda")
-    assert said == "auto; 0 for rtn, rtn-search, awq; 0.01 for gptq"
+    assert said == "auto; 0 for rtn-search, awq; 0.01 for gptq"
     assert MethodConfig.default_text("error_correction") == "off; on for sarqc-gptq, sarqc-awq-gptq"
 
 

@@ -14,13 +14,15 @@ PACKAGES = ("sarqc_kernels", "sarqc")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 80
 
-CONFIG = ("sarqc.config", "sarqc.config_compare", "sarqc.keywords", "sarqc.kinds", "sarqc.methods", "sarqc.options")
+CONFIG = tuple(
+    f"sarqc.{name}"
+    for name in ("config", "config_compare", "keywords", "kinds", "legacy", "methods", "options", "quant_config")
+)
 GROUND = (
     *CONFIG,
     "sarqc._version",
     "sarqc.conventions",
     "sarqc.errors",
-    "sarqc.legacy",
     "sarqc.system",
     "sarqc_kernels",
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -22,7 +22,7 @@ from sarqc.errors import ArgumentError
 from sarqc.options import Config, Option, options, renamed, unknown, warn_removed, warn_renamed
 
 Command = Callable[..., None]
-GIVEN = "given"
+GIVEN, NO = "given", "no_"
 
 
 def with_options(*kinds: type[Config]) -> Callable[[Command], Command]:
@@ -34,13 +34,14 @@ def with_options(*kinds: type[Config]) -> Callable[[Command], Command]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
             raw = {name: values.pop(name) for name in named}
+            raw |= {name: False for name in named if values.pop(f"{NO}{name}", False)}
             given = {name: text for name, text in raw.items() if text is not None and text != []}
             command(**values, given={name: _read(name, named[name], text) for name, text in given.items()})
 
         hints, parameters = get_type_hints(command, include_extras=True), []
         for own in inspect.signature(command).parameters.values():
             if own.name == GIVEN:
-                parameters += [_parameter(kind, name) for kind in kinds for name in options(kind)]
+                parameters += [one for kind in kinds for name in options(kind) for one in _parameters(kind, name)]
             else:
                 parameters.append(own.replace(annotation=hints[own.name], kind=inspect.Parameter.KEYWORD_ONLY))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -52,22 +53,33 @@ def with_options(*kinds: type[Config]) -> Callable[[Command], Command]:
     return decorate
 
 
-def _parameter(kind: type[Config], name: str) -> inspect.Parameter:
-    """An option as a parameter that Typer makes a flag of. Its text is read later, so that errors are ours."""
+def _parameters(kind: type[Config], name: str) -> Iterator[inspect.Parameter]:
+    """An option as a parameter that Typer makes a flag of. Its text is read later, so that errors are ours.
+
+    The flag that turns a switch off is a parameter of its own, which help hides: as a pair they leave no room for text.
+    """
     one = options(kind)[name]
-    flags = one.flags(name)
-    said = f"{one.help} Default: {kind.default_text(name)}."
+    flags, said = one.flags(name), f"{one.help} Default: {kind.default_text(name)}."
+    pair = len(flags) == 2 and flags[1] == f"--no-{flags[0][2:]}"
     if one.kind.form == "switch" and len(flags) == 1:
         said = one.help
+    elif pair:
+        said = f"{said} {flags[1]} turns it off."
     info = typer.Option(
-        "/".join(flags),
+        flags[0] if pair else "/".join(flags),
         help=said,
         metavar=one.kind.metavar,
         rich_help_panel=one.panel or kind.panel,
         show_default=False,
     )
     type_: Any = {"value": str | None, "switch": bool | None, "repeated": list[str] | None}[one.kind.form]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[type_, info])
+    yield _keyword(name, Annotated[type_, info], None)
+    if pair:
+        yield _keyword(f"{NO}{name}", Annotated[bool, typer.Option(flags[1], hidden=True)], False)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _read(name: str, one: Option, raw: Any) -> Any:
@@ -161,8 +173,8 @@ def _defaults(command: TyperCommand, path: Path, values: Mapping[Any, Any]) -> d
     others = {
         word.lstrip("-").replace("-", "_"): param
         for param in command.params
-        if param.name not in {"config", "help", *ours}
-        for word in (*param.opts, param.name or "")
+        if param.name not in {"config", "help", *ours} and not getattr(param, "hidden", False)
+        for word in param.opts
         if word.startswith("--") or word == param.name
     }
     found: dict[str, Any] = {}

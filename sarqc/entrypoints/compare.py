@@ -107,6 +107,7 @@ def compare(
     given = sorted_out(COMPARE, options)
     what = ComparisonConfig.made(what, given[ComparisonConfig])
     measure = MeasureConfig.made(measure, given[MeasureConfig])
+    also = [Other.parsed(one) if isinstance(one, str) else one for one in measure.also]
     watcher, out = progress or Silent(), Path(out).expanduser()
     folder = locate_source(model, trust_remote_code=what.trust_remote_code)
     refuse_place(out)
@@ -119,7 +120,6 @@ def compare(
     ):  # fmt: skip
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
-    also = [Other.parsed(one) if isinstance(one, str) else one for one in measure.also]
     bench = benches.make(folder, what)
     found = targets(bench.solver, QuantConfig(ignore=what.ignore))
     cells = _cells(what, list(_quants(found, what)))

@@ -152,7 +152,7 @@ def test_a_group_for_each_width_and_one_pattern_for_the_experts_of_a_layer():
         f"m.layers.{block}.mlp.experts.{e}.{name}": 2 + block for block in (0, 1) for e in (0, 11) for name in "ab"
     }
     widths |= {"m.layers.2.mlp.experts.0.a": 4, "m.layers.2.mlp.experts.1.a": 3}  # not alike: each by its name
-    quant = QuantConfig(8, 32, avg_bits=3.0)
+    quant = QuantConfig(group_size=32, avg_bits=3.0)
     config = FORMAT.config(quant, ["lm_head"], widths)
     groups = {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()}
     assert groups == {

@@ -57,7 +57,7 @@ def test_every_option_is_a_flag_with_its_help(name, kinds, monkeypatch, capsys):
         (("--strength", "0.3", "--bits", "9"), "--strength is now --reg-lambda"),
         (("--restart", "--bits", "9"), "--restart is now --no-resume"),
         (("--no-carry-error", "--bits", "9"), "--no-carry-error is now --no-error-correction"),
-        (("--method", "sarqc", "--tp", "0"), "method sarqc is now sarqc-awq-gptq"),
+        (("--method", "sarqc", "--seed", "-1"), "method sarqc is now sarqc-awq-gptq"),
         (("--keep-work", "--bits", "9"), "keep_work has no effect"),
     ],
 )
@@ -67,7 +67,7 @@ def test_an_earlier_flag_is_one_line_that_names_the_new_one(words, says, monkeyp
         cli.main()
     first, last = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and first.startswith(f"sarqc: {says}")
-    assert last.startswith(("sarqc: bits = 9", "sarqc: tp = 0"))
+    assert last.startswith(("sarqc: bits = 9", "sarqc: seed = -1"))
 
 
 def test_the_version(monkeypatch, capsys):

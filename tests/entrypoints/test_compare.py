@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -22,6 +23,7 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.entrypoints.compare import Silent, compare
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.method.gram import Statistics
+from sarqc.method.lambda_search import Strengths
 from sarqc.model.build import build
 from sarqc.model.dataset import Windows, windows
 from sarqc.model.layers import targets
@@ -30,6 +32,7 @@ from sarqc.model.perplexity import perplexity
 from sarqc.model.sites import Share
 from sarqc.model.source import Overlay
 from sarqc.pipeline.collect import collect
+from sarqc.pipeline.driver import Start
 from sarqc.pipeline.passes import gram_bytes
 from tests.support import tiny
 
@@ -84,9 +87,11 @@ def test_every_method_solves_from_what_was_collected_as_from_what_it_observes(sh
     text = windows("builtin", tiny.tokenizer(), part="calibration", seqlen=32).draw(4, 5)
     judged_on = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(3)
     for method in sarqc.METHODS:
-        method = MethodConfig(method, seed=5, error_correction=False)
-        skeleton = Skeleton.from_folder(shallow, source)
-        (block,) = module.blocks.run(skeleton, source, text.tokens, QuantConfig(3, 64), method, dtype=torch.float32)
+        config = replace(MethodConfig(method), error_correction=False)
+        skeleton, start = Skeleton.from_folder(shallow, source), Start(0, None, lambda _: ({}, {}), Strengths(seed=5))
+        (block,) = module.driver.run(
+            skeleton, source, text.tokens, QuantConfig(3, 64), config, dtype=torch.float32, start=start
+        )
         model = build(
             Skeleton.from_folder(shallow, source), Overlay(source, block.weights, block.changed), dtype=torch.float32
         )
@@ -147,7 +152,7 @@ def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_p
     assert sum("perplexity" in step for step in rest.steps) == 9 - len(lines)
     assert not (out / "grams").exists()
     monkeypatch.setattr(module, "collect", None)
-    monkeypatch.setattr(module.blocks, "run", None)
+    monkeypatch.setattr(module.driver, "run", None)
     assert without_times(compare(deep, out, **how)) == without_times(straight)
 
 
@@ -184,12 +189,12 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
         (dict(methods=()), ArgumentError, "methods is empty"),
         (dict(methods=("gptq@much",)), ArgumentError, "gptq@much"),
         (dict(methods=("magic",)), ArgumentError, "magic"),
-        (dict(bits=(9,)), ArgumentError, "bits = 9"),
+        (dict(bits=(9,)), ArgumentError, r"bits = \(9,\)"),
         (dict(group_sizes=(48,)), ArgumentError, "48"),
         (dict(num_samples=(0, 4)), ArgumentError, "num_samples"),
         (dict(num_samples=(10**6,)), TextError, "1000000"),
         (dict(texts=("nowhere.txt",)), TextError, "nowhere"),
-        (dict(eval_windows=0), ArgumentError, "max_windows = 0"),
+        (dict(eval_windows=0), ArgumentError, "eval_windows = 0"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how, error, says):
@@ -366,8 +371,8 @@ def test_experts_are_collected_within_the_budget_and_read_in_any_portions(tmp_pa
 
 
 def test_grams_are_counted_with_every_fold_that_is_read(deep, tmp_path, monkeypatch):
-    folds, run = [], module.blocks.run
-    monkeypatch.setattr(module.blocks, "run", lambda *a, **k: folds.append((k["folds"], len(a[2]))) or run(*a, **k))
+    folds, run = [], module.driver.run
+    monkeypatch.setattr(module.driver, "run", lambda *a, **k: folds.append((k["folds"], len(a[2]))) or run(*a, **k))
     compare(deep, tmp_path / "a", methods=("gptq",), bits=(4,), **HOW)
     assert folds == [(2, 2)]
 

@@ -201,7 +201,7 @@ def test_zeros_that_are_all_in_the_middle_make_it_symmetric(tmp_path, random_wei
     assert convert(source, tmp_path / "out", format="gptq").record["format"] == "gptq"
     channel = write(tmp_path / "row", {"p": (random_weight(32, 64, 4, -1, False), QuantConfig(4, -1, sym=False))})
     found = convert(channel, tmp_path / "row-out", format="awq").record
-    assert found["quant"] == {"bits": 4, "group_size": -1, "sym": False, "ignore": []}
+    assert found["quant"] == {"bits": 4, "group_size": -1, "sym": False}
 
 
 def test_bad_places_are_refused(tmp_path, symmetric):
