@@ -1,7 +1,7 @@
 """How much memory a run will take in each of its stages, and what waits on the host meanwhile. From shapes alone.
 
 Counted is what the loop holds at once. Two things wait beside the block at work: hidden states, in memory up to
-`--state-budget` and in a file beyond it, and the next block, where it is read ahead.
+`--activation-budget` and in a file beyond it, and the next block, where it is read ahead.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def begin(
 def reopen(folder: Path) -> Iterator[Work]:
     """The work folder of a finished run, locked for as long as the context lasts; errors as in `begin`."""
     if not (folder / _PLAN).is_file():
-        raise CheckpointError(f"{folder} is no work folder: give one that `sarqc quantize --keep-work` left")
+        raise CheckpointError(f"{folder} is no work folder: give that of a run")
     with _locked(folder):
         yield Work(folder, _read_plan(folder))
 
