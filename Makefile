@@ -7,6 +7,7 @@
 #             memory, twice (an hour and 14 GB of disk)
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
+# make keywords   write sarqc/keywords.py again, after a change to an option
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: demo test quality lint docs format clean aot bench soak
+.PHONY: demo test quality lint docs format clean aot bench soak keywords
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -42,6 +43,9 @@ aot: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/micro -o addopts= -p no:xdist --benchmark-max-time=0.5 --benchmark-columns=min,median,stddev,rounds
+
+keywords: $(READY)
+	$(BIN)/python -m tests.support.keywords
 
 format: $(READY)
 	$(BIN)/ruff format .

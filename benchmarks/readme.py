@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import reliability
 from benchmarks.quality import proof
 from sarqc.comparison.table import Row, perplexity
-from sarqc.config import ABOUT, METHODS
+from sarqc.config import METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -154,7 +154,7 @@ def faults_summed() -> str:
 
 def methods() -> str:
     """What each method is, in a line."""
-    rows = (f"| `{name}` | {about} |" for name, about in ABOUT.items())
+    rows = (f"| `{name}` | {method.about} |" for name, method in METHODS.items())
     return "\n".join(["| `--method` | what it is |", "|---|---|", *rows])
 
 

@@ -67,7 +67,9 @@ def test_tables_of_whole_runs_take_what_they_are_asked_for(tmp_path, monkeypatch
 def test_whole_runs_are_made_once_and_judged_beside_rounding(tmp_path, monkeypatch):
     """Of ours; a rival is only another interpreter's checkpoint."""
     model = tiny.save("llama", tmp_path / "model")
-    words = f"x {model} {tmp_path}/whole.json --calib builtin --eval builtin --eval-windows 2 --work {tmp_path}/work"
+    words = (
+        f"x {model} {tmp_path}/whole.json --dataset builtin --eval builtin --eval-windows 2 --work-dir {tmp_path}/work"
+    )
     words += " --format 3:32 --method gptq --windows 1,2"
     monkeypatch.setattr("sys.argv", f"{words} --seeds 0,1".split())
     made = []

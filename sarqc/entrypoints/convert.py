@@ -19,9 +19,10 @@ from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.verify import problems
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.config import QuantSpec, to_json
+from sarqc.config import QuantConfig
 from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.model.hub import locate
+from sarqc.options import record
 from sarqc.report import report as reports
 
 
@@ -72,7 +73,7 @@ def convert(
     return Converted(out, record)
 
 
-def spec_of(checkpoint: Checkpoint) -> tuple[QuantSpec, dict[str, int]]:
+def spec_of(checkpoint: Checkpoint) -> tuple[QuantConfig, dict[str, int]]:
     """The spec that all quantized Linears follow, and the bits of each; `CheckpointError` where groups differ."""
     found = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
     if not found:
@@ -93,9 +94,9 @@ def spec_of(checkpoint: Checkpoint) -> tuple[QuantSpec, dict[str, int]]:
     widths = {linear: info.bits for linear, info in found.items()}
     choices = tuple(sorted(set(widths.values())))
     if len(choices) == 1:
-        return QuantSpec(choices[0], group_size, sym), widths
+        return QuantConfig(choices[0], group_size, sym), widths
     average = round(checkpoint.storage().bits_per_weight or 0.0, 3)
-    return QuantSpec(choices[-1], group_size, sym, avg_bits=average, choices=choices), widths
+    return QuantConfig(group_size=group_size, sym=sym, avg_bits=average, bit_options=choices), widths
 
 
 def _centred(checkpoint: Checkpoint, linear: str) -> bool:
@@ -121,7 +122,7 @@ def _write(
     checkpoint: Checkpoint,
     partial: Path,
     target: Format,
-    quant: QuantSpec,
+    quant: QuantConfig,
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
     names = checkpoint.names()
@@ -149,7 +150,7 @@ def _told(report: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     return {"converted": record, "format": record["format"], "size": size, "serve": {}}
 
 
-def _checked(partial: Path, source: Checkpoint, quant: QuantSpec) -> dict[str, Any]:
+def _checked(partial: Path, source: Checkpoint, quant: QuantConfig) -> dict[str, Any]:
     """Reads all of it back; what it is in numbers, or `CheckpointError`."""
     with closing(open_checkpoint(partial)) as written:
         for problem in (*problems(written), *differences(written, source)):
@@ -159,7 +160,7 @@ def _checked(partial: Path, source: Checkpoint, quant: QuantSpec) -> dict[str, A
         return {
             "from": source.format.name,
             "format": written.format.name,
-            "quant": to_json(quant),
+            "quant": record(quant),
             "tensors": stored.tensors,
             "bytes": stored.total_bytes,
             "quantized_linears": stored.quantized_linears,

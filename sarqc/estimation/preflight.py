@@ -110,7 +110,7 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
     size = sizes(plan, windows, seqlen)
     waiting, stages = look(plan, windows, seqlen, ranks)
     disk = tuple(_disk(size, waiting, out, work))
-    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.settings.tp
+    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.quant.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
     servers = sorted({*rules.RANKS, tp}) if tp else rules.RANKS
@@ -175,7 +175,7 @@ def _disk(size: Sizes, waiting: Waiting, out: Path, work: Path) -> list[Disk]:
 def _too_little_disk(disk: Sequence[Disk]) -> list[str]:
     return [
         f"{' and '.join(one.paths)} need {human(one.needed)} of disk, {human(one.free)} are free: make room, or "
-        "use another --work or output folder"
+        "use another --work-dir or output folder"
         for one in disk
         if one.needed > one.free
     ]
@@ -185,7 +185,7 @@ def _too_little_memory(plan: Plan, stages: Sequence[Memory]) -> list[str]:
     found = []
     host = host_memory()
     worst = max(stages, key=lambda stage: stage.host)
-    way_out = "lower --gram-budget, --state-budget, --num-samples or --seqlen"
+    way_out = "lower --gram-budget, --activation-budget, --num-samples or --seqlen"
     here = ranks_here()
     if here * worst.host > host:
         found.append(

@@ -7,7 +7,7 @@ for it. Left alone are
   builds;
 - routers: a Linear whose name says so (`gate`, `router`, or a name that ends in `_gate` or `_router`, or one inside a
   module called `router`) *and* whose output is one number, or one per expert of its block. `gate_proj` is no router;
-- what a regular expression of `QuantSpec.ignore` finds; one that finds no Linear of the model is an error.
+- what a regular expression of `QuantConfig.ignore` finds; one that finds no Linear of the model is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import ArgumentError, ModelError
 from sarqc.model import moe
 from sarqc.model.lazy_model import Skeleton
@@ -86,7 +86,7 @@ class Targets:
         }
 
 
-def targets(skeleton: Skeleton, quant: QuantSpec) -> Targets:
+def targets(skeleton: Skeleton, quant: QuantConfig) -> Targets:
     """The layers that `quant` takes; its group size is not looked at.
 
     Raises `ModelError` for experts that cannot be quantized, with the reason, and for a model without a Linear;
@@ -129,16 +129,16 @@ def auto_group_size(found: Targets) -> int:
     )
 
 
-def check_group_size(found: Targets, quant: QuantSpec) -> None:
+def check_group_size(found: Targets, quant: QuantConfig) -> None:
     """`ArgumentError`, with a layer and what would fit, where the group size does not divide some layer's inputs."""
-    size = quant.group_size
-    odd = next((target for target in found.selected if size > 0 and target.shape[1] % size), None)
+    odd = next((target for target in found.selected if not quant.divides(target.shape[1])), None)
     if odd is None:
         return
     fitting = [g for g in GROUP_SIZES if all(target.shape[1] % g == 0 for target in found.selected)]
     advice = f"use {', '.join(map(str, fitting))} or -1" if fitting else "use -1 (one scale per row)"
     raise ArgumentError(
-        f"group_size = {size} does not divide the {odd.shape[1]} inputs of {odd.linear}: {advice}, or ignore that layer"
+        f"group_size = {quant.group_size} does not divide the {odd.shape[1]} inputs of {odd.linear}: {advice}, "
+        "or ignore that layer"
     )
 
 

@@ -117,14 +117,14 @@ def use_sorted_experts(model: Any) -> None:
 
 
 @contextmanager
-def observed(module: nn.Module, observer: Observer, gate_weight: int = 0) -> Iterator[None]:
+def observed(module: nn.Module, observer: Observer, power: int = 0) -> Iterator[None]:
     """Report what enters the projections of one experts module to `observer`, for the time of the context.
 
-    gate_weight: power p of the router's weight w that a row counts with. Rows are reported times |w|^(p/2), so that
+    power: p, of the router weight w by which a row counts. Rows are reported times |w|^(p/2), so that
     sums of their squares and products, as a Gram is, weigh each by |w|^p. The output of the layer is sum_e w_e y_e:
     with p = 2 what is least squares for each expert is so for the layer, as far as its experts err independently.
     """
-    setattr(module, _OBSERVER, (observer, gate_weight))
+    setattr(module, _OBSERVER, (observer, power))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Quantize block by block: load, observe, solve, replay. A generator: it yields, and writes and prints nothing.
+"""Quantize block by block: load, observe, method, replay. A generator: it yields, and writes and prints nothing.
 
 Only one block's weights are in memory at a time. Hidden states of all windows wait on the host; a block reads them,
 and after its weights are quantized runs once more over them, so that the next block is calibrated on what it will see.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.state import Parts
-from sarqc.config import GRAM_BUDGET, QuantSpec, SolveSpec
+from sarqc.config import GRAM_BUDGET, MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, NumericError
 from sarqc.method.gram import MAX_LOST, Gram, Statistics, borrowing
 from sarqc.method.lambda_search import Strengths
@@ -37,7 +37,7 @@ from sarqc.pipeline.workbench import OnProgress, Recall, Workbench
 @dataclass(frozen=True)
 class BlockResult:
     """weights: by the checkpoint's names, without ".weight"; E = 1, on the CPU. reports: one for each solve.
-    seconds: of each stage (load, observe, scale, solve, replay). changed: tensors that are not quantized and took up
+    seconds: of each stage (load, observe, scale, method, replay). changed: tensors that are not quantized and took up
     channel scales (norms, routers, biases), on the CPU; they replace the checkpoint's own, by its names, in its dtypes.
     notes: what did not go as planned, in words.
     leaving: hidden states [S, L, H] that enter the next block, None where nothing is run forward or no block follows.
@@ -73,8 +73,8 @@ def run(
     skeleton: Skeleton,
     source: TensorSource,
     tokens: Tensor | None,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -91,7 +91,7 @@ def run(
 ) -> Generator[BlockResult, None, None]:
     """Quantize every block of `skeleton` in order, from `start` on.
 
-    tokens: int64 [S, L] windows to calibrate on; None only where `solve.gram` is False, and then nothing is run
+    tokens: int64 [S, L] windows to calibrate on; None only where `method.calibrated` is False, and then nothing is run
     forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
     by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
     kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
@@ -115,10 +115,10 @@ def run(
     target = torch.device(device)
     ahead = Ahead(source) if read_ahead else None
     source = ahead or source
-    solving = Solving(skeleton, source, quant, solve, target, start.strengths, group, widths)
-    work = Workbench(skeleton, source, solve, target, dtype, gram_budget, announce, recall, solving, group, ahead)
+    solving = Solving(skeleton, source, quant, method, target, start.strengths, group, widths)
+    work = Workbench(skeleton, source, method, target, dtype, gram_budget, announce, recall, solving, group, ahead)
     with ahead or nullcontext():
-        states = _enter(work, tokens, start, micro_batch, folds, room) if solve.gram else None
+        states = _enter(work, tokens, start, micro_batch, folds, room) if method.calibrated else None
         for index in range(start.block if states else 0):
             if states and (start.hidden is None or states.original is not None):
                 _pass_done(work, index, found, states, start)
@@ -131,7 +131,7 @@ def _enter(
 ) -> States:
     """The hidden states that the run begins with, cut into micro-batches."""
     group = work.group
-    folds = folds or (min(2, len(tokens)) if tokens is not None and work.solve.judges else 1)
+    folds = folds or (min(2, len(tokens)) if tokens is not None and work.method.needs_validation else 1)
     if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
         shape = None if tokens is None else list(tokens.shape)
         raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
@@ -140,7 +140,7 @@ def _enter(
         micro_batch = min(micro_batch, max(1, len(tokens) // folds // group.size))
     return enter(
         work.skeleton, work.source, tokens, cut(len(tokens), micro_batch, folds), folds, device=work.device,
-        dtype=work.dtype, hidden=start.hidden, original=work.solve.carry_error, group=group, room=room,
+        dtype=work.dtype, hidden=start.hidden, original=work.method.error_correction, group=group, room=room,
     )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
     if states is not None and states.original is not None:
         weights, reports, changed = _solve_in_two(work, index, sites, states)
     else:
-        weights, reports, scales = _solve(work, index, sites, states, scaled=work.solve.channel_scale)
+        weights, reports, scales = _solve(work, index, sites, states, scaled=work.method.channel_scales)
         changed = scales.fold_in() if scales else {}
     lost = [target.linear for target in members if target.linear not in weights]
     if lost:
@@ -220,7 +220,7 @@ def _solve_in_two(
     are not rescaled: what would take up their scales is quantized by then."""
     others, last = ([site for site in sites if bool(site.joint) is joined] for joined in (False, True))
     reader = next((site.joint.reader for site in last if site.joint), None)
-    weights, reports, scales = _solve(work, index, others, states, scaled=work.solve.channel_scale)
+    weights, reports, scales = _solve(work, index, others, states, scaled=work.method.channel_scales)
     with work.stage(index, "replay"):  # as long as the block is what it was
         work.with_memory(index, states, lambda: _move_original_on(work, index, states, reader))
     changed = scales.fold_in() if scales else {}
@@ -258,7 +258,7 @@ def _observe(work: Workbench, index: int, shares: Sequence[Share], states: State
     if work.recall:
         return work.recall(index, shares)
     with work.stage(index, "observe"):
-        collected, notes = collect(work.skeleton, index, shares, states, work.solve, work.device, work.group)
+        collected, notes = collect(work.skeleton, index, shares, states, work.method, work.device, work.group)
     work.notes += notes
     return collected
 
@@ -277,7 +277,7 @@ def _scale(
         collected = _observe(work, index, shares, states)
         with work.stage(index, "scale"):
             work.solving.choose(index, shares, collected)
-            grams = all_or_none(work.group, partial(_borrowing, collected, work.solve.borrow))
+            grams = all_or_none(work.group, partial(_borrowing, collected, work.method.expert_shrinkage))
             dtype = work.solving.scale_dtype(shares[0].site)
             scales.decide(shares, grams, work.solving.cost, work.solving.quant_of, dtype)
     return scales, collected if len(portions) == 1 else None

@@ -67,5 +67,5 @@ class Scratch:
         except OSError as error:
             raise ResourceError(
                 f"{place} cannot hold {size / 1e9:.3g} GB of hidden states ({error.strerror or error}): make room, use "
-                "another --work, or keep more of them in memory with --state-budget"
+                "another --work-dir, or keep more of them in memory with --activation-budget"
             ) from error

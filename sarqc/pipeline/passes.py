@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sarqc.config import SolveSpec
+from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
 from sarqc.method.gram import MAX_LOST, Statistics, finite_rows, shortening
 from sarqc.model.lazy_model import Skeleton
@@ -57,7 +57,7 @@ def collect(
     index: int,
     shares: Sequence[Share],
     states: States,
-    solve: SolveSpec,
+    method: MethodConfig,
     device: torch.device,
     group: Group = ALONE,
 ) -> tuple[list[Statistics], list[str]]:
@@ -66,12 +66,12 @@ def collect(
     One pass of all ranks' windows through the block; a second one where rows hold NaN or Inf. Raises
     `NumericError` naming the share where those are more than 1 %.
     """
-    kept = _all_ranks(skeleton, index, shares, states, solve, device, None, group)
+    kept = _all_ranks(skeleton, index, shares, states, method, device, None, group)
     if all(_each_finite(kept, group)):
         return kept, []
     del kept  # their memory is needed for the second pass
     lost = [0] * len(shares)
-    kept = _all_ranks(skeleton, index, shares, states, solve, device, lost, group)
+    kept = _all_ranks(skeleton, index, shares, states, method, device, lost, group)
     lost = [sum(counts) for counts in zip(*group.gather(lost))]
     notes = []
     for share, statistics, count, sound in zip(shares, kept, lost, _each_finite(kept, group)):
@@ -102,7 +102,7 @@ def _all_ranks(
     index: int,
     shares: Sequence[Share],
     states: States,
-    solve: SolveSpec,
+    method: MethodConfig,
     device: torch.device,
     lost: list[int] | None,
     group: Group,
@@ -110,7 +110,7 @@ def _all_ranks(
     """A pass on every rank, and what they saw together: added up afterwards, or in order as they see it."""
 
     def attempt() -> list[Statistics]:
-        return _one_pass(skeleton, index, shares, states, solve, device, lost, group)
+        return _one_pass(skeleton, index, shares, states, method, device, lost, group)
 
     kept = in_turn(group, attempt) if group.ordered else all_or_none(group, attempt)
     for sums in (statistics.tensors(fold) for statistics in kept for fold in range(states.folds)):
@@ -126,13 +126,13 @@ def _one_pass(
     index: int,
     shares: Sequence[Share],
     states: States,
-    solve: SolveSpec,
+    method: MethodConfig,
     device: torch.device,
     lost: list[int] | None,
     group: Group,
 ) -> list[Statistics]:
     """This rank's windows once; with `lost`, rows that are not finite are left out and counted there, by share."""
-    kept = [_empty(share, states.folds, solve, device) for share in shares]
+    kept = [_empty(share, states.folds, method, device) for share in shares]
     fold = 0
     waiting: list[tuple[Site, Tensor]] = []
 
@@ -166,7 +166,7 @@ def _one_pass(
         if group.ordered:
             group.take_over_(sums)
         for hidden, original in states.of_fold(fold):
-            with observe(skeleton, sites, sink, solve.gate_weight):
+            with observe(skeleton, sites, sink, method.router_weight_power):
                 _, stream = through(skeleton, index, reader, hidden.to(device))
             while waiting:
                 assert original is not None
@@ -178,14 +178,14 @@ def _one_pass(
     return kept
 
 
-def _empty(share: Share, folds: int, solve: SolveSpec, device: torch.device) -> Statistics:
+def _empty(share: Share, folds: int, method: MethodConfig, device: torch.device) -> Statistics:
     """Statistics of a share that have seen nothing."""
     return Statistics.zeros(
         share.stop - share.first,
         share.site.in_features,
         folds,
         device,
-        rest=solve.borrow > 0 and not share.whole,
+        rest=method.expert_shrinkage > 0 and not share.whole,
         wishes=share.site.wishes,
     )
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sarqc import legacy
 from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.state import PARTIAL, Parts, State, durable, open_state, write_state
 from sarqc.errors import ArgumentError, CheckpointError, ResourceError
@@ -43,7 +44,7 @@ from sarqc_kernels.packing import pack, unpack
 
 _LOCK, _PLAN, _WIDTHS, _BLOCKS, _HIDDEN = "lock", "plan.json", "widths.json", "blocks", "hidden.safetensors"
 _OURS = {name + end for name in (_LOCK, _PLAN, _WIDTHS, _BLOCKS, _HIDDEN) for end in ("", PARTIAL)}
-_AGAIN = "--restart begins again, another --work keeps it"
+_AGAIN = "--no-resume begins again, another --work-dir keeps it"
 
 
 def default_work(out: Path | str) -> Path:
@@ -67,7 +68,7 @@ class Work:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.fingerprint: dict[str, Any] = manifest["fingerprint"]
+        self.fingerprint = legacy.fingerprint(manifest["fingerprint"])
         self.about: dict[str, Any] = manifest["about"]
 
     @property
@@ -136,7 +137,7 @@ class Work:
 
     def _start(self, block: int, hidden: Parts | None) -> Start:
         said = [report.held_out for index in range(block) for report in self.record(index).reports]
-        return Start(block, hidden, self.stored, Strengths.restored(said))
+        return Start(block, hidden, self.stored, Strengths.restored(said, self.fingerprint["seed"]))
 
     def linears(self, index: int) -> list[str]:
         """Names of the quantized Linears of a finished block."""
@@ -247,7 +248,7 @@ def begin(
 def reopen(folder: Path) -> Iterator[Work]:
     """The work folder of a finished run, locked for as long as the context lasts; errors as in `begin`."""
     if not (folder / _PLAN).is_file():
-        raise CheckpointError(f"{folder} is no work folder: give one that `sarqc quantize --keep-work` left")
+        raise CheckpointError(f"{folder} is no work folder: give that of a run")
     with _locked(folder):
         yield Work(folder, _read_plan(folder))
 
@@ -313,7 +314,7 @@ def _locked(folder: Path, make: bool = False) -> Iterator[None]:
             holder = ""
         if gone or holder:
             who = f"is in use by process {holder}" if holder else "was just removed by another process"
-            raise ResourceError(f"work folder {folder} {who}: wait for it, or use another --work")
+            raise ResourceError(f"work folder {folder} {who}: wait for it, or use another --work-dir")
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

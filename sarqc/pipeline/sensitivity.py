@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec, SolveSpec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
 from sarqc.method.bit_allocation import WidthLosses, tried, tried_width, width_losses
 from sarqc.method.gram import Statistics
@@ -86,13 +86,14 @@ def look(
     source: TensorSource,
     found: Targets,
     tokens: Tensor,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     *,
     device: torch.device,
     dtype: torch.dtype,
     micro_batch: Callable[[int], int],
     gram_budget: int,
+    seed: int = 0,
     mine: Callable[[int], bool] = lambda _: True,
     on_block: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[int, SiteLosses]]:
@@ -110,8 +111,8 @@ def look(
     skeleton.prepare(*few.shape)
     plain = skeleton.embed(few).cpu()
     skeleton.unload_outer()
-    solving = Solving(skeleton, source, quant, solve, device, Strengths(), ALONE)
-    work = Workbench(skeleton, source, solve, device, dtype, gram_budget, lambda *_: None, None, solving, ALONE, None)
+    solving = Solving(skeleton, source, quant, method, device, Strengths(seed=seed), ALONE)
+    work = Workbench(skeleton, source, method, device, dtype, gram_budget, lambda *_: None, None, solving, ALONE, None)
     trials: list[_Trial] = []
     for index in range(len(skeleton.blocks)):
         on_block(index)
@@ -172,15 +173,15 @@ _Solved = tuple[Share, WidthLosses, list[tuple[Target, QuantizedWeight]]]
 def _portion(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[_Solved]:
     """What is lost in each share, and its weights as they are tried; their Grams are gone when this returns."""
     with work.stage(index, "observe"):
-        collected, _ = collect(work.skeleton, index, shares, states, work.solve, work.device)
+        collected, _ = collect(work.skeleton, index, shares, states, work.method, work.device)
     with work.stage(index, "solve"):
         return [_share(work, share, statistics) for share, statistics in zip(shares, collected)]
 
 
 def _share(work: Workbench, share: Share, statistics: Statistics) -> _Solved:
     """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
-    model, how = work.skeleton.model, (work.solving.quant, work.solve, scale_dtype(work.source, share.site))
-    losses = width_losses(share.name, share.weight(model), statistics, *how)
+    model, how = work.skeleton.model, (work.solving.quant, work.method, scale_dtype(work.source, share.site))
+    losses = width_losses(share.name, share.weight(model), statistics, *how, work.solving.strengths.seed)
     statistics.merge_folds()
     solved: list[tuple[Target, QuantizedWeight]] = []
     for piece in pieces([share], 1, work.device, gram=True):

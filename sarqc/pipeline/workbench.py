@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from sarqc.config import SolveSpec
+from sarqc.config import MethodConfig
 from sarqc.errors import ResourceError, out_of_memory
 from sarqc.method.gram import Statistics
 from sarqc.model.lazy_model import Skeleton
@@ -33,7 +33,7 @@ class Workbench:
 
     skeleton: Skeleton
     source: TensorSource
-    solve: SolveSpec
+    method: MethodConfig
     device: torch.device
     dtype: torch.dtype | None
     gram_budget: int

@@ -1,8 +1,4 @@
-"""From finished blocks to a checkpoint: pack, write, put the side files beside, read everything back.
-
-The end of every run, and by itself the way from a work folder that was kept to another format: no calibration is
-needed for that.
-"""
+"""From finished blocks to a checkpoint: pack, write, put the side files beside, read everything back."""
 
 from __future__ import annotations
 
@@ -15,15 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sarqc.checkpoint.folders import atomic_folder, refuse_existing, refuse_overlap
-from sarqc.checkpoint.formats import FORMATS, Format
-from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.checkpoint.folders import atomic_folder
+from sarqc.checkpoint.formats import Format
+from sarqc.checkpoint.reader import Checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.config import AUTO, QuantSpec, SolveSpec, from_json
-from sarqc.errors import ArgumentError, CheckpointError
-from sarqc.pipeline.fingerprint import of_model
-from sarqc.pipeline.resume import BlockRecord, Work, reopen
+from sarqc.config import AUTO, MethodConfig, QuantConfig
+from sarqc.options import from_record
+from sarqc.pipeline.resume import BlockRecord, Work
 from sarqc.pipeline.verify import check
 from sarqc.report import report as reports
 from sarqc.serving.compatibility import ranks_by_server
@@ -37,41 +32,12 @@ class Result:
     report: dict[str, Any]
 
 
-def export(
-    work: str | Path,
-    out: str | Path,
-    *,
-    format: str = "compressed-tensors",
-    model: str | Path | None = None,
-    overwrite: bool = False,
-) -> Result:
-    """Write the checkpoint of a finished run once more, from the work folder that `keep_work` left.
-
-    format: of the files. model: the folder of the original model, if it has moved; it must be the same one.
-    """
-    if format not in FORMATS:
-        raise ArgumentError(f"format = {format!r} is not known: use {', '.join(FORMATS)}")
-    out = Path(out).expanduser()
-    refuse_existing(out, overwrite)
-    with reopen(Path(work).expanduser()) as opened:
-        refuse_overlap(out, opened.folder)
-        folder = Path(model).expanduser() if model is not None else Path(opened.about["folder"])
-        refuse_overlap(out, folder)
-        with open_checkpoint(folder) as checkpoint:
-            if of_model(checkpoint) != opened.fingerprint["model"]:
-                raise CheckpointError(
-                    f"model {folder} is not the one that was quantized in {work}: give that with --model"
-                )
-            return write_checkpoint(opened, checkpoint, out, FORMATS[format], overwrite=overwrite)
-
-
 def write_checkpoint(
     work: Work, checkpoint: Checkpoint, out: Path, format: Format, *, overwrite: bool = False
 ) -> Result:
     """Write the finished blocks of `work`, with whatever of `checkpoint` they leave alone, to the folder `out`."""
     work.check_finished()
-    quant = from_json(QuantSpec, work.fingerprint["quant"])
-    assert isinstance(quant, QuantSpec)
+    quant = from_record(QuantConfig, work.fingerprint["quant"])
     format.check(quant)
     began = time.perf_counter()
     size = reports.Size()
@@ -95,7 +61,7 @@ def write_checkpoint(
 
 
 def _tensors(
-    work: Work, checkpoint: Checkpoint, format: Format, quant: QuantSpec, size: reports.Size
+    work: Work, checkpoint: Checkpoint, format: Format, quant: QuantConfig, size: reports.Size
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint: first what stays as it is, byte for byte, then the blocks."""
     blocks = range(work.blocks)
@@ -116,9 +82,9 @@ def _tensors(
             yield name, tensor
 
 
-def _report(work: Work, checkpoint: Checkpoint, quant: QuantSpec, size: reports.Size, seconds: float) -> dict[str, Any]:
-    solve = from_json(SolveSpec, work.fingerprint["solve"])
-    assert isinstance(solve, SolveSpec)
+def _report(
+    work: Work, checkpoint: Checkpoint, quant: QuantConfig, size: reports.Size, seconds: float
+) -> dict[str, Any]:
     records = [work.record(index) for index in range(work.blocks)]
     stages: dict[str, float] = {}
     for record in records:
@@ -132,7 +98,7 @@ def _report(work: Work, checkpoint: Checkpoint, quant: QuantSpec, size: reports.
         model=work.about["model"],
         source=reports.source_record(checkpoint.folder, checkpoint),
         quant=quant,
-        solve=solve,
+        method=from_record(MethodConfig, work.fingerprint["method"]),
         calibration=work.about["calibration"],
         targets=work.about["targets"],
         sites=[site for record in records for site in record.reports],

@@ -316,7 +316,7 @@ def _settings(report: summary.Report) -> str:
 
 _SETTINGS = {
     "Numbers": "quant",
-    "Method": "solve",
+    "Method": "method",
     "Calibration": "calibration",
     "Servers, and on how many ranks": "serve",
     "Versions": "versions",

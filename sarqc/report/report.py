@@ -18,12 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
+from sarqc import legacy
 from sarqc.checkpoint.files import file_in, read_json
-from sarqc.config import QuantSpec, SolveSpec, to_json
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.layer import SolveReport
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.source import TensorSource
+from sarqc.options import record
 from sarqc.report import model_card, page
 from sarqc.report.schema import check
 from sarqc.system import peak_memory_mib, versions
@@ -61,8 +63,8 @@ class Size:
 def build(
     *,
     model: str,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     calibration: dict[str, Any] | None,
     targets: dict[str, Any],
     sites: Sequence[SolveReport],
@@ -77,8 +79,8 @@ def build(
     return {
         "model": model,
         "source": source,
-        "quant": to_json(quant),
-        "solve": to_json(solve),
+        "quant": record(quant),
+        "method": record(method),
         "calibration": calibration,
         "targets": targets,
         "size": size,
@@ -139,7 +141,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The report in `folder`, or None where there is none that is whole."""
     try:
         path = file_in(folder, REPORT)
-        return None if path is None else read_json(path)
+        return None if path is None else legacy.report(read_json(path))
     except CheckpointError:
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -18,10 +19,11 @@ from sarqc.comparison import experiment as module
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Other
 from sarqc.comparison.store import Grams, load_statistics, save_statistics
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.entrypoints.compare import Silent, compare
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.method.gram import Statistics
+from sarqc.method.lambda_search import Strengths
 from sarqc.model.build import build
 from sarqc.model.dataset import Windows, windows
 from sarqc.model.layers import targets
@@ -30,6 +32,7 @@ from sarqc.model.perplexity import perplexity
 from sarqc.model.sites import Share
 from sarqc.model.source import Overlay
 from sarqc.pipeline.collect import collect
+from sarqc.pipeline.driver import Start
 from sarqc.pipeline.passes import gram_bytes
 from tests.support import tiny
 
@@ -84,9 +87,11 @@ def test_every_method_solves_from_what_was_collected_as_from_what_it_observes(sh
     text = windows("builtin", tiny.tokenizer(), part="calibration", seqlen=32).draw(4, 5)
     judged_on = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(3)
     for method in sarqc.METHODS:
-        solve = solve_spec(method, seed=5, carry_error=False)
-        skeleton = Skeleton.from_folder(shallow, source)
-        (block,) = module.driver.run(skeleton, source, text.tokens, QuantSpec(3, 64), solve, dtype=torch.float32)
+        config = replace(MethodConfig(method), error_correction=False)
+        skeleton, start = Skeleton.from_folder(shallow, source), Start(0, None, lambda _: ({}, {}), Strengths(seed=5))
+        (block,) = module.driver.run(
+            skeleton, source, text.tokens, QuantConfig(3, 64), config, dtype=torch.float32, start=start
+        )
         model = build(
             Skeleton.from_folder(shallow, source), Overlay(source, block.weights, block.changed), dtype=torch.float32
         )
@@ -136,13 +141,13 @@ def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_p
     straight = compare(deep, tmp_path / "straight", **how)
     out = tmp_path / "broken"
     with pytest.raises(Stop):
-        compare(deep, out, watcher=StopAfter(5), **how)
+        compare(deep, out, progress=StopAfter(5), **how)
     lines = (out / "cells.jsonl").read_text().splitlines()
     assert 0 < len(lines) < 9
     assert len(json.loads((out / "compare.json").read_text())["cells"]) == len(lines)
     (out / "cells.jsonl").write_text("\n".join(lines) + "\n" + lines[0][:40])  # cut off in the middle of a line
     rest = StopAfter(100)
-    again = compare(deep, out, watcher=rest, **how)
+    again = compare(deep, out, progress=rest, **how)
     assert without_times(again) == without_times(straight)
     assert sum("perplexity" in step for step in rest.steps) == 9 - len(lines)
     assert not (out / "grams").exists()
@@ -184,12 +189,12 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
         (dict(methods=()), ArgumentError, "methods is empty"),
         (dict(methods=("gptq@much",)), ArgumentError, "gptq@much"),
         (dict(methods=("magic",)), ArgumentError, "magic"),
-        (dict(bits=(9,)), ArgumentError, "bits = 9"),
+        (dict(bits=(9,)), ArgumentError, r"bits = \(9,\)"),
         (dict(group_sizes=(48,)), ArgumentError, "48"),
         (dict(num_samples=(0, 4)), ArgumentError, "num_samples"),
         (dict(num_samples=(10**6,)), TextError, "1000000"),
         (dict(texts=("nowhere.txt",)), TextError, "nowhere"),
-        (dict(eval_windows=0), ArgumentError, "max_windows = 0"),
+        (dict(eval_windows=0), ArgumentError, "eval_windows = 0"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how, error, says):
@@ -306,7 +311,7 @@ def test_statistics_of_a_size_are_those_of_its_windows_alone(deep, tmp_path):
     source = open_checkpoint(deep)
     skeleton = Skeleton.from_folder(deep, source)
     skeleton.load_outer(source, "cpu", torch.float32)
-    found = targets(skeleton, QuantSpec())
+    found = targets(skeleton, QuantConfig())
     tokens = torch.arange(6 * 20).view(6, 20) % tiny.VOCABULARY
     path = tmp_path / "x.safetensors"
 
@@ -338,7 +343,7 @@ def test_experts_are_collected_within_the_budget_and_read_in_any_portions(tmp_pa
     source = open_checkpoint(folder)
     skeleton = Skeleton.from_folder(folder, source)
     skeleton.load_outer(source, "cpu", torch.float32)
-    found = targets(skeleton, QuantSpec())
+    found = targets(skeleton, QuantConfig())
     tokens = torch.arange(4 * 20).view(4, 20) % tiny.VOCABULARY
 
     def stored(name, budget):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.method.awq import ChannelScales
 from sarqc.model import smoothing
 from sarqc.model.build import build
@@ -18,7 +18,7 @@ from sarqc.model.source import StateDictSource
 from sarqc.pipeline import channel_scales
 from sarqc.pipeline.channel_scales import BlockScales
 
-QUANT = QuantSpec(group_size=32)
+QUANT = QuantConfig(group_size=32)
 DENSE = {
     "input_layernorm": ["q_proj", "k_proj", "v_proj"],
     "post_attention_layernorm": ["gate_proj", "up_proj"],
@@ -199,7 +199,7 @@ def test_ignored_layers_take_their_part_exactly(tiny):
     """A giver, a reader and single experts that are not quantized: scaled where they stand, by powers of two."""
     ignore = ("k_proj", "v_proj", r"layers\.1\..*experts\.1\.w3", r"experts\.0\.w2", r"experts\.2\.w1")
     case = tiny("mixtral", torch.bfloat16)
-    tensors, changed = folded(case, QuantSpec(group_size=32, ignore=ignore))
+    tensors, changed = folded(case, QuantConfig(group_size=32, ignore=ignore))
     assert {"k_proj", "v_proj", "w1", "w2", "w3", "gate"} <= {leaf(name) for name in changed}
     for name, tensor in changed.items():
         if "v_proj" in name or "gate" in name:

@@ -18,10 +18,10 @@ from sarqc.pipeline import distributed, driver, passes, quantize_site
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.progress import Silent
 from sarqc.pipeline.resume import default_work, reopen
-from tests.support import tiny
+from tests.support import kept, tiny
 from tests.support.ranks import in_ranks
 
-SMALL = {"num_samples": 8, "seqlen": 32, "group_size": 32, "micro_batch": 1, "method": "sarqc"}
+SMALL = {"num_samples": 8, "seqlen": 32, "group_size": 32, "micro_batch": 1, "method": "sarqc-awq-gptq"}
 BOUND = 0.01
 """Share of codes that may differ from those of one process where sums are made in another order."""
 
@@ -36,7 +36,7 @@ def models(tmp_path_factory):
 def straight(models, tmp_path_factory):
     """One process."""
     folder = tmp_path_factory.mktemp("straight")
-    return {kind: sarqc.quantize(path, folder / kind, keep_work=True, **SMALL) for kind, path in models.items()}
+    return {kind: kept.quantize(path, folder / kind, **SMALL) for kind, path in models.items()}
 
 
 def in_all(size, source, out, log, **changes):
@@ -82,7 +82,8 @@ def test_ranks_agree_on_the_layer_that_makes_up_for_errors(models, tmp_path, mon
 
 @pytest.mark.parametrize(("kind", "size"), [("llama", 4), ("qwen3_moe", 2)])
 def test_other_sums_change_few_codes(models, straight, tmp_path, kind, size):
-    in_all(size, models[kind], tmp_path / "out", tmp_path / "log", keep_work=True)
+    with kept.kept():
+        in_all(size, models[kind], tmp_path / "out", tmp_path / "log")
     pairs = list(zip(stored(tmp_path / "out"), stored(straight[kind].out), strict=True))
     differing = sum(int((one.codes != other.codes).sum()) for one, other in pairs)
     assert differing <= BOUND * sum(one.codes.numel() for one, _ in pairs)
@@ -110,7 +111,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(models, straight, tmp_path, 
 
     def stopping(rank):
         with pytest.raises(Interrupted, match="after block 1 of 2"):
-            sarqc.quantize(source, out, ordered=True, watcher=Stopping(rank == 1), **SMALL)
+            sarqc.quantize(source, out, ordered=True, progress=Stopping(rank == 1), **SMALL)
 
     assert in_ranks(2, stopping, tmp_path / "log") == [(0, "")] * 2
     assert default_work(out).exists() and not out.exists()

@@ -80,7 +80,7 @@ def test_a_kill_while_a_kept_run_is_exported(straight, tmp_path, outcomes):
     """The work folder outlives it, and the next try clears away what the last one left."""
     run, expected, _ = straight
     work, out = tmp_path / "work", tmp_path / "out"
-    sarqc.quantize(**run, out=out, work=work, keep_work=True)
+    sarqc.quantize(**run, out=out, work_dir=work, keep_work=True)
     shutil.rmtree(out)
     kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file() and path.name != "lock"}
     operations = count_operations(lambda: sarqc.export(work, tmp_path / "counted"))

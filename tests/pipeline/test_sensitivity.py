@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.rtn import round_plainly
 from sarqc.model.layers import targets
 from sarqc.model.lazy_model import Skeleton
 from sarqc.pipeline import sensitivity, work_split
 
-QUANT = QuantSpec(group_size=16, avg_bits=4, choices=(2, 4, 8))
+QUANT = QuantConfig(group_size=16, avg_bits=4, bit_options=(2, 4, 8))
 
 
 def look(case, tokens=None, skeleton=None, **options):
@@ -25,7 +25,7 @@ def look(case, tokens=None, skeleton=None, **options):
     )
     found = targets(skeleton, QUANT)
     tokens = case.tokens if tokens is None else tokens
-    return list(sensitivity.look(skeleton, case.source, found, tokens, QUANT, solve_spec(), **settings))
+    return list(sensitivity.look(skeleton, case.source, found, tokens, QUANT, MethodConfig(), **settings))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
@@ -43,7 +43,7 @@ def test_the_divergence_is_that_of_the_whole_model(tiny, monkeypatch):
     """By hand: change one site of the first block of an ordinary model, and compare what both say next."""
     case = tiny("llama")
 
-    def rounded(site, weight, statistics, quant, solve, scale_dtype, experts=slice(None)):
+    def rounded(site, weight, statistics, quant, method, scale_dtype, experts=slice(None)):
         return round_plainly(weight, quant.at(4), "minmax", scale_dtype)
 
     monkeypatch.setattr(sensitivity, "tried", rounded)

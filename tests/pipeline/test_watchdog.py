@@ -16,7 +16,7 @@ from sarqc.pipeline.watchdog import Heart, Watch
 from tests.support import tiny
 from tests.support.ranks import in_ranks
 
-SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "micro_batch": 1, "strength": 0.3, "ordered": True}
+SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "micro_batch": 1, "reg_lambda": 0.3, "ordered": True}
 
 
 class Dict:
