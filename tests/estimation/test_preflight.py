@@ -206,7 +206,7 @@ def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
 
 
 def test_unknown_settings_and_models_are_one_line(sources, tmp_path):
-    with pytest.raises(ArgumentError, match="bitz is no setting"):
+    with pytest.raises(ArgumentError, match="bitz is not an option"):
         preflight(sources["llama"], tmp_path / "out", bitz=4)
     with pytest.raises(ModelError, match="no such folder"):
         preflight("no/such/model", tmp_path / "out")

@@ -118,7 +118,7 @@ def test_versions_and_the_model_count_as_settings(source, stopped, tmp_path, mon
 
 def test_what_may_change_may(source, stopped, straight):
     watcher = go_on(source, stopped, straight, gram_budget=4 * 64 * 64)
-    assert watcher.solved == [2] and default_work(stopped).is_dir()
+    assert watcher.solved == [2]
 
 
 def test_restart_begins_again(source, stopped, straight, tmp_path):
