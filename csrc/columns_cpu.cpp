@@ -317,7 +317,7 @@ struct Descent {
     float* levels;          // [K, E, N], in and out
     float* scales;          // [G, E, N], in and out
     const float* zeros;     // [G, E, N]
-    const float* gradient;  // [K, E, N], at the start
+    const float* error;     // [K, E, N], at the start
     const float* hessian;   // [E, K, K]
     const uint8_t* usable;  // [E]
     int64_t experts, rows, columns, groups, passes, cut;
@@ -326,7 +326,7 @@ struct Descent {
 
 namespace {
 
-// What a tile of rows works in: [K], [K], and four of [g].
+// What a tile of rows works in: two of [K] and four of [g].
 struct Buffers {
     Lanes *gradient, *levels, *before, *found, *rest, *curved;
 };
@@ -433,10 +433,16 @@ void improve_group(const Descent& call, const float* hessian, int64_t group, flo
 void descend_rows(const Descent& call, int64_t expert, int64_t row, const Buffers& own) {
     const int64_t line = call.experts * call.rows, at = expert * call.rows + row;
     const float* hessian = call.hessian + expert * call.columns * call.columns;
-    for (int64_t j = 0; j < call.columns; ++j) {
-        load(own.gradient[j], call.gradient + j * line + at, kLanes, 0.f);
-        load(own.levels[j], call.levels + j * line + at, kLanes, 0.f);
+    const auto add = [&own](int64_t c, const Lanes& sum) {
+        each([&](int lane) { own.gradient[c][lane] += sum[lane]; });
+    };
+    std::memset(own.gradient, 0, call.columns * sizeof(Lanes));
+    for (int64_t j = 0; j < call.columns; ++j) load(own.levels[j], call.error + j * line + at, kLanes, 0.f);
+    for (int64_t begin = 0; begin < call.columns; begin += kDepth) {
+        const int depth = static_cast<int>(call.columns - begin < kDepth ? call.columns - begin : kDepth);
+        product(hessian + begin * call.columns, call.columns, depth, own.levels + begin, call.columns, add);
     }
+    for (int64_t j = 0; j < call.columns; ++j) load(own.levels[j], call.levels + j * line + at, kLanes, 0.f);
     for (int64_t pass = 0; pass < call.passes; ++pass)
         for (int64_t group = 0; group < call.groups; ++group)
             improve_group(call, hessian, group, call.scales + group * line + at, call.zeros + group * line + at,

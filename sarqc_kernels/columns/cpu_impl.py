@@ -60,7 +60,7 @@ class Descent(ctypes.Structure):
     """`struct Descent` of csrc/columns_cpu.cpp, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("levels", "scales", "zeros", "gradient", "hessian", "usable")),
+        *((name, ctypes.c_void_p) for name in ("levels", "scales", "zeros", "error", "hessian", "usable")),
         *((name, ctypes.c_int64) for name in ("experts", "rows", "columns", "groups", "passes", "cut")),
         *((name, ctypes.c_float) for name in ("top", "reach")),
     )
@@ -143,7 +143,7 @@ def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, rule: G
 def coordinate_descent(
     weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, bits: int, passes: int
 ) -> tuple[Tensor, Tensor]:
-    """`sarqc_kernels.columns.coordinate_descent` on a CPU: the first gradient by BLAS, all else in one call."""
+    """`sarqc_kernels.columns.coordinate_descent` on a CPU, in one call."""
     made = _library()
     state = initial_state(weight, codes, scales, zeros, hessian.contiguous(), bits)
     usable = state.usable.to(torch.uint8)
@@ -151,7 +151,7 @@ def coordinate_descent(
         levels=state.levels.data_ptr(),
         scales=state.scales.data_ptr(),
         zeros=state.zeros.data_ptr(),
-        gradient=state.gradient.data_ptr(),
+        error=state.gradient.data_ptr(),
         hessian=state.hessian.data_ptr(),
         usable=usable.data_ptr(),
         experts=weight.shape[0],

@@ -36,7 +36,7 @@ class State:
     levels: Tensor  # fp32 [K, E, N]
     scales: Tensor  # fp32 [G, E, N]
     zeros: Tensor  # fp32 [G, E, N]
-    gradient: Tensor  # fp32 [K, E, N]
+    gradient: Tensor  # fp32 [K, E, N]; E^T at first
     hessian: Tensor  # fp32 [E, K, K]
     usable: Tensor  # bool [E]
     top: int
@@ -55,7 +55,7 @@ class State:
 
 
 def initial_state(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, bits: int) -> State:
-    """The buffers of a call, with the first gradient."""
+    """The buffers of a call, with E^T in the place of the gradient."""
 
     def across(tensor: Tensor, fill: float) -> Tensor:
         return F.pad(tensor.permute(2, 0, 1).float(), (0, -tensor.shape[1] % LANES), value=fill).contiguous()
@@ -65,11 +65,16 @@ def initial_state(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, 
     scale, zero = across(scales, 1.0), across(zeros, 0.0)
     levels = across(codes, 0.0) - zero.repeat_interleave(size, 0)
     error = across(weight, 0.0) - levels * scale.repeat_interleave(size, 0)
-    gradient = torch.empty_like(error)
-    for expert in range(weight.shape[0]):
-        gradient[:, expert] = columns_product(hessian[expert], error[:, expert])
     usable = (diagonal.isfinite() & (diagonal > 0)).all(1)
-    return State(levels, scale, zero, gradient, hessian, usable, (1 << bits) - 1, scales.dtype)
+    return State(levels, scale, zero, error, hessian, usable, (1 << bits) - 1, scales.dtype)
+
+
+def _add_product_(out: Tensor, hessian: Tensor, change: Tensor, sign: float = 1.0) -> None:
+    """out [J, E, N] += sign * H^T change, of hessian [E, I, J] and change [I, E, N], `DEPTH` columns at a time."""
+    for expert in range(out.shape[1]):
+        for first in range(0, len(change), DEPTH):
+            part = slice(first, first + DEPTH)
+            out[:, expert].add_(columns_product(hessian[expert, part], change[part, expert]), alpha=sign)
 
 
 def coordinate_descent(
@@ -77,16 +82,13 @@ def coordinate_descent(
 ) -> tuple[Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.coordinate_descent`."""
     state = initial_state(weight, codes, scales, zeros, hessian, bits)
-    size = state.group_size
+    size, error = state.group_size, state.gradient
+    state.gradient = torch.zeros_like(error)
+    _add_product_(state.gradient, hessian, error)
     for _ in range(passes):
         for group in range(len(state.scales)):
             at = slice(group * size, (group + 1) * size)
-            change = _improve(state, group, at)
-            for first in range(at.start, at.stop, DEPTH):
-                part = slice(first, min(first + DEPTH, at.stop))
-                for expert in range(weight.shape[0]):
-                    moved = change[part.start - at.start : part.stop - at.start, expert]
-                    state.gradient[:, expert] -= columns_product(hessian[expert, part], moved)
+            _add_product_(state.gradient, hessian[:, at], _improve(state, group, at), sign=-1.0)
     return state.results(weight.shape[1])
 
 
@@ -100,10 +102,7 @@ def _improve(state: State, group: int, at: slice) -> Tensor:
     before = state.levels[at] * old
     levels, rest = _better_codes(state, group, at, before)
     curved = torch.zeros_like(gradient)
-    for expert in range(gradient.shape[1]):
-        for first in range(0, len(gradient), DEPTH):
-            part = slice(first, first + DEPTH)
-            curved[:, expert] += columns_product(square[expert, part], levels[part, expert])
+    _add_product_(curved, square, levels)
     new = (old + (levels * rest).sum(0) / (levels * curved).sum(0)).to(state.scale_dtype).float()
     growth = new / old
     new = torch.where((growth > 1 / REACH) & (growth < REACH), new, old)  # not so for NaN, which a group of zeros gives
