@@ -7,6 +7,7 @@ import math
 from itertools import product
 from pathlib import Path
 
+from benchmarks.readme import picture_rows
 from docs.draw.canvas import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALE_BLUE, Canvas, Point
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -142,4 +143,41 @@ def quality() -> str:
         picture.text((place(count, 16)[0], 292), str(count), anchor="middle")
     picture.text((310, 316), "calibration windows of 512 tokens (both axes logarithmic)", anchor="middle")
     picture.text((20, 28), "perplexity on other articles, SmolLM2-135M at 3 bits, groups of 64", size=14)
+    return picture.svg()
+
+
+SHOWN = {"rtn": "RTN", "llm-compressor gptq": "llm-compressor", "GPTQModel": "GPTQModel", "sarqc-gptq": "SARQC"}
+"""Method in the results -> its name in the picture."""
+
+
+def perplexity() -> str:
+    """The README's picture: perplexity at 4, 3 and 2 bits. A bar begins at the unquantized model's perplexity."""
+    unquantized, rows = picture_rows()
+    top = max(row["perplexity"] for each in rows.values() for row in each.values())
+    picture = Canvas(840, 72 + 100 * len(rows), "perplexity at 4, 3 and 2 bits of four tools and the unquantized model")
+    left, right = 214, 740
+
+    def place(value: float) -> float:
+        return left + (right - left) * math.log(value / unquantized) / math.log(top / unquantized)
+
+    picture.text((20, 30), "Perplexity on held-out text (lower is better, logarithmic scale)", size=16)
+    bottom = 48 + 100 * len(rows)
+    for power in range(2, math.floor(math.log10(top)) + 1):
+        x = place(10**power)
+        picture.lines([(x, 48), (x, bottom)], GREY)
+        picture.text((x, bottom + 16), f"{10**power:,}", FAINT, "middle", 12)
+    for number, (bits, each) in enumerate(sorted(rows.items(), reverse=True)):
+        upper = 54 + 100 * number
+        picture.text((20, upper + 50), f"{bits} bits", size=20)
+        for at, (name, label) in enumerate(SHOWN.items()):
+            row, y = each[name], upper + 22 * at
+            ours = name == "sarqc-gptq"
+            end = place(row["perplexity"])
+            picture.text((left - 8, y + 14), label, BLUE if ours else INK, "end", 14)
+            picture.rect((left, y + 2), (max(end - left, 1), 16), BLUE if ours else "#b0bec5", "none", 0)
+            value = row["perplexity"]
+            shown = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+            picture.text((end + 6, y + 15), shown, BLUE if ours else INK, size=14)
+    picture.lines([(left, 48), (left, bottom)], GREEN, 2)
+    picture.text((left + 12, bottom + 16), f"unquantized {unquantized:.1f}", GREEN, "end", 13)
     return picture.svg()
