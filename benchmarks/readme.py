@@ -111,7 +111,7 @@ def _whole(
             cells = cases.setdefault((*what, row["windows"]), {"unquantized": reached[row["text"]]})
             cells[row["method"]] = shown(row)
     methods = sorted({method for cells in cases.values() for method in cells} - {"unquantized"}, key=_place)
-    head = ["model", "bits, group", "text", *(["windows"] if windows else []), *methods]
+    head = ["model", "bits, group", "text", *(["sequences"] if windows else []), *methods]
     head += ["unquantized"] if reference else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for case in sorted(cases):
@@ -120,7 +120,7 @@ def _whole(
             "model": model,
             "bits, group": f"{-bits}, {-group_size}",
             "text": text,
-            "windows": str(count),
+            "sequences": str(count),
             **cases[case],
         }
         lines.append(f"| {' | '.join(own.get(name, '') for name in head)} |")
