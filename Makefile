@@ -10,6 +10,7 @@
 #             memory, twice (an hour and 14 GB of disk)
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
+# make keywords   write sarqc/keywords.py again, after a change to an option
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: demo test test-fast quality lint typecheck docs format clean aot bench soak
+.PHONY: demo test test-fast quality lint typecheck docs format clean aot bench soak keywords
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -46,7 +47,7 @@ docs: $(DOCS_READY)
 	$(BIN)/python -m docs.check site
 
 soak: $(READY)
-	SARQC_KILLS=60 $(BIN)/python -m pytest tests/job/test_killed.py
+	SARQC_KILLS=60 $(BIN)/python -m pytest tests/pipeline/test_killed.py
 	SARQC_LARGE=1 $(BIN)/python -m pytest -rP tests/e2e/test_large.py
 
 aot: $(READY)
@@ -54,6 +55,9 @@ aot: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/micro/bench_references.py -p no:xdist --benchmark-max-time=0.5 --benchmark-columns=min,median,stddev,rounds
+
+keywords: $(READY)
+	$(BIN)/python -m tests.support.keywords
 
 format: $(READY)
 	$(BIN)/ruff format .

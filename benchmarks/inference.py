@@ -24,9 +24,9 @@ from torch import Tensor
 
 import sarqc
 from benchmarks.serve.vllm_generate import processor
-from sarqc.job.reporting.report import versions
-from sarqc.model.calibration import builtin_text
-from sarqc.model.packed import PackedWeight
+from sarqc.model.dataset import builtin_text
+from sarqc.model.packed_linear import PackedWeight
+from sarqc.system import versions
 
 DECODE_TOKENS, DECODE_AFTER = 24, 16
 PREFILLS = (32, 128, 512)

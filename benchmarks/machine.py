@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.ops.base import Roof
 from benchmarks.timing import in_turns, percentiles, ready
-from sarqc.job.load import resolve_device
-from sarqc.job.reporting.report import versions
+from sarqc.system import resolve_device, versions
 
 ROOT = Path(__file__).parent.parent
 QUERY = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-METHODS = {"sarqc": "sarqc-awq-gptq"}
-"""Method, as version 0.1 called it -> its name now."""
+from sarqc.methods import OLD_METHODS
 
 
 def current(results: Any) -> Any:
@@ -19,7 +18,7 @@ def current(results: Any) -> Any:
         return results
     renamed = {key: current(value) for key, value in results.items()}
     if isinstance(renamed.get("method"), str):
-        renamed["method"] = METHODS.get(renamed["method"], renamed["method"])
+        renamed["method"] = OLD_METHODS.get(renamed["method"], renamed["method"])
     if isinstance(renamed.get("tools"), dict):
-        renamed["tools"] = {METHODS.get(name, name): tool for name, tool in renamed["tools"].items()}
+        renamed["tools"] = {OLD_METHODS.get(name, name): tool for name, tool in renamed["tools"].items()}
     return renamed

@@ -14,8 +14,9 @@ from typing import Any
 
 from benchmarks import names, reliability
 from benchmarks.quality import proof
-from sarqc.job.comparison.table import Row, perplexity
-from sarqc.spec import ABOUT, METHODS
+from sarqc.comparison.table import Row, perplexity
+from sarqc.config import METHODS, MethodConfig, own_value
+from sarqc.options import options
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -191,8 +192,29 @@ def faults_summed() -> str:
 
 def methods() -> str:
     """What each method is, in a line."""
-    rows = (f"| `{name}` | {about} |" for name, about in ABOUT.items())
+    rows = (f"| `{name}` | {method.about} |" for name, method in METHODS.items())
     return "\n".join(["| `--method` | what it is |", "|---|---|", *rows])
+
+
+def presets() -> str:
+    """What each method is made of: its solver, and its own values of the options."""
+    lines = ["| method | calibrated | channel scales | solver |", "|---|---|---|---|"]
+    shown = {"saliency": "saliency", "reg_lambda": "λ", "scales": "scales", "act_order": "column order"}
+    shown |= {"cd_passes": "passes", "error_correction": "correction"}
+    lines[0] += "".join(f" {title} |" for title in shown.values())
+    lines[1] += "---|" * len(shown)
+    for name, method in METHODS.items():
+        cells = [f"`{name}`", _mark(method.calibrated), _mark(method.channel_scales), method.solver.upper()]
+        for option in shown:
+            needs = options(MethodConfig)[option].needs
+            value = own_value(name, option) if method.offers(needs) else ""
+            cells.append(_mark(value) if isinstance(value, bool) else str(value))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mark(value: bool) -> str:
+    return "yes" if value else ""
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -207,6 +229,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "reliability": faults_summed,
     "faults": faults,
     "methods": methods,
+    "presets": presets,
 }
 README_HAS = frozenset({"picture", "methods", "demo", "whole", "speed", "inference", "reliability"})
 

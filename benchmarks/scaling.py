@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from sarqc.job.forecast import shapes
-from sarqc.job.forecast.estimate import PASSES, PRODUCTS, busiest, sizes
-from sarqc.job.plan import Plan, Settings, make_plan
-from sarqc.model.passes import passes
-from sarqc.model.sharing import cost
+from sarqc.estimation import shapes
+from sarqc.estimation.sizes import PASSES, PRODUCTS, busiest, sizes
 from sarqc.model.sites import Share, Site
+from sarqc.pipeline.passes import passes
+from sarqc.pipeline.plan import Plan, Settings, make_plan
+from sarqc.pipeline.work_split import cost
 
 WINDOWS, SEQLEN = 128, 2048
 FOLDS = 2
@@ -113,7 +113,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
             solved += (FOLDS + 1) * _cost([site])  # a shift takes about as much as a solve: of each fold, and of all
             grams += _rows(site) * site.in_features
         swept = sum(share * _products(part) for share, part in zip(shares, parts))
-        spent["solve"] += solved / rates.solve + plan.solve.sweeps * PRODUCTS * swept / rates.single
+        spent["solve"] += solved / rates.solve + plan.method.cd_passes * PRODUCTS * swept / rates.single
         passed = sum(share * _weights(part) for share, part in zip(shares, parts))
         spent["grids"] += passed * PASSES * 4 / rates.memory
         summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import sarqc
-from sarqc.job.distributed import leads
-from sarqc.job.watcher import Silent
+from sarqc.pipeline.distributed import leads
+from sarqc.pipeline.progress import Silent
 
 _COMMON = dict(vocab_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -52,7 +52,7 @@ def work(model: str, out: str) -> None:
     torch.set_num_threads(1)
     tokens = torch.randint(0, 512, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(0))
     watch = Stopwatch()
-    sarqc.quantize(model, out, calib=tokens, group_size=128, device="cpu", watcher=watch)
+    sarqc.quantize(model, out, dataset=tokens, group_size=128, device="cpu", progress=watch)
     if leads():
         print(f"{watch.ended - watch.began:.2f}")
 

@@ -23,13 +23,13 @@ from benchmarks.ops import OPS, columns, gram
 from benchmarks.ops.base import Call, Inputs, Point
 from benchmarks.ops.w4a16 import GROUP
 from benchmarks.timing import COLD_BYTES, copies_for, in_turns, percentiles, ready
-from sarqc_kernels import prepare
-from sarqc_kernels.cards import Card, card_of, triton_unsupported
+from sarqc_kernels import repack
 from sarqc_kernels.columns import config as columns_config
+from sarqc_kernels.device import Device, device_info, triton_unsupported
 from sarqc_kernels.gram import config as gram_config
 from sarqc_kernels.tuned import choices, table_path
 from sarqc_kernels.w4a16 import config as w4a16_config
-from sarqc_kernels.w4a16.layout import BRICKS
+from sarqc_kernels.w4a16.layout import TILES
 
 RULE = "the rule"
 GAIN = 0.02  # below it a difference between two runs is noise
@@ -50,7 +50,7 @@ class Trial:
     bind: Callable[[dict[str, Any], Inputs], Call]
 
 
-def of_gram(point: Point, card: Card) -> list[Trial]:
+def of_gram(point: Point, card: Device) -> list[Trial]:
     sizes = [point.sizes[name] for name in ("experts", "tokens", "inputs")]
     even = point.sizes["inputs"] % 16 == 0
     known = gram_config.tiles(card.arch, torch.bfloat16, even)
@@ -73,7 +73,7 @@ def of_gram(point: Point, card: Card) -> list[Trial]:
     return [Trial("gram", gram_config.key(*sizes, torch.bfloat16, even), entries, bind)]
 
 
-def of_columns(point: Point, card: Card) -> list[Trial]:
+def of_columns(point: Point, card: Device) -> list[Trial]:
     experts, rows = point.sizes["experts"], point.sizes["rows"]
     entries = {name: {"tiles": name} for name in columns_config.CONFIGURATIONS}
     chosen = columns_config.rule(experts, rows, card)
@@ -91,14 +91,14 @@ def of_columns(point: Point, card: Card) -> list[Trial]:
     return [Trial("columns", columns_config.key(experts, rows), entries, bind)]
 
 
-def of_w4a16(point: Point, card: Card) -> list[Trial]:
+def of_w4a16(point: Point, card: Device) -> list[Trial]:
     sizes = point.sizes
     if sizes["bits"] != 4:
         return []  # tables are of 4 bits
     return [_product(("x", ""), (sizes["tokens"], sizes["outputs"], sizes["inputs"], GROUP, 0), card)]
 
 
-def of_moe(point: Point, card: Card) -> list[Trial]:
+def of_moe(point: Point, card: Device) -> list[Trial]:
     sizes = point.sizes
     rows, experts = sizes["tokens"] * sizes["chosen"], sizes["experts"]
     up = (rows, 2 * sizes["inner"], sizes["hidden"], GROUP, experts)
@@ -106,24 +106,24 @@ def of_moe(point: Point, card: Card) -> list[Trial]:
     return [_product(("x", "up_"), up, card), _product(("h", "down_"), down, card)]
 
 
-def _product(names: tuple[str, str], shape: tuple[int, int, int, int, int], card: Card) -> Trial:
+def _product(names: tuple[str, str], shape: tuple[int, int, int, int, int], card: Device) -> Trial:
     """names: of the activations, and the prefix of the weight."""
     source, side = names
     plans = {**w4a16_config.candidates(*shape, card), RULE: w4a16_config.rule(*shape, card)}
 
     def bind(entry: dict[str, Any], inputs: Inputs) -> Call:
-        from sarqc_kernels.w4a16.triton_impl import run
+        from sarqc_kernels.w4a16.triton.launch import run
 
         x, offsets, packed = inputs[source], inputs.get("offsets"), f"{side}packed"
-        if packed not in inputs:  # one for all candidates: they read the same bricks
+        if packed not in inputs:  # one for all candidates: they read the same k_tiles
             codes, scales = inputs[f"{side}codes"], inputs[f"{side}scales"]
-            inputs[packed] = prepare(codes, scales, None, bits=4, dtype=x.dtype, device=x.device, layout=BRICKS)
+            inputs[packed] = repack(codes, scales, None, bits=4, dtype=x.dtype, device=x.device, layout=TILES)
         return lambda: run(plans[entry["plan"]], x, inputs[packed], offsets, None)
 
     return Trial("w4a16", w4a16_config.key(*shape), {name: {"plan": name} for name in plans}, bind)
 
 
-TRIALS: dict[str, Callable[[Point, Card], list[Trial]]] = {
+TRIALS: dict[str, Callable[[Point, Device], list[Trial]]] = {
     "gram": of_gram, "columns": of_columns, "w4a16": of_w4a16, "moe": of_moe,
 }  # fmt: skip
 
@@ -138,7 +138,7 @@ def tune(op: str, device: torch.device, budget: Budget, quick: bool = False) -> 
     """Entries by key for the points of an op: what to take, or None where the rule is as good."""
     found: dict[str, dict[str, Any] | None] = {}
     for point in sorted(OPS[op].points(quick), key=lambda point: point.rank):
-        trials = TRIALS[op](point, card_of(device))
+        trials = TRIALS[op](point, device_info(device))
         if not trials:
             continue
         if not budget.has_time():
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"nothing to tune: {reason}")
     if device.type != "cuda":
         raise SystemExit("nothing to tune: a table is of a card, and the interpreter's times mean nothing")
-    made_on, arch = machine.facts(device, options.commit), card_of(device).arch
+    made_on, arch = machine.facts(device, options.commit), device_info(device).arch
     chosen = list(TRIALS) if options.what == "all" else [options.what]
     for number, op in enumerate(chosen):
         share = Budget(budget.left() / 60 / (len(chosen) - number))

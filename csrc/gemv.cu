@@ -1,8 +1,8 @@
 // One to four tokens times a packed weight of 4 bits: a row of outputs is a sum that only memory can hold up.
 //
-// A block of 16 warps owns 32 rows; each warp takes every 16th brick (128 inputs) of them. Within a brick a row is 16
+// A block of 16 warps owns 32 rows; each warp takes every 16th k_tile (128 inputs) of them. Within a k_tile a row is 16
 // words (sarqc_kernels/w4a16/layout.py): a lane reads 16 bytes of each of 4 rows, so a warp's load is 512 bytes in one
-// piece, and the next brick's loads are under way while this one is multiplied: 4 rows x 16 bytes x 2 x 512 threads =
+// piece, and the next k_tile's loads are under way while this one is multiplied: 4 rows x 16 bytes x 2 x 512 threads =
 // 64 KiB in flight on a processor, where bandwidth times latency asks for about 26. Nibble i of word p is the code of
 // input 16 i + p: a lane's four words need x at four neighbouring inputs, eight times, from the first-level cache.
 //
@@ -10,7 +10,7 @@
 // is 2^(23 - 4t) + code, and subtracting 2^(23 - 4t) + zero is exact. Nibbles 5 to 7 lie too high for that and come
 // down first, three with one shift. Per weight: AND-OR, subtract, and a multiply-add for each token. Scales multiply
 // the sums of a group. Counted for sm_90a with one token in bf16, symmetric, groups of 128: 600 instructions for the
-// 128 weights that a lane has of a brick, 384 of them these three.
+// 128 weights that a lane has of a k_tile, 384 of them these three.
 //
 // Lanes and warps meet once, in shared memory, and are added in one order: the same call gives the same bits.
 
@@ -24,21 +24,21 @@ constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 32;             // of a block
 constexpr int kOwn = kRows / 8;       // rows of a lane: row lane / 4 of every eight
-constexpr int kBrick = 256;           // 16-byte vectors of a brick of 64 rows
-constexpr int kSlices = 8;            // slices of 16 inputs in a brick
+constexpr int kTile = 256;           // 16-byte vectors of a k_tile of 64 rows
+constexpr int kSlices = 8;            // slices of 16 inputs in a k_tile
 constexpr int kScales = 6;            // slice at which a whole group's scales come: earlier, and four tokens spill
 constexpr int kPad = 8;               // floats between the quarters' sums: their banks differ
 
-// What a launch gets; sarqc_kernels/w4a16/cuda_impl.py has the same fields in the same order.
+// What a launch gets; sarqc_kernels/w4a16/cuda.py has the same fields in the same order.
 struct Gemv {
     const uint16_t* x;      // [tokens, inputs] bf16 or fp16
-    const uint4* words;     // bricks
+    const uint4* words;     // k_tiles
     const void* scales;     // [groups, padded]
     const uint8_t* zeros;   // [groups, padded] or null: 8 everywhere
     const uint16_t* bias;   // [outputs] in x's dtype, or null
     uint16_t* out;          // [tokens, outputs]
-    int32_t tokens, outputs, inputs, bricks, padded;
-    int32_t slices_per_group, bricks_per_group;  // slices: 8 where a group is a brick or more
+    int32_t tokens, outputs, inputs, k_tiles, padded;
+    int32_t slices_per_group, tiles_per_group;  // slices: 8 where a group is a k_tile or more
     int32_t half, scale_kind;                    // x is fp16; scales: 0 fp32, 1 fp16, 2 bf16
 };
 
@@ -86,30 +86,30 @@ __device__ float lifted(uint32_t word, int place) {
 #endif
 }
 
-// The lane's vector of each of its rows of a brick; nothing beyond the last brick.
-__device__ void fetch(const Gemv& call, const uint4* words, int brick, uint4 (&packed)[kOwn]) {
+// The lane's vector of each of its rows of a k_tile; nothing beyond the last k_tile.
+__device__ void fetch(const Gemv& call, const uint4* words, int k_tile, uint4 (&packed)[kOwn]) {
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-        packed[own] = brick < call.bricks ? __ldcs(words + static_cast<int64_t>(brick) * kBrick + own * 32)
+        packed[own] = k_tile < call.k_tiles ? __ldcs(words + static_cast<int64_t>(k_tile) * kTile + own * 32)
                                           : uint4{0, 0, 0, 0};
     }
 }
 
-// A brick: sums[own][token] += scale * sum (code - zero) * x. kWhole: a group is a brick or more.
+// A k_tile: sums[own][token] += scale * sum (code - zero) * x. kWhole: a group is a k_tile or more.
 template <bool kHalf, int kTokens, bool kWhole>
-__device__ void multiply(const Gemv& call, const uint4 (&packed)[kOwn], int brick, int row, int quarter,
+__device__ void multiply(const Gemv& call, const uint4 (&packed)[kOwn], int k_tile, int row, int quarter,
                          float (&sums)[kOwn][kTokens]) {
     const int every = kWhole ? kSlices : call.slices_per_group;  // a power of two
-    const int before = !kWhole                      ? brick * (kSlices / every)
-                       : call.bricks_per_group == 1 ? brick  // a division takes 24 instructions
-                                                    : brick / call.bricks_per_group;
+    const int before = !kWhole                      ? k_tile * (kSlices / every)
+                       : call.tiles_per_group == 1 ? k_tile  // a division takes 24 instructions
+                                                    : k_tile / call.tiles_per_group;
     int64_t at = static_cast<int64_t>(before) * call.padded + row;
     float part[kOwn][kTokens] = {}, scale[kOwn], zero[kOwn];
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
         if ((slice & (every - 1)) == 0) zeros_at(call, at, zero);
         if (kWhole ? slice == kScales : (slice & (every - 1)) == 0) scales_at(call, at, scale);
-        const int column = brick * 128 + 16 * slice + 4 * quarter;
+        const int column = k_tile * 128 + 16 * slice + 4 * quarter;
         float x[kTokens][4];
 #pragma unroll
         for (int token = 0; token < kTokens; ++token) {
@@ -160,15 +160,15 @@ template <bool kHalf, int kTokens, bool kWhole>
 __device__ void accumulate(const Gemv& call, float* shared, int block, int thread) {
     const int warp = thread / 32, row = thread % 32 / 4, quarter = thread % 4;
     const int first = block * kRows;
-    const uint4* words = call.words + static_cast<int64_t>(first / 64) * call.bricks * kBrick +
+    const uint4* words = call.words + static_cast<int64_t>(first / 64) * call.k_tiles * kTile +
                          (first % 64 + row) * 4 + quarter;
     float sums[kOwn][kTokens] = {};
     uint4 now[kOwn], next[kOwn];
     fetch(call, words, warp, now);
-    for (int brick = warp; brick < call.bricks; brick += kWarps) {
-        fetch(call, words, brick + kWarps, next);
+    for (int k_tile = warp; k_tile < call.k_tiles; k_tile += kWarps) {
+        fetch(call, words, k_tile + kWarps, next);
         __syncwarp();  // or the compiler moves these loads down into the products
-        multiply<kHalf, kTokens, kWhole>(call, now, brick, first + row, quarter, sums);
+        multiply<kHalf, kTokens, kWhole>(call, now, k_tile, first + row, quarter, sums);
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) now[own] = next[own];
     }

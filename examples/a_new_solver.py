@@ -3,7 +3,7 @@
     python examples/a_new_solver.py
 
 This one rounds to the nearest code and then gives each group the scale that fits those codes best, by weighted least
-squares, a few times over. It is a `sarqc.method.solve.Solver`: any function of these arguments. It gets one site, which
+squares, a few times over. It is a `sarqc.method.layer.Solver`: any function of these arguments. It gets one site, which
 is one weight or all experts of a layer at once, and what is known of its inputs; everything else is done for it.
 """
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 import sarqc
 from sarqc.errors import ArgumentError
-from sarqc.method.channel_scale import Scaling
-from sarqc.method.solve import SOLVERS, Solution
-from sarqc.method.statistics import Gram
+from sarqc.method.awq import Scaling
+from sarqc.method.gram import Gram
+from sarqc.method.layer import SOLVERS
+from sarqc.method.rtn import Solution
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels import round_to_grid
 
@@ -31,8 +32,8 @@ def least_squares(
     weight: Tensor,  # fp32 [E, N, K]
     gram: Gram,
     strength: Tensor,  # lambda of each expert, fp32 [E]; this solver has no regulariser
-    quant: sarqc.QuantSpec,
-    solve: sarqc.SolveSpec,
+    quant: sarqc.QuantConfig,
+    method: sarqc.MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
@@ -60,7 +61,7 @@ def main(model: str = "smollm2", out: str | Path = "solvers", **settings: Any) -
     errors = {}
     for method in ("rtn-search", "sarqc-gptq"):
         errors[method] = sarqc.quantize(model, Path(out) / method, method=method, **settings).report["error"]
-    with patch.dict(SOLVERS, round=least_squares):  # "rtn-search" is the preset that collects Grams and calls "round"
+    with patch.dict(SOLVERS, rtn=least_squares):  # "rtn-search" is the preset that collects Grams and calls "rtn"
         found = sarqc.quantize(model, Path(out) / "least-squares", method="rtn-search", **settings)
     errors["least-squares"] = found.report["error"]
     for name, error in errors.items():

@@ -12,8 +12,8 @@ import torch
 from sarqc_kernels import (
     fit_grid,
     gram_accumulate_,
-    prepare,
     quantize_columns,
+    repack,
     round_to_grid,
     symmetrize_,
     w4a16_matmul,
@@ -54,7 +54,7 @@ def main(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[s
     exact = x.float() @ weight[0].T
     errors = {}
     for name, parts in {"rounding": (plain, plain_scales), "feedback": (codes, scales)}.items():
-        packed = prepare(*parts, None, bits=4, dtype=x.dtype, device=device)  # None: symmetric, zero is 8
+        packed = repack(*parts, None, bits=4, dtype=x.dtype, device=device)  # None: symmetric, zero is 8
         found = w4a16_matmul(x, packed).float()
         errors[name] = float((found - exact).square().sum() / exact.square().sum())
         held = packed.words.nbytes + packed.scales.nbytes

@@ -15,51 +15,58 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sarqc.registration import register, unregister
-
-__version__ = "0.2.0"
+from sarqc._version import __version__
+from sarqc.integrations.register import register, unregister
 
 if TYPE_CHECKING:
+    from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
+    from sarqc.config_compare import ComparisonConfig, MeasureConfig
+    from sarqc.entrypoints.compare import Comparison, compare
+    from sarqc.entrypoints.estimate import preflight
+    from sarqc.entrypoints.evaluate import evaluate
+    from sarqc.entrypoints.load import load
+    from sarqc.entrypoints.quantize import quantize
     from sarqc.errors import SarqcError
-    from sarqc.job.comparison.compare import Comparison, compare
-    from sarqc.job.export import Result, export
-    from sarqc.job.forecast.preflight import preflight
-    from sarqc.job.load import load
-    from sarqc.job.measure import evaluate
-    from sarqc.job.run import quantize
-    from sarqc.spec import METHODS, QuantSpec, SolveSpec
+    from sarqc.pipeline.write import Result
+
+_HOME = {
+    "METHODS": "sarqc.config",
+    "CalibrationConfig": "sarqc.config",
+    "Comparison": "sarqc.entrypoints.compare",
+    "ComparisonConfig": "sarqc.config_compare",
+    "MeasureConfig": "sarqc.config_compare",
+    "MethodConfig": "sarqc.config",
+    "QuantConfig": "sarqc.config",
+    "Result": "sarqc.pipeline.write",
+    "RunConfig": "sarqc.config",
+    "SarqcError": "sarqc.errors",
+    "compare": "sarqc.entrypoints.compare",
+    "evaluate": "sarqc.entrypoints.evaluate",
+    "load": "sarqc.entrypoints.load",
+    "preflight": "sarqc.entrypoints.estimate",
+    "quantize": "sarqc.entrypoints.quantize",
+}
 
 __all__ = [
     "METHODS",
+    "CalibrationConfig",
     "Comparison",
-    "QuantSpec",
+    "ComparisonConfig",
+    "MeasureConfig",
+    "MethodConfig",
+    "QuantConfig",
     "Result",
+    "RunConfig",
     "SarqcError",
-    "SolveSpec",
+    "__version__",
     "compare",
     "evaluate",
-    "export",
     "load",
     "preflight",
     "quantize",
     "register",
     "unregister",
 ]
-
-_HOME = {
-    "METHODS": "sarqc.spec",
-    "Comparison": "sarqc.job.comparison.compare",
-    "QuantSpec": "sarqc.spec",
-    "Result": "sarqc.job.export",
-    "SarqcError": "sarqc.errors",
-    "SolveSpec": "sarqc.spec",
-    "compare": "sarqc.job.comparison.compare",
-    "evaluate": "sarqc.job.measure",
-    "export": "sarqc.job.export",
-    "load": "sarqc.job.load",
-    "preflight": "sarqc.job.forecast.preflight",
-    "quantize": "sarqc.job.run",
-}
 
 
 def __getattr__(name: str) -> Any:

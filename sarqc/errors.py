@@ -12,6 +12,8 @@ __all__ = [
     "ResourceError",
     "SarqcError",
     "TextError",
+    "first_line",
+    "out_of_memory",
 ]
 
 
@@ -37,3 +39,16 @@ class ResourceError(SarqcError):
 
 class Interrupted(SarqcError):
     """A run that was asked to stop and did, with its finished blocks saved; the command line exits with 130."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Also where the host, or a library of the GPU for its own work, has none: torch has no error of its own there."""
+    import torch
+
+    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return named or any(words in str(error) for words in ("_STATUS_ALLOC_FAILED", "can't allocate memory"))

@@ -7,8 +7,9 @@ Three operations carry the work, and everything has an expert axis E (a dense la
     w4a16_matmul        activations times the packed weight, dense or grouped by expert
 
 with `fit_grid` and `round_to_grid` (grids and plain rounding), `gram_finalize` (a Gram's sums -> the regularised matrix
-that is factored), `symmetrize_` (completes a Gram), `pack` / `unpack` (2 to 8 bit codes in 32-bit words), `prepare` /
-`restore` (a packed weight as the machine multiplies it, and back).
+that is factored), `symmetrize_` (completes a Gram), `pack` / `unpack` (2 to 8 bit codes in 32-bit words), `repack` /
+`unpack_weight` (a packed weight as the machine multiplies it, and back), `dequantize_fp8` / `dequantize_fp4` (FP8,
+MXFP4 and NVFP4 source weights to bf16, fp16 or fp32).
 Activations are rows [T, K] sorted by expert with `offsets` [E + 1]; the weight that codes stand for is
 (code - zero) * scale.
 
@@ -24,45 +25,52 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
+    from sarqc_kernels.dequant import dequantize_fp4, dequantize_fp8
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
     from sarqc_kernels.gram import gram_accumulate_, gram_finalize, symmetrize_
     from sarqc_kernels.packing import pack, unpack
-    from sarqc_kernels.w4a16 import PreparedWeight, prepare, restore, w4a16_matmul
+    from sarqc_kernels.w4a16 import RepackedWeight, repack, unpack_weight, w4a16_matmul, warm_up
 
 __all__ = [
     "ArgumentError",
     "BackendError",
-    "PreparedWeight",
+    "RepackedWeight",
     "SarqcError",
+    "dequantize_fp4",
+    "dequantize_fp8",
     "fit_grid",
     "gram_accumulate_",
     "gram_finalize",
     "pack",
-    "prepare",
     "quantize_columns",
-    "restore",
+    "repack",
     "round_to_grid",
     "symmetrize_",
     "unpack",
+    "unpack_weight",
     "w4a16_matmul",
+    "warm_up",
 ]
 
 _HOME = {
     "ArgumentError": "errors",
     "BackendError": "errors",
-    "PreparedWeight": "w4a16",
+    "RepackedWeight": "w4a16",
     "SarqcError": "errors",
+    "dequantize_fp4": "dequant",
+    "dequantize_fp8": "dequant",
     "fit_grid": "columns",
     "gram_accumulate_": "gram",
     "gram_finalize": "gram",
     "pack": "packing",
-    "prepare": "w4a16",
+    "repack": "w4a16",
     "quantize_columns": "columns",
-    "restore": "w4a16",
+    "unpack_weight": "w4a16",
     "round_to_grid": "columns",
     "symmetrize_": "gram",
     "unpack": "packing",
     "w4a16_matmul": "w4a16",
+    "warm_up": "w4a16",
 }
 
 

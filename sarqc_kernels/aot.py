@@ -1,4 +1,4 @@
-"""What is to be compiled where no card is at hand: each `*_impl.py` lists its kernels by an `aot_jobs()` of its own.
+"""What to compile where no GPU is at hand: each module that launches Triton kernels lists them in `aot_jobs()`.
 
 `benchmarks.aot` compiles the jobs and holds their machine code to what they say. Nothing here imports triton.
 """

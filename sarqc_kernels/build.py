@@ -2,9 +2,10 @@
 
 The sources include no header of torch: they export plain C functions that take pointers and a stream, so a build takes
 seconds, needs nvcc and a host compiler and nothing else, and one library serves every version of torch. A library's
-name holds a hash of all that shaped it (every source in csrc/, card, flags, version of nvcc), so a stale one is never
-loaded; it is compiled in a folder of its own and moved into place at once, so that processes may race. That the card
-can run it is asked of the library itself (`sarqc_ready`), before the first call.
+name holds a hash of all that shaped it (every source in csrc/, GPU, flags, version of nvcc), so a stale one is never
+loaded. One process of a machine compiles it under a file lock while the others wait, and says so in the log; it is
+moved into place at once. That the GPU can run it is asked of the library itself (`sarqc_ready`), before the first call
+and on the device of that call: any other would get a CUDA context for nothing.
 
 The cache is $SARQC_CACHE, or else sarqc/ in $XDG_CACHE_HOME or ~/.cache. The CUDA runtime is linked in statically: it
 joins the context that torch made, whichever runtime torch brought along.
@@ -15,21 +16,29 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from sarqc_kernels.cards import card_of
 from sarqc_kernels.errors import BackendError
 
-__all__ = ["FLAGS", "cache_folder", "card_name", "compile_library", "library", "nvcc", "sources", "why_not"]
+try:
+    import fcntl
+except ImportError:  # not on Windows: processes may then compile the same library side by side
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["FLAGS", "arch_name", "cache_folder", "compile_library", "library", "nvcc", "sources", "why_not"]
 
 FLAGS = ("-std=c++17", "-O3", "--shared", "-Xcompiler", "-fPIC", "--cudart=static")
+
+LOG = logging.getLogger("sarqc_kernels")
 
 HERE = Path(__file__).parent
 PLACES = (HERE / "csrc", HERE.parent / "csrc")  # of an installed package, of a checkout
@@ -65,8 +74,8 @@ def cache_folder() -> Path:
         raise BackendError(f"no home folder to keep libraries in: {error}; set SARQC_CACHE") from error
 
 
-def card_name(arch: int) -> str:
-    """What nvcc calls a card of capability arch / 10: "90a" for 9.0, whose own instructions need the letter."""
+def arch_name(arch: int) -> str:
+    """What nvcc calls a GPU of capability arch / 10: "90a" for 9.0, whose own instructions need the letter."""
     return "90a" if arch == 90 else str(arch)
 
 
@@ -79,12 +88,15 @@ def compile_library(name: str, arch: int) -> Path:
     source = folder / f"{name}.cu"
     if not source.exists():
         raise BackendError(f"there is no {source}")
-    card = card_name(arch)
-    flags = (*FLAGS, f"-gencode=arch=compute_{card},code=sm_{card}")
+    sm = arch_name(arch)
+    flags = (*FLAGS, f"-gencode=arch=compute_{sm},code=sm_{sm}")
     try:
-        target = cache / f"{name}-sm{card}-{_key(compiler, folder, flags)}.so"
+        target = cache / f"{name}-sm{sm}-{_key(compiler, folder, flags)}.so"
         if not target.exists():
-            _build([compiler, *flags, str(source)], target)
+            with _locked(target.with_suffix(".lock")):
+                if not target.exists():  # another process may have made it meanwhile
+                    LOG.warning("nvcc builds %s for sm_%s, once for this machine (seconds)", source.name, sm)
+                    _build([compiler, *flags, str(source)], target)
     except OSError as error:
         raise BackendError(f"cannot build {source.name} in {cache}: {error}; set SARQC_CACHE") from error
     return target
@@ -98,8 +110,20 @@ def _key(compiler: str, folder: Path, flags: tuple[str, ...]) -> str:
     return key.hexdigest()[:16]
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that one process of the machine has at a time; the file goes when it is given back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # who waits for it finds the library, or builds it side by side
+
+
 def _build(command: list[str], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, errors="replace")
@@ -120,21 +144,23 @@ def library(name: str, arch: int) -> ctypes.CDLL:
 
 
 @functools.cache
-def why_not(name: str, arch: int) -> str | None:
-    """The reason why `library(name, arch)` cannot run here, None if it can. The first call builds it; asked once."""
+def why_not(name: str, arch: int, device: torch.device | None = None) -> str | None:
+    """The reason why `library(name, arch)` cannot run on `device`, None if it can.
+
+    device: a CUDA device of capability arch / 10; None: the current one. The first call builds the library; its answer
+    is remembered.
+    """
     try:
-        _check_ready(library(name, arch), arch)
+        _check_ready(library(name, arch), device)
     except BackendError as error:
         return str(error)
     return None
 
 
-def _check_ready(made: ctypes.CDLL, arch: int) -> None:
-    """Raise BackendError where the card cannot run what was loaded: an nvcc newer than the driver makes what loads."""
-    every = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    mine = next((device for device in every if card_of(device).arch == arch), None)
+def _check_ready(made: ctypes.CDLL, device: torch.device | None) -> None:
+    """Raise BackendError where the GPU cannot run what was loaded, as where nvcc is newer than the driver."""
     versions = (ctypes.c_int * 2)()
-    with nullcontext() if mine is None else torch.cuda.device(mine):
+    with nullcontext() if device is None else torch.cuda.device(device):
         error = made.sarqc_ready(versions)
     if error:
         made.sarqc_error.restype = ctypes.c_char_p

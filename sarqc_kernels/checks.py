@@ -9,7 +9,15 @@ from torch import Tensor
 
 from sarqc_kernels.errors import ArgumentError
 
-__all__ = ["check_bits", "check_cut", "check_grid", "check_offsets", "check_same_device", "check_tensor"]
+__all__ = [
+    "check_bits",
+    "check_contiguous",
+    "check_cut",
+    "check_grid",
+    "check_offsets",
+    "check_same_device",
+    "check_tensor",
+]
 
 
 def check_bits(bits: int) -> None:
@@ -42,6 +50,16 @@ def check_offsets(offsets: Tensor | None, experts: int) -> None:
         check_tensor("offsets", offsets, (experts + 1,), torch.int64)
     elif experts != 1:
         raise ArgumentError(f"offsets is None with {experts} experts: pass int64 [{experts + 1}], rows of x by expert")
+
+
+def check_contiguous(name: str, **tensors: Tensor | None) -> None:
+    """The tensors of `name` lie in one piece, as kernels that take pointers read them."""
+    for part, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ArgumentError(
+                f"{name}.{part} has strides {tensor.stride()} for {list(tensor.shape)}: repack the part that is "
+                "wanted, a slice of a repacked weight cannot be read"
+            )
 
 
 def check_cut(offsets: Tensor | None, tokens: int) -> None:

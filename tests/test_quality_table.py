@@ -6,8 +6,8 @@ import sarqc
 from benchmarks import readme
 from benchmarks.quality import whole
 from benchmarks.quality.proof import FULL, SMALL, markdown
-from sarqc.job.comparison.table import table
-from sarqc.spec import METHODS
+from sarqc.comparison.table import table
+from sarqc.config import METHODS
 from tests.support import tiny
 
 
@@ -52,7 +52,7 @@ def test_tables_of_whole_runs_take_what_they_are_asked_for(tmp_path, monkeypatch
     (tmp_path / "whole-tiny.json").write_text(json.dumps({"rows": rows, "protocol": protocol}))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.whole().splitlines() == [
-        "| model | bits, group | text | rtn | gptq | sarqc | unquantized |",
+        "| model | bits, group | text | rtn | gptq | sarqc-awq-gptq | unquantized |",
         "|---|---|---|---|---|---|---|",
         "| tiny | 4, 64 | wiki | 10.00 | 9.50 |  | 9.00 |",
         "| tiny | 3, 64 | wiki | 30.00 | 12.00 | 11.00 | 9.00 |",
@@ -67,7 +67,9 @@ def test_tables_of_whole_runs_take_what_they_are_asked_for(tmp_path, monkeypatch
 def test_whole_runs_are_made_once_and_judged_beside_rounding(tmp_path, monkeypatch):
     """Of ours; a rival is only another interpreter's checkpoint."""
     model = tiny.save("llama", tmp_path / "model")
-    words = f"x {model} {tmp_path}/whole.json --calib builtin --eval builtin --eval-windows 2 --work {tmp_path}/work"
+    words = (
+        f"x {model} {tmp_path}/whole.json --dataset builtin --eval builtin --eval-windows 2 --work-dir {tmp_path}/work"
+    )
     words += " --format 3:32 --method gptq --windows 1,2"
     monkeypatch.setattr("sys.argv", f"{words} --seeds 0,1".split())
     made = []

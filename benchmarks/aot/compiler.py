@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.aot import sass
 from sarqc_kernels.aot import AotJob
-from sarqc_kernels.cards import Card
+from sarqc_kernels.device import Device
 
 FROM_REGISTERS = re.compile(r"ttg\.local_alloc %")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -60,7 +60,7 @@ def _problems(job: AotJob, code: sass.MachineCode, shared: int, layouts: str) ->
     if code.stack:
         problems.append(f"{code.stack} bytes of a thread in local memory")
     problems += [f"{code.opcodes[opcode]} x {opcode}" for opcode in ("LDL", "STL") if code.opcodes[opcode]]
-    limit = Card(job.arch, multiprocessors=1).shared_bytes
+    limit = Device(job.arch, multiprocessors=1).shared_bytes
     if shared > limit:
         problems.append(f"{shared} bytes of shared memory, the card has {limit}")
     problems += [f"no {opcode}" for opcode in job.instructions if not code.opcodes[opcode]]

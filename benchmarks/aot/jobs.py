@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from sarqc_kernels.aot import AotJob
 
-ROOMS = ("gram", "columns", "w4a16")
+ROOMS = ("gram", "columns", "w4a16", "dequant")
 
 
 def collect(rooms: Sequence[str] = (), match: str = "", archs: Sequence[int] = ()) -> list[AotJob]:
@@ -23,7 +23,7 @@ def collect(rooms: Sequence[str] = (), match: str = "", archs: Sequence[int] = (
 
 def _all(rooms: Sequence[str]) -> Iterator[AotJob]:
     for room in rooms:
-        for found in pkgutil.iter_modules(importlib.import_module(f"sarqc_kernels.{room}").__path__):
-            if found.name.endswith("_impl"):
-                module = importlib.import_module(f"sarqc_kernels.{room}.{found.name}")
-                yield from getattr(module, "aot_jobs", tuple)()
+        package = importlib.import_module(f"sarqc_kernels.{room}")
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if found.name.endswith("_impl") or ".triton." in found.name:
+                yield from getattr(importlib.import_module(found.name), "aot_jobs", tuple)()

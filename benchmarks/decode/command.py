@@ -43,7 +43,7 @@ def contenders() -> tuple[Contender, ...]:
 
 OP = Op(
     name="decode",
-    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_experts.py", "tests/model/test_inference.py"),
+    tests=("tests/kernels/test_w4a16.py", "tests/kernels/test_w4a16_experts.py", "tests/model/test_build.py"),
     points=lambda quick: [],  # they come from the command line
     inputs=lambda point, device, generator: {},
     contenders=contenders(),

@@ -14,8 +14,8 @@ from sarqc_kernels import (
     gram_accumulate_,
     gram_finalize,
     pack,
-    prepare,
     quantize_columns,
+    repack,
     round_to_grid,
     unpack,
     w4a16_matmul,
@@ -89,5 +89,5 @@ def test_unpack(benchmark, generator, bits):
 @pytest.mark.parametrize("tokens", [1, 128])
 def test_matmul(benchmark, generator, layout, tokens):
     quantized = random_quantized(generator, (1, ROWS, INPUTS), INPUTS // GROUP, 4, scale_dtype=torch.bfloat16)
-    weight = prepare(quantized.codes, quantized.scales, None, bits=4, dtype=torch.bfloat16, layout=layout)
+    weight = repack(quantized.codes, quantized.scales, None, bits=4, dtype=torch.bfloat16, layout=layout)
     benchmark(w4a16_matmul, torch.randn(tokens, INPUTS, generator=generator).bfloat16(), weight)

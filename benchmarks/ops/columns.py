@@ -63,7 +63,7 @@ def make(point: Point, device: torch.device, generator: torch.Generator) -> Inpu
 
 
 def factor(hessian: Tensor) -> Tensor:
-    """M with hessian = M M^T, as `sarqc.method.objective` takes it: one Cholesky of the flipped matrices."""
+    """M with hessian = M M^T, as `sarqc.method.hessian` takes it: one Cholesky of the flipped matrices."""
     lower, _ = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
     upper: Tensor = lower.flip(-1, -2)
     return upper

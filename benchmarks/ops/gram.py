@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, no_interpreter, normal, on_gpu_only
-from sarqc_kernels.cards import triton_unsupported
+from sarqc_kernels.device import triton_unsupported
 from sarqc_kernels.gram import gram_accumulate_
 
 TOKENS = 262_144  # 128 windows of 2048 tokens

@@ -1,6 +1,6 @@
 """W4A16 by experts: the two products of an expert MLP over routed rows (gate and up in one, then down).
 
-Rows come sorted by expert, as `sarqc.model.experts` hands them over; routing is uniform and the same on every run. An
+Rows come sorted by expert, as `sarqc.model.moe` hands them over; routing is uniform and the same on every run. An
 expert that no token chose is not read, so the least traffic counts the experts that were hit. The contenders called
 "experts" do the whole layer by `w4a16_experts`: the rows' tokens by index, the gate between the products and the sum
 over each token's experts as well, for the same least work.
@@ -17,8 +17,8 @@ from torch.nn.functional import silu
 
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal, on_gpu_only
 from benchmarks.ops.w4a16 import GROUP, LAYOUT, weight_of, why_not
-from sarqc.model.experts import route
-from sarqc_kernels import PreparedWeight, prepare, w4a16_matmul
+from sarqc.model.moe import route
+from sarqc_kernels import RepackedWeight, repack, w4a16_matmul
 from sarqc_kernels.w4a16 import Routing, w4a16_experts
 
 MODELS = (  # name, experts, chosen, hidden, intermediate, goals by tokens
@@ -87,10 +87,10 @@ def make(point: Point, device: torch.device, generator: torch.Generator) -> Inpu
     }
 
 
-def _prepared(inputs: Inputs, backend: str) -> tuple[PreparedWeight, PreparedWeight]:
+def _prepared(inputs: Inputs, backend: str) -> tuple[RepackedWeight, RepackedWeight]:
     x = inputs["x"]
     up, down = (
-        prepare(inputs[f"{side}_codes"], inputs[f"{side}_scales"], None, bits=4, dtype=x.dtype, device=x.device,
+        repack(inputs[f"{side}_codes"], inputs[f"{side}_scales"], None, bits=4, dtype=x.dtype, device=x.device,
                 layout=LAYOUT[backend])
         for side in ("up", "down")
     )  # fmt: skip

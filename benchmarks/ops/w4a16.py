@@ -13,13 +13,13 @@ from torch import Tensor
 
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, no_interpreter, normal, runs_anywhere
 from benchmarks.rivals import packed_matmul
-from sarqc_kernels import prepare, w4a16_matmul
+from sarqc_kernels import repack, w4a16_matmul
 from sarqc_kernels.backend import explain
 from sarqc_kernels.w4a16 import implementations
-from sarqc_kernels.w4a16.layout import BRICKS, INT4PACK, STREAM
+from sarqc_kernels.w4a16.layout import INT4PACK, STREAM, TILES
 
 GROUP = 128
-LAYOUT = {"triton": BRICKS, "cuda": BRICKS, "cpu": INT4PACK, "reference": STREAM}
+LAYOUT = {"triton": TILES, "cuda": TILES, "cpu": INT4PACK, "reference": STREAM}
 
 SHAPES = (  # outputs, inputs, why, rank, goals by tokens
     (4096, 4096, "o of Llama-3-8B: smaller than the L2 cache", 1, {1: 0.40, 16: 0.40, 64: 0.50, 256: 0.55, 4096: 0.7}),
@@ -81,7 +81,7 @@ def dense(codes: Tensor, scales: Tensor, bits: int = 4) -> Tensor:
 def _ours(backend: str) -> Contender:
     def bind(inputs: Inputs) -> Call:
         x = inputs["x"]
-        weight = prepare(inputs["codes"], inputs["scales"], None, bits=inputs["bits"], dtype=x.dtype, device=x.device,
+        weight = repack(inputs["codes"], inputs["scales"], None, bits=inputs["bits"], dtype=x.dtype, device=x.device,
                          layout=LAYOUT[backend])  # fmt: skip
         return lambda: w4a16_matmul(x, weight, backend=backend)
 
@@ -104,7 +104,7 @@ def why_not(backend: str) -> Any:
         x = torch.zeros(min(8, point.sizes["tokens"]), GROUP, dtype=torch.bfloat16, device=device)
         codes = torch.zeros(1, 64, GROUP, dtype=torch.uint8, device=device)
         scales = torch.ones(1, 64, 1, dtype=torch.bfloat16, device=device)
-        weight = prepare(codes, scales, None, bits=bits, dtype=x.dtype, device=device, layout=LAYOUT[backend])
+        weight = repack(codes, scales, None, bits=bits, dtype=x.dtype, device=device, layout=LAYOUT[backend])
         return dict(explain("w4a16_matmul", implementations(x), (x, weight, None, None)))[backend]
 
     return unsupported

@@ -1,4 +1,4 @@
-"""Answers instead of perplexity: the last word of each paragraph, asked through lm-eval (`sarqc.model.harness`).
+"""Answers instead of perplexity: the last word of each paragraph, asked through lm-eval (`sarqc.model.lm_eval`).
 
     python -m benchmarks.quality.cloze RESULTS.json --text TEXT.txt --text builtin NAME=MODEL [NAME=MODEL ...]
 
@@ -15,9 +15,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from sarqc.job.measure import zero_shot
-from sarqc.job.reporting.report import versions
-from sarqc.model.harness import CLOZE
+from sarqc.entrypoints.evaluate import zero_shot
+from sarqc.model.lm_eval import CLOZE
+from sarqc.system import versions
 
 
 def ask(model: str, text: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from sarqc.model.calibration import windows
+from sarqc.model.dataset import windows
 
 EXPERTS = 8
 TOP_K = 6

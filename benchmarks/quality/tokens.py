@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from sarqc.job.locate import locate
+from sarqc.model.hub import locate
 
 
 def first_windows(model: str, text: str, count: int, seqlen: int) -> torch.Tensor:

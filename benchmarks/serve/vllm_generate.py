@@ -101,7 +101,7 @@ def agreement(model: Any, prompt: list[int], said: list[int]) -> str:
 def section(name: str, folder: str, args: argparse.Namespace) -> tuple[str, str | None]:
     """Markdown of one checkpoint, and the version of vLLM where it ran."""
     import sarqc
-    from sarqc.model.packed import PackedWeight
+    from sarqc.model.packed_linear import PackedWeight
 
     stored, tokenizer = sarqc.load(folder, device=args.device)
     exact, _ = sarqc.load(folder, device=args.device, dtype="float32")
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of vLLM's LLM")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    from sarqc.job.reporting.report import versions
+    from sarqc.system import versions
 
     parts, served = [], set()
     for one in args.checkpoints:

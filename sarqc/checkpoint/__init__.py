@@ -7,12 +7,11 @@ reader    `open_checkpoint`: tensors by name, one at a time, also out of a quant
 writer    `ShardWriter`: tensors in, shards out, at most one tensor in memory
 manifest  the sum of every tensor that was written
 state     tensors and a record in one file, whole or absent, also piece by piece
-scratch   tensors in a file without a name, where memory is too small for them
 folders   an output folder that appears whole or not at all
 side_files  tokenizer, templates, licence, config.json
 formats   how a quantized weight lies on disk
 verify    reads back what was written
-compare   what was written against what it was made of
+differences  what was written against what it was made of
 
 Everything wrong with a file is a `CheckpointError` of one line that names it.
 """

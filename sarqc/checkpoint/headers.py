@@ -21,31 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sarqc.checkpoint.files import parse_json
+from sarqc.conventions import DTYPES
 from sarqc.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000
 """Bytes of header at most; the library's own cap."""
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-"""Names of dtypes in a header, in the library's order. Those of less than a byte are not read: no torch dtype has
-their shapes."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}

@@ -23,9 +23,9 @@ from sarqc.checkpoint.files import file_in, read_json
 from sarqc.checkpoint.formats import FORMATS, DenseInfo, detect, quantization_of
 from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Checkpoint:
         stored = self.describe(linear)
         assert self.format is not None
         group_size = -1 if stored.groups == 1 else stored.shape[1] // stored.groups
-        return partial(self.format.pack, linear, quant=QuantSpec(stored.bits, group_size, stored.sym))
+        return partial(self.format.pack, linear, quant=QuantConfig(stored.bits, group_size, stored.sym))
 
     def storage(self) -> Storage:
         """What is on disk, counted from the headers after checking the tensors of every quantized Linear."""

@@ -10,28 +10,9 @@ from typing import Any
 
 from sarqc.checkpoint.files import file_in, write_json
 from sarqc.checkpoint.formats import detect
+from sarqc.conventions import SIDE_FILES
 from sarqc.errors import CheckpointError
 
-PATTERNS = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "*.model",  # sentencepiece
-    "*.tiktoken",
-    "tekken.json",
-    "special_tokens_map*",
-    "added_tokens*",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    "*processor_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "License*",
-    "license*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 WEIGHTS = frozenset(
     {".bin", ".ckpt", ".gguf", ".h5", ".index", ".msgpack", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors"}
 )
@@ -43,7 +24,7 @@ def side_files(source: Path, code: bool = False) -> tuple[str, ...]:
     `CheckpointError` for a link that leads out of the folder, and for a file that may not be read.
     """
     names: set[str] = set()
-    for pattern in (*PATTERNS, "*.py") if code else PATTERNS:
+    for pattern in (*SIDE_FILES, "*.py") if code else SIDE_FILES:
         for path in source.glob(pattern):
             name = path.relative_to(source).as_posix()
             if path.is_dir() or path.suffix in WEIGHTS or name.endswith(".index.json"):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,30 @@ from sarqc.checkpoint.files import parse_json, write_all
 from sarqc.checkpoint.headers import Entry, bytes_of, make_header
 from sarqc.checkpoint.shards import Shard
 from sarqc.errors import CheckpointError, ResourceError, SarqcError
-from sarqc.method.parts import Parts
 
 _RECORD, _SUMS, _SEAL = "record", "sums", "seal"
 PARTIAL = ".partial"
 """Ending of a file that is being written; one that is found was left by a run that was killed."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """shape: of the whole, [S, ...]. each(): its pieces [n, ...] on the CPU in order, n >= 1; it may be asked again,
+    and a piece may be overwritten once the next one is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    each: Callable[[], Iterator[Tensor]]
+
+    @classmethod
+    def of(cls, whole: Tensor) -> Parts:
+        """A tensor that is in memory, as its one piece."""
+        return cls(tuple(whole.shape), whole.dtype, lambda: iter([whole]))
+
+    def rows(self) -> Iterator[Tensor]:
+        """Its S rows [...] one by one."""
+        for part in self.each():
+            yield from part
 
 
 class State:

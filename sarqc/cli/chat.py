@@ -15,7 +15,7 @@ from sarqc.cli.options import DeviceOption, DtypeOption, ExpandedOption, ModelAr
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sarqc.job.chat import Chat
+    from sarqc.entrypoints.generate import Chat
 
 COMMANDS = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 
@@ -31,7 +31,7 @@ def chat(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Talk with a model in the terminal. Lines piped into it are answered one by one, and nothing else is printed."""
-    from sarqc.job.chat import open_chat
+    from sarqc.entrypoints.generate import open_chat
 
     conversation = open_chat(
         model,

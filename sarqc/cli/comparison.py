@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sarqc.job.comparison.table import with_spread
-from sarqc.job.reporting.facts import figure
+from sarqc.comparison.table import with_spread
+from sarqc.report.summary import figure
 
 _HEADINGS = ("format", "windows", "method", "perplexity", "", "agrees", "KL", "solve s")
 

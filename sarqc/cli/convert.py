@@ -34,7 +34,7 @@ def convert(
     Example: sarqc convert some-model-AWQ -o some-model-ct --format compressed-tensors
     """
     from sarqc.cli.terminal import Ticker
-    from sarqc.job.convert import convert as run
+    from sarqc.entrypoints.convert import convert as run
 
     with Ticker(stderr()) as ticker:
         done = run(

@@ -17,7 +17,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     Exit code 1 where a self-test fails.
     """
-    from sarqc.job.doctor import examine
+    from sarqc.entrypoints.doctor import examine
 
     found = examine()
     if as_json:
@@ -33,7 +33,7 @@ def _shown(found: dict[str, Any]) -> Group:
 
 
 def _machine(found: dict[str, Any]) -> Table:
-    from sarqc.job.reporting.facts import human
+    from sarqc.report.summary import human
 
     table = Table(title="machine", title_justify="left", title_style="bold", show_header=False, box=None,
                   padding=(0, 2, 0, 0))  # fmt: skip

@@ -62,7 +62,7 @@ def evaluate(
 
 
 def _ask(model: str, tasks: list[str], how: dict[str, Any], as_json: bool) -> None:
-    from sarqc.job.measure import zero_shot
+    from sarqc.entrypoints.evaluate import zero_shot
 
     found = zero_shot(model, tasks, **how)
     if as_json:
@@ -76,7 +76,7 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
     from dataclasses import asdict
 
     from sarqc.cli.terminal import Ticker
-    from sarqc.job.measure import evaluate as run
+    from sarqc.entrypoints.evaluate import evaluate as run
 
     with Ticker(stderr()) as ticker:
 
@@ -97,7 +97,7 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
 
 def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) -> None:
     from sarqc.cli.terminal import Ticker
-    from sarqc.job.measure import evaluate_and_save
+    from sarqc.entrypoints.evaluate import evaluate_and_save
 
     with Ticker(stderr()) as ticker:
 

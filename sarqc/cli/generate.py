@@ -28,7 +28,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, greedily."""
-    from sarqc.job.generate import generate as run
+    from sarqc.entrypoints.generate import generate as run
 
     text = run(
         model,

@@ -15,7 +15,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What is in a quantized checkpoint: format, bits, size, and how the run went."""
-    from sarqc.job.inspect import inspect as run
+    from sarqc.entrypoints.inspect import inspect as run
 
     found = run(checkpoint)
     if as_json:

@@ -9,13 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from sarqc.job.forecast.preflight import Preflight
-    from sarqc.job.forecast.serve import Outlook
+    from sarqc.estimation.preflight import Preflight
+    from sarqc.serving.rules import Outlook
 
 
 def show(console: Console, found: Preflight) -> None:
     """Print everything that is known before a run."""
-    from sarqc.job.reporting.facts import human
+    from sarqc.report.summary import human
 
     title = f"[bold]{escape(found.model)}[/]  {found.architecture}, {found.headline()}"
     console.print(title, highlight=False, soft_wrap=not console.is_terminal)
@@ -46,13 +46,13 @@ def show(console: Console, found: Preflight) -> None:
 
 
 def _waiting(found: Preflight) -> str:
-    from sarqc.job.reporting.facts import human
+    from sarqc.report.summary import human
 
     said = []
     if found.waiting.states:
         said.append(f"{human(found.waiting.states)} of hidden states in memory")
     if found.waiting.mapped:
-        said.append(f"{human(found.waiting.mapped)} of hidden states in a file (over --state-budget)")
+        said.append(f"{human(found.waiting.mapped)} of hidden states in a file (over --activation-budget)")
     if found.waiting.ahead:
         said.append(f"the next block read ahead, {human(found.waiting.ahead)}")
     elif found.blocks > 1:

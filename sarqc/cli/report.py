@@ -15,8 +15,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Make report.html of a checkpoint again from its report.json, and say how the run went."""
-    from sarqc.job.reporting import report as reports
-    from sarqc.job.reporting.facts import verdict
+    from sarqc.report import report as reports
+    from sarqc.report.summary import verdict
 
     page = reports.rebuild(checkpoint)
     found = verdict(reports.load(checkpoint))

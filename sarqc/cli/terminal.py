@@ -20,7 +20,7 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from sarqc.cli.options import sentence
 
 if TYPE_CHECKING:
-    from sarqc.model.blocks import BlockResult
+    from sarqc.pipeline.driver import BlockResult
 
 QUIET_SECONDS = 5.0
 """Least time between two plain lines where there is no terminal to redraw."""

@@ -23,8 +23,8 @@ def verify(
     Exit code 0 if it is, 1 if it is not, with a line for each problem.
     """
     from sarqc.cli.terminal import Ticker
-    from sarqc.job.forecast.served import by_server
-    from sarqc.job.verify import verify as run
+    from sarqc.entrypoints.verify import verify as run
+    from sarqc.serving.compatibility import by_server
 
     with Ticker(stderr()) as ticker:
         found = run(checkpoint, against=against, trust_remote_code=trust_remote_code, progress=ticker.follow("tensors"))
@@ -40,7 +40,7 @@ def verify(
 
 def _verdict(record: dict[str, Any], against: str | None) -> str:
     """The line that says it all."""
-    from sarqc.job.reporting.facts import counted
+    from sarqc.report.summary import counted
 
     if not record["sound"]:
         return f"{record['folder']}: not sound"

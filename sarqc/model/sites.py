@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model import experts
-from sarqc.model.skeleton import Skeleton
-from sarqc.model.targets import Target
+from sarqc.model import moe
+from sarqc.model.layers import Target
+from sarqc.model.lazy_model import Skeleton
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def find_sites(skeleton: Skeleton, index: int, found: Sequence[Target], hidden: 
     with ExitStack() as hooks:
         for name in dict.fromkeys(target.module for target in found):
             module = skeleton.model.get_submodule(name)
-            if not experts.is_experts(module):
+            if not moe.is_experts(module):
                 seen = inputs.setdefault(name, [])
                 hooks.enter_context(reading(module, seen.append))
         skeleton.call_block(index, hidden)
@@ -125,10 +125,10 @@ def find_sites(skeleton: Skeleton, index: int, found: Sequence[Target], hidden: 
 
 
 @contextmanager
-def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, gate_weight: int = 0) -> Iterator[None]:
+def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, power: int = 0) -> Iterator[None]:
     """Send what every site reads to `sink`, for the time of the context.
 
-    gate_weight: rows of experts come scaled by their router weight, see `experts.observed`. Raises `ModelError` on
+    power: rows of experts come scaled by their router weight, see `experts.observed`. Raises `ModelError` on
     leaving it where a site was never called.
     """
     called: set[str] = set()
@@ -142,13 +142,13 @@ def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, gate_weight: 
         for site in sites:
             first = site.members[0]
             module = skeleton.model.get_submodule(first.module)
-            if experts.is_experts(module):
+            if moe.is_experts(module):
                 stacks.setdefault(first.module, {})[first.parameter.rpartition(".")[2]] = site
             else:
                 hooks.enter_context(reading(module, partial(pass_on, site, offsets=None)))
         for name, by_projection in stacks.items():
             module = skeleton.model.get_submodule(name)
-            hooks.enter_context(experts.observed(module, partial(_dispatch, by_projection, pass_on), gate_weight))
+            hooks.enter_context(moe.observed(module, partial(_dispatch, by_projection, pass_on), power))
         yield
     silent = next((site for site in sites if site.name not in called), None)
     if silent is not None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sarqc.errors import ModelError
-from sarqc.model.sanity import first_line
+from sarqc.errors import ModelError, first_line
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

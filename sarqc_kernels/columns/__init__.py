@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
-from sarqc_kernels.cards import fastest_first, triton_unsupported
 from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
 from sarqc_kernels.columns import grid, panels, reference
 from sarqc_kernels.columns.grid import GridRule, Problem
+from sarqc_kernels.device import fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.packing import words_of
 
@@ -66,6 +66,28 @@ def _cuda(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return cuda_impl.quantize_columns(problem)
 
 
+def _cpu_unsupported(weight: Tensor, *_: object) -> str | None:
+    from sarqc_kernels.columns import cpu_impl
+
+    return cpu_impl.unsupported(weight)
+
+
+def _cpu_unsupported_problem(problem: Problem) -> str | None:
+    return _cpu_unsupported(problem.weight)
+
+
+def _cpu(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    from sarqc_kernels.columns import cpu_impl
+
+    return cpu_impl.quantize_columns(problem)
+
+
+def _cpu_fit(*args: Any) -> tuple[Tensor, Tensor]:
+    from sarqc_kernels.columns import cpu_impl
+
+    return cpu_impl.fit_grid(*args)
+
+
 def _triton_fit(*args: Any) -> tuple[Tensor, Tensor]:
     from sarqc_kernels.columns import fit_impl
 
@@ -80,6 +102,7 @@ def _triton_round(*args: Any) -> Tensor:
 
 _FIT = (
     Implementation("triton", _triton_unsupported, _triton_fit),
+    Implementation("cpu", _cpu_unsupported, _cpu_fit),
     Implementation("reference", takes_all, grid.fit_grid),
 )
 _ROUND = (
@@ -89,6 +112,7 @@ _ROUND = (
 _QUANTIZE = (
     Implementation("cuda", _cuda_unsupported, _cuda),
     Implementation("triton", _triton_unsupported_problem, _triton),
+    Implementation("cpu", _cpu_unsupported_problem, _cpu),
     Implementation("reference", takes_all, reference.quantize_columns),
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sarqc_kernels.cards import Card
+from sarqc_kernels.device import Device
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.tuned import bucket, choices
 
@@ -56,7 +56,7 @@ def key(experts: int, rows: int) -> str:
     return f"e{bucket(experts)} n{bucket(rows)}"
 
 
-def choose(experts: int, rows: int, card: Card) -> Config:
+def choose(experts: int, rows: int, card: Device) -> Config:
     """The tiles for `experts` weights of `rows` rows."""
     if measured := choices("columns", card.arch).get(key(experts, rows)):
         if measured["tiles"] not in CONFIGURATIONS:
@@ -65,7 +65,7 @@ def choose(experts: int, rows: int, card: Card) -> Config:
     return rule(experts, rows, card)
 
 
-def rule(experts: int, rows: int, card: Card) -> Config:
+def rule(experts: int, rows: int, card: Device) -> Config:
     """The tiles of a call that no table has."""
     programs = experts * -(-rows // _MANY_ROWS.rows) * (PANEL // _MANY_ROWS.product_columns)
     return _MANY_ROWS if programs >= 2 * card.multiprocessors else _FEW_ROWS

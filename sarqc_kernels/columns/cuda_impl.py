@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels import build
-from sarqc_kernels.cards import card_of, interpreting, triton_unsupported
 from sarqc_kernels.columns import panels
 from sarqc_kernels.columns.config import Config, choose
 from sarqc_kernels.columns.grid import TRIALS, Problem
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize, too_large
+from sarqc_kernels.device import device_info, interpreting, triton_unsupported
 from sarqc_kernels.errors import BackendError
 
 __all__ = ["Columns", "Steps", "bind", "filled", "quantize_columns", "unsupported"]
@@ -50,7 +50,7 @@ def unsupported(problem: Problem) -> str | None:
     if weight.device.type != "cuda":
         return f"tensors are on {weight.device.type}, not on an NVIDIA card"
     reason = triton_unsupported(weight) or too_large(weight.shape[2])
-    return reason or build.why_not("columns", card_of(weight.device).arch)
+    return reason or build.why_not("columns", device_info(weight.device).arch, weight.device)
 
 
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,7 @@ def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     from sarqc_kernels.columns import triton_impl
 
     weight = problem.weight
-    card = card_of(weight.device)
+    card = device_info(weight.device)
     own = choose(weight.shape[0], weight.shape[1], card)
     steps = Steps(triton_impl.Steps(own), own, bind(build.library("columns", card.arch)))
     with torch.cuda.device_of(weight):

@@ -19,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.cards import card_of, on_device
 from sarqc_kernels.columns.config import configurations, rule
 from sarqc_kernels.columns.grid import GridRule, empty_grid
 from sarqc_kernels.columns.grid_impl import clamped, fit, half_even
 from sarqc_kernels.columns.panels import batches, factors_of
 from sarqc_kernels.columns.triton_impl import CHUNK, KINDS, OPTIONS, kind_of, limits, spelled
+from sarqc_kernels.device import device_info, on_device
 
 __all__ = ["aot_jobs", "fit_grid", "round_to_grid"]
 
@@ -74,7 +74,7 @@ def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, wanted:
     (experts, rows, columns), groups = weight.shape, scales.shape[2]
     counts = torch.ones((experts, columns), device=weight.device) if importance is None else importance.contiguous()
     table = factors_of(wanted.bits, wanted.sym, weight.device)
-    own = rule(experts * groups, rows, card_of(weight.device))
+    own = rule(experts * groups, rows, device_info(weight.device))
     with on_device(weight):
         for some, span in batches(experts, rows, columns):
             part = weight[some, span].mT.contiguous()

@@ -34,11 +34,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.cards import card_of
 from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose, configurations
 from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem
 from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
+from sarqc_kernels.device import device_info
 
 __all__ = ["CHUNK", "KINDS", "OPTIONS", "Steps", "aot_jobs", "kind_of", "limits", "quantize_columns", "spelled"]
 
@@ -168,7 +168,7 @@ def _columns(
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """`sarqc_kernels.columns.quantize_columns` in Triton."""
     weight = problem.weight
-    steps = Steps(choose(weight.shape[0], weight.shape[1], card_of(weight.device)))
+    steps = Steps(choose(weight.shape[0], weight.shape[1], device_info(weight.device)))
     with torch.cuda.device_of(weight):
         return quantize(steps, problem)
 

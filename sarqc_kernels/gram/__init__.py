@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
-from sarqc_kernels.cards import fastest_first, triton_unsupported
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device, check_tensor
+from sarqc_kernels.device import fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.gram import reference
 

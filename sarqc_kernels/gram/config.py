@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from sarqc_kernels.aot import ARCHS
-from sarqc_kernels.cards import Card
+from sarqc_kernels.device import Device
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.tuned import bucket, choices
 
@@ -66,7 +66,7 @@ class Plan:
     programs: int
 
 
-def choose(experts: int, tokens: int, inputs: int, dtype: torch.dtype, card: Card, even: bool) -> Plan:
+def choose(experts: int, tokens: int, inputs: int, dtype: torch.dtype, card: Device, even: bool) -> Plan:
     """The plan of a call. even: inputs, row stride and address of x are multiples of 16, so that copies can be wide."""
     if measured := choices("gram", card.arch).get(key(experts, tokens, inputs, dtype, even)):
         known = tiles(card.arch, dtype, even)
@@ -76,12 +76,12 @@ def choose(experts: int, tokens: int, inputs: int, dtype: torch.dtype, card: Car
     return rule(experts, tokens, inputs, dtype, card, even)
 
 
-def rule(experts: int, tokens: int, inputs: int, dtype: torch.dtype, card: Card, even: bool) -> Plan:
+def rule(experts: int, tokens: int, inputs: int, dtype: torch.dtype, card: Device, even: bool) -> Plan:
     """The plan of a call that no table has."""
     return plan_of(_tile(inputs, dtype, card.arch, even), experts, tokens, inputs, card)
 
 
-def plan_of(tile: Tile, experts: int, tokens: int, inputs: int, card: Card, splits: int | None = None) -> Plan:
+def plan_of(tile: Tile, experts: int, tokens: int, inputs: int, card: Device, splits: int | None = None) -> Plan:
     """The plan with a given tile. splits: no more than these (by the rule for None), and no more than pay at all."""
     units, rows, tile_bytes = experts * tile.units(inputs), tokens // max(1, experts), 4 * tile.m * tile.n
     most = _most_splits(units, rows, tile_bytes)

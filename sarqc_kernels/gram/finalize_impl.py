@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.cards import on_device
+from sarqc_kernels.device import on_device
 from sarqc_kernels.gram.triton_impl import tile_of
 
 __all__ = ["aot_jobs", "gram_finalize"]

@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sarqc_kernels.aot import AotJob
-from sarqc_kernels.cards import card_of, on_device
+from sarqc_kernels.device import device_info, on_device
 from sarqc_kernels.gram.config import FLUSH, Plan, Tile, choose, configurations
 
 __all__ = ["aot_jobs", "gram_accumulate_", "launch", "tile_of"]
@@ -204,7 +204,7 @@ def gram_accumulate_(gram: Tensor, rows: Tensor, abs_sum: Tensor, x: Tensor, off
     experts, inputs = abs_sum.shape
     if x.shape[0] and inputs and experts:
         even = not any(size % 16 for size in (inputs, x.stride(0), x.data_ptr())) and x.stride(0) >= inputs
-        plan = choose(experts, x.shape[0], inputs, x.dtype, card_of(x.device), even)
+        plan = choose(experts, x.shape[0], inputs, x.dtype, device_info(x.device), even)
         with on_device(x):
             launch(plan, gram, rows, abs_sum, x, offsets)
 

@@ -9,13 +9,13 @@ The rules, for shapes that no table has, follow from counting, none from a timin
   With 16 tokens a stage holds 8 KiB of words and 4 KiB of activations: four stages and two programs on a processor
   keep about 70 KiB in flight there, more than bandwidth times latency asks for (4.3 TB/s x 0.8 us / 132 = 26 KiB).
 * splits: where tiles of rows are fewer than processors, inputs are cut so that programs reach about the number of
-  processors, with at least four bricks (512 inputs) each; partial sums are fp32, added in order by a second kernel.
+  processors, with at least four k_tiles (512 inputs) each; partial sums are fp32, added in order by a second kernel.
 * folded, in tiles of 128 tokens, which more than 64 take: scales go into the weights (rounded once to 16 bits, as
-  `expand` does), so that one sum runs through all bricks and the tensor core multiplies one brick while the next is
+  `expand` does), so that one sum runs through all k_tiles and the tensor core multiplies one k_tile while the next is
   unpacked. Below, the sum of each group is scaled in fp32: that costs the same few instructions there, and a second set
   of sums has room.
 * persistent: on sm_90 tiles of 256 rows and 128 tokens, one program on each processor, which walks the tiles, eight
-  tiles of tokens with all tiles of rows at a time. Counted: a brick of such a tile takes 48 KiB from the L2 cache for
+  tiles of tokens with all tiles of rows at a time. Counted: a k_tile of such a tile takes 48 KiB from the L2 cache for
   8.4 Mflop, so at the full rate of the tensor cores all processors together ask it for 4.6 TB/s, where tiles of 128
   rows ask for 7.6. And 8 x 16 tiles under way at once read half of what 32 x 4 do, the order of a plain grid. Taken
   where tiles are more than processors and their waves take no longer than those of the smaller tiles, but for a
@@ -32,10 +32,10 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from sarqc_kernels.cards import Card
+from sarqc_kernels.device import Device
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.tuned import bucket, choices
-from sarqc_kernels.w4a16.layout import BRICK_COLUMNS, BRICK_ROWS, TILE_ROWS
+from sarqc_kernels.w4a16.layout import PAD_N, TILE_K, TILE_N
 
 __all__ = [
     "EXPAND",
@@ -47,7 +47,7 @@ __all__ = [
     "dot",
     "dot_sizes",
     "gemv",
-    "groups_per_brick",
+    "groups_per_tile",
     "key",
     "other_widths",
     "persistent",
@@ -61,11 +61,11 @@ GEMV_ROWS = 16  # of a tile
 DOT_TOKENS = (16, 32, 64, 128)
 FOLDED_TOKENS = 128  # of the tile whose scales go into the weights; not split: so many tokens make programs enough
 FOLDED_BYTES = 118_800  # of shared memory that tiles of 128 rows take then; those of fewer tokens take up to 81 920
-GROUPS = (1, 2, 4, 8)  # to a brick
+GROUPS = (1, 2, 4, 8)  # to a k_tile
 IDLE = 1 / 16  # of the time may be lost at the end of the last wave for taller tiles
 WIDTHS_GROUPS = 2
 EXPAND_TOKENS = 2048
-LEAST_BRICKS = 4  # of a split
+LEAST_TILES = 4  # of a split
 MOST_SPLITS = 16
 
 
@@ -94,22 +94,22 @@ class Plan:
 
     def fitting(self, *, gated: bool, asymmetric: bool, experts: int) -> Plan:
         """The same with tiles of 128 rows where 256 spill: gate and up in one tile, asymmetric codes by expert."""
-        if self.rows <= TILE_ROWS or not (gated or (asymmetric and experts)):
+        if self.rows <= PAD_N or not (gated or (asymmetric and experts)):
             return self
-        return replace(self, rows=TILE_ROWS)
+        return replace(self, rows=PAD_N)
 
 
 def takes_group(group_size: int, inputs: int) -> bool:
-    """Whether a brick holds whole groups or lies within one: 16, 32, 64, multiples of 128, or one group a row."""
-    return group_size == inputs or group_size % BRICK_COLUMNS == 0 or group_size in (16, 32, 64)
+    """Whether a k_tile holds whole groups or lies within one: 16, 32, 64, multiples of 128, or one group a row."""
+    return group_size == inputs or group_size % TILE_K == 0 or group_size in (16, 32, 64)
 
 
-def groups_per_brick(group_size: int, inputs: int) -> int:
-    """Scales that a row of a brick meets."""
-    return 1 if group_size == inputs else max(1, BRICK_COLUMNS // group_size)
+def groups_per_tile(group_size: int, inputs: int) -> int:
+    """Scales that a row of a k_tile meets."""
+    return 1 if group_size == inputs else max(1, TILE_K // group_size)
 
 
-def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card, bits: int = 4) -> Plan:
+def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Device, bits: int = 4) -> Plan:
     """The plan for x [tokens, inputs] times a weight [experts, outputs, inputs] of `bits`; experts = 0: dense."""
     shape = (tokens, outputs, inputs, group_size, experts)
     table = choices("w4a16", card.arch) if bits == 4 else {}
@@ -121,16 +121,16 @@ def choose(tokens: int, outputs: int, inputs: int, group_size: int, experts: int
     return rule(*shape, card, bits)
 
 
-def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card, bits: int = 4) -> Plan:
+def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Device, bits: int = 4) -> Plan:
     """The plan of a call that no table has; tables are of 4 bits."""
-    bricks = -(-inputs // BRICK_COLUMNS)
+    k_tiles = -(-inputs // TILE_K)
     if experts == 0 and tokens >= EXPAND_TOKENS:
         return EXPAND
     if tokens <= (GROUPED_GEMV_ROWS if experts else GEMV_TOKENS):
         programs = -(-outputs // GEMV_ROWS) * (tokens if experts else 1)
-        return gemv(1 if experts else tokens, _splits(programs, bricks, 4 * card.multiprocessors))
+        return gemv(1 if experts else tokens, _splits(programs, k_tiles, 4 * card.multiprocessors))
     share = -(-tokens // max(1, experts))  # of an expert, were they all alike
-    sizes = dot_sizes(groups_per_brick(group_size, inputs), card, bits)
+    sizes = dot_sizes(groups_per_tile(group_size, inputs), card, bits)
     plan = dot(next((size for size in sizes if share <= size), sizes[-1]), 1, card, bits)
     blocks = -(-tokens // plan.tokens) + (min(experts, tokens) if experts else 0)
     programs = -(-outputs // plan.rows) * blocks
@@ -139,23 +139,25 @@ def rule(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, 
         tiles = -(-outputs // walking.rows) * blocks
         time = [-(-count // card.multiprocessors) * each.rows for count, each in ((programs, plan), (tiles, walking))]
         return walking if tiles > card.multiprocessors and time[1] <= time[0] * (1 + IDLE) else plan
-    return replace(plan, splits=_splits(programs, bricks, card.multiprocessors))
+    return replace(plan, splits=_splits(programs, k_tiles, card.multiprocessors))
 
 
 def key(tokens: int, outputs: int, inputs: int, group_size: int, experts: int) -> str:
     """Of a call in the table: tokens by powers of two, the weight as it is (a model has few)."""
-    groups = groups_per_brick(group_size, inputs)
+    groups = groups_per_tile(group_size, inputs)
     return f"e{experts} m{bucket(tokens)} n{outputs} k{inputs} g{groups}"
 
 
 @functools.lru_cache(maxsize=1024)  # a call that a table has would make them anew each time
-def candidates(tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Card) -> Mapping[str, Plan]:
+def candidates(
+    tokens: int, outputs: int, inputs: int, group_size: int, experts: int, card: Device
+) -> Mapping[str, Plan]:
     """Every plan that could run a call and is checked ahead of time, by name: what a table may choose from."""
-    groups, bricks = groups_per_brick(group_size, inputs), -(-inputs // BRICK_COLUMNS)
+    groups, k_tiles = groups_per_tile(group_size, inputs), -(-inputs // TILE_K)
     checked = {(plan.kernel, plan.tokens, plan.splits > 1) for plan, _ in configurations(card)}
     plans = [] if experts else [EXPAND]
     for splits in (1, 2, 4, 8, MOST_SPLITS):
-        if splits > max(1, bricks // LEAST_BRICKS):
+        if splits > max(1, k_tiles // LEAST_TILES):
             continue
         if experts or bucket(tokens) <= GEMV_TOKENS:
             plans.append(gemv(1 if experts else bucket(tokens), splits))
@@ -173,11 +175,11 @@ def gemv(tokens: int, splits: int) -> Plan:
     return Plan("gemv", tokens, GEMV_ROWS, splits, 4, 3)
 
 
-def dot(tokens: int, splits: int, card: Card, bits: int = 4) -> Plan:
+def dot(tokens: int, splits: int, card: Device, bits: int = 4) -> Plan:
     """The dot plan for a tile of so many tokens.
 
     Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a tile. On sm_100
-    they live in tensor memory, of which each dot of a brick gets a part: with 64 tokens and a group of 16 inputs a dot,
+    they live in tensor memory, of which each dot of a tile gets a part: with 64 tokens and a group of 16 inputs a dot,
     512 columns hold eight parts of 64 rows. Warps of widths other than 4, whose planes take registers, are those that
     do not spill.
     """
@@ -186,35 +188,35 @@ def dot(tokens: int, splits: int, card: Card, bits: int = 4) -> Plan:
         many = 8 if bits != 4 and card.arch < 90 and tokens >= 32 else many
     elif tokens >= 64:
         many = 8 if (bits == 4) == (tokens >= FOLDED_TOKENS) else 4
-    rows = BRICK_ROWS if card.arch >= 100 and tokens == 64 else TILE_ROWS
+    rows = TILE_N if card.arch >= 100 and tokens == 64 else PAD_N
     return Plan("dot", tokens, rows, splits, many, 3 if tokens >= 64 else 4, folded=tokens >= FOLDED_TOKENS)
 
 
-def persistent(card: Card, bits: int = 4) -> Plan:
+def persistent(card: Device, bits: int = 4) -> Plan:
     """The plan of which each processor has one program, for a card whose `dot_sizes` reach `FOLDED_TOKENS`."""
     tall = card.arch == 90 and bits == 4  # more planes, and 256 rows spill
-    return replace(dot(FOLDED_TOKENS, 1, card, bits), rows=2 * TILE_ROWS if tall else TILE_ROWS, resident=1)
+    return replace(dot(FOLDED_TOKENS, 1, card, bits), rows=2 * PAD_N if tall else PAD_N, resident=1)
 
 
-def dot_sizes(groups: int, card: Card, bits: int = 4) -> tuple[int, ...]:
-    """Tokens of the dot tiles that fit and do not spill with so many groups to a brick (seen ahead of time)."""
+def dot_sizes(groups: int, card: Device, bits: int = 4) -> tuple[int, ...]:
+    """Tokens of the dot tiles that fit and do not spill with so many groups to a k_tile (seen ahead of time)."""
     spills = card.arch < 90 or (card.arch >= 100 and bits == 7)  # 7 bits are three planes
     most = 64 if spills or card.shared_bytes < FOLDED_BYTES else FOLDED_TOKENS
     least = 32 if groups == 8 and card.arch >= 100 else 16  # 16 with splits: ptxas stops at 80 registers and spills one
     return tuple(size for size in DOT_TOKENS if least <= size <= most)
 
 
-def _splits(programs: int, bricks: int, wanted: int) -> int:
-    return max(1, min(wanted // max(1, programs), bricks // LEAST_BRICKS, MOST_SPLITS))
+def _splits(programs: int, k_tiles: int, wanted: int) -> int:
+    return max(1, min(wanted // max(1, programs), k_tiles // LEAST_TILES, MOST_SPLITS))
 
 
-def configurations(card: Card) -> list[tuple[Plan, int]]:
-    """(plan, groups to a brick): every tile that `choose` can return for 4 bits; splits of 2 stand for more."""
+def configurations(card: Device) -> list[tuple[Plan, int]]:
+    """(plan, groups to a k_tile): every tile that `choose` can return for 4 bits; splits of 2 stand for more."""
     return [(plan, groups) for groups in GROUPS for plan in _tiles(card, 4, groups)]
 
 
-def other_widths(card: Card) -> list[tuple[int, Plan]]:
-    """(bits, plan): the same for widths other than 4, with `WIDTHS_GROUPS` groups to a brick for all.
+def other_widths(card: Device) -> list[tuple[int, Plan]]:
+    """(bits, plan): the same for widths other than 4, with `WIDTHS_GROUPS` groups to a k_tile for all.
 
     5, 6 and 7 bits are two or three of the planes of the others: the tile that takes the most registers stands for all.
     """
@@ -222,7 +224,7 @@ def other_widths(card: Card) -> list[tuple[int, Plan]]:
     return every + [(bits, _tiles(card, bits, WIDTHS_GROUPS)[-1]) for bits in (5, 6, 7)]
 
 
-def _tiles(card: Card, bits: int, groups: int) -> list[Plan]:
+def _tiles(card: Device, bits: int, groups: int) -> list[Plan]:
     """What `rule` and `candidates` take plans from, each tile with splits and without where it can have them."""
     gemvs = [gemv(tokens, splits) for tokens in (1, GEMV_TOKENS) for splits in (1, 2)]
     whole, split = ([dot(size, splits, card, bits) for size in dot_sizes(groups, card, bits)] for splits in (1, 2))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,61 +19,48 @@ from torch.nn.functional import silu
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_offsets, check_same_device
-from sarqc_kernels.direct import unwatched
 from sarqc_kernels.errors import ArgumentError
-from sarqc_kernels.w4a16 import cpu_impl, matmul, reference
-from sarqc_kernels.w4a16.layout import PreparedWeight
+from sarqc_kernels.fast_path import takes_fast_path
+from sarqc_kernels.w4a16 import cpu, matmul, reference
+from sarqc_kernels.w4a16.layout import RepackedWeight, check_weight
+from sarqc_kernels.w4a16.routing import Routing
 
-__all__ = ["Routing", "implementations", "w4a16_experts"]
-
-
-class Routing(NamedTuple):
-    """Which tokens go to which experts, R = T k rows sorted by expert.
-
-    offsets: int64 [E + 1], expert e has rows offsets[e] .. offsets[e + 1] - 1. tokens: int64 [R], the token behind each
-    row. slots: int64 [k, T], the rows of each token in the order in which they are added. weights: floating [R], the
-    router's weight of each row.
-    """
-
-    offsets: Tensor
-    tokens: Tensor
-    slots: Tensor
-    weights: Tensor
+__all__ = ["implementations", "w4a16_experts"]
 
 
-_Product = Callable[[Tensor, PreparedWeight, Tensor | None, Tensor | None], Tensor]
+_Product = Callable[[Tensor, RepackedWeight, Tensor | None, Tensor | None], Tensor]
 
 
 def _step_by_step(
-    product: _Product, x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing
+    product: _Product, x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing
 ) -> Tensor:
     gate, up = product(x[routing.tokens], gate_up, routing.offsets, None).float().chunk(2, -1)
     rows = product((silu(gate) * up).to(x.dtype), down, routing.offsets, None)
     weighted = rows.float() * routing.weights.float().unsqueeze(-1)
-    out = weighted.new_zeros((x.shape[0], down.outputs))
+    out = weighted.new_zeros((x.shape[0], down.out_features))
     for slot in routing.slots:
         out += weighted[slot]
     return out.to(x.dtype)
 
 
-def _cpu_unsupported(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing) -> str | None:
-    reasons = (cpu_impl.unsupported(x, weight, routing.offsets, None) for weight in (gate_up, down))
+def _cpu_unsupported(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing) -> str | None:
+    reasons = (cpu.unsupported(x, weight, routing.offsets, None) for weight in (gate_up, down))
     return next((reason for reason in reasons if reason), None)
 
 
-def _triton_unsupported(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing) -> str | None:
+def _triton_unsupported(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing) -> str | None:
     reasons = (matmul.triton_unsupported_product(x, weight, routing.offsets, None) for weight in (gate_up, down))
     return next((reason for reason in reasons if reason), None)
 
 
-def _run_triton(x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing) -> Tensor:
-    from sarqc_kernels.w4a16 import experts_impl
+def _run_triton(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing) -> Tensor:
+    from sarqc_kernels.w4a16.triton import experts as launcher
 
-    return experts_impl.w4a16_experts(x, gate_up, down, routing)
+    return launcher.w4a16_experts(x, gate_up, down, routing)
 
 
 _REFERENCE = Implementation("reference", takes_all, partial(_step_by_step, reference.w4a16_matmul))
-_CPU = Implementation("cpu", _cpu_unsupported, partial(_step_by_step, cpu_impl.w4a16_matmul))
+_CPU = Implementation("cpu", _cpu_unsupported, partial(_step_by_step, cpu.w4a16_matmul))
 _TRITON = Implementation("triton", _triton_unsupported, _run_triton)
 
 
@@ -84,7 +70,7 @@ def implementations(x: Tensor) -> Sequence[Implementation]:
 
 
 def w4a16_experts(
-    x: Tensor, gate_up: PreparedWeight, down: PreparedWeight, routing: Routing, *, backend: str | None = None
+    x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing, *, backend: str | None = None
 ) -> Tensor:
     """The experts of a layer, for every token.
 
@@ -97,13 +83,15 @@ def w4a16_experts(
     shapes, dtypes or devices that do not fit; what `routing` holds is not checked.
     """
     experts = gate_up.words.shape[0]
-    if x.dim() != 2 or x.dtype not in matmul.ACTIVATION_DTYPES or x.shape[1] != gate_up.inputs:
-        raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {gate_up.inputs}]")
-    if gate_up.outputs != 2 * down.inputs or down.words.shape[0] != experts:
+    if x.dim() != 2 or x.dtype not in matmul.ACTIVATION_DTYPES or x.shape[1] != gate_up.in_features:
+        raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {gate_up.in_features}]")
+    if gate_up.out_features != 2 * down.in_features or down.words.shape[0] != experts:
         raise ArgumentError(
-            f"gate_up is [{experts}, {gate_up.outputs}, {gate_up.inputs}] and down [{down.words.shape[0]}, "
-            f"{down.outputs}, {down.inputs}]: pass [E, 2 I, H] and [E, H', I]"
+            f"gate_up is [{experts}, {gate_up.out_features}, {gate_up.in_features}] and down [{down.words.shape[0]}, "
+            f"{down.out_features}, {down.in_features}]: pass [E, 2 I, H] and [E, H', I]"
         )
+    check_weight("gate_up", gate_up)
+    check_weight("down", down)
     offsets, tokens, slots, weights = routing
     check_offsets(offsets, experts)
     sizes = (tokens.numel(), weights.numel())
@@ -115,20 +103,20 @@ def w4a16_experts(
     check_same_device(
         x=x, gate_up=gate_up.words, down=down.words, offsets=offsets, tokens=tokens, slots=slots, weights=weights
     )
-    if unwatched(x):
+    if takes_fast_path(x):
         return _dispatched((x, gate_up, down, routing), backend)
     out: Tensor = _OP(x, *gate_up, *down, *routing, backend)
     return out
 
 
-def _dispatched(args: tuple[Tensor, PreparedWeight, PreparedWeight, Routing], backend: str | None) -> Tensor:
+def _dispatched(args: tuple[Tensor, RepackedWeight, RepackedWeight, Routing], backend: str | None) -> Tensor:
     out: Tensor = pick("w4a16_experts", implementations(args[0]), args, backend).run(*args)
     return out
 
 
 _WEIGHT = (
-    "Tensor {0}_words, Tensor {0}_scales, Tensor? {0}_zeros, str {0}_layout, int {0}_bits, SymInt {0}_outputs, "
-    "SymInt {0}_inputs, SymInt {0}_group_size"
+    "Tensor {0}_words, Tensor {0}_scales, Tensor? {0}_zeros, str {0}_layout, int {0}_bits, SymInt {0}_out_features, "
+    "SymInt {0}_in_features, SymInt {0}_group_size"
 )
 _LIBRARY = torch.library.Library("sarqc", "FRAGMENT")
 _LIBRARY.define(
@@ -136,18 +124,18 @@ _LIBRARY.define(
     "Tensor slots, Tensor weights, str? backend=None) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-_FIELDS = len(PreparedWeight._fields)
+_FIELDS = len(RepackedWeight._fields)
 
 
 def _run(x: Tensor, *fields: object) -> Tensor:
-    gate_up, down = PreparedWeight(*fields[:_FIELDS]), PreparedWeight(*fields[_FIELDS : 2 * _FIELDS])  # type: ignore[arg-type]
+    gate_up, down = RepackedWeight(*fields[:_FIELDS]), RepackedWeight(*fields[_FIELDS : 2 * _FIELDS])  # type: ignore[arg-type]
     routing = Routing(*fields[2 * _FIELDS : 2 * _FIELDS + 4])  # type: ignore[arg-type]
     backend = fields[2 * _FIELDS + 4] if len(fields) > 2 * _FIELDS + 4 else None
     return _dispatched((x, gate_up, down, routing), backend)  # type: ignore[arg-type]
 
 
 def _fake(x: Tensor, *fields: object) -> Tensor:
-    return x.new_empty((x.shape[0], fields[_FIELDS + PreparedWeight._fields.index("outputs")]))  # type: ignore[arg-type]
+    return x.new_empty((x.shape[0], fields[_FIELDS + RepackedWeight._fields.index("out_features")]))  # type: ignore[arg-type]
 
 
 _LIBRARY.impl("w4a16_experts", _run, "CPU")

@@ -2,21 +2,21 @@
 
     stream    words int32 [E, N, ceil(K b / 32)]       any width; the checkpoint's form, what the reference reads
     int4pack  words uint8 [E, N', K / 2]               2 to 4 bits on a CPU; the order of torch's int4 product
-    bricks    words int32 [E, N'/64, K'/128, 256 b]    any width on a GPU; what its kernels read
+    tiles    words int32 [E, N'/64, K'/128, 256 b]    any width on a GPU; what its kernels read
 
 N' and K' are N and K padded with codes of scale 0, so no kernel masks a load of weights. Each form costs b/8 bytes a
-weight plus its grid (int4pack half a byte: codes of 2 and 3 bits get the speed of 4 for the size of 4), and `restore`
-gives back the very codes, scales and zeros that went in: one offline layout serves every number of tokens, and an
-export needs no second copy.
+weight plus its grid (int4pack half a byte: codes of 2 and 3 bits get the speed of 4 for the size of 4), and
+`unpack_weight` gives back the very codes, scales and zeros that went in: one offline layout serves every number of
+tokens, and an export needs no second copy.
 
-A brick is 64 rows by 128 inputs in one piece, 4 KiB at 4 bits. Word p of a row of a brick holds in nibble i (lowest
+A tile is 64 rows by 128 inputs in one piece, 4 KiB at 4 bits. Word p of a row of a tile holds in nibble i (lowest
 first) the code of input 16 i + p. Nibble i of the sixteen words is then a contiguous slice of inputs, 16 deep, as deep
 as one tensor-core instruction: unpacking is a shift and a mask in the register that held the word, and no code ever
 moves to another thread. Other widths are cut into planes of w = 4, 2 or 1 bits (3 = 2 + 1, 7 = 4 + 2 + 1), one behind
-the other in the brick. A row of a plane has only 4 w words, so a nibble is shared: bits w s .. of nibble i are share s.
+the other in the tile. A row of a plane has only 4 w words, so a nibble is shared: bits w s .. of nibble i are share s.
 In a plane of two bits input 16 i + p is in word p mod 8, share p div 8; in one of one bit, in word (p div 2) mod 4 and
 share p mod 2 + 2 (p div 8). Shares are the bits of p that a thread holds for itself in the tensor core's first operand,
-so that no code moves there either. Scales and zeros of bricks lie [E, G', N'], rows innermost, as the rows of a tile
+so that no code moves there either. Scales and zeros of tiles lie [E, G', N'], rows innermost, as the rows of a tile
 are read together.
 
 torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
@@ -34,49 +34,50 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sarqc_kernels.checks import check_bits, check_grid, check_tensor
+from sarqc_kernels.checks import check_bits, check_contiguous, check_grid, check_tensor
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.packing import pack, unpack
 
 __all__ = [
-    "BRICKS",
-    "BRICK_COLUMNS",
-    "BRICK_ROWS",
     "INT4PACK",
     "LAYOUTS",
+    "PAD_N",
     "STREAM",
-    "TILE_ROWS",
-    "PreparedWeight",
+    "TILES",
+    "TILE_K",
+    "TILE_N",
+    "RepackedWeight",
+    "check_weight",
     "codes_of",
     "grid_of",
     "int4pack_block",
     "lift",
     "planes",
-    "prepare",
-    "restore",
+    "repack",
+    "unpack_weight",
 ]
 
-STREAM, INT4PACK, BRICKS = "stream", "int4pack", "bricks"
-LAYOUTS = (STREAM, INT4PACK, BRICKS)
+STREAM, INT4PACK, TILES = "stream", "int4pack", "tiles"
+LAYOUTS = (STREAM, INT4PACK, TILES)
 
-BRICK_ROWS, BRICK_COLUMNS = 64, 128
+TILE_N, TILE_K = 64, 128
 SLICE = 16  # inputs
-TILE_ROWS = 128  # bricks come in pairs: rows of a tile of the Triton kernels
+PAD_N = 128  # tiles come in pairs: rows of a tile of the Triton kernels
 INT4PACK_ROWS = 64  # rows are padded to whole blocks, so that every block has the same order
 INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's product takes
 
 
 def planes(bits: int) -> tuple[tuple[int, int], ...]:
-    """(width, lowest bit) of the planes that bricks cut codes of so many bits into, low bits first."""
+    """(width, lowest bit) of the planes that tiles cut codes of so many bits into, low bits first."""
     widths = [4] * (bits // 4) + [2] * (bits // 2 % 2) + [1] * (bits % 2)
     return tuple([(width, sum(widths[:place])) for place, width in enumerate(widths)])
 
 
-class PreparedWeight(NamedTuple):
+class RepackedWeight(NamedTuple):
     """A quantized weight [E, N, K] in one of `LAYOUTS`, ready for `w4a16_matmul`.
 
     words, scales and zeros are as the layout says (zeros None: symmetric). layout: its name. bits: of a code.
-    outputs: N, not padded. inputs: K, not padded. group_size: inputs that share a scale.
+    out_features: N, not padded. in_features: K, not padded. group_size: inputs that share a scale.
     """
 
     words: Tensor
@@ -84,12 +85,18 @@ class PreparedWeight(NamedTuple):
     zeros: Tensor | None
     layout: str
     bits: int
-    outputs: int
-    inputs: int
+    out_features: int
+    in_features: int
     group_size: int
 
 
-def prepare(
+def check_weight(name: str, weight: RepackedWeight) -> None:
+    """The tensors of a weight lie as `repack` made them. Only `stream` may be a view: no kernel reads it."""
+    if weight.layout != STREAM:
+        check_contiguous(name, words=weight.words, scales=weight.scales, zeros=weight.zeros)
+
+
+def repack(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
@@ -98,7 +105,7 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     layout: str | None = None,
-) -> PreparedWeight:
+) -> RepackedWeight:
     """Lay a weight out for the device that will multiply with it.
 
     codes: uint8 [E, N, K], below 2^bits. scales: floating [E, N, G], G dividing K. zeros: uint8 [E, N, G] or None
@@ -121,32 +128,32 @@ def prepare(
             raise ArgumentError(f"layout = {wanted!r} holds 2, 3, 4 bits, not {bits}: use {STREAM!r}")
         if int(codes.max()) >= 1 << bits:
             raise ArgumentError(f"codes holds {int(codes.max())}: {bits} bits take 0 to {(1 << bits) - 1}")
-        parts = (_to_int4pack if wanted == INT4PACK else _to_bricks)(codes, scales, zeros, bits)
+        parts = (_to_int4pack if wanted == INT4PACK else _to_tiles)(codes, scales, zeros, bits)
     words, grid, offset = (None if part is None else part.to(device) for part in parts)
     assert words is not None and grid is not None
-    return PreparedWeight(words, grid, offset, wanted, bits, shape[1], shape[2], shape[2] // scales.shape[2])
+    return RepackedWeight(words, grid, offset, wanted, bits, shape[1], shape[2], shape[2] // scales.shape[2])
 
 
-def restore(weight: PreparedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+def unpack_weight(weight: RepackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """codes uint8 [E, N, K], scales [E, N, G] and zeros uint8 [E, N, G] or None: exactly what was prepared."""
-    every = [codes_of(weight, expert, slice(0, weight.outputs)) for expert in range(weight.words.shape[0])]
+    every = [codes_of(weight, expert, slice(0, weight.out_features)) for expert in range(weight.words.shape[0])]
     return torch.stack(every), *grid_of(weight)
 
 
-def codes_of(weight: PreparedWeight, expert: int, rows: slice) -> Tensor:
+def codes_of(weight: RepackedWeight, expert: int, rows: slice) -> Tensor:
     """uint8 [rows, K], the codes of some rows of one expert; no more than these and their blocks are unpacked."""
     words = weight.words[expert]
     if weight.layout == STREAM:
-        return unpack(words[rows], weight.bits, weight.inputs)
-    block = BRICK_ROWS if weight.layout == BRICKS else INT4PACK_ROWS
+        return unpack(words[rows], weight.bits, weight.in_features)
+    block = TILE_N if weight.layout == TILES else INT4PACK_ROWS
     first, last = rows.start // block, -(-rows.stop // block)
-    if weight.layout == BRICKS:
-        codes = _from_bricks(words[first:last], weight.bits)
+    if weight.layout == TILES:
+        codes = _from_tiles(words[first:last], weight.bits)
     else:
         half = _known_block() // 2
-        stretch = words[first * block : last * block].reshape(-1, weight.inputs, half)
+        stretch = words[first * block : last * block].reshape(-1, weight.in_features, half)
         codes = torch.stack([stretch & 15, stretch >> 4], 1).transpose(-1, -2).flatten(0, 2) - lift(weight.bits)
-    return codes[rows.start - first * block : rows.stop - first * block, : weight.inputs]
+    return codes[rows.start - first * block : rows.stop - first * block, : weight.in_features]
 
 
 def lift(bits: int) -> int:
@@ -154,14 +161,14 @@ def lift(bits: int) -> int:
     return 8 - (1 << (bits - 1))
 
 
-def grid_of(weight: PreparedWeight) -> tuple[Tensor, Tensor | None]:
+def grid_of(weight: RepackedWeight) -> tuple[Tensor, Tensor | None]:
     """scales [E, N, G] and zeros uint8 [E, N, G] or None, as they were prepared."""
-    scales, zeros, count = weight.scales, weight.zeros, weight.inputs // weight.group_size
+    scales, zeros, count = weight.scales, weight.zeros, weight.in_features // weight.group_size
     if weight.layout == INT4PACK:
-        scales = scales[..., 0].mT[:, : weight.outputs]
-    elif weight.layout == BRICKS:
-        scales = scales.mT[:, : weight.outputs, :count]
-        zeros = None if zeros is None else zeros.mT[:, : weight.outputs, :count]
+        scales = scales[..., 0].mT[:, : weight.out_features]
+    elif weight.layout == TILES:
+        scales = scales.mT[:, : weight.out_features, :count]
+        zeros = None if zeros is None else zeros.mT[:, : weight.out_features, :count]
     return scales, zeros
 
 
@@ -176,7 +183,7 @@ def int4pack_block() -> int | None:
 
 def _fastest(bits: int, scales: Tensor, inputs: int, dtype: torch.dtype, device: torch.device) -> str:
     if device.type == "cuda":
-        return BRICKS
+        return TILES
     fits = bits <= 4 and inputs // scales.shape[2] in INT4PACK_GROUPS and dtype == torch.bfloat16
     return INT4PACK if fits and device.type == "cpu" and scales.dtype == torch.bfloat16 and int4pack_block() else STREAM
 
@@ -212,12 +219,12 @@ def _known_block() -> int:
     return block
 
 
-def _to_bricks(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _to_tiles(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
     group = codes.shape[2] // scales.shape[2]
-    rows, columns = -codes.shape[1] % TILE_ROWS, -codes.shape[2] % BRICK_COLUMNS
+    rows, columns = -codes.shape[1] % PAD_N, -codes.shape[2] % TILE_K
     codes = pad(codes, (0, columns, 0, rows))
-    bricks = codes.unflatten(2, (-1, BRICK_COLUMNS)).unflatten(1, (-1, BRICK_ROWS)).transpose(2, 3)
-    words = torch.cat([_plane(bricks, width, low) for width, low in planes(bits)], -1)
+    tiles = codes.unflatten(2, (-1, TILE_K)).unflatten(1, (-1, TILE_N)).transpose(2, 3)
+    words = torch.cat([_plane(tiles, width, low) for width, low in planes(bits)], -1)
     groups = max(scales.shape[2], -(-codes.shape[2] // group))
     edge = (0, groups - scales.shape[2], 0, rows)
     grid = pad(scales, edge).mT.contiguous()
@@ -231,22 +238,22 @@ def _shares(width: int) -> list[slice]:
     return [slice(first, first + 4 * width) for first in range(0, SLICE, 4 * width)]
 
 
-def _plane(bricks: Tensor, width: int, low: int) -> Tensor:
+def _plane(tiles: Tensor, width: int, low: int) -> Tensor:
     """Bits low .. low + width of uint8 [..., 64, 128] as int32 [..., 64 * 4 width]."""
-    slices = bricks.unflatten(-1, (-1, SLICE))
-    words = torch.zeros((*slices.shape[:-2], 4 * width), dtype=torch.int32, device=bricks.device)
+    slices = tiles.unflatten(-1, (-1, SLICE))
+    words = torch.zeros((*slices.shape[:-2], 4 * width), dtype=torch.int32, device=tiles.device)
     for i in range(slices.shape[-2]):
         for share, inputs in enumerate(_shares(width)):
             words |= ((slices[..., i, inputs] >> low) & ((1 << width) - 1)).int() << (4 * i + width * share)
     return words.flatten(-2)
 
 
-def _from_bricks(words: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, inputs], padded, of int32 [blocks, bricks, 256 bits]."""
-    codes = torch.zeros((*words.shape[:2], BRICK_ROWS, BRICK_COLUMNS), dtype=torch.uint8, device=words.device)
+def _from_tiles(words: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, inputs], padded, of int32 [blocks, tiles, 256 bits]."""
+    codes = torch.zeros((*words.shape[:2], TILE_N, TILE_K), dtype=torch.uint8, device=words.device)
     slices = codes.unflatten(-1, (-1, SLICE))
     for (width, low), plane in zip(planes(bits), words.split([256 * width for width, _ in planes(bits)], -1)):
-        rows = plane.unflatten(-1, (BRICK_ROWS, 4 * width))
+        rows = plane.unflatten(-1, (TILE_N, 4 * width))
         for i in range(slices.shape[-2]):
             for share, inputs in enumerate(_shares(width)):
                 found = (rows >> (4 * i + width * share)) & ((1 << width) - 1)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
-from sarqc_kernels.cards import triton_unsupported
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device
-from sarqc_kernels.direct import unwatched
+from sarqc_kernels.device import triton_unsupported
 from sarqc_kernels.errors import ArgumentError
-from sarqc_kernels.w4a16 import config, cpu_impl, cuda_impl, reference
-from sarqc_kernels.w4a16.layout import BRICKS, PreparedWeight
+from sarqc_kernels.fast_path import takes_fast_path
+from sarqc_kernels.w4a16 import config, cpu, cuda, reference
+from sarqc_kernels.w4a16.layout import TILES, RepackedWeight, check_weight
 
 __all__ = ["ACTIVATION_DTYPES", "implementations", "triton_unsupported_product", "w4a16_matmul"]
 
@@ -21,29 +21,29 @@ ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def triton_unsupported_product(
-    x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None
+    x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None
 ) -> str | None:
     """Why the Triton kernels cannot take the call; None where they can."""
     if reason := triton_unsupported(x):
         return reason
-    if weight.layout != BRICKS:
-        return f"the weight lies as {weight.layout!r}: the kernels read {BRICKS!r}"
+    if weight.layout != TILES:
+        return f"the weight lies as {weight.layout!r}: the kernels read {TILES!r}"
     if x.dtype == torch.float32:
         return "x is torch.float32: the tensor cores take torch.bfloat16 and torch.float16"
-    if not config.takes_group(weight.group_size, weight.inputs):
-        return f"groups of {weight.group_size} do not fit bricks: use 16, 32, 64, multiples of 128, or one a row"
+    if not config.takes_group(weight.group_size, weight.in_features):
+        return f"groups of {weight.group_size} do not fit tiles: use 16, 32, 64, multiples of 128, or one a row"
     return None
 
 
-def _run_triton(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
-    from sarqc_kernels.w4a16 import triton_impl
+def _run_triton(x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+    from sarqc_kernels.w4a16.triton import launch
 
-    return triton_impl.w4a16_matmul(x, weight, offsets, bias)
+    return launch.w4a16_matmul(x, weight, offsets, bias)
 
 
 _REFERENCE = Implementation("reference", takes_all, reference.w4a16_matmul)
-_CPU = Implementation("cpu", cpu_impl.unsupported, cpu_impl.w4a16_matmul)
-_CUDA = Implementation("cuda", cuda_impl.unsupported, cuda_impl.w4a16_matmul)
+_CPU = Implementation("cpu", cpu.unsupported, cpu.w4a16_matmul)
+_CUDA = Implementation("cuda", cuda.unsupported, cuda.w4a16_matmul)
 _TRITON = Implementation("triton", triton_unsupported_product, _run_triton)
 _ON_CPU = (_CPU, _REFERENCE, _TRITON, _CUDA)
 _ON_GPU = (_CUDA, _TRITON, _CPU, _REFERENCE)
@@ -51,7 +51,7 @@ _ON_GPU = (_CUDA, _TRITON, _CPU, _REFERENCE)
 
 def w4a16_matmul(
     x: Tensor,
-    weight: PreparedWeight,
+    weight: RepackedWeight,
     offsets: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -59,7 +59,7 @@ def w4a16_matmul(
 ) -> Tensor:
     """x times the transpose of a packed weight, expert by expert.
 
-    x: bf16, fp16 or fp32 [T, K], rows sorted by expert. weight: what `prepare` made of a weight [E, N, K].
+    x: bf16, fp16 or fp32 [T, K], rows sorted by expert. weight: what `repack` made of a weight [E, N, K].
     offsets: int64 [E + 1], expert e has rows offsets[e] .. offsets[e + 1] - 1; None: E = 1, all rows. bias: floating
     [E, N] or None. backend: see `sarqc_kernels.backend`.
     Returns [T, N] in x's dtype; rows outside of offsets[0] .. offsets[E] are 0.
@@ -67,22 +67,23 @@ def w4a16_matmul(
     Rounding: (code - zero) * scale in fp32, at most rounded once to x's dtype; products summed in fp32 at least (where
     cuBLAS multiplies, see below, sums of parts may be rounded between); the bias joins the sum, rounded to x's dtype or
     not; at most two roundings to x's dtype at the end, one without a bias. With identity activations the result is the
-    dequantized weight exactly (one exception: see `cpu_impl`). No gradient is defined. Raises ArgumentError for other
+    dequantized weight exactly (one exception: see `cpu`). No gradient is defined. Raises ArgumentError for other
     shapes, dtypes or devices; what `offsets` holds is checked on a CPU only.
 
     cuBLAS multiplies in the reference on a card, and in `triton` for a dense weight and thousands of tokens. Where it
     cuts the inputs it may round the sum of each part to x's dtype, which is torch's default: see
     `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`, and the one for fp16.
     """
-    if x.dim() != 2 or x.dtype not in ACTIVATION_DTYPES or x.shape[1] != weight.inputs:
-        raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {weight.inputs}]")
-    experts, outputs = weight.words.shape[0], weight.outputs
+    if x.dim() != 2 or x.dtype not in ACTIVATION_DTYPES or x.shape[1] != weight.in_features:
+        raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {weight.in_features}]")
+    check_weight("weight", weight)
+    experts, outputs = weight.words.shape[0], weight.out_features
     if bias is not None and (tuple(bias.shape) != (experts, outputs) or not bias.is_floating_point()):
         raise ArgumentError(f"bias is {bias.dtype} {list(bias.shape)}: pass floating [{experts}, {outputs}] or None")
     check_offsets(offsets, experts)
     if not x.device == weight.words.device == weight.scales.device or offsets is not None or bias is not None:
         check_same_device(x=x, words=weight.words, scales=weight.scales, offsets=offsets, bias=bias)
-    if unwatched(x):
+    if takes_fast_path(x):
         return _dispatched(x, weight, offsets, bias, backend)
     out: Tensor = _OP(x, *weight, offsets, bias, backend)
     return out
@@ -94,7 +95,7 @@ def implementations(x: Tensor) -> Sequence[Implementation]:
 
 
 def _dispatched(
-    x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None, backend: str | None
+    x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None, backend: str | None
 ) -> Tensor:
     check_cut(offsets, x.shape[0])
     args = (x, weight, offsets, bias)
@@ -103,11 +104,11 @@ def _dispatched(
 
 
 # Registered by hand: torch.library.custom_op wraps each call in Python of its own, tens of microseconds a call, which
-# a decode step pays hundreds of times. Where nobody looks, not even torch's dispatcher is asked (see `direct`).
+# a decode step pays hundreds of times. Where nobody looks, not even torch's dispatcher is asked (see `fast_path`).
 _LIBRARY = torch.library.Library("sarqc", "FRAGMENT")
 _LIBRARY.define(
-    "w4a16_matmul(Tensor x, Tensor words, Tensor scales, Tensor? zeros, str layout, int bits, SymInt outputs, "
-    "SymInt inputs, SymInt group_size, Tensor? offsets, Tensor? bias, str? backend=None) -> Tensor",
+    "w4a16_matmul(Tensor x, Tensor words, Tensor scales, Tensor? zeros, str layout, int bits, SymInt out_features, "
+    "SymInt in_features, SymInt group_size, Tensor? offsets, Tensor? bias, str? backend=None) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -126,7 +127,7 @@ def _run(
     bias: Tensor | None,
     backend: str | None = None,
 ) -> Tensor:
-    weight = PreparedWeight(words, scales, zeros, layout, bits, outputs, inputs, group_size)
+    weight = RepackedWeight(words, scales, zeros, layout, bits, outputs, inputs, group_size)
     return _dispatched(x, weight, offsets, bias, backend)
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sarqc_kernels.w4a16.layout import PreparedWeight, codes_of, grid_of
+from sarqc_kernels.w4a16.layout import RepackedWeight, codes_of, grid_of
 
 __all__ = ["w4a16_matmul"]
 
@@ -19,17 +19,17 @@ TILE = 1 << 20  # weights unpacked at a time
 LEAST_ROWS = 128  # of a tile: a GEMM with fewer outputs is slow
 
 
-def w4a16_matmul(x: Tensor, weight: PreparedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+def w4a16_matmul(x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
     """Reference of `sarqc_kernels.w4a16.w4a16_matmul`; takes every layout. Reading `offsets` waits for the device."""
     bounds = [0, x.shape[0]] if offsets is None else offsets.tolist()
-    out = x.new_zeros((x.shape[0], weight.outputs))
+    out = x.new_zeros((x.shape[0], weight.out_features))
     tall = max(LEAST_ROWS, TILE // max(1, x.shape[1]))
     scales, zeros = grid_of(weight)
     for expert, (begin, end) in enumerate(pairwise(bounds)):
         if begin == end:
             continue
-        for row in range(0, weight.outputs, tall):
-            rows = slice(row, min(row + tall, weight.outputs))
+        for row in range(0, weight.out_features, tall):
+            rows = slice(row, min(row + tall, weight.out_features))
             at = (expert, rows)
             codes = codes_of(weight, expert, rows)
             tile = _dequantize(codes, scales[at], None if zeros is None else zeros[at], weight.bits).to(x.dtype)

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 from benchmarks import records, run
 from benchmarks.decode import command, model
 from benchmarks.quantize.shapes import config_of
-from sarqc.model.packed import PackedWeight
-from sarqc_kernels.w4a16 import cpu_impl
+from sarqc.model.packed_linear import PackedWeight
+from sarqc_kernels.w4a16 import cpu
 
 CPU = torch.device("cpu")
 
@@ -72,8 +72,8 @@ def test_flops_of_llama():
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch, tmp_path):
-    right = cpu_impl._expert
-    monkeypatch.setattr(cpu_impl, "_expert", lambda *args: -right(*args))
+    right = cpu._expert
+    monkeypatch.setattr(cpu, "_expert", lambda *args: -right(*args))
     out = tmp_path / "r.jsonl"
     arguments = ["--shape", "small", "--batch", "1", "--quick", "--skip-tests", "--device", "cpu", "--out", str(out)]
     command.main(arguments)

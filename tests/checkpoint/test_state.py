@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from sarqc.checkpoint import shards
-from sarqc.checkpoint.state import open_state, write_state
+from sarqc.checkpoint.state import Parts, open_state, write_state
 from sarqc.errors import CheckpointError, ResourceError
-from sarqc.method.parts import Parts
 
 
 def in_parts(tensor, lengths):

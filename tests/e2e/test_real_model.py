@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import sarqc
 from benchmarks.quality.moefication import EXPERTS, moefy
-from sarqc.model.calibration import windows
-from sarqc.model.packaged import smollm2_folder
+from sarqc.model.dataset import windows
+from sarqc.model.hub import smollm2_folder
 from sarqc.model.tokenizer import load_tokenizer
 from tests.support.killing import KILLS, contents, kill_again_and_again
 

@@ -12,7 +12,8 @@ import pytest
 
 import sarqc
 from sarqc.errors import ArgumentError
-from sarqc.method.solve import SOLVERS, solve_round
+from sarqc.method.layer import SOLVERS
+from sarqc.method.rtn import solve_round
 from sarqc.model.tokenizer import load_tokenizer
 from tests.support import tiny
 
@@ -73,7 +74,7 @@ def test_a_new_solver(llama, tmp_path):
     rounding = json.loads((tmp_path / "rtn-search" / "report.json").read_text(encoding="utf-8"))["rounding_error"]
     assert errors["sarqc-gptq"] < errors["least-squares"] < rounding
     assert errors["least-squares"] != errors["rtn-search"]
-    assert SOLVERS["round"] is solve_round
+    assert SOLVERS["rtn"] is solve_round
     with pytest.raises(ArgumentError, match="symmetric"):
         module.main(str(llama), tmp_path / "asym", sym=False, **SMALL)
 
@@ -95,7 +96,7 @@ def test_starved_experts(tmp_path, capsys):
 
 
 def test_eight_gpus(llama, tmp_path, monkeypatch):
-    """With two processes on the CPU; tests/job/test_distributed.py holds what they compute."""
+    """With two processes on the CPU; tests/pipeline/test_distributed.py holds what they compute."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ("--num-samples", "8", "--seqlen", "32", "--group-size", "32", "--device", "cpu")
     assert example("eight_gpus").main(str(llama), str(tmp_path / "out"), *options, processes=2) == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sarqc_kernels import build
-from sarqc_kernels.cards import card_of
+from sarqc_kernels.device import device_info
 from tests.kernels import interpreter
 
 DEVICE = interpreter.prepare()
@@ -24,7 +24,10 @@ def why_not(backend: str) -> str | None:
     if backend == "cuda" and DEVICE != "cuda":
         return "no CUDA device"
     if backend == "cuda":
-        return build.why_not("columns", card_of(torch.device("cuda", torch.cuda.current_device())).arch)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return build.why_not("columns", device_info(device).arch, device)
+    if backend == "cpu" and DEVICE == "cuda":
+        return "tensors are on a GPU"
     if backend in ("cuda", "triton") and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
@@ -35,7 +38,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames or own:
         return
     names = getattr(metafunc.module, "BACKENDS", ("reference", "triton"))
-    reasons = {name: why_not(name) for name in names}
+    also = getattr(metafunc.module, "why_not", lambda name: None)  # what only this module's operation needs
+    reasons = {name: why_not(name) or also(name) for name in names}
     marks = {name: [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else [] for name, reason in reasons.items()}
     metafunc.parametrize("backend", [pytest.param(name, marks=marks[name], id=name) for name in names])
 

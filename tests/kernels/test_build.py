@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +15,8 @@ import pytest
 import torch
 
 from sarqc_kernels import build
-from sarqc_kernels.cards import card_of
 from sarqc_kernels.columns import cuda_impl
+from sarqc_kernels.device import device_info
 from sarqc_kernels.errors import BackendError
 
 PRETENDED = """#!/bin/sh
@@ -116,7 +119,7 @@ def test_a_library_that_loads_may_not_run_here() -> None:
     """Without a card no kernel does, and the reason holds both versions and a way out."""
     real_nvcc()
     if torch.cuda.is_available():
-        arch = card_of(torch.device("cuda", 0)).arch
+        arch = device_info(torch.device("cuda", 0)).arch
         assert [build.why_not(name, arch) for name in ("columns", "gemv")] == [None, None]
         return
     for name in ("columns", "gemv"):
@@ -153,7 +156,7 @@ def test_fields_are_those_of_the_source() -> None:
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_nothing_spills(arch: int, tmp_path: Path) -> None:
-    card = build.card_name(arch)
+    card = build.arch_name(arch)
     target = ["-cubin", "-Xptxas", "-v", f"-gencode=arch=compute_{card},code=sm_{card}", "-o", str(tmp_path / "cubin")]
     source = build.sources() / "columns.cu"
     done = subprocess.run([real_nvcc(), "-std=c++17", "-O3", *target, str(source)], capture_output=True, text=True)
@@ -161,3 +164,35 @@ def test_nothing_spills(arch: int, tmp_path: Path) -> None:
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(spills) == 3 and all(number == "0" for kernel in spills for number in kernel)
     assert "warning" not in done.stderr
+
+
+def test_only_the_device_of_the_call_gets_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank on device 3 of 8 makes no context on device 0."""
+    current: list[str] = []
+
+    class Guard(contextlib.nullcontext):  # type: ignore[type-arg]
+        def __init__(self, device: torch.device) -> None:
+            super().__init__()
+            current.append(str(device))
+
+    class Ready:
+        def sarqc_ready(self, versions: object) -> int:
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(build, "library", functools.cache(lambda name, arch: Ready()))
+    assert build.why_not("columns", 90, torch.device("cuda", 3)) is None
+    assert current == ["cuda:3"]
+
+
+def test_one_process_builds_while_the_others_wait(
+    pretended: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretended.write_text(pretended.read_text().replace('echo made > "$2"', 'sleep 0.3; echo made > "$2"'))
+    code = "from sarqc_kernels import build; print(build.compile_library('columns', 90))"
+    runs = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
+    assert sum("nvcc builds columns.cu" in text for text in said) == 1
+    assert not list((tmp_path / "cache").glob("*.lock"))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sarqc_kernels.aot import ARCHS
-from sarqc_kernels.cards import Card
 from sarqc_kernels.columns import config, panels
 from sarqc_kernels.columns.config import PANEL
 from sarqc_kernels.columns.grid import GridRule
+from sarqc_kernels.device import Device
 
 
 @pytest.mark.parametrize(("columns", "size"), [(512, 128), (200, 40), (129, 129), (600, 300), (64, 1), (17, 17)])
@@ -56,10 +56,10 @@ def test_too_many_columns_are_refused() -> None:
 def test_choose_returns_what_is_listed() -> None:
     for arch in ARCHS:
         for experts, rows in ((1, 1), (1, 4096), (1, 14_336), (128, 1536), (8, 64)):
-            own = config.choose(experts, rows, Card(arch, 132))
+            own = config.choose(experts, rows, Device(arch, 132))
             assert own in config.configurations() and own.rows == 32 * own.warps
-    assert config.choose(1, 4096, Card(90, 132)).rows == 32
-    assert config.choose(128, 1536, Card(90, 132)).rows == 128
+    assert config.choose(1, 4096, Device(90, 132)).rows == 32
+    assert config.choose(128, 1536, Device(90, 132)).rows == 128
 
 
 @pytest.mark.parametrize("sym", [True, False])

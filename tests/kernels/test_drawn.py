@@ -21,7 +21,7 @@ from sarqc_kernels.testing import (
     uneven_offsets,
     upper_factor,
 )
-from sarqc_kernels.w4a16 import prepare
+from sarqc_kernels.w4a16 import repack
 from tests.kernels.columns_cases import Case
 from tests.kernels.conftest import DEVICE, why_not
 from tests.kernels.test_columns import group_order, options
@@ -202,7 +202,7 @@ def test_every_width_and_shape_of_w4a16_by_the_reference(
     x = torch.randn(tokens, groups * group, generator=generator).to(dtype)
     bias = torch.randn(experts, rows, generator=generator)
     offsets = uneven_offsets(generator, tokens, experts)
-    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=bits)
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=bits)
     out = w4a16_matmul(x, ready, offsets, bias, backend="reference")
     assert out.shape == (tokens, rows) and out.dtype == dtype
     assert ready.layout == "stream"

@@ -10,7 +10,7 @@ import torch
 
 from sarqc_kernels import BackendError, gram_accumulate_
 from sarqc_kernels.aot import ARCHS
-from sarqc_kernels.cards import Card
+from sarqc_kernels.device import Device
 from sarqc_kernels.gram.config import FLUSH, Plan, Tile, choose, configurations
 from sarqc_kernels.testing import poisoned_empty
 from tests.kernels.test_gram import fresh, whole_numbers
@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from sarqc_kernels.gram import triton_impl
 
-H200, A100 = Card(90, 132), Card(80, 108)
+H200, A100 = Device(90, 132), Device(80, 108)
 
 
 def run(plan: Plan, x: torch.Tensor, offsets: torch.Tensor | None = None, experts: int = 1):
@@ -112,7 +112,7 @@ def test_configurations_hold_every_choice() -> None:
     for arch in ARCHS:
         for dtype, even in itertools.product((torch.bfloat16, torch.float16, torch.float32), (True, False)):
             for inputs in (1, 64, 1000, 4096, 8191, 8192, 30000):
-                plan = choose(1, 5000, inputs, dtype, Card(arch, 100), even)
+                plan = choose(1, 5000, inputs, dtype, Device(arch, 100), even)
                 assert (arch, dtype, even, plan.tile) in known
 
 

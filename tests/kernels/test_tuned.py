@@ -14,12 +14,12 @@ from benchmarks import tune
 from benchmarks.ops import OPS
 from sarqc_kernels import BackendError, tuned
 from sarqc_kernels.aot import ARCHS
-from sarqc_kernels.cards import Card
 from sarqc_kernels.columns import config as columns
+from sarqc_kernels.device import Device
 from sarqc_kernels.gram import config as gram
 from sarqc_kernels.w4a16 import config as w4a16
 
-H200 = Card(90, 132)
+H200 = Device(90, 132)
 ROOMS = {"gram": gram, "columns": columns, "w4a16": w4a16}
 CALLS = {
     "gram": (1, 8192, 4096, torch.bfloat16, H200, True),
@@ -30,7 +30,7 @@ CALLS = {
 
 def with_entry(monkeypatch: pytest.MonkeyPatch, op: str, entry: Mapping[str, Any]) -> str:
     """A table of one entry for the call in `CALLS`; returns its key."""
-    numbers = [each for each in CALLS[op] if not isinstance(each, Card)]
+    numbers = [each for each in CALLS[op] if not isinstance(each, Device)]
     key = ROOMS[op].key(*numbers)
     monkeypatch.setattr(ROOMS[op], "choices", lambda name, arch: {key: entry} if (name, arch) == (op, 90) else {})
     return key
@@ -89,7 +89,7 @@ def test_buckets_are_powers_of_two():
 def test_candidates_are_what_the_ahead_of_time_check_verifies(op):
     verified_tiles = {(arch, tile) for arch, dtype, _, tile in gram.configurations() if dtype == torch.bfloat16}
     for arch in ARCHS:
-        card = Card(arch, 132)
+        card = Device(arch, 132)
         checked = {replace(plan, splits=min(plan.splits, 2)).name for plan, _ in w4a16.configurations(card)}
         for point in OPS[op].points(False):
             for trial in tune.TRIALS[op](point, card):
@@ -121,4 +121,4 @@ def test_committed_tables_name_only_candidates():
                 assert entry["tiles"] in columns.CONFIGURATIONS
             else:
                 e, m, n, k, g = (int(word[1:]) for word in key.split())
-                assert entry["plan"] in w4a16.candidates(m, n, k, k if g == 1 else 128 // g, e, Card(arch, 132))
+                assert entry["plan"] in w4a16.candidates(m, n, k, k if g == 1 else 128 // g, e, Device(arch, 132))

@@ -15,18 +15,18 @@ from sarqc_kernels.testing import (
     random_quantized,
     uneven_offsets,
 )
-from sarqc_kernels.w4a16 import PreparedWeight, cpu_impl, prepare, reference
+from sarqc_kernels.w4a16 import RepackedWeight, cpu, reference, repack
 
 BACKENDS = ("reference", "cpu", "triton")
-LAYOUT = {"reference": "stream", "cpu": "int4pack", "triton": "bricks"}
+LAYOUT = {"reference": "stream", "cpu": "int4pack", "triton": "tiles"}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def prepared(weight: Quantized, backend: str, device: str, *, sym: bool = False, bits: int = 4) -> PreparedWeight:
+def prepared(weight: Quantized, backend: str, device: str, *, sym: bool = False, bits: int = 4) -> RepackedWeight:
     if backend == "cpu" and device != "cpu":
         pytest.skip("the CPU's own tests run where the kernel tests are on the CPU")
     zeros = None if sym else weight.zeros
-    return prepare(weight.codes, weight.scales, zeros, bits=bits, device=device, layout=LAYOUT[backend])
+    return repack(weight.codes, weight.scales, zeros, bits=bits, device=device, layout=LAYOUT[backend])
 
 
 def check(
@@ -55,7 +55,7 @@ def check(
 
 
 CASES = [
-    # experts, rows, inputs, groups, sym, tokens, bias: odd rows, broken bricks, groups of 32, 64, 128 and a row
+    # experts, rows, inputs, groups, sym, tokens, bias: odd rows, broken tiles, groups of 32, 64, 128 and a row
     (1, 70, 256, 8, True, 1, False),
     (1, 33, 192, 3, False, 2, True),
     (1, 130, 1024, 8, True, 3, True),
@@ -129,11 +129,11 @@ def test_a_weight_in_any_layout_is_one_weight(device: str, generator: torch.Gene
     weight = random_quantized(generator, (2, 40, 128), 2, 4, sym=False, scale_dtype=torch.bfloat16)
     x = torch.randn(9, 128, generator=generator).bfloat16().to(device)
     offsets = torch.tensor([0, 4, 9], device=device)
-    layouts = ("stream", "bricks", "int4pack")
+    layouts = ("stream", "tiles", "int4pack")
     outs = [
         w4a16_matmul(
             x,
-            prepare(weight.codes, weight.scales, weight.zeros, bits=4, layout=layout, device=device),
+            repack(weight.codes, weight.scales, weight.zeros, bits=4, layout=layout, device=device),
             offsets,
             backend="reference",
         )
@@ -155,7 +155,7 @@ def test_tiles_of_the_reference_cover_every_row(
     assert torch.equal(w4a16_matmul(x, ready, None, b), want)
 
 
-@pytest.mark.parametrize("tokens", [3, cpu_impl.FEW + 1])
+@pytest.mark.parametrize("tokens", [3, cpu.FEW + 1])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_narrow_codes_through_the_int4_product(bits: int, sym: bool, tokens: int, generator: torch.Generator) -> None:
@@ -178,10 +178,10 @@ def test_tiles_of_the_cpu_cover_every_row(
     amx: bool, biased: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
     weight = random_quantized(generator, (1, 301, 64), 2, 4, sym=False, scale_dtype=torch.bfloat16)
-    x = torch.randn(cpu_impl.FEW + 1, 64, generator=generator).bfloat16()
+    x = torch.randn(cpu.FEW + 1, 64, generator=generator).bfloat16()
     bias = torch.randn(1, 301, generator=generator).bfloat16() if biased else None
-    monkeypatch.setattr(cpu_impl, "TILE", 1)
-    monkeypatch.setattr(cpu_impl, "_product_dtype", lambda: torch.bfloat16 if amx else torch.float32)
+    monkeypatch.setattr(cpu, "TILE", 1)
+    monkeypatch.setattr(cpu, "_product_dtype", lambda: torch.bfloat16 if amx else torch.float32)
     check(w4a16_matmul(x, prepared(weight, "cpu", "cpu"), None, bias, backend="cpu"), x, weight, None, bias, "cpu")
 
 
@@ -219,6 +219,18 @@ def test_refuses_what_does_not_fit(generator: torch.Generator) -> None:
             w4a16_matmul(*bad)
 
 
+@pytest.mark.parametrize("layout", ["int4pack", "tiles"])
+def test_refuses_a_slice_of_a_repacked_weight(layout: str, generator: torch.Generator) -> None:
+    """Kernels take pointers: a shard that is a view would be read wrongly."""
+    weight = random_quantized(generator, (1, 128, 256), 4, 4, scale_dtype=torch.bfloat16)
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=4, layout=layout)
+    x = torch.zeros(2, 256, dtype=torch.bfloat16)
+    for part in ("words", "scales", "zeros"):
+        view = getattr(ready, part).repeat_interleave(2, -1)[..., ::2]
+        with pytest.raises(ArgumentError, match=rf"weight\.{part} has strides"):
+            w4a16_matmul(x, ready._replace(**{part: view}))
+
+
 def test_a_backend_says_why_not(generator: torch.Generator) -> None:
     weight = random_quantized(generator, (1, 6, 64), 2, 4, scale_dtype=torch.bfloat16)
     x = torch.zeros(5, 64)
@@ -227,7 +239,7 @@ def test_a_backend_says_why_not(generator: torch.Generator) -> None:
         ("cpu", "int4pack", torch.float32, "x is torch.float32"),
         ("cuda", "stream", torch.bfloat16, "TRITON_INTERPRET is set|tensors are on cpu"),
     ):
-        ready = prepare(weight.codes, weight.scales, None, bits=4, layout=layout)
+        ready = repack(weight.codes, weight.scales, None, bits=4, layout=layout)
         with pytest.raises(BackendError, match=reason):
             w4a16_matmul(x.to(dtype), ready, backend=backend)
 
@@ -237,11 +249,11 @@ def test_triton_says_why_not(device: str, generator: torch.Generator) -> None:
     x = torch.zeros(5, 72, device=device)
     for layout, dtype, reason in (
         ("stream", torch.bfloat16, "lies as 'stream'"),
-        ("bricks", torch.float32, "x is torch.float32"),
-        ("bricks", torch.float16, "groups of 24 do not fit"),
+        ("tiles", torch.float32, "x is torch.float32"),
+        ("tiles", torch.float16, "groups of 24 do not fit"),
     ):
         weight = random_quantized(generator, (1, 6, 72), 3, 4)
-        ready = prepare(weight.codes, weight.scales, None, bits=4, layout=layout, device=device)
+        ready = repack(weight.codes, weight.scales, None, bits=4, layout=layout, device=device)
         with pytest.raises(BackendError, match=reason):
             w4a16_matmul(x.to(dtype), ready, backend="triton")
 
@@ -251,7 +263,7 @@ def test_opcheck(layout: str, generator: torch.Generator) -> None:
     weight = random_quantized(generator, (2, 16, 64), 2, 4, scale_dtype=torch.bfloat16)
     x = torch.randn(5, 64, generator=generator).bfloat16()
     op = torch.ops.sarqc.w4a16_matmul.default
-    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=4, layout=layout)
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=4, layout=layout)
     torch.library.opcheck(op, (x, *ready, torch.tensor([0, 0, 5]), torch.zeros(2, 16)))
-    alone = prepare(weight.codes[:1], weight.scales[:1], None, bits=4, layout=layout)
+    alone = repack(weight.codes[:1], weight.scales[:1], None, bits=4, layout=layout)
     torch.library.opcheck(op, (x, *alone, None, None))

@@ -10,11 +10,11 @@ import torch
 
 from sarqc_kernels import w4a16_matmul
 from sarqc_kernels.aot import ARCHS
-from sarqc_kernels.cards import Card
+from sarqc_kernels.device import Device
 from sarqc_kernels.testing import dequantize, random_quantized, relative_error, uneven_offsets
-from sarqc_kernels.w4a16 import config, prepare
+from sarqc_kernels.w4a16 import config, repack
 
-CARDS = [Card(arch, 132) for arch in ARCHS]
+DEVICES = [Device(arch, 132) for arch in ARCHS]
 SHAPES = [
     (64, 64, 32), (4096, 4096, 128), (14336, 4096, 64), (4096, 14336, 16), (576, 1536, 1536), (1024, 4096, 32),
     (65536, 4096, 16), (65536, 4096, 32), (65536, 4096, 64), (65536, 4096, 128), (512, 4096, 64), (512, 4096, 128),
@@ -27,32 +27,32 @@ def compiled(plan: config.Plan) -> config.Plan:
     return replace(plan, splits=min(plan.splits, 2))
 
 
-def plans_of_calls(card: Card, bits: int) -> Iterator[tuple[config.Plan, int]]:
-    """(plan, groups to a brick) of what `choose` and, for 4 bits, a table return: few and many of everything."""
+def plans_of_calls(card: Device, bits: int) -> Iterator[tuple[config.Plan, int]]:
+    """(plan, groups to a k_tile) of what `choose` and, for 4 bits, a table return: few and many of everything."""
     for outputs, inputs, group in SHAPES:
-        groups = config.groups_per_brick(group, inputs)
+        groups = config.groups_per_tile(group, inputs)
         for experts in (0, 8, 128):
             for tokens in TOKENS:
                 shape = (tokens, outputs, inputs, group, experts, card)
                 plan = config.choose(*shape, bits)
                 assert plan == config.choose(*shape, bits)
-                assert 1 <= plan.splits <= max(1, -(-inputs // 128) // config.LEAST_BRICKS)
+                assert 1 <= plan.splits <= max(1, -(-inputs // 128) // config.LEAST_TILES)
                 yield plan, groups
                 if bits == 4:
                     yield from ((candidate, groups) for candidate in config.candidates(*shape).values())
 
 
-@pytest.mark.parametrize("card", CARDS, ids=str)
-def test_what_is_chosen_is_what_is_compiled_ahead_of_time(card: Card) -> None:
+@pytest.mark.parametrize("card", DEVICES, ids=str)
+def test_what_is_chosen_is_what_is_compiled_ahead_of_time(card: Device) -> None:
     """Both ways: nothing runs that was not checked, and nothing is checked that never runs."""
     known = config.configurations(card)
     assert len(set(known)) == len(known)
     assert {(compiled(plan), groups) for plan, groups in plans_of_calls(card, 4)} == set(known)
 
 
-@pytest.mark.parametrize("card", CARDS, ids=str)
-def test_other_widths_choose_what_is_compiled_ahead_of_time(card: Card) -> None:
-    """Their tiles are compiled with two groups to a brick, which stand for all; one tile does for 5, 6 and 7 bits."""
+@pytest.mark.parametrize("card", DEVICES, ids=str)
+def test_other_widths_choose_what_is_compiled_ahead_of_time(card: Device) -> None:
+    """Their tiles are compiled with two groups to a k_tile, which stand for all; one tile does for 5, 6 and 7 bits."""
     known = config.other_widths(card)
     assert len(set(known)) == len(known)
     for bits in (2, 3, 5, 6, 7, 8):
@@ -65,28 +65,28 @@ def test_other_widths_choose_what_is_compiled_ahead_of_time(card: Card) -> None:
 def test_a_card_with_less_shared_memory_gets_no_tile_that_needs_more(bits: int) -> None:
     """A card of sm_120 has 99 KiB for a program; sm_100 and the same number of processors take the larger tile."""
     small, large = (
-        {plan.tokens for plan, _ in plans_of_calls(Card(arch, 132), bits) if plan.kernel == "dot"}
+        {plan.tokens for plan, _ in plans_of_calls(Device(arch, 132), bits) if plan.kernel == "dot"}
         for arch in (120, 100)
     )
     assert max(small) == 64 and max(large) == 128
 
 
 def test_few_tokens_fill_the_card_by_splits() -> None:
-    plan = config.choose(16, 4096, 4096, 128, 0, CARDS[1])
+    plan = config.choose(16, 4096, 4096, 128, 0, DEVICES[1])
     assert plan.kernel == "dot" and 32 * plan.splits > 66
-    assert config.choose(16, 28672, 8192, 128, 0, CARDS[1]).splits == 1
-    assert config.choose(4096, 4096, 4096, 128, 0, CARDS[1]).kernel == "expand"
-    assert config.choose(4096, 4096, 4096, 128, 8, CARDS[1]).kernel == "dot"
+    assert config.choose(16, 28672, 8192, 128, 0, DEVICES[1]).splits == 1
+    assert config.choose(4096, 4096, 4096, 128, 0, DEVICES[1]).kernel == "expand"
+    assert config.choose(4096, 4096, 4096, 128, 8, DEVICES[1]).kernel == "dot"
 
 
 def test_persistent_where_tiles_are_many_and_no_more_stand_idle() -> None:
-    h200 = CARDS[1]
+    h200 = DEVICES[1]
     walking = config.persistent(h200)
     assert (walking.rows, walking.resident, walking.folded) == (256, 1, True)
     assert config.choose(2047, 4096, 4096, 128, 0, h200) == walking  # 256 tiles of 256 rows: 2 waves, not 4 of half
     assert config.choose(128, 28672, 4096, 128, 0, h200) == config.dot(128, 1, h200)  # 112 tiles leave 20 idle
     assert config.choose(32768, 2048, 768, 128, 128, h200) == walking
-    assert config.choose(2047, 4096, 4096, 128, 0, CARDS[0]).resident == 0
+    assert config.choose(2047, 4096, 4096, 128, 0, DEVICES[0]).resident == 0
     assert walking.fitting(gated=False, asymmetric=True, experts=0) == walking
     assert walking.fitting(gated=True, asymmetric=False, experts=8) == replace(walking, rows=128)
     assert walking.fitting(gated=False, asymmetric=True, experts=8) == replace(walking, rows=128)
@@ -95,13 +95,14 @@ def test_persistent_where_tiles_are_many_and_no_more_stand_idle() -> None:
 def test_groups_that_fit_bricks() -> None:
     assert all(config.takes_group(group, 1024) for group in (16, 32, 64, 128, 256, 1024))
     assert config.takes_group(72, 72) and not config.takes_group(24, 72) and not config.takes_group(96, 192)
-    assert [config.groups_per_brick(group, 1024) for group in (16, 32, 64, 128, 256, 1024)] == [8, 4, 2, 1, 1, 1]
+    assert [config.groups_per_tile(group, 1024) for group in (16, 32, 64, 128, 256, 1024)] == [8, 4, 2, 1, 1, 1]
 
 
 PLANS = [
     config.gemv(1, 1), config.gemv(2, 2),
-    config.dot(16, 2, CARDS[1]), config.dot(32, 1, CARDS[1]), config.dot(64, 1, CARDS[2]), config.dot(128, 1, CARDS[1]),
-    config.persistent(CARDS[1]), config.EXPAND,
+    config.dot(16, 2, DEVICES[1]), config.dot(32, 1, DEVICES[1]), config.dot(64, 1, DEVICES[2]),
+    config.dot(128, 1, DEVICES[1]),
+    config.persistent(DEVICES[1]), config.EXPAND,
 ]  # fmt: skip
 
 
@@ -110,7 +111,7 @@ PLANS = [
 def test_every_plan_gives_the_product(plan: config.Plan, experts: int, device: str, generator: torch.Generator) -> None:
     """Any tile holds for any call, not only for those that `choose` gives it."""
     pytest.importorskip("triton")
-    from sarqc_kernels.w4a16 import triton_impl
+    from sarqc_kernels.w4a16.triton import launch
 
     if plan.kernel == "expand" and experts:
         pytest.skip("expand is for dense weights")
@@ -120,9 +121,9 @@ def test_every_plan_gives_the_product(plan: config.Plan, experts: int, device: s
     x = torch.randn(tokens, 288, generator=generator).bfloat16()
     bias = torch.randn(shape[:2], generator=generator).bfloat16()
     offsets = uneven_offsets(generator, tokens, experts) if experts else None
-    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=4, layout="bricks", device=device)
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=4, layout="tiles", device=device)
     args = [None if part is None else part.to(device) for part in (offsets, bias)]
-    out = triton_impl.run(plan, x.to(device), ready, *args).cpu()
+    out = launch.run(plan, x.to(device), ready, *args).cpu()
     bounds = [0, tokens] if offsets is None else offsets.tolist()
     exact = torch.cat([
         x[begin:end].double() @ values.double().T + bias[e].double()
@@ -131,7 +132,7 @@ def test_every_plan_gives_the_product(plan: config.Plan, experts: int, device: s
     assert relative_error(out, exact) < 2.0**-8  # at most 2^-9 from the weights (expand) and 2^-9 from the result
     if device == "cpu":  # the interpreter says nothing about another order of sums; a second run on a card does
         return
-    assert torch.equal(out, triton_impl.run(plan, x.to(device), ready, *args).cpu())
+    assert torch.equal(out, launch.run(plan, x.to(device), ready, *args).cpu())
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -141,30 +142,30 @@ def test_folded_weights_are_rounded_once(
 ) -> None:
     """Identity activations show (code - zero) * scale as the dtype of x has it, whatever that of the scales is."""
     pytest.importorskip("triton")
-    from sarqc_kernels.w4a16 import triton_impl
+    from sarqc_kernels.w4a16.triton import launch
 
     weight = random_quantized(generator, (1, 70, 128), 4, 4, sym=False, scale_dtype=kind)
-    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=4, layout="bricks", device=device)
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=4, layout="tiles", device=device)
     eye = torch.eye(128, dtype=dtype, device=device)
-    out = triton_impl.run(config.dot(128, 1, CARDS[1]), eye, ready, None, None)
+    out = launch.run(config.dot(128, 1, DEVICES[1]), eye, ready, None, None)
     assert torch.equal(out.cpu(), dequantize(weight)[0].T.to(dtype))
 
 
-WIDTHS = [config.gemv(2, 2), config.dot(16, 2, CARDS[1]), replace(config.persistent(CARDS[1], 3), tokens=16)]
+WIDTHS = [config.gemv(2, 2), config.dot(16, 2, DEVICES[1]), replace(config.persistent(DEVICES[1], 3), tokens=16)]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
 @pytest.mark.parametrize("plan", [*WIDTHS, config.EXPAND], ids=lambda plan: plan.name)
 def test_every_width_gives_the_product(bits: int, plan: config.Plan, device: str, generator: torch.Generator) -> None:
     pytest.importorskip("triton")
-    from sarqc_kernels.w4a16 import triton_impl
+    from sarqc_kernels.w4a16.triton import launch
 
     experts = 1 if plan.kernel == "expand" else 2
     weight = random_quantized(generator, (experts, 24, 1088), 17, bits, sym=False, scale_dtype=torch.bfloat16)
     x = torch.randn(3, 1088, generator=generator).bfloat16()
     offsets = torch.tensor([0, 1, 3], device=device) if experts > 1 else None
-    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=bits, layout="bricks", device=device)
-    out = triton_impl.run(plan, x.to(device), ready, offsets, None).cpu()
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=bits, layout="tiles", device=device)
+    out = launch.run(plan, x.to(device), ready, offsets, None).cpu()
     values = dequantize(weight).double().mT
     exact = (
         x.double() @ values[0] if experts == 1 else torch.cat([x[:1].double() @ values[0], x[1:].double() @ values[1]])
@@ -177,7 +178,7 @@ def test_every_width_gives_the_product(bits: int, plan: config.Plan, device: str
 @pytest.mark.parametrize("tokens", [1, 16, 200, 2048])
 def test_a_cuda_graph_repeats_the_call(tokens: int, generator: torch.Generator) -> None:
     weight = random_quantized(generator, (1, 1024, 2048), 16, 4, scale_dtype=torch.bfloat16)
-    ready = prepare(weight.codes, weight.scales, None, bits=4, dtype=torch.bfloat16, device="cuda")
+    ready = repack(weight.codes, weight.scales, None, bits=4, dtype=torch.bfloat16, device="cuda")
     x = torch.randn(tokens, 2048, generator=generator).bfloat16().cuda()
     want = w4a16_matmul(x, ready, backend="triton")
     graph = torch.cuda.CUDAGraph()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sarqc_kernels.build import sources
 from sarqc_kernels.testing import dequantize, random_quantized
-from sarqc_kernels.w4a16 import PreparedWeight, cuda_impl, prepare, w4a16_matmul
+from sarqc_kernels.w4a16 import RepackedWeight, cuda, repack, w4a16_matmul
 
 TENSORS = ("words", "scales", "zeros")
 HOST = Path(__file__).parent / "host_cuda"
@@ -33,11 +33,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
     include = ["-I", str(HOST), "-I", str(sources())]
     subprocess.run([compiler, *flags, *include, "-o", str(made), str(HOST / "gemv.cpp")], check=True)
-    return cuda_impl.bind(ctypes.CDLL(str(made)))
+    return cuda.bind(ctypes.CDLL(str(made)))
 
 
 CASES = [
-    # rows, inputs, groups, sym, tokens, bias: rows beyond a block, broken bricks, groups of 16 .. 256 and a row
+    # rows, inputs, groups, sym, tokens, bias: rows beyond a block, broken k_tiles, groups of 16 .. 256 and a row
     (32, 128, 1, True, 1, False),
     (70, 4096, 32, True, 1, True),
     (33, 192, 3, False, 2, False),
@@ -55,10 +55,10 @@ CASES = [
 def test_within_the_bound_of_float64(
     case: tuple, dtype: torch.dtype, scale_dtype: torch.dtype, library: ctypes.CDLL, generator: torch.Generator
 ) -> None:
-    def on_the_host(x: Tensor, ready: PreparedWeight, bias: Tensor | None) -> Tensor:
-        out = torch.full((len(x), ready.outputs), float("nan"), dtype=x.dtype)
-        assert cuda_impl.unfit(x, ready, None) is None
-        assert library.sarqc_gemv(cuda_impl.filled(x, ready, bias, out), None) == 0
+    def on_the_host(x: Tensor, ready: RepackedWeight, bias: Tensor | None) -> Tensor:
+        out = torch.full((len(x), ready.out_features), float("nan"), dtype=x.dtype)
+        assert cuda.unfit(x, ready, None) is None
+        assert library.sarqc_gemv(cuda.filled(x, ready, bias, out), None) == 0
         return out
 
     check(case, dtype, scale_dtype, generator, on_the_host)
@@ -69,10 +69,10 @@ def test_within_the_bound_of_float64(
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_on_a_card(case: tuple, dtype: torch.dtype, generator: torch.Generator) -> None:
-    def on_the_card(x: Tensor, ready: PreparedWeight, bias: Tensor | None) -> Tensor:
+    def on_the_card(x: Tensor, ready: RepackedWeight, bias: Tensor | None) -> Tensor:
         there = ready._replace(**{name: None if part is None else part.cuda() for name, part in zip(TENSORS, ready)})
         args = (x.cuda(), there, None, None if bias is None else bias.cuda())
-        if reason := cuda_impl.unsupported(*args):
+        if reason := cuda.unsupported(*args):
             pytest.skip(reason)
         out = w4a16_matmul(*args, backend="cuda")
         assert torch.equal(out, w4a16_matmul(*args, backend="cuda"))
@@ -86,11 +86,11 @@ def check(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
     generator: torch.Generator,
-    product: Callable[[Tensor, PreparedWeight, Tensor | None], Tensor],
+    product: Callable[[Tensor, RepackedWeight, Tensor | None], Tensor],
 ) -> None:
     rows, inputs, groups, sym, tokens, biased = case
     weight = random_quantized(generator, (1, rows, inputs), groups, 4, sym=sym, scale_dtype=scale_dtype)
-    ready = prepare(weight.codes, weight.scales, None if sym else weight.zeros, bits=4, layout="bricks")
+    ready = repack(weight.codes, weight.scales, None if sym else weight.zeros, bits=4, layout="tiles")
     x = torch.randn(tokens, inputs, generator=generator).to(dtype)
     bias = torch.randn(1, rows, generator=generator).to(dtype) if biased else None
     out = product(x, ready, bias)
@@ -103,18 +103,18 @@ def check(
 
 def test_identity_shows_the_weight(library: ctypes.CDLL, generator: torch.Generator) -> None:
     weight = random_quantized(generator, (1, 75, 128), 4, 4, sym=False, scale_dtype=torch.bfloat16)
-    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=4, layout="bricks")
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=4, layout="tiles")
     eye = torch.eye(128, dtype=torch.bfloat16)
     for first in range(0, 128, 4):
         out = torch.empty(4, 75, dtype=torch.bfloat16)
-        library.sarqc_gemv(cuda_impl.filled(eye[first : first + 4], ready, None, out), None)
+        library.sarqc_gemv(cuda.filled(eye[first : first + 4], ready, None, out), None)
         assert torch.equal(out, dequantize(weight)[0].T[first : first + 4].bfloat16())
 
 
 def test_says_what_it_does_not_take(generator: torch.Generator) -> None:
-    def ready(inputs: int = 128, bits: int = 4, layout: str = "bricks") -> PreparedWeight:
+    def ready(inputs: int = 128, bits: int = 4, layout: str = "tiles") -> RepackedWeight:
         weight = random_quantized(generator, (1, 8, inputs), 1, bits, scale_dtype=torch.bfloat16)
-        return prepare(weight.codes, weight.scales, None, bits=bits, layout=layout)
+        return repack(weight.codes, weight.scales, None, bits=bits, layout=layout)
 
     x = torch.zeros(4, 128, dtype=torch.bfloat16)
     for args, reason in (
@@ -125,4 +125,4 @@ def test_says_what_it_does_not_take(generator: torch.Generator) -> None:
         ((x.float(), ready(), None), "x is torch.float32"),
         ((x, ready(inputs=130), None), "130 inputs"),
     ):
-        assert reason in (cuda_impl.unfit(*args) or "")
+        assert reason in (cuda.unfit(*args) or "")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sarqc_kernels import ArgumentError, BackendError
 from sarqc_kernels.testing import Quantized, dequantize, poisoned_empty, random_quantized, relative_error
-from sarqc_kernels.w4a16 import PreparedWeight, Routing, prepare, w4a16_experts
+from sarqc_kernels.w4a16 import RepackedWeight, Routing, repack, w4a16_experts
 
 BACKENDS = ("reference", "cpu", "triton")
-LAYOUT = {"reference": "stream", "cpu": "int4pack", "triton": "bricks"}
+LAYOUT = {"reference": "stream", "cpu": "int4pack", "triton": "tiles"}
 
 
 def routed(chosen: Tensor, weights: Tensor, experts: int) -> Routing:
@@ -47,11 +50,11 @@ def layer(generator: torch.Generator, experts: int, hidden: int, inner: int, gro
     ]
 
 
-def prepared(weights: list[Quantized], backend: str, device: str, sym: bool) -> list[PreparedWeight]:
+def prepared(weights: list[Quantized], backend: str, device: str, sym: bool) -> list[RepackedWeight]:
     if backend == "cpu" and device != "cpu":
         pytest.skip("the CPU's own tests run where the kernel tests are on the CPU")
     return [
-        prepare(w.codes, w.scales, None if sym else w.zeros, bits=4, device=device, layout=LAYOUT[backend])
+        repack(w.codes, w.scales, None if sym else w.zeros, bits=4, device=device, layout=LAYOUT[backend])
         for w in weights
     ]
 
@@ -134,6 +137,30 @@ def test_the_order_of_slots_is_the_order_of_sums(backend: str, device: str) -> N
         routing = Routing(torch.tensor([0, 1, 2, 3]), torch.zeros(3, dtype=torch.int64), slots, weights)
         out = w4a16_experts(x.to(device), *ready, Routing(*(p.to(device) for p in routing)), backend=backend)
         assert out.float().cpu().unique().tolist() == [expected]
+
+
+def test_nothing_is_zeroed_that_is_written_anyway(device: str, generator: torch.Generator) -> None:
+    """Every row of a routing belongs to an expert, so no output needs to be filled first."""
+    launcher = pytest.importorskip("sarqc_kernels.w4a16.triton.experts")
+    ready = prepared(layer(generator, 3, 128, 64, 2, True), "triton", device, True)
+    routing = random_routing(generator, 20, 2, 3, torch.bfloat16)
+    x = torch.randn(20, 128, generator=generator).bfloat16().to(device)
+    with Filled() as filled:
+        launcher.w4a16_experts(x, *ready, Routing(*(part.to(device) for part in routing)))
+    assert filled.names == []
+
+
+class Filled(TorchDispatchMode):
+    """Names of operations that fill a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in str(func) for word in ("zero", "fill", "full")):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_no_token_at_all(backend: str, device: str, generator: torch.Generator) -> None:

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sarqc_kernels.cards import Card, card_of
+from sarqc_kernels.device import Device, device_info
 from sarqc_kernels.testing import random_quantized
-from sarqc_kernels.w4a16 import config, prepare
+from sarqc_kernels.w4a16 import config, repack
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from sarqc_kernels.w4a16 import triton_impl  # noqa: E402
-from sarqc_kernels.w4a16.kernels_impl import grouped  # noqa: E402
+from sarqc_kernels.w4a16.triton import launch  # noqa: E402
+from sarqc_kernels.w4a16.triton.kernels import grouped  # noqa: E402
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def places_kernel(out, blocks, row_tiles):
 
 
 # few rows and tokens, so that the interpreter has many tiles to walk
-WALKING = replace(config.persistent(Card(90, 132)), tokens=16, rows=64, warps=4)
+WALKING = replace(config.persistent(Device(90, 132)), tokens=16, rows=64, warps=4)
 
 
 @pytest.mark.parametrize("experts", [0, 5])
@@ -41,10 +41,9 @@ def test_a_persistent_grid_gives_the_bits_of_a_plain_one(
     bias = None if gated else torch.randn(max(1, experts), 150, generator=generator).bfloat16().to(device)
     offsets = torch.tensor([0, 0, 21, 21, 38, 39], device=device) if experts else None
     index = torch.randperm(40, generator=generator).to(device) if gated else None
-    ready = prepare(weight.codes, weight.scales, weight.zeros, bits=4, layout="bricks", device=device)
+    ready = repack(weight.codes, weight.scales, weight.zeros, bits=4, layout="tiles", device=device)
     out = [
-        triton_impl.product(plan, x, ready, offsets, bias, index, gated)
-        for plan in (WALKING, replace(WALKING, resident=0))
+        launch.product(plan, x, ready, offsets, bias, index, gated) for plan in (WALKING, replace(WALKING, resident=0))
     ]
     assert out[0].isfinite().all() and bool(out[0].any()) and torch.equal(*out)
 
@@ -63,13 +62,13 @@ def test_a_persistent_grid_takes_every_tile_once(device: str) -> None:
 def test_a_cuda_graph_repeats_it_on_a_card(generator: torch.Generator) -> None:
     """Large enough that every processor has several tiles."""
     weight = random_quantized(generator, (1, 8192, 1024), 8, 4, scale_dtype=torch.bfloat16)
-    ready = prepare(weight.codes, weight.scales, None, bits=4, dtype=torch.bfloat16, device="cuda")
+    ready = repack(weight.codes, weight.scales, None, bits=4, dtype=torch.bfloat16, device="cuda")
     x = torch.randn(2000, 1024, generator=generator).bfloat16().cuda()
-    plan = config.persistent(card_of(x.device))
-    want = triton_impl.run(plan, x, ready, None, None)
-    assert torch.equal(want, triton_impl.run(replace(plan, resident=0), x, ready, None, None))
+    plan = config.persistent(device_info(x.device))
+    want = launch.run(plan, x, ready, None, None)
+    assert torch.equal(want, launch.run(replace(plan, resident=0), x, ready, None, None))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = triton_impl.run(plan, x, ready, None, None)
+        out = launch.run(plan, x, ready, None, None)
     graph.replay()
     assert torch.equal(out, want)

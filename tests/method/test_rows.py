@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sarqc.method.rows import LONGEST, finite_rows, shortening
+from sarqc.method.gram import LONGEST, finite_rows, shortening
 
 WINDOW = 8
 

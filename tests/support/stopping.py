@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sarqc.job.watcher import Silent
-from sarqc.model.blocks import BlockResult
+from sarqc.pipeline.driver import BlockResult
+from sarqc.pipeline.progress import Silent
 
 
 class Stopping(Silent):

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from sarqc.model.calibration import builtin_text
+from sarqc.model.dataset import builtin_text
 
 VOCABULARY = 512
 _COMMON = dict(

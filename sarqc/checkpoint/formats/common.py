@@ -9,19 +9,13 @@ from typing import Any
 import torch
 
 from sarqc.checkpoint.formats.base import TensorInfo
+from sarqc.config import QuantConfig
+from sarqc.conventions import FUSED_NAMES
 from sarqc.errors import CheckpointError, NumericError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.spec import QuantSpec
-
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""What servers make one matrix of, and call it."""
 
 
-def check_weight(linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None:
+def check_weight(linear: str, weight: QuantizedWeight, quant: QuantConfig) -> None:
     """`CheckpointError` where `weight` is not one matrix as `quant` says; `NumericError` for a scale not finite."""
     if weight.codes.ndim != 3 or weight.codes.shape[0] != 1:
         raise CheckpointError(f"{linear!r} has codes of shape {tuple(weight.codes.shape)}: write one expert at a time")
@@ -38,7 +32,7 @@ def check_weight(linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None
         raise NumericError(f"{linear!r} has a scale that is not finite: its weights or activations were not")
 
 
-def refuse_mixed(quant: QuantSpec, name: str) -> None:
+def refuse_mixed(quant: QuantConfig, name: str) -> None:
     """`CheckpointError` where layers have different widths, for a format `name` whose config has one for all."""
     if quant.avg_bits is not None:
         raise CheckpointError(
@@ -115,7 +109,7 @@ def with_fused(names: Iterable[str]) -> list[str]:
     found: dict[str, None] = {}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in given):
         if not parent.rpartition(".")[2].isdigit():
-            whole = (one for one, parts in _FUSED.items() if all(f"{parent}.{part}" in given for part in parts))
+            whole = (one for one, parts in FUSED_NAMES.items() if all(f"{parent}.{part}" in given for part in parts))
             found |= dict.fromkeys(f"{parent}.{one}" for one in whole)
     return list(given | found)
 
@@ -123,7 +117,7 @@ def with_fused(names: Iterable[str]) -> list[str]:
 def without_fused(names: Iterable[str]) -> list[str]:
     """The names without those that `with_fused` adds to the others."""
     given = list(names)
-    parts = [name for name in given if name.rpartition(".")[2] not in _FUSED]
+    parts = [name for name in given if name.rpartition(".")[2] not in FUSED_NAMES]
     added = set(with_fused(parts)) - set(parts)
     return [name for name in given if name not in added]
 

@@ -1,0 +1,1 @@
+"""Methods side by side: `experiment` measures a cell, `store` keeps it, `table` shows it."""

@@ -1,0 +1,283 @@
+"""What a comparison is measured on: one model, its texts, and the ways to collect, solve and judge block by block.
+
+Two skeletons of the model hold a block each, one that solves and one that judges, so that the codes of a block are
+tried on the texts before the next block is read; the model is never whole in memory, quantized or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.comparison import table as tables
+from sarqc.comparison.store import Grams, folder_fingerprint
+from sarqc.config import MethodConfig, QuantConfig
+from sarqc.config_compare import ComparisonConfig, MeasureConfig
+from sarqc.errors import ArgumentError, CheckpointError, NumericError
+from sarqc.method.lambda_search import Strengths
+from sarqc.method.layer import SolveReport
+from sarqc.model import dataset
+from sarqc.model.layers import Targets
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.sites import Share
+from sarqc.model.source import Overlay
+from sarqc.model.tokenizer import load_tokenizer
+from sarqc.options import record
+from sarqc.pipeline import driver, stream
+from sarqc.pipeline.activations import GLANCE
+from sarqc.pipeline.collect import collect
+from sarqc.pipeline.workbench import Recall
+from sarqc.system import resolve_device, resolve_dtype, versions
+
+FOLDS = 2
+"""Stretches of the calibration text that are kept apart, for methods that judge on one what they fitted on another."""
+
+Detail = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure. label: "NAME" or "NAME@LAMBDA". windows, seed: None where the method is not calibrated."""
+
+    label: str
+    quant: QuantConfig
+    method: MethodConfig
+    windows: int | None
+    seed: int | None
+
+    def record(self) -> dict[str, Any]:
+        """What the cell is, as JSON values."""
+        return {
+            "method": self.label,
+            "bits": self.quant.bits,
+            "group_size": self.quant.group_size,
+            "windows": self.windows,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Other:
+    """A checkpoint that something else wrote, to stand beside the cells. windows, seed: what it was calibrated on."""
+
+    method: str
+    bits: int
+    group_size: int
+    windows: int | None
+    seed: int | None
+    folder: Path
+
+    @classmethod
+    def parsed(cls, said: str) -> Other:
+        """From METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER, windows and seed empty where it was not calibrated."""
+        what, _, folder = said.partition("=")
+        parts = what.split(":")
+        try:
+            method, bits, group_size = parts[0], int(parts[1]), int(parts[2])
+            windows, seed = (int(part) if part else None for part in parts[3:])
+        except (ValueError, IndexError):
+            raise ArgumentError(f"also = {said!r}: write METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER") from None
+        if not (Path(folder) / "config.json").is_file():
+            raise ArgumentError(f"also = {said!r}: {folder!r} is no folder of a checkpoint")
+        return cls(method, bits, group_size, windows, seed, Path(folder))
+
+    def record(self) -> dict[str, Any]:
+        """What it says it is, as JSON values."""
+        return {
+            "method": self.method,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "windows": self.windows,
+            "seed": self.seed,
+        }
+
+
+@dataclass
+class Text:
+    """A text to judge on. entering, reference: hidden states before block 0 and after the unquantized last one."""
+
+    windows: dataset.Windows
+    entering: Tensor
+    reference: Tensor
+    perplexity: float
+
+
+@dataclass
+class Bench:
+    """What all cells share. solver, judge: two skeletons, because solving and judging hold a block each.
+
+    sizes: calibration sizes, rising. Which windows are in which fold, and the order of sums, depend on all sizes up to
+    a cell's own, so they are part of what the cell is.
+    """
+
+    fingerprint: str
+    folder: Path
+    checkpoint: Checkpoint
+    solver: Skeleton
+    judge: Skeleton
+    device: torch.device
+    dtype: torch.dtype
+    sizes: list[int]
+    drawn: dict[int, Tensor]
+    calibration: dataset.Windows
+    texts: list[Text] = field(default_factory=list)
+
+
+def make(folder: Path, what: ComparisonConfig) -> Bench:
+    """Read the model and draw the calibration windows of every seed; the largest size must fit into the text."""
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.format is not None:
+        raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
+    trust, sizes = what.trust_remote_code, sorted(set(what.num_samples))
+    if isinstance(what.dataset, Tensor):
+        text = dataset.Windows.of_tokens(what.dataset)
+    else:
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+        text = dataset.windows(str(what.dataset), tokenizer, part="calibration", seqlen=what.seqlen)
+    where = resolve_device(what.device)
+    solver, judge = (Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
+    kept = resolve_dtype(what.dtype, where, solver.dtype)
+    judge.load_outer(checkpoint, where, kept, head=True)
+    drawn = {seed: text.nested(sizes, seed).tokens for seed in what.seeds}
+    return Bench(folder_fingerprint(folder), folder, checkpoint, solver, judge, where, kept, sizes, drawn, text)
+
+
+def add_texts(bench: Bench, measure: MeasureConfig, trust: bool) -> None:
+    """Take the last windows of each text, and run the unquantized model over them."""
+    tokenizer = load_tokenizer(bench.folder, trust_remote_code=trust)
+    for name in measure.texts:
+        windows = dataset.windows(name, tokenizer, part="evaluation", seqlen=measure.eval_seqlen)
+        windows = windows.last(measure.eval_windows)
+        entering = stream.enter(bench.judge, windows.tokens)
+        reference = stream.leave(bench.judge, bench.checkpoint, windows.tokens)
+        perplexity = stream.judge(bench.judge, windows, reference).perplexity
+        bench.texts.append(Text(windows, entering, reference, perplexity))
+
+
+def identity(bench: Bench, cell: Cell | Other) -> str:
+    """Fingerprint of everything a cell's numbers depend on."""
+    known = {
+        "protocol": tables.PROTOCOL,
+        "model": bench.fingerprint,
+        "texts": [text.windows.fingerprint for text in bench.texts],
+        "dtype": str(bench.dtype),
+        "device": bench.device.type,
+        "sarqc": versions()["sarqc"],
+    }
+    if isinstance(cell, Other):
+        known |= cell.record() | {"folder": folder_fingerprint(cell.folder)}
+    else:
+        known |= {"quant": record(cell.quant), "method": record(cell.method), "seed": cell.seed}
+    if isinstance(cell, Cell) and cell.seed is not None and cell.windows is not None:
+        tokens = bench.drawn[cell.seed][: cell.windows]
+        known["calibration"] = dataset.Windows.of_tokens(tokens).fingerprint
+        known["sizes"] = [size for size in bench.sizes if size <= cell.windows]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+# -- the work -------------------------------------------------------------------------------------------------------
+
+
+def gather(bench: Bench, grams: Grams, found: Targets, tokens: Tensor, detail: Detail) -> None:
+    """Statistics of one seed for all sizes that are missing, to disk."""
+    sizes = [size for size in bench.sizes if size <= grams.sizes[-1]]
+    folds, count = min(FOLDS, sizes[0]), len(bench.judge.blocks)
+    grams.begin()
+    for index, size, statistics in collect(bench.judge, bench.checkpoint, found, tokens, sizes, folds=folds):
+        detail(f"block {index}: statistics of {size} windows")
+        if size in grams.sizes:
+            grams.save(index, size, statistics, blocks=count)
+
+
+def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> dict[str, Any]:
+    """Solve and judge one cell, block by block. Logits that are not finite are a result, and stand in the record."""
+    began = time.perf_counter()
+    hidden = [text.entering.clone() for text in bench.texts]
+    reports: list[SolveReport] = []
+    solving = 0.0
+    for result in _solved(bench, cell, grams, detail):
+        solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
+        reports += result.reports
+        after = Overlay(bench.checkpoint, result.weights, result.changed)
+        bench.judge.load_block(result.index, after, bench.device, bench.dtype)
+        for states in hidden:
+            stream.through(bench.judge, result.index, states)
+        bench.judge.unload_block(result.index)
+    return cell.record() | {
+        **_judged(bench, hidden),
+        "error": sum(report.error for report in reports) / len(reports),
+        "rounding_error": sum(report.rounding_error for report in reports) / len(reports),
+        "strength": [min(r.strength for r in reports), max(r.strength for r in reports)],
+        "fallbacks": sum(report.fallback is not None for report in reports),
+        "seconds": {"solve": round(solving, 3), "total": round(time.perf_counter() - began, 3)},
+    }
+
+
+def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> Iterator[driver.BlockResult]:
+    tokens, size, borrows = None, cell.windows, cell.method.expert_shrinkage > 0
+    folds = min(FOLDS, bench.sizes[0])
+    recall: Recall | None = None
+    if grams is not None and size is not None:
+        tokens = bench.calibration.tokens[:folds, :GLANCE]  # a window for each fold: Grams are counted with all of them
+
+        def recall(index: int, shares: Sequence[Share]) -> list[Any]:
+            return [grams.load(index, size, share, bench.device, rest=borrows) for share in shares]
+
+    return driver.run(
+        bench.solver,
+        bench.checkpoint,
+        tokens,
+        cell.quant,
+        cell.method,
+        device=bench.device,
+        dtype=bench.dtype,
+        folds=folds,
+        start=driver.Start(0, None, lambda _: ({}, {}), Strengths(seed=cell.seed or 0)),
+        recall=recall,
+        on_progress=lambda index, stage: detail(f"{cell.label} {cell.quant.bits} bits, block {index} {stage}"),
+    )
+
+
+def measure_other(bench: Bench, other: Other, detail: Detail) -> dict[str, Any]:
+    """Judge a checkpoint as it is, by the same code. Its embeddings and head are taken to be the original's."""
+    began = time.perf_counter()
+    checkpoint = open_checkpoint(other.folder)
+    skeleton = Skeleton.from_folder(other.folder, checkpoint)
+    skeleton.load_outer(checkpoint, bench.device, bench.dtype)
+
+    def on_block(index: int) -> None:
+        detail(f"{other.method}, block {index}")
+
+    hidden = [stream.leave(skeleton, checkpoint, text.windows.tokens, on_block) for text in bench.texts]
+    return other.record() | {
+        **_judged(bench, hidden),
+        "error": None,
+        "seconds": {"solve": None, "total": round(time.perf_counter() - began, 3)},
+    }
+
+
+def _judged(bench: Bench, hidden: Sequence[Tensor]) -> dict[str, Any]:
+    """quality: numbers by text. failed: why there are none for some of them, or None."""
+    found: dict[str, Any] = {}
+    failed = None
+    for text, states in zip(bench.texts, hidden):
+        try:
+            tally = stream.judge(bench.judge, text.windows, states, text.reference)
+        except NumericError as error:
+            failed = str(error)
+            continue
+        found[text.windows.text] = {
+            "perplexity": tally.perplexity,
+            "agreement": tally.agreement,
+            "kl": tally.kl,
+        }
+    return {"quality": found, "failed": failed}

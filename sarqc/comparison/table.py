@@ -1,0 +1,187 @@
+"""A comparison as a table and a plot: means over seeds, their spread, and ties where a difference is inside it.
+
+Methods are compared seed by seed, because two methods on the same windows share those windows' luck. The distance of
+two methods is the mean over seeds of the difference of log perplexities; it spreads as far as one seed's difference
+lies from that mean. A method whose distance from the best one is not larger than its spread is tied with it. One seed
+has no spread, so it makes no ties.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sarqc.report.report import write_text
+from sarqc.report.summary import figure
+from sarqc.report.svg import Series, beside, line_chart, short, standalone
+
+PROTOCOL = 1
+"""Raised whenever cells measured before must not stand beside new ones."""
+METRICS = ("perplexity", "agreement", "kl")
+_CSV = ("method", "bits", "group_size", "windows", "seed", "text", *METRICS, "error", "seconds")
+_PANEL = (620, 300)
+
+Row = dict[str, Any]
+
+
+def table(protocol: dict[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What compare.json holds: protocol, rows (a method at bits, group size, windows, for each text) and cells."""
+    sizes = sorted({cell["windows"] for cell in cells if cell["windows"] is not None})
+    rows: list[Row] = []
+    for text in (entry["text"] for entry in protocol["texts"]):
+        for bits, group_size in sorted({(c["bits"], c["group_size"]) for c in cells}, reverse=True):
+            here = [c for c in cells if (c["bits"], c["group_size"]) == (bits, group_size)]
+            for windows in sizes or [None]:
+                found = [c for c in here if c["windows"] in {windows, None}]
+                rows += _group(text, windows, found)
+    return {"protocol": protocol, "rows": rows, "cells": list(cells)}
+
+
+def write(folder: Path, found: dict[str, Any]) -> None:
+    """compare.json, compare.csv and compare.svg in `folder`."""
+    write_text(folder / "compare.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_text(folder / "compare.csv", as_csv(found))
+    write_text(folder / "compare.svg", plot(found))
+
+
+def as_csv(found: dict[str, Any]) -> str:
+    """A line for each cell and text."""
+    lines = io.StringIO()
+    out = csv.writer(lines, lineterminator="\n")
+    out.writerow(_CSV)
+    for entry in found["protocol"]["texts"]:
+        out.writerow(["unquantized", "", "", "", "", entry["text"], entry["perplexity"], 1.0, 0.0, "", ""])
+    for cell in found["cells"]:
+        for text, quality in cell["quality"].items():
+            what = [cell[key] for key in ("method", "bits", "group_size", "windows", "seed")]
+            out.writerow([*what, text, *(quality[m] for m in METRICS), cell["error"], cell["seconds"]["total"]])
+    return lines.getvalue()
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """Perplexities with their spread, a column for each method; the best bold, ties with it marked."""
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    lines = ["| text | bits | group | windows | " + " | ".join(methods) + " |", "|---" * (len(methods) + 4) + "|"]
+    cases = dict.fromkeys((r["text"], r["bits"], r["group_size"], r["windows"]) for r in found["rows"])
+    for text, bits, group_size, windows in cases:
+        own = {
+            row["method"]: row
+            for row in found["rows"]
+            if (row["text"], row["bits"], row["group_size"], row["windows"]) == (text, bits, group_size, windows)
+        }
+        name = text.rpartition("/")[2].replace("|", "\\|")
+        cells = " | ".join(perplexity(own[method]) if method in own else "" for method in methods)
+        lines.append(f"| {name} | {bits} | {group_size} | {'' if windows is None else windows} | {cells} |")
+    return "\n".join(lines)
+
+
+def perplexity(row: Row) -> str:
+    """A cell of the table: mean ± spread, bold where best, with a mark where tied with the best."""
+    shown = with_spread(row)
+    return f"**{shown}**" if row["best"] else f"{shown} ≈" if row["tied"] else shown
+
+
+def with_spread(row: Row) -> str:
+    """Mean ± spread, as far as there are any."""
+    return "not finite" if row["perplexity"] is None else figure(row["perplexity"], row["spread"])
+
+
+def plot(found: dict[str, Any]) -> str:
+    """A panel for each text and bits: perplexity over calibration size, a line for each method."""
+    rows = found["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    formats = list(dict.fromkeys((row["bits"], row["group_size"]) for row in rows))
+    charts = []
+    for entry in found["protocol"]["texts"]:
+        for bits, group_size in formats:
+            own = [r for r in rows if (r["text"], r["bits"], r["group_size"]) == (entry["text"], bits, group_size)]
+            charts.append(
+                line_chart(
+                    [_series(method, [row for row in own if row["method"] == method]) for method in methods],
+                    x_label="calibration windows",
+                    y_label="perplexity",
+                    kind="log",
+                    x_kind="log",
+                    x_ticks=sorted({row["windows"] or 1 for row in own}),
+                    mark=(entry["perplexity"], "unquantized"),
+                    title=f"{entry['text'].rpartition('/')[2]}, {bits} bits, groups of {group_size}",
+                    width=_PANEL[0],
+                    height=_PANEL[1],
+                )
+            )
+    drawn = [chart for chart in charts if chart]
+    return standalone(beside(drawn, columns=len(formats), width=_PANEL[0], height=_PANEL[1])) if drawn else ""
+
+
+def _series(method: str, rows: Sequence[Row]) -> Series:
+    shown = [row for row in rows if row["perplexity"] is not None]
+    points = tuple(
+        (float(row["windows"] or 1), row["perplexity"], f"{method}, {row['windows']}: {short(row['perplexity'])}")
+        for row in shown
+    )
+    spans = tuple((float(row["windows"] or 1), row["lowest"], row["highest"]) for row in shown if row["seeds"] > 1)
+    return Series(method, points, spans)
+
+
+def _group(text: str, windows: int | None, cells: Sequence[dict[str, Any]]) -> list[Row]:
+    """One row for each method among cells that differ in method and seed alone."""
+    methods = dict.fromkeys(cell["method"] for cell in cells)
+    rows = {}
+    for method in methods:
+        own = {cell["seed"]: cell for cell in cells if cell["method"] == method}
+        rows[method] = _row(text, windows, own)
+    finite = {method: row for method, row in rows.items() if row["perplexity"] is not None}
+    best = min(finite, key=lambda method: finite[method]["perplexity"], default=None)
+    for method, row in finite.items():
+        assert best is not None
+        row["best"] = method == best
+        row["tied"] = method != best and _tied(rows[best]["by_seed"], row["by_seed"])
+    return list(rows.values())
+
+
+def _row(text: str, windows: int | None, cells: dict[int | None, dict[str, Any]]) -> Row:
+    first = next(iter(cells.values()))
+    by_seed = {str(seed): cell["quality"].get(text) for seed, cell in cells.items()}
+    found = [quality for quality in by_seed.values() if quality is not None]
+    whole = len(found) == len(by_seed)
+    spent = [cell["seconds"]["solve"] for cell in cells.values()]
+    values = [quality["perplexity"] for quality in found]
+    mean = sum(values) / len(values) if whole else None
+    return {
+        "text": text,
+        "bits": first["bits"],
+        "group_size": first["group_size"],
+        "windows": windows,
+        "method": first["method"],
+        "seeds": len(cells),
+        "perplexity": mean,
+        "spread": max(abs(v - mean) for v in values) if mean is not None and len(values) > 1 else None,
+        "lowest": min(values, default=None),
+        "highest": max(values, default=None),
+        "agreement": sum(q["agreement"] for q in found) / len(found) if whole else None,
+        "kl": sum(q["kl"] for q in found) / len(found) if whole else None,
+        "seconds": None if None in spent else sum(spent) / len(spent),
+        "by_seed": {seed: None if quality is None else quality["perplexity"] for seed, quality in by_seed.items()},
+        "best": False,
+        "tied": False,
+    }
+
+
+def _tied(best: dict[str, float], other: dict[str, float]) -> bool:
+    """Whether two methods differ by no more than their difference varies over seeds."""
+    # A method that reads no text is the same for every seed; of others only seeds that both have can be compared.
+    known = [set(found) for found in (best, other) if "None" not in found]
+    seeds = sorted(set.intersection(*known)) if known else []
+    if len(seeds) < 2:
+        return False
+    one, two = (
+        [math.log(found["None"] if "None" in found else found[seed]) for seed in seeds] for found in (best, other)
+    )
+    gaps = [b - a for a, b in zip(one, two)]
+    mean = sum(gaps) / len(gaps)
+    return abs(mean) <= max(abs(gap - mean) for gap in gaps)

@@ -1,0 +1,222 @@
+"""Compare methods x bits x calibration sizes on one model, at the price of one calibration per seed.
+
+Statistics are collected once per seed from the unquantized model, for all sizes in one pass, and wait on disk; every
+cell then solves from them in memory and is judged as it goes, block by block, without a checkpoint ever being written.
+That makes this a *one-shot* comparison: each block is solved as if the blocks before it were unquantized, whereas
+`quantize` calibrates each block on what the quantized ones before it put out. Methods are comparable with each other
+here; whoever wants a method's own best number runs `quantize`.
+
+Finished cells stand in cells.jsonl, one line each, under the fingerprint of everything that they depend on. A second
+run skips them, so that an interrupted comparison goes on where it was, and one with more methods adds to what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, Unpack
+
+from sarqc.checkpoint.folders import refuse_overlap, refuse_place
+from sarqc.comparison import experiment as benches
+from sarqc.comparison import table as tables
+from sarqc.comparison.experiment import Bench, Cell, Other
+from sarqc.comparison.store import CELLS, Cells, Grams
+from sarqc.config import AUTO, MethodConfig, QuantConfig
+from sarqc.config_compare import COMPARE, ComparisonConfig, MeasureConfig
+from sarqc.errors import ArgumentError, CheckpointError
+from sarqc.keywords import CompareKeywords
+from sarqc.model.hub import locate_source
+from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
+from sarqc.options import documented, sorted_out
+from sarqc.report.summary import figure
+from sarqc.system import versions
+
+
+class Watcher(Protocol):
+    """Whoever follows a comparison; called from the thread that runs it."""
+
+    def note(self, text: str) -> None:
+        """Something worth one line."""
+
+    def begin(self, label: str, total: int) -> None:
+        """So many steps follow: a collection for each seed that needs one, and the cells that are not there yet."""
+
+    def detail(self, text: str) -> None:
+        """What is going on inside a step."""
+
+    def advance(self, text: str) -> None:
+        """A step is done."""
+
+
+class Silent:
+    """The watcher that looks away."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def begin(self, label: str, total: int) -> None:
+        """Nothing."""
+
+    def detail(self, text: str) -> None:
+        """Nothing."""
+
+    def advance(self, text: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """out: the folder with compare.json, compare.csv, compare.svg and cells.jsonl. table: what compare.json holds."""
+
+    out: Path
+    table: dict[str, Any]
+
+
+@documented(*COMPARE)
+def compare(
+    model: str | Path,
+    out: str | Path,
+    *,
+    what: ComparisonConfig | None = None,
+    measure: MeasureConfig | None = None,
+    progress: Watcher | None = None,
+    **options: Unpack[CompareKeywords],
+) -> Comparison:
+    """Measure every method at every bits, group size, calibration size and seed; write the table to the folder `out`.
+
+    For one seed a smaller number of sequences is part of a larger one. Every cell gets perplexity, agreement of the
+    likeliest next token and mean KL divergence, the last two against the unquantized model on the same sequences.
+    Memory holds a block, its statistics and the hidden states of the texts; disk the statistics of one seed at a time.
+
+    Args:
+        model: Local folder, hub id, or "smollm2".
+        out: Folder for the table and the finished cells.
+        what: What to compare.
+        measure: What to measure on.
+        progress: Receives the progress.
+        {options}
+
+    Returns:
+        The folder and the table.
+
+    Raises:
+        SarqcError: Anything wrong with the input.
+    """
+    given = sorted_out(COMPARE, options)
+    what = ComparisonConfig.made(what, given[ComparisonConfig])
+    measure = MeasureConfig.made(measure, given[MeasureConfig])
+    also = [Other.parsed(one) if isinstance(one, str) else one for one in measure.also]
+    watcher, out = progress or Silent(), Path(out).expanduser()
+    folder = locate_source(model, trust_remote_code=what.trust_remote_code)
+    refuse_place(out)
+    refuse_overlap(out, folder)
+    if out.is_dir() and any(out.iterdir()) and not (out / CELLS).exists():
+        raise CheckpointError(f"output folder {out} holds something else than a comparison: choose another one")
+    for name, values in (
+        ("methods", what.methods), ("bits", what.bits), ("seeds", what.seeds), ("num_samples", what.num_samples),
+        ("texts", measure.texts),
+    ):  # fmt: skip
+        if not values:
+            raise ArgumentError(f"{name} is empty: give at least one")
+    bench = benches.make(folder, what)
+    found = targets(bench.solver, QuantConfig(ignore=what.ignore))
+    cells = _cells(what, list(_quants(found, what)))
+    watcher.note("measuring the unquantized model")
+    benches.add_texts(bench, measure, what.trust_remote_code)
+    protocol = _protocol(bench, str(model))
+    done = Cells(out, partial(benches.identity, bench))
+    _work(bench, [*also, *cells], done, found, protocol, watcher)
+    table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
+    tables.write(out, table)
+    return Comparison(out, table)
+
+
+# -- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def parse_method(method: str) -> MethodConfig:
+    """The method of "NAME" or "NAME@LAMBDA"."""
+    name, at, fixed = method.partition("@")
+    try:
+        given: dict[str, Any] = {"reg_lambda": float(fixed)} if at else {}
+    except ValueError:
+        raise ArgumentError(f"method = {method!r} is not accepted: after @ give a number, reg_lambda") from None
+    # in one shot there are no earlier errors to correct
+    return replace(MethodConfig(name, **given), error_correction=False)
+
+
+def _quants(found: Targets, what: ComparisonConfig) -> Iterator[QuantConfig]:
+    for group_size in what.group_sizes:
+        size = auto_group_size(found) if group_size == AUTO else group_size
+        for width in what.bits:
+            quant = QuantConfig(bits=width, group_size=size, sym=what.sym, ignore=what.ignore)
+            check_group_size(found, quant)
+            yield quant
+
+
+def _cells(what: ComparisonConfig, quants: Sequence[QuantConfig]) -> list[Cell]:
+    """All cells, those of one seed and size together; a method that is not calibrated has one cell for all of them."""
+    cells: dict[Cell, None] = {}
+    for seed in what.seeds:
+        for size in sorted(set(what.num_samples)):
+            for quant in quants:
+                for label in what.methods:
+                    method = parse_method(label)
+                    calibrated = (size, seed) if method.calibrated else (None, None)
+                    cells[Cell(label, quant, method, *calibrated)] = None
+    return list(cells)
+
+
+# -- the work -------------------------------------------------------------------------------------------------------
+
+
+def _work(
+    bench: Bench, cells: Sequence[Cell | Other], done: Cells, found: Targets, protocol: dict[str, Any], watcher: Watcher
+) -> None:
+    """Measure the cells that are not there yet, seed by seed."""
+    for other in (cell for cell in cells if isinstance(cell, Other) and cell not in done):
+        done.add(other, benches.measure_other(bench, other, watcher.detail))
+    missing = [cell for cell in cells if isinstance(cell, Cell) and cell not in done]
+    seeds = dict.fromkeys(cell.seed for cell in missing)
+    needed = {seed: _grams(done.folder, missing, seed) for seed in seeds if seed is not None}
+    there = len(cells) - len(missing)
+    watcher.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
+    watcher.begin("steps", len(missing) + len(needed))
+    for seed in seeds:
+        grams = needed.get(seed) if seed is not None else None
+        if grams is not None and seed is not None:
+            benches.gather(bench, grams, found, bench.drawn[seed], watcher.detail)
+            watcher.advance(f"seed {seed}: statistics collected")
+        for cell in (cell for cell in missing if cell.seed == seed):
+            record = benches.measure(bench, cell, grams, watcher.detail)
+            done.add(cell, record)
+            tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
+            watcher.advance(_told(record))
+        if grams is not None:
+            grams.remove()
+
+
+def _grams(folder: Path, missing: Sequence[Cell], seed: int) -> Grams:
+    sizes = {cell.windows for cell in missing if cell.seed == seed and cell.windows is not None}
+    return Grams(folder / "grams" / f"seed-{seed}", sorted(sizes))
+
+
+def _protocol(bench: Bench, model: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "mode": "one-shot: every block is solved on what the unquantized blocks before it put out, without error "
+        "correction",
+        "calibration": {"text": bench.calibration.text, "seqlen": bench.calibration.tokens.shape[1]},
+        "texts": [text.windows.record() | {"perplexity": text.perplexity} for text in bench.texts],
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "device": str(bench.device),
+        "versions": versions(),
+    }
+
+
+def _told(record: dict[str, Any]) -> str:
+    text = "" if record["windows"] is None else f", {record['windows']} windows, seed {record['seed']}"
+    found = ", ".join(figure(entry["perplexity"]) for entry in record["quality"].values()) or record["failed"]
+    return f"{record['method']} {record['bits']} bits g{record['group_size']}{text}: perplexity {found}"

@@ -1,0 +1,248 @@
+"""Quantize: a model goes in, a low-bit checkpoint comes out, whole or not at all.
+
+Everything that can be refused is refused before the first block: names, text, shapes, the output folder, a disk that
+is too small. Then blocks are solved one by one and saved as they come, in a work folder beside the output; a run that
+ends early goes on from there. At the end the checkpoint is written from the work folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from sarqc.checkpoint.folders import refuse_existing, refuse_overlap, refuse_place
+from sarqc.checkpoint.side_files import side_files
+from sarqc.checkpoint.verify import refuse_poison
+from sarqc.config import DEFAULT_METHOD, QUANTIZE, CalibrationConfig, Configs, MethodConfig, QuantConfig, RunConfig
+from sarqc.errors import ArgumentError, Interrupted, ResourceError
+from sarqc.estimation import preflight
+from sarqc.estimation.memory import look
+from sarqc.keywords import QuantizeKeywords
+from sarqc.model import dataset
+from sarqc.options import documented
+from sarqc.pipeline import driver
+from sarqc.pipeline.bit_allocation import Widths, decide
+from sarqc.pipeline.comm import Group
+from sarqc.pipeline.distributed import Following, joined, named, same_everywhere, start_everywhere
+from sarqc.pipeline.driver import Start
+from sarqc.pipeline.fingerprint import fingerprint
+from sarqc.pipeline.offload import Scratch
+from sarqc.pipeline.plan import Plan, make_plan, read_windows
+from sarqc.pipeline.progress import Silent, Watcher
+from sarqc.pipeline.resume import Work, begin, default_work
+from sarqc.pipeline.write import Result, write_checkpoint
+from sarqc.system import give_back
+
+
+@documented(*QUANTIZE)
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str | MethodConfig = DEFAULT_METHOD,
+    quant: QuantConfig | None = None,
+    calibration: CalibrationConfig | None = None,
+    run: RunConfig | None = None,
+    progress: Watcher | None = None,
+    **options: Unpack[QuantizeKeywords],
+) -> Result:
+    """Quantize a causal language model to a checkpoint in the folder `out`. An interrupted run resumes.
+
+    Options are fields of `QuantConfig`, `MethodConfig`, `CalibrationConfig` and `RunConfig`: give the configurations,
+    their fields as keywords, or both. A keyword changes the field of a configuration.
+
+    Under torchrun all ranks call this alike. Sequences and matrices are split over them, rank 0 writes, and all return
+    its result.
+
+    Args:
+        model: Local folder, hub id, or "smollm2", the packaged model.
+        out: Folder to write. It must not exist, unless `overwrite`.
+        quant: Number format of the weights.
+        calibration: Calibration data. `dataset` also takes token ids, int64 [sequences, tokens].
+        run: Device, budgets, work folder.
+        progress: Receives the progress of the run.
+        {options}
+
+    Returns:
+        The output folder and the report.
+
+    Raises:
+        SarqcError: Anything wrong with the input, before `out` exists.
+        Interrupted: `progress` asked the run to stop; finished blocks are saved.
+    """
+    configs = Configs.of(quant, method, calibration, run, **options)
+    out, own = Path(out).expanduser(), configs.run
+    with joined(own.device, ordered=own.ordered) as (group, own_device):
+        refuse_existing(out, own.overwrite)
+        plan = make_plan(model, replace(configs, run=replace(own, device=own_device)))
+        place = _work_place(out, own.work_dir, plan.folder)
+        return _carry_out(plan, out, place, group, progress or Silent())
+
+
+def _carry_out(plan: Plan, out: Path, place: Path, group: Group, watcher: Watcher) -> Result:
+    """Run a plan on this rank, with its work folder at `place`."""
+    windows = read_windows(plan)
+    run = _Run(plan, windows, place, group, watcher if group.rank == 0 else Following(watcher))
+    same_everywhere(group, run.fingerprint)
+    if group.rank > 0:
+        run.solve_blocks(None)
+        return run.shared(None)
+    run.look_ahead(out)
+    with begin(place, run.fingerprint, _about(plan, windows), restart=not plan.run.resume) as opened:
+        return run.shared(run.lead(opened, out))
+
+
+def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
+    """The work folder, which must lie outside the model and the output."""
+    refuse_overlap(out, model)
+    place = default_work(out) if work is None else Path(work).expanduser()
+    refuse_place(place, "work folder")
+    refuse_overlap(place, model, "work folder")
+    inner, outer = place.resolve(), Path(out).resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise ArgumentError(
+            f"work_dir = {str(place)!r} and the output folder {out} lie inside each other: use another --work-dir"
+        )
+    return place
+
+
+def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
+    """What export and report will want to know of a run, beside its fingerprint."""
+    return {
+        "model": plan.model,
+        "folder": str(plan.folder.resolve()),
+        "blocks": len(plan.skeleton.blocks),
+        "targets": plan.targets.record(),
+        "calibration": None if windows is None else windows.record() | {"seed": plan.calibration.seed},
+        "device": str(plan.device),
+        "dtype": plan.run.dtype,
+        "code": plan.run.trust_remote_code,
+    }
+
+
+class _Run:
+    """A run on one rank."""
+
+    def __init__(
+        self, plan: Plan, windows: dataset.Windows | None, place: Path, group: Group, watcher: Watcher
+    ) -> None:
+        self.plan = plan
+        self.tokens = None if windows is None else windows.tokens
+        self.place = place
+        self.fingerprint = fingerprint(plan, windows)
+        self.group = group
+        self.watcher = watcher
+        self.at = -1  # the block at work
+
+    def look_ahead(self, out: Path) -> None:
+        """The preflight: `SarqcError` where the run must not begin, or could not end."""
+        side_files(self.plan.folder, self.plan.run.trust_remote_code)
+        refuse_poison(self.plan.checkpoint, f"{self.plan.skeleton.prefix}.")
+        found = preflight.look_ahead(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
+        for note in (*self.plan.notes, found.headline()):
+            self.watcher.note(note)
+        found.refuse()
+
+    def lead(self, work: Work, out: Path) -> Result:
+        """What rank 0 does: all blocks, then the checkpoint, and then the work folder goes."""
+        self.solve_blocks(work)
+        self.watcher.note("writing and checking the checkpoint")
+        result = write_checkpoint(work, self.plan.checkpoint, out, self.plan.format, overwrite=self.plan.run.overwrite)
+        work.remove()
+        return result
+
+    def shared(self, result: Result | None) -> Result:
+        """Rank 0's result on every rank, once it is there."""
+        with named(self.group, lambda: "waiting for the checkpoint"):
+            told = self.group.gather(result)[0]
+        assert told is not None
+        return told
+
+    def solve_blocks(self, work: Work | None) -> None:
+        """Finish every block that is not finished yet; rank 0, which has the work folder, saves each."""
+        with named(self.group, lambda: f"block {self.at + 1}" if self.at >= 0 else "before the first block"):
+            start = start_everywhere(self.group, self._begin(work) if work else None)
+            if start.block == len(self.plan.skeleton.blocks):
+                return
+            try:
+                self._each_block(start, work)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+                raise ResourceError(
+                    f"{self.plan.device} has too little memory for one block ({reason}): use a larger one or "
+                    "--device cpu; finished blocks are kept in the work folder"
+                ) from error
+
+    def _begin(self, work: Work) -> Start:
+        start, trouble = work.start(self.plan.method.calibrated)
+        if trouble:
+            self.watcher.note(f"{trouble}; going on from what is sound")
+        if start.block:
+            self.watcher.note(f"resuming at block {start.block + 1} of {work.blocks}, from {work.folder}")
+        self.watcher.begin_blocks(work.blocks, start.block)
+        return start
+
+    def _stage(self, block: int, name: str) -> None:
+        self.at = block
+        self.watcher.stage(block, name)
+
+    def _widths(self, work: Work | None) -> dict[str, int] | None:
+        """Bits of every Linear where they differ: as the work folder has them, or chosen now."""
+        if self.plan.quant.avg_bits is None:
+            return None
+        chosen: Widths | None = self.group.gather(work.widths() if work else None)[0]
+        if chosen is None:
+            assert self.tokens is not None
+            self.watcher.note("a first look at every site, to choose its bits")
+            chosen = decide(self.plan, self.tokens, self.group, lambda index: self._stage(index, "look"))
+            if work:
+                work.save_widths(chosen)
+        self.watcher.note(chosen.headline())
+        return chosen.by_linear()
+
+    def _each_block(self, start: Start, work: Work | None) -> None:
+        plan, count = self.plan, len(self.plan.skeleton.blocks)
+        widths = self._widths(work)
+        windows, seqlen = (0, 0) if self.tokens is None else self.tokens.shape
+        waiting, _ = look(plan, windows, seqlen, self.group.size)
+        began = time.perf_counter()
+        running = driver.run(
+            plan.skeleton,
+            plan.checkpoint,
+            self.tokens,
+            plan.quant,
+            plan.method,
+            device=plan.device,
+            dtype=plan.dtype,
+            micro_batch=plan.run.micro_batch,
+            gram_budget=plan.run.gram_budget,
+            start=start,
+            on_progress=self._stage,
+            group=self.group,
+            room=Scratch(self.place, plan.activation_budget),
+            read_ahead=waiting.ahead > 0,
+            widths=widths,
+        )
+        with closing(running):  # its thread ends here, however this ends
+            for result in running:
+                now = time.perf_counter()
+                if work:
+                    work.save(result, now - began)
+                elif result.leaving:
+                    deque(result.leaving.each(), maxlen=0)  # they go to rank 0, which saves them
+                give_back()
+                began = now
+                for note in result.notes:
+                    self.watcher.note(note)
+                self.watcher.block(result)
+                if result.index + 1 < count and any(self.group.gather(self.watcher.stop_asked())):
+                    raise Interrupted(
+                        f"stopped after block {result.index + 1} of {count}, which is saved"
+                        f"{f' in {work.folder}' if work else ''}: the same command goes on from there"
+                    )

@@ -1,0 +1,155 @@
+"""How much memory a run will take in each of its stages, and what waits on the host meanwhile. From shapes alone.
+
+Counted is what the loop holds at once. Two things wait beside the block at work: hidden states, in memory up to
+`--activation-budget` and in a file beyond it, and the next block, where it is read ahead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from sarqc.estimation import shapes
+from sarqc.method.lambda_search import EXPERTS, TRIAL_BYTES
+from sarqc.model.layers import Target
+from sarqc.model.sites import Share, Site
+from sarqc.pipeline.passes import gram_bytes, passes
+from sarqc.pipeline.plan import Plan
+from sarqc.pipeline.sensitivity import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
+from sarqc.pipeline.work_split import pieces, solving_bytes
+from sarqc.system import host_memory, peak_memory_mib, ranks_here
+
+STAGES = ("embed", "load", "look", "observe", "solve", "replay", "write")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one stage at its peak, of the process on the host and of tensors on the device (0 without a GPU)."""
+
+    stage: str
+    host: int
+    device: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Bytes that wait for their turn, of one rank. states: hidden states in memory. mapped: those in a file. ahead: the
+    next block, read while one is solved; 0 where it is not."""
+
+    states: int
+    mapped: int
+    ahead: int
+
+
+def look(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[Waiting, list[Memory]]:
+    """What waits, and peak memory of each stage with it. The next block is read ahead where this machine has the memory
+    for that on all its ranks, and there is more than one block."""
+    waiting = _waiting(plan, windows, seqlen, ranks)
+    stages = memory(plan, windows, seqlen, waiting)
+    if waiting.ahead and max(stage.host for stage in stages) * ranks_here() > host_memory():
+        waiting = replace(waiting, ahead=0)
+        stages = memory(plan, windows, seqlen, waiting)
+    return waiting, stages
+
+
+def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> Waiting:
+    """As `pipeline.offload` does it: as many sets of states as fit are in memory.
+
+    The original's sets are counted also where the first block will show that no layer has a joint, and they are let go:
+    they are there until then, and shapes do not tell.
+    """
+    one = shapes.states_bytes(plan, -(-windows // ranks), seqlen)
+    joints = [site.joint for _, sites in shapes.blocks(plan) for site in sites if site.joint]
+    sets = 0 if not one else 1 + bool(joints) + any(joint.reader for joint in joints)
+    fitting = min(sets, plan.activation_budget // one) if one else 0
+    ahead = [_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))]
+    return Waiting(fitting * one, (sets - fitting) * one, max(ahead, default=0))
+
+
+def _stored(plan: Plan, index: int) -> int:
+    """Bytes of a block in the checkpoint."""
+    names = {piece.name for parameter in plan.skeleton.parameters(index) for piece in plan.skeleton.pieces[parameter]}
+    return sum(shapes.stored_bytes(plan, name) for name in names)
+
+
+def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memory]:
+    """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
+    width, states, ahead = plan.dtype.itemsize, waiting.states, waiting.ahead
+    tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
+    apart = windows > 1 and (plan.quant.avg_bits is not None or plan.method.needs_validation)
+    folds = 0 if not windows else 2 if apart else 1
+    tensor = max(shapes.stored_bytes(plan, name) for name in plan.source.names())
+    outer = width * _outer(plan)
+    tried = (TOKENS + TRIED_WINDOWS * TRIED_LENGTH * _sites(plan)) * width * shapes.hidden_size(plan)
+    peaks: dict[str, tuple[int, int]] = dict.fromkeys(STAGES, (0, 0))  # on the device, and on the host beside it
+    for index, sites in shapes.blocks(plan):
+        members = plan.targets.of_block(index)
+        block = width * sum(shapes.elements(plan, name) for name in plan.skeleton.parameters(index))
+        codes = sum(prod(target.shape) for target in members)
+        grams, solving = _solved(plan, sites, folds)
+        flow = tokens * _flow(plan, members) * width
+        needs = {
+            "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),
+            "load": (block + tensor, states + tensor + ahead),
+            "look": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
+            "observe": (block + grams + flow, states + ahead),
+            "solve": (block + grams + solving, states + ahead + codes),
+            "replay": (block + flow, states + ahead + codes),
+            "write": (0, 2 * tensor + 6 * max((prod(target.shape) for target in members), default=0)),
+        }
+        for stage, need in needs.items():
+            peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
+    if plan.quant.avg_bits is None:
+        del peaks["look"]
+    if not windows:
+        peaks = {stage: peak for stage, peak in peaks.items() if stage in ("load", "solve", "write")}
+    base = peak_memory_mib()["host"] << 20
+    gpu = plan.device.type != "cpu"
+    return [
+        Memory(stage, base + beside + (0 if gpu else on), on if gpu else 0) for stage, (on, beside) in peaks.items()
+    ]
+
+
+def _outer(plan: Plan) -> int:
+    """Elements of the body outside its blocks."""
+    body = f"{plan.skeleton.model.base_model_prefix}."
+    return sum(
+        shapes.elements(plan, name)
+        for name in plan.skeleton.pieces
+        if name.startswith(body) and not name.startswith(f"{plan.skeleton.prefix}.")
+    )
+
+
+def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
+    """Bytes of the Grams that are held at once, and of solving the largest share beside them."""
+    portions = list(passes(sites, folds, plan.run.gram_budget))
+    grams = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
+    solved = [piece.share for shares in portions for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
+    solving = max((solving_bytes(share, folds > 0) for share in solved), default=0)
+    choosing = max((_choosing(share) for shares in portions for share in shares), default=0) if folds > 1 else 0
+    return grams, max(solving, choosing)
+
+
+def _largest(sites: list[Site]) -> int:
+    """Elements of the largest site, of which the first look keeps a copy while it tries another weight in its place."""
+    return max((sum(prod(target.shape) for target in site.members) for site in sites), default=0)
+
+
+def _sites(plan: Plan) -> int:
+    """Sites of the whole model, each of which the first look runs a few windows of its own on from."""
+    return sum(len(sites) for _, sites in shapes.blocks(plan))
+
+
+def _choosing(share: Share) -> int:
+    """Bytes that choosing a share's strength takes: up to three trials of some experts go through what solving takes,
+    together, beside the share's weight."""
+    count, one = share.stop - share.first, 4 * share.site.in_features**2
+    held = min(count, EXPERTS) * one
+    weight = 4 * count * share.site.in_features * sum(rows for _, _, rows in share.site.slabs)
+    return weight + 4 * held + 5 * min(3 * held, max(held, TRIAL_BYTES))
+
+
+def _flow(plan: Plan, members: list[Target]) -> int:
+    """Elements that a token leaves in memory on its way through a block."""
+    widest = max((max(target.shape) for target in members), default=0)
+    return 12 * shapes.hidden_size(plan) + 4 * widest * shapes.choices(plan)

@@ -1,0 +1,218 @@
+"""A look ahead: what a run will do, what it takes, whether that is there, and who will serve the result.
+
+Made before every run, and all there is of a dry run. It reads a configuration and headers, and no weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sarqc.checkpoint.writer import SHARD_BYTES
+from sarqc.errors import ArgumentError, ResourceError
+from sarqc.estimation import shapes
+from sarqc.estimation.memory import Memory, Waiting, look
+from sarqc.estimation.sizes import Sizes, Time, bits_per_weight, seconds, sizes
+from sarqc.pipeline.distributed import world
+from sarqc.pipeline.plan import Plan
+from sarqc.report.summary import human
+from sarqc.serving import rules
+from sarqc.serving.compatibility import served
+from sarqc.system import host_memory, ranks_here
+
+_SPARE = 50 << 20
+"""Bytes of disk for headers, tokenizer and reports."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Layers of one name (numbers as *), and why they are left; None for those that are quantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    left: str | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a run will write under some paths of one file system, and what is free there; bytes."""
+
+    paths: tuple[str, ...]
+    needed: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before the first block. sites: as shapes tell them; a forward may show that some are one.
+    windows, seqlen: (0, 0) where no text is looked at. ranks: processes that share the work; memory and what is waiting
+    are those of one of them. problems: why the run must not begin."""
+
+    model: str
+    architecture: str
+    blocks: int
+    sites: int
+    quantized_linears: int
+    kinds: tuple[Kind, ...]
+    windows: int
+    seqlen: int
+    ranks: int
+    device: str
+    dtype: str
+    bits_per_weight: float
+    sizes: Sizes
+    memory: tuple[Memory, ...]
+    waiting: Waiting
+    disk: tuple[Disk, ...]
+    time: Time
+    serve: tuple[rules.Outlook, ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def headline(self) -> str:
+        """The run in one line."""
+        peak = max(stage.host for stage in self.memory)
+        device = max(stage.device for stage in self.memory)
+        return (
+            f"{self.blocks} blocks, {self.quantized_linears} Linears at {self.bits_per_weight:.2f} bits: "
+            f"{human(self.sizes.output)} checkpoint, {human(self.sizes.work)} work folder, about {human(peak)} memory"
+            + (f", {human(device)} on {self.device}" if device else "")
+            + f" and {_minutes(self.time.total)}"
+            + (f" on {self.ranks} ranks" if self.ranks > 1 else "")
+        )
+
+    def refuse(self) -> None:
+        """`ResourceError` with the first problem, if there is one."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more problems: --dry-run shows them)" if self.problems[1:] else ""
+            raise ResourceError(self.problems[0] + more)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        found = asdict(self)
+        found["serve"] = rules.to_json(self.serve)
+        found["output_bytes"], found["work_bytes"] = self.sizes.output, self.sizes.work
+        found["time"]["total"] = self.time.total
+        return found
+
+
+def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) -> Preflight:
+    """The preflight of a plan. text: windows and tokens in each; None where no text is looked at."""
+    windows, seqlen = text or (0, 0)
+    ranks = world()
+    size = sizes(plan, windows, seqlen)
+    waiting, stages = look(plan, windows, seqlen, ranks)
+    disk = tuple(_disk(size, waiting, out, work))
+    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.quant.tp
+    if tp is not None and tp < 1:
+        raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
+    servers = sorted({*rules.RANKS, tp}) if tp else rules.RANKS
+    outlook = tuple(rules.outlook(model, plan.quant, plan.format.name, servers))
+    problems = [*_too_little_disk(disk), *_too_little_memory(plan, stages), *_no_server(outlook, tp)]
+    return Preflight(
+        model=plan.model,
+        architecture=type(plan.skeleton.model).__name__,
+        blocks=len(plan.skeleton.blocks),
+        sites=sum(len(sites) for _, sites in shapes.blocks(plan)),
+        quantized_linears=len(plan.targets.selected),
+        kinds=tuple(_kinds(plan)),
+        windows=windows,
+        seqlen=seqlen,
+        ranks=ranks,
+        device=str(plan.device),
+        dtype=str(plan.dtype).removeprefix("torch."),
+        bits_per_weight=bits_per_weight(plan, size),
+        sizes=size,
+        memory=tuple(stages),
+        waiting=waiting,
+        disk=disk,
+        time=seconds(plan, windows, seqlen, ranks),
+        serve=outlook,
+        notes=plan.notes,
+        problems=tuple(problems),
+    )
+
+
+def _kinds(plan: Plan) -> list[Kind]:
+    counted: Counter[tuple[str, tuple[int, ...], str | None]] = Counter()
+    for target in plan.targets.selected:
+        counted[rules.star(target.linear), target.shape, None] += 1
+    patterns, inside = dict(plan.targets.ignored), f"{plan.skeleton.prefix}."
+    known = set(plan.source.names())
+    for name in plan.targets.untouched:
+        tensor = next((one for one in (f"{name}.weight", name) if one in known), None)
+        reason = f"ignore {patterns[name]}" if name in patterns else "router or no Linear"
+        if name in plan.skeleton.unused:
+            reason = "not used by transformers"
+        elif name not in patterns and not name.startswith(inside):
+            reason = "outside the blocks"
+        counted[rules.star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
+    return [Kind(name, shape, count, left) for (name, shape, left), count in counted.items()]
+
+
+def _disk(size: Sizes, waiting: Waiting, out: Path, work: Path) -> list[Disk]:
+    """Needs by file system; what the work folder holds already is counted as free. Ranks of this machine have their
+    hidden states beside each other, and a shard that is being written is there twice."""
+    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
+    found: dict[int, Disk] = {}
+    here = size.work + ranks_here() * waiting.mapped
+    written = size.output + min(size.output, SHARD_BYTES) + _SPARE
+    for path, needed, freed in ((work, here, there), (out, written, 0)):
+        place = next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
+        system = place.stat().st_dev
+        before = found.get(system, Disk((), 0, shutil.disk_usage(place).free))
+        found[system] = Disk((*before.paths, str(path)), before.needed + needed, before.free + freed)
+    return list(found.values())
+
+
+def _too_little_disk(disk: Sequence[Disk]) -> list[str]:
+    return [
+        f"{' and '.join(one.paths)} need {human(one.needed)} of disk, {human(one.free)} are free: make room, or "
+        "use another --work-dir or output folder"
+        for one in disk
+        if one.needed > one.free
+    ]
+
+
+def _too_little_memory(plan: Plan, stages: Sequence[Memory]) -> list[str]:
+    found = []
+    host = host_memory()
+    worst = max(stages, key=lambda stage: stage.host)
+    way_out = "lower --gram-budget, --activation-budget, --num-samples or --seqlen"
+    here = ranks_here()
+    if here * worst.host > host:
+        found.append(
+            f"stage {worst.stage} needs about {human(worst.host)} of memory{f' on each of {here} ranks' * (here > 1)}, "
+            f"this machine has {human(host)}: {way_out}"
+        )
+    if plan.device.type == "cuda":
+        total = torch.cuda.get_device_properties(plan.device).total_memory
+        worst = max(stages, key=lambda stage: stage.device)
+        if worst.device > total:
+            found.append(
+                f"stage {worst.stage} needs about {human(worst.device)} on {plan.device}, which has {human(total)}: "
+                f"{way_out}, or --device cpu"
+            )
+    return found
+
+
+def _no_server(outlook: Sequence[rules.Outlook], tp: int | None) -> list[str]:
+    """A layer that no server takes on `tp` ranks; with the line of the first server that refuses it."""
+    asked = [one for one in outlook if one.ranks == tp and one.known and one.server != rules.EXPANDS]
+    if not asked or any(not one.failures for one in asked):
+        return []
+    return [f"tp = {tp}: {asked[0].server} refuses {asked[0].failures[0]}; choose another group size, format or --tp"]
+
+
+def _minutes(spent: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if spent >= 2 * length:
+            return f"{spent / length:.1f} {unit}"
+    return f"{max(spent, 1):.0f} s"

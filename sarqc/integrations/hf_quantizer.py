@@ -1,0 +1,196 @@
+"""`from_pretrained` of transformers on a quantized checkpoint, with the weights packed: a quantizer of its kind.
+
+transformers builds the model on meta, asks its quantizer what to change, loads what it finds names for, and asks again.
+Here the first question puts packed modules in the places of quantized Linears and expert projections, which only
+reserve their room, so that a device map counts their bytes; transformers then loads the rest as it always does; and the
+answer to the second fills each packed module from the files, one at a time, on the device that transformers chose for
+it. Which checkpoint tensor belongs where is traced (names.py), not known.
+
+`save_pretrained` writes the packed tensors back in the format they came from, byte for byte.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sarqc.errors import ModelError
+from sarqc.method.weight import QuantizedWeight
+from sarqc.model import moe
+from sarqc.model.build import Place, gather, places
+from sarqc.model.lazy_model import assemble
+from sarqc.model.packed_linear import PackedWeight
+from sarqc.model.source import PackedSource
+from sarqc.model.weight_map import Piece, trace
+
+__all__ = ["Open", "PackedConfig", "PackedQuantizer"]
+
+Open = Callable[[Path], AbstractContextManager[PackedSource]]
+"""Opens the checkpoint in a folder."""
+
+Packer = Callable[[QuantizedWeight], dict[str, Tensor]]
+
+_INITIALIZED = "_is_hf_initialized"  # a module with this mark is not filled with random numbers by transformers
+
+
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a checkpoint, word for word, for a model that keeps its weights packed."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+        self.quant_method = values["quant_method"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in config.json."""
+        return copy.deepcopy(self.values)
+
+
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads and saves a model with packed weights; see the file's first lines. For inference, as packed codes have no
+    gradient."""
+
+    requires_calibration = True
+    is_trainable = False
+    is_compileable = True
+
+    def __init__(self, quantization_config: PackedConfig, *, open_source: Open, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._open = open_source
+        self._folder = Path()
+        self._places: list[Place] = []
+        self._dense: dict[str, tuple[Piece, ...]] = {}
+        self._packers: dict[str, Packer] = {}
+        self._dtype = torch.float32
+
+    def is_serializable(self) -> bool:
+        """Codes come back out of any layout; what had to be expanded does not become codes again."""
+        return not self._dense
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise ModelError("a packed model is loaded from files: give from_pretrained a folder or a hub id")
+        self._folder, self._dtype = Path(files[0]).parent, model.dtype
+        with torch.device("cpu"), self._open(self._folder) as source:  # transformers calls this under meta
+            pieces = trace(model, source)
+            stored = set(source.linears())
+            self._packers = {linear: source.packer(linear) for linear in stored}
+            self._reserve(model, pieces, partial(_described, source, stored))
+            model._keys_to_ignore_on_load_unexpected = {
+                *(model._keys_to_ignore_on_load_unexpected or ()),
+                *(_ending(linear, name) for linear in stored for name in source.raw_members(linear)),
+            }
+
+    def _reserve(
+        self, model: Any, pieces: dict[str, tuple[Piece, ...]], described: Callable[[str], QuantizedWeight | None]
+    ) -> None:
+        """Put packed modules where every matrix is quantized and alike; note which parameters are to be expanded."""
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        taken = set()
+        for place in places(model, pieces):
+            weight = gather(place.pieces, described)
+            if weight is None or f"{place.path}.weight" in tied:
+                continue
+            place.put(weight, "meta", self._dtype)
+            setattr(place.owner, _INITIALIZED, True)
+            self._places.append(place)
+            taken |= {piece.name for piece in place.pieces}
+        if any(moe.is_experts(place.owner) for place in self._places):
+            moe.use_sorted_experts(model)
+        for parameter, found in pieces.items():
+            if any(piece.linear in self._packers and piece.name not in taken for piece in found):
+                if parameter in tied:
+                    raise ModelError(
+                        f"{parameter!r} is quantized and tied to another parameter; such models are not run"
+                    )
+                self._dense[parameter] = found
+                _hide(model, parameter)
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *(f"^{re.escape(parameter)}$" for parameter in self._dense),
+        }
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        with self._open(self._folder) as source:
+            for place in self._places:
+                weight = gather(place.pieces, source.quantized)
+                module = _packed(model, place)
+                assert weight is not None
+                module.fill(weight, module.words.device, self._dtype)
+            for parameter, pieces in self._dense.items():
+                _show(model, parameter, partial(assemble, pieces, source))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The dense tensors by the model's names and the packed ones by the checkpoint's, as it stores them."""
+        state: dict[str, Tensor] = dict(model.state_dict())
+        for place in self._places:
+            weight = _packed(model, place).weight()
+            for piece in place.pieces:
+                assert piece.linear is not None
+                state |= self._packers[piece.linear](_part(weight, piece))
+        return state, {}
+
+
+def _hide(model: nn.Module, parameter: str) -> None:
+    """Keep a parameter, on meta, from transformers, which has no rule to load it; a buffer reserves its room."""
+    path, _, leaf = parameter.rpartition(".")
+    owner, there = model.get_submodule(path), model.get_parameter(parameter)
+    delattr(owner, leaf)
+    owner.register_buffer(leaf, there.detach(), persistent=False)
+    setattr(owner, _INITIALIZED, True)
+
+
+def _show(model: nn.Module, parameter: str, made: Callable[..., Tensor]) -> None:
+    """The parameter again, made(shape, device, dtype) by us."""
+    path, _, leaf = parameter.rpartition(".")
+    owner, there = model.get_submodule(path), model.get_buffer(parameter)
+    delattr(owner, leaf)
+    owner.register_parameter(leaf, nn.Parameter(made(there.shape, there.device, there.dtype), requires_grad=False))
+
+
+def _packed(model: nn.Module, place: Place) -> PackedWeight:
+    module = model.get_submodule(place.path)
+    assert isinstance(module, PackedWeight)
+    return module
+
+
+def _part(weight: QuantizedWeight, piece: Piece) -> QuantizedWeight:
+    """The matrix of a stack that a checkpoint tensor is."""
+    if piece.expert is None:
+        return weight
+    rows = slice(piece.start, piece.start + piece.rows)
+    one = weight.expert(piece.expert)
+    return QuantizedWeight(one.codes[:, rows], one.scales[:, rows], one.zeros[:, rows], one.bits)
+
+
+def _described(source: PackedSource, stored: set[str], linear: str) -> QuantizedWeight | None:
+    """A quantized weight of the right shapes on meta; None where the source has it dense."""
+    if linear not in stored:
+        return None
+    info = source.describe(linear)
+    grid = (1, info.shape[0], info.groups)
+    return QuantizedWeight(
+        codes=torch.empty((1, *info.shape), dtype=torch.uint8, device="meta"),
+        scales=torch.empty(grid, dtype=info.dtype, device="meta"),
+        zeros=torch.empty(grid, dtype=torch.uint8, device="meta"),
+        bits=info.bits,
+    )
+
+
+def _ending(linear: str, name: str) -> str:
+    """A pattern for the names that transformers, which takes them for tensors without a use, gives packed tensors.
+
+    Its rules for experts rename "P.weight_packed" as if it were "P.weight", to "Q_packed".
+    """
+    return f"{name.removeprefix(linear + '.').removeprefix('weight')}$"

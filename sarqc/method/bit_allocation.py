@@ -1,0 +1,211 @@
+"""Bit allocation: what a site loses at each bit-width, and one bit-width for each unit within an average.
+
+`width_losses` quantizes a few rows of a site at each bit-width on one half of the text and measures them on the other.
+`sarqc.pipeline.sensitivity` runs the model once with each site at one bit-width; the ratio of the losses scales that
+result to the other bit-widths.
+
+`allocate` solves the multiple-choice knapsack. Only the bit-widths on the lower convex hull of loss over size are worth
+taking: a mixture of its neighbours beats any point above it. Every unit starts at its narrowest bit-width, and steps
+along the hulls are taken in the order of loss saved per bit. That is optimal for every budget that the steps add up to
+exactly. Where the next step no longer fits, cheaper ones that fit are still taken; the answer is off the optimum by
+less than the step that did not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sarqc.config import MethodConfig, QuantConfig
+from sarqc.errors import ArgumentError
+from sarqc.method.gram import Gram, Statistics, borrowing
+from sarqc.method.lambda_search import Judge, Strengths
+from sarqc.method.layer import SOLVERS
+from sarqc.method.rtn import round_plainly
+from sarqc.method.weight import QuantizedWeight
+
+SCALE_BITS = 16
+"""Of a scale on disk: bf16 or fp16."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Matrices that must have one width. weights: how many weights. sizes: bits on disk by width; losses: by width."""
+
+    name: str
+    weights: int
+    sizes: Mapping[int, int]
+    losses: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """From the width before on a unit's hull to `width`. gain: loss saved per bit."""
+
+    gain: float
+    unit: int
+    width: int
+    cost: int
+
+
+def stored_bits(shape: tuple[int, int], width: int, quant: QuantConfig) -> int:
+    """Bits on disk of a matrix (N, K) at `width` bits, with scales, zeros and padding to whole words.
+
+    What a format says of the matrix beside them (its shape) is left out, so that one width has its usual average.
+    """
+    rows, columns = shape
+    groups = quant.groups(columns)
+    codes = 32 * -(-columns * width // 32)
+    zeros = 0 if quant.sym else 32 * -(-rows * width // 32) * groups
+    return rows * (codes + SCALE_BITS * groups) + zeros
+
+
+def average_range(shapes: Iterable[tuple[int, int]], quant: QuantConfig) -> tuple[float, float]:
+    """Bits per weight, scales included, of these matrices at the narrowest of `quant.bit_options` and at the widest."""
+    kinds: dict[tuple[int, int], int] = {}
+    for shape in shapes:
+        kinds[shape] = kinds.get(shape, 0) + 1
+    weights = sum(count * rows * columns for (rows, columns), count in kinds.items())
+    narrow, wide = (
+        sum(count * stored_bits(shape, width, quant) for shape, count in kinds.items()) / weights
+        for width in (min(quant.bit_options), max(quant.bit_options))
+    )
+    return narrow, wide
+
+
+def allocate(units: Sequence[Unit], average: float) -> list[int]:
+    """The width of each unit, at most `average` bits on disk per weight over all of them.
+
+    Of steps that save as much per bit the first unit's is taken. Raises `ArgumentError` where even the narrowest
+    widths take more.
+    """
+    budget = int(average * sum(unit.weights for unit in units))
+    widths = [min(unit.sizes, key=unit.sizes.__getitem__) for unit in units]
+    left = budget - sum(unit.sizes[width] for unit, width in zip(units, widths))
+    if left < 0:
+        least = (budget - left) / sum(unit.weights for unit in units)
+        raise ArgumentError(f"avg_bits = {average} is too small: the narrowest widths take {least:.3f} with scales")
+    waiting = [step for number, unit in enumerate(units) for step in _hull(number, unit)]
+    stuck: set[int] = set()
+    for step in sorted(waiting, key=lambda step: (-step.gain, step.unit, step.width)):
+        if step.unit in stuck:
+            continue
+        if step.cost > left:
+            stuck.add(step.unit)  # its later steps begin where this one ends
+            continue
+        widths[step.unit] = step.width
+        left -= step.cost
+    return widths
+
+
+def _hull(number: int, unit: Unit) -> list[_Step]:
+    """Steps along the lower convex hull of a unit's losses over its sizes, gains falling."""
+    points = sorted(unit.sizes, key=unit.sizes.__getitem__)
+    hull = points[:1]
+    for width in points[1:]:
+        if unit.losses[width] >= unit.losses[hull[-1]]:
+            continue  # more bits that save nothing
+        while len(hull) > 1 and _gain(unit, hull[-1], width) >= _gain(unit, hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(width)
+    return [
+        _Step(_gain(unit, before, width), number, width, unit.sizes[width] - unit.sizes[before])
+        for before, width in pairwise(hull)
+    ]
+
+
+def _gain(unit: Unit, before: int, width: int) -> float:
+    # Two widths of a narrow matrix may fill the same words; then the wider one is free.
+    return (unit.losses[before] - unit.losses[width]) / max(unit.sizes[width] - unit.sizes[before], 1)
+
+
+SOLVED = 4
+"""Widths up to this many bits, and to the one that is tried, are solved to see what they lose."""
+
+
+@dataclass(frozen=True)
+class WidthLosses:
+    """tr(E G E^T) on held-out text, by width."""
+
+    by_width: dict[int, float]
+
+    def __add__(self, other: WidthLosses) -> WidthLosses:
+        """Those of two parts of a site together."""
+        return WidthLosses({width: loss + other.by_width[width] for width, loss in self.by_width.items()})
+
+    def relative(self, width: int) -> dict[int, float]:
+        """Losses over that at one width; all 0 where no row excites the weight."""
+        unit = self.by_width[width]
+        return {each: loss / unit if unit > 0 else 0.0 for each, loss in self.by_width.items()}
+
+
+def tried_width(quant: QuantConfig) -> int:
+    """The width that is tried on the model: the widest within the average, because sites will stay near it."""
+    assert quant.avg_bits is not None
+    return max((width for width in quant.bit_options if width <= quant.avg_bits), default=quant.bit_options[0])
+
+
+def tried(
+    site: str,
+    weight: Tensor,
+    statistics: Statistics,
+    quant: QuantConfig,
+    method: MethodConfig,
+    scale_dtype: torch.dtype,
+    experts: slice = slice(None),
+) -> QuantizedWeight:
+    """A weight [E, N, K] as it is tried on the model: solved, without channel scales and sweeps, at the rule's
+    strength. experts: those of the site that `weight` is of; statistics are of all of them."""
+    method = replace(method, cd_passes=0)
+    gram = borrowing(statistics, method.expert_shrinkage, experts)
+    strength = Strengths().choose("", statistics.rows(), weight.shape[-1], method, None).strength[experts]
+    spec = quant.at(tried_width(quant))
+    return SOLVERS[method.solver](site, weight, gram, strength, spec, method, scale_dtype).weight
+
+
+def width_losses(
+    site: str,
+    weight: Tensor,
+    statistics: Statistics,
+    quant: QuantConfig,
+    method: MethodConfig,
+    scale_dtype: torch.dtype,
+    seed: int = 0,
+) -> WidthLosses:
+    """The losses of `quant.bit_options` on a few rows of a few experts of weight [E, N, K], without channel scales.
+
+    statistics: two folds; one is fitted on, the other judges. Where a strength is to be chosen it is the rule's here:
+    another one would move all widths of a site alike, and so would coordinate descent. The widest choices are not
+    solved: they lose as much less than the widest that is solved as rounding does, because what a solver gains no
+    longer depends on the width there. seed: of the choice of rows.
+    """
+    method = replace(method, cd_passes=0)
+
+    def rounding(width: int, rows: Tensor) -> Tensor:
+        return round_plainly(rows, quant.at(width), "search", scale_dtype).dequantize()
+
+    def solved(width: int, rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
+        return SOLVERS[method.solver](
+            site, rows, gram, strength, quant.at(width), method, scale_dtype
+        ).weight.dequantize()
+
+    rows = statistics.folds[0].rows
+    strength = float(Strengths().choose("", rows, weight.shape[-1], method, None).strength.median())
+    first = quant.bit_options[0]
+    judge = Judge(weight, statistics, method.expert_shrinkage, seed, partial(solved, first), partial(rounding, first))
+    few = [width for width in quant.bit_options if width <= max(SOLVED, tried_width(quant))] or [first]
+    losses: dict[int, float] = {}
+    for width in few:
+        judge.trial = partial(solved, width)
+        losses[width] = judge.losses([strength], 0)[0]
+    rounded: dict[int, float] = {}
+    for width in quant.bit_options[len(few) - 1 :]:
+        judge.rounding = partial(rounding, width)
+        rounded[width] = judge.rounding_loss(0)
+        losses[width] = losses[few[-1]] * (rounded[width] / rounded[few[-1]] if rounded[few[-1]] > 0 else 0.0)
+    return WidthLosses(losses)

@@ -1,0 +1,113 @@
+"""GPTQ: columns quantized one by one, each error compensated by the columns that follow (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sarqc.config import MethodConfig, QuantConfig
+from sarqc.method.awq import Scaling
+from sarqc.method.coordinate_descent import descend
+from sarqc.method.gram import Gram
+from sarqc.method.hessian import factor, regularised_hessian
+from sarqc.method.rtn import Solution
+from sarqc.method.weight import QuantizedWeight
+from sarqc_kernels.columns import fit_grid, quantize_columns
+
+
+def column_order(diagonal: Tensor, group_size: int, order: Literal["none", "static", "group"]) -> Tensor | None:
+    """The order [E, K] int64 of columns by falling `diagonal` [E, K], or None for the order they have.
+
+    "static" sorts all columns. "group" sorts groups by their sum and columns inside each group, so that a group's
+    columns stay together and its grid can be fitted when the solver reaches it (arXiv 2505.14638). Ties keep their
+    order, so equal input gives equal output.
+    """
+    if order == "none":
+        return None
+    if order == "static":
+        return diagonal.argsort(dim=-1, descending=True, stable=True)
+    grouped = diagonal.view(len(diagonal), -1, group_size)
+    inside = grouped.argsort(dim=-1, descending=True, stable=True)
+    groups = grouped.sum(-1).argsort(dim=-1, descending=True, stable=True)
+    columns = inside.gather(1, groups[:, :, None].expand_as(inside)) + groups[:, :, None] * group_size
+    return columns.flatten(1)
+
+
+def error_cost(site: str, gram: Gram, strength: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor:
+    """What the scale search judges errors by: the metric [E, K, K], or M_jj^2 [E, K] where the Gram solver follows."""
+    metric = regularised_hessian(gram, strength, method)
+    if method.solver == "rtn":
+        return metric
+    order = _order(metric, quant, method)
+    factored = factor(metric if order is None else _permuted(metric, order), site)
+    price = factored.matrix.diagonal(dim1=-2, dim2=-1).square()
+    return price if order is None else torch.empty_like(price).scatter_(1, order, price)
+
+
+def solve_gram(
+    site: str,
+    weight: Tensor,
+    gram: Gram,
+    strength: Tensor,
+    quant: QuantConfig,
+    method: MethodConfig,
+    scale_dtype: torch.dtype,
+    scaling: Scaling | None = None,
+) -> Solution:
+    """Column by column with error feedback in the metric H + lambda D (GPTQ, arXiv 2210.17323, without an inverse).
+
+    One factor M M^T of the metric gives both the feedback and, as M_jj^2, what an error in column j will cost; the
+    searched grid is fitted with those weights. `method.cd_passes` then improve on all of it in the same metric.
+    """
+    group_size = quant.columns_per_group(weight.shape[-1])
+    metric = regularised_hessian(gram, strength, method)
+    if scaling is not None:
+        weight, metric = scaling.apply(weight), scaling.metric(metric)
+    diagonal = metric.diagonal(dim1=-2, dim2=-1)
+    order = _order(metric, quant, method)
+    search = method.scales == "search"
+    scales = zeros = None
+    if method.act_order == "static":
+        scales, zeros = fit_grid(
+            weight,
+            diagonal.contiguous(),
+            bits=quant.bits,
+            group_size=group_size,
+            sym=quant.sym,
+            search=search,
+            scale_dtype=scale_dtype,
+        )
+    factored = factor(metric if order is None else _permuted(metric, order), site)
+    codes, scales, zeros = quantize_columns(
+        weight,
+        factored.matrix,
+        order,
+        scales,
+        zeros,
+        bits=quant.bits,
+        group_size=group_size,
+        sym=quant.sym,
+        search=search,
+        scale_dtype=scale_dtype,
+    )
+    quantized, damping = QuantizedWeight(codes, scales, zeros, quant.bits), factored.damping
+    if method.cd_passes:
+        del factored
+        diagonal += damping.to(diagonal)[:, None] * diagonal.mean(
+            -1, keepdim=True
+        )  # a view: the metric as it was factored
+        quantized = descend(weight, quantized, metric, method.cd_passes)
+    return Solution(quantized, damping)
+
+
+def _order(metric: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor | None:
+    group_size = quant.columns_per_group(metric.shape[-1])
+    return column_order(metric.diagonal(dim1=-2, dim2=-1), group_size, method.act_order)
+
+
+def _permuted(metric: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of each matrix [E, K, K] in `order` [E, K]."""
+    rows = metric.gather(1, order[:, :, None].expand_as(metric))
+    return rows.gather(2, order[:, None, :].expand_as(metric))

@@ -1,0 +1,110 @@
+"""A checkpoint as an ordinary transformers model: every weight dense, or the quantized ones packed as they are.
+
+Experts stay the module transformers made: only its two projections become packed modules, which the experts function of
+experts.py calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from sarqc.method.weight import QuantizedWeight
+from sarqc.model import moe
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.packed_linear import PackedWeight, QuantExperts, QuantLinear
+from sarqc.model.source import TensorSource
+from sarqc.model.weight_map import Piece
+
+__all__ = ["Place", "QuantExperts", "QuantLinear", "build", "gather", "places"]
+
+
+def build(
+    model: Skeleton | PreTrainedConfig,
+    source: TensorSource,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+) -> Any:
+    """A transformers model with all its weights, in eval mode, ready for `generate`.
+
+    model: a skeleton, which the result takes over, or a configuration. dtype: of activations and dense weights, the
+    checkpoint's by default. packed: quantized layers keep their codes; otherwise they are expanded to `dtype`.
+    """
+    skeleton = model if isinstance(model, Skeleton) else Skeleton.from_config(model, source)
+    skeleton.load_outer(source, device, dtype, head=True)
+    for index in range(len(skeleton.blocks)):
+        if packed:  # and what is left dense is loaded afterwards
+            for place in places(skeleton.blocks[index], skeleton.pieces, f"{skeleton.prefix}.{index}"):
+                weight = gather(place.pieces, source.quantized)
+                if weight is not None:
+                    place.put(weight, device, dtype or skeleton.dtype)
+        skeleton.load_block(index, source, device, dtype)
+    return skeleton.model
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter that may be packed: `leaf` of module `owner`, which is a Linear's parent or an experts module.
+
+    path: full name of the packed module that would take it. pieces: the checkpoint tensors it is made of.
+    """
+
+    owner: nn.Module
+    leaf: str
+    path: str
+    pieces: tuple[Piece, ...]
+
+    def put(self, weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> PackedWeight:
+        """Replace what is there by a packed module."""
+        there = getattr(self.owner, self.leaf)
+        module: PackedWeight
+        if isinstance(there, nn.Linear):
+            module = QuantLinear(weight, there.bias, device, dtype)
+        else:
+            module = QuantExperts(weight, device, dtype)
+        delattr(self.owner, self.leaf)
+        setattr(self.owner, self.leaf, module)
+        return module
+
+
+def places(root: nn.Module, pieces: Mapping[str, tuple[Piece, ...]], prefix: str = "") -> Iterator[Place]:
+    """Every parameter below `root` that could be packed; `prefix` is root's full name, under which `pieces` has it."""
+    modules = dict(root.named_modules(prefix=prefix))
+    for path, module in modules.items():
+        if isinstance(module, nn.Linear):
+            parent, _, leaf = path.rpartition(".")
+            yield Place(modules[parent], leaf, path, pieces.get(f"{path}.weight", ()))
+        elif moe.is_experts(module):
+            for projection in moe.projections(module):
+                name = f"{path}.{projection}"
+                yield Place(module, projection, name, pieces[name])
+
+
+def gather(pieces: Sequence[Piece], quantized: Callable[[str], QuantizedWeight | None]) -> QuantizedWeight | None:
+    """The codes of all matrices of a parameter, stacked; None where one of them is dense or they are not alike.
+
+    quantized: the codes of a linear layer by the checkpoint's name, E = 1, or None.
+    """
+    found: dict[int, list[QuantizedWeight]] = {}
+    for piece in pieces:
+        weight = quantized(piece.linear) if piece.linear else None
+        if weight is None:
+            return None
+        found.setdefault(piece.expert or 0, []).append(weight)
+    every = [weight for row in found.values() for weight in row]
+    if not every or len({(weight.bits, weight.group_size, weight.scales.dtype) for weight in every}) > 1:
+        return None
+    stacks = [found[expert] for expert in sorted(found)]
+    return QuantizedWeight(
+        codes=torch.cat([torch.cat([weight.codes for weight in row], 1) for row in stacks]),
+        scales=torch.cat([torch.cat([weight.scales for weight in row], 1) for row in stacks]),
+        zeros=torch.cat([torch.cat([weight.zeros for weight in row], 1) for row in stacks]),
+        bits=every[0].bits,
+    )

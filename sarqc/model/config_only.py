@@ -1,0 +1,69 @@
+"""A model of which only the configuration is here: names, shapes and dtypes of its tensors, and nothing to read.
+
+transformers builds the model on the meta device and says under which names it would save it: the names of its
+checkpoint, one tensor for each matrix of each expert. That is enough to plan a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from sarqc.errors import ModelError
+from sarqc.method.weight import QuantizedWeight
+from sarqc.model.lazy_model import build_on_meta, read_config, text_decoder
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A `TensorSource` without tensors. tensors: (shape, dtype) by the checkpoint's names."""
+
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.tensors[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        return self.tensors[name][1]
+
+    def load(self, name: str) -> Tensor:
+        """`ModelError`: there is nothing to load."""
+        raise ModelError(f"tensor {name!r} is not on this machine: fetch the model's weights first")
+
+    def quantized(self, linear: str) -> QuantizedWeight | None:
+        """None: nothing is known to be quantized."""
+        return None
+
+
+def outline(folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
+    """The outline of the model whose config.json is in `folder`; `ModelError` where that is not a model we take."""
+    config = unquantized_decoder(folder, trust_remote_code=trust_remote_code)
+    dtype = config.dtype or torch.float32
+    model = build_on_meta(config, trust_remote_code, dtype)
+    tied = model.all_tied_weights_keys
+    saved = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
+    found = revert_weight_conversion(model, saved)
+    return Outline({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()})
+
+
+def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration in `folder`; `ModelError` where that alone says that the model is none we take: it has more
+    than a text decoder, or its weights are quantized, as those of models that are trained in fp8 are."""
+    config = read_config(folder, trust_remote_code)
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        how = f", with quant_method {method!r}" if method else ""
+        raise ModelError(f"{folder} is quantized already{how}: give the original model, its weights in bf16 or fp16")
+    return text_decoder(config)

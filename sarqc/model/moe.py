@@ -1,0 +1,194 @@
+"""Mixture of experts: the only file that knows the word.
+
+transformers stores the experts of a layer as two 3-D parameters and calls them through a registered function. Ours
+sorts the tokens by expert once and then works on ragged rows (x sorted by expert, offsets [E + 1]): the same form
+the kernels take. It tells whoever observes the module what goes into each of its two projections, and where a
+projection is a packed module instead of a parameter it calls that; nothing else changes between calibration and
+inference. Where both are packed and the gate is the common one (SiLU), the whole layer is one operation of
+`sarqc_kernels`.
+
+Of dense experts the result is eager's, bit for bit: rows stand in eager's order within an expert, and each token adds
+up its experts in eager's order, which is ascending. Packed ones round less: they are added up in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from sarqc.model.packed_linear import PackedWeight
+from sarqc_kernels import w4a16
+
+Observer = Callable[[str, Tensor, Tensor], None]
+"""Called as observer(projection, x [T, K] sorted by expert, offsets int64 [E + 1]) before each projection; rows are
+scaled where `observed` was told so."""
+
+IMPLEMENTATION = "sarqc"
+_OBSERVER = "_sarqc_observer"
+_DECLARED = ("has_gate", "has_bias", "is_transposed", "num_experts", "down_proj")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where tokens go. offsets: int64 [E + 1]. tokens, choices: int64 [T * k], row and column of `top_k_index` behind
+    each sorted row. slots: int64 [k, T], the sorted rows of each token, experts ascending."""
+
+    offsets: Tensor
+    tokens: Tensor
+    choices: Tensor
+    slots: Tensor
+
+
+def route(top_k_index: Tensor, num_experts: int) -> Routing:
+    """Sort the choices [T, k] of all tokens by expert; no host synchronisation."""
+    count, top_k = top_k_index.shape
+    chosen, order = torch.sort(top_k_index.t().reshape(-1), stable=True)
+    experts = torch.arange(num_experts + 1, device=chosen.device, dtype=chosen.dtype)
+    rows = torch.empty_like(order)
+    rows[order] = torch.arange(order.numel(), device=order.device)
+    return Routing(
+        offsets=torch.searchsorted(chosen, experts),
+        tokens=order % count,
+        choices=order // count,
+        slots=rows.view(top_k, count).sort(0).values,
+    )
+
+
+def sorted_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of one layer on hidden_states [T, H], as transformers calls them; see the file's first lines."""
+    routing = route(top_k_index, module.num_experts)
+    first, second = projections(module)
+    if is_fused(module):
+        weights = top_k_weights[routing.tokens, routing.choices]
+        rows = w4a16.Routing(routing.offsets, routing.tokens, routing.slots, weights)
+        gate_up, down = (getattr(module, name).prepared() for name in (first, second))
+        return w4a16.w4a16_experts(hidden_states, gate_up, down, rows)
+    x = hidden_states[routing.tokens]
+    weights = top_k_weights[routing.tokens, routing.choices]
+    _report(module, first, x, routing.offsets, weights)
+    y = _project(module, first, x, routing.offsets)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    _report(module, second, y, routing.offsets, weights)
+    y = _project(module, second, y, routing.offsets)
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)
+    y = (y * weights[:, None]).to(hidden_states.dtype)
+    out = torch.zeros_like(hidden_states)
+    for rows in routing.slots:
+        out = out + y[rows]
+    return out
+
+
+def is_fused(module: Any) -> bool:
+    """Whether the layer is what `w4a16_experts` computes: packed, unobserved, gated by SiLU, nothing in between."""
+    return (
+        all(isinstance(getattr(module, name), PackedWeight) for name in projections(module))
+        and getattr(module, _OBSERVER, None) is None
+        and module.has_gate
+        and getattr(module, "is_concatenated", True)
+        and type(module)._apply_gate is _default_apply_gate
+        and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
+        and not getattr(module, "has_post_expert_norm", False)
+    )
+
+
+def projections(module: Any) -> tuple[str, str]:
+    """Names of the two projections of an experts module."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def is_experts(module: Any) -> bool:
+    """Whether transformers calls this module through a registered experts function."""
+    return all(hasattr(module, name) for name in _DECLARED) and hasattr(module, projections(module)[0])
+
+
+def use_sorted_experts(model: Any) -> None:
+    """Let every experts module of this model run `sorted_experts`."""
+    if any(is_experts(module) for module in model.modules()):
+        model.set_experts_implementation(IMPLEMENTATION)
+
+
+@contextmanager
+def observed(module: nn.Module, observer: Observer, power: int = 0) -> Iterator[None]:
+    """Report what enters the projections of one experts module to `observer`, for the time of the context.
+
+    power: p, of the router weight w by which a row counts. Rows are reported times |w|^(p/2), so that
+    sums of their squares and products, as a Gram is, weigh each by |w|^p. The output of the layer is sum_e w_e y_e:
+    with p = 2 what is least squares for each expert is so for the layer, as far as its experts err independently.
+    """
+    setattr(module, _OBSERVER, (observer, power))
+    try:
+        yield
+    finally:
+        delattr(module, _OBSERVER)
+
+
+def why_not(module: Any, per_expert_names: bool) -> str | None:
+    """Why the projections of an experts module cannot be quantized, or None.
+
+    per_expert_names: whether the checkpoint stores one tensor per expert and projection.
+    """
+    reasons: list[str] = []
+    if module.is_transposed:
+        reasons.append("they are stored transposed (inputs x outputs)")
+    if module.has_bias:
+        reasons.append("they have biases")
+    if module.has_gate and not getattr(module, "is_concatenated", True):
+        reasons.append("gate and up rows are interleaved")
+    if not per_expert_names:
+        reasons.append(
+            "the checkpoint stores all experts in one tensor, so single ones have no name to be written under"
+        )
+    return ", ".join(reasons) or None
+
+
+def matrices(module: Any) -> int:
+    """How many experts a module holds."""
+    return int(module.num_experts)
+
+
+def undeclared(root: nn.Module) -> str | None:
+    """A module below `root` with a 3-D parameter of its own that no experts function serves, or None."""
+    for name, module in root.named_modules():
+        known = is_experts(module) or type(module).__module__.startswith("torch.nn")
+        if not known and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            return str(name)
+    return None
+
+
+def _report(module: Any, projection: str, x: Tensor, offsets: Tensor, weights: Tensor) -> None:
+    watching: tuple[Observer, int] | None = getattr(module, _OBSERVER, None)
+    if watching is None:
+        return
+    observer, power = watching
+    if power:
+        x = (x.float() * weights.float().abs().pow(power / 2)[:, None]).to(x.dtype)
+    observer(projection, x, offsets)
+
+
+def _project(module: Any, projection: str, x: Tensor, offsets: Tensor) -> Tensor:
+    """x [T, K] sorted by expert through each expert's own matrix -> [T, N]."""
+    weight = getattr(module, projection)
+    if isinstance(weight, nn.Module):  # packed weights, see inference.py
+        packed: Tensor = weight(x, offsets)
+        return packed
+    bias = getattr(module, f"{projection}_bias") if module.has_bias else None
+    out = x.new_empty(len(x), weight.shape[2 if module.is_transposed else 1])
+    bounds = offsets.tolist()  # the one synchronisation of the dense path
+    for expert, (start, stop) in enumerate(pairwise(bounds)):
+        if start == stop:
+            continue
+        matrix = weight[expert].t() if module.is_transposed else weight[expert]
+        out[start:stop] = nn.functional.linear(x[start:stop], matrix, None if bias is None else bias[expert])
+    return out
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, sorted_experts)

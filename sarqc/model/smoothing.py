@@ -1,0 +1,315 @@
+"""Where channel scales can go so that the model computes what it did before: seen and proved, not looked up.
+
+Scaling the inputs of a site by s is free where whatever makes that tensor can be divided by s. That giver is
+
+- a norm (`y = n * (w + c) + b`, with c = 0, or 1 where weights are stored around zero): every reader of its output,
+  routers and shared experts among them, takes the same s;
+- rows of a Linear, or of an experts' stack, that pass straight through to the inputs: v_proj through the attention to
+  o_proj, up_proj through the product with the gate to down_proj. Several inputs may follow one row, as with grouped
+  heads.
+
+One short forward shows which modules read a norm's output: they were handed its storage. Which row an input follows is
+found by scaling the rows by powers of two that spell their index, three bits at a time, and reading the digits off the
+inputs. In the end every fold is tried with random powers of two, exact in any floating dtype: without its readers' part
+it changes the block's output, with it it must not. What fails stays unscaled, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sarqc.model import moe
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.sites import Site, observe, stack
+
+DIGIT = 8
+"""Row indices are spelled in this base: powers of two from 1/16 to 8, which fp16 holds as well."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
+"""Change of a block's output, relative to that of half a fold, up to which a fold is right. Most change nothing at all;
+into weights stored around zero a fold rounds once."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Inputs of `sites` times s, the giver divided by it.
+
+    readers: every parameter [.., rows, K] whose columns take s, those of the sites among them. giver: the norm's
+    weight, or a matrix or stack of which rows start .. start + channels make the inputs; bias: its bias, or None.
+    source: int64 [K], the channel behind each input, or None where input j is channel j. offset: c of a norm.
+    experts: how many have scales of their own; 1 where all share them.
+    """
+
+    sites: tuple[Site, ...]
+    readers: tuple[str, ...]
+    giver: str
+    bias: str | None
+    start: int
+    channels: int
+    source: Tensor | None
+    offset: float
+    experts: int
+
+    def inputs(self, scales: Tensor) -> Tensor:
+        """The scale of each input, [E, K], for scales [E, channels]."""
+        return scales if self.source is None else scales[:, self.source]
+
+
+@torch.no_grad()
+def find_folds(
+    skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor
+) -> tuple[list[Fold], dict[str, str]]:
+    """The folds of block `index`, which is loaded, seen on hidden states [B, L, H]; and by site why it has none."""
+    sight = _look(skeleton, index, hidden)
+    run = partial(skeleton.call_block, index, hidden)
+    folds: list[Fold] = []
+    reasons: dict[str, str] = {}
+    by_norm: dict[str, list[Site]] = {}
+    for site in sites:
+        norm = sight.norm_behind(skeleton.model, site)
+        if norm is not None:
+            by_norm.setdefault(norm, []).append(site)
+        elif (fold := _behind(skeleton, site, sight, run)) is not None:
+            folds.append(fold)
+        else:
+            reasons[site.name] = "nothing was found that makes its inputs and could be divided by scales"
+    folds += [_of_norm(skeleton.model, norm, members, sight) for norm, members in by_norm.items()]
+    expected, proved = run(), []
+    for fold in folds:
+        reason = _why_not(skeleton.model, fold, run, expected)
+        if reason is None:
+            proved.append(fold)
+        else:
+            reasons |= {site.name: reason for site in fold.sites}
+    return proved, reasons
+
+
+# -- seeing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sight:
+    """What one forward showed. inputs: what modules with parameters of their own were handed first, in the order of the
+    calls. norms: modules that could be norms, with their outputs. All tensors are kept, so storages stay distinct."""
+
+    inputs: dict[str, Tensor]
+    norms: dict[str, Tensor]
+
+    def readers(self, model: Any, norm: str) -> list[str]:
+        """Parameters with a column for each channel of a norm's output, in modules that were handed it."""
+        out = self.norms[norm]
+        found = []
+        for name, x in self.inputs.items():
+            if name != norm and _same_storage(x, out):
+                module = model.get_submodule(name)
+                own = moe.projections(module)[:1] if moe.is_experts(module) else _matrices(module)
+                found += [f"{name}.{p}" for p in own if getattr(module, p).shape[-1] == out.shape[-1]]
+        return found
+
+    def norm_behind(self, model: Any, site: Site) -> str | None:
+        """The norm whose output a site reads."""
+        first = site.members[0]
+        if _is_second_projection(model, site):
+            return None
+        x = self.inputs[first.module]
+        return next((name for name, out in self.norms.items() if _same_storage(x, out)), None)
+
+
+def _look(skeleton: Skeleton, index: int, hidden: Tensor) -> _Sight:
+    sight = _Sight({}, {})
+
+    def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor):
+            sight.inputs.setdefault(name, x)
+
+    def after(name: str, _: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if isinstance(out, Tensor) and name in sight.inputs and out.shape == sight.inputs[name].shape:
+            sight.norms.setdefault(name, out)
+
+    with ExitStack() as hooks:
+        for path, module in skeleton.blocks[index].named_modules():
+            name = f"{skeleton.prefix}.{index}.{path}"
+            own = dict(module.named_parameters(recurse=False))
+            if own:
+                hooks.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
+            if own.keys() in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in own.values()):
+                hooks.callback(module.register_forward_hook(partial(after, name)).remove)
+        skeleton.call_block(index, hidden)
+    return sight
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return same and a.shape[-1] == b.shape[-1] and a.numel() == b.numel()
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 2]
+
+
+def _is_second_projection(model: Any, site: Site) -> bool:
+    first = site.members[0]
+    module = model.get_submodule(first.module)
+    return moe.is_experts(module) and first.parameter.endswith(f".{moe.projections(module)[1]}")
+
+
+# -- proposing ----------------------------------------------------------------------------------------------------
+
+
+def _of_norm(model: Any, norm: str, sites: Sequence[Site], sight: _Sight) -> Fold:
+    module = model.get_submodule(norm)
+    return Fold(
+        sites=tuple(sites),
+        readers=tuple(sight.readers(model, norm)),
+        giver=f"{norm}.weight",
+        bias=f"{norm}.bias" if getattr(module, "bias", None) is not None else None,
+        start=0,
+        channels=len(module.weight),
+        source=None,
+        offset=_offset(module, sight.inputs[norm]),
+        experts=1,
+    )
+
+
+def _offset(module: Any, x: Tensor) -> float:
+    """c of a norm n * (w + c) + b, from its outputs for w = 0 and w = 1 without bias; a wrong one will not pass."""
+
+    def output(value: float) -> Tensor:
+        own = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()}
+        own["weight"] += value
+        out: Tensor = torch.func.functional_call(module, own, (x,))
+        return out.float()
+
+    none, one = output(0.0), output(1.0)
+    unit = one - none
+    return float(((none * unit).sum() / unit.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).round())
+
+
+def _behind(skeleton: Skeleton, site: Site, sight: _Sight, run: Callable[[], Tensor]) -> Fold | None:
+    """A fold into rows of the Linear called last before the site whose rows its inputs follow, or into its stack's."""
+    model, first = skeleton.model, site.members[0]
+    if _is_second_projection(model, site):
+        name = first.module
+        candidates = [(name, moe.projections(model.get_submodule(name))[0])]
+    else:
+        called = list(sight.inputs)
+        before = called[: called.index(first.module)]
+        candidates = [(name, "weight") for name in reversed(before) if isinstance(model.get_submodule(name), nn.Linear)]
+    for name, leaf in candidates:
+        giver = f"{name}.{leaf}"
+        bias = f"{name}.bias" if getattr(model.get_submodule(name), "bias", None) is not None else None
+        rows = stack(model, giver).shape[1]
+        # All rows; the second of two stacked parts; what is left of q, k and v in one when q has as many as we read.
+        for channels in dict.fromkeys((rows, rows // 2, (rows - site.in_features) // 2)):
+            if channels < 1 or site.in_features % channels:
+                continue
+            fold = Fold(
+                (site,), tuple(dict.fromkeys(t.parameter for t in site.members)),
+                giver, bias, rows - channels, channels, None, 0.0, len(stack(model, giver)),
+            )  # fmt: skip
+            source = _follow(skeleton, fold, run)
+            if source is not None:
+                identity = torch.equal(source, torch.arange(channels, device=source.device))
+                return replace(fold, source=None if identity else source)
+    return None
+
+
+def _follow(skeleton: Skeleton, fold: Fold, run: Callable[[], Tensor]) -> Tensor | None:
+    """The giver's row behind each input of the fold's one site, int64 [K]; None where that is no plain scaling."""
+    site = fold.sites[0]
+
+    def inputs() -> Tensor:
+        seen: list[Tensor] = []
+        with observe(skeleton, [site], lambda _, x, __: seen.append(x.float())):
+            run()
+        return torch.cat(seen)
+
+    before = inputs()
+    source = torch.zeros(site.in_features, dtype=torch.int64, device=before.device)
+    rows = torch.arange(fold.channels, device=before.device)
+    place = 1
+    while place < fold.channels or place == 1:
+        spelled = torch.exp2((rows // place % DIGIT - DIGIT // 2).float())
+        with _divided(skeleton.model, fold, spelled.reciprocal().expand(fold.experts, -1)):
+            after = inputs()
+        power = (after.abs().amax(0) / before.abs().amax(0)).log2().round()
+        off = (after - before * power.exp2()).abs().amax(0)
+        if not bool((power.isfinite() & (off <= 2**-8 * after.abs().amax(0))).all()):
+            return None
+        digit = power.to(torch.int64) + DIGIT // 2
+        if not bool(((digit >= 0) & (digit < DIGIT)).all()):
+            return None
+        source += digit * place
+        place *= DIGIT
+    return source if bool((source < fold.channels).all()) else None
+
+
+# -- proving ------------------------------------------------------------------------------------------------------
+
+
+def _why_not(model: Any, fold: Fold, run: Callable[[], Tensor], expected: Tensor) -> str | None:
+    """Why a fold changes the block, or None."""
+    generator = torch.Generator().manual_seed(0)
+    powers = torch.randint(-1, 2, (fold.experts, fold.channels), generator=generator)
+    scales = torch.exp2(powers.to(expected.device).float())
+    with _divided(model, fold, scales):
+        broken = (run() - expected).float().norm()
+        with _multiplied(model, fold, scales):
+            change = (run() - expected).float().norm()
+    if not bool(broken > 0):
+        return f"{fold.giver} has no effect on the block's output, so scales in it could not be checked"
+    if not bool(change <= TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32]) * broken):
+        return f"scales in {fold.giver} change the block's output: something else reads what it makes"
+    return None
+
+
+@contextmanager
+def _divided(model: Any, fold: Fold, scales: Tensor) -> Iterator[None]:
+    """The giver divided by scales [E, channels] for the time of the context; powers of two come back exactly."""
+    with ExitStack() as undo:
+        weight = model.get_parameter(fold.giver)
+        rows = slice(fold.start, fold.start + fold.channels)
+        if weight.dim() == 1:
+            # What is stored around zero is not exact after a division; in fp32 it is exact enough to be judged.
+            undo.callback(setattr, weight, "data", weight.data)
+            weight.data = divided_norm(weight.float() if fold.offset else weight, scales[0], fold.offset)
+        else:
+            part = undo.enter_context(_kept(stack(model, fold.giver)[:, rows]))
+            part.div_(scales[:, :, None].to(part.dtype))
+        if fold.bias is not None:
+            part = undo.enter_context(_kept(model.get_parameter(fold.bias)[rows]))
+            part.div_(scales[0].to(part.dtype))
+        yield
+
+
+@contextmanager
+def _multiplied(model: Any, fold: Fold, scales: Tensor) -> Iterator[None]:
+    """The readers' columns times their scales for the time of the context."""
+    inputs = fold.inputs(scales)
+    with ExitStack() as undo:
+        for reader in fold.readers:
+            columns = undo.enter_context(_kept(stack(model, reader)))
+            columns.mul_(inputs[:, None, :].to(columns.dtype))
+        yield
+
+
+def divided_norm(weight: Tensor, scales: Tensor, offset: float) -> Tensor:
+    """The weight of a norm n * (w + offset) whose output is divided by `scales`, in the weight's dtype."""
+    return ((weight.float() + offset) / scales - offset).to(weight.dtype)
+
+
+@contextmanager
+def _kept(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor that may be written into for the time of the context and then holds again what it did."""
+    kept = tensor.clone()
+    try:
+        yield tensor
+    finally:
+        tensor.copy_(kept)

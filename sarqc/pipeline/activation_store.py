@@ -1,0 +1,186 @@
+"""Where activations of suspended micro-batches are kept: in host memory up to a budget, and in a file beyond it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from sarqc.errors import ResourceError
+
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a store gives for bytes that it keeps. kept: in memory, or None where they are in the file at `start`."""
+
+    size: int
+    start: int = 0
+    kept: Tensor | None = None
+
+
+class Store(Protocol):
+    """Keeps bytes of storages, of any device."""
+
+    def put(self, storage: UntypedStorage) -> Ticket:
+        """Keep a copy of its bytes."""
+
+    def take(self, ticket: Ticket, storage: UntypedStorage) -> None:
+        """Write the bytes back into a storage of their size, and keep them no longer."""
+
+    def drop(self, ticket: Ticket) -> None:
+        """Keep them no longer."""
+
+
+class HostStore:
+    """Copies in host memory, pinned where the storage is on a GPU: of use where the storages are on another device."""
+
+    def put(self, storage: UntypedStorage) -> Ticket:
+        """A copy in host memory."""
+        source = _bytes(storage)
+        kept = torch.empty(source.shape, dtype=torch.uint8, pin_memory=source.is_cuda)
+        kept.copy_(source)
+        return Ticket(storage.nbytes(), kept=kept)
+
+    def take(self, ticket: Ticket, storage: UntypedStorage) -> None:
+        """Copy back."""
+        assert ticket.kept is not None
+        _bytes(storage).copy_(ticket.kept)
+
+    def drop(self, ticket: Ticket) -> None:
+        """The ticket holds the memory."""
+
+
+class FileStore:
+    """An unnamed file in a folder, made when it is first needed; it is gone with the process, however that ends.
+
+    Freed ranges are used again, so the file is no larger than what was kept at once (and what is between).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: int | None = None
+        self._end = 0
+        self._free: list[tuple[int, int]] = []  # (start, size), by start, never touching
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file has had at most."""
+        return self._end
+
+    def put(self, storage: UntypedStorage) -> Ticket:
+        """Write to the file; `ResourceError` where the disk is full."""
+        ticket = Ticket(storage.nbytes(), self._reserve(storage.nbytes()))
+        at = ticket.start
+        for part in _bytes(storage).split(_CHUNK):
+            view = _view(part.cpu())
+            while len(view):
+                try:
+                    written = os.pwrite(self._open(), view, at)
+                except OSError as error:
+                    raise ResourceError(
+                        f"{self._folder} takes no more activations ({error.strerror}): free some space there, or use "
+                        "fewer --num-samples or a larger --activation-budget"
+                    ) from error
+                at, view = at + written, view[written:]
+        return ticket
+
+    def take(self, ticket: Ticket, storage: UntypedStorage) -> None:
+        """Read from the file."""
+        at = ticket.start
+        for part in _bytes(storage).split(_CHUNK):
+            there = part if part.device.type == "cpu" else torch.empty(part.shape, dtype=torch.uint8)
+            view = _view(there)
+            while len(view):
+                read = os.preadv(self._open(), [view], at)
+                if read == 0:
+                    raise ResourceError(f"activations in a file in {self._folder} are gone: the file was cut short")
+                at, view = at + read, view[read:]
+            if there is not part:
+                part.copy_(there)
+        self.drop(ticket)
+
+    def drop(self, ticket: Ticket) -> None:
+        """Free the range."""
+        ranges = sorted([*self._free, (ticket.start, ticket.size)])
+        self._free = []
+        for start, size in ranges:
+            if self._free and sum(self._free[-1]) == start:
+                self._free[-1] = (self._free[-1][0], self._free[-1][1] + size)
+            else:
+                self._free.append((start, size))
+
+    def close(self) -> None:
+        """Give the disk back."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _reserve(self, size: int) -> int:
+        for at, (start, free) in enumerate(self._free):
+            if free >= size:
+                self._free[at : at + 1] = [(start + size, free - size)] if free > size else []
+                return start
+        start, self._end = self._end, self._end + size
+        return start
+
+    def _open(self) -> int:
+        if self._file is None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                descriptor, name = tempfile.mkstemp(prefix="activations-", dir=self._folder)
+            except OSError as error:
+                raise ResourceError(f"{self._folder} takes no file for activations: {error.strerror}") from error
+            Path(name).unlink()
+            self._file = descriptor
+        return self._file
+
+
+class Stores:
+    """The first store that has room for what is put into it. limits: bytes of each; the last one takes all the rest."""
+
+    def __init__(self, stores: Sequence[Store], limits: Sequence[int]) -> None:
+        self._stores = list(stores)
+        self._left = [*limits, None]
+        self._at: dict[int, int] = {}
+
+    def put(self, storage: UntypedStorage) -> Ticket:
+        """Keep it in the first with room."""
+        size = storage.nbytes()
+        at = next(at for at, left in enumerate(self._left) if left is None or left >= size)
+        ticket = self._stores[at].put(storage)
+        if (left := self._left[at]) is not None:
+            self._left[at] = left - size
+        self._at[id(ticket)] = at
+        return ticket
+
+    def take(self, ticket: Ticket, storage: UntypedStorage) -> None:
+        """From where it is."""
+        self._stores[self._freed(ticket)].take(ticket, storage)
+
+    def drop(self, ticket: Ticket) -> None:
+        """Wherever it is."""
+        self._stores[self._freed(ticket)].drop(ticket)
+
+    def _freed(self, ticket: Ticket) -> int:
+        at = self._at.pop(id(ticket))
+        if (left := self._left[at]) is not None:
+            self._left[at] = left + ticket.size
+        return at
+
+
+def _view(there: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU. `Tensor.numpy` would forbid its storage to be resized."""
+    return memoryview((ctypes.c_char * there.numel()).from_address(there.data_ptr())).cast("B")
+
+
+def _bytes(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

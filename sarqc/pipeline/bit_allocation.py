@@ -1,0 +1,161 @@
+"""Which width each layer gets where they differ: measured once, decided once, kept in the work folder.
+
+The servers make one matrix of q, k and v, of gate and up, and of all experts of a layer with both their projections, so
+those are one unit. What a unit loses at each width is the sum over its sites (`pipeline.sensitivity`), and the least
+sum over all units within the average that was asked for is a knapsack (`sarqc.method.bit_allocation`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sarqc.config import QuantConfig
+from sarqc.conventions import FUSED
+from sarqc.errors import CheckpointError
+from sarqc.method.bit_allocation import Unit, allocate, stored_bits
+from sarqc.pipeline.comm import Group, all_or_none
+from sarqc.pipeline.plan import Plan
+from sarqc.pipeline.sensitivity import SiteLosses, look
+
+
+@dataclass(frozen=True)
+class UnitWidth:
+    """A unit and its width. name: of its first site. losses: by width, as decimal words: keys of JSON are words."""
+
+    name: str
+    bits: int
+    weights: int
+    losses: dict[str, float]
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """average: bits of a weight that the units take with scales. seconds: that the first look took."""
+
+    average: float
+    seconds: float
+    units: tuple[UnitWidth, ...]
+
+    def by_linear(self) -> dict[str, int]:
+        """Bits of every quantized Linear."""
+        return {linear: unit.bits for unit in self.units for linear in unit.linears}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Widths:
+        """What `to_json` wrote; `CheckpointError` for anything else."""
+        try:
+            units = tuple(UnitWidth(**unit | {"linears": tuple(unit["linears"])}) for unit in values["units"])
+            return cls(float(values["average"]), float(values["seconds"]), units)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the widths of a run are not what was written ({error})") from error
+
+    def record(self) -> dict[str, Any]:
+        """For a report: units without the names of all their Linears."""
+        units = [{key: value for key, value in asdict(unit).items() if key != "linears"} for unit in self.units]
+        return {"average": round(self.average, 4), "units": units}
+
+    def headline(self) -> str:
+        """Weights at each width in a line."""
+        total = sum(unit.weights for unit in self.units)
+        shares = dict.fromkeys(sorted({unit.bits for unit in self.units}), 0)
+        for unit in self.units:
+            shares[unit.bits] += unit.weights
+        told = ", ".join(f"{count / total:.0%} of the weights at {bits} bits" for bits, count in shares.items())
+        return f"{self.average:.3f} bits on average: {told}"
+
+
+def decide(plan: Plan, tokens: Tensor, group: Group, on_block: Callable[[int], object]) -> Widths:
+    """Look at the model and choose; the ranks look at blocks in turn, and all return the same."""
+    began = time.perf_counter()
+
+    def own() -> list[tuple[int, SiteLosses]]:
+        return look(
+            plan.skeleton,
+            plan.checkpoint,
+            plan.targets,
+            tokens,
+            plan.quant,
+            plan.method,
+            device=plan.device,
+            dtype=plan.dtype,
+            micro_batch=plan.micro_batch,
+            gram_budget=plan.run.gram_budget,
+            seed=plan.calibration.seed,
+            mine=lambda index: index % group.size == group.rank,
+            on_block=on_block,
+        )
+
+    told = [one for part in group.gather(all_or_none(group, own)) for one in part]
+    sites = [site for _, site in sorted(told, key=lambda one: one[0])]  # stable: in a block they keep their order
+    return choose(sites, plan.quant, group.gather(time.perf_counter() - began)[0])
+
+
+def choose(sites: Sequence[SiteLosses], quant: QuantConfig, seconds: float = 0.0) -> Widths:
+    """Widths for all sites of a model from what each loses. seconds: that finding out took."""
+    assert quant.avg_bits is not None
+    joined = _joined(sites)
+    units = [_unit(members, quant) for members in joined]
+    widths = allocate(units, quant.avg_bits)
+    chosen = tuple(
+        UnitWidth(
+            unit.name,
+            width,
+            unit.weights,
+            {str(bits): loss for bits, loss in unit.losses.items()},
+            tuple(linear for site in members for linear in site.linears),
+        )
+        for unit, width, members in zip(units, widths, joined)
+    )
+    spent = sum(unit.sizes[width] for unit, width in zip(units, widths))
+    return Widths(spent / sum(unit.weights for unit in units), seconds, chosen)
+
+
+def _joined(sites: Sequence[SiteLosses]) -> list[list[SiteLosses]]:
+    """Sites that must have one width, in the order of the first of each: of one module, or fused by name."""
+    found: list[_Joined] = []
+    for site in sites:
+        keys = {*site.modules, *(name for linear in site.linears if (name := _fused(linear)))}
+        mine = _Joined(keys, [site])
+        for other in [other for other in found if other.keys & keys]:
+            mine = _Joined(other.keys | mine.keys, [*other.sites, *mine.sites])
+            found.remove(other)
+        found.append(mine)
+    order = {site.site: number for number, site in enumerate(sites)}
+    return [sorted(one.sites, key=lambda site: order[site.site]) for one in _in_order(found, order)]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    keys: set[str]
+    sites: list[SiteLosses] = field(default_factory=list)
+
+
+def _in_order(found: Sequence[_Joined], order: dict[str, int]) -> list[_Joined]:
+    return sorted(found, key=lambda one: min(order[site.site] for site in one.sites))
+
+
+def _fused(linear: str) -> str | None:
+    """A name for the matrix that servers make of this Linear and others; None where they make none."""
+    parent, _, leaf = linear.rpartition(".")
+    family = next((names for names in FUSED if leaf in names), None)
+    return f"{parent}.{'+'.join(family)}" if family else None
+
+
+def _unit(sites: Sequence[SiteLosses], quant: QuantConfig) -> Unit:
+    shapes = [shape for site in sites for shape in site.shapes]
+    return Unit(
+        name=sites[0].site,
+        weights=sum(rows * columns for rows, columns in shapes),
+        sizes={width: sum(stored_bits(shape, width, quant) for shape in shapes) for width in quant.bit_options},
+        losses={width: sum(site.losses[width] for site in sites) for width in quant.bit_options},
+    )

@@ -1,0 +1,191 @@
+"""The channel scales of one block: chosen fold by fold, then handed to the weights and tensors that take them up.
+
+Scales act on fp32 copies of the weights that will be quantized, so nothing is rounded on their way there. Two rules
+keep the rest exact. A norm's weight is stored in the checkpoint's dtype, so the scale that counts is the one that its
+rounded weight stands for: s = (w + c) / (w' + c). And where a tensor that is not quantized takes part (a router, a
+layer that was ignored, a bias), scales are powers of two, which floating-point numbers take without rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sarqc.config import QuantConfig
+from sarqc.method.awq import ChannelScales, Reader, Scaling, search
+from sarqc.method.gram import Gram
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.sites import Share, Site, stack
+from sarqc.model.smoothing import Fold, divided_norm
+from sarqc.model.source import TensorSource
+from sarqc.model.weight_map import Piece
+from sarqc.pipeline.comm import ALONE, Group, all_or_none
+from sarqc.pipeline.work_split import cost as price
+from sarqc.pipeline.work_split import share_out
+
+
+class BlockScales:
+    """Scales of the folds of a loaded block; `reasons` says by site why others have none."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        source: TensorSource,
+        sites: Sequence[Site],
+        folds: Sequence[Fold],
+        reasons: dict[str, str],
+        group: Group = ALONE,
+    ) -> None:
+        self._skeleton = skeleton
+        self._source = source
+        self._group = group
+        self._quantized = {target.linear for site in sites for target in site.members}
+        self._folds: list[Fold] = []
+        self._reasons = dict(reasons)
+        self._chosen: dict[str, ChannelScales] = {}  # by giver
+        for fold in folds:
+            if fold.offset and self._is_binary(fold):
+                reason = f"{fold.giver} stores its weight less {fold.offset:g}, which no scale divides without rounding"
+                self._reasons |= {site.name: reason for site in fold.sites}
+            else:
+                self._folds.append(fold)
+
+    def decide(
+        self,
+        shares: Sequence[Share],
+        grams: Sequence[Gram],
+        cost: Callable[[Share, Gram], Tensor],
+        quant: Callable[[Site], QuantConfig],
+        scale_dtype: torch.dtype,
+    ) -> None:
+        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`Reader.cost`). quant:
+        what a site's weights become.
+
+        A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
+        their own decide each for themselves. Ranks share the search.
+        """
+        model = self._skeleton.model
+        given = {share.site.name: (share, gram) for share, gram in zip(shares, grams)}
+        open_: list[tuple[Fold, list[tuple[Share, Gram]]]] = []
+        for fold in self._folds:
+            found = [given[site.name] for site in fold.sites if site.name in given]
+            if found and not (fold.experts == 1 and fold.giver in self._chosen):
+                open_.append((fold, found))
+        owners = share_out([sum(price(share) for share, _ in found) for _, found in open_], self._group.size)
+
+        def search_own() -> dict[int, ChannelScales]:
+            return {
+                number: search(
+                    [Reader(share.weight(model), cost(share, gram), gram, quant(share.site)) for share, gram in found],
+                    scale_dtype,
+                    shared=fold.experts == 1,
+                    binary=self._is_binary(fold),
+                    source=fold.source,
+                    channels=fold.channels,
+                ).to("cpu")
+                for number, (fold, found) in enumerate(open_)
+                if owners[number] == self._group.rank
+            }
+
+        answers = self._group.gather(all_or_none(self._group, search_own))
+
+        def take() -> None:
+            for number, (fold, found) in enumerate(open_):
+                self._take(fold, answers[owners[number]][number].to(found[0][1].rows.device))
+
+        all_or_none(self._group, take)
+
+    def _take(self, fold: Fold, chosen: ChannelScales) -> None:
+        """Keep what was chosen for a fold, behind what its experts before have."""
+        if self._skeleton.model.get_parameter(fold.giver).dim() == 1:
+            chosen = ChannelScales(self._storable(fold, chosen.scales), chosen.exponents)
+        before = self._chosen.get(fold.giver)
+        if before is not None:
+            chosen = ChannelScales(
+                torch.cat([before.scales, chosen.scales]), torch.cat([before.exponents, chosen.exponents])
+            )
+        self._chosen[fold.giver] = chosen
+
+    def of(self, share: Share) -> Scaling:
+        """What happens to the weight of a share; ones where nothing does."""
+        site, device = share.site, stack(self._skeleton.model, share.site.members[0].parameter).device
+        inputs = torch.ones(1, site.in_features, device=device)
+        rows = torch.ones(1, sum(count for _, _, count in site.slabs), device=device)
+        exponent = 0.0
+        for fold, chosen in self._decided():
+            at = slice(None) if fold.experts == 1 else slice(share.first, share.stop)
+            own = chosen.scales[at]
+            if site in fold.sites:
+                inputs, exponent = fold.inputs(own), float(chosen.exponents[at].mean())
+            begin = 0
+            for parameter, start, count in site.slabs:
+                if parameter == fold.giver:
+                    rows = rows.expand(max(len(rows), len(own)), -1).clone()
+                    taken, scales = _overlap(rows[:, begin : begin + count], own, fold.start - start)
+                    taken.copy_(scales)
+                begin += count
+        return Scaling(inputs, rows, exponent, self._reasons.get(site.name))
+
+    def fold_in(self) -> dict[str, Tensor]:
+        """Fold the scales into everything of the block that is not quantized, in the model; and the same tensors by
+        the checkpoint's names, in its dtypes."""
+        changed: dict[str, Tensor] = {}
+        at: dict[str, tuple[str, Piece]] = {}
+
+        def take(parameter: str, piece: Piece) -> Tensor:
+            if piece.name not in changed:
+                changed[piece.name], at[piece.name] = self._source.load(piece.name), (parameter, piece)
+            return changed[piece.name]
+
+        for fold, chosen in self._decided():
+            for parameter, piece in self._dense(fold.giver):
+                own = chosen.scales[(piece.expert or 0) if fold.experts > 1 else 0].cpu()
+                tensor = take(parameter, piece)
+                if tensor.dim() == 1:
+                    tensor.copy_(divided_norm(tensor, own, fold.offset))
+                else:
+                    rows, scales = _overlap(tensor.T, own, fold.start - piece.start)
+                    rows.div_(scales)
+            for parameter, piece in self._dense(fold.bias):
+                rows, scales = _overlap(take(parameter, piece), chosen.scales[0].cpu(), fold.start)
+                rows.div_(scales)
+            for reader in fold.readers:
+                for parameter, piece in self._dense(reader):
+                    own = fold.inputs(chosen.scales)[(piece.expert or 0) if fold.experts > 1 else 0].cpu()
+                    take(parameter, piece).mul_(own)
+        for name, (parameter, piece) in at.items():
+            whole = self._skeleton.model.get_parameter(parameter)
+            part = whole if piece.expert is None else whole[piece.expert, piece.start : piece.start + piece.rows]
+            part.copy_(changed[name])
+        return changed
+
+    def _decided(self) -> list[tuple[Fold, ChannelScales]]:
+        return [(fold, self._chosen[fold.giver]) for fold in self._folds if fold.giver in self._chosen]
+
+    def _dense(self, parameter: str | None) -> list[tuple[str, Piece]]:
+        """The pieces of a parameter that will not be quantized."""
+        pieces = self._skeleton.pieces[parameter] if parameter else ()
+        return [(parameter or "", piece) for piece in pieces if piece.linear not in self._quantized]
+
+    def _is_binary(self, fold: Fold) -> bool:
+        """Whether a tensor that is not quantized takes part, apart from a norm's weight."""
+        is_norm = self._skeleton.model.get_parameter(fold.giver).dim() == 1
+        givers = () if is_norm else (fold.giver,)
+        return fold.bias is not None or any(self._dense(parameter) for parameter in (*givers, *fold.readers))
+
+    def _storable(self, fold: Fold, scales: Tensor) -> Tensor:
+        """The scales [1, C] that a norm's weight can stand for in the dtype it is stored in; 1 where it is closed."""
+        name = self._skeleton.pieces[fold.giver][0].name
+        weight = self._source.load(name)
+        kept = divided_norm(weight, scales[0].cpu(), fold.offset).float() + fold.offset
+        opened = weight.float() + fold.offset
+        usable = (kept != 0) & (opened != 0)
+        return torch.where(usable, opened / torch.where(usable, kept, 1.0), 1.0).to(scales.device)[None]
+
+
+def _overlap(values: Tensor, scales: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The parts of values [..., n] and of scales [..., c] that meet where the scales begin at `start` of the values."""
+    first, stop = max(start, 0), max(start, 0, min(start + scales.shape[-1], values.shape[-1]))
+    return values[..., first:stop], scales[..., first - start : stop - start]

@@ -1,0 +1,239 @@
+"""Several processes at one run, on one machine or many: `torchrun --nproc-per-node N -m sarqc quantize ...`.
+
+torchrun starts the processes and says in their environment who they are; torch.distributed carries what they tell each
+other, by gloo for what is on the host and by nccl for what is on GPUs. Rank 0 alone has a work folder and writes; the
+others need to read the model. Where one ends, torchrun ends all, and whoever waits for it says so first: connections
+break with the process they lead to. One that is stuck is found by `sarqc.pipeline.watchdog`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from sarqc.checkpoint.state import Parts
+from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
+from sarqc.method.weight import QuantizedWeight
+from sarqc.pipeline.comm import ALONE, Group
+from sarqc.pipeline.driver import Start
+from sarqc.pipeline.fingerprint import first_difference
+from sarqc.pipeline.progress import Silent, Watcher
+from sarqc.pipeline.quantize_site import Weights
+from sarqc.pipeline.watchdog import beating
+from sarqc.system import from_torchrun
+
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for one that is alive, whatever that one does: it may write terabytes to a slow disk. A rank
+that died is noticed at once, by its connections, and one that is stuck by its heart."""
+MEETING = timedelta(minutes=10)
+"""How long it waits for the others to be started."""
+
+_Value = TypeVar("_Value")
+
+
+def world() -> int:
+    """Ranks of this run, as torchrun says; 1 without it."""
+    return from_torchrun("WORLD_SIZE", 1)
+
+
+def leads() -> bool:
+    """Whether this process writes and prints: it is rank 0, or alone."""
+    return world() == 1 or from_torchrun("RANK", 0) == 0
+
+
+@contextmanager
+def joined(device: str, *, ordered: bool) -> Iterator[tuple[Group, str]]:
+    """The group that torchrun started this process in, and the device of this process; alone without torchrun.
+
+    device: `auto` and `cuda` become the GPU of this rank. Raises `ArgumentError` where a machine has fewer GPUs than
+    ranks, `ResourceError` where the ranks do not find each other.
+    """
+    if world() == 1:
+        yield ALONE, device
+        return
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        local = from_torchrun("LOCAL_RANK", 0)
+        if local >= torch.cuda.device_count():
+            raise ArgumentError(
+                f"--nproc-per-node {local + 1} or more on {torch.cuda.device_count()} GPUs: start one process for each"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    gpu = device.startswith("cuda")
+    with ExitStack() as stack:
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=MEETING))
+            stack.enter_context(beating(store.clone(), rank, size))
+            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise ResourceError(
+                f"the ranks do not find each other ({_line(error)}): start them with torchrun"
+            ) from error
+        yield Ranks(ordered), device
+        dist.destroy_process_group()  # not after an error: it would wait for the others, and they for this one
+
+
+class Ranks:
+    """The processes of torch.distributed as a `Group`; see there. Tensors travel as bytes: all dtypes do."""
+
+    def __init__(self, ordered: bool) -> None:
+        self.rank, self.size, self.ordered = dist.get_rank(), dist.get_world_size(), ordered
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sums on all ranks."""
+        for tensor in tensors:
+            self._talk(partial(dist.all_reduce, tensor))
+
+    def take_over_(self, tensors: Sequence[Tensor]) -> None:
+        """Receive from the rank before."""
+        for tensor in tensors if self.rank > 0 else ():
+            self._receive_(tensor, self.rank - 1)
+
+    def hand_on(self, tensors: Sequence[Tensor]) -> None:
+        """Send to the next rank."""
+        for tensor in tensors if self.rank + 1 < self.size else ():
+            self._send(tensor, self.rank + 1)
+
+    def spread_(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """Broadcast."""
+        for tensor in tensors:
+            self._talk(partial(dist.broadcast, _raw(tensor), owner))
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """Values of all ranks."""
+        found: list[Any] = [None] * self.size
+        self._talk(lambda: dist.all_gather_object(found, value))
+        return found
+
+    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Rows of all ranks on rank 0, one message each."""
+        if self.rank > 0:
+            for row in rows:
+                self._send(row, 0)
+            return
+        owners = {number: rank for rank, place in enumerate(places) for number in place.tolist()}
+        row = torch.empty(0)
+        for number in sorted(owners):  # the first is ours, as `sharing.deal` has it
+            if owners[number] == 0:
+                row = next(rows)
+                yield row
+            else:
+                received = torch.empty_like(row)
+                self._receive_(received, owners[number])
+                yield received
+
+    def _send(self, tensor: Tensor, to: int) -> None:
+        self._talk(lambda: dist.send(_raw(tensor), to))
+
+    def _receive_(self, tensor: Tensor, source: int) -> None:
+        self._talk(lambda: dist.recv(_raw(tensor), source))
+
+    def _talk(self, speak: Callable[[], object]) -> None:
+        try:
+            speak()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ResourceError(
+                f"another rank ended or cannot be reached ({_line(error)}): see what it said; "
+                "the same command goes on from the last block, with as many ranks as you like"
+            ) from error
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, in its memory where that is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def named(group: Group, where: Callable[[], str]) -> Iterator[None]:
+    """Errors say which rank they come from and where it was, if there are several."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except SarqcError as error:
+        if group.size == 1:
+            raise
+        raise type(error)(f"rank {group.rank} of {group.size}, {where()}: {error}") from error
+
+
+def same_everywhere(group: Group, fingerprint: Mapping[str, Any]) -> None:
+    """`ArgumentError` where ranks see different models or texts, or run different versions."""
+    for rank, other in enumerate(group.gather(fingerprint)):
+        if difference := first_difference(fingerprint, other):
+            name, here, there = difference
+            raise ArgumentError(
+                f"{name} = {here!r} on rank {group.rank} and {there!r} on rank {rank}: give all the same"
+            )
+
+
+class Following(Silent):
+    """What ranks other than 0 show: nothing. They pass on the wish to stop."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def stop_asked(self) -> bool:
+        """Whether this rank was asked."""
+        return self._watcher.stop_asked()
+
+
+def start_everywhere(group: Group, start: Start | None) -> Start:
+    """Rank 0's start on every rank; the others, which have no work folder, give None."""
+    told = None if start is None else (start.block, _shape(start.hidden), start.strengths)
+    found = group.gather(told)[0]
+    assert found is not None
+    block, kind, strengths = found
+
+    def each() -> Iterator[Tensor]:
+        shape, dtype = kind
+        here = start.hidden.rows() if start and start.hidden else None
+        for _ in range(shape[0]):
+            row = next(here) if here else torch.empty(shape[1:], dtype=dtype)
+            group.spread_([row], 0)
+            yield row[None]
+
+    hidden = Parts(kind[0], kind[1], each) if kind else None
+
+    def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
+        return _stored_everywhere(group, start.stored(index) if start else ({}, {}))
+
+    return Start(block, hidden, stored, start.strengths if start else strengths)
+
+
+def _stored_everywhere(group: Group, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:
+    """A finished block of rank 0's work folder on every rank."""
+    weights, changed = stored
+    shapes = {
+        linear: ([_shape(tensor) for tensor in (weight.codes, weight.scales, weight.zeros)], weight.bits)
+        for linear, weight in weights.items()
+    }
+    layout = group.gather((shapes, {name: _shape(tensor) for name, tensor in changed.items()}))[0]
+    for linear, (parts, bits) in layout[0].items():
+        if linear not in weights:
+            codes, scales, zeros = (torch.empty(shape, dtype=dtype) for shape, dtype in parts)
+            weights[linear] = QuantizedWeight(codes, scales, zeros, bits)
+        weight = weights[linear]
+        group.spread_((weight.codes, weight.scales, weight.zeros), 0)
+    for name, (shape, dtype) in layout[1].items():
+        changed.setdefault(name, torch.empty(shape, dtype=dtype))
+        group.spread_([changed[name]], 0)
+    return weights, changed
+
+
+def _shape(tensor: Tensor | Parts | None) -> Any:
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype)

@@ -1,0 +1,154 @@
+"""All micro-batches of a stream in the model's own forward, point after point.
+
+A forward is asked for a point and hands out what each micro-batch brings there, one after the other; all of them wait
+there until a further point is asked for. Points of a block are asked for in the order in which the model reaches them,
+each as often as needed. What happens in between (a layer's weight is replaced, a block is loaded) holds for what
+follows.
+
+Where suspended micro-batches take too much memory, what they hold is parked (`pipeline.parking`); or the block is
+*recomputed*: they wait at its entry, and for every point inside it each runs from there and is dropped. The results are
+the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from sarqc.pipeline.activation_store import Store
+from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.points import Arrival, Point, first_tensor
+from sarqc.pipeline.walk import Route, Walk
+
+
+class Forward:
+    """The micro-batches of one stream. A context: their forwards are ended when it ends, wherever they are.
+
+    calls: each runs the model's own forward on one micro-batch. blocks: the decoder blocks; `Hooks` have to be on them.
+    first: the first block that is entered. recompute: as above. store, budget: where what suspended micro-batches hold
+    is moved to, and the bytes of it that stay; without a store everything stays.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Callable[[], object]],
+        blocks: Sequence[nn.Module],
+        *,
+        first: int = 0,
+        recompute: bool = False,
+        store: Store | None = None,
+        budget: int = 0,
+    ) -> None:
+        self._blocks = list(blocks)
+        self._route = Route(len(blocks))
+        self._recompute = recompute
+        self._budget = budget if store else None
+        owners: dict[int, Parking] = {}
+        self._walks = [
+            Walk(call, number, self._route, Point("enter", first), Parking(store, owners) if store else None)
+            for number, call in enumerate(calls)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._walks)
+
+    def begin_block(self, inside: Sequence[Point] = (), kept: Sequence[Point] = ()) -> None:
+        """Say which points the block has that all micro-batches wait to enter, in the order it reaches them.
+
+        kept: sites among them whose inputs are kept until the block is left, for a correction.
+        """
+        self._route.inside, self._route.kept = list(inside), set(kept)
+        self._route.corrections.clear()
+
+    def at(self, point: Point) -> Iterator[Arrival]:
+        """Bring every micro-batch to a point, and hand out what it brings; ask again to go through them once more.
+
+        Raises `ModelError` naming the module where a micro-batch comes by another way than the others, or where the
+        model's own code fails; `torch.OutOfMemoryError` where memory runs out.
+        """
+        for arrival, _ in self.with_kept(point, None):
+            yield arrival
+
+    def with_kept(self, point: Point, site: Point | None) -> Iterator[tuple[Arrival, Tensor | None]]:
+        """As `at`, with what the same micro-batch brought to a site before, which `begin_block` was told to keep."""
+        inside = point.kind not in ("enter", "end")
+        for walk in self._awake():
+            if self._recompute and inside:
+                walk.go(Point("enter", point.block))
+                with self._from_entry(walk) as again:
+                    arrival = again.go(point)
+                    yield arrival, None if site is None else again.kept[site]
+            else:
+                arrival = walk.go(point)
+                yield arrival, None if site is None else walk.kept[site]
+
+    def leave(self, block: int) -> Iterator[Arrival]:
+        """Bring every micro-batch to the end of a block for good, with all corrections made."""
+        for walk in self._awake():
+            arrival = walk.go(Point("leave", block))
+            walk.correct()
+            yield arrival
+
+    def correct(self, at: Point, site: Point, change: Tensor) -> None:
+        """Add x @ change^T to the stream at a point where all micro-batches are, or have been; x is what each brought
+        to the site, change [N, K]."""
+        self._route.corrections[at] = site, change
+
+    def close(self) -> None:
+        """End all forwards."""
+        while self._walks:
+            self._walks.pop().close()
+
+    def _awake(self) -> Iterator[Walk]:
+        """Every micro-batch, with its tensors in place while it is handed out."""
+        held = 0
+        for walk in self._walks:
+            walk.wake()
+            yield walk
+            held = walk.rest(held, self._budget)
+
+    def _from_entry(self, walk: Walk) -> Walk:
+        """A walk of the same micro-batch through the block that it waits to enter."""
+        entry = walk.arrival
+        assert entry is not None
+        call = BlockCall(self._blocks[entry.point.block], entry)
+        return Walk(call.run, walk.number, self._route, entry.point)
+
+    def __enter__(self) -> Forward:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class BlockCall:
+    """A block with the arguments of one micro-batch that waits to enter it; it can be run as often as wanted."""
+
+    def __init__(self, block: nn.Module, entry: Arrival) -> None:
+        self._block = block
+        self._entry = entry
+
+    @property
+    def hidden(self) -> Tensor:
+        """What enters the block."""
+        return self._entry.x
+
+    def run(self) -> Any:
+        """What the block returns; what enters it is handed over as a copy, in case the block writes into it."""
+        hidden = self._entry.x
+        args, kwargs = list(self._entry.args), dict(self._entry.kwargs)
+        at = next((at for at, value in enumerate(args) if value is hidden), None)
+        if at is not None:
+            args[at] = hidden.clone()
+        else:
+            name = next(name for name, value in kwargs.items() if value is hidden)
+            kwargs[name] = hidden.clone()
+        return self._block(*args, **kwargs)
+
+    def __call__(self) -> Tensor:
+        """What leaves the block: the first tensor of what it returns."""
+        found = first_tensor(self.run())
+        return self._entry.x if found is None else found

@@ -1,0 +1,197 @@
+"""A run before it runs: what was asked for, and what comes of it once names, shapes and options are checked.
+
+A plan needs a configuration and the headers of the weights, nothing more, so one can be made for a model whose weights
+are on another machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sarqc.checkpoint.formats import FORMATS, Format
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.config import (
+    AUTO,
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQLEN,
+    CalibrationConfig,
+    Configs,
+    MethodConfig,
+    QuantConfig,
+    RunConfig,
+)
+from sarqc.errors import ArgumentError, CheckpointError, ModelError
+from sarqc.method.bit_allocation import average_range
+from sarqc.model import dataset
+from sarqc.model.config_only import Outline, outline
+from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
+from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.source import TensorSource
+from sarqc.model.tokenizer import load_tokenizer
+from sarqc.pipeline.activations import windows_at_once
+from sarqc.system import host_memory, ranks_here, resolve_device, resolve_dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with every choice made that needs no weights.
+
+    model: as it was named. source: its tensors, by name and shape at least. notes: choices worth telling.
+    """
+
+    model: str
+    folder: Path
+    source: TensorSource
+    skeleton: Skeleton
+    targets: Targets
+    quant: QuantConfig
+    method: MethodConfig
+    calibration: CalibrationConfig
+    run: RunConfig
+    device: torch.device
+    dtype: torch.dtype
+    notes: tuple[str, ...]
+
+    @property
+    def format(self) -> Format:
+        """The format of the checkpoint to write."""
+        return FORMATS[self.quant.format]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model's weights; `ModelError` where only their headers are here."""
+        if not isinstance(self.source, Checkpoint):
+            raise ModelError(f"the weights of {self.model} are not in {self.folder}: fetch them first")
+        return self.source
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens per window of text: as asked, or 2048, or as many as the model has positions; `ArgumentError` for a
+        longer one, which the model was never trained to read."""
+        asked, config = self.calibration.seqlen, self.skeleton.model.config
+        if asked is None:
+            return min(DEFAULT_SEQLEN, dataset.positions(config) or DEFAULT_SEQLEN)
+        dataset.check_seqlen(asked, config, self.model)
+        return asked
+
+    @property
+    def activation_budget(self) -> int:
+        """Bytes of hidden states that stay in memory: by default a quarter of what a rank has of this machine."""
+        asked = self.run.activation_budget
+        return host_memory() // ranks_here() // 4 if asked is None else asked
+
+    def micro_batch(self, seqlen: int) -> int:
+        """Windows that go through a block at once."""
+        return self.run.micro_batch or windows_at_once(self.device, seqlen)
+
+
+def make_plan(model: str | Path, configs: Configs, *, headers_only: bool = False) -> Plan:
+    """The plan for a model by name; `SarqcError` for whatever can be refused by now.
+
+    headers_only: do not fetch weights from a hub, and take a folder that has none.
+    """
+    if configs.quant.format not in FORMATS:
+        raise ArgumentError(f"format = {configs.quant.format!r} is not known: use {', '.join(FORMATS)}")
+    if not (headers_only or is_local(model)):
+        _refuse_unfetched(model, configs)
+    return _fitted(model, configs, *_open(model, configs.run.trust_remote_code, headers_only))
+
+
+def _refuse_unfetched(model: str | Path, configs: Configs) -> None:
+    """What headers refuse, before hundreds of GB are fetched; where the hub gives none, as it does for what was fetched
+    before and there is no network, the weights are waited for."""
+    folder = hub_configuration(str(model), trust_remote_code=configs.run.trust_remote_code)
+    try:
+        tensors = hub_headers(str(model))
+    except ModelError:
+        return
+    if tensors:
+        _fitted(model, configs, folder, Outline(tensors))
+
+
+def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSource) -> Plan:
+    """The plan, with options that fit the tensors of the model."""
+    quant, method, run = configs.quant, configs.method, configs.run
+    skeleton = Skeleton.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
+    found = targets(skeleton, quant)
+    notes: tuple[str, ...] = ()
+    if quant.group_size == AUTO:
+        quant = replace(quant, group_size=auto_group_size(found))
+        notes = (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
+    check_group_size(found, quant)
+    if quant.avg_bits is not None:
+        _check_average(quant, method, found)
+        choices = ", ".join(map(str, quant.bit_options))
+        notes += (f"bits of each layer: chosen after the first pass, out of {choices}; {quant.avg_bits:g} on average",)
+    FORMATS[quant.format].check(quant)
+    for target in found.selected:
+        FORMATS[quant.format].check_layer(target.linear, target.shape, quant)
+    device = resolve_device(run.device)
+    dtype = resolve_dtype(run.dtype, device, skeleton.dtype)
+    return Plan(
+        str(model), folder, source, skeleton, found, quant, method, configs.calibration, run, device, dtype, notes
+    )
+
+
+def _check_average(quant: QuantConfig, method: MethodConfig, found: Targets) -> None:
+    """`ArgumentError` for an average that cannot be reached."""
+    assert quant.avg_bits is not None
+    if not method.calibrated:
+        raise ArgumentError(
+            f"avg_bits = {quant.avg_bits:g} needs losses measured on calibration data, which method {method.method} "
+            "does not use: use another method"
+        )
+    least, most = average_range([target.shape for target in found.selected], quant)
+    if not least <= quant.avg_bits <= most:
+        raise ArgumentError(
+            f"avg_bits = {quant.avg_bits:g} is out of range: with scales, {min(quant.bit_options)} to "
+            f"{max(quant.bit_options)} bits take {least:.3f} to {most:.3f}"
+        )
+
+
+def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tuple[Path, TensorSource]:
+    """A model's folder and its tensors, or only their names and shapes."""
+    if headers_only and not is_local(model):
+        folder = hub_configuration(str(model), trust_remote_code=trust_remote_code)
+        tensors = hub_headers(str(model))
+        return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+    folder = locate(model, trust_remote_code=trust_remote_code)
+    if headers_only and not any(folder.glob("*.safetensors")):
+        return folder, outline(folder, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.format is not None:
+        raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
+    return folder, checkpoint
+
+
+def read_windows(plan: Plan) -> dataset.Windows | None:
+    """The windows to calibrate on; None for a method that is not calibrated."""
+    asked = plan.calibration
+    if not plan.method.calibrated:
+        return None
+    if isinstance(asked.dataset, Tensor):
+        found = dataset.Windows.of_tokens(asked.dataset)
+    else:
+        tokenizer = load_tokenizer(plan.folder, trust_remote_code=plan.run.trust_remote_code)
+        found = dataset.windows(str(asked.dataset), tokenizer, part="calibration", seqlen=plan.seqlen)
+    count = min(DEFAULT_SAMPLES, found.available) if asked.num_samples is None else asked.num_samples
+    return found.draw(count, asked.seed)
+
+
+def expected_windows(plan: Plan) -> tuple[int, int]:
+    """Windows and tokens per window, counted where model and text are here, otherwise as the options say; (0, 0) for a
+    method that is not calibrated."""
+    asked = plan.calibration
+    if not plan.method.calibrated:
+        return 0, 0
+    model_here = isinstance(plan.source, Checkpoint)  # and so its tokenizer
+    if isinstance(asked.dataset, Tensor) or (model_here and dataset.is_here(str(asked.dataset))):
+        found = read_windows(plan)
+        assert found is not None
+        return len(found.tokens), found.tokens.shape[1]
+    return asked.num_samples or DEFAULT_SAMPLES, plan.seqlen

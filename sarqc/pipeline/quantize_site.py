@@ -1,0 +1,176 @@
+"""Solving the shares of a block, each rank some of them: strengths first, then codes, and then everybody has all.
+
+A share's strengths are chosen on one rank, and its experts' pool is summed over all of them on each, so that it makes
+no difference to what comes out on which rank a matrix is solved, or beside how many others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarqc.config import AUTO, MethodConfig, QuantConfig
+from sarqc.method.gptq import error_cost
+from sarqc.method.gram import Gram, Statistics
+from sarqc.method.lambda_search import Choice, Strengths
+from sarqc.method.layer import SolveReport, choose_strength, joined, solve_site
+from sarqc.method.weight import QuantizedWeight
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.sites import Share, Site
+from sarqc.model.source import TensorSource
+from sarqc.pipeline.channel_scales import BlockScales
+from sarqc.pipeline.comm import Group, all_or_none
+from sarqc.pipeline.work_split import Piece, cost, pieces, share_out
+
+Weights = dict[str, QuantizedWeight]
+
+
+@dataclass
+class Solving:
+    """What solving a block needs beside its statistics. widths: bits by linear, where layers have different ones.
+    choices: of the shares of the block at work, by name; by a site's name that of its first experts."""
+
+    skeleton: Skeleton
+    source: TensorSource
+    quant: QuantConfig
+    method: MethodConfig
+    device: torch.device
+    strengths: Strengths
+    group: Group
+    widths: Mapping[str, int] | None = None
+    choices: dict[str, Choice] = field(default_factory=dict)
+
+    def begin(self, strengths: Strengths) -> None:
+        """Begin a block, or begin it again, knowing so much of strengths."""
+        self.strengths.tracks, self.choices = strengths.copy().tracks, {}
+
+    def choose(self, index: int, shares: Sequence[Share], collected: Sequence[Statistics]) -> None:
+        """The strength of each share, chosen once in a block; sites of other blocks at the same place share their
+        answers. All shares are of different sites, so none waits for another's answer. Experts that are observed in a
+        later pass than the first of their layer take its choice: a layer answers once, however little memory there is.
+        """
+        for share, statistics in zip(shares, collected):
+            if share.first and share.name not in self.choices:
+                of_first = self.choices[share.site.name]
+                self.choices[share.name] = of_first.of_others(statistics.rows(), share.site.in_features, self.method)
+        open_ = [number for number, share in enumerate(shares) if share.name not in self.choices]
+        owners = share_out([cost(shares[number]) for number in open_], self.group.size)
+
+        def own() -> dict[int, Choice]:
+            answers = self.strengths.copy()
+            return {
+                number: self._choice(index, shares[number], collected[number], answers)
+                for number, owner in zip(open_, owners)
+                if owner == self.group.rank
+            }
+
+        found = _merged(self.group.gather(all_or_none(self.group, own)))
+        for number in open_:
+            choice: Choice = found[number]
+            if self.method.reg_lambda == AUTO:
+                self.strengths.remember(choice.kind, choice.curve)
+            device = collected[number].folds[0].rows.device
+            choice = replace(choice, strength=choice.strength.to(device))
+            self.choices |= dict.fromkeys((shares[number].name, shares[number].site.name), choice)
+
+    def _choice(self, index: int, share: Share, statistics: Statistics, answers: Strengths) -> Choice:
+        choice = choose_strength(
+            share.name,
+            share.site.name.removeprefix(f"{self.skeleton.prefix}.{index}."),
+            share.weight(self.skeleton.model),
+            statistics,
+            self.quant_of(share.site),
+            self.method,
+            scale_dtype=self.scale_dtype(share.site),
+            strengths=answers,
+        )
+        return replace(choice, strength=choice.strength.cpu())
+
+    def cost(self, share: Share, gram: Gram) -> Tensor:
+        """What errors in a share's weight cost, for the scale search."""
+        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant_of(share.site), self.method)
+
+    def quantize(
+        self, index: int, shares: Sequence[Share], collected: Sequence[Statistics] | None, scales: BlockScales | None
+    ) -> tuple[Weights, list[SolveReport]]:
+        """All members of these shares quantized, on the CPU of every rank, and a report of each share."""
+        if collected is not None:
+            self.choose(index, shares, collected)
+            for statistics in collected:
+                if statistics.folds[0].wish is None:  # which alone is judged once more fold by fold
+                    statistics.merge_folds()
+        todo = pieces(shares, self.group.size, self.device, gram=collected is not None)
+
+        def own() -> dict[int, tuple[QuantizedWeight, SolveReport]]:
+            return {
+                number: self._solve(piece, shares[piece.number], collected, scales)
+                for number, piece in enumerate(todo)
+                if piece.owner == self.group.rank
+            }
+
+        solved = all_or_none(self.group, own)
+        known = _merged(
+            self.group.gather({number: (_layout(weight), report) for number, (weight, report) in solved.items()})
+        )
+        weights: Weights = {}
+        reports: list[list[SolveReport]] = [[] for _ in shares]
+        for number, piece in enumerate(todo):
+            layout, report = known[number]
+            reports[piece.number].append(report)
+            weight = solved.pop(number)[0] if number in solved else _blank(*layout)
+            self.group.spread_((weight.codes, weight.scales, weight.zeros), piece.owner)
+            weights |= {target.linear: part for target, part in piece.share.site.split(weight, piece.share.first)}
+        return weights, list(map(joined, reports))
+
+    def _solve(
+        self, piece: Piece, share: Share, collected: Sequence[Statistics] | None, scales: BlockScales | None
+    ) -> tuple[QuantizedWeight, SolveReport]:
+        solved, report = solve_site(
+            share.name,
+            piece.share.weight(self.skeleton.model),
+            collected[piece.number] if collected is not None else None,
+            self.quant_of(share.site),
+            self.method,
+            scale_dtype=self.scale_dtype(share.site),
+            scaling=scales.of(piece.share) if scales else None,
+            choice=self.choices[share.name] if collected is not None else None,
+            experts=slice(piece.share.first - share.first, piece.share.stop - share.first),
+        )
+        return solved.to("cpu"), report
+
+    def quant_of(self, site: Site) -> QuantConfig:
+        """What a site's weights become."""
+        return self.quant if self.widths is None else self.quant.at(self.widths[site.members[0].linear])
+
+    def scale_dtype(self, site: Site) -> torch.dtype:
+        """What a site's scales are stored in."""
+        return scale_dtype(self.source, site)
+
+
+def scale_dtype(source: TensorSource, site: Site) -> torch.dtype:
+    """What the scales of a site are stored in: bf16 where its weights are neither bf16 nor fp16."""
+    stored = source.dtype(f"{site.members[0].linear}.weight")
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int]
+
+
+def _layout(weight: QuantizedWeight) -> _Layout:
+    return tuple(weight.codes.shape), tuple(weight.scales.shape), weight.scales.dtype, weight.bits
+
+
+def _blank(codes: tuple[int, ...], scales: tuple[int, ...], dtype: torch.dtype, bits: int) -> QuantizedWeight:
+    """Room for a weight that another rank has solved."""
+    byte = torch.uint8
+    return QuantizedWeight(
+        torch.empty(codes, dtype=byte), torch.empty(scales, dtype=dtype), torch.empty(scales, dtype=byte), bits
+    )
+
+
+def _merged(parts: Sequence[dict[int, Any]]) -> dict[int, Any]:
+    return {number: value for part in parts for number, value in part.items()}

@@ -1,0 +1,150 @@
+"""Is a checkpoint sound: every tensor as written, every weight of the model there once, and near what it was made of?
+
+Three looks, from the inside out: the files (`sarqc.checkpoint.verify`), the model that config.json describes, which
+must find each of its weights, and, where the source is at hand, every tensor beside the source's. The last one also
+compares the error of each weight with the one that the run wrote into report.json. Beside that: who serves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sarqc.checkpoint import verify as files
+from sarqc.checkpoint.differences import Compared, compare
+from sarqc.checkpoint.manifest import MANIFEST
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.errors import CheckpointError, ModelError
+from sarqc.model.lazy_model import Skeleton
+from sarqc.report import report as reports
+from sarqc.serving.compatibility import outlook_of
+from sarqc.serving.rules import Outlook, to_json
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, name of the tensor)."""
+
+_TOLERANCE = 1e-6
+"""Relative; the same numbers summed in another order."""
+
+
+@dataclass
+class Verified:
+    """What was found in `folder`.
+
+    problems: a line each, none where it is sound. manifest: whether tensors could be compared with what was written.
+    facts: format and numbers of tensors, files, bytes. errors: relative error ||W - Q|| / ||W|| of each quantized
+    weight, where there was a source to compare with. serve: what the servers make of it, where it is sound.
+    """
+
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+    manifest: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    serve: list[Outlook] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def require(self) -> None:
+        """`CheckpointError` with the first problem, and how many more there are."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            raise CheckpointError(self.problems[0] + more)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        mean = sum(self.errors.values()) / len(self.errors) if self.errors else None
+        return {
+            "folder": str(self.folder),
+            "sound": self.sound,
+            "problems": self.problems,
+            "manifest": self.manifest,
+            **self.facts,
+            "serve": to_json(self.serve),
+            "weight_error": mean,
+            "weight_errors": self.errors,
+        }
+
+
+def check(
+    folder: Path, source: Checkpoint | None, *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> Verified:
+    """Look at the checkpoint in `folder`; what is wrong with it is in the result, never an exception.
+
+    source: the open checkpoint that it was made of.
+    """
+    found = Verified(folder)
+    try:
+        with open_checkpoint(folder) as checkpoint:
+            steps = _Steps(progress, len(checkpoint.raw_names()) + (len(checkpoint.names()) if source else 0))
+            found.manifest = (folder / MANIFEST).exists()
+            found.problems += files.problems(checkpoint, steps.step)
+            found.facts = _facts(checkpoint)
+            _model(found, checkpoint, trust_remote_code)
+            if source is not None:
+                _beside(found, checkpoint, source, steps)
+    except CheckpointError as error:
+        found.problems.append(str(error))
+    return found
+
+
+@dataclass
+class _Steps:
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def step(self, name: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total, name)
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    stored = checkpoint.storage()
+    return {
+        "format": checkpoint.format.name if checkpoint.format else None,
+        "tensors": stored.tensors,
+        "shards": stored.shards,
+        "bytes": stored.total_bytes,
+        "quantized_linears": stored.quantized_linears,
+        "bits_per_weight": stored.bits_per_weight,
+    }
+
+
+def _model(found: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Adds what keeps transformers from finding every weight of the model, each once and of the right shape; or what
+    servers make of the model."""
+    try:
+        skeleton = Skeleton.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
+        found.serve = outlook_of(checkpoint, skeleton) if found.sound else []
+    except ModelError as error:
+        found.problems.append(f"{checkpoint.folder} is no whole model: {error}")
+
+
+def _beside(found: Verified, checkpoint: Checkpoint, source: Checkpoint, steps: _Steps) -> None:
+    """Adds what differs from the source, and each weight's error."""
+    report = reports.read(found.folder) or {}
+    recorded = report.get("weight_errors")
+    rescaled = report.get("rescaled")
+    names = [name for name in rescaled if isinstance(name, str)] if isinstance(rescaled, list) else []
+    for tensor in compare(checkpoint, source, changed=frozenset(names)):
+        found.problems += _judge(found, tensor, recorded if isinstance(recorded, dict) else {})
+        steps.step(tensor.name)
+
+
+def _judge(found: Verified, tensor: Compared, recorded: Mapping[str, Any]) -> list[str]:
+    if tensor.error is not None:
+        found.errors[tensor.name] = tensor.error
+    if tensor.problem is not None:
+        return [tensor.problem]
+    said = recorded.get(tensor.name)
+    if tensor.error is None or not isinstance(said, float) or math.isclose(said, tensor.error, rel_tol=_TOLERANCE):
+        return []
+    return [f"{found.folder}: {tensor.name!r} has an error of {tensor.error:.6g}, where the run recorded {said:.6g}"]

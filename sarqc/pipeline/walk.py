@@ -1,0 +1,146 @@
+"""One micro-batch of a stream, and the way it goes through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import ModelError, SarqcError, first_line, out_of_memory
+from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.points import Arrival, Point
+from sarqc.pipeline.task import Task
+
+FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model's own code raises on a configuration that it was not written for."""
+
+
+@dataclass
+class Route:
+    """Points in the order of the forward. blocks: how many there are. inside: those in the block at work.
+
+    kept: sites among them whose inputs are needed later. corrections: by point, what is added to the stream there: the
+    inputs kept at a site times a matrix [N, K], transposed. The site's outputs have joined the stream by then, so this
+    changes them after the fact.
+    """
+
+    blocks: int
+    inside: list[Point] = field(default_factory=list)
+    kept: set[Point] = field(default_factory=set)
+    corrections: dict[Point, tuple[Point, Tensor]] = field(default_factory=dict)
+
+    def wanted(self, point: object) -> bool:
+        """Whether micro-batches suspend there."""
+        return isinstance(point, Point) and (point.kind in ("enter", "leave") or point in self.inside)
+
+    def after(self, point: Point) -> Point:
+        """The point that follows."""
+        if point.kind == "leave":
+            last = point.block + 1 == self.blocks
+            return Point("end" if last else "enter", point.block + 1)
+        inside = [one for one in self.inside if one.block == point.block]
+        way = [Point("enter", point.block), *inside, Point("leave", point.block)]
+        return way[way.index(point) + 1]
+
+
+class Walk:
+    """A context: the forward is ended when it ends. arrival: where the micro-batch waits; None before it has begun.
+    kept: what it brought to sites whose inputs are needed later, in this block."""
+
+    def __init__(
+        self, call: Callable[[], object], number: int, route: Route, first: Point, parking: Parking | None = None
+    ) -> None:
+        self.number = number
+        self.arrival: Arrival | None = None
+        self.kept: dict[Point, Tensor] = {}
+        self._route = route
+        self._first = first
+        self._parking = parking
+        self._corrected = False
+        self._task = Task(call, number, route.wanted, parking)
+
+    def go(self, target: Point) -> Arrival:
+        """Run on to a point, through those before it, and say what the micro-batch brings there."""
+        while self.arrival is None or self.arrival.point != target:
+            self._step()
+        return self.arrival
+
+    def correct(self) -> None:
+        """Make the correction of the stream that belongs to the point where the micro-batch waits, once."""
+        assert self.arrival is not None
+        if self._corrected or self.arrival.point not in self._route.corrections:
+            return
+        site, change = self._route.corrections[self.arrival.point]
+        stream = self.arrival.x
+        stream.add_(torch.nn.functional.linear(self.kept[site], change).view_as(stream))
+        self._corrected = True
+
+    def wake(self) -> None:
+        """Bring back what was parked."""
+        if self._parking is not None:
+            self._parking.restore()
+
+    def rest(self, held: int, budget: int | None) -> int:
+        """Park what the micro-batch holds where it goes over the budget. held: bytes of the micro-batches before it
+        that stay; returned with its own."""
+        if self._parking is None or budget is None:
+            return held
+        if self._task.ended:  # what it returned is the caller's
+            self._parking.discard()
+            return held
+        size = sum(storage.nbytes() for storage in self._parking.held().values())
+        if held + size <= budget:
+            return held + size
+        self._parking.park()
+        return held
+
+    def close(self) -> None:
+        """End the forward."""
+        try:
+            self._task.close()
+        finally:
+            self.arrival = None
+            self.kept.clear()
+            if self._parking is not None:
+                self._parking.discard()
+
+    def _step(self) -> None:
+        expected = self._first
+        if self.arrival is not None:
+            expected = self._route.after(self.arrival.point)
+            self.correct()
+            if self.arrival.point in self._route.kept:
+                self.kept[self.arrival.point] = self.arrival.x
+            elif self.arrival.point.kind == "leave":
+                self.kept.clear()
+        self.arrival, self._corrected = None, False
+        found = self._resume(expected)
+        if not isinstance(found, Arrival):
+            found = Arrival(Point("end", self._route.blocks), output=found)
+        if found.point != expected:
+            raise ModelError(
+                f"micro-batch {self.number} reaches {found.point} where {expected} comes first in others: what the "
+                "model computes depends on its tokens; leave that layer with an ignore pattern"
+            )
+        self.arrival = found
+
+    def _resume(self, towards: Point) -> object:
+        try:
+            return self._task.resume()
+        except (SarqcError, torch.OutOfMemoryError):
+            raise
+        except FAULTS as error:
+            if out_of_memory(error):
+                raise torch.OutOfMemoryError(first_line(error)) from error
+            raise ModelError(
+                f"the model does not run as config.json says, before {towards}: {first_line(error)}"
+            ) from error
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,240 @@
+"""The model card: README.md of a checkpoint, for whoever finds it on a hub.
+
+It says what was done, with what, how to run it and how to do it again; numbers stand in it only where they were
+measured. The original's own card is not copied, because what it claims was measured on another model; of it only the
+licence is taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
+from sarqc.model.dataset import GIVEN
+from sarqc.model.hub import SMOLLM2
+from sarqc.options import command_words, default_of, record
+from sarqc.report import summary
+from sarqc.report.svg import text
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BASES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_TERMS = ("license", "license_name", "license_link")
+_PLAIN = r"[\w.:/+-]+"
+_LICENCE = re.compile(rf"^({'|'.join(_TERMS)}):[ \t]*['\"]?({_PLAIN})['\"]?[ \t]*$", re.MULTILINE)
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """license, license_name and license_link as the card in `folder` states them, those that are plain words."""
+    try:
+        found = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    front = re.match(r"---\r?\n(.*?)\r?\n---\s", found, re.DOTALL)
+    return dict(_LICENCE.findall(front.group(1).replace("\r", ""))) if front else {}
+
+
+def card(report: summary.Report) -> str:
+    """The card of a report (as `sarqc.report.report.read` returns it), Markdown with front matter."""
+    name, quant = base_name(report["model"]), report["quant"]
+    parts = [
+        f"---\n{_front_matter(report)}\n---",
+        f"# {_inline(name)}, {_bits(quant):g}-bit",
+        f"{_inline(name)} with its weights in {_format(quant)}, made by "
+        f"[sarqc](https://arxiv.org/abs/2605.05693) {_inline(report['versions'].get('sarqc', ''))}. "
+        "Activations stay in 16 bits.",
+        "## Run",
+        "From inside this folder; elsewhere its path, or its hub id, in the place of the dot.",
+        *(_fenced(line, "bash") for server, line in _SERVERS.items() if summary.serves(report, server) is not False),
+        _fenced(_loading(report), "python"),
+        _readers(report),
+        "## What was done",
+        _done(report),
+        _quality(report),
+        "## Do it again",
+        _fenced(command(report), "bash"),
+        _given(report),
+        f"Versions: {', '.join(f'{_inline(k)} {_inline(str(v))}' for k, v in report['versions'].items())}. "
+        "The same input on the same machine gives the same bytes. `report.html` has every layer's numbers.",
+    ]
+    return _sealed("\n\n".join(part for part in parts if part) + "\n")
+
+
+def edited(folder: Path) -> bool:
+    """Whether the card in `folder` is not as some version of this module wrote it; one that is missing is not."""
+    try:
+        found = (folder / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    except (OSError, UnicodeDecodeError):
+        return True
+    return found != _sealed(found.rpartition("\n<!-- sarqc")[0])
+
+
+def _sealed(words: str) -> str:
+    """The words with their own fingerprint below, by which it is seen later whether somebody edited them."""
+    seal = hashlib.sha256(words.encode()).hexdigest()[:16]
+    return f"{words}\n<!-- sarqc renews this file for as long as what is above is {seal} -->\n"
+
+
+def base_name(model: str) -> str:
+    """What the model is called: a hub id, or a folder's own name without the path to it."""
+    if model in _BASES:
+        return _BASES[model]
+    return model if _HUB_ID.fullmatch(model) else model.rstrip("/").rpartition("/")[2] or "model"
+
+
+def command(report: summary.Report) -> str:
+    """The command line that repeats the run, with names for paths: a card is read on other machines."""
+    quant, method, calibration = report["quant"], report["method"], report["calibration"]
+    model = report["model"] if report["model"] in _BASES else base_name(report["model"])
+    own = record(MethodConfig(method["method"])) if method["method"] in METHODS else {}
+    mixed = quant.get("avg_bits") is not None
+    usual = {name: default_of(QuantConfig, name) for name in ("sym", "ignore", "format")}
+    numbers = quant | {"format": _format_name(report), "bits": None if mixed else quant["bits"]}
+    words = ["sarqc", "quantize", model, "-o", "OUT", "--method", method["method"]]
+    words += command_words(QuantConfig, numbers, usual)
+    words += command_words(MethodConfig, method | {"method": None}, own)
+    if calibration:
+        name = _YOURS if calibration["text"] == GIVEN else summary.text_name(calibration["text"])
+        data = {"dataset": name, "num_samples": calibration["windows"], "seed": 0} | calibration
+        words += command_words(CalibrationConfig, data, {})
+    given = {"dtype": report.get("dtype"), "trust_remote_code": report.get("trust_remote_code")}
+    words += command_words(RunConfig, given)
+    return " ".join(shlex.quote(_one_line(word)) for word in words)
+
+
+_YOURS = "YOUR_TOKENS"
+
+
+def _given(report: summary.Report) -> str:
+    """What no command line can say, in words."""
+    calibration = report["calibration"]
+    if not calibration or calibration["text"] != GIVEN:
+        return ""
+    return (
+        f"Tokens were given in place of a text: {_YOURS} stands for them; `sarqc.quantize(dataset=TOKENS)` takes them."
+    )
+
+
+_LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(".")"""
+
+
+def _loading(report: summary.Report) -> str:
+    """What loads the folder, with what transformers needs for it."""
+    alone = _format_name(report) == "compressed-tensors" and report["quant"]["sym"]
+    return _LOADING if alone else f"import sarqc  # so that transformers reads it\n{_LOADING}"
+
+
+_SERVERS = {"vLLM": "vllm serve .", "SGLang": "python -m sglang.launch_server --model-path ."}
+
+
+def _readers(report: summary.Report) -> str:
+    """Who reads the folder, and what they need for it."""
+    quant, format = report["quant"], _format_name(report)
+    said = ["Servers read the format from config.json."]
+    for server in _SERVERS:
+        if (taken := summary.serves(report, server)) is None:
+            said.append(f"Whether {server} has kernels for it was not looked at.")
+        elif not taken:
+            said.append(f"{server} has no kernels for all of its layers.")
+    if format != "compressed-tensors":
+        said.append("transformers needs the package `gptqmodel`, or `import sarqc` before.")
+    elif quant["sym"]:
+        said.append("transformers needs the package `compressed-tensors`.")
+    else:
+        said.append("transformers needs `import sarqc` before: alone it does not load asymmetric weights.")
+    if quant.get("avg_bits") is not None:
+        said.append("Layers have different widths: experts of several ones need `import sarqc` too.")
+    return " ".join([*said, "The run that made this started none of them."])
+
+
+def _format_name(report: summary.Report) -> str:
+    return str(report.get("format", "compressed-tensors"))
+
+
+def _front_matter(report: summary.Report) -> str:
+    from huggingface_hub import ModelCardData
+
+    model, bits = report["model"], _bits(report["quant"])
+    base = _BASES.get(model) or (model if _HUB_ID.fullmatch(model) else None)
+    source = report.get("source", {})
+    stated = {term: source[term] for term in _TERMS if re.fullmatch(_PLAIN, str(source.get(term, "")))}
+    values: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sarqc", "quantized", _format_name(report), f"w{bits:g}a16"],
+        **stated,
+    }
+    return str(ModelCardData(**{key: value for key, value in values.items() if value is not None}).to_yaml()).strip()
+
+
+def _format(quant: dict[str, Any]) -> str:
+    group = "one scale a row" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
+    return f"{summary.width(quant)} ({group}, {'symmetric' if quant['sym'] else 'asymmetric'})"
+
+
+def _bits(quant: dict[str, Any]) -> float:
+    average = quant.get("avg_bits")
+    return float(quant["bits"] if average is None else average)
+
+
+def _done(report: summary.Report) -> str:
+    method, calibration, size = report["method"], report["calibration"], report["size"]
+    held = f", lambda {_inline(str(method['reg_lambda']))}" if method.get("reg_lambda") else ""
+    lines = [f"- method `{_inline(method['method'])}`{held}"]
+    if calibration:
+        lines.append(
+            f"- calibrated on {calibration['windows']} windows of {calibration['seqlen']} tokens of "
+            f"{_inline(summary.text_name(calibration['text']))} (sha256 of the tokens "
+            f"{_inline(str(calibration.get('fingerprint', 'not recorded')))[:16]})"
+        )
+    else:
+        lines.append("- no calibration text")
+    kind = "output error on the calibration text" if calibration else "weight error"
+    lines.append(
+        f"- {kind} {summary.share(report['error'])}; plain rounding has {summary.share(report['rounding_error'])}"
+    )
+    lines.append(f"- {report['targets']['quantized']} layers at {size['bits_per_weight']} bits per weight with scales")
+    if fallbacks := report["fallbacks"]:
+        lines.append(f"- {len(fallbacks)} of {len(report['sites'])} sites were rounded plainly; report.html says why")
+    lines += [f"- to be looked at: {_inline(concern)}" for concern in summary.verdict(report).concerns]
+    return "\n".join(lines)
+
+
+def _quality(report: summary.Report) -> str:
+    rows = [
+        f"| {_inline(summary.text_name(entry['text']))} | {entry.get('windows', '')} of {entry.get('seqlen', '')} "
+        f"| {_cell(entry.get('before'), '.3f')} | {entry['after']:.3f} "
+        f"| {_cell(entry.get('agreement'), '.1%')} | {_cell(entry.get('kl'), '.4f')} |"
+        for entry in report.get("quality", [])
+    ]
+    head = "| text | windows | perplexity of the original | of this | next token agrees | KL, nats |"
+    return "\n".join(["## Quality, measured\n", head, "|---" * 6 + "|", *rows]) if rows else ""
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _one_line(word: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in word)
+
+
+def _inline(word: str) -> str:
+    """Foreign words inside Markdown: nothing in them may begin a tag, a link, a cell or code."""
+    return re.sub(r"([\\`*_\[\]|#!])", r"\\\1", text(word)) if re.search(r"[\\`*\[\]|#!<>&]", word) else text(word)
+
+
+def _fenced(code: str, language: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"

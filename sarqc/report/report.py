@@ -1,0 +1,184 @@
+"""What a run leaves behind beside the weights: report.json, and what is made of it.
+
+report.json holds every setting and every number of the run. report.html (`page`) and the model card (`card`)
+say the same to people; both are functions of report.json alone, so `write` writes the three together and `rebuild`
+makes the page again wherever only report.json survived. Readers take older reports, which lack some keys, and newer
+ones, which have more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sarqc import legacy
+from sarqc.checkpoint.files import file_in, read_json
+from sarqc.config import MethodConfig, QuantConfig
+from sarqc.errors import CheckpointError
+from sarqc.method.layer import SolveReport
+from sarqc.method.weight import QuantizedWeight
+from sarqc.model.source import TensorSource
+from sarqc.options import record
+from sarqc.report import model_card, page
+from sarqc.report.schema import check
+from sarqc.system import peak_memory_mib, versions
+
+REPORT, PAGE = "report.json", "report.html"
+
+
+@dataclass
+class Size:
+    """Bits and bytes of what is written, counted as it goes by."""
+
+    quantized_weights: int = 0
+    quantized_bytes: int = 0
+    left_bytes: int = 0
+
+    def quantized(self, weight: QuantizedWeight, packed: dict[str, Tensor]) -> None:
+        """Count one quantized Linear and the tensors it became."""
+        self.quantized_weights += weight.codes.numel()
+        self.quantized_bytes += sum(map(_bytes, packed.values()))
+
+    def left(self, tensor: Tensor) -> None:
+        """Count one tensor that stays as it is."""
+        self.left_bytes += _bytes(tensor)
+
+    def record(self) -> dict[str, Any]:
+        """Totals; bits_per_weight counts codes, scales and zeros over the quantized weights alone."""
+        return {
+            "bytes": self.quantized_bytes + self.left_bytes,
+            "quantized_weights": self.quantized_weights,
+            "quantized_bytes": self.quantized_bytes,
+            "bits_per_weight": round(8 * self.quantized_bytes / max(self.quantized_weights, 1), 3),
+        }
+
+
+def build(
+    *,
+    model: str,
+    quant: QuantConfig,
+    method: MethodConfig,
+    calibration: dict[str, Any] | None,
+    targets: dict[str, Any],
+    sites: Sequence[SolveReport],
+    blocks: Sequence[tuple[int, Mapping[str, float]]],
+    stages: dict[str, float],
+    source: dict[str, Any],
+    size: dict[str, Any],
+    device: str,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The report as JSON values. blocks: index and seconds of each stage. source: as `source_record` gives it."""
+    return {
+        "model": model,
+        "source": source,
+        "quant": record(quant),
+        "method": record(method),
+        "calibration": calibration,
+        "targets": targets,
+        "size": size,
+        "error": _mean([site.error for site in sites]),
+        "rounding_error": _mean([site.rounding_error for site in sites]),
+        "notes": list(notes),
+        "fallbacks": {site.site: site.fallback for site in sites if site.fallback},
+        "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},
+        "blocks": [
+            {"index": index, "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()}}
+            for index, seconds in blocks
+        ],
+        "peak_memory_mib": peak_memory_mib(),
+        "device": device,
+        "versions": versions(),
+        "sites": [asdict(site) | {"rows": list(site.rows)} for site in sites],
+    }
+
+
+def source_record(folder: Path, source: TensorSource) -> dict[str, Any]:
+    """Of the original: bytes of its tensors, and the licence its own card states."""
+    found = 0
+    for name in source.names():
+        found += math.prod(source.shape(name)) * source.dtype(name).itemsize
+    return {"bytes": found, **model_card.licence(folder)}
+
+
+def write(folder: Path, report: dict[str, Any]) -> None:
+    """Write report.json, report.html and the model card README.md into `folder`."""
+    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    write_text(folder / PAGE, page.page(report))
+    write_text(folder / model_card.CARD, model_card.card(report))
+
+
+def rebuild(folder: Path) -> Path:
+    """Make report.html in `folder` again from its report.json, and say where it is.
+
+    Raises `CheckpointError` where there is no report.json that can be read.
+    """
+    write_text(folder / PAGE, page.page(load(folder)))
+    return folder / PAGE
+
+
+def update(folder: Path, report: dict[str, Any]) -> bool:
+    """Write a report that grew in the place of the one in `folder`, and what is made of it.
+
+    A model card that somebody edited is left as it is; returns whether the card is current.
+    """
+    ours = not model_card.edited(folder)
+    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    write_text(folder / PAGE, page.page(report))
+    if ours:
+        write_text(folder / model_card.CARD, model_card.card(report))
+    return ours
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The report in `folder`, or None where there is none that is whole."""
+    try:
+        path = file_in(folder, REPORT)
+        return None if path is None else legacy.report(read_json(path))
+    except CheckpointError:
+        return None
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The report in `folder`, with everything in it that is shown; `CheckpointError` saying what is missing."""
+    found = read(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{folder / REPORT} is not there or is not JSON: give a folder that `sarqc quantize` wrote"
+        )
+    check(found, str(folder / REPORT))
+    return found
+
+
+def whole(folder: Path) -> dict[str, Any] | None:
+    """As `load`, but None where there is no report that can be shown."""
+    try:
+        return load(folder)
+    except CheckpointError:
+        return None
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a small file whole: beside its place first, so that what was there is never half replaced."""
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

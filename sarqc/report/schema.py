@@ -1,0 +1,121 @@
+"""What a report.json must hold to be shown. Anybody may have edited the file, so it is looked at before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
+
+from sarqc.errors import CheckpointError
+
+
+def check(report: Mapping[str, Any], where: str) -> None:
+    """`CheckpointError` naming the first value of a report that is missing or of another kind; more keys are fine."""
+    _fields(report, _REPORT, where)
+    _fields(report["quant"], {"bits": _number, "group_size": _number, "sym": _flag}, f"{where}: quant")
+    _fields(report["method"], {"method": _string}, f"{where}: method")
+    _fields(report["size"], dict.fromkeys(_SIZES, _number), f"{where}: size")
+    if report["quant"].get("avg_bits") is not None:
+        _fields(report["quant"], {"avg_bits": _number, "bit_options": _counts}, f"{where}: quant")
+    for index, site in enumerate(report["sites"]):
+        _fields(site, _SITE, f"{where}: sites[{index}]")
+        _fields({"bits": 0, "carried": 0} | site, {"bits": _number, "carried": _number}, f"{where}: sites[{index}]")
+    for key in ("blocks", "quality"):
+        if not isinstance(report.get(key, []), list):
+            raise CheckpointError(f"{where}: {key!r} is not what a report holds there")
+    for index, block in enumerate(report.get("blocks", [])):
+        _fields(block, {"index": _number, "seconds": _numbers}, f"{where}: blocks[{index}]")
+    for index, entry in enumerate(report.get("quality", [])):
+        _fields(entry, {"text": _string, "after": _positive}, f"{where}: quality[{index}]")
+        for key in ("before", "agreement", "kl", "windows", "seqlen"):
+            if entry.get(key) is not None:
+                _fields(entry, {key: _positive if key == "before" else _number}, f"{where}: quality[{index}]")
+    source = report.get("source", {})
+    if not isinstance(source, dict) or not _number(source.get("bytes", 0)):
+        raise CheckpointError(f"{where}: 'source' is not what a report holds there")
+    if report["calibration"]:
+        _fields(report["calibration"], _CALIBRATION, f"{where}: calibration")
+
+
+def _number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: object) -> bool:
+    return _number(value) and value > 0
+
+
+def _string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_number, value.values()))
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and n >= 0 for n in value)
+
+
+def _mapping(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_string, value.values()))
+
+
+def _targets(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _texts(value.get("ignored", {}))
+        and isinstance(value.get("untouched", []), list)
+        and all(map(_string, value.get("untouched", [])))
+        and _number(value.get("quantized"))
+    )
+
+
+def _either(value: object) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+Kind = Callable[[object], bool]
+_SIZES = ("bytes", "quantized_weights", "quantized_bytes", "bits_per_weight")
+_CALIBRATION: dict[str, Kind] = {"text": _string, "windows": _number, "seqlen": _number}
+_SITE: dict[str, Kind] = {
+    "site": _string,
+    "rows": _counts,
+    "error": _number,
+    "rounding_error": _number,
+    "strength": _number,
+}
+_REPORT: dict[str, Kind] = {
+    "model": _string,
+    "quant": _mapping,
+    "method": _mapping,
+    "calibration": _either,
+    "targets": _targets,
+    "size": _mapping,
+    "error": _number,
+    "rounding_error": _number,
+    "fallbacks": _texts,
+    "seconds": _numbers,
+    "peak_memory_mib": _numbers,
+    "device": _string,
+    "versions": _mapping,
+    "sites": lambda value: isinstance(value, list),
+}
+
+
+def _fields(values: object, kinds: Mapping[str, Kind], where: str) -> None:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} holds no mapping: it was not written by `sarqc quantize`")
+    for key, fits in kinds.items():
+        if key not in values:
+            raise CheckpointError(f"{where} has no {key!r}: it was not written by `sarqc quantize`, or was cut")
+        if not fits(values[key]):
+            raise CheckpointError(f"{where}: {key!r} is not what a report holds there")

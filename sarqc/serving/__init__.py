@@ -1,0 +1,1 @@
+"""Which runtime runs a checkpoint: `rules` has what their sources say, `compatibility` applies them to a model."""

@@ -1,0 +1,115 @@
+"""What a server meets in a model: one about to be quantized, or a checkpoint that is there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from sarqc.checkpoint.reader import Checkpoint
+from sarqc.config import QuantConfig
+from sarqc.model.layers import Target, targets
+from sarqc.model.lazy_model import Skeleton
+from sarqc.serving.rules import Outlook, Served, fused_layers, mixed_places, outlook
+
+
+def served(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> Served:
+    """A model with these layers quantized and those left."""
+    config = skeleton.model.config
+    heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    linears = [
+        (target.linear, target.shape, skeleton.model.get_parameter(target.parameter).dim() == 3) for target in quantized
+    ]
+    names = [target.linear for target in quantized]
+    return Served(fused_layers(linears, key_values), mixed_places(names, left), heads, key_values)
+
+
+def outlook_of(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Outlook]:
+    """Every server with every number of ranks, for a checkpoint as its headers describe it; layers that differ in bits,
+    groups or symmetry each by their own. Empty where nothing is quantized, or in groups that there are no rules for.
+    """
+    kinds = _kinds(checkpoint)
+    if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
+        return []
+    found = targets(skeleton, QuantConfig())
+    told = []
+    for kind, linears in kinds.items():
+        quantized = [target for target in found.selected if target.linear in linears]
+        others = [target.linear for target in found.selected if target.linear not in linears]
+        quant = QuantConfig(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
+        model = served(skeleton, quantized, [*found.untouched, *others])
+        told.append(outlook(model, quant, checkpoint.format.name))
+    return [_together(ones) for ones in zip(*told, strict=True)]
+
+
+class _Kind(NamedTuple):
+    """What a Linear is quantized to."""
+
+    bits: int
+    group_size: int
+    sym: bool
+
+
+def _kinds(checkpoint: Checkpoint) -> dict[_Kind, set[str]]:
+    """The quantized Linears of each kind."""
+    infos = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
+    channel = all(info.groups == 1 for info in infos.values())
+    found: dict[_Kind, set[str]] = {}
+    for linear, info in infos.items():
+        kind = _Kind(info.bits, -1 if channel else info.shape[1] // info.groups, info.sym)
+        found.setdefault(kind, set()).add(linear)
+    return found
+
+
+def _together(ones: Sequence[Outlook]) -> Outlook:
+    """One server with so many ranks, for layers of several kinds."""
+    kernels: Counter[str] = Counter()
+    for one in ones:
+        kernels.update(one.kernels)
+    failures = dict.fromkeys(line for one in ones for line in one.failures)
+    return replace(ones[0], kernels=dict(kernels), failures=tuple(failures))
+
+
+@dataclass(frozen=True)
+class Server:
+    """What one server does with a checkpoint. ranks: numbers of them, of `RANKS`, that it runs on, with the kernels of
+    the first. failures: a line for each reason why not on others, with the first number that has it. known: whether
+    there are rules for it."""
+
+    name: str
+    ranks: tuple[int, ...]
+    kernels: dict[str, int]
+    failures: tuple[tuple[int, str], ...]
+    known: bool
+
+    def __str__(self) -> str:
+        """One line."""
+        if not self.known:
+            return f"{self.name}: not known for this format"
+        if not self.ranks:
+            return f"{self.name}: refuses it: {self.failures[0][1]}"
+        kernels = ", ".join(f"{kernel} {count}" for kernel, count in self.kernels.items())
+        why = "".join(f"; not at tp {ranks}: {reason}" for ranks, reason in self.failures[:1])
+        return f"{self.name}: tp {', '.join(map(str, self.ranks))} ({kernels}){why}"
+
+
+def by_server(outlooks: Sequence[Outlook]) -> list[Server]:
+    """Outlooks summed up for each server."""
+    found = []
+    for name in dict.fromkeys(one.server for one in outlooks):
+        mine = sorted((one for one in outlooks if one.server == name and one.known), key=lambda one: one.ranks)
+        good = [one for one in mine if not one.failures]
+        reasons: dict[str, int] = {}
+        for one in mine:
+            for line in one.failures:
+                reasons.setdefault(line, one.ranks)
+        failures = tuple((ranks, line) for line, ranks in reasons.items())
+        kernels = good[0].kernels if good else {}
+        found.append(Server(name, tuple(one.ranks for one in good), kernels, failures, bool(mine)))
+    return found
+
+
+def ranks_by_server(outlooks: Sequence[Outlook]) -> dict[str, list[int] | None]:
+    """Numbers of ranks that each server runs on, none where it refuses; None where there are no rules."""
+    return {server.name: list(server.ranks) if server.known else None for server in by_server(outlooks)}

@@ -1,0 +1,150 @@
+"""What this machine and this installation have: memory, ranks, devices, versions, and a workaround for MKL.
+
+glibc, control groups and torchrun are read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sarqc._version import __version__
+from sarqc.errors import ArgumentError
+
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or less in a container or a job of a scheduler."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits()])
+
+
+def _limits() -> Iterator[int]:
+    """Bytes that control groups allow: that of this process and all around it, of version 2 or of version 1."""
+    for line in _read(_OWN_GROUPS).splitlines():
+        _, kinds, path = line.split(":", 2)
+        version_1 = "memory" in kinds.split(",")
+        if kinds and not version_1:
+            continue
+        root = _GROUPS / "memory" if version_1 else _GROUPS
+        inmost = root / path.lstrip("/")
+        for group in (inmost, *inmost.parents):
+            if group.is_relative_to(root):
+                said = _read(group / ("memory.limit_in_bytes" if version_1 else "memory.max")).strip()
+                if said.isdigit():
+                    yield int(said)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def ranks_here() -> int:
+    """How many ranks of a run are on this machine, as torchrun says; 1 without it."""
+    return from_torchrun("LOCAL_WORLD_SIZE", 1)
+
+
+def from_torchrun(name: str, default: int) -> int:
+    """A number that torchrun left in the environment."""
+    said = os.environ.get(name, "")
+    if not said:
+        return default
+    if not said.isdecimal() or int(said) < default:
+        raise ArgumentError(f"{name} = {said!r} in the environment is no number from {default} up: torchrun sets it")
+    return int(said)
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can be asked to: glibc keeps tensors of some MB for later,
+    and in pieces between what is still in use they are of little use to anyone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.tanh, torch.erf)
+"""What models and the method compute with, of those that go through the library."""
+
+
+@functools.cache
+def settle() -> None:
+    """Call each of `FUNCTIONS` once in this process, on one element in fp32 and fp64."""
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        for function in FUNCTIONS:
+            function(one)
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """A device by name; "auto" is the first GPU where there is one. `ArgumentError` where it cannot be used."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f"device = {device!r} is not known: use auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(f"device = {device!r}: this machine has {torch.cuda.device_count()} GPUs; use auto or cpu")
+    if resolved.type not in {"cpu", "cuda"}:
+        raise ArgumentError(f"device = {device!r} is not supported: use auto, cpu, cuda or cuda:N")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """A dtype by name; "auto" is what the checkpoint stores on a GPU and float32 on a CPU."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else stored
+    if dtype not in _DTYPES:
+        raise ArgumentError(f"dtype = {dtype!r} is not known: use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+_PACKAGES = ("torch", "transformers", "safetensors", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of sarqc as it runs here, and of the packages a result depends on.
+
+    Ours is not asked of what pip wrote down: of a checkout that is what it was when it was installed, or nothing.
+    """
+    found = {"python": platform.python_version(), "sarqc": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mib() -> dict[str, int]:
+    """Highest memory so far of this process on the host, and of the tensors on each GPU that was used."""
+    found = {"host": _peak_of_host()}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if used := torch.cuda.max_memory_allocated(index):
+            found[f"cuda:{index}"] = used // 2**20
+    return found
+
+
+def _peak_of_host() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+    except (OSError, ValueError, IndexError):
+        # Elsewhere than on Linux; there it would also count what the parent held before it started this process.
+        unit = 1024 * 1024 if sys.platform == "darwin" else 1024
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit)

@@ -1,0 +1,191 @@
+"""A small call of every operation, with its result by definition in float64: what `doctor` holds implementations to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sarqc_kernels import columns, gram, w4a16
+from sarqc_kernels.backend import Implementation
+from sarqc_kernels.device import fastest_first
+from sarqc_kernels.testing import dequantize, random_gram, random_quantized, relative_error, upper_factor
+from sarqc_kernels.w4a16 import experts
+
+EXPERTS, ROWS, INPUTS, TOKENS, GROUP, BITS = 2, 64, 128, 40, 32, 4
+RULE: dict[str, Any] = {"bits": BITS, "sym": True, "search": False, "scale_dtype": torch.bfloat16}
+LAYOUTS = {"cuda": "tiles", "triton": "tiles", "cpu": "int4pack", "reference": "stream"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One operation. implementations: in the order in which they are tried on a device. arguments: of a small call, as
+    implementations see them. error: (backend, device) -> how far off its result is. limit: the most it may be, with the
+    reason in the function that measures it."""
+
+    op: str
+    implementations: Callable[[torch.device], Sequence[Implementation]]
+    arguments: Callable[[torch.device], tuple[Any, ...]]
+    error: Callable[[str, torch.device], float]
+    limit: float
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _rows() -> tuple[Tensor, Tensor]:
+    """Activations bf16 [T, K] and offsets; the first expert has few rows."""
+    x = torch.randn(TOKENS, INPUTS, generator=_generator()).bfloat16()
+    return x, torch.tensor([0, 7, TOKENS])
+
+
+def _sums(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (EXPERTS, INPUTS)
+    zeros = torch.zeros(EXPERTS, dtype=torch.int64, device=device)
+    return torch.zeros(*shape, INPUTS, device=device), zeros, torch.zeros(shape, device=device)
+
+
+def _accumulate_error(backend: str, device: torch.device) -> float:
+    """Products of bf16 are exact in fp32 and the sums have 40 terms: some units of the last place, 1e-5 is generous."""
+    x, offsets = _rows()
+    total, rows, abs_sum = _sums(device)
+    gram.gram_accumulate_(total, rows, abs_sum, x.to(device), offsets.to(device), backend=backend)
+    exact = torch.stack([part.double().T @ part.double() for part in (x[:7], x[7:])])
+    counted = 0.0 if rows.tolist() == [7, TOKENS - 7] else 1.0
+    sums = torch.stack([part.double().abs().sum(0) for part in (x[:7], x[7:])])
+    return max(counted, relative_error(total.cpu().tril(), exact.tril()), relative_error(abs_sum.cpu(), sums))
+
+
+def _finalize_arguments(device: torch.device) -> tuple[Any, ...]:
+    total = random_gram(_generator(), EXPERTS, INPUTS).float().to(device)
+    rows = torch.tensor([3, 5], device=device)
+    salience = torch.linspace(0.1, 1.0, INPUTS).expand(EXPERTS, -1).contiguous().to(device)
+    return total, rows, salience, torch.tensor([0.5, 0.1], device=device), 0.01
+
+
+def _finalize_error(backend: str, device: torch.device) -> float:
+    """A division and two additions an element, each rounded once."""
+    total, rows, salience, strength, damp = _finalize_arguments(device)
+    found = gram.gram_finalize(total, rows, salience, strength, damp, backend=backend)
+    exact = total.double() / rows[:, None, None]
+    diagonal = exact.diagonal(dim1=1, dim2=2)
+    diagonal += strength.double()[:, None] * salience + damp * diagonal.mean(1, keepdim=True)
+    return relative_error(found.cpu(), exact.cpu())
+
+
+def _weight(device: torch.device) -> Tensor:
+    return (0.02 * torch.randn(EXPERTS, ROWS, INPUTS, generator=_generator())).to(device)
+
+
+def _fit_error(backend: str, device: torch.device) -> float:
+    """A maximum and a product, then bf16: the reference's grid to the last bit of bf16, which is 2^-8 of a scale."""
+    weight = _weight(device)
+    scales, _ = columns.fit_grid(weight, None, group_size=GROUP, **RULE, backend=backend)
+    largest = weight.double().unflatten(-1, (-1, GROUP)).abs().amax(-1)
+    return relative_error(scales.cpu(), (largest * 2 / ((1 << BITS) - 1)).cpu())
+
+
+def _round_error(backend: str, device: torch.device) -> float:
+    """Share of weights that are further from what their code stands for than half a step: none may be."""
+    quantized = random_quantized(_generator(), (EXPERTS, ROWS, INPUTS), INPUTS // GROUP, BITS)
+    scales, zeros = quantized.scales.to(device), quantized.zeros.to(device)
+    weight = dequantize(quantized).to(device)
+    codes = columns.round_to_grid(weight, scales, zeros, bits=BITS, backend=backend)
+    return float((codes.cpu() != quantized.codes).double().mean())
+
+
+def _columns_arguments(device: torch.device) -> tuple[Any, ...]:
+    factor = upper_factor(random_gram(_generator(), EXPERTS, INPUTS)).float().to(device)
+    return (columns.Problem(_weight(device), factor, None, None, None, GROUP, columns.GridRule(**RULE)),)
+
+
+def _columns_error(backend: str, device: torch.device) -> float:
+    """Share of codes that differ from the recurrence in float64 on the same grid: at most one in a thousand."""
+    weight, factor, *_ = _columns_arguments(device)[0]
+    codes, scales, _ = columns.quantize_columns(
+        weight, factor, None, None, None, group_size=GROUP, **RULE, backend=backend
+    )
+    scale = scales.cpu().double().repeat_interleave(GROUP, -1)
+    w, m = weight.cpu().double(), factor.cpu().double()
+    delta, exact = torch.zeros_like(w), torch.zeros_like(w)
+    for j in range(INPUTS):
+        pull = (delta[..., :j] @ m[:, :j, j, None]).squeeze(-1) / m[:, None, j, j]
+        level = ((w[..., j] + pull) / scale[..., j]).round().clamp(-8, 7)
+        delta[..., j] = w[..., j] - level * scale[..., j]
+        exact[..., j] = level + 8
+    return float((codes.cpu() != exact).double().mean())
+
+
+def _prepared(device: torch.device, layout: str, rows: int = ROWS) -> tuple[Any, Tensor]:
+    """A weight [EXPERTS, rows, INPUTS] in a layout, and what it stands for in float64."""
+    quantized = random_quantized(_generator(), (EXPERTS, rows, INPUTS), INPUTS // GROUP, BITS,
+                                 scale_dtype=torch.bfloat16)  # fmt: skip
+    prepared = w4a16.repack(quantized.codes, quantized.scales, None, bits=BITS, dtype=torch.bfloat16, device=device,
+                             layout=layout)  # fmt: skip
+    return prepared, dequantize(quantized).double()
+
+
+def _matmul_arguments(device: torch.device) -> tuple[Any, ...]:
+    x, offsets = _rows()
+    layout = LAYOUTS["triton" if device.type == "cuda" else "cpu"]
+    return x.to(device), _prepared(device, layout)[0], offsets.to(device), None
+
+
+def _matmul_error(backend: str, device: torch.device) -> float:
+    """bf16 weights and results, fp32 sums: a few parts in a thousand."""
+    x, offsets = _rows()
+    weight, exact = _prepared(device, LAYOUTS[backend])
+    found = w4a16.w4a16_matmul(x.to(device), weight, offsets.to(device), backend=backend)
+    want = torch.cat([part.double() @ matrix.T for part, matrix in zip((x[:7], x[7:]), exact)])
+    return relative_error(found.cpu(), want)
+
+
+def _routing(device: torch.device) -> w4a16.Routing:
+    """Every token goes to both experts: rows of the first, then of the second, with weights of their own."""
+    every = torch.arange(TOKENS)
+    weights = torch.linspace(0.1, 0.9, EXPERTS * TOKENS).bfloat16()
+    parts = (torch.tensor([0, TOKENS, 2 * TOKENS]), every.repeat(2), torch.stack([every, every + TOKENS]), weights)
+    return w4a16.Routing(*(part.to(device) for part in parts))
+
+
+def _experts_arguments(device: torch.device) -> tuple[Any, ...]:
+    layout = LAYOUTS["triton" if device.type == "cuda" else "cpu"]
+    first, second = _prepared(device, layout, 2 * INPUTS)[0], _prepared(device, layout)[0]
+    return _rows()[0].to(device), first, second, _routing(device)
+
+
+def _experts_error(backend: str, device: torch.device) -> float:
+    """Step by step in float64; as the product, and the hidden rows are rounded to bf16 once or twice more."""
+    x = _rows()[0]
+    (first, gate_up), (second, down) = (_prepared(device, LAYOUTS[backend], rows) for rows in (2 * INPUTS, ROWS))
+    found = w4a16.w4a16_experts(x.to(device), first, second, _routing(device), backend=backend)
+    want = torch.zeros(TOKENS, ROWS, dtype=torch.float64)
+    for matrices, share in zip(zip(gate_up, down), _routing(x.device).weights.double().view(EXPERTS, TOKENS, 1)):
+        gate, up = (x.double() @ matrices[0].T).chunk(2, -1)
+        want += share * ((torch.nn.functional.silu(gate) * up) @ matrices[1].T)
+    return relative_error(found.cpu(), want)
+
+
+def _of(room: Any, op: str) -> Callable[[torch.device], Sequence[Implementation]]:
+    return lambda device: fastest_first(room.implementations()[op], torch.empty(0, device=device))
+
+
+PROBES = (
+    Probe("gram_accumulate_", _of(gram, "gram_accumulate_"),
+          lambda device: (*_sums(device), *(each.to(device) for each in _rows())), _accumulate_error, 1e-5),
+    Probe("gram_finalize", _of(gram, "gram_finalize"), _finalize_arguments, _finalize_error, 1e-6),
+    Probe("fit_grid", _of(columns, "fit_grid"),
+          lambda device: (_weight(device), None, GROUP, columns.GridRule(**RULE)), _fit_error, 2.0**-8),
+    Probe("round_to_grid", _of(columns, "round_to_grid"),
+          lambda device: (_weight(device), *columns.fit_grid(_weight(device), None, group_size=GROUP, **RULE), BITS),
+          _round_error, 0.0),
+    Probe("quantize_columns", _of(columns, "quantize_columns"), _columns_arguments, _columns_error, 1e-3),
+    Probe("w4a16_matmul", lambda device: w4a16.implementations(torch.empty(0, device=device)), _matmul_arguments,
+          _matmul_error, 1e-2),
+    Probe("w4a16_experts", lambda device: experts.implementations(torch.empty(0, device=device)), _experts_arguments,
+          _experts_error, 1e-2),
+)  # fmt: skip

@@ -1,0 +1,219 @@
+"""W4A16 on a GPU by Triton: launches of the kernels of `kernels`, and what to compile where no card is at hand.
+
+A call is one launch, or two where inputs are split or the weight is expanded for cuBLAS; it allocates its result (and
+fp32 partial sums), asks the device nothing and can be captured in a CUDA graph. Sums are added in an order that only
+the shape decides, so a call gives the same bits every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sarqc_kernels.aot import ARCHS, AotJob
+from sarqc_kernels.device import Device, device_info, interpreting, on_device
+from sarqc_kernels.w4a16.config import (
+    WIDTHS_GROUPS,
+    Plan,
+    choose,
+    configurations,
+    dot,
+    groups_per_tile,
+    other_widths,
+)
+from sarqc_kernels.w4a16.layout import TILE_K, TILE_N, RepackedWeight
+from sarqc_kernels.w4a16.triton.kernels import dot_kernel, expand_kernel, gemv_kernel
+from sarqc_kernels.w4a16.triton.reduce import sum_kernel
+
+__all__ = ["SUM_COLUMNS", "aot_jobs", "product", "product_job", "sum_job", "summed", "w4a16_matmul"]
+
+SUM_COLUMNS = 256  # of a program of `sum_kernel`
+
+
+def w4a16_matmul(x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+    """See `sarqc_kernels.w4a16.w4a16_matmul`; takes what `config` and the layout `k_tiles` take."""
+    experts = 0 if offsets is None else weight.words.shape[0]
+    plan = choose(
+        x.shape[0],
+        weight.out_features,
+        weight.in_features,
+        weight.group_size,
+        experts,
+        device_info(x.device),
+        weight.bits,
+    )
+    with on_device(x):
+        return run(plan, x.contiguous(), weight, offsets, bias)
+
+
+def run(plan: Plan, x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The product by a given plan."""
+    if plan.kernel == "expand":
+        return _expanded(plan, x, weight, bias)
+    return summed(product(plan, x, weight, offsets, bias), weight, offsets, x.dtype)
+
+
+def product(
+    plan: Plan,
+    x: Tensor,
+    weight: RepackedWeight,
+    offsets: Tensor | None,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    gated: bool = False,
+    covered: bool = False,
+) -> Tensor:
+    """Partial products [splits, rows, N] of a plan that is not "expand": in x's dtype where splits is 1, else fp32.
+
+    index: int64 [rows], the row of x behind each row; None: x has them in order. gated: rows of the weight are gate and
+    then up; the result is silu(gate) * up, N / 2 wide, where splits is 1, and still both, N wide, where it is not.
+    covered: every row belongs to an expert, so that each is written; otherwise rows of none are zeroed first.
+    """
+    rows, split = x.shape[0] if index is None else index.shape[0], plan.splits > 1
+    outputs = weight.out_features // 2 if gated else weight.out_features
+    wide, dtype = (weight.out_features, torch.float32) if split else (outputs, x.dtype)
+    # rows outside of all experts are zeroed here, or left out of the sum over splits
+    make = x.new_empty if split or offsets is None or covered else x.new_zeros
+    parts: Tensor = make((plan.splits, rows, wide), dtype=dtype)
+    if rows == 0:
+        return parts
+    experts = 0 if offsets is None else weight.words.shape[0]
+    plan = plan.fitting(gated=gated, asymmetric=weight.zeros is not None, experts=experts)
+    # each expert has at most one tile that is not full, and none without a row
+    tiles = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
+    k_tiles, padded = weight.words.shape[2], weight.words.shape[1] * TILE_N
+    grid = (tiles, triton.cdiv(outputs, plan.rows // 2 if gated else plan.rows), plan.splits)
+    if plan.resident:
+        grid = (min(tiles * grid[1], plan.resident * device_info(x.device).multiprocessors), 1, 1)
+    kernel = gemv_kernel if plan.kernel == "gemv" else dot_kernel
+    kernel[grid](
+        x, weight.words, weight.scales, _or(weight.zeros, weight.words), _or(offsets, weight.words),
+        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.in_features, k_tiles,
+        weight.scales.shape[1], _tiles_per_group(weight), padded, triton.cdiv(k_tiles, plan.splits),
+        BITS=weight.bits, EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)),
+        SUB=groups_per_tile(weight.group_size, weight.in_features), ASYMMETRIC=weight.zeros is not None,
+        BIASED=bias is not None, SPLIT=split, WHOLE=weight.in_features % TILE_K == 0,
+        INDEXED=index is not None, GATED=gated, TOKENS=plan.tokens, ROWS=plan.rows, INTERPRETED=interpreting(),
+        num_warps=plan.warps, num_stages=plan.stages, **_more(plan),
+    )  # fmt: skip
+    return parts
+
+
+def summed(
+    parts: Tensor, weight: RepackedWeight, offsets: Tensor | None, dtype: torch.dtype, gated: bool = False
+) -> Tensor:
+    """[rows, N] in `dtype` of what `product` made, with the same `gated`."""
+    splits, rows = parts.shape[:2]
+    if splits == 1:
+        return parts[0]
+    outputs = weight.out_features // 2 if gated else weight.out_features
+    out = parts.new_empty((rows, outputs), dtype=dtype)
+    experts = 0 if offsets is None else weight.words.shape[0]
+    if rows:
+        sum_kernel[(rows, triton.cdiv(outputs, SUM_COLUMNS))](
+            parts, _or(offsets, weight.words), out, rows, outputs, splits, EXPERTS=experts, GATED=gated,
+            SIZE=SUM_COLUMNS,
+        )  # fmt: skip
+    return out
+
+
+def _more(plan: Plan) -> dict[str, Any]:
+    """Constants of one of the two kernels alone."""
+    if plan.kernel == "gemv":
+        return {"STAGES": plan.stages}
+    return {"FOLDED": plan.folded, "PERSISTENT": plan.resident > 0}
+
+
+def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    """What a kernel reads as one piece. A pointer has to be passed; one that stands in for None is never read."""
+    return instead if tensor is None else tensor.contiguous()
+
+
+def _tiles_per_group(weight: RepackedWeight) -> int:
+    """Bricks that share a scale; beyond the last one where a scale is for a whole row."""
+    whole = weight.group_size == weight.in_features
+    return weight.words.shape[2] if whole else max(1, weight.group_size // TILE_K)
+
+
+def _expanded(plan: Plan, x: Tensor, weight: RepackedWeight, bias: Tensor | None) -> Tensor:
+    """Dense: write the weight to memory for the time of this call, and let cuBLAS multiply."""
+    matrix = x.new_empty((weight.out_features, weight.in_features))
+    k_tiles, padded = weight.words.shape[2], weight.words.shape[1] * TILE_N
+    expand_kernel[(k_tiles, padded // plan.rows)](
+        weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.out_features, weight.in_features,
+        k_tiles, _tiles_per_group(weight), padded, BITS=weight.bits,
+        SUB=groups_per_tile(weight.group_size, weight.in_features),
+        ASYMMETRIC=weight.zeros is not None, ROWS=plan.rows, num_warps=plan.warps,
+    )  # fmt: skip
+    return x @ matrix.T if bias is None else torch.addmm(bias[0].to(x.dtype), x, matrix.T)
+
+
+def aot_jobs() -> list[AotJob]:
+    """Every tile on every card; those with two groups to a k_tile stand for asymmetric codes and experts as well."""
+    jobs = []
+    for arch in ARCHS:
+        card = Device(arch, 132)
+        for plan, groups in configurations(card):
+            experts = 128 if groups == 2 and plan.kernel != "expand" else 0
+            jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, experts))
+        jobs.append(product_job(configurations(card)[-1][0], arch, "fp16", 1, True, 0))
+        jobs.append(product_job(dot(16, 1, card), arch, "bf16", 2, False, 0, whole=False))
+        widths = other_widths(card)
+        jobs += [product_job(plan, arch, "bf16", WIDTHS_GROUPS, True, 0, bits=bits) for bits, plan in widths]
+        jobs.append(sum_job(arch))
+    return jobs
+
+
+def product_job(
+    plan: Plan, arch: int, kind: str, sub: int, asymmetric: bool, experts: int, *, whole: bool = True,
+    gated: bool = False, bits: int = 4,
+) -> AotJob:  # fmt: skip
+    """One product ahead of time; gated ones read their rows by index, as the experts' first product does."""
+    plan = plan.fitting(gated=gated, asymmetric=asymmetric, experts=experts)
+    grid = f"g{128 // sub}{'a' if asymmetric else 's'}"
+    said = (("persistent", plan.resident), ("ragged", not whole), ("gated", gated))
+    kinds = [word for word, true in said if true]
+    tile = " ".join([plan.kernel, f"{plan.tokens}x{plan.rows}", f"split{plan.splits}", *kinds])
+    name = f"w{bits}a16 {tile} {kind} {grid} e{experts}"
+    signature = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": f"*{kind}"}
+    sizes = ["outputs", "inputs", "k_tiles", "tiles_per_group", "padded"]
+    constants: dict[str, Any] = {"BITS": bits, "SUB": sub, "ASYMMETRIC": asymmetric, "ROWS": plan.rows}
+    if plan.kernel == "expand":
+        kernel, divisible = expand_kernel, [*signature, "outputs", "inputs", "padded"]
+    else:
+        kernel = dot_kernel if plan.kernel == "dot" else gemv_kernel
+        signature |= {"x": f"*{kind}", "offsets": "*i64", "index": "*i64", "bias": f"*{kind}"}
+        signature["out"] = "*fp32" if plan.splits > 1 else signature["out"]
+        divisible = [*signature, "outputs", "inputs", "padded"]
+        sizes += ["tokens", "groups", "tiles_per_split"]
+        constants |= {
+            "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": plan.splits > 1, "WHOLE": whole,
+            "INDEXED": gated, "GATED": gated, "TOKENS": plan.tokens, "INTERPRETED": False,
+        } | _more(plan)  # fmt: skip
+    return AotJob(
+        name, kernel, arch, signature | dict.fromkeys(sizes, "i32"), constants,
+        {"num_warps": plan.warps, "num_stages": plan.stages}, divisible, _wanted(plan, arch),
+    )  # fmt: skip
+
+
+def _wanted(plan: Plan, arch: int) -> tuple[str, ...]:
+    """What a dot's machine code must show. On sm_90 weights go from the register that held the word into the tensor
+    core, words come 16 bytes at a time, and folded products are under way while the next k_tile is unpacked."""
+    if plan.kernel != "dot":
+        return ()
+    if arch == 90:
+        return ("HGMMA from registers", "16-byte LDGSTS", *(("HGMMA under way",) if plan.folded else ()))
+    return ("HMMA",) if arch == 80 else ("UTCHMMA",)
+
+
+def sum_job(arch: int, *, gated: bool = False) -> AotJob:
+    """The sum over splits ahead of time."""
+    signature = {"parts": "*fp32", "offsets": "*i64", "out": "*bf16"}
+    sizes = {"tokens": "i32", "outputs": "i32", "splits": "i32"}
+    constants = {"EXPERTS": 128, "GATED": gated, "SIZE": SUM_COLUMNS}
+    options = {"num_warps": 4, "num_stages": 1}
+    name = f"w4a16 sum{' gated' if gated else ''}"
+    return AotJob(name, sum_kernel, arch, signature | sizes, constants, options, tuple(signature))

@@ -1,0 +1,138 @@
+"""`sarqc doctor`: what it says of this machine, that its self-tests can fail, and the command around it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sarqc.entrypoints import doctor
+from sarqc_kernels import selftest
+from sarqc_kernels.backend import ENVIRONMENT
+from sarqc_kernels.columns import cpu_impl
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """As a user's machine is: kernel tests ask for the interpreter, a self-test in it would take minutes."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+
+
+def test_every_operation_has_one_implementation_that_runs_and_is_right():
+    found = doctor.examine()
+    on_cpu = [verdict for verdict in found["operations"] if verdict["device"] == "cpu"]
+    assert found["healthy"] and not any(verdict["failed"] for verdict in on_cpu)
+    ops = {probe.op for probe in selftest.PROBES}
+    assert {verdict["op"] for verdict in on_cpu if verdict["chosen"]} == ops
+    for verdict in on_cpu:
+        assert (verdict["reason"] is None) == (verdict["error"] is not None)
+        assert verdict["error"] is None or verdict["error"] <= verdict["limit"]
+    chosen = {verdict["op"]: verdict["backend"] for verdict in on_cpu if verdict["chosen"]}
+    assert chosen["gram_accumulate_"] == "reference"
+    assert chosen["quantize_columns"] == ("reference" if cpu_impl.why_not() else "cpu")
+    assert found["versions"]["torch"] == torch.__version__
+    assert all(count > 0 for count in found["free"].values())
+    json.dumps(found, allow_nan=False)
+
+
+def test_probes_cover_every_operation_of_the_kernels():
+    from sarqc_kernels import columns, gram
+
+    assert {probe.op for probe in selftest.PROBES} == {
+        *gram.implementations(), *columns.implementations(), "w4a16_matmul", "w4a16_experts",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("probe", selftest.PROBES, ids=lambda probe: probe.op)
+def test_a_self_test_notices_a_wrong_implementation(probe, monkeypatch):
+    """Every result is turned upside down on its way out of the operation."""
+    for room in (selftest.gram, selftest.columns, selftest.w4a16):
+        if hasattr(room, probe.op):
+            right = getattr(room, probe.op)
+
+    def wrong(*args, **kwargs):
+        out = right(*args, **kwargs)
+        if out is None:
+            args[0].mul_(-1)
+            return None
+        spoil = lambda part: 15 - part if part.dtype == torch.uint8 else -part  # noqa: E731
+        return tuple(map(spoil, out)) if isinstance(out, tuple) else spoil(out)
+
+    for room in (selftest.gram, selftest.columns, selftest.w4a16):
+        if hasattr(room, probe.op):
+            monkeypatch.setattr(room, probe.op, wrong)
+    chosen = next(verdict for verdict in doctor.judge(probe, CPU) if verdict.chosen)
+    assert chosen.failed is not None and "off by" in chosen.failed
+
+
+class OutOfResources(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OutOfResources])
+def test_an_implementation_that_raises_is_a_failure_with_its_words(kind, monkeypatch):
+    probe = selftest.PROBES[0]
+
+    def breaks(*args, **kwargs):
+        raise kind("no kernel image\nis available")
+
+    monkeypatch.setattr(selftest.gram, probe.op, breaks)
+    chosen = next(verdict for verdict in doctor.judge(probe, CPU) if verdict.chosen)
+    assert chosen.failed == f"{kind.__name__}: no kernel image is available"
+
+
+def test_a_wish_decides_what_is_marked(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "reference")
+    probe = next(probe for probe in selftest.PROBES if probe.op == "w4a16_matmul")
+    assert [verdict.backend for verdict in doctor.judge(probe, CPU) if verdict.chosen] == ["reference"]
+    monkeypatch.setenv(ENVIRONMENT, "cuda")
+    assert not any(verdict.chosen for verdict in doctor.judge(probe, CPU))
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({"compressed-tensors": "0.20.0", "transformers": "5.23.0"}, "asymmetric"),
+        ({"triton": "3.9.0"}, "triton 3.9"),
+        ({"torch": "2.9.1+cu126"}, "torch before 2.10"),
+        ({"transformers": "5.9.0"}, "transformers before 5.15"),
+    ],
+)
+def test_known_trouble_is_named(versions, words):
+    assert any(words in warning for warning in doctor.warnings(versions))
+
+
+def test_good_versions_are_not_warned_of(monkeypatch):
+    good = {"torch": "2.11.0+cu130", "triton": "3.6.0", "transformers": "5.17.0", "compressed-tensors": "0.19.0",
+            "numpy": "2.5.2"}  # fmt: skip
+    assert doctor.warnings(good) == []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert len(doctor.warnings(good)) == 2  # the interpreter itself, and loops of triton 3.6 with this numpy
+
+
+def test_the_command():
+    run = subprocess.run([sys.executable, "-m", "sarqc", "doctor", "--json"], capture_output=True, text=True)
+    found = json.loads(run.stdout)
+    assert run.returncode == 0 and found["healthy"] and run.stderr == ""
+
+
+def test_the_table_and_the_exit_code(monkeypatch, capsys):
+    from sarqc.cli import app
+
+    probe = next(probe for probe in selftest.PROBES if probe.op == "round_to_grid")
+    bad = selftest.Probe(probe.op, probe.implementations, probe.arguments, lambda backend, device: 0.5, 0.0)
+    monkeypatch.setattr(selftest, "PROBES", (bad, next(p for p in selftest.PROBES if p.op == "gram_finalize")))
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as ended:
+        app(["doctor"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "FAILED: off by 0.5" in shown and "> reference" in shown and "a self-test failed" in shown
+    assert "gram_finalize" in shown and "ok, off by" in shown
+    assert torch.cuda.is_available() or "none: everything runs on the CPU" in shown

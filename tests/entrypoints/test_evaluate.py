@@ -1,0 +1,42 @@
+"""Measured quality goes into the report, the page and the card, once for each text."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+import sarqc
+from sarqc.entrypoints.evaluate import evaluate_and_save
+from sarqc.errors import ArgumentError, ModelError
+from sarqc.report import report
+from tests.support import tiny
+
+
+def test_before_and_after_are_saved_and_measured_again(tmp_path):
+    source = tiny.save("llama", tmp_path / "llama")
+    out = sarqc.quantize(source, tmp_path / "out", bits=3, num_samples=2, seqlen=32).out
+    how = dict(seqlen=48, max_windows=3)
+    steps = []
+    saved = evaluate_and_save(out, on_block=lambda *step: steps.append(step), **how)
+    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    for key, folder in (("before", source), ("after", out)):
+        assert saved.entry[key] == pytest.approx(sarqc.evaluate(folder, packed=False, **how).perplexity, rel=1e-4)
+    assert 0 < saved.entry["agreement"] < 1 and saved.entry["kl"] > 0 and saved.card
+    assert report.load(out)["quality"] == [saved.entry]
+    evaluate_and_save(out, **how)
+    evaluate_and_save(out, seqlen=32, max_windows=2)
+    assert [entry["seqlen"] for entry in report.load(out)["quality"]] == [48, 32]
+    assert f"| builtin | 3 of 48 | {saved.entry['before']:.3f} |" in (out / "README.md").read_text()
+    assert "Quality, measured" in (out / "report.html").read_text()
+    assert sarqc.load(out)  # the checkpoint is as it was
+    source.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match="llama"):
+        evaluate_and_save(out, **how)
+    assert evaluate_and_save(out, original=tmp_path / "moved", **how).entry == saved.entry
+    with pytest.raises(ArgumentError, match="is quantized itself: give the model before that"):
+        evaluate_and_save(out, original=out, **how)
+    assert report.load(out)["quality"][-1] == saved.entry
+    for judge in (partial(evaluate_and_save, original=tmp_path / "moved"), sarqc.evaluate):
+        with pytest.raises(ArgumentError, match=r"seqlen = 4096 is more than the \d+ positions of .*: use \d+ or less"):
+            judge(out, seqlen=4096)

@@ -1,0 +1,135 @@
+"""A run as whoever watches it sees it, and what it refuses before it begins."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import sarqc
+from sarqc.entrypoints.convert import convert
+from sarqc.errors import ArgumentError, CheckpointError, SarqcError, TextError
+from sarqc.pipeline.progress import Silent
+from tests.support import tiny
+
+SMALL = {"num_samples": 2, "seqlen": 32}
+
+
+class Diary(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append("note")
+
+    def begin_blocks(self, blocks, done):
+        self.lines.append(f"begin {blocks} done {done}")
+
+    def stage(self, block, name):
+        self.lines.append(f"{block} {name}")
+
+    def block(self, result):
+        self.lines.append(f"done {result.index}")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.save("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_a_watcher_sees_every_stage_of_every_block(source, tmp_path):
+    diary = Diary()
+    sarqc.quantize(source, tmp_path / "out", progress=diary, **SMALL)
+    # all layers but the last, the original on its way, the last layer, and what was quantized on its way
+    block = ["load", "observe", "solve", "replay", "observe", "solve"]
+    first, second = ([f"{index} {stage}" for stage in block] for index in range(2))
+    expected = ["note", "note", "begin 2 done 0", *first, "0 replay", "done 0", *second, "done 1", "note"]
+    assert diary.lines == expected
+
+
+def test_without_errors_to_make_up_for_the_original_stays_at_home(source, tmp_path):
+    diary = Diary()
+    sarqc.quantize(source, tmp_path / "out", progress=diary, error_correction=False, **SMALL)
+    expected = ["note", "note", "begin 2 done 0", "0 load", "0 observe", "0 solve", "0 replay", "done 0"]
+    assert diary.lines == [*expected, "1 load", "1 observe", "1 solve", "done 1", "note"]
+
+
+def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    sarqc.preflight(source, "~/run", work_dir="~/work", **SMALL)
+    run = sarqc.quantize(source, "~/run", work_dir="~/work", method="rtn", group_size=32)
+    converted = convert("~/run", "~/converted", format="gptq")
+    compared = sarqc.compare(source, "~/compared", methods=["rtn"], bits=[4], seqlen=32, eval_seqlen=32, eval_windows=1)
+    assert {run.out, converted.out, compared.out} <= set(home.iterdir())
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_rounding_reads_no_text(source, tmp_path):
+    diary = Diary()
+    report = sarqc.quantize(source, tmp_path / "out", method="rtn", dataset="nowhere.txt", progress=diary).report
+    assert report["calibration"] is None
+    assert not any("observe" in line for line in diary.lines)
+
+
+def test_the_report_is_complete_json(source, tmp_path):
+    report = sarqc.quantize(source, tmp_path / "out", bits=3, group_size=32, **SMALL).report
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["targets"]["quantized"] == 14 and "lm_head" in report["targets"]["untouched"]
+    # 3 bits, and a bf16 scale for every 32 weights; a Linear's shape takes 16 bytes.
+    assert 3.5 <= report["size"]["bits_per_weight"] < 3.6
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert report["size"]["bytes"] == pytest.approx(stored, rel=0.1)
+    assert {"load", "observe", "solve", "replay", "write", "total"} == set(report["seconds"])
+    assert {"sarqc", "torch", "transformers", "python"} <= set(report["versions"])
+
+
+def test_the_card_repeats_the_dtype_and_the_trust_that_were_asked_for(source, tmp_path):
+    asked = dict(dtype="bfloat16", trust_remote_code=True)
+    sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32, **asked)
+    assert " --dtype bfloat16 --trust-remote-code" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_own_tokens_are_calibrated_on_as_they_are(source, tmp_path):
+    tokens = torch.arange(3 * 40).view(3, 40) % tiny.VOCABULARY
+    report = sarqc.quantize(source, tmp_path / "out", dataset=tokens).report
+    assert "dtype" not in report and "trust_remote_code" not in report
+    assert report["calibration"]["windows"] == 3 and report["calibration"]["seqlen"] == 40
+    assert all(site["rows"] == [120] for site in report["sites"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"format": "ggml"}, ArgumentError, "format = 'ggml'"),
+        ({"method": "magic"}, ArgumentError, "magic"),
+        ({"bits": True}, ArgumentError, "bits = True"),
+        ({"dataset": torch.zeros(3)}, ArgumentError, "int64"),
+        ({"dataset": "nowhere.txt"}, TextError, "nowhere"),
+        ({"num_samples": 0}, ArgumentError, "num_samples = 0"),
+        ({"seqlen": 3}, ArgumentError, "seqlen = 3"),
+        ({"device": "tpu"}, ArgumentError, "tpu"),
+        ({"dtype": "int3"}, ArgumentError, "int3"),
+    ],
+)
+def test_refusals_come_before_anything_is_written(source, tmp_path, settings, error, says):
+    with pytest.raises(error, match=says):
+        sarqc.quantize(source, tmp_path / "out", **{"num_samples": 2, "seqlen": 32} | settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_kept_unless_asked(source, tmp_path):
+    out = tmp_path / "out"
+    sarqc.quantize(source, out, method="rtn")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="overwrite"):
+        sarqc.quantize(source, out, method="rtn", bits=3)
+    with pytest.raises(SarqcError):
+        sarqc.quantize(source, out, overwrite=True, dataset="nowhere.txt")
+    assert (out / "model.safetensors").read_bytes() == before
+    sarqc.quantize(source, out, method="rtn", bits=3, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() != before

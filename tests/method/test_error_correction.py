@@ -1,0 +1,116 @@
+"""Targets that make up for earlier errors: the algebra in fp64, the share's closed form, and that it helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sarqc.config import MethodConfig, QuantConfig
+from sarqc.method.error_correction import held_out_share, shift, shifted
+from sarqc.method.gram import Gram, Statistics
+from sarqc.method.hessian import regularised_hessian
+from sarqc.method.layer import solve_site
+
+SPEC = MethodConfig(reg_lambda=0.3, error_correction=True)
+STRENGTH = torch.tensor([0.3])
+
+
+def drifted(
+    rows: int, size: int, outputs: int, generator: torch.Generator, noise: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """Inputs of a site, and what its outputs should gain: some of it follows from the inputs, the rest is noise."""
+    x = torch.randn(rows, size, generator=generator)
+    follows = torch.randn(size, outputs, generator=torch.Generator().manual_seed(7)) / size**0.5
+    return x, 0.5 * x @ follows + noise * torch.randn(rows, outputs, generator=generator)
+
+
+def seen(*folds: tuple[Tensor, Tensor]) -> Statistics:
+    x, wish = folds[0]
+    statistics = Statistics.zeros(1, x.shape[1], len(folds), wishes=wish.shape[1])
+    for fold, (x, wish) in enumerate(folds):
+        statistics.add(x, fold=fold, wish=wish)
+    return statistics
+
+
+def test_wishes_add_up_like_everything_else(generator):
+    x, wish = drifted(30, 8, 5, generator)
+    first, second, whole = (Gram.zeros(1, 8, wishes=5) for _ in range(3))
+    first.add(x[:11], wish=wish[:11])
+    second.add(x[11:], wish=wish[11:])
+    whole.add(x, wish=wish)
+    expected = wish.double().T @ x.double() / 30
+    for total in (Statistics((first, second)).total(), whole, Statistics((whole,)).total()):
+        torch.testing.assert_close(total.wished()[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_completing_the_square(generator):
+    """For any Q, F(Q) and tr[(Q - T) H (Q - T)^T] differ by the same constant, in fp64, at any share."""
+    x, wish = drifted(40, 12, 5, generator)
+    weight = torch.randn(1, 5, 12, generator=generator)
+    gram = seen((x, wish)).total()
+    full = shift("s", gram, STRENGTH, SPEC)[0].double()
+    metric = regularised_hessian(gram, STRENGTH, SPEC)[0].double()
+    anchor = metric - gram.hessian()[0].double()
+    w, r, y = weight[0].double(), wish.double(), x.double()
+    for share in (0.3, 1.0):
+        target, constants = w + share * full, []
+        for seed in range(3):
+            q = w + torch.randn(w.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            output = (y @ q.T - y @ w.T - share * r).pow(2).sum() / 40
+            direct = output + ((q - w) @ anchor * (q - w)).sum()
+            constants.append(float(direct - ((q - target) @ metric * (q - target)).sum()))
+        assert constants == pytest.approx(
+            [constants[0]] * 3, rel=1e-3
+        )  # H is fp32, and the constants are what is left of terms a hundred times as large
+
+
+def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
+    folds = [drifted(60, 12, 6, generator, noise=1.0) for _ in range(2)]
+    statistics = seen(*folds)
+    share = held_out_share("s", statistics, STRENGTH, SPEC)
+
+    def loss(a: float) -> float:
+        total = 0.0
+        for (x, wish), fitted in zip(reversed(folds), statistics.folds):
+            gained = a * shift("s", fitted, STRENGTH, SPEC)[0].double()
+            total += float((x.double() @ gained.T - wish.double()).pow(2).sum() / 60)
+        return total
+
+    assert 0 < share < 1
+    assert loss(share) < min(loss(share - 0.02), loss(share + 0.02), loss(0.0))
+
+
+def test_no_drift_no_shift(generator):
+    x, weight = torch.randn(40, 12, generator=generator), torch.randn(1, 6, 12, generator=generator)
+    none = torch.zeros(20, 6)
+    assert shifted("s", weight, seen((x[:20], none), (x[20:], none)), STRENGTH, SPEC) == (weight, 0.0)
+    assert shifted("s", weight, seen((x, x[:, :6])), STRENGTH, SPEC) == (weight, 0.0)  # one fold: no one to judge
+    plain = Statistics.zeros(1, 12, 2)
+    plain.add(x[:20])
+    plain.add(x[20:], fold=1)
+    assert shifted("s", weight, plain, STRENGTH, SPEC) == (weight, 0.0)  # not the last of its block
+
+
+def test_unrelated_errors_are_left_alone(generator):
+    """Folds that drift in opposite directions: what one teaches is wrong on the other."""
+    x, wish = drifted(80, 12, 6, generator)
+    weight = torch.randn(1, 6, 12, generator=generator)
+    target, share = shifted("s", weight, seen((x[:40], wish[:40]), (x[40:], -wish[40:])), STRENGTH, SPEC)
+    assert share == 0.0 and target is weight
+
+
+def test_the_output_comes_nearer_to_what_it_should_be_on_new_text(generator):
+    folds = [drifted(200, 32, 24, generator) for _ in range(3)]
+    weight = torch.randn(1, 24, 32, generator=generator)
+    x, wish = folds[2]
+    errors = {}
+    for carry in (False, True):
+        statistics = seen(*folds[:2]) if carry else seen(*((rows, rows.new_zeros(200, 24)) for rows, _ in folds[:2]))
+        spec = MethodConfig(reg_lambda=0.1, error_correction=carry)
+        quantized, report = solve_site(
+            "s", weight, statistics, QuantConfig(bits=4, group_size=32), spec, scale_dtype=torch.bfloat16
+        )
+        errors[carry] = float((x @ quantized.dequantize()[0].T - x @ weight[0].T - wish).pow(2).sum())
+        assert (report.carried > 0.4) is carry
+    assert errors[True] < errors[False] - 0.4 * float(wish.pow(2).sum())  # half a share leaves a quarter of a wish

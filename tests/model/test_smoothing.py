@@ -1,0 +1,225 @@
+"""Where scales can go: found without a table, proved on the block, and exact for the whole model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sarqc.config import QuantConfig
+from sarqc.method.awq import ChannelScales
+from sarqc.model import smoothing
+from sarqc.model.build import build
+from sarqc.model.layers import targets
+from sarqc.model.sites import Share, find_sites
+from sarqc.model.source import StateDictSource
+from sarqc.pipeline import channel_scales
+from sarqc.pipeline.channel_scales import BlockScales
+
+QUANT = QuantConfig(group_size=32)
+DENSE = {
+    "input_layernorm": ["q_proj", "k_proj", "v_proj"],
+    "post_attention_layernorm": ["gate_proj", "up_proj"],
+    "v_proj": ["o_proj"],
+    "up_proj": ["down_proj"],
+}
+MIXED = DENSE | {"post_attention_layernorm": ["gate", "gate_up_proj"], "gate_up_proj": ["down_proj"]}
+EXPECTED = {
+    ("llama", 0): DENSE,
+    ("qwen2", 1): DENSE,
+    ("qwen3", 0): DENSE,
+    ("gemma3", 1): DENSE | {"pre_feedforward_layernorm": DENSE["post_attention_layernorm"]},
+    ("phi3", 0): {
+        "input_layernorm": ["qkv_proj"],
+        "post_attention_layernorm": ["gate_up_proj"],
+        "qkv_proj": ["o_proj"],
+        "gate_up_proj": ["down_proj"],
+    },
+    ("mixtral", 0): MIXED,
+    ("qwen3_moe", 1): MIXED,
+    ("qwen2_moe", 1): MIXED
+    | {
+        "post_attention_layernorm": ["gate_proj", "up_proj", "gate", "gate_up_proj", "shared_expert_gate"],
+        "up_proj": ["down_proj"],
+    },
+    ("deepseek_v3", 1): {
+        "input_layernorm": ["q_a_proj", "kv_a_proj_with_mqa"],
+        "q_a_layernorm": ["q_b_proj"],
+        "kv_a_layernorm": ["kv_b_proj"],
+        "post_attention_layernorm": ["gate", "gate_up_proj", "gate_proj", "up_proj"],
+        "gate_up_proj": ["down_proj"],
+        "up_proj": ["down_proj"],
+    },
+}
+for _name in (("mixtral", 0), ("qwen3_moe", 1)):
+    EXPECTED[_name] = {giver: readers for giver, readers in EXPECTED[_name].items() if giver != "up_proj"}
+del EXPECTED["gemma3", 1]["post_attention_layernorm"]
+
+
+def loaded(case, index, quant=QUANT):
+    skeleton = case.skeleton()
+    skeleton.load_outer(case.source)
+    hidden = skeleton.embed(case.tokens[:1, :8])
+    skeleton.load_block(index, case.source)
+    return skeleton, find_sites(skeleton, index, targets(skeleton, quant).of_block(index), hidden), hidden
+
+
+def leaf(name):
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "index"), list(EXPECTED))
+def test_givers_and_readers_are_found_and_nothing_is_left_changed(tiny, name, index, dtype):
+    skeleton, sites, hidden = loaded(tiny(name, dtype), index)
+    before = {name: tensor.clone() for name, tensor in skeleton.blocks[index].state_dict().items()}
+    folds, reasons = smoothing.find_folds(skeleton, index, sites, hidden)
+    found = {leaf(fold.giver): [leaf(reader) for reader in fold.readers] for fold in folds}
+    assert found == EXPECTED[name, index]
+    unscaled = {leaf(site.name) for site in sites} - {leaf(site.name) for fold in folds for site in fold.sites}
+    assert {leaf(site) for site in reasons} == unscaled == ({"o_proj"} if name == "deepseek_v3" else set())
+    after = skeleton.blocks[index].state_dict()
+    assert all(
+        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
+    )
+
+
+def test_grouped_heads_follow_the_head_they_share(tiny):
+    skeleton, sites, hidden = loaded(tiny("llama"), 0)  # 4 heads of 16 on 2 of keys and values
+    fold = next(fold for fold in smoothing.find_folds(skeleton, 0, sites, hidden)[0] if leaf(fold.giver) == "v_proj")
+    heads = torch.arange(32).view(2, 16).repeat_interleave(2, 0)
+    assert torch.equal(fold.source, heads.flatten()) and fold.channels == 32
+
+
+@pytest.mark.parametrize(("name", "offset"), [("llama", 0.0), ("gemma3", 1.0)])
+def test_norms_that_store_their_weight_around_zero_are_told_apart(tiny, name, offset):
+    skeleton, sites, hidden = loaded(tiny(name), 0)
+    norms = [fold for fold in smoothing.find_folds(skeleton, 0, sites, hidden)[0] if "norm" in fold.giver]
+    assert len(norms) == 2 and all(fold.offset == offset for fold in norms)
+
+
+def test_the_offset_of_a_norm_with_a_bias_is_not_its_bias():
+    norm = nn.LayerNorm(16)
+    nn.init.constant_(norm.bias, 3.0)
+    assert smoothing._offset(norm, torch.randn(4, 16)) == 0
+
+
+def test_a_reader_that_was_missed_is_noticed(tiny, monkeypatch):
+    """The proof does not lean on what was seen: without the router among the readers, the fold must fall."""
+    skeleton, sites, hidden = loaded(tiny("mixtral"), 0)
+    seen = smoothing._Sight.readers
+
+    def blind(self, model, norm):
+        return [name for name in seen(self, model, norm) if not name.endswith(".gate.weight")]
+
+    monkeypatch.setattr(smoothing._Sight, "readers", blind)
+    folds, reasons = smoothing.find_folds(skeleton, 0, sites, hidden)
+    assert {leaf(fold.giver) for fold in folds} == {"input_layernorm", "v_proj", "gate_up_proj"}
+    (site, reason), *others = reasons.items()
+    assert not others and "experts" in site and "something else reads" in reason
+
+
+def test_what_leaves_no_trace_is_not_scaled(tiny):
+    """Output projections of zero, as freshly grown layers have them: nothing could be checked, so nothing is done."""
+    case = tiny("llama")
+    skeleton, sites, hidden = loaded(case, 0)
+    skeleton.blocks[0].mlp.down_proj.weight.data.zero_()
+    folds, reasons = smoothing.find_folds(skeleton, 0, sites, hidden)
+    assert {leaf(fold.giver) for fold in folds} == {"input_layernorm", "v_proj"}
+    assert len(reasons) == 2 and all("no effect" in reason for reason in reasons.values())
+
+
+def test_an_activation_in_between_is_no_plain_scaling(tiny):
+    """With relu^2 an output grows with the square of its row."""
+    skeleton, sites, hidden = loaded(tiny("llama"), 0)
+    skeleton.blocks[0].mlp.act_fn = nn.SiLU()
+    mlp = skeleton.blocks[0].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))
+    folds, _ = smoothing.find_folds(skeleton, 0, sites, hidden)
+    assert {leaf(fold.giver) for fold in folds if leaf(fold.readers[0]) == "down_proj"} == {"gate_proj"}
+    mlp.forward = lambda x: mlp.down_proj((mlp.up_proj(x) * mlp.gate_proj(x)).square())
+    folds, reasons = smoothing.find_folds(skeleton, 0, sites, hidden)
+    assert [leaf(site) for site in reasons] == ["down_proj"]
+
+
+def folded(case, quant=QUANT, seed=0):
+    """The checkpoint in float32, except what is not quantized, with random scales folded in everywhere they can go."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = case.tensors()
+    everything = {}
+    for index in range(len(case.skeleton().blocks)):
+        skeleton, sites, hidden = loaded(case, index, quant)
+        folds, reasons = smoothing.find_folds(skeleton, index, sites, hidden)
+        scales = BlockScales(skeleton, case.source, sites, folds, reasons)
+
+        def draw(readers, *_, shared, binary, source, channels):
+            experts = 1 if shared else len(readers[0].weight)
+            found = torch.exp(0.5 * torch.randn(experts, channels, generator=generator))
+            found = found.log2().round().exp2() if binary else found
+            return ChannelScales(found, torch.ones(experts, dtype=torch.float64))
+
+        shares = [Share(site, 0, site.experts) for site in sites]
+        gram = SimpleNamespace(rows=torch.ones(1, dtype=torch.int64))  # all that a choice drawn at random looks at
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(channel_scales, "search", draw)
+            scales.decide(shares, [gram] * len(shares), lambda _, seen: seen, lambda _: quant, torch.bfloat16)
+        for share in shares:
+            weight = scales.of(share).apply(share.weight(skeleton.model))
+            starts = dict(
+                zip(share.site.slabs, torch.tensor([0, *(s[2] for s in share.site.slabs)]).cumsum(0).tolist())
+            )
+            for target in share.site.members:
+                start = starts[target.parameter, target.start, target.shape[0]]
+                tensors[f"{target.linear}.weight"] = weight[target.expert, start : start + target.shape[0]].clone()
+        changed = scales.fold_in()
+        for name, tensor in changed.items():
+            assert tensor.dtype == tensors[name].dtype and not torch.equal(tensor, tensors[name])
+        tensors |= changed
+        everything |= changed
+    return tensors, everything
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_the_unquantized_model_stay_the_same(tiny, arch, dtype):
+    """Norms and routers in the checkpoint's own dtype: the scales are those that they can hold."""
+    case = tiny(arch, dtype)
+    tensors, changed = folded(case)
+    source = StateDictSource(tensors)
+    before = build(case.skeleton(), case.source, dtype=torch.float32)
+    after = build(case.skeleton(source), source, dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = before(case.tokens).logits, after(case.tokens).logits
+    assert any("norm" in name for name in changed)
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_ignored_layers_take_their_part_exactly(tiny):
+    """A giver, a reader and single experts that are not quantized: scaled where they stand, by powers of two."""
+    ignore = ("k_proj", "v_proj", r"layers\.1\..*experts\.1\.w3", r"experts\.0\.w2", r"experts\.2\.w1")
+    case = tiny("mixtral", torch.bfloat16)
+    tensors, changed = folded(case, QuantConfig(group_size=32, ignore=ignore))
+    assert {"k_proj", "v_proj", "w1", "w2", "w3", "gate"} <= {leaf(name) for name in changed}
+    for name, tensor in changed.items():
+        if "v_proj" in name or "gate" in name:
+            ratio = (tensor.double() / case.source.load(name).double()).log2()
+            assert torch.equal(ratio, ratio.round())
+    source = StateDictSource(tensors)
+    before = build(case.skeleton(), case.source, dtype=torch.float32)
+    after = build(case.skeleton(source), source, dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = before(case.tokens).logits, after(case.tokens).logits
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_a_closed_channel_of_a_norm_stays_closed(tiny):
+    case = tiny("llama", torch.bfloat16)
+    name = "model.layers.0.input_layernorm.weight"
+    weight = case.source.load(name)
+    weight[[2, 5]] = 0
+    load = case.source.load
+    case.source.load = lambda wanted: weight.clone() if wanted == name else load(wanted)
+    tensors, changed = folded(case)
+    assert not changed[name][[2, 5]].any() and changed[name].isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in tensors.values())

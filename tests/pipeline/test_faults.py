@@ -1,0 +1,375 @@
+"""What goes wrong in a run, put there on purpose. Each fault ends in a clear error or a recovered run, never in lost
+data, and tells `outcomes` what it saw. The disk and the device are those of one process here; test_killed has kills,
+test_distributed and test_heartbeat several ranks."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections import namedtuple
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import sarqc
+from sarqc.cli.terminal import RunWatcher
+from sarqc.entrypoints.verify import verify
+from sarqc.errors import CheckpointError, Interrupted, NumericError, ResourceError, SarqcError
+from sarqc.method import gptq
+from sarqc.method.hessian import regularised_hessian
+from sarqc.model.lazy_model import Skeleton
+from sarqc.pipeline import quantize_site
+from sarqc.pipeline.activations import GLANCE
+from sarqc.pipeline.resume import default_work
+from tests.support import tiny
+from tests.support.killing import in_child
+
+UP = "up_proj"
+SMALL = {
+    "num_samples": 4,
+    "seqlen": 64,
+    "group_size": 32,
+    "reg_lambda": 0.3,
+    "error_correction": False,
+}  # one fold, one micro-batch
+Case = namedtuple("Case", "source out expected patch outcomes")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    source = tiny.save("qwen3_moe", folder / "model", num_hidden_layers=3)
+    sarqc.quantize(source, folder / "out", **SMALL)
+    return source, weights(folder / "out")
+
+
+@pytest.fixture
+def case(model, tmp_path, monkeypatch, outcomes):
+    return Case(model[0], tmp_path / "out", model[1], monkeypatch, outcomes)
+
+
+def weights(out):
+    return (out / "model.safetensors").read_bytes()
+
+
+def recovered(case):
+    """The same command, undisturbed, ends where a run without a fault would have ended."""
+    case.patch.undo()
+    sarqc.quantize(case.source, case.out, **SMALL)
+    assert [path.name for path in case.out.parent.iterdir()] == ["out"]
+    case.outcomes.recovered(weights(case.out), case.expected)
+
+
+def went_on(case):
+    """A run that took what it was given ended in a checkpoint, whole and near its model, and left nothing behind."""
+    assert [path.name for path in case.out.parent.iterdir()] == ["out"]
+    case.outcomes.recovered(verify(case.out, against=case.source).problems, [])
+
+
+def failing(number, error):
+    """A stand-in for a function of os that fails when it is called for the n-th time."""
+    calls = []
+
+    def call(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise error
+
+    return call
+
+
+def full_disk(case, number):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    case.patch.setattr("os.fsync", failing(number, error))
+    with pytest.raises((ResourceError, CheckpointError), match="No space left on device"):
+        sarqc.quantize(case.source, case.out, **SMALL)
+    assert not case.out.exists()
+    assert not list(case.out.parent.rglob("*.partial"))
+    recovered(case)
+
+
+@pytest.mark.fault("a full disk while the plan is written")
+def test_disk_full_at_the_plan(case):
+    full_disk(case, 1)
+
+
+@pytest.mark.fault("a full disk while a block is saved")
+def test_disk_full_at_a_block(case):
+    full_disk(case, 7)
+
+
+@pytest.mark.fault("a full disk while hidden states are saved")
+def test_disk_full_at_hidden_states(case):
+    full_disk(case, 5)
+
+
+@pytest.mark.fault("a full disk while the checkpoint is written")
+def test_disk_full_at_the_output(case):
+    full_disk(case, 13)
+
+
+@pytest.mark.fault("a disk too small from the start")
+def test_disk_too_small_from_the_start(case):
+    usage = shutil.disk_usage(case.out.parent)
+    case.patch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ResourceError, match=r"of disk, 1\.0 kB are free"):
+        sarqc.quantize(case.source, case.out, **SMALL)
+    assert list(case.out.parent.iterdir()) == []
+    recovered(case)
+
+
+@pytest.mark.fault("a file size limit of the operating system")
+def test_file_size_limit(case):
+    """The operating system itself refuses to let a file grow."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        with pytest.raises(ResourceError, match="cannot be written"):
+            sarqc.quantize(case.source, case.out, **SMALL)
+
+    assert in_child(limited) == 0
+    recovered(case)
+
+
+@pytest.mark.fault("a tmpfs of 16 MB that fills up")
+def test_small_tmpfs(case):
+    """A file system of 16 MB that fills up while the run writes; needs the right to mount one."""
+    disk = case.out.parent / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        usage = shutil.disk_usage(case.source)
+        case.patch.setattr("shutil.disk_usage", lambda path: usage)  # or it would be refused before it begins
+        (disk / "ballast").write_bytes(bytes((16 << 20) - 250_000))
+        with pytest.raises(SarqcError, match="No space left on device"):
+            sarqc.quantize(case.source, disk / "out", **SMALL)
+        assert not (disk / "out").exists() and default_work(disk / "out").exists()
+        (disk / "ballast").unlink()
+        sarqc.quantize(case.source, disk / "out", **SMALL)
+        case.outcomes.recovered(weights(disk / "out"), case.expected)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def short_of_memory(case, failures, **options):
+    """A device that has no memory for the first so many calls of a block; the notes of the run that went on."""
+    calls, call_block = [], Skeleton.call_block
+
+    def full(self, index, hidden):
+        calls.append(hidden.shape[0])
+        if index == 1 and hidden.shape[1] > GLANCE and len(calls) in failures:
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return call_block(self, index, hidden)
+
+    case.patch.setattr(Skeleton, "call_block", full)
+    return sarqc.quantize(case.source, case.out, **SMALL, **options).report["notes"], calls
+
+
+@pytest.mark.fault("device out of memory while observing")
+def test_device_full_while_observing(case):
+    # Calls: glance, observe and replay of block 0 in one micro-batch each, then the glance of block 1.
+    notes, calls = short_of_memory(case, {5, 6})
+    assert ["micro-batch of 4 windows halved" in notes[0], "micro-batch of 2 windows halved" in notes[1]] == [
+        True,
+        True,
+    ]
+    assert len(notes) == 2 and calls[-1] == 1
+    went_on(case)
+
+
+@pytest.mark.fault("device out of memory while replaying")
+def test_device_full_while_replaying(case):
+    notes, calls = short_of_memory(case, {7}, micro_batch=2)
+    assert notes and "micro-batch of 2 windows halved" in notes[0]
+    assert calls[-1] == 1
+    went_on(case)
+
+
+@pytest.mark.fault("device out of memory while solving many experts")
+def test_device_full_of_grams(case):
+    solve, seen = quantize_site.solve_site, []
+
+    def full(name, *args, **options):
+        seen.append(name)
+        if "[" not in name and "experts" in name:
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return solve(name, *args, **options)
+
+    case.patch.setattr(quantize_site, "solve_site", full)
+    result = sarqc.quantize(case.source, case.out, **SMALL)
+    assert "Grams at a time halved" in result.report["notes"][0]
+    case.outcomes.recovered(weights(case.out), case.expected)  # fewer Grams at a time change nothing but the time
+
+
+@pytest.mark.fault("device too small for one window and one Gram")
+def test_device_too_small_for_anything(case):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("tried to allocate 2 GB")
+
+    case.patch.setattr(quantize_site, "solve_site", full)
+    with pytest.raises(ResourceError, match="one window and one Gram at a time: use a device with more memory"):
+        sarqc.quantize(case.source, case.out, **SMALL)
+    assert list(case.out.parent.iterdir()) == []
+    recovered(case)
+
+
+def poisoned(case, windows):
+    """NaN in one token of so many of 128 windows, on its way into block 1; attention spreads it over its window."""
+    call_block = Skeleton.call_block
+
+    def poison(self, index, hidden):
+        if index == 1 and len(hidden) > 1:
+            hidden = hidden.clone()
+            hidden[:windows, 5, 3] = float("nan")
+        return call_block(self, index, hidden)
+
+    case.patch.setattr(Skeleton, "call_block", poison)
+    return sarqc.quantize(
+        case.source,
+        case.out,
+        num_samples=128,
+        seqlen=16,
+        micro_batch=128,
+        group_size=32,
+        strength=0.3,
+        carry_error=False,
+    )
+
+
+@pytest.mark.fault("NaN in under 1 % of the rows of activations")
+def test_few_rows_not_finite(case):
+    report = poisoned(case, 1).report
+    found = [note for note in report["notes"] if "self_attn.q_proj" in note]
+    assert found[0].startswith("1 of 2048 rows of the inputs of model.layers.1.self_attn.q_proj hold NaN or Inf")
+    assert found[1].startswith("16 of 2048 rows of the inputs of model.layers.2.self_attn.q_proj")
+    rows = [sum(site["rows"]) for site in report["sites"] if "q_proj" in site["site"]]
+    assert rows == [2048, 2047, 2032]
+    assert all(0 <= site["error"] < 1 for site in report["sites"])
+    went_on(case)
+
+
+@pytest.mark.fault("NaN in over 1 % of the rows of activations")
+def test_many_rows_not_finite(case):
+    with pytest.raises(NumericError, match=r"32 of 2048 rows of the inputs of model\.layers\.1\.self_attn\.o_proj"):
+        poisoned(case, 2)
+    assert not case.out.exists() and default_work(case.out).exists()
+    shutil.rmtree(default_work(case.out))
+    recovered(case)
+
+
+@pytest.mark.fault("text of one token: singular Grams, experts without tokens")
+def test_text_of_one_token(case):
+    """Every Gram has rank one or so, and most experts see no token: nothing has a factor without damping."""
+    tokens = torch.full((2, 32), 7)
+    report = sarqc.quantize(case.source, case.out, dataset=tokens, group_size=32).report
+    idle = [site for site in report["sites"] if 0 in site["rows"]]
+    assert idle and all(0 <= site["error"] < 1 for site in report["sites"])
+    went_on(case)
+
+
+def spoiled(case, change):
+    """A copy of the model with one tensor changed: what a broken download or training run leaves."""
+    folder = shutil.copytree(case.source, case.out.with_name("spoiled"))
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors[f"model.layers.1.mlp.experts.2.{UP}.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericError) as caught:
+        sarqc.quantize(folder, case.out, **SMALL)
+    case.outcomes.clear_error(caught.value)
+    assert not case.out.exists()
+    return str(caught.value)
+
+
+@pytest.mark.fault("NaN in the weights of one expert of one layer")
+def test_nan_in_one_expert(case):
+    def change(weight):
+        weight[3, 5] = float("nan")
+
+    assert f"model.layers.1.mlp.experts.2.{UP}.weight holds NaN or Inf" in spoiled(case, change)
+
+
+@pytest.mark.fault("one expert of one layer whose outputs overflow")
+def test_an_expert_that_overflows(case):
+    said = spoiled(case, lambda weight: weight.fill_(3e38))
+    assert "hold NaN or Inf on the calibration text" in said and "model.layers.1.mlp.experts" in said
+
+
+def indefinite(case, shift):
+    """The matrices of one site are no longer positive definite: `shift` times their mean diagonal is taken off."""
+
+    def spoil(gram, *args):
+        found = regularised_hessian(gram, *args)
+        if len(found) == 4 and found.shape[-1] == 64:  # experts, in every layer
+            diagonal = found.diagonal(dim1=-2, dim2=-1)
+            diagonal -= shift * diagonal.mean(-1, keepdim=True)
+        return found
+
+    case.patch.setattr(gptq, "regularised_hessian", spoil)
+    report = sarqc.quantize(case.source, case.out, **SMALL).report
+    went_on(case)
+    return [site for site in report["sites"] if "experts" in site["site"]]
+
+
+@pytest.mark.fault("a Gram that is not positive definite")
+def test_an_indefinite_gram_climbs_the_ladder(case):
+    assert all(0 < site["damping"] <= 1 and site["fallback"] is None for site in indefinite(case, 0.26))
+
+
+@pytest.mark.fault("a Gram that no damping makes positive definite")
+def test_a_hopeless_gram_is_rounded_plainly_and_named(case):
+    assert all("rounded" in site["fallback"] for site in indefinite(case, 0.9))
+
+
+class Pressed(RunWatcher):
+    """A person at the keyboard: Ctrl-C in the middle of block 0, once or twice."""
+
+    def __init__(self, times):
+        super().__init__(Console(file=io.StringIO()))
+        self.times = times
+
+    def stage(self, block, name):
+        if (block, name) == (1, "observe"):
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.fault("Ctrl-C once")
+def test_interrupted_once(case):
+    with pytest.raises(Interrupted, match=r"after block 2 of 3.*the same command goes on"), Pressed(1) as watcher:
+        sarqc.quantize(case.source, case.out, progress=watcher, **SMALL)
+    assert "finishing this block" in watcher.console.file.getvalue()
+    assert len(list((default_work(case.out) / "blocks").iterdir())) == 2
+    recovered(case)
+
+
+@pytest.mark.fault("Ctrl-C twice")
+def test_interrupted_twice(case):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Pressed(2) as watcher:
+        sarqc.quantize(case.source, case.out, progress=watcher, **SMALL)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(list((default_work(case.out) / "blocks").iterdir())) == 1
+    recovered(case)
+
+
+@pytest.mark.fault("a model truncated between two parts of a run")
+def test_model_changes_under_the_run(case):
+    other = case.out.with_name("model")
+    shutil.copytree(case.source, other)
+    with pytest.raises(Interrupted), Pressed(1) as watcher:
+        sarqc.quantize(other, case.out, progress=watcher, **SMALL)
+    with (other / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match="truncated"):
+        sarqc.quantize(other, case.out, **SMALL)
+    shutil.rmtree(other)
+    recovered(case)

@@ -1,0 +1,138 @@
+"""Who does what: everything once, loads even, the same answer everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sarqc.errors import ArgumentError, ResourceError
+from sarqc.method.layer import SolveReport, joined
+from sarqc.model.layers import Target
+from sarqc.model.sites import Share, Site
+from sarqc.pipeline.activations import cut
+from sarqc.pipeline.comm import ALONE, all_or_none, in_turn
+from sarqc.pipeline.passes import passes
+from sarqc.pipeline.work_split import SOLVE_BYTES, cost, deal, pieces, positions, renumbered, share_out, solving_bytes
+
+
+def site(name, experts, rows, columns):
+    members = [Target(f"{name}.{e}", (rows, columns), 0, name, f"{name}.weight", e) for e in range(experts)]
+    return Site(name, tuple(members), experts, columns)
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4), st.integers(0, 40))
+def test_every_window_goes_to_one_rank_in_whole_micro_batches_of_every_fold(size, folds, micro_batch, more):
+    count = folds * size * micro_batch + more
+    batches = cut(count, micro_batch, folds)
+    dealt = deal(batches, folds, size)
+    assert sorted((batch for part in dealt for batch in part), key=lambda one: one[0].start) == batches
+    assert all({fold for _, fold in part} == set(range(folds)) for part in dealt)
+    for fold in range(folds):  # in the order of ranks, so that sums can be handed on
+        assert [one for part in dealt for one in part if one[1] == fold] == [one for one in batches if one[1] == fold]
+    assert torch.equal(torch.cat([positions(part) for part in dealt]).sort().values, torch.arange(count))
+    for part in dealt:
+        own = renumbered(part)
+        assert torch.equal(positions(own), torch.arange(len(positions(part))))
+        assert [fold for _, fold in own] == [fold for _, fold in part]
+
+
+def test_too_few_windows_for_all_ranks_are_refused():
+    with pytest.raises(ArgumentError, match="4 ranks cannot share 3 micro-batches"):
+        deal(cut(12, 2, 2), 2, 4)
+
+
+def test_the_dearest_go_first_to_whoever_has_least():
+    assert share_out([1.0, 5.0, 2.0, 2.0], 2) == [1, 0, 1, 1]
+    assert share_out([3.0, 3.0, 3.0], 3) == [0, 1, 2]
+    assert share_out([], 2) == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([8, 64, 96])), min_size=1, max_size=6), st.integers(1, 8))
+def test_pieces_are_all_experts_once(shapes, size):
+    shares = [Share(site(f"s{n}", experts, 16, k), 0, experts) for n, (experts, k) in enumerate(shapes)]
+    found = pieces(shares, size, torch.device("cpu"), gram=True)
+    for number, share in enumerate(shares):
+        own = [piece.share for piece in found if piece.number == number]
+        assert [e for piece in own for e in range(piece.first, piece.stop)] == list(range(share.stop))
+    loads = [sum(cost(piece.share) for piece in found if piece.owner == rank) for rank in range(size)]
+    assert max(loads) <= sum(loads) / size + max(cost(piece.share) for piece in found)
+    if size == 1:
+        assert [piece.share for piece in found] == shares
+
+
+@pytest.mark.parametrize(
+    ("room", "lengths"), [(1, [1] * 5), (2, [1, 2, 2]), (3, [2, 3]), (4, [2, 3]), (5, [5]), (99, [5])]
+)
+def test_no_more_experts_are_solved_at_once_than_there_is_memory_for(monkeypatch, room, lengths):
+    share = Share(site("experts", 5, 16, 64), 0, 5)
+    one = solving_bytes(Share(share.site, 0, 1), gram=True)
+    assert one == 5 * 4 * 64 * 64 + 6 * 4 * 16 * 64 and solving_bytes(share, gram=False) == 5 * 16 * 16 * 64
+    monkeypatch.setitem(SOLVE_BYTES, "cpu", room * one)
+    found = pieces([share], 1, torch.device("cpu"), gram=True)
+    assert [piece.share.stop - piece.share.first for piece in found] == lengths
+
+
+def test_many_like_experts_are_shared_evenly():
+    share = Share(site("experts", 128, 64, 96), 0, 128)
+    loads = [0] * 8
+    for piece in pieces([share], 8, torch.device("cpu"), gram=True):
+        loads[piece.owner] += piece.share.stop - piece.share.first
+    assert loads == [16] * 8
+
+
+def test_no_portion_holds_more_than_one_gram_where_none_fits_the_budget():
+    sites = [site("a", 4, 16, 64), site("b", 2, 16, 64)]
+    found = list(passes(sites, 1, 1))
+    assert [[(share.site.name, share.first, share.stop) for share in portion] for portion in found] == [
+        [(name, e, e + 1)] for name, experts in (("a", 4), ("b", 2)) for e in range(experts)
+    ]
+
+
+def test_reports_of_parts_join_to_that_of_the_whole():
+    parts = [
+        SolveReport("s", (3, 4), 0.1, 0.2, 1.0, 0.5, None, 2.0, exponent=0.5, signal=10.0),
+        SolveReport("s", (5,), 0.4, 0.8, 1.0, 0.7, "why", 1.0, exponent=0.2, signal=20.0),
+    ]
+    whole = joined(parts)
+    assert whole.rows == (3, 4, 5) and whole.fallback == "why" and whole.damping == 0.7 and whole.seconds == 3.0
+    assert (whole.error, whole.rounding_error, whole.signal) == pytest.approx((0.3, 0.6, 30.0))
+    assert whole.exponent == pytest.approx(0.4)
+    assert joined(parts[:1]) is parts[0]
+
+
+def test_memory_that_runs_out_is_everybodys():
+    def full():
+        raise torch.OutOfMemoryError("tried to allocate 2 GB\nmore")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^tried to allocate 2 GB$"):
+        all_or_none(ALONE, full)
+    assert all_or_none(ALONE, lambda: 3) == 3
+
+
+def test_memory_that_runs_out_while_ranks_wait_in_turn_ends_the_run(monkeypatch):
+    def full():
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")
+
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED when calling") as told:
+        in_turn(ALONE, full)
+    assert not isinstance(told.value, ResourceError)
+    monkeypatch.setattr(type(ALONE), "size", 2)
+    with pytest.raises(ResourceError, match="while ranks wait for each other, in ordered sums"):
+        in_turn(ALONE, full)
+
+
+def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_error_is():
+    def failing(words):
+        raise RuntimeError(words)
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        all_or_none(
+            ALONE, lambda: failing("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        )
+    with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
+        all_or_none(ALONE, lambda: failing("DefaultCPUAllocator: can't allocate memory"))
+    with pytest.raises(RuntimeError, match="an illegal access") as told:
+        all_or_none(ALONE, lambda: failing("an illegal access"))
+    assert not isinstance(told.value, torch.OutOfMemoryError)

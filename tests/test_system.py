@@ -1,0 +1,55 @@
+"""What this machine has: the memory that is this process's, and what several threads must not call first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sarqc import system
+from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.model import lazy_model
+from tests.support import tiny
+
+GB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": 2 * GB}, 2 * GB),
+        ("0::/slurm/job_7/step\n", {"slurm/job_7/memory.max": GB, "slurm/job_7/step/memory.max": "max"}, GB),
+        ("0::/a/b\n", {"a/memory.max": GB, "a/b/memory.max": 2 * GB}, GB),
+        ("4:memory:/job\n0::/\n", {"memory/job/memory.limit_in_bytes": GB}, GB),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": 1 << 62}, None),
+        ("0::/\n", {}, None),
+        ("", {"memory.max": GB}, None),
+    ],
+)
+def test_the_least_limit_on_the_way_to_our_own_group_holds(tmp_path, monkeypatch, own, files, expected):
+    (tmp_path / "own").write_text(own)
+    for name, limit in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{limit}\n")
+    monkeypatch.setattr(system, "_OWN_GROUPS", tmp_path / "absent")
+    whole = system.host_memory()
+    monkeypatch.setattr(system, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(system, "_GROUPS", tmp_path / "groups")
+    assert whole > 2 * GB and system.host_memory() == (expected or whole)
+
+
+def test_each_function_is_called_alone_on_one_element(monkeypatch):
+    seen = []
+    monkeypatch.setattr(system, "FUNCTIONS", (seen.append,))
+    system.settle.__wrapped__()
+    assert [(one.numel(), one.dtype) for one in seen] == [(1, torch.float32), (1, torch.float64)]
+
+
+def test_a_skeleton_settles_them_before_it_computes(tmp_path, monkeypatch):
+    folder = tiny.save("llama", tmp_path)
+    calls = []
+    monkeypatch.setattr(lazy_model, "settle", lambda: calls.append("settle"))
+    monkeypatch.setattr(lazy_model, "trace", lambda *_: calls.append("trace") or {})
+    with open_checkpoint(folder) as checkpoint:
+        lazy_model.Skeleton.from_folder(folder, checkpoint)
+    assert calls == ["settle", "trace"]
