@@ -97,7 +97,7 @@ class _Finish:
         assemble(folder, [(work.shard(index), record.sums) for index, record in enumerate(self.records)], rest)
         copy_side_files(checkpoint.folder, folder, code=work.about["code"])
         bits = self.chosen.by_linear() if self.chosen else None
-        write_config(folder, checkpoint.config, NEUTRAL.config(work.quant, work.about["targets"]["untouched"], bits))
+        write_config(folder, checkpoint.config, NEUTRAL.config(work.quant, work.about["targets"]["unquantized"], bits))
         checked = check(folder, checkpoint, rescaled=self.rescaled, trust_remote_code=work.about["code"])
         checked.require()
         return checked
