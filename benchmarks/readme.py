@@ -55,7 +55,8 @@ def picture() -> str:
     return (
         "*Perplexity on held-out WikiText-2 articles, SmolLM2-135M "
         f"(unquantized {unquantized:.1f}), measured on a CPU. SARQC and the best other tool at {against}. "
-        f"Symmetric groups of {groups}; {WHOLE_WINDOWS} calibration sequences of 512 tokens, the same for all tools: {tools['llm-compressor gptq']} (GPTQ), {tools['GPTQModel']}. "
+        f"Symmetric groups of {groups}; {WHOLE_WINDOWS} calibration sequences of 512 tokens, "
+        f"the same for all tools: {tools['llm-compressor gptq']} (GPTQ), {tools['GPTQModel']}. "
         "[All measurements](#quality).*"
     )
 
@@ -139,7 +140,8 @@ def speed() -> str:
     names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
     lines = [
         "SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, "
-        f"{found['cpus']} CPU cores, runs in turns; torch {found['versions']['torch']}, transformers {found['versions']['transformers']}:",
+        f"{found['cpus']} CPU cores, runs in turns; "
+        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}:",
         "",
         "| | seconds, without start-up | seconds, whole process | CPU seconds | peak MiB |",
         "|---|---|---|---|---|",
