@@ -1,7 +1,7 @@
 """An SVG as lines of text: shapes go in, the same text comes out on every machine.
 
-Pictures have a card of their own behind them, so that they can be read on any page; it is dark where the reader's system
-is. Lengths are user units; the page scales them to its width.
+Pictures have a card of their own behind them, so that they can be read on any page; it is dark where the reader's
+system is. Lengths are user units; the page scales them to its width.
 """
 
 from __future__ import annotations
