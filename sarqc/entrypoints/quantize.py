@@ -1,8 +1,8 @@
 """Quantize: a model goes in, a low-bit checkpoint comes out, whole or not at all.
 
 Everything that can be refused is refused before the first block: names, text, shapes, the output folder, a disk that
-is too small. Then blocks are solved one by one and saved as they come, in a work folder beside the output; a run that
-ends early goes on from there. At the end the checkpoint is written from the work folder.
+is too small. Then blocks are solved one by one. Each is saved when it is finished, as a shard of the checkpoint, in a
+work folder beside the output; a run that ends early resumes from there. At the end the shards become the output.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sarqc.pipeline.offload import Scratch
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
 from sarqc.pipeline.progress import Silent, Watcher
 from sarqc.pipeline.resume import Work, begin, default_work
-from sarqc.pipeline.write import Result, write_checkpoint
+from sarqc.pipeline.write import Result, tensors_of_block, write_checkpoint
 from sarqc.system import give_back
 
 
@@ -113,7 +113,7 @@ def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
 
 
 def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
-    """What export and report will want to know of a run, beside its fingerprint."""
+    """What the report needs to know of a run, beside its fingerprint."""
     return {
         "model": plan.model,
         "folder": str(plan.folder.resolve()),
@@ -233,7 +233,7 @@ class _Run:
             for result in running:
                 now = time.perf_counter()
                 if work:
-                    work.save(result, now - began)
+                    work.save(result, now - began, tensors_of_block(plan.skeleton, plan.checkpoint, result.index))
                 elif result.leaving:
                     deque(result.leaving.each(), maxlen=0)  # they go to rank 0, which saves them
                 give_back()

@@ -168,7 +168,7 @@ def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
     left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}
     assert left == {
         "model.layers.*.self_attn.o_proj": (2, "ignore o_proj$"),
-        "model.layers.*.mlp.gate": (2, "router or no Linear"),
+        "model.layers.*.mlp.gate": (2, "its outputs choose experts or positions"),
         "lm_head": (1, "outside the blocks"),
     }
 
@@ -206,7 +206,7 @@ def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
 
 
 def test_unknown_settings_and_models_are_one_line(sources, tmp_path):
-    with pytest.raises(ArgumentError, match="bitz is no setting"):
+    with pytest.raises(ArgumentError, match="bitz is not an option"):
         preflight(sources["llama"], tmp_path / "out", bitz=4)
     with pytest.raises(ModelError, match="no such folder"):
         preflight("no/such/model", tmp_path / "out")

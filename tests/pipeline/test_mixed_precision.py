@@ -25,7 +25,7 @@ from sarqc.model.packed_linear import PackedWeight
 from sarqc.pipeline import bit_allocation
 from sarqc.pipeline.bit_allocation import UnitWidth, Widths, choose
 from sarqc.pipeline.progress import Silent
-from sarqc.pipeline.resume import default_work, reopen
+from sarqc.pipeline.resume import default_work
 from sarqc.pipeline.sensitivity import SiteLosses
 from sarqc.report import report as reports
 from tests.support import kept, tiny
@@ -185,11 +185,11 @@ def test_a_stopped_run_goes_on_with_its_widths(models, runs, tmp_path):
     assert "look" not in {name for _, name in again.stages}
     theirs, ours = (folder / "model.safetensors" for folder in (runs["llama"].out, tmp_path / "out"))
     assert theirs.read_bytes() == ours.read_bytes()
-    (kept / "widths.json").unlink()
-    with pytest.raises(CheckpointError, match=r"widths.json is missing.*--no-resume"):
+    (kept / "bit_allocation.json").unlink()
+    with pytest.raises(CheckpointError, match=r"bit_allocation.json is missing.*--no-resume"):
         sarqc.quantize(models["llama"], tmp_path / "other", work_dir=kept, **SMALL)
-    (kept / "widths.json").write_text('{"units": []}')
-    with pytest.raises(CheckpointError, match=r"widths.json is damaged.*--no-resume"):
+    (kept / "bit_allocation.json").write_text('{"units": []}')
+    with pytest.raises(CheckpointError, match=r"bit_allocation.json is damaged.*--no-resume"):
         sarqc.quantize(models["llama"], tmp_path / "other", work_dir=kept, **SMALL)
 
 
@@ -209,9 +209,8 @@ def test_a_choice_outlives_a_run_that_ends_before_its_first_block(models, tmp_pa
 
 def test_convert_keeps_every_width(runs, tmp_path):
     run = runs["qwen3_moe"]
-    with reopen(default_work(run.out)) as work:
-        for name, weight in work.each_weight(0):
-            check_weight(name, weight, QuantConfig(weight.bits, 32))
+    for name, weight in kept.opened(run.out).stored(0)[0].items():
+        check_weight(name, weight, QuantConfig(weight.bits, 32))
     converted = convert(run.out, tmp_path / "converted", format="compressed-tensors")
     assert widths_on_disk(converted.out) == widths_on_disk(run.out)
     assert (converted.out / "model.safetensors").read_bytes() == (run.out / "model.safetensors").read_bytes()
