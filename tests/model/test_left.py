@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sarqc
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import ModelError
 from sarqc.model.layers import targets
 from tests.support import families
 
-QUANT = QuantSpec(group_size=32)
+QUANT = QuantConfig(group_size=32)
 
 
 def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -81,6 +81,6 @@ def test_narrow_layers_are_left_by_rule(tiny):
 
 def test_patterns_find_either_name(tmp_path):
     skeleton = families.skeleton(families.save("phimoe", tmp_path))
-    stored = targets(skeleton, QuantSpec(group_size=32, ignore=(r"block_sparse_moe\.experts",)))
-    own = targets(skeleton, QuantSpec(group_size=32, ignore=(r"mlp\.experts",)))
+    stored = targets(skeleton, QuantConfig(group_size=32, ignore=(r"block_sparse_moe\.experts",)))
+    own = targets(skeleton, QuantConfig(group_size=32, ignore=(r"mlp\.experts",)))
     assert [name for name, _ in own.ignored] == [name for name, _ in stored.ignored] != []
