@@ -53,10 +53,10 @@ def picture() -> str:
     )
     groups = ", ".join(f"{each['rtn']['group_size']} at {bits} bits" for bits, each in sorted(rows.items()))
     return (
-        "*Perplexity on held-out WikiText-2 articles, SmolLM2-135M "
-        f"(unquantized {unquantized:.1f}), measured on a CPU. SARQC and the best other tool at {against}. "
-        f"Symmetric groups of {groups}; {WHOLE_WINDOWS} calibration sequences of 512 tokens, "
-        f"the same for all tools: {tools['llm-compressor gptq']} (GPTQ), {tools['GPTQModel']}. "
+        f"*Perplexity on held-out WikiText-2 articles, SmolLM2-135M (unquantized {unquantized:.1f}), on a CPU. "
+        f"SARQC and the best other tool at {against}. Symmetric groups of {groups}; {WHOLE_WINDOWS} calibration "
+        f"sequences of 512 tokens, the same for all tools: {tools['llm-compressor gptq']} (GPTQ), "
+        f"{tools['GPTQModel']}. "
         "[All measurements](#quality).*"
     )
 
@@ -139,8 +139,7 @@ def speed() -> str:
     found = _read("cpu-smollm2-speed")
     names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
     lines = [
-        "SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, "
-        f"{found['cpus']} CPU cores, runs in turns; "
+        f"SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, {found['cpus']} CPU cores, in turns; "
         f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}:",
         "",
         "| | seconds, without start-up | seconds, whole process | CPU seconds | peak MiB |",

@@ -346,7 +346,7 @@ class Pressed(RunWatcher):
 def test_interrupted_once(case):
     with pytest.raises(Interrupted, match=r"after block 2 of 3.*the same command goes on"), Pressed(1) as watcher:
         sarqc.quantize(case.source, case.out, progress=watcher, **SMALL)
-    assert "finishing this block" in watcher.console.file.getvalue()
+    assert "finishing this block" in watcher.console.file.getvalue()  # type: ignore[attr-defined]
     assert len(list((default_work(case.out) / "blocks").glob("*.json"))) == 2
     recovered(case)
 
