@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from sarqc.config import Configs
 from sarqc.estimation import shapes
 from sarqc.estimation.sizes import PASSES, PRODUCTS, busiest, sizes
 from sarqc.model.sites import Share, Site
 from sarqc.pipeline.grams import portions
-from sarqc.pipeline.plan import Plan, Settings, make_plan
+from sarqc.pipeline.plan import Plan, make_plan
 from sarqc.pipeline.work_split import cost
 
 WINDOWS, SEQLEN = 128, 2048
@@ -82,7 +83,7 @@ def plan_of(config: PreTrainedConfig) -> Plan:
     config.dtype = "bfloat16"
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        return make_plan(Path(folder), Settings(device="cpu", dtype="bfloat16"), headers_only=True)
+        return make_plan(Path(folder), Configs.of(device="cpu", dtype="bfloat16"), headers_only=True)
 
 
 def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seqlen: int = SEQLEN) -> Prediction:
@@ -97,7 +98,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         flow = sum(2.0 * tokens * min(site.experts, chosen) * _rows(site) * site.in_features for site in sites)
         grams = sum(site.experts * site.in_features**2 for site in sites)
         parts = [[site for site in sites if not site.joint], [site for site in sites if site.joint]]
-        looks = sum(len(list(portions(part, FOLDS, plan.settings.gram_budget))) for part in parts)
+        looks = sum(len(list(portions(part, FOLDS, plan.run.gram_budget))) for part in parts)
         forwards = looks + 2  # the original's, and once more when all is quantized
         most = max(most, looks)
         shares = [busiest(part, ranks, torch.device("cuda"), gram=True) if part else 0.0 for part in parts]
@@ -113,7 +114,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
             solved += (FOLDS + 1) * _cost([site])  # a shift takes about as much as a solve: of each fold, and of all
             grams += _rows(site) * site.in_features
         swept = sum(share * _products(part) for share, part in zip(shares, parts))
-        spent["solve"] += solved / rates.solve + plan.solve.sweeps * PRODUCTS * swept / rates.single
+        spent["solve"] += solved / rates.solve + plan.method.cd_passes * PRODUCTS * swept / rates.single
         passed = sum(share * _weights(part) for share, part in zip(shares, parts))
         spent["grids"] += passed * PASSES * 4 / rates.memory
         summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks

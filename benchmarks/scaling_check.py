@@ -52,7 +52,7 @@ def work(model: str, out: str) -> None:
     torch.set_num_threads(1)
     tokens = torch.randint(0, 512, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(0))
     watch = Stopwatch()
-    sarqc.quantize(model, out, calib=tokens, group_size=128, device="cpu", watcher=watch)
+    sarqc.quantize(model, out, dataset=tokens, group_size=128, device="cpu", progress=watch)
     if leads():
         print(f"{watch.ended - watch.began:.2f}")
 

@@ -41,7 +41,7 @@ import sys, sarqc
 from safetensors.torch import load_file
 tokens = load_file(sys.argv[2])["tokens"]
 out = sys.argv[3] + "/out"
-result = sarqc.quantize(sys.argv[1], out, bits=4, group_size=64, calib=tokens, num_samples=len(tokens))
+result = sarqc.quantize(sys.argv[1], out, bits=4, group_size=64, dataset=tokens, num_samples=len(tokens))
 print(result.report["seconds"]["total"])
 """
 

@@ -32,8 +32,8 @@ def least_squares(
     weight: Tensor,  # fp32 [E, N, K]
     gram: Gram,
     strength: Tensor,  # lambda of each expert, fp32 [E]; this solver has no regulariser
-    quant: sarqc.QuantSpec,
-    solve: sarqc.SolveSpec,
+    quant: sarqc.QuantConfig,
+    method: sarqc.MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
@@ -61,7 +61,7 @@ def main(model: str = "smollm2", out: str | Path = "solvers", **settings: Any) -
     errors = {}
     for method in ("rtn-search", "sarqc-gptq"):
         errors[method] = sarqc.quantize(model, Path(out) / method, method=method, **settings).report["error"]
-    with patch.dict(SOLVERS, round=least_squares):  # "rtn-search" is the preset that collects Grams and calls "round"
+    with patch.dict(SOLVERS, rtn=least_squares):  # "rtn-search" is the preset that collects Grams and calls "rtn"
         found = sarqc.quantize(model, Path(out) / "least-squares", method="rtn-search", **settings)
     errors["least-squares"] = found.report["error"]
     for name, error in errors.items():

@@ -60,7 +60,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(locate(model))
     tokens = windows(tokenizer, conversations(path), seqlen)
     print(f"{len(tokens)} windows of {seqlen} tokens; the first begins: {tokenizer.decode(tokens[0, :24])!r}")
-    result = sarqc.quantize(model, out, calib=tokens, num_samples=min(num_samples, len(tokens)), **settings)
+    result = sarqc.quantize(model, out, dataset=tokens, num_samples=min(num_samples, len(tokens)), **settings)
     print(f"output error {result.report['error']:.2e}, plain rounding {result.report['rounding_error']:.2e}")
     return result
 

@@ -24,7 +24,7 @@ MODEL = "smollm2"
 METHODS = ("rtn", "gptq", "sarqc-gptq")
 BITS = (4, 3)
 GROUP_SIZE = 64  # the model's 576 inputs are no multiple of 128
-CALIBRATION = dict(calib="builtin", num_samples=16, seqlen=512)
+CALIBRATION = dict(dataset="builtin", num_samples=16, seqlen=512)
 EVALUATION = dict(text="builtin", seqlen=512, max_windows=16, packed=False)  # the same arithmetic for every row
 
 console = Console(stderr=True)
@@ -48,7 +48,7 @@ def quantize(method: str, bits: int) -> tuple[Path, dict[str, Any]]:
     console.print(f"[bold]{method}[/] at {bits} bits")
     with RunWatcher(console) as watcher:
         result = sarqc.quantize(
-            MODEL, out, method=method, bits=bits, group_size=GROUP_SIZE, overwrite=True, watcher=watcher, **CALIBRATION
+            MODEL, out, method=method, bits=bits, group_size=GROUP_SIZE, overwrite=True, progress=watcher, **CALIBRATION
         )
     return out, result.report
 

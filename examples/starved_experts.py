@@ -46,7 +46,7 @@ def main(folder: str | Path = "starved") -> sarqc.Result:
     """Make the model in `folder`/model, quantize it to `folder`/w4 and show what the report says of its experts."""
     model = random_mixture(Path(folder) / "model")
     tokens = torch.randint(0, 512, (16, 64), generator=torch.Generator().manual_seed(1))
-    result = sarqc.quantize(model, Path(folder) / "w4", bits=4, group_size=32, calib=tokens)
+    result = sarqc.quantize(model, Path(folder) / "w4", bits=4, group_size=32, dataset=tokens)
 
     print(f"{'site':<48} {'rows per expert':>16} {'without':>8} {'error':>9} {'rounding':>9}")
     for site in result.report["sites"]:

@@ -19,47 +19,54 @@ from sarqc._version import __version__
 from sarqc.integrations.register import register, unregister
 
 if TYPE_CHECKING:
-    from sarqc.config import METHODS, QuantSpec, SolveSpec
+    from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
+    from sarqc.config_compare import ComparisonConfig, MeasureConfig
     from sarqc.entrypoints.compare import Comparison, compare
     from sarqc.entrypoints.estimate import preflight
     from sarqc.entrypoints.evaluate import evaluate
     from sarqc.entrypoints.load import load
     from sarqc.entrypoints.quantize import quantize
     from sarqc.errors import SarqcError
-    from sarqc.pipeline.write import Result, export
+    from sarqc.pipeline.write import Result
+
+_HOME = {
+    "METHODS": "sarqc.config",
+    "CalibrationConfig": "sarqc.config",
+    "Comparison": "sarqc.entrypoints.compare",
+    "ComparisonConfig": "sarqc.config_compare",
+    "MeasureConfig": "sarqc.config_compare",
+    "MethodConfig": "sarqc.config",
+    "QuantConfig": "sarqc.config",
+    "Result": "sarqc.pipeline.write",
+    "RunConfig": "sarqc.config",
+    "SarqcError": "sarqc.errors",
+    "compare": "sarqc.entrypoints.compare",
+    "evaluate": "sarqc.entrypoints.evaluate",
+    "load": "sarqc.entrypoints.load",
+    "preflight": "sarqc.entrypoints.estimate",
+    "quantize": "sarqc.entrypoints.quantize",
+}
 
 __all__ = [
     "METHODS",
+    "CalibrationConfig",
     "Comparison",
-    "QuantSpec",
+    "ComparisonConfig",
+    "MeasureConfig",
+    "MethodConfig",
+    "QuantConfig",
     "Result",
+    "RunConfig",
     "SarqcError",
-    "SolveSpec",
     "__version__",
     "compare",
     "evaluate",
-    "export",
     "load",
     "preflight",
     "quantize",
     "register",
     "unregister",
 ]
-
-_HOME = {
-    "METHODS": "sarqc.config",
-    "Comparison": "sarqc.entrypoints.compare",
-    "QuantSpec": "sarqc.config",
-    "Result": "sarqc.pipeline.write",
-    "SarqcError": "sarqc.errors",
-    "SolveSpec": "sarqc.config",
-    "compare": "sarqc.entrypoints.compare",
-    "evaluate": "sarqc.entrypoints.evaluate",
-    "export": "sarqc.pipeline.write",
-    "load": "sarqc.entrypoints.load",
-    "preflight": "sarqc.entrypoints.estimate",
-    "quantize": "sarqc.entrypoints.quantize",
-}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,8 @@ Three operations carry the work, and everything has an expert axis E (a dense la
     quantize_columns    weight + factor of the Gram -> codes, scales, zeros, by column rounding with error feedback
     w4a16_matmul        activations times the packed weight, dense or grouped by expert
 
-with `fit_grid` and `round_to_grid` (grids and plain rounding), `gram_finalize` (a Gram's sums -> the regularised matrix
+with `fit_grid` and `round_to_grid` (grids and plain rounding), `coordinate_descent` (codes and scales improve each
+other), `gram_finalize` (a Gram's sums -> the regularised matrix
 that is factored), `symmetrize_` (completes a Gram), `pack` / `unpack` (2 to 8 bit codes in 32-bit words), `repack` /
 `unpack_weight` (a packed weight as the machine multiplies it, and back), `dequantize_fp8` / `dequantize_fp4` (FP8,
 MXFP4 and NVFP4 source weights to bf16, fp16 or fp32).
@@ -24,7 +25,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
+    from sarqc_kernels.columns import coordinate_descent, fit_grid, quantize_columns, round_to_grid
     from sarqc_kernels.dequant import dequantize_fp4, dequantize_fp8
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
     from sarqc_kernels.gram import gram_accumulate_, gram_finalize, symmetrize_
@@ -36,6 +37,7 @@ __all__ = [
     "BackendError",
     "RepackedWeight",
     "SarqcError",
+    "coordinate_descent",
     "dequantize_fp4",
     "dequantize_fp8",
     "fit_grid",
@@ -57,6 +59,7 @@ _HOME = {
     "BackendError": "errors",
     "RepackedWeight": "w4a16",
     "SarqcError": "errors",
+    "coordinate_descent": "columns",
     "dequantize_fp4": "dequant",
     "dequantize_fp8": "dequant",
     "fit_grid": "columns",

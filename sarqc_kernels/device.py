@@ -95,8 +95,10 @@ def triton_unsupported(tensor: Tensor) -> str | None:
 def fastest_first(implementations: Sequence[Implementation], tensor: Tensor) -> Sequence[Implementation]:
     """`implementations` in the order in which to try them where `tensor` lies.
 
-    On a CPU the reference goes first: Triton there means the interpreter, which runs on request and never by default.
+    On a CPU: what is made for one, then the reference. Triton there means the interpreter, which runs on request and
+    never by default.
     """
     if tensor.device.type != "cpu":
         return implementations
-    return sorted(implementations, key=lambda implementation: implementation.name != "reference")
+    rank = {"cpu": 0, "reference": 1}
+    return sorted(implementations, key=lambda implementation: rank.get(implementation.name, 2))

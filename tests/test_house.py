@@ -14,7 +14,18 @@ PACKAGES = ("sarqc_kernels", "sarqc")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 80
 
-GROUND = ("sarqc._version", "sarqc.config", "sarqc.conventions", "sarqc.errors", "sarqc.system", "sarqc_kernels")
+CONFIG = tuple(
+    f"sarqc.{name}"
+    for name in ("config", "config_compare", "keywords", "kinds", "legacy", "methods", "options", "quant_config")
+)
+GROUND = (
+    *CONFIG,
+    "sarqc._version",
+    "sarqc.conventions",
+    "sarqc.errors",
+    "sarqc.system",
+    "sarqc_kernels",
+)
 """What every room of `sarqc` may import; each of the files themselves only what `ROOMS` gives it."""
 INSIDE = (*GROUND, "sarqc.method", "sarqc.model", "sarqc.checkpoint")
 
@@ -30,7 +41,7 @@ ROOMS = {
     "sarqc._version": ((), ()),
     "sarqc.conventions": ((), ()),
     "sarqc.errors": (("sarqc_kernels.errors",), ()),
-    "sarqc.config": (("sarqc.errors",), ()),
+    **dict.fromkeys(CONFIG, (("sarqc.errors", *CONFIG), ())),
     "sarqc.system": (("sarqc.errors", "sarqc._version"), ()),
     "sarqc.method": ((*GROUND, "sarqc.method"), ()),
     "sarqc.model": (
@@ -77,7 +88,7 @@ GUARDED = (
     "yaml",
     "triton",
 )
-PURE_ROOMS = ("sarqc.method", "sarqc.config")
+PURE_ROOMS = ("sarqc.method", *CONFIG)
 IMPURE = ("pathlib", "logging", "tqdm")
 
 

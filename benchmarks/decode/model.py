@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from benchmarks.ops.base import Call
 from benchmarks.quantize.shapes import config_of, tensors_of
 from benchmarks.quantize.source import RandomSource
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.model.build import build
 from sarqc.model.moe import is_experts
 from sarqc_kernels.backend import ENVIRONMENT
@@ -32,7 +32,7 @@ def made(shape: str, bits: int | None, device: torch.device) -> Any:
     config = config_of(shape, None)
     tensors = tensors_of(config)
     group = math.gcd(GROUP, *(shape[-1] for name, shape in tensors.items() if "_proj" in name))
-    quant = None if bits is None else QuantSpec(bits=bits, group_size=group)
+    quant = None if bits is None else QuantConfig(bits=bits, group_size=group)
     source = RandomSource(tensors, device=device, quant=quant)
     model = build(config, source, device=device, dtype=torch.bfloat16, packed=bits is not None)
     if bits is None and any(is_experts(module) for module in model.modules()):

@@ -1,9 +1,9 @@
 """The quality table: methods x bits x calibration sizes on a real model, and what stands in the README for it.
 
     python -m benchmarks.quality.proof RESULTS.json                          the small setting, minutes on two cores
-    python -m benchmarks.quality.proof RESULTS.json --full --model MODEL --calib A.txt --eval A-test.txt --eval B.txt
+    python -m benchmarks.quality.proof RESULTS.json --full --model MODEL --dataset A.txt --eval A-test.txt --eval B.txt
 
-Everything is measured by `sarqc.compare`, whose folder (--work) makes it resumable: run it again after an interruption.
+Everything is measured by `sarqc.compare`, whose folder (--work-dir) makes it resumable: run it again.
 The small setting needs no network: the packaged SmolLM2, and the topics of Python's language reference, part of them to
 calibrate on and the others to judge on. --also judges checkpoints of other tools, or of whole runs of ours, by the
 same code, as in `sarqc compare --also`. RESULTS.json gets rows, protocol, versions and duration, RESULTS.svg the plot.
@@ -40,7 +40,7 @@ SMALL: tuple[Setting, ...] = (
 WHOLE = "whole runs"
 """The protocol's mode where checkpoints of whole runs were judged (`benchmarks.quality.whole`)."""
 _FULL: Setting = dict(
-    methods=("rtn", "awq", "sarqc-awq", "gptq", "rqc-gptq", "sarqc-gptq", "sarqc"),
+    methods=("rtn", "awq", "sarqc-awq", "gptq", "rqc-gptq", "sarqc-gptq", "sarqc-awq-gptq"),
     num_samples=(4, 16, 64),
     seeds=(0, 1, 2),
     eval_windows=32,
@@ -92,12 +92,12 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--calib", default="builtin")
+    parser.add_argument("--dataset", default="builtin")
     parser.add_argument("--eval", action="append", dest="texts")
     parser.add_argument("--methods", help="instead of the setting's, with commas between")
     parser.add_argument("--num-samples", help="instead of the setting's, with commas between")
     parser.add_argument("--also", action="append", default=[], type=Other.parsed)
-    parser.add_argument("--work", type=Path, default=Path("quality-output/work"))
+    parser.add_argument("--work-dir", type=Path, default=Path("quality-output/work"))
     args = parser.parse_args()
     instead: Setting = {}
     if args.methods:
@@ -111,11 +111,11 @@ def main() -> None:
         with RunWatcher(Console(stderr=True)) as watcher:
             found = sarqc.compare(
                 args.model,
-                args.work,
-                calib=args.calib,
+                args.work_dir,
+                dataset=args.dataset,
                 texts=args.texts or ["builtin"],
                 also=own,
-                watcher=watcher,
+                progress=watcher,
                 **(setting | instead),
             )
         cells += found.table["cells"]

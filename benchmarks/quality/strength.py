@@ -2,10 +2,10 @@
 
     python -m benchmarks.quality.strength MODEL results.jsonl --calibration wiki=calibration.txt \
         --evaluation wiki=evaluation.txt --evaluation python=builtin \
-        --case 3:4:0 --case 3:16:0 --set strength=auto --set strength=0.3 --set strength=1 --set borrow=0.25 ...
+        --case 3:4:0 --case 3:16:0 --set reg_lambda=auto --set reg_lambda=0.3 --set expert_shrinkage=0.25 ...
 
 A case is BITS:WINDOWS:SEED; with a decimal point in BITS layers get widths that average so many with scales. Windows of
---seqlen tokens are drawn from the calibration text with the seed. Each --set is a run: fields of `SolveSpec`, with
+--seqlen tokens are drawn from the calibration text with the seed. Each --set is a run: fields of `MethodConfig`, with
 commas between them. Judged on --eval-windows windows of each text, evenly spaced. Every run adds a line of JSON:
 perplexities, seconds of each stage, strengths, widths and shares carried of each kind of site.
 """
@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
-from sarqc.config import AUTO, QuantSpec, SolveSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.model import dataset
 from sarqc.model.hub import locate
 from sarqc.model.layers import targets
@@ -31,20 +31,20 @@ from sarqc.model.lazy_model import Skeleton
 from sarqc.model.perplexity import perplexity
 from sarqc.model.sites import write_back
 from sarqc.model.tokenizer import load_tokenizer
+from sarqc.options import options
 from sarqc.pipeline import driver
 from sarqc.pipeline.bit_allocation import choose
 from sarqc.pipeline.sensitivity import look
 from sarqc.pipeline.streams import windows_at_once
 
 
-def fields(text: str) -> SolveSpec:
-    """`strength=0.3,borrow=0.25` as a spec; words, numbers and true or false."""
+def fields(text: str) -> MethodConfig:
+    """`reg_lambda=0.3,expert_shrinkage=0.25` as a configuration; words, numbers and true or false."""
     values: dict[str, Any] = {}
     for pair in filter(None, text.split(",")):
         name, value = pair.split("=", 1)
-        kind = type(getattr(SolveSpec(), name)) if name != "strength" or value == AUTO else float
-        values[name] = value == "true" if kind is bool else kind(value)
-    return solve_spec(**values)
+        values[name] = options(MethodConfig)[name].read(name, value)
+    return MethodConfig(**values)
 
 
 def evenly(windows: dataset.Windows, count: int) -> dataset.Windows:
@@ -55,7 +55,7 @@ def evenly(windows: dataset.Windows, count: int) -> dataset.Windows:
 
 @torch.no_grad()
 def quantized(
-    folder: Path, tokens: torch.Tensor, quant: QuantSpec, solve: SolveSpec, stop: int | None
+    folder: Path, tokens: torch.Tensor, quant: QuantConfig, method: MethodConfig, stop: int | None
 ) -> tuple[Any, list[Any]]:
     """The model with the weights of its first blocks replaced by what they dequantize to, in fp32, and the results."""
     checkpoint = open_checkpoint(folder)
@@ -63,9 +63,9 @@ def quantized(
     by_name = {target.linear: target for target in targets(skeleton, quant).selected}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     results = []
-    given = tokens if solve.gram else None
-    widths = first_look(skeleton, checkpoint, tokens, quant, solve) if quant.avg_bits is not None else None
-    run = driver.run(skeleton, checkpoint, given, quant, solve, dtype=torch.float32, widths=widths)
+    given = tokens if method.calibrated else None
+    widths = first_look(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
+    run = driver.run(skeleton, checkpoint, given, quant, method, dtype=torch.float32, widths=widths)
     for result in islice(run, stop):
         for linear, weight in result.weights.items():
             write_back(model, by_name[linear], weight)
@@ -75,7 +75,7 @@ def quantized(
 
 
 def first_look(
-    skeleton: Skeleton, checkpoint: Checkpoint, tokens: torch.Tensor, quant: QuantSpec, solve: SolveSpec
+    skeleton: Skeleton, checkpoint: Checkpoint, tokens: torch.Tensor, quant: QuantConfig, method: MethodConfig
 ) -> dict[str, int]:
     """Bits of each Linear, as a run chooses them."""
     sites = look(
@@ -84,7 +84,7 @@ def first_look(
         targets(skeleton, quant),
         tokens,
         quant,
-        solve,
+        method,
         device=torch.device("cpu"),
         dtype=torch.float32,
         micro_batch=partial(windows_at_once, torch.device("cpu")),
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="NAME=TEXT")
     parser.add_argument("--evaluation", action="append", required=True, help="NAME=TEXT")
     parser.add_argument("--case", action="append", required=True, help="BITS:WINDOWS:SEED")
-    parser.add_argument("--set", action="append", required=True, help="fields of SolveSpec")
+    parser.add_argument("--set", action="append", required=True, help="fields of MethodConfig")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-windows", type=int, default=4)
@@ -135,7 +135,7 @@ def main() -> None:
     for case in args.case:
         bits, (windows, seed) = case.split(":")[0], map(int, case.split(":")[1:])
         width = {"avg_bits": float(bits)} if "." in bits else {"bits": int(bits)}
-        quant = QuantSpec(group_size=args.group_size, **width)
+        quant = QuantConfig(group_size=args.group_size, **width)
         for setting in args.set:
             model, results = quantized(folder, calib.draw(windows, seed).tokens, quant, fields(setting), args.blocks)
             line = {

@@ -1,6 +1,6 @@
 """Whole runs side by side: ours and those of other tools, on the same tokens and judged by the same code.
 
-    python -m benchmarks.quality.whole MODEL RESULTS.json --calib CALIB.txt --eval A.txt --eval B.txt --work WORK \
+    python -m benchmarks.quality.whole MODEL RESULTS.json --dataset TEXT --eval A.txt --eval B.txt --work-dir WORK \
         --format 3:64 --format 2:32 --windows 4,16,64 --method sarqc-gptq --method sarqc \
         --rival gptq=VENV/bin/python --rival awq=VENV/bin/python
 
@@ -41,9 +41,9 @@ RIVALS = {
 
 def tokens_of(args: argparse.Namespace, windows: int, seed: int) -> Path:
     """A file with the windows int64 [S, L] that all methods calibrate on with this seed."""
-    path: Path = args.work / f"tokens-{windows}-{seed}.safetensors"
+    path: Path = args.work_dir / f"tokens-{windows}-{seed}.safetensors"
     if not path.exists():
-        text = dataset.windows(args.calib, load_tokenizer(locate(args.model)), part="calibration", seqlen=SEQLEN)
+        text = dataset.windows(args.dataset, load_tokenizer(locate(args.model)), part="calibration", seqlen=SEQLEN)
         save_file({"tokens": text.draw(windows, seed).tokens}, path)
     return path
 
@@ -52,7 +52,7 @@ def ours(args: argparse.Namespace, method: str, bits: int, group_size: int, toke
     """A checkpoint by one of our methods; what made it."""
     drawn = load_file(tokens)["tokens"]
     how = dict(method=method, bits=bits, group_size=group_size)
-    sarqc.quantize(args.model, out, calib=drawn, num_samples=len(drawn), overwrite=True, **how)
+    sarqc.quantize(args.model, out, dataset=drawn, num_samples=len(drawn), overwrite=True, **how)
     return f"sarqc {sarqc.__version__}"
 
 
@@ -78,10 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("results", type=Path)
-    parser.add_argument("--calib", required=True)
+    parser.add_argument("--dataset", required=True)
     parser.add_argument("--eval", action="append", dest="texts", required=True)
     parser.add_argument("--eval-windows", type=int, default=16)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--format", action="append", dest="formats", required=True, help="BITS:GROUP_SIZE")
     parser.add_argument("--method", action="append", dest="methods", default=[])
     parser.add_argument(
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--kept", action="store_true", help="make no checkpoint that is not there")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
     makers = [(name, name, ours) for name in args.methods]
     makers += [(RIVALS[rival.partition("=")[0]][0], rival, rivals) for rival in args.rivals]
     tools: dict[str, str] = {}
@@ -102,8 +102,8 @@ def main() -> None:
     for bits, group_size in (map(int, format_.split(":")) for format_ in args.formats):
         also = [other for other in args.also if (other.bits, other.group_size) == (bits, group_size)]
         for windows, seed, (name, method, make) in product(sizes, map(int, args.seeds.split(",")), makers):
-            out = args.work / f"{name.replace(' ', '-')}-{bits}-{group_size}-{windows}-{seed}"
-            maker = args.work / f"{out.name}.txt"  # there once the checkpoint is whole
+            out = args.work_dir / f"{name.replace(' ', '-')}-{bits}-{group_size}-{windows}-{seed}"
+            maker = args.work_dir / f"{out.name}.txt"  # there once the checkpoint is whole
             if not maker.exists():
                 if args.kept:
                     continue
@@ -113,11 +113,11 @@ def main() -> None:
             also.append(Other(name, bits, group_size, windows, seed, out))
         found = sarqc.compare(
             args.model,
-            args.work / "judged",
+            args.work_dir / "judged",
             methods=("rtn",),
             bits=(bits,),
             group_sizes=(group_size,),
-            calib=args.calib,
+            dataset=args.dataset,
             num_samples=tuple(sizes),
             seqlen=SEQLEN,
             texts=args.texts,

@@ -22,7 +22,7 @@ from benchmarks.quantize.source import RandomSource
 from benchmarks.quantize.stopwatch import OpTimes
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.model.lazy_model import Skeleton
 from sarqc.pipeline import driver
 from sarqc.system import peak_memory_mib
@@ -93,7 +93,7 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     skeleton = Skeleton.from_config(config, source)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (run.windows, run.seqlen), generator=generator)
-    quant, spent = QuantSpec(bits=run.bits, group_size=run.group_size), Spent()
+    quant, spent = QuantConfig(bits=run.bits, group_size=run.group_size), Spent()
     form = FORMATS["compressed-tensors"]
     target = Path(tempfile.mkdtemp(prefix="sarqc-bench-", dir=folder))
     # On a card what the user gets there, the checkpoint's dtype; on a CPU fp32, as `sarqc quantize` takes by itself.
@@ -101,7 +101,7 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     began = time.perf_counter()
     try:
         with OpTimes(device) as ops, ShardWriter(target) as writer:
-            results = driver.run(skeleton, source, tokens, quant, solve_spec(run.method), device=device, dtype=dtype)
+            results = driver.run(skeleton, source, tokens, quant, MethodConfig(run.method), device=device, dtype=dtype)
             while (run.blocks is None or spent.blocks < run.blocks) and budget.has_time():
                 with budget.step():
                     result = next(results, None)
@@ -121,7 +121,7 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     return _record(run, config, spent, by_op, total)
 
 
-def _write(result: driver.BlockResult, form: Any, quant: QuantSpec, writer: ShardWriter, spent: Spent) -> None:
+def _write(result: driver.BlockResult, form: Any, quant: QuantConfig, writer: ShardWriter, spent: Spent) -> None:
     for linear, weight in result.weights.items():
         with spent.on("pack"):
             packed = form.pack(linear, weight, quant)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quantize.shapes import Shapes
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 
@@ -29,7 +29,7 @@ class RandomSource:
     """
 
     def __init__(
-        self, shapes: Shapes, seed: int = 0, *, device: torch.device | str = "cpu", quant: QuantSpec | None = None
+        self, shapes: Shapes, seed: int = 0, *, device: torch.device | str = "cpu", quant: QuantConfig | None = None
     ) -> None:
         self._shapes, self._quant = shapes, quant
         generator = torch.Generator().manual_seed(seed)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from docs.draw.kernels import bricks, columns, gram
-from docs.draw.method import flow, objective, quality
+from docs.draw.method import flow, objective, perplexity, quality
 
 PICTURES: dict[str, Callable[[], str]] = {
+    "perplexity": perplexity,
     "objective": objective,
     "flow": flow,
     "quality": quality,

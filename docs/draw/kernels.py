@@ -28,7 +28,7 @@ def gram() -> str:
             picture.rect((left + side * column, top + side * row), (side, side), fill, stroke)
     picture.rect((left + side, top + 4 * side), (side, side), BLUE, INK, 2)
     picture.arrow((182, 96), (left + side, top + 4 * side + 12), BLUE)
-    picture.text((192, 268), "two stretches", BLUE)
+    picture.text((192, 268), "two column ranges", BLUE)
     picture.text((192, 285), "make one tile", BLUE)
     picture.text((584, 76), "never computed;", FAINT)
     picture.text((584, 93), "mirrored once", FAINT)
@@ -71,17 +71,17 @@ def columns() -> str:
 
 def bricks() -> str:
     """A brick, a row of it, a word; and how 3 bits are cut into planes."""
-    picture = Canvas(720, 396, "a brick of a packed weight and the words of a row")
-    picture.text((20, 28), "weight [N, K] in bricks", size=14)
+    picture = Canvas(720, 396, "a tile of a packed weight and the words of a row")
+    picture.text((20, 28), "weight [N, K] in tiles", size=14)
     for row in range(3):
         for column in range(3):
             chosen = (row, column) == (1, 1)
             at = (20 + 56 * column, 44 + 44 * row)
             picture.rect(at, (56, 44), PALE_ORANGE if chosen else GREY, ORANGE if chosen else FAINT, 2 if chosen else 1)
     picture.text((20, 194), "64 rows × 128 inputs", ORANGE)
-    picture.text((20, 211), "4 KiB in one piece", ORANGE)
+    picture.text((20, 211), "4 KiB, contiguous", ORANGE)
     picture.arrow((190, 110), (246, 76), ORANGE)
-    picture.text((250, 28), "a row of a brick at 4 bits: sixteen words of 32 bits", size=14)
+    picture.text((250, 28), "a row of a tile at 4 bits: sixteen words of 32 bits", size=14)
     for word in range(16):
         left = 250 + 28 * word
         picture.rect((left, 60), (28, 26), PALE_BLUE if word == 5 else "none", BLUE if word == 5 else FAINT)
@@ -100,7 +100,7 @@ def bricks() -> str:
         left = 250 + 28 * word
         picture.rect((left, 228), (28, 24), GREEN, "#ffffff")
         picture.text((left + 14, 244), str(32 + word), "#ffffff", "middle", 11)
-    picture.text((20, 296), "other widths: planes, one behind the other in the brick", size=14)
+    picture.text((20, 296), "other bit-widths: planes, one after another in the tile", size=14)
     planes = (
         ("2 bits", ((128, "2"),)),
         ("3 bits", ((128, "low 2"), (64, "high 1"))),
@@ -117,7 +117,7 @@ def bricks() -> str:
         across += 24
     picture.text(
         (20, 362),
-        "Lengths are to scale: a row of a plane of w bits has 4 w words; a reader shifts by its share once.",
+        "Lengths are to scale: a row of a plane of w bits has 4 w words.",
         FAINT,
     )
     picture.text((20, 380), "Codes are joined in a register: low | high << 2 at 3 bits, low | high << 4 at 8.", FAINT)

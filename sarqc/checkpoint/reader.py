@@ -23,7 +23,7 @@ from sarqc.checkpoint.files import file_in, read_json
 from sarqc.checkpoint.formats import FORMATS, DenseInfo, detect, quantization_of
 from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 
@@ -47,6 +47,15 @@ class Storage:
     def bits_per_weight(self) -> float | None:
         """Bits on disk of each quantized weight, scales and zeros included; None where nothing is quantized."""
         return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
+
+    def record(self) -> dict[str, Any]:
+        """What a report says of the size."""
+        return {
+            "bytes": self.total_bytes,
+            "quantized_weights": self.quantized_weights,
+            "quantized_bytes": self.quantized_bytes,
+            "bits_per_weight": round(self.bits_per_weight or 0.0, 3),
+        }
 
 
 class Checkpoint:
@@ -133,7 +142,7 @@ class Checkpoint:
         stored = self.describe(linear)
         assert self.format is not None
         group_size = -1 if stored.groups == 1 else stored.shape[1] // stored.groups
-        return partial(self.format.pack, linear, quant=QuantSpec(stored.bits, group_size, stored.sym))
+        return partial(self.format.pack, linear, quant=QuantConfig(stored.bits, group_size, stored.sym))
 
     def storage(self) -> Storage:
         """What is on disk, counted from the headers after checking the tensors of every quantized Linear."""

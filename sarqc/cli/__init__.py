@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, NoReturn
@@ -21,17 +22,16 @@ from sarqc.cli.compare import compare
 from sarqc.cli.convert import convert
 from sarqc.cli.doctor import doctor
 from sarqc.cli.evaluate import evaluate
-from sarqc.cli.export import export
+from sarqc.cli.flags import command_class, plain_switches
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
-from sarqc.cli.layout import laid_out
 from sarqc.cli.quantize import quantize
 from sarqc.cli.report import report
 from sarqc.cli.verify import verify
+from sarqc.options import RenamedWarning
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
-    "export": export,
     "eval": evaluate,
     "generate": generate,
     "chat": chat,
@@ -51,6 +51,8 @@ LESS = {
     "compare": "smaller --seqlen and --eval-seqlen",
 }
 """What makes a command with a `--device` take less memory."""
+
+_SHOW = warnings.showwarning
 
 app = typer.Typer(name="sarqc", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -73,7 +75,7 @@ def _sarqc(
 
 
 for _name, _command in COMMANDS.items():
-    app.command(name=_name)(_command)
+    app.command(name=_name, cls=command_class(_command))(_command)
 
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -95,7 +97,8 @@ def _run() -> int:
     """The exit code of the command in `sys.argv`: what it says, or that of what ended it."""
     from sarqc.errors import Interrupted, SarqcError
 
-    command = laid_out(get_group(app))
+    warnings.showwarning = _warn
+    command = plain_switches(get_group(app))
     try:
         with command.make_context("sarqc", sys.argv[1:]) as context:
             command.invoke(context)
@@ -124,6 +127,14 @@ def _run() -> int:
     except OSError as error:
         where = "standard output" if error.filename is None else repr(os.fspath(error.filename))
         return _said(f"{where} cannot be used: {error.strerror or error}; give another place, or make room there")
+
+
+def _warn(message: Warning | str, category: type[Warning], *rest: object, **options: object) -> None:
+    """A warning as one line, where it is about an earlier name; others as Python shows them."""
+    if issubclass(category, RenamedWarning):
+        _said(str(message))
+    else:
+        _SHOW(message, category, *rest, **options)  # type: ignore[arg-type]
 
 
 def _usage(error: Exception) -> str:

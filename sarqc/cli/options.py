@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from sarqc.config import QuantConfig, RunConfig
+from sarqc.options import options
+
 ModelArgument = Annotated[
     str, typer.Argument(help="Local folder, hub id (OWNER/NAME), or 'smollm2', the packaged one.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option(help=options(RunConfig)["device"].help)]
 DtypeOption = Annotated[
     str,
     typer.Option(
@@ -25,82 +27,9 @@ ExpandedOption = Annotated[
     bool, typer.Option("--expanded", help="Expand quantized weights to dense ones first. Off: they stay packed.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-FormatOption = Annotated[
-    str,
-    typer.Option(
-        help="compressed-tensors, gptq (v1 if symmetric, else v2), gptq_v2 or awq (gemm, 4 bits). "
-        "The first is what vLLM, SGLang and transformers all read."
-    ),
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output folder, once the new one is whole.")
-]
-TrustOption = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run Python code that comes with the model. Off: such models are refused."
-    ),
-]
-
-
-def _values_from_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Take defaults of the other options from a YAML file; what stands on the command line wins."""
-    if path is None:
-        return None
-    import yaml
-
-    from sarqc.errors import ArgumentError
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ArgumentError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ArgumentError(f"--config {path} must hold option: value lines, it holds a {type(values).__name__}")
-    known = {
-        name: param
-        for param in context.command.params
-        if param.name not in {"config", "help"}
-        for name in (one.lstrip("-").replace("-", "_") for one in (*param.opts, param.name or "") if one[:2] != "-o")
-    }
-    defaults = {}
-    for key, value in values.items():
-        param = known.get(str(key).replace("-", "_"))
-        if param is None:
-            raise ArgumentError(f"--config {path}: no option {key!r}; known are {', '.join(sorted(known))}")
-        defaults[str(param.name)] = [value] if param.multiple and isinstance(value, str) else value
-    context.default_map = defaults
-    return path
-
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        is_eager=True, callback=_values_from_file, help="YAML file with any of these options; the command line wins."
-    ),
-]
-
-
-def auto_or(kind: type[int] | type[float], name: str, value: str) -> Any:
-    """`auto`, or `value` as a number; `ArgumentError` naming the option otherwise."""
-    from sarqc.config import AUTO
-    from sarqc.errors import ArgumentError
-
-    if value == AUTO:
-        return AUTO
-    try:
-        return kind(value)
-    except ValueError:
-        raise ArgumentError(f"{name} = {value!r} is not usable: use auto or a number") from None
-
-
-def gigabytes(name: str, value: float) -> int:
-    """GB as bytes; `ArgumentError` naming the option where that is no number of bytes. How few will do is not asked."""
-    from sarqc.errors import ArgumentError
-
-    if not 0 <= value < math.inf:
-        raise ArgumentError(f"{name} = {value:g} GB is not usable: use a number like 4 or 0.5")
-    return int(value * 1e9)
+FormatOption = Annotated[str, typer.Option(help=options(QuantConfig)["format"].help)]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help=options(RunConfig)["overwrite"].help)]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help=options(RunConfig)["trust_remote_code"].help)]
 
 
 class _Aside(Console):

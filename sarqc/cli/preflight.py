@@ -52,7 +52,7 @@ def _waiting(found: Preflight) -> str:
     if found.waiting.states:
         said.append(f"{human(found.waiting.states)} of hidden states in memory")
     if found.waiting.mapped:
-        said.append(f"{human(found.waiting.mapped)} of hidden states in a file (over --state-budget)")
+        said.append(f"{human(found.waiting.mapped)} of hidden states in a file (over --activation-budget)")
     if found.waiting.ahead:
         said.append(f"the next block read ahead, {human(found.waiting.ahead)}")
     elif found.blocks > 1:

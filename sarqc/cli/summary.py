@@ -50,7 +50,7 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Label and text of each line about a run."""
     from sarqc.report.summary import human, share, width
 
-    quant, solve, size = report["quant"], report["solve"], report["size"]
+    quant, method, size = report["quant"], report["method"], report["size"]
     kind = "symmetric" if quant["sym"] else "asymmetric"
     group = "one scale a row" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
     yield "weights", escape(f"{width(quant)}, {group}, {kind}; {size['bits_per_weight']} bits with scales")
@@ -65,8 +65,8 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     how = "no calibration"
     if calibration:
         how = f"{calibration['windows']} windows of {calibration['seqlen']} tokens of {calibration['text']}"
-    held = f", strength {solve['strength']}" if solve["strength"] else ""
-    yield "method", escape(f"{solve['method']}{held}; {how}")
+    held = f", lambda {method['reg_lambda']}" if method.get("reg_lambda") else ""
+    yield "method", escape(f"{method['method']}{held}; {how}")
     measured = "output error" if calibration else "weight error"
     yield measured, f"{share(report['error'])} (plain rounding {share(report['rounding_error'])})"
     for site, reason in report["fallbacks"].items():

@@ -21,13 +21,16 @@ from torch import Tensor
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.comparison import table as tables
 from sarqc.comparison.store import folder_fingerprint
-from sarqc.config import QuantSpec, SolveSpec, to_json
+from sarqc.config import MethodConfig, QuantConfig
+from sarqc.config_compare import ComparisonConfig, MeasureConfig
 from sarqc.errors import ArgumentError, CheckpointError, NumericError
+from sarqc.method.lambda_search import Strengths
 from sarqc.method.layer import SolveReport
 from sarqc.model import dataset
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import Overlay
 from sarqc.model.tokenizer import load_tokenizer
+from sarqc.options import record
 from sarqc.pipeline import driver, passage
 from sarqc.pipeline.passage import Left
 from sarqc.system import resolve_device, resolve_dtype, versions
@@ -37,18 +40,18 @@ Detail = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to measure. method: as asked for, "NAME" or "NAME@STRENGTH". windows, seed: None without text."""
+    """One thing to measure. label: "NAME" or "NAME@LAMBDA". windows, seed: None where the method is not calibrated."""
 
-    method: str
-    quant: QuantSpec
-    solve: SolveSpec
+    label: str
+    quant: QuantConfig
+    method: MethodConfig
     windows: int | None
     seed: int | None
 
     def record(self) -> dict[str, Any]:
         """What the cell is, as JSON values."""
         return {
-            "method": self.method,
+            "method": self.label,
             "bits": self.quant.bits,
             "group_size": self.quant.group_size,
             "windows": self.windows,
@@ -118,41 +121,31 @@ class Bench:
     texts: list[Text] = field(default_factory=list)
 
 
-def make(
-    folder: Path,
-    calib: str | Path | Tensor,
-    sizes: Sequence[int],
-    seqlen: int,
-    seeds: Sequence[int],
-    device: str,
-    dtype: str,
-    trust: bool,
-) -> Bench:
-    """Read the model and draw the calibration windows of every seed; the largest of `sizes` must fit into the text."""
+def make(folder: Path, what: ComparisonConfig) -> Bench:
+    """Read the model and draw the calibration windows of every seed; the largest size must fit into the text."""
     checkpoint = open_checkpoint(folder)
     if checkpoint.format is not None:
         raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
-    if isinstance(calib, Tensor):
-        text = dataset.Windows.of_tokens(calib)
+    trust, sizes = what.trust_remote_code, sorted(set(what.num_samples))
+    if isinstance(what.dataset, Tensor):
+        text = dataset.Windows.of_tokens(what.dataset)
     else:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-        text = dataset.windows(str(calib), tokenizer, part="calibration", seqlen=seqlen)
-    if not sizes or sizes[0] < 1:
-        raise ArgumentError(f"num_samples = {list(sizes)} is not usable: use numbers from 1 up")
-    where = resolve_device(device)
+        text = dataset.windows(str(what.dataset), tokenizer, part="calibration", seqlen=what.seqlen)
+    where = resolve_device(what.device)
     solver, judge = (Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
-    kept = resolve_dtype(dtype, where, solver.dtype)
+    kept = resolve_dtype(what.dtype, where, solver.dtype)
     judge.load_outer(checkpoint, where, kept, head=True)
-    drawn = {seed: text.nested(sizes, seed).tokens for seed in seeds}
+    drawn = {seed: text.nested(sizes, seed).tokens for seed in what.seeds}
     return Bench(folder_fingerprint(folder), folder, checkpoint, solver, judge, where, kept, drawn, text)
 
 
-def add_texts(bench: Bench, texts: Sequence[str], seqlen: int, count: int | None, trust: bool) -> None:
-    """Take the last `count` windows of each text, and run the unquantized model over them."""
+def add_texts(bench: Bench, measure: MeasureConfig, trust: bool) -> None:
+    """Take the last windows of each text, and run the unquantized model over them."""
     tokenizer = load_tokenizer(bench.folder, trust_remote_code=trust)
-    for name in texts:
-        windows = dataset.windows(name, tokenizer, part="evaluation", seqlen=seqlen)
-        windows = windows if count is None else windows.last(count)
+    for name in measure.texts:
+        windows = dataset.windows(name, tokenizer, part="evaluation", seqlen=measure.eval_seqlen)
+        windows = windows.last(measure.eval_windows)
         reference = passage.leave(bench.judge, bench.checkpoint, windows.tokens)
         perplexity = passage.judge(bench.judge, windows, reference).perplexity
         bench.texts.append(Text(windows, reference, perplexity))
@@ -171,7 +164,7 @@ def identity(bench: Bench, cell: Cell | Other) -> str:
     if isinstance(cell, Other):
         known |= cell.record() | {"folder": folder_fingerprint(cell.folder)}
     else:
-        known |= {"quant": to_json(cell.quant), "solve": to_json(cell.solve)}
+        known |= {"quant": record(cell.quant), "method": record(cell.method), "seed": cell.seed}
     if isinstance(cell, Cell) and cell.seed is not None and cell.windows is not None:
         tokens = bench.drawn[cell.seed][: cell.windows]
         known["calibration"] = dataset.Windows.of_tokens(tokens).fingerprint
@@ -215,10 +208,11 @@ def _solved(bench: Bench, cell: Cell, detail: Detail) -> Iterator[driver.BlockRe
         bench.checkpoint,
         tokens,
         cell.quant,
-        cell.solve,
+        cell.method,
         device=bench.device,
         dtype=bench.dtype,
-        on_progress=lambda index, stage: detail(f"{cell.method} {cell.quant.bits} bits, block {index} {stage}"),
+        start=driver.Start(strengths=Strengths(seed=cell.seed or 0)),
+        on_progress=lambda index, stage: detail(f"{cell.label} {cell.quant.bits} bits, block {index} {stage}"),
     )
 
 

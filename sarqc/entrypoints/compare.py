@@ -13,20 +13,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-from torch import Tensor
+from typing import Any, Protocol, Unpack
 
 from sarqc.checkpoint.folders import refuse_overlap, refuse_place
 from sarqc.comparison import experiment as benches
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Bench, Cell, Other
 from sarqc.comparison.store import CELLS, Cells
-from sarqc.config import AUTO, QuantSpec, SolveSpec, solve_spec
+from sarqc.config import AUTO, MethodConfig, QuantConfig
+from sarqc.config_compare import COMPARE, ComparisonConfig, MeasureConfig
 from sarqc.errors import ArgumentError, CheckpointError
-from sarqc.model import dataset
+from sarqc.keywords import CompareKeywords
 from sarqc.model.hub import locate_source
 from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
+from sarqc.options import documented, sorted_out
 from sarqc.report.summary import figure
 from sarqc.system import versions
 
@@ -71,54 +71,57 @@ class Comparison:
     table: dict[str, Any]
 
 
+@documented(*COMPARE)
 def compare(
     model: str | Path,
     out: str | Path,
     *,
-    methods: Sequence[str] = ("rtn", "gptq", "sarqc-gptq"),
-    bits: Sequence[int] = (4, 3),
-    group_sizes: Sequence[int | Literal["auto"]] = (AUTO,),
-    sym: bool = True,
-    calib: str | Path | Tensor = dataset.BUILTIN,
-    num_samples: Sequence[int] = (16,),
-    seqlen: int = 512,
-    seeds: Sequence[int] = (0,),
-    texts: Sequence[str] = (dataset.BUILTIN,),
-    eval_seqlen: int = 512,
-    eval_windows: int | None = 16,
-    ignore: Sequence[str] = (),
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    also: Sequence[Other] = (),
-    watcher: Watcher | None = None,
+    what: ComparisonConfig | None = None,
+    measure: MeasureConfig | None = None,
+    progress: Watcher | None = None,
+    **options: Unpack[CompareKeywords],
 ) -> Comparison:
     """Measure every method at every bits, group size, calibration size and seed; write the table to the folder `out`.
 
-    methods: keys of `sarqc.METHODS`, or "NAME@0.3" for one at a fixed strength. num_samples: calibration sizes in
-    windows of `seqlen` tokens; for one seed a smaller size is part of a larger. texts: what to judge on, as `calib`;
-    the last `eval_windows` windows of `eval_seqlen` tokens of each. also: checkpoints of other tools or of whole runs.
+    For one seed a smaller number of sequences is part of a larger one. Every cell gets perplexity, agreement of the
+    likeliest next token and mean KL divergence, the last two against the unquantized model on the same sequences.
+    Memory holds two blocks, the Gram matrices of a site and the hidden states of the texts.
 
-    Every cell gets perplexity, agreement of the likeliest next token and mean KL divergence, the last two against the
-    unquantized model on the same windows. Memory holds two blocks, the Grams of a site and the hidden states of the
-    texts. Raises `SarqcError` for anything wrong with the input.
+    Args:
+        model: Local folder, hub id, or "smollm2".
+        out: Folder for the table and the finished cells.
+        what: What to compare.
+        measure: What to measure on.
+        progress: Receives the progress.
+        {options}
+
+    Returns:
+        The folder and the table.
+
+    Raises:
+        SarqcError: Anything wrong with the input.
     """
-    watcher, out = watcher or Silent(), Path(out).expanduser()
-    folder = locate_source(model, trust_remote_code=trust_remote_code)
+    given = sorted_out(COMPARE, options)
+    what = ComparisonConfig.made(what, given[ComparisonConfig])
+    measure = MeasureConfig.made(measure, given[MeasureConfig])
+    also = [Other.parsed(one) if isinstance(one, str) else one for one in measure.also]
+    watcher, out = progress or Silent(), Path(out).expanduser()
+    folder = locate_source(model, trust_remote_code=what.trust_remote_code)
     refuse_place(out)
     refuse_overlap(out, folder)
     if out.is_dir() and any(out.iterdir()) and not (out / CELLS).exists():
         raise CheckpointError(f"output folder {out} holds something else than a comparison: choose another one")
-    for name, values in (("methods", methods), ("bits", bits), ("seeds", seeds), ("eval", texts)):
+    for name, values in (
+        ("methods", what.methods), ("bits", what.bits), ("seeds", what.seeds), ("num_samples", what.num_samples),
+        ("texts", measure.texts),
+    ):  # fmt: skip
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
-    bench = benches.make(folder, calib, sorted(set(num_samples)), seqlen, seeds, device, dtype, trust_remote_code)
-    patterns = QuantSpec(ignore=ignore).ignore
-    found = targets(bench.solver, QuantSpec(ignore=patterns))
-    quants = list(_quants(found, bits, group_sizes, sym, patterns))
-    cells = _cells(methods, quants, sorted(set(num_samples)), seeds)
-    watcher.note("judging the unquantized model")
-    benches.add_texts(bench, texts, eval_seqlen, eval_windows, trust_remote_code)
+    bench = benches.make(folder, what)
+    found = targets(bench.solver, QuantConfig(ignore=what.ignore))
+    cells = _cells(what, list(_quants(found, what)))
+    watcher.note("measuring the unquantized model")
+    benches.add_texts(bench, measure, what.trust_remote_code)
     protocol = _protocol(bench, str(model))
     done = Cells(out, partial(benches.identity, bench))
     _work(bench, [*also, *cells], done, protocol, watcher)
@@ -130,45 +133,35 @@ def compare(
 # -- what is asked for ----------------------------------------------------------------------------------------------
 
 
-def parse_method(method: str, seed: int) -> SolveSpec:
-    """The spec of "NAME" or "NAME@STRENGTH"."""
-    name, at, strength = method.partition("@")
+def parse_method(method: str) -> MethodConfig:
+    """The method of "NAME" or "NAME@LAMBDA"."""
+    name, at, fixed = method.partition("@")
     try:
-        fixed = float(strength) if at else None
+        given: dict[str, Any] = {"reg_lambda": float(fixed)} if at else {}
     except ValueError:
-        raise ArgumentError(f"method = {method!r}: what follows @ must be a number, the strength") from None
-    return solve_spec(name, strength=fixed, seed=seed)
+        raise ArgumentError(f"method = {method!r} is not accepted: after @ give a number, reg_lambda") from None
+    return MethodConfig(name, **given)
 
 
-def _quants(
-    found: Targets,
-    bits: Sequence[int],
-    group_sizes: Sequence[int | Literal["auto"]],
-    sym: bool,
-    ignore: Sequence[str],
-) -> Iterator[QuantSpec]:
-    for group_size in group_sizes:
+def _quants(found: Targets, what: ComparisonConfig) -> Iterator[QuantConfig]:
+    for group_size in what.group_sizes:
         size = auto_group_size(found) if group_size == AUTO else group_size
-        for width in bits:
-            quant = QuantSpec(bits=width, group_size=size, sym=sym, ignore=ignore)
+        for width in what.bits:
+            quant = QuantConfig(bits=width, group_size=size, sym=what.sym, ignore=what.ignore)
             check_group_size(found, quant)
             yield quant
 
 
-def _cells(
-    methods: Sequence[str], quants: Sequence[QuantSpec], sizes: Sequence[int], seeds: Sequence[int]
-) -> list[Cell]:
-    """All cells, those of one seed and size together; a method that reads no text has one cell for all of them."""
+def _cells(what: ComparisonConfig, quants: Sequence[QuantConfig]) -> list[Cell]:
+    """All cells, those of one seed and size together; a method that is not calibrated has one cell for all of them."""
     cells: dict[Cell, None] = {}
-    for seed in seeds:
-        for size in sizes:
+    for seed in what.seeds:
+        for size in sorted(set(what.num_samples)):
             for quant in quants:
-                for method in methods:
-                    solve = parse_method(method, seed)
-                    if solve.gram:
-                        cells[Cell(method, quant, solve, size, seed)] = None
-                    else:
-                        cells[Cell(method, quant, parse_method(method, 0), None, None)] = None
+                for label in what.methods:
+                    method = parse_method(label)
+                    calibrated = (size, seed) if method.calibrated else (None, None)
+                    cells[Cell(label, quant, method, *calibrated)] = None
     return list(cells)
 
 

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
+from sarqc.config import DEFAULT_METHOD, QUANTIZE, CalibrationConfig, Configs, MethodConfig, QuantConfig, RunConfig
 from sarqc.estimation.preflight import Preflight, look_ahead
-from sarqc.pipeline.plan import expected_windows, make_plan, settings_of
+from sarqc.keywords import QuantizeKeywords
+from sarqc.options import documented
+from sarqc.pipeline.plan import expected_windows, make_plan
 from sarqc.pipeline.resume import default_work
 
 
+@documented(*QUANTIZE)
 def preflight(
-    model: str | Path, out: str | Path = "out", *, work: str | Path | None = None, **settings: Any
+    model: str | Path,
+    out: str | Path = "out",
+    *,
+    method: str | MethodConfig = DEFAULT_METHOD,
+    quant: QuantConfig | None = None,
+    calibration: CalibrationConfig | None = None,
+    run: RunConfig | None = None,
+    **options: Unpack[QuantizeKeywords],
 ) -> Preflight:
     """What `sarqc.quantize` with these arguments would do, without doing it.
 
-    model may be a hub id, of which only headers are fetched, or a folder with a config.json and no weights. Raises
-    `SarqcError` where the settings do not fit the model; what this machine lacks is in `problems`.
+    Args:
+        model: As in `sarqc.quantize`. Of a hub model only headers are fetched; a folder needs no weights.
+        out: The output folder.
+        quant: Number format of the weights.
+        calibration: Calibration data.
+        run: Device, budgets, work folder.
+        {options}
+
+    Returns:
+        Sizes, times and runtimes; what this machine lacks is in `problems`.
+
+    Raises:
+        SarqcError: The options do not fit the model.
     """
-    plan = make_plan(model, settings_of(**settings), headers_only=True)
-    out = Path(out).expanduser()
+    configs = Configs.of(quant, method, calibration, run, **options)
+    plan = make_plan(model, configs, headers_only=True)
+    out, work = Path(out).expanduser(), configs.run.work_dir
     place = default_work(out) if work is None else Path(work).expanduser()
     return look_ahead(plan, expected_windows(plan), out, place)

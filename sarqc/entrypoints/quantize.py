@@ -1,31 +1,31 @@
 """Quantize: a model goes in, a low-bit checkpoint comes out, whole or not at all.
 
 Everything that can be refused is refused before the first block: names, text, shapes, the output folder, a disk that
-is too small. Then blocks are solved one by one and saved as they come, in a work folder beside the output; a run that
-ends early goes on from there. At the end the checkpoint is written from the work folder.
+is too small. Then blocks are solved one by one. Each is saved when it is finished, as a shard of the checkpoint, in a
+work folder beside the output; a run that ends early resumes from there. At the end the shards become the output.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 
 from sarqc.checkpoint.folders import refuse_existing, refuse_overlap, refuse_place
 from sarqc.checkpoint.side_files import side_files
 from sarqc.checkpoint.verify import refuse_poison
-from sarqc.config import AUTO, DEFAULT_METHOD, GRAM_BUDGET
+from sarqc.config import DEFAULT_METHOD, QUANTIZE, CalibrationConfig, Configs, MethodConfig, QuantConfig, RunConfig
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.estimation import preflight
 from sarqc.estimation.memory import look
+from sarqc.keywords import QuantizeKeywords
 from sarqc.model import dataset
+from sarqc.options import documented
 from sarqc.pipeline import driver
 from sarqc.pipeline.bit_allocation import Widths, decide
 from sarqc.pipeline.comm import Group
@@ -33,85 +33,59 @@ from sarqc.pipeline.distributed import Following, joined, named, same_everywhere
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import fingerprint
 from sarqc.pipeline.holding import hold
-from sarqc.pipeline.plan import Plan, Settings, make_plan, read_windows
+from sarqc.pipeline.plan import Plan, make_plan, read_windows
 from sarqc.pipeline.progress import Silent, Watcher
 from sarqc.pipeline.resume import Work, begin, default_work
-from sarqc.pipeline.write import Result, write_checkpoint
+from sarqc.pipeline.write import Result, tensors_of_block, write_checkpoint
 from sarqc.system import give_back
 
 
+@documented(*QUANTIZE)
 def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    method: str = DEFAULT_METHOD,
-    bits: int = 4,
-    avg_bits: float | None = None,
-    bits_choices: Sequence[int] = (),
-    group_size: int | Literal["auto"] = AUTO,
-    sym: bool = True,
-    strength: float | Literal["auto"] | None = None,
-    saliency: str | None = None,
-    borrow: float | None = None,
-    gate_weight: int | None = None,
-    sweeps: int | None = None,
-    carry_error: bool | None = None,
-    calib: str | Path | Tensor = dataset.BUILTIN,
-    num_samples: int | None = None,
-    seqlen: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    micro_batch: int | None = None,
-    gram_budget: int = GRAM_BUDGET,
-    state_budget: int | None = None,
-    ignore: Sequence[str] = (),
-    format: str = "compressed-tensors",
-    tp: int | None = None,
-    trust_remote_code: bool = False,
-    work: str | Path | None = None,
-    keep_work: bool = False,
-    restart: bool = False,
-    overwrite: bool = False,
-    ordered: bool = False,
-    watcher: Watcher | None = None,
+    method: str | MethodConfig = DEFAULT_METHOD,
+    quant: QuantConfig | None = None,
+    calibration: CalibrationConfig | None = None,
+    run: RunConfig | None = None,
+    progress: Watcher | None = None,
+    **options: Unpack[QuantizeKeywords],
 ) -> Result:
-    """Quantize a causal language model to a checkpoint in the folder `out`; a run that ended early goes on.
+    """Quantize a causal language model to a checkpoint in the folder `out`. An interrupted run resumes.
 
-    model: local folder, hub id, or `smollm2`. method: a key of `sarqc.METHODS`. bits: 2 to 8. avg_bits: instead, bits
-    of a weight on average with its scales: layers get widths out of `bits_choices` (2, 3, 4, 5, 6, 8) by what each
-    loses. group_size: inputs per scale, -1 for one scale a row, "auto" for the largest of 128, 64, 32 that divides
-    every layer's inputs. strength, saliency: of the regulariser. borrow, gate_weight: of experts' statistics.
-    sweeps: over codes and scales after the solver's pass. carry_error: make up for earlier blocks. None is the method's
-    own. calib: text to calibrate on (a UTF-8 file, a data set, `builtin`) or tokens int64 [S, L]. num_samples: exactly
-    so many windows of `seqlen` tokens, drawn with `seed`; by default up to 128, of 2048. dtype: of the forward passes.
-    micro_batch: windows at once. gram_budget: bytes of Grams at once. state_budget: bytes of hidden states in memory, a
-    quarter of the machine's by default; beyond it they are in a file in the work folder. ignore: regular expressions of
-    Linears to leave. tp: refuse what no server could run on so many ranks. work: folder for what is finished, by
-    default a hidden one beside `out`; removed in the end unless `keep_work`. restart: forget what it holds. ordered:
-    under torchrun, make sums in the order of one process.
+    Options are fields of `QuantConfig`, `MethodConfig`, `CalibrationConfig` and `RunConfig`: give the configurations,
+    their fields as keywords, or both. A keyword changes the field of a configuration.
 
-    Under torchrun all ranks call this alike: windows and solving are shared out, rank 0 writes, all return its result.
-    Raises `SarqcError` for anything wrong with the input, before `out` exists; `Interrupted` where the watcher asked.
+    Under torchrun all ranks call this alike. Sequences and matrices are split over them, rank 0 writes, and all return
+    its result.
+
+    Args:
+        model: Local folder, hub id, or "smollm2", the packaged model.
+        out: Folder to write. It must not exist, unless `overwrite`.
+        quant: Number format of the weights.
+        calibration: Calibration data. `dataset` also takes token ids, int64 [sequences, tokens].
+        run: Device, budgets, work folder.
+        progress: Receives the progress of the run.
+        {options}
+
+    Returns:
+        The output folder and the report.
+
+    Raises:
+        SarqcError: Anything wrong with the input, before `out` exists.
+        Interrupted: `progress` asked the run to stop; finished blocks are saved.
     """
-    settings = Settings(
-        method=method, bits=bits, avg_bits=avg_bits, bits_choices=bits_choices, group_size=group_size, sym=sym,
-        strength=strength, saliency=saliency, borrow=borrow, gate_weight=gate_weight, sweeps=sweeps,
-        carry_error=carry_error, calib=calib, num_samples=num_samples, seqlen=seqlen, seed=seed, device=device,
-        dtype=dtype, micro_batch=micro_batch, gram_budget=gram_budget, state_budget=state_budget, ignore=ignore,
-        format=format, tp=tp, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    out = Path(out).expanduser()
-    with joined(device, ordered=ordered) as (group, own_device):
-        refuse_existing(out, overwrite)
-        plan = make_plan(model, replace(settings, device=own_device))
-        place = _work_place(out, work, plan.folder)
-        return _carry_out(plan, out, place, group, watcher or Silent(), keep_work, restart, overwrite)
+    configs = Configs.of(quant, method, calibration, run, **options)
+    out, own = Path(out).expanduser(), configs.run
+    with joined(own.device, ordered=own.ordered) as (group, own_device):
+        refuse_existing(out, own.overwrite)
+        plan = make_plan(model, replace(configs, run=replace(own, device=own_device)))
+        place = _work_place(out, own.work_dir, plan.folder)
+        return _carry_out(plan, out, place, group, progress or Silent())
 
 
-def _carry_out(
-    plan: Plan, out: Path, place: Path, group: Group, watcher: Watcher, keep_work: bool, restart: bool, overwrite: bool
-) -> Result:
+def _carry_out(plan: Plan, out: Path, place: Path, group: Group, watcher: Watcher) -> Result:
     """Run a plan on this rank, with its work folder at `place`."""
     windows = read_windows(plan)
     run = _Run(plan, windows, place, group, watcher if group.rank == 0 else Following(watcher))
@@ -120,8 +94,8 @@ def _carry_out(
         run.solve_blocks(None)
         return run.shared(None)
     run.look_ahead(out)
-    with begin(place, run.fingerprint, _about(plan, windows), restart=restart) as opened:
-        return run.shared(run.lead(opened, out, overwrite=overwrite, keep_work=keep_work))
+    with begin(place, run.fingerprint, _about(plan, windows), restart=not plan.run.resume) as opened:
+        return run.shared(run.lead(opened, out))
 
 
 def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
@@ -133,22 +107,22 @@ def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
     inner, outer = place.resolve(), Path(out).resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise ArgumentError(
-            f"work = {str(place)!r} and the output folder {out} lie inside each other: use another --work"
+            f"work_dir = {str(place)!r} and the output folder {out} lie inside each other: use another --work-dir"
         )
     return place
 
 
 def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
-    """What export and report will want to know of a run, beside its fingerprint."""
+    """What the report needs to know of a run, beside its fingerprint."""
     return {
         "model": plan.model,
         "folder": str(plan.folder.resolve()),
         "blocks": len(plan.skeleton.blocks),
         "targets": plan.targets.record(),
-        "calibration": None if windows is None else windows.record(),
+        "calibration": None if windows is None else windows.record() | {"seed": plan.calibration.seed},
         "device": str(plan.device),
-        "dtype": plan.settings.dtype,
-        "code": plan.settings.trust_remote_code,
+        "dtype": plan.run.dtype,
+        "code": plan.run.trust_remote_code,
     }
 
 
@@ -168,20 +142,19 @@ class _Run:
 
     def look_ahead(self, out: Path) -> None:
         """The preflight: `SarqcError` where the run must not begin, or could not end."""
-        side_files(self.plan.folder, self.plan.settings.trust_remote_code)
+        side_files(self.plan.folder, self.plan.run.trust_remote_code)
         refuse_poison(self.plan.checkpoint, f"{self.plan.skeleton.prefix}.")
         found = preflight.look_ahead(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
         for note in (*self.plan.notes, found.headline()):
             self.watcher.note(note)
         found.refuse()
 
-    def lead(self, work: Work, out: Path, *, overwrite: bool, keep_work: bool) -> Result:
+    def lead(self, work: Work, out: Path) -> Result:
         """What rank 0 does: all blocks, then the checkpoint, and then the work folder goes."""
         self.solve_blocks(work)
         self.watcher.note("writing and checking the checkpoint")
-        result = write_checkpoint(work, self.plan.checkpoint, out, self.plan.format, overwrite=overwrite)
-        if not keep_work:
-            work.remove()
+        result = write_checkpoint(work, self.plan.checkpoint, out, self.plan.format, overwrite=self.plan.run.overwrite)
+        work.remove()
         return result
 
     def shared(self, result: Result | None) -> Result:
@@ -207,7 +180,7 @@ class _Run:
                 ) from error
 
     def _begin(self, work: Work) -> Start:
-        start, trouble = work.start(self.plan.solve.gram)
+        start, trouble = work.start(self.plan.method.calibrated)
         if trouble:
             self.watcher.note(f"{trouble}; going on from what is sound")
         if start.block:
@@ -244,11 +217,11 @@ class _Run:
             plan.checkpoint,
             self.tokens,
             plan.quant,
-            plan.solve,
+            plan.method,
             device=plan.device,
             dtype=plan.dtype,
-            micro_batch=plan.settings.micro_batch,
-            gram_budget=plan.settings.gram_budget,
+            micro_batch=plan.run.micro_batch,
+            gram_budget=plan.run.gram_budget,
             start=start,
             on_progress=self._stage,
             group=self.group,
@@ -260,7 +233,7 @@ class _Run:
             for result in running:
                 now = time.perf_counter()
                 if work:
-                    work.save(result, now - began)
+                    work.save(result, now - began, tensors_of_block(plan.skeleton, plan.checkpoint, result.index))
                 elif result.handover:
                     deque(result.handover.hidden.each(), maxlen=0)  # they go to rank 0, which saves them
                 give_back()

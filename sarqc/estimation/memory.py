@@ -1,7 +1,7 @@
 """How much memory a run will take in each of its stages, and what waits on the host meanwhile. From shapes alone.
 
 Counted is what the loop holds at once. Two things wait beside the block at work: hidden states, in memory up to
-`--state-budget` and in a file beyond it, and the next block, where it is read ahead.
+`--activation-budget` and in a file beyond it, and the next block, where it is read ahead.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> Waiting:
     one = shapes.states_bytes(plan, -(-windows // ranks), seqlen)
     joints = [site.joint for _, sites in shapes.blocks(plan) for site in sites if site.joint]
     sets = 0 if not one else 1 + bool(joints) + any(joint.reader for joint in joints)
-    fitting = min(sets, plan.state_budget // one) if one else 0
+    fitting = min(sets, plan.activation_budget // one) if one else 0
     ahead = [_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))]
     return Waiting(fitting * one, (sets - fitting) * one, max(ahead, default=0))
 
@@ -76,7 +76,7 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
     """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
     width, states, ahead = plan.dtype.itemsize, waiting.states, waiting.ahead
     tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
-    apart = windows > 1 and (plan.quant.avg_bits is not None or plan.solve.judges)
+    apart = windows > 1 and (plan.quant.avg_bits is not None or plan.method.needs_validation)
     folds = 0 if not windows else 2 if apart else 1
     tensor = max(shapes.stored_bytes(plan, name) for name in plan.source.names())
     outer = width * _outer(plan)
@@ -122,7 +122,7 @@ def _outer(plan: Plan) -> int:
 
 def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
     """Bytes of the Grams that are held at once, and of solving the largest share beside them."""
-    found = list(portions(sites, folds, plan.settings.gram_budget))
+    found = list(portions(sites, folds, plan.run.gram_budget))
     grams = max((sum(gram_bytes(share, folds) for share in shares) for shares in found), default=0)
     solved = [piece.share for shares in found for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
     solving = max((solving_bytes(share, folds > 0) for share in solved), default=0)

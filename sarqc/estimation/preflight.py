@@ -110,7 +110,7 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
     size = sizes(plan, windows, seqlen)
     waiting, stages = look(plan, windows, seqlen, ranks)
     disk = tuple(_disk(size, waiting, out, work))
-    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.settings.tp
+    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.quant.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
     servers = sorted({*rules.RANKS, tp}) if tp else rules.RANKS
@@ -144,15 +144,12 @@ def _kinds(plan: Plan) -> list[Kind]:
     counted: Counter[tuple[str, tuple[int, ...], str | None]] = Counter()
     for target in plan.targets.selected:
         counted[rules.star(target.linear), target.shape, None] += 1
-    patterns, inside = dict(plan.targets.ignored), f"{plan.skeleton.prefix}."
+    patterns, left = dict(plan.targets.ignored), dict(plan.targets.left)
     known = set(plan.source.names())
     for name in plan.targets.untouched:
         tensor = next((one for one in (f"{name}.weight", name) if one in known), None)
-        reason = f"ignore {patterns[name]}" if name in patterns else "router or no Linear"
-        if name in plan.skeleton.unused:
-            reason = "not used by transformers"
-        elif name not in patterns and not name.startswith(inside):
-            reason = "outside the blocks"
+        outside = "not used by transformers" if name in plan.skeleton.unused else "outside the blocks"
+        reason = f"ignore {patterns[name]}" if name in patterns else left.get(name, outside)
         counted[rules.star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
     return [Kind(name, shape, count, left) for (name, shape, left), count in counted.items()]
 
@@ -175,7 +172,7 @@ def _disk(size: Sizes, waiting: Waiting, out: Path, work: Path) -> list[Disk]:
 def _too_little_disk(disk: Sequence[Disk]) -> list[str]:
     return [
         f"{' and '.join(one.paths)} need {human(one.needed)} of disk, {human(one.free)} are free: make room, or "
-        "use another --work or output folder"
+        "use another --work-dir or output folder"
         for one in disk
         if one.needed > one.free
     ]
@@ -185,7 +182,7 @@ def _too_little_memory(plan: Plan, stages: Sequence[Memory]) -> list[str]:
     found = []
     host = host_memory()
     worst = max(stages, key=lambda stage: stage.host)
-    way_out = "lower --gram-budget, --state-budget, --num-samples or --seqlen"
+    way_out = "lower --gram-budget, --activation-budget, --num-samples or --seqlen"
     here = ranks_here()
     if here * worst.host > host:
         found.append(

@@ -31,7 +31,7 @@ def blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
 def _joined(plan: Plan, sites: list[Site]) -> list[Site]:
     """By names, which a forward might prove wrong: down_proj ends its block; o_proj does not, where experts follow."""
     dense = {site.name.rpartition(".")[2]: site for site in sites if site.experts == 1}
-    likely = dense.get("down_proj", dense.get("o_proj")) if plan.solve.carry_error else None
+    likely = dense.get("down_proj", dense.get("o_proj")) if plan.method.error_correction else None
     joint = Joint(None if "down_proj" in dense else "the norm behind it")
     return [replace(site, joint=joint) if site is likely else site for site in sites]
 

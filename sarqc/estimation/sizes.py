@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sarqc.checkpoint.formats import Format
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS
 from sarqc.method.weight import QuantizedWeight
@@ -106,14 +106,14 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             used = min(site.experts, shapes.choices(plan)) if site.experts > 1 else 1
             forward += 2.0 * tokens * used * rows * site.in_features
             grams += 2.0 * tokens * used * site.in_features**2
-            products = 1 + PRODUCTS * plan.solve.sweeps
+            products = 1 + PRODUCTS * plan.method.cd_passes
             solve += site.experts * (site.in_features**3 + 2.0 * products * rows * site.in_features**2)
-            columns += (1 + plan.solve.sweeps) * site.in_features
+            columns += (1 + plan.method.cd_passes) * site.in_features
             passed += PASSES * site.experts * rows * site.in_features
         share = busiest(sites, ranks, plan.device, gram=windows > 0)
         calls = CALLS * batches * latency
         # The layer that makes up for errors is observed apart, and the original runs beside.
-        times = 2 if plan.solve.carry_error else 1
+        times = 2 if plan.method.error_correction else 1
         if windows:
             spent["observe"] += (times * forward + grams) / rate + times * calls
             spent["replay"] += times * (forward / rate + calls)
@@ -171,7 +171,7 @@ def _scale_dtype(plan: Plan, target: Target) -> torch.dtype:
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
-def _packed_bytes(format: Format, quant: QuantSpec, rows: int, columns: int, dtype: torch.dtype) -> int:
+def _packed_bytes(format: Format, quant: QuantConfig, rows: int, columns: int, dtype: torch.dtype) -> int:
     """Bytes of one Linear in a format, by packing thin ones: they grow evenly with every 32 rows."""
 
     def packed(count: int) -> int:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.method.gram import Gram
 from sarqc.method.scale_search import minmax_error, searched_error
 from sarqc_kernels.columns.grid import GridRule
@@ -51,7 +51,7 @@ class Reader:
     weight: Tensor
     cost: Tensor
     gram: Gram
-    quant: QuantSpec
+    quant: QuantConfig
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _losses(reader: Reader, tried: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """The loss of every candidate [R, E or 1, K], fp64 [R, E]: summed over rows, a sample standing for all of them."""
     experts, rows, columns = reader.weight.shape
     quant = reader.quant
-    group_size = quant.group_size if quant.group_size > 0 else columns
+    group_size = quant.columns_per_group(columns)
     rule = GridRule(quant.bits, quant.sym, reader.cost.dim() == 2, scale_dtype)
     most = PRICED_VOTERS if rule.search else VOTERS
     voters = torch.arange(0, rows, -(-rows // most), device=reader.weight.device)

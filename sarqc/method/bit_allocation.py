@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec, SolveSpec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
 from sarqc.method.gram import Gram, Statistics, borrowing
 from sarqc.method.lambda_search import Judge, Strengths
@@ -53,7 +53,7 @@ class _Step:
     cost: int
 
 
-def stored_bits(shape: tuple[int, int], width: int, quant: QuantSpec) -> int:
+def stored_bits(shape: tuple[int, int], width: int, quant: QuantConfig) -> int:
     """Bits on disk of a matrix (N, K) at `width` bits, with scales, zeros and padding to whole words.
 
     What a format says of the matrix beside them (its shape) is left out, so that one width has its usual average.
@@ -65,15 +65,15 @@ def stored_bits(shape: tuple[int, int], width: int, quant: QuantSpec) -> int:
     return rows * (codes + SCALE_BITS * groups) + zeros
 
 
-def average_range(shapes: Iterable[tuple[int, int]], quant: QuantSpec) -> tuple[float, float]:
-    """Bits per weight, scales included, of these matrices at the narrowest of `quant.choices` and at the widest."""
+def average_range(shapes: Iterable[tuple[int, int]], quant: QuantConfig) -> tuple[float, float]:
+    """Bits per weight, scales included, of these matrices at the narrowest of `quant.bit_options` and at the widest."""
     kinds: dict[tuple[int, int], int] = {}
     for shape in shapes:
         kinds[shape] = kinds.get(shape, 0) + 1
     weights = sum(count * rows * columns for (rows, columns), count in kinds.items())
     narrow, wide = (
         sum(count * stored_bits(shape, width, quant) for shape, count in kinds.items()) / weights
-        for width in (min(quant.choices), max(quant.choices))
+        for width in (min(quant.bit_options), max(quant.bit_options))
     )
     return narrow, wide
 
@@ -144,61 +144,67 @@ class WidthLosses:
         return {each: loss / unit if unit > 0 else 0.0 for each, loss in self.by_width.items()}
 
 
-def tried_width(quant: QuantSpec) -> int:
+def tried_width(quant: QuantConfig) -> int:
     """The width that is tried on the model: the widest within the average, because sites will stay near it."""
     assert quant.avg_bits is not None
-    return max((width for width in quant.choices if width <= quant.avg_bits), default=quant.choices[0])
+    return max((width for width in quant.bit_options if width <= quant.avg_bits), default=quant.bit_options[0])
 
 
 def tried(
     site: str,
     weight: Tensor,
     statistics: Statistics,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     scale_dtype: torch.dtype,
     experts: slice = slice(None),
 ) -> QuantizedWeight:
     """A weight [E, N, K] as it is tried on the model: solved, without channel scales and sweeps, at the rule's
     strength. experts: those of the site that `weight` is of; statistics are of all of them."""
-    solve = replace(solve, sweeps=0)
-    gram = borrowing(statistics, solve.borrow, experts)
-    strength = Strengths().choose("", statistics.rows(), weight.shape[-1], solve, None).strength[experts]
+    method = replace(method, cd_passes=0)
+    gram = borrowing(statistics, method.expert_shrinkage, experts)
+    strength = Strengths().choose("", statistics.rows(), weight.shape[-1], method, None).strength[experts]
     spec = quant.at(tried_width(quant))
-    return SOLVERS[solve.solver](site, weight, gram, strength, spec, solve, scale_dtype).weight
+    return SOLVERS[method.solver](site, weight, gram, strength, spec, method, scale_dtype).weight
 
 
 def width_losses(
-    site: str, weight: Tensor, statistics: Statistics, quant: QuantSpec, solve: SolveSpec, scale_dtype: torch.dtype
+    site: str,
+    weight: Tensor,
+    statistics: Statistics,
+    quant: QuantConfig,
+    method: MethodConfig,
+    scale_dtype: torch.dtype,
+    seed: int = 0,
 ) -> WidthLosses:
-    """The losses of `quant.choices` on a few rows of a few experts of weight [E, N, K], without channel scales.
+    """The losses of `quant.bit_options` on a few rows of a few experts of weight [E, N, K], without channel scales.
 
     statistics: two folds; one is fitted on, the other judges. Where a strength is to be chosen it is the rule's here:
-    another one would move all widths of a site alike, and so would sweeps. The widest choices are not solved: they
-    lose as much less than the widest that is solved as rounding does, because what a solver gains no longer depends on
-    the width there.
+    another one would move all widths of a site alike, and so would coordinate descent. The widest choices are not
+    solved: they lose as much less than the widest that is solved as rounding does, because what a solver gains no
+    longer depends on the width there. seed: of the choice of rows.
     """
-    solve = replace(solve, sweeps=0)
+    method = replace(method, cd_passes=0)
 
     def rounding(width: int, rows: Tensor) -> Tensor:
         return round_plainly(rows, quant.at(width), "search", scale_dtype).dequantize()
 
     def solved(width: int, rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
-        return SOLVERS[solve.solver](
-            site, rows, gram, strength, quant.at(width), solve, scale_dtype
+        return SOLVERS[method.solver](
+            site, rows, gram, strength, quant.at(width), method, scale_dtype
         ).weight.dequantize()
 
     rows = statistics.folds[0].rows
-    strength = float(Strengths().choose("", rows, weight.shape[-1], solve, None).strength.median())
-    first = quant.choices[0]
-    judge = Judge(weight, statistics, solve.borrow, solve.seed, partial(solved, first), partial(rounding, first))
-    few = [width for width in quant.choices if width <= max(SOLVED, tried_width(quant))] or [first]
+    strength = float(Strengths().choose("", rows, weight.shape[-1], method, None).strength.median())
+    first = quant.bit_options[0]
+    judge = Judge(weight, statistics, method.expert_shrinkage, seed, partial(solved, first), partial(rounding, first))
+    few = [width for width in quant.bit_options if width <= max(SOLVED, tried_width(quant))] or [first]
     losses: dict[int, float] = {}
     for width in few:
         judge.trial = partial(solved, width)
         losses[width] = judge.losses([strength], 0)[0]
     rounded: dict[int, float] = {}
-    for width in quant.choices[len(few) - 1 :]:
+    for width in quant.bit_options[len(few) - 1 :]:
         judge.rounding = partial(rounding, width)
         rounded[width] = judge.rounding_loss(0)
         losses[width] = losses[few[-1]] * (rounded[width] / rounded[few[-1]] if rounded[few[-1]] > 0 else 0.0)

@@ -7,7 +7,7 @@ stream behind it lacks of the original's row by row; a share a of R can be asked
 
     F(Q) = |Y Q^T - (Y W^T + a R)|^2 / rows + lambda tr[(Q - W) D (Q - W)^T]
 
-Completing the square gives back the objective of every other solve, around another target:
+Completing the square gives back the objective of every other method, around another target:
 
     F(Q) = tr[(Q - T) H (Q - T)^T] + const,    T = W + a C H^-1,    C = R^T Y / rows,    H = Y^T Y / rows + lambda D
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sarqc.config import SolveSpec
+from sarqc.config import MethodConfig
 from sarqc.method.gram import Gram, Statistics
 from sarqc.method.hessian import factor, regularised_hessian
 
@@ -33,7 +33,7 @@ gain on text like that of the folds, and on other text, where less is right, it 
 
 
 def shifted(
-    site: str, weight: Tensor, statistics: Statistics, strength: Tensor, solve: SolveSpec
+    site: str, weight: Tensor, statistics: Statistics, strength: Tensor, method: MethodConfig
 ) -> tuple[Tensor, float]:
     """The target T fp32 [1, N, K] and its share a, from 0 to `CAUTION`; the weight itself where a is 0.
 
@@ -42,25 +42,25 @@ def shifted(
     """
     if statistics.folds[0].wish is None or len(statistics.folds) < 2:
         return weight, 0.0
-    share = CAUTION * held_out_share(site, statistics, strength, solve)
+    share = CAUTION * held_out_share(site, statistics, strength, method)
     if share == 0:
         return weight, 0.0
-    return weight + share * shift(site, statistics.total(), strength, solve), share
+    return weight + share * shift(site, statistics.total(), strength, method), share
 
 
-def shift(site: str, gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
+def shift(site: str, gram: Gram, strength: Tensor, method: MethodConfig) -> Tensor:
     """C H^-1, fp32 [1, N, K], by two triangular solves; H holds the regulariser."""
-    upper = factor(regularised_hessian(gram, strength, solve), site).matrix
+    upper = factor(regularised_hessian(gram, strength, method), site).matrix
     half = torch.linalg.solve_triangular(upper.mT, gram.wished(), upper=False, left=False)
     full: Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
     return full
 
 
-def held_out_share(site: str, statistics: Statistics, strength: Tensor, solve: SolveSpec) -> float:
+def held_out_share(site: str, statistics: Statistics, strength: Tensor, method: MethodConfig) -> float:
     """The a that serves best on folds the shift was not fitted on, over all pairs of folds, clipped to 0 .. 1."""
     wished = given = 0.0
     for fitted in statistics.folds:
-        fit = shift(site, fitted, strength, solve)
+        fit = shift(site, fitted, strength, method)
         for judging in (fold for fold in statistics.folds if fold is not fitted):
             wished += float((judging.wished() * fit).sum(dtype=torch.float64))
             given += float(((fit @ judging.hessian()) * fit).sum(dtype=torch.float64))

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarqc.config import SolveSpec, saliency_exponent
+from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
+from sarqc.kinds import saliency_exponent
 from sarqc.method.gram import Gram
 from sarqc_kernels.gram import gram_finalize
 
@@ -29,7 +30,7 @@ DAMP_LADDER = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 def saliency(diagonal: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
     """The regulariser's diagonal d, fp32 [E, K], scaled to mean(d) = mean(diag H) (1 for an expert without rows).
 
-    diagonal: of H, [E, K]. abs_mean: E|x_j|, [E, K]. kind: as `SolveSpec.saliency`.
+    diagonal: of H, [E, K]. abs_mean: E|x_j|, [E, K]. kind: as `MethodConfig.saliency`.
     """
     scale = _mean_or_one(diagonal)
     exponent = saliency_exponent(kind)
@@ -42,13 +43,13 @@ def saliency(diagonal: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
     return scale * salient / salient.mean(-1, keepdim=True)
 
 
-def regularised_hessian(gram: Gram, strength: Tensor, solve: SolveSpec) -> Tensor:
+def regularised_hessian(gram: Gram, strength: Tensor, method: MethodConfig) -> Tensor:
     """H + lambda D + damp * mean(diag H) I, fp32 [E, K, K], in memory of its own, made without waiting for the device.
 
     strength: lambda of each expert, fp32 [E].
     """
-    salience = saliency(gram.diagonal(), gram.abs_mean(), solve.saliency)
-    return gram_finalize(gram.sum, gram.rows, salience, strength, solve.damp)
+    salience = saliency(gram.diagonal(), gram.abs_mean(), method.saliency)
+    return gram_finalize(gram.sum, gram.rows, salience, strength, method.damp)
 
 
 @dataclass(frozen=True)

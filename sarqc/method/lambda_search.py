@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.config import AUTO, SolveSpec, saliency_exponent
+from sarqc.config import AUTO, MethodConfig
+from sarqc.kinds import saliency_exponent
 from sarqc.method.gram import Gram, Statistics, shrunk, together
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -55,10 +56,10 @@ class Choice:
     why: str
     by_rule: bool = False
 
-    def of_others(self, rows: Tensor, in_features: int, solve: SolveSpec) -> Choice:
+    def of_others(self, rows: Tensor, in_features: int, method: MethodConfig) -> Choice:
         """The choice for other experts of the same layer, which saw so many rows (int64 [E]): the same lambda, or the
         same rule. They are not asked."""
-        prior = rule(rows, in_features, solve)
+        prior = rule(rows, in_features, method)
         strength = prior if self.by_rule else torch.full_like(prior, float(self.strength[0]))
         return replace(self, strength=strength)
 
@@ -84,15 +85,17 @@ class Track:
 class Strengths:
     """What the sites of a run have answered so far, by kind; `choose` reads it and adds to it.
 
-    It holds nothing but the sites' curves, so what an interrupted run knew can be read from the reports it left.
+    Beside the seed of the rows that trials method, it holds nothing but the sites' curves, so what an interrupted run
+    knew can be read from the reports it left.
     """
 
     tracks: dict[str, Track] = field(default_factory=dict)
+    seed: int = 0
 
     @classmethod
-    def restored(cls, records: Iterable[Record]) -> Strengths:
+    def restored(cls, records: Iterable[Record], seed: int = 0) -> Strengths:
         """From the `Choice.record` of every site that is done, in their order, also after a trip through JSON."""
-        strengths = cls()
+        strengths = cls(seed=seed)
         for record in records:
             if record:
                 strengths.remember(record["kind"], dict(record["curve"]))
@@ -100,7 +103,9 @@ class Strengths:
 
     def copy(self) -> Strengths:
         """The same answers, to which others can be added."""
-        return Strengths({kind: Track(track.seen, list(track.curves)) for kind, track in self.tracks.items()})
+        return Strengths(
+            {kind: Track(track.seen, list(track.curves)) for kind, track in self.tracks.items()}, self.seed
+        )
 
     def remember(self, kind: str, curve: Curve) -> None:
         """Count a site of `kind`, and its answer if it gave one."""
@@ -108,15 +113,17 @@ class Strengths:
         track.seen += 1
         track.curves += [curve] if curve else []
 
-    def choose(self, kind: str, rows: Tensor, in_features: int, solve: SolveSpec, judge: Judge | None) -> Choice:
+    def choose(self, kind: str, rows: Tensor, in_features: int, method: MethodConfig, judge: Judge | None) -> Choice:
         """lambda for each expert of the next site of `kind`.
 
         rows: calibration rows of each expert, int64 [E]. judge: of this site; None where all text is in one fold, so
-        that there is nothing to judge on. A number in `solve.strength` is taken as it is.
+        that there is nothing to judge on. A number in `method.reg_lambda` is taken as it is.
         """
-        if solve.strength != AUTO:
-            return Choice(torch.full(rows.shape, float(solve.strength), device=rows.device), False, kind, {}, "given")
-        prior = rule(rows, in_features, solve)
+        if method.reg_lambda != AUTO:
+            return Choice(
+                torch.full(rows.shape, float(method.reg_lambda), device=rows.device), False, kind, {}, "given"
+            )
+        prior = rule(rows, in_features, method)
         track = self.tracks.setdefault(kind, Track())
         curve = ask(track.curves, float(prior.min()), judge) if judge and track.asks else {}
         self.remember(kind, curve)
@@ -132,13 +139,13 @@ class Strengths:
         return Choice(torch.full_like(prior, GRID[best]), False, kind, curve, why)
 
 
-def rule(rows: Tensor, in_features: int, solve: SolveSpec) -> Tensor:
+def rule(rows: Tensor, in_features: int, method: MethodConfig) -> Tensor:
     """c * (K / rows)^0.6 for each expert, fp32 [E], between 0.03 and 3.
 
     The exponent is a fit to simulated layers whose true covariance is known. c grows from 0.5 to 1.5 with the
     saliency's exponent: a regulariser that spares the weak inputs must be stronger to hold the rest as firmly.
     """
-    exponent = saliency_exponent(solve.saliency)
+    exponent = saliency_exponent(method.saliency)
     constant = 0.5 + 1.0 * min(max((0.5 if exponent is None else exponent) - 0.5, 0.0), 0.5) / 0.5
     return (constant * (in_features / rows.clamp(min=1).float()) ** 0.6).clamp(GRID[1], GRID[-2])
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sarqc.config import AUTO, QuantSpec, SolveSpec
+from sarqc.config import AUTO, MethodConfig, QuantConfig
 from sarqc.errors import NumericError
 from sarqc.method.awq import Scaling
 from sarqc.method.error_correction import shifted
@@ -41,8 +41,8 @@ class Solver(Protocol):
         weight: Tensor,
         gram: Gram,
         strength: Tensor,
-        quant: QuantSpec,
-        solve: SolveSpec,
+        quant: QuantConfig,
+        method: MethodConfig,
         scale_dtype: torch.dtype,
         scaling: Scaling | None = None,
     ) -> Solution:
@@ -50,7 +50,7 @@ class Solver(Protocol):
         ...
 
 
-SOLVERS: dict[str, Solver] = {"round": solve_round, "gram": solve_gram}
+SOLVERS: dict[str, Solver] = {"rtn": solve_round, "gptq": solve_gram}
 
 
 def choose_strength(
@@ -58,8 +58,8 @@ def choose_strength(
     kind: str,
     weight: Tensor,
     statistics: Statistics,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     *,
     scale_dtype: torch.dtype,
     strengths: Strengths,
@@ -70,8 +70,8 @@ def choose_strength(
     kind: which sites share their answers. strengths: answers so far; this site's is added.
     """
     judge = None
-    if solve.strength == AUTO and len(statistics.folds) > 1:
-        once = replace(solve, sweeps=0)
+    if method.reg_lambda == AUTO and len(statistics.folds) > 1:
+        once = replace(method, cd_passes=0)
 
         def trial(rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
             return SOLVERS[once.solver](site, rows, gram, strength, quant, once, scale_dtype).weight.dequantize()
@@ -79,16 +79,16 @@ def choose_strength(
         def rounding(rows: Tensor) -> Tensor:
             return round_plainly(rows, quant, "minmax", scale_dtype).dequantize()
 
-        judge = Judge(weight.float(), statistics, solve.borrow, solve.seed, trial, rounding)
-    return strengths.choose(kind, statistics.rows(), weight.shape[-1], solve, judge)
+        judge = Judge(weight.float(), statistics, method.expert_shrinkage, strengths.seed, trial, rounding)
+    return strengths.choose(kind, statistics.rows(), weight.shape[-1], method, judge)
 
 
 def solve_site(
     site: str,
     weight: Tensor,
     statistics: Statistics | None,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     *,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
@@ -97,8 +97,8 @@ def solve_site(
 ) -> tuple[QuantizedWeight, SolveReport]:
     """Quantize one site's weight [E, N, K] and say how well.
 
-    statistics: of the site's inputs, or None for plain rounding (`solve.gram` False). scale_dtype: the dtype scales
-    are stored in; they are rounded to it before any weight is. scaling: what is done to the weight first; statistics
+    statistics: of the site's inputs, or None where the method is not calibrated. scale_dtype: the dtype scales are
+    stored in; they are rounded to it before any weight is. scaling: what is done to the weight first; statistics
     and errors are those of the original all the same. choice: of the strength, made for this site alone by default.
     experts: those of the site that `weight` and `scaling` are of; statistics and choice are of all of them.
     Raises `NumericError` naming the site where the weight is not finite, and `ArgumentError` where the group size does
@@ -110,17 +110,17 @@ def solve_site(
     if not bool(torch.isfinite(weight).all()):
         raise NumericError(f"{site}: its weight holds NaN or Inf; repair the checkpoint before quantizing it")
     gram, target, carried = None, weight, 0.0
-    if statistics is None or not solve.gram:
-        solution = Solution(round_plainly(weight, quant, solve.grid, scale_dtype), torch.zeros(1))
+    if statistics is None or not method.calibrated:
+        solution = Solution(round_plainly(weight, quant, method.scales, scale_dtype), torch.zeros(1))
     else:
         whole = statistics.in_one()  # once: with two folds it is a copy of what can be most of the memory
         gram = whole.folds[0].part(experts)
         choice = choice or choose_strength(
-            site, "", weight, statistics, quant, solve, scale_dtype=scale_dtype, strengths=Strengths()
+            site, "", weight, statistics, quant, method, scale_dtype=scale_dtype, strengths=Strengths()
         )
         if not choice.rounded:
-            target, carried = shifted(site, weight, statistics, choice.strength, solve)
-        solution = _solve_chosen(site, target, whole, choice, quant, solve, scale_dtype, scaling, experts)
+            target, carried = shifted(site, weight, statistics, choice.strength, method)
+        solution = _solve_chosen(site, target, whole, choice, quant, method, scale_dtype, scaling, experts)
     judged = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
     sample = target[:, judged]
     plain = round_plainly(sample, quant, "minmax", scale_dtype).dequantize()
@@ -140,7 +140,9 @@ def solve_site(
         seconds=time.perf_counter() - began,
         exponent=0.0 if scaling is None else scaling.exponent,
         unscaled=None if scaling is None else scaling.unscaled,
-        borrowed_rows=0 if statistics is None or len(statistics.rows()) == 1 else kappa(weight.shape[-1], solve.borrow),
+        borrowed_rows=0
+        if statistics is None or len(statistics.rows()) == 1
+        else kappa(weight.shape[-1], method.expert_shrinkage),
         carried=carried,
         held_out=choice.record() if choice else {},
         signal=signal,
@@ -154,8 +156,8 @@ def _solve_chosen(
     weight: Tensor,
     statistics: Statistics,
     choice: Choice,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None,
     experts: slice,
@@ -164,9 +166,9 @@ def _solve_chosen(
     if choice.rounded:
         scaled = weight if scaling is None else scaling.apply(weight)
         return Solution(round_plainly(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight)))
-    gram = borrowing(statistics, solve.borrow, experts)
-    solver = SOLVERS[solve.solver]
-    return solver(site, weight, gram, choice.strength[experts], quant, solve, scale_dtype, scaling)
+    gram = borrowing(statistics, method.expert_shrinkage, experts)
+    solver = SOLVERS[method.solver]
+    return solver(site, weight, gram, choice.strength[experts], quant, method, scale_dtype, scaling)
 
 
 def _fallback(choice: Choice | None, unfactored: Tensor) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec, SolveSpec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import Scaling
 from sarqc.method.gram import Gram
 from sarqc.method.hessian import regularised_hessian
@@ -25,9 +25,9 @@ class Solution:
     damping: Tensor
 
 
-def round_plainly(weight: Tensor, quant: QuantSpec, grid: str, scale_dtype: torch.dtype) -> QuantizedWeight:
+def round_plainly(weight: Tensor, quant: QuantConfig, grid: str, scale_dtype: torch.dtype) -> QuantizedWeight:
     """Every weight to its nearest code; the grid spans each group, or is searched for the least squared error."""
-    group_size = quant.group_size if quant.group_size > 0 else weight.shape[-1]
+    group_size = quant.columns_per_group(weight.shape[-1])
     scales, zeros = fit_grid(
         weight,
         None,
@@ -45,17 +45,17 @@ def solve_round(
     weight: Tensor,
     gram: Gram,
     strength: Tensor,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
     """Every weight to its nearest code, on grids searched in the metric H + lambda D (`method.scale_search`)."""
-    metric = regularised_hessian(gram, strength, solve)
+    metric = regularised_hessian(gram, strength, method)
     if scaling is not None:
         weight, metric = scaling.apply(weight), scaling.metric(metric)
-    if solve.grid == "minmax":
-        rounded = round_plainly(weight, quant, solve.grid, scale_dtype)
+    if method.scales == "minmax":
+        rounded = round_plainly(weight, quant, method.scales, scale_dtype)
     else:
         rule = GridRule(quant.bits, quant.sym, True, scale_dtype)
         scales, zeros = search_grid(weight, metric, rule, weight.shape[-1] // quant.groups(weight.shape[-1]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sarqc.errors import ModelError, first_line
 from sarqc.model import moe
 from sarqc.model.checks import check_config, check_layers
 from sarqc.model.source import TensorSource
+from sarqc.model.usage import Usage, usage
 from sarqc.model.weight_map import Piece, trace
 from sarqc.system import settle
 
@@ -78,6 +79,15 @@ class Skeleton:
                 self.model.get_submodule(path)._buffers[name] = module._buffers[name].to(self.device)
         self.model.config.dtype = dtype
         self.dtype = dtype
+
+    @cached_property
+    def usage(self) -> Usage | None:
+        """What each weight is used for; None where the model's code does not run without data."""
+        model = self.model
+        if not all(parameter.is_meta for parameter in model.parameters()):
+            model = self._build(self.dtype)
+            moe.use_sorted_experts(model)
+        return usage(model)
 
     # -- weights ------------------------------------------------------------------------------------------------
 

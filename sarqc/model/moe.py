@@ -117,16 +117,16 @@ def use_sorted_experts(model: Any) -> None:
 
 
 @contextmanager
-def observed(module: nn.Module, observer: Observer, gate_weight: int = 0) -> Iterator[None]:
+def observed(module: nn.Module, observer: Observer, power: int = 0) -> Iterator[None]:
     """Report what enters the projections of one experts module to `observer`, and to no other one, for the time of the
     context.
 
-    gate_weight: power p of the router's weight w that a row counts with. Rows are reported times |w|^(p/2), so that
+    power: p, of the router weight w by which a row counts. Rows are reported times |w|^(p/2), so that
     sums of their squares and products, as a Gram is, weigh each by |w|^p. The output of the layer is sum_e w_e y_e:
     with p = 2 what is least squares for each expert is so for the layer, as far as its experts err independently.
     """
     before = getattr(module, _OBSERVER, None)
-    setattr(module, _OBSERVER, (observer, gate_weight))
+    setattr(module, _OBSERVER, (observer, power))
     try:
         yield
     finally:
@@ -187,6 +187,8 @@ def _project(module: Any, projection: str, x: Tensor, offsets: Tensor) -> Tensor
         return packed
     bias = getattr(module, f"{projection}_bias") if module.has_bias else None
     out = x.new_empty(len(x), weight.shape[2 if module.is_transposed else 1])
+    if x.is_meta:  # without data nobody knows who goes where: all rows go to one expert
+        return nn.functional.linear(x, weight[0].t() if module.is_transposed else weight[0])
     bounds = offsets.tolist()  # the one synchronisation of the dense path
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:

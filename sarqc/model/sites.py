@@ -143,10 +143,10 @@ def find_sites(skeleton: Skeleton, found: Sequence[Target], run: Callable[[], ob
 
 
 @contextmanager
-def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, gate_weight: int = 0) -> Iterator[None]:
+def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, power: int = 0) -> Iterator[None]:
     """Send what every site reads to `sink`, for the time of the context.
 
-    gate_weight: rows of experts come scaled by their router weight, see `experts.observed`. Raises `ModelError` on
+    power: rows of experts come scaled by their router weight, see `experts.observed`. Raises `ModelError` on
     leaving it where a site was never called.
     """
     called: set[str] = set()
@@ -166,7 +166,7 @@ def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, gate_weight: 
                 hooks.enter_context(reading(module, partial(pass_on, site, offsets=None)))
         for name, by_projection in stacks.items():
             module = skeleton.model.get_submodule(name)
-            hooks.enter_context(moe.observed(module, partial(_dispatch, by_projection, pass_on), gate_weight))
+            hooks.enter_context(moe.observed(module, partial(_dispatch, by_projection, pass_on), power))
         yield
     silent = next((site for site in sites if site.name not in called), None)
     if silent is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.conventions import FUSED
 from sarqc.errors import CheckpointError
 from sarqc.method.bit_allocation import Unit, allocate, stored_bits
@@ -85,11 +85,12 @@ def decide(plan: Plan, tokens: Tensor, group: Group, on_block: Callable[[int], o
             plan.targets,
             tokens,
             plan.quant,
-            plan.solve,
+            plan.method,
             device=plan.device,
             dtype=plan.dtype,
             micro_batch=plan.micro_batch,
-            gram_budget=plan.settings.gram_budget,
+            gram_budget=plan.run.gram_budget,
+            seed=plan.calibration.seed,
             mine=lambda index: index % group.size == group.rank,
             on_block=on_block,
         )
@@ -99,7 +100,7 @@ def decide(plan: Plan, tokens: Tensor, group: Group, on_block: Callable[[int], o
     return choose(sites, plan.quant, group.gather(time.perf_counter() - began)[0])
 
 
-def choose(sites: Sequence[SiteLosses], quant: QuantSpec, seconds: float = 0.0) -> Widths:
+def choose(sites: Sequence[SiteLosses], quant: QuantConfig, seconds: float = 0.0) -> Widths:
     """Widths for all sites of a model from what each loses. seconds: that finding out took."""
     assert quant.avg_bits is not None
     joined = _joined(sites)
@@ -150,11 +151,11 @@ def _fused(linear: str) -> str | None:
     return f"{parent}.{'+'.join(family)}" if family else None
 
 
-def _unit(sites: Sequence[SiteLosses], quant: QuantSpec) -> Unit:
+def _unit(sites: Sequence[SiteLosses], quant: QuantConfig) -> Unit:
     shapes = [shape for site in sites for shape in site.shapes]
     return Unit(
         name=sites[0].site,
         weights=sum(rows * columns for rows, columns in shapes),
-        sizes={width: sum(stored_bits(shape, width, quant) for shape in shapes) for width in quant.choices},
-        losses={width: sum(site.losses[width] for site in sites) for width in quant.choices},
+        sizes={width: sum(stored_bits(shape, width, quant) for shape in shapes) for width in quant.bit_options},
+        losses={width: sum(site.losses[width] for site in sites) for width in quant.bit_options},
     )

@@ -79,7 +79,7 @@ class Block:
         with a norm behind every layer: to find that out for every block would cost a second stream. Ranks take rank 0's
         word.
         """
-        call, solve = streams.call(self.index), self.solving.solve
+        call = streams.call(self.index)
         self.sites = find_sites(self.solving.skeleton, self.members, call) if self.members else []
         if streams.reference is not None:
             self._find_joints(streams)
@@ -87,7 +87,7 @@ class Block:
         readers = [
             Point("reader", self.index, site.joint.reader) for site in self.sites if site.joint and site.joint.reader
         ]
-        streams.hooks.watch([*readers, *entries], self.solving.skeleton.model, solve.gate_weight)
+        streams.hooks.watch([*readers, *entries], self.solving.skeleton.model, self.solving.method.router_weight_power)
         self.order = order_of([*readers, *entries], call.run)
         kept = [Point("site", self.index, site.entry) for site in self.sites if site.joint]
         streams.quantized.begin_block(self.order, kept)
@@ -97,7 +97,7 @@ class Block:
 
     def quantize(self, streams: Streams) -> None:
         """Quantize every site as the micro-batches reach it; they wait in front of the block, loaded and looked at."""
-        if self.solving.solve.channel_scale and self.sites:
+        if self.solving.method.channel_scales and self.sites:
             self.scales = scales_of_block(self, streams)
             self.changed = self.scales.fold_in()
         by_entry = {site.entry: site for site in self.sites}
@@ -126,11 +126,11 @@ class Block:
 
     def collector(self, streams: Streams) -> Collector:
         """What sums statistics of this block."""
-        return Collector(self.solving.solve, streams.text.folds, self.solving.device, self.solving.group)
+        return Collector(self.solving.method, streams.text.folds, self.solving.device, self.solving.group)
 
     def _find_joints(self, streams: Streams) -> None:
         call, solving = streams.call(self.index), self.solving
-        inside = not solving.solve.channel_scale
+        inside = not solving.method.channel_scales
         seen = residual_writes(solving.skeleton, self.index, self.sites, call.hidden, call, inside=inside)
         found = solving.group.gather(seen)[0]
         if not found and self.first:

@@ -34,7 +34,7 @@ def scales_of_block(block: Block, streams: Streams) -> BlockScales:
         journal.notes += notes
         with journal.stage(block.index, "scale"):
             solving.choose(block.index, shares, collected)
-            grams = all_or_none(solving.group, partial(_borrowing, collected, solving.solve.borrow))
+            grams = all_or_none(solving.group, partial(_borrowing, collected, solving.method.expert_shrinkage))
             scales.decide(shares, grams, solving.cost, solving.quant_of, solving.scale_dtype(shares[0].site))
     return scales
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.method.awq import ChannelScales, Reader, Scaling, search
 from sarqc.method.gram import Gram
 from sarqc.model.lazy_model import Skeleton
@@ -57,7 +57,7 @@ class BlockScales:
         shares: Sequence[Share],
         grams: Sequence[Gram],
         cost: Callable[[Share, Gram], Tensor],
-        quant: Callable[[Site], QuantSpec],
+        quant: Callable[[Site], QuantConfig],
         scale_dtype: torch.dtype,
     ) -> None:
         """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`Reader.cost`). quant:

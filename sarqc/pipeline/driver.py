@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sarqc.config import GRAM_BUDGET, QuantSpec, SolveSpec
+from sarqc.config import GRAM_BUDGET, MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, NumericError, ResourceError, first_line, out_of_memory
 from sarqc.method.gram import MAX_LOST
 from sarqc.method.lambda_search import Strengths
@@ -69,8 +69,8 @@ def run(
     skeleton: Skeleton,
     source: TensorSource,
     tokens: Tensor | None,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -86,7 +86,7 @@ def run(
 ) -> Generator[BlockResult, None, None]:
     """Quantize every block of `skeleton` in order, from `start` on.
 
-    tokens: int64 [S, L] windows to calibrate on; None only where `solve.gram` is False, and then nothing is run
+    tokens: int64 [S, L] windows to calibrate on; None only where `method.calibrated` is False, and then nothing is run
     forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
     by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
     kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
@@ -108,28 +108,28 @@ def run(
     place = torch.device(device)
     ahead = Ahead(source) if read_ahead else None
     source = ahead or source
-    solving = Solving(skeleton, source, quant, solve, place, start.strengths, group, widths)
+    solving = Solving(skeleton, source, quant, method, place, start.strengths, group, widths)
     journal = Journal(on_progress, place)
     driver = _Driver(solving, found, dtype, journal, Portions(gram_budget), ahead)
     with ahead or nullcontext():
-        if not solve.gram:
+        if not method.calibrated:
             yield from driver.without_text(start.block)
             return
-        text = _text(tokens, solve, place, micro_batch, folds, group)
+        text = _text(tokens, method, place, micro_batch, folds, group)
         with Streams(skeleton, source, place, dtype, memory or Memory()) as streams:
             yield from driver.with_text(streams, text, start)
 
 
 def _text(
     tokens: Tensor | None,
-    solve: SolveSpec,
+    method: MethodConfig,
     device: torch.device,
     micro_batch: int | None,
     folds: int | None,
     comm: Group,
 ) -> Text:
     """This rank's windows, cut into micro-batches."""
-    folds = folds or (min(2, len(tokens)) if tokens is not None and solve.judges else 1)
+    folds = folds or (min(2, len(tokens)) if tokens is not None and method.needs_validation else 1)
     if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
         shape = None if tokens is None else list(tokens.shape)
         raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
@@ -188,7 +188,7 @@ class _Driver:
 
     def _go_to(self, streams: Streams, text: Text, start: Start) -> None:
         """Bring the streams to the block that the run begins with; those before have their stored weights."""
-        reference, stored = self._solving.solve.carry_error, start.handover
+        reference, stored = self._solving.method.error_correction, start.handover
         handed = stored is not None and streams.begin(
             text, reference=reference and stored.reference, stored=stored, block=start.block
         )

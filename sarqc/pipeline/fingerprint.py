@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sarqc.checkpoint.reader import Checkpoint
-from sarqc.config import to_json
+from sarqc.config import QUANTIZE
 from sarqc.model.dataset import Windows
+from sarqc.options import may_change, record
 from sarqc.pipeline.plan import Plan
 from sarqc.system import versions
 
-MAY_CHANGE = (
-    "output", "format", "device", "micro_batch", "gram_budget", "state_budget", "overwrite", "tp", "ordered", "ranks",
-)  # fmt: skip
-"""Settings that a continued run may have otherwise; those that the numbers depend on give the same bytes only where
-they stay."""
+MAY_CHANGE = ("output", *may_change(QUANTIZE), "ranks")
+"""What a resumed run may change. The device, the micro-batch and the Gram budget change the order of sums, so the bytes
+are the same only where they stay."""
 _PACKAGES = ("sarqc", "torch", "transformers")
 
 
@@ -31,8 +30,9 @@ def fingerprint(plan: Plan, windows: Windows | None) -> dict[str, Any]:
     return {
         "model": of_model(plan.checkpoint),
         "calibration": None if windows is None else windows.fingerprint,
-        "quant": to_json(plan.quant),
-        "solve": to_json(plan.solve),
+        "quant": record(plan.quant),
+        "method": record(plan.method),
+        **record(plan.calibration),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "versions": {name: here[name] for name in _PACKAGES if name in here},
     }
@@ -56,7 +56,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[st
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if name in ("quant", "solve"):
+        if name in ("quant", "method"):
             yield from value.items()
         elif isinstance(value, Mapping):
             yield from ((f"{name}.{key}", inner) for key, inner in value.items())

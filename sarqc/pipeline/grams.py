@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarqc.config import SolveSpec
+from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
 from sarqc.method.gram import MAX_LOST, Statistics, finite_rows
 from sarqc.model.sites import Share, Site
@@ -68,9 +68,9 @@ def portions(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Sh
 class Collector:
     """Sums statistics of sites on one rank or many."""
 
-    def __init__(self, solve: SolveSpec, folds: int, device: torch.device, comm: Group) -> None:
+    def __init__(self, method: MethodConfig, folds: int, device: torch.device, comm: Group) -> None:
         self.folds = folds
-        self._solve = solve
+        self._method = method
         self._device = device
         self._comm = comm
 
@@ -152,7 +152,7 @@ class Collector:
             share.site.in_features,
             self.folds,
             self._device,
-            rest=self._solve.borrow > 0 and not share.whole,
+            rest=self._method.expert_shrinkage > 0 and not share.whole,
             wishes=share.site.wishes,
         )
 

@@ -21,16 +21,18 @@ DEVICE_SHARE = 0.4
 
 def hold(plan: Plan, windows: int, seqlen: int, ranks: int, place: Path) -> Memory:
     """For `windows` of `seqlen` tokens over all ranks; place: a folder for the file."""
-    suspended, streams = suspended_bytes(plan, -(-windows // ranks) * seqlen), 1 + plan.solve.carry_error
+    suspended, streams = suspended_bytes(plan, -(-windows // ranks) * seqlen), 1 + plan.method.error_correction
     if plan.device.type == "cpu":
-        if suspended <= plan.state_budget:
+        if suspended <= plan.activation_budget:
             return Memory()
-        return Memory(plan.state_budget // streams, FileStore(place))
+        return Memory(plan.activation_budget // streams, FileStore(place))
     free, _ = torch.cuda.mem_get_info(plan.device)
     room = int(free * DEVICE_SHARE)
     if suspended <= room:
         return Memory()
-    return Memory(room // (2 * streams), Stores([HostStore(), FileStore(place)], [plan.state_budget]), recompute=True)
+    return Memory(
+        room // (2 * streams), Stores([HostStore(), FileStore(place)], [plan.activation_budget]), recompute=True
+    )
 
 
 def suspended_bytes(plan: Plan, tokens: int) -> int:
@@ -38,6 +40,6 @@ def suspended_bytes(plan: Plan, tokens: int) -> int:
     the residual stream, and as much again for what the model keeps beside it; and twice the stream in the reference."""
     hidden: int = plan.skeleton.model.config.hidden_size
     widest = max((target.shape[1] for target in plan.targets.selected), default=hidden)
-    quantized, reference = widest + 4 * hidden, 2 * hidden * plan.solve.carry_error
+    quantized, reference = widest + 4 * hidden, 2 * hidden * plan.method.error_correction
     total: int = tokens * plan.dtype.itemsize * (quantized + reference)
     return total

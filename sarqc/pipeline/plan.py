@@ -1,4 +1,4 @@
-"""A run before it runs: what was asked for, and what comes of it once names, shapes and settings are checked.
+"""A run before it runs: what was asked for, and what comes of it once names, shapes and options are checked.
 
 A plan needs a configuration and the headers of the weights, nothing more, so one can be made for a model whose weights
 are on another machine.
@@ -6,17 +6,24 @@ are on another machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sarqc.checkpoint.formats import FORMATS, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
-from sarqc.config import AUTO, DEFAULT_METHOD, GRAM_BUDGET, QuantSpec, SolveSpec, solve_spec
+from sarqc.config import (
+    AUTO,
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQLEN,
+    CalibrationConfig,
+    Configs,
+    MethodConfig,
+    QuantConfig,
+    RunConfig,
+)
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
@@ -28,41 +35,6 @@ from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.pipeline.streams import windows_at_once
 from sarqc.system import host_memory, ranks_here, resolve_device, resolve_dtype
-
-DEFAULT_SAMPLES = 128
-DEFAULT_SEQLEN = 2048
-_LEAST = {"micro_batch": 1, "gram_budget": 1, "state_budget": 0, "num_samples": 1, "seqlen": dataset.MIN_SEQLEN}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What may be asked of a run; the arguments of `sarqc.quantize`, which explains them."""
-
-    method: str = DEFAULT_METHOD
-    bits: int = 4
-    avg_bits: float | None = None
-    bits_choices: Sequence[int] = ()
-    group_size: int | Literal["auto"] = AUTO
-    sym: bool = True
-    strength: float | Literal["auto"] | None = None
-    saliency: str | None = None
-    borrow: float | None = None
-    gate_weight: int | None = None
-    sweeps: int | None = None
-    carry_error: bool | None = None
-    calib: str | Path | Tensor = dataset.BUILTIN
-    num_samples: int | None = None
-    seqlen: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    micro_batch: int | None = None
-    gram_budget: int = GRAM_BUDGET
-    state_budget: int | None = None
-    ignore: Sequence[str] = ()
-    format: str = "compressed-tensors"
-    tp: int | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +49,18 @@ class Plan:
     source: TensorSource
     skeleton: Skeleton
     targets: Targets
-    quant: QuantSpec
-    solve: SolveSpec
-    format: Format
+    quant: QuantConfig
+    method: MethodConfig
+    calibration: CalibrationConfig
+    run: RunConfig
     device: torch.device
     dtype: torch.dtype
-    settings: Settings
     notes: tuple[str, ...]
+
+    @property
+    def format(self) -> Format:
+        """The format of the checkpoint to write."""
+        return FORMATS[self.quant.format]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -96,95 +73,85 @@ class Plan:
     def seqlen(self) -> int:
         """Tokens per window of text: as asked, or 2048, or as many as the model has positions; `ArgumentError` for a
         longer one, which the model was never trained to read."""
-        asked, config = self.settings.seqlen, self.skeleton.model.config
+        asked, config = self.calibration.seqlen, self.skeleton.model.config
         if asked is None:
             return min(DEFAULT_SEQLEN, dataset.positions(config) or DEFAULT_SEQLEN)
         dataset.check_seqlen(asked, config, self.model)
         return asked
 
     @property
-    def state_budget(self) -> int:
+    def activation_budget(self) -> int:
         """Bytes of hidden states that stay in memory: by default a quarter of what a rank has of this machine."""
-        asked = self.settings.state_budget
+        asked = self.run.activation_budget
         return host_memory() // ranks_here() // 4 if asked is None else asked
 
     def micro_batch(self, seqlen: int) -> int:
         """Windows that go through a block at once."""
-        return self.settings.micro_batch or windows_at_once(self.device, seqlen)
+        return self.run.micro_batch or windows_at_once(self.device, seqlen)
 
 
-def make_plan(model: str | Path, settings: Settings, *, headers_only: bool = False) -> Plan:
+def make_plan(model: str | Path, configs: Configs, *, headers_only: bool = False) -> Plan:
     """The plan for a model by name; `SarqcError` for whatever can be refused by now.
 
     headers_only: do not fetch weights from a hub, and take a folder that has none.
     """
-    if settings.format not in FORMATS:
-        raise ArgumentError(f"format = {settings.format!r} is not known: use {', '.join(FORMATS)}")
-    for name, least in _LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ArgumentError(f"{name} = {value} is too small: use {least} or more")
-    size = 128 if settings.group_size == AUTO else settings.group_size
-    quant = QuantSpec(settings.bits, size, settings.sym, settings.ignore, settings.avg_bits, settings.bits_choices)
-    asked = ("strength", "saliency", "borrow", "gate_weight", "sweeps", "carry_error", "seed")
-    solve = solve_spec(settings.method, **{name: getattr(settings, name) for name in asked})
+    if configs.quant.format not in FORMATS:
+        raise ArgumentError(f"format = {configs.quant.format!r} is not known: use {', '.join(FORMATS)}")
     if not (headers_only or is_local(model)):
-        _refuse_unfetched(model, settings, quant, solve)
-    return _fitted(model, settings, quant, solve, *_open(model, settings.trust_remote_code, headers_only))
+        _refuse_unfetched(model, configs)
+    return _fitted(model, configs, *_open(model, configs.run.trust_remote_code, headers_only))
 
 
-def _refuse_unfetched(model: str | Path, settings: Settings, quant: QuantSpec, solve: SolveSpec) -> None:
+def _refuse_unfetched(model: str | Path, configs: Configs) -> None:
     """What headers refuse, before hundreds of GB are fetched; where the hub gives none, as it does for what was fetched
     before and there is no network, the weights are waited for."""
-    folder = hub_configuration(str(model), trust_remote_code=settings.trust_remote_code)
+    folder = hub_configuration(str(model), trust_remote_code=configs.run.trust_remote_code)
     try:
         tensors = hub_headers(str(model))
     except ModelError:
         return
     if tensors:
-        _fitted(model, settings, quant, solve, folder, Outline(tensors))
+        _fitted(model, configs, folder, Outline(tensors))
 
 
-def _fitted(
-    model: str | Path, settings: Settings, quant: QuantSpec, solve: SolveSpec, folder: Path, source: TensorSource
-) -> Plan:
-    """The plan, with settings that fit the tensors of the model."""
-    chosen = FORMATS[settings.format]
-    skeleton = Skeleton.from_folder(folder, source, trust_remote_code=settings.trust_remote_code)
+def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSource) -> Plan:
+    """The plan, with options that fit the tensors of the model."""
+    quant, method, run = configs.quant, configs.method, configs.run
+    skeleton = Skeleton.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
     found = targets(skeleton, quant)
     notes: tuple[str, ...] = ()
-    if settings.group_size == AUTO:
+    if quant.group_size == AUTO:
         quant = replace(quant, group_size=auto_group_size(found))
         notes = (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
     check_group_size(found, quant)
     if quant.avg_bits is not None:
-        quant = _mixed(quant, solve, found)
-        choices = ", ".join(map(str, quant.choices))
+        _check_average(quant, method, found)
+        choices = ", ".join(map(str, quant.bit_options))
         notes += (f"bits of each layer: chosen after the first pass, out of {choices}; {quant.avg_bits:g} on average",)
-    chosen.check(quant)
+    FORMATS[quant.format].check(quant)
     for target in found.selected:
-        chosen.check_layer(target.linear, target.shape, quant)
-    device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device, skeleton.dtype)
-    return Plan(str(model), folder, source, skeleton, found, quant, solve, chosen, device, dtype, settings, notes)
+        FORMATS[quant.format].check_layer(target.linear, target.shape, quant)
+    device = resolve_device(run.device)
+    dtype = resolve_dtype(run.dtype, device, skeleton.dtype)
+    return Plan(
+        str(model), folder, source, skeleton, found, quant, method, configs.calibration, run, device, dtype, notes
+    )
 
 
-def _mixed(quant: QuantSpec, solve: SolveSpec, found: Targets) -> QuantSpec:
-    """A spec of different widths, with the least of them that is no less than the average as the one to reckon with;
-    `ArgumentError` for an average that cannot be reached."""
+def _check_average(quant: QuantConfig, method: MethodConfig, found: Targets) -> None:
+    """`ArgumentError` for an average that cannot be reached."""
     assert quant.avg_bits is not None
-    if not solve.gram:
+    if not method.calibrated:
         raise ArgumentError(
-            f"avg_bits = {quant.avg_bits} needs losses measured on text, and method {solve.method} looks at none: "
-            "use another method"
+            f"avg_bits = {quant.avg_bits:g} needs losses measured on calibration data, which method {method.method} "
+            "does not use: use another method"
         )
     least, most = average_range([target.shape for target in found.selected], quant)
     if not least <= quant.avg_bits <= most:
         raise ArgumentError(
-            f"avg_bits = {quant.avg_bits} is out of range: with scales, {min(quant.choices)} to {max(quant.choices)} "
-            f"bits take {least:.3f} to {most:.3f}"
+            f"avg_bits = {quant.avg_bits:g} is out of range: with scales, {min(quant.bit_options)} to "
+            f"{max(quant.bit_options)} bits take {least:.3f} to {most:.3f}"
         )
-    return replace(quant, bits=min(width for width in quant.choices if width >= min(quant.avg_bits, quant.choices[-1])))
 
 
 def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tuple[Path, TensorSource]:
@@ -203,35 +170,28 @@ def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tup
 
 
 def read_windows(plan: Plan) -> dataset.Windows | None:
-    """The windows to calibrate on; None for a method that looks at no text."""
-    asked = plan.settings
-    if not plan.solve.gram:
+    """The windows to calibrate on; None for a method that is not calibrated."""
+    asked = plan.calibration
+    if not plan.method.calibrated:
         return None
-    if isinstance(asked.calib, Tensor):
-        found = dataset.Windows.of_tokens(asked.calib)
+    if isinstance(asked.dataset, Tensor):
+        found = dataset.Windows.of_tokens(asked.dataset)
     else:
-        tokenizer = load_tokenizer(plan.folder, trust_remote_code=asked.trust_remote_code)
-        found = dataset.windows(str(asked.calib), tokenizer, part="calibration", seqlen=plan.seqlen)
+        tokenizer = load_tokenizer(plan.folder, trust_remote_code=plan.run.trust_remote_code)
+        found = dataset.windows(str(asked.dataset), tokenizer, part="calibration", seqlen=plan.seqlen)
     count = min(DEFAULT_SAMPLES, found.available) if asked.num_samples is None else asked.num_samples
     return found.draw(count, asked.seed)
 
 
 def expected_windows(plan: Plan) -> tuple[int, int]:
-    """Windows and tokens per window, counted where model and text are here, otherwise as the settings say; (0, 0) for a
-    method that looks at no text."""
-    asked = plan.settings
-    if not plan.solve.gram:
+    """Windows and tokens per window, counted where model and text are here, otherwise as the options say; (0, 0) for a
+    method that is not calibrated."""
+    asked = plan.calibration
+    if not plan.method.calibrated:
         return 0, 0
     model_here = isinstance(plan.source, Checkpoint)  # and so its tokenizer
-    if isinstance(asked.calib, Tensor) or (model_here and dataset.is_here(str(asked.calib))):
+    if isinstance(asked.dataset, Tensor) or (model_here and dataset.is_here(str(asked.dataset))):
         found = read_windows(plan)
         assert found is not None
         return len(found.tokens), found.tokens.shape[1]
     return asked.num_samples or DEFAULT_SAMPLES, plan.seqlen
-
-
-def settings_of(**values: Any) -> Settings:
-    """`Settings` by keyword; `ArgumentError` naming one that does not exist."""
-    if unknown := sorted(values.keys() - Settings.__dataclass_fields__.keys()):
-        raise ArgumentError(f"{unknown[0]} is no setting: use one of {', '.join(Settings.__dataclass_fields__)}")
-    return Settings(**values)

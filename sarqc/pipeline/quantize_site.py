@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.config import AUTO, QuantSpec, SolveSpec
+from sarqc.config import AUTO, MethodConfig, QuantConfig
 from sarqc.method.gptq import error_cost
 from sarqc.method.gram import Gram, Statistics
 from sarqc.method.lambda_search import Choice, Strengths
@@ -36,8 +36,8 @@ class Solving:
 
     skeleton: Skeleton
     source: TensorSource
-    quant: QuantSpec
-    solve: SolveSpec
+    quant: QuantConfig
+    method: MethodConfig
     device: torch.device
     strengths: Strengths
     group: Group
@@ -56,7 +56,7 @@ class Solving:
         for share, statistics in zip(shares, collected):
             if share.first and share.name not in self.choices:
                 of_first = self.choices[share.site.name]
-                self.choices[share.name] = of_first.of_others(statistics.rows(), share.site.in_features, self.solve)
+                self.choices[share.name] = of_first.of_others(statistics.rows(), share.site.in_features, self.method)
         open_ = [number for number, share in enumerate(shares) if share.name not in self.choices]
         owners = share_out([cost(shares[number]) for number in open_], self.group.size)
 
@@ -71,7 +71,7 @@ class Solving:
         found = _merged(self.group.gather(all_or_none(self.group, own)))
         for number in open_:
             choice: Choice = found[number]
-            if self.solve.strength == AUTO:
+            if self.method.reg_lambda == AUTO:
                 self.strengths.remember(choice.kind, choice.curve)
             device = collected[number].folds[0].rows.device
             choice = replace(choice, strength=choice.strength.to(device))
@@ -84,7 +84,7 @@ class Solving:
             share.weight(self.skeleton.model),
             statistics,
             self.quant_of(share.site),
-            self.solve,
+            self.method,
             scale_dtype=self.scale_dtype(share.site),
             strengths=answers,
         )
@@ -92,7 +92,7 @@ class Solving:
 
     def cost(self, share: Share, gram: Gram) -> Tensor:
         """What errors in a share's weight cost, for the scale search."""
-        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant_of(share.site), self.solve)
+        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant_of(share.site), self.method)
 
     def quantize(
         self, index: int, shares: Sequence[Share], collected: Sequence[Statistics] | None, scales: BlockScales | None
@@ -134,7 +134,7 @@ class Solving:
             piece.share.weight(self.skeleton.model),
             collected[piece.number] if collected is not None else None,
             self.quant_of(share.site),
-            self.solve,
+            self.method,
             scale_dtype=self.scale_dtype(share.site),
             scaling=scales.of(piece.share) if scales else None,
             choice=self.choices[share.name] if collected is not None else None,
@@ -142,7 +142,7 @@ class Solving:
         )
         return solved.to("cpu"), report
 
-    def quant_of(self, site: Site) -> QuantSpec:
+    def quant_of(self, site: Site) -> QuantConfig:
         """What a site's weights become."""
         return self.quant if self.widths is None else self.quant.at(self.widths[site.members[0].linear])
 

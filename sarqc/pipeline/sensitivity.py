@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec, SolveSpec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, ResourceError, first_line, out_of_memory
 from sarqc.method.bit_allocation import WidthLosses, tried, tried_width, width_losses
 from sarqc.method.gram import Statistics
@@ -89,13 +89,14 @@ def look(
     source: TensorSource,
     found: Targets,
     tokens: Tensor,
-    quant: QuantSpec,
-    solve: SolveSpec,
+    quant: QuantConfig,
+    method: MethodConfig,
     *,
     device: torch.device,
     dtype: torch.dtype,
     micro_batch: Callable[[int], int],
     gram_budget: int,
+    seed: int = 0,
     mine: Callable[[int], bool] = lambda _: True,
     on_block: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[int, SiteLosses]]:
@@ -109,7 +110,7 @@ def look(
     batches = cut(len(windows), micro_batch(windows.shape[1]), FOLDS)
     text = Text.of(windows, batches, FOLDS, ALONE)
     few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
-    solving = Solving(skeleton, source, quant, solve, device, Strengths(), ALONE)
+    solving = Solving(skeleton, source, quant, method, device, Strengths(seed=seed), ALONE)
     with ExitStack() as stack_, torch.no_grad():
         streams = stack_.enter_context(Streams(skeleton, source, device, dtype, Memory()))
         streams.begin(text, reference=False)
@@ -137,7 +138,7 @@ class _Looking:
         self._streams = streams
         self._few = few
         self._portions = portions
-        self._collector = Collector(solving.solve, FOLDS, solving.device, ALONE)
+        self._collector = Collector(solving.method, FOLDS, solving.device, ALONE)
         self._plain = self._stream(0)
         self._trials: list[_Trial] = []
         self._arrive(self._plain, 0)
@@ -194,7 +195,7 @@ class _Looking:
         call = self._streams.call(index)
         sites = find_sites(self._skeleton, members, call)
         points = [Point("site", index, site.entry) for site in sites]
-        self._streams.hooks.watch(points, self._skeleton.model, self._solving.solve.gate_weight)
+        self._streams.hooks.watch(points, self._skeleton.model, self._solving.method.router_weight_power)
         order, by_entry = order_of(points, call.run), {site.entry: site for site in sites}
         self._streams.quantized.begin_block(order)
         return [self._with_memory(index, by_entry[point.name], point) for point in order]
@@ -280,8 +281,8 @@ _Weights = list[tuple[Target, QuantizedWeight]]
 
 def _share(solving: Solving, share: Share, statistics: Statistics) -> tuple[WidthLosses, _Weights]:
     """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
-    model, how = solving.skeleton.model, (solving.quant, solving.solve, scale_dtype(solving.source, share.site))
-    losses = width_losses(share.name, share.weight(model), statistics, *how)
+    model, how = solving.skeleton.model, (solving.quant, solving.method, scale_dtype(solving.source, share.site))
+    losses = width_losses(share.name, share.weight(model), statistics, *how, solving.strengths.seed)
     statistics.merge_folds()
     solved: _Weights = []
     for piece in pieces([share], 1, solving.device, gram=True):

@@ -13,9 +13,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from sarqc.config import METHODS
+from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
 from sarqc.model.dataset import GIVEN
 from sarqc.model.hub import SMOLLM2
+from sarqc.options import command_words, default_of, record
 from sarqc.report import summary
 from sarqc.report.svg import text
 
@@ -89,36 +90,21 @@ def base_name(model: str) -> str:
 
 def command(report: summary.Report) -> str:
     """The command line that repeats the run, with names for paths: a card is read on other machines."""
-    quant, solve, calibration = report["quant"], report["solve"], report["calibration"]
+    quant, method, calibration = report["quant"], report["method"], report["calibration"]
     model = report["model"] if report["model"] in _BASES else base_name(report["model"])
-    words = ["sarqc", "quantize", model, "-o", "OUT", "--method", solve["method"]]
-    if quant.get("avg_bits") is None:
-        words += ["--bits", str(quant["bits"])]
-    else:
-        words += [
-            "--avg-bits",
-            f"{quant['avg_bits']:g}",
-            "--bits-choices",
-            ",".join(map(str, quant.get("choices", []))),
-        ]
-    words += ["--group-size", str(quant["group_size"])]
-    words += [] if quant["sym"] else ["--asym"]
-    words += [] if _format_name(report) == "compressed-tensors" else ["--format", _format_name(report)]
-    preset = METHODS.get(solve["method"])
-    for key in ("strength", "saliency", "borrow", "gate_weight", "sweeps"):
-        if key in solve and solve[key] != getattr(preset, key, None):
-            words += [f"--{key.replace('_', '-')}", str(solve[key])]
-    carry = solve.get("carry_error")
-    if isinstance(carry, bool) and carry != getattr(preset, "carry_error", False):
-        words.append("--carry-error" if carry else "--no-carry-error")
+    own = record(MethodConfig(method["method"])) if method["method"] in METHODS else {}
+    mixed = quant.get("avg_bits") is not None
+    usual = {name: default_of(QuantConfig, name) for name in ("sym", "ignore", "format")}
+    numbers = quant | {"format": _format_name(report), "bits": None if mixed else quant["bits"]}
+    words = ["sarqc", "quantize", model, "-o", "OUT", "--method", method["method"]]
+    words += command_words(QuantConfig, numbers, usual)
+    words += command_words(MethodConfig, method | {"method": None}, own)
     if calibration:
-        text_name = _YOURS if calibration["text"] == GIVEN else summary.text_name(calibration["text"])
-        words += ["--calib", text_name, "--num-samples", str(calibration["windows"])]
-        words += ["--seqlen", str(calibration["seqlen"]), "--seed", str(solve.get("seed", 0))]
-    for pattern in quant.get("ignore", []):
-        words += ["--ignore", str(pattern)]
-    words += ["--dtype", str(report["dtype"])] if report.get("dtype") else []
-    words += ["--trust-remote-code"] if report.get("trust_remote_code") else []
+        name = _YOURS if calibration["text"] == GIVEN else summary.text_name(calibration["text"])
+        data = {"dataset": name, "num_samples": calibration["windows"], "seed": 0} | calibration
+        words += command_words(CalibrationConfig, data, {})
+    given = {"dtype": report.get("dtype"), "trust_remote_code": report.get("trust_remote_code")}
+    words += command_words(RunConfig, given)
     return " ".join(shlex.quote(_one_line(word)) for word in words)
 
 
@@ -130,7 +116,9 @@ def _given(report: summary.Report) -> str:
     calibration = report["calibration"]
     if not calibration or calibration["text"] != GIVEN:
         return ""
-    return f"Tokens were given in place of a text: {_YOURS} stands for them; `sarqc.quantize(calib=TOKENS)` takes them."
+    return (
+        f"Tokens were given in place of a text: {_YOURS} stands for them; `sarqc.quantize(dataset=TOKENS)` takes them."
+    )
 
 
 _LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -201,9 +189,9 @@ def _bits(quant: dict[str, Any]) -> float:
 
 
 def _done(report: summary.Report) -> str:
-    solve, calibration, size = report["solve"], report["calibration"], report["size"]
-    held = f", strength {_inline(str(solve['strength']))}" if solve.get("strength") else ""
-    lines = [f"- method `{_inline(solve['method'])}`{held}"]
+    method, calibration, size = report["method"], report["calibration"], report["size"]
+    held = f", lambda {_inline(str(method['reg_lambda']))}" if method.get("reg_lambda") else ""
+    lines = [f"- method `{_inline(method['method'])}`{held}"]
     if calibration:
         lines.append(
             f"- calibrated on {calibration['windows']} windows of {calibration['seqlen']} tokens of "

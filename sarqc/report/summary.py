@@ -174,7 +174,7 @@ def verdict(report: Report) -> Verdict:
     """The run in a sentence, and what calls for a look."""
     concerns = _concerns(report)
     quant = report["quant"]
-    what = f"{width(quant)} by {report['solve']['method']}"
+    what = f"{width(quant)} by {report['method']['method']}"
     error, plain = share(report["error"]), share(report["rounding_error"])
     if not calibrated(report):
         told = f"{what}, without calibration; weight error {error}"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from sarqc.checkpoint.reader import Checkpoint
-from sarqc.config import QuantSpec
-from sarqc.model.layers import Target, targets
+from sarqc.config import QuantConfig
+from sarqc.model.layers import Target, targets_of
 from sarqc.model.lazy_model import Skeleton
 from sarqc.serving.rules import Outlook, Served, fused_layers, mixed_places, outlook
 
@@ -32,12 +32,12 @@ def outlook_of(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Outlook]:
     kinds = _kinds(checkpoint)
     if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
         return []
-    found = targets(skeleton, QuantSpec())
+    found = targets_of(skeleton, checkpoint.linears())
     told = []
     for kind, linears in kinds.items():
         quantized = [target for target in found.selected if target.linear in linears]
         others = [target.linear for target in found.selected if target.linear not in linears]
-        quant = QuantSpec(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
+        quant = QuantConfig(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
         model = served(skeleton, quantized, [*found.untouched, *others])
         told.append(outlook(model, quant, checkpoint.format.name))
     return [_together(ones) for ones in zip(*told, strict=True)]

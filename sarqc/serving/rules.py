@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.conventions import FUSED
 
 RANKS = (1, 2, 4, 8)
@@ -73,21 +73,21 @@ class Outlook:
     known: bool = True
 
 
-Rule = Callable[[Layer, int, int, QuantSpec], tuple[str | None, str]]
+Rule = Callable[[Layer, int, int, QuantConfig], tuple[str | None, str]]
 """rule(layer, outputs, inputs of a rank, quant) -> (kernel, "") or (None, reason)."""
 
 
-def _group(quant: QuantSpec, inputs: int) -> str | None:
-    if quant.group_size > 0 and inputs % quant.group_size:
+def _group(quant: QuantConfig, inputs: int) -> str | None:
+    if not quant.divides(inputs):
         return f"{inputs} inputs on each rank are no multiple of the group size {quant.group_size}"
     return None
 
 
-def _marlin(quant: QuantSpec) -> bool:
+def _marlin(quant: QuantConfig) -> bool:
     return quant.bits in ((4, 8) if quant.sym else (4,)) and quant.group_size in MARLIN_GROUPS
 
 
-def _vllm(layer: Layer, outputs: int, inputs: int, quant: QuantSpec, hopper: bool) -> tuple[str | None, str]:
+def _vllm(layer: Layer, outputs: int, inputs: int, quant: QuantConfig, hopper: bool) -> tuple[str | None, str]:
     if reason := _group(quant, inputs):
         return None, reason
     if layer.stacked:
@@ -98,7 +98,7 @@ def _vllm(layer: Layer, outputs: int, inputs: int, quant: QuantSpec, hopper: boo
     return ("Marlin" if _marlin(quant) else "Humming"), ""
 
 
-def _vllm_experts(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[str | None, str]:
+def _vllm_experts(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
     if inputs * quant.bits % 32:
         return None, f"{inputs} inputs of {quant.bits} bits on each rank fill no whole 32-bit words"
     if not quant.sym and outputs * quant.bits % 32:
@@ -113,15 +113,15 @@ def _vllm_experts(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> 
     return "Humming MoE", ""
 
 
-def _vllm_ampere(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[str | None, str]:
+def _vllm_ampere(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
     return _vllm(layer, outputs, inputs, quant, hopper=False)
 
 
-def _vllm_hopper(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[str | None, str]:
+def _vllm_hopper(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
     return _vllm(layer, outputs, inputs, quant, hopper=True)
 
 
-def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[str | None, str]:
+def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
     if not _marlin(quant):
         kind = "symmetric" if quant.sym else "asymmetric"
         groups = "with one scale a row" if quant.group_size == -1 else f"in groups of {quant.group_size}"
@@ -136,7 +136,7 @@ def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[
     return ("Marlin MoE" if layer.stacked else "Marlin"), ""
 
 
-def _transformers(layer: Layer, outputs: int, inputs: int, quant: QuantSpec) -> tuple[str | None, str]:
+def _transformers(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
     if not quant.sym:
         return None, "asymmetric weights load with `import sarqc` alone: it expects zero points in another shape"
     return "expanded on loading", ""
@@ -164,12 +164,12 @@ class Served:
     key_values: int | None
 
 
-def outlook(model: Served, quant: QuantSpec, format: str, ranks: Sequence[int] = RANKS) -> list[Outlook]:
+def outlook(model: Served, quant: QuantConfig, format: str, ranks: Sequence[int] = RANKS) -> list[Outlook]:
     """Every server with every number of ranks; for a format without rules here nothing is known."""
     return [_one(server, count, model, quant, format) for server in SERVERS for count in ranks]
 
 
-def _one(server: str, ranks: int, model: Served, quant: QuantSpec, format: str) -> Outlook:
+def _one(server: str, ranks: int, model: Served, quant: QuantConfig, format: str) -> Outlook:
     if format != FORMAT or (server == EXPANDS and ranks > 1):
         return Outlook(server, ranks, {}, (), known=False)
     kernels: dict[str, int] = {}
@@ -189,13 +189,13 @@ def _one(server: str, ranks: int, model: Served, quant: QuantSpec, format: str) 
     return Outlook(server, ranks, kernels, tuple(failures))
 
 
-def _kernel(server: str, layer: Layer, ranks: int, quant: QuantSpec) -> tuple[str | None, str]:
+def _kernel(server: str, layer: Layer, ranks: int, quant: QuantConfig) -> tuple[str | None, str]:
     """The kernel a layer runs in, or why there is none; that of each width it may get, where layers differ."""
     shape = layer.on(ranks)
     if isinstance(shape, str):
         return None, shape
     found: dict[str, None] = {}
-    for bits in quant.choices or (quant.bits,):
+    for bits in quant.bit_options or (quant.bits,):
         kernel, reason = SERVERS[server](layer, *shape, quant.at(bits))
         if kernel is None:
             return None, reason

@@ -9,11 +9,12 @@ already done, the part of that loss which column j decides is M_jj^2 (p_j - q_j)
 so the best code of column j is p_j rounded. That is GPTQ (the same codes as its textbook form), with no inverse of H
 and each weight written once. Rows are independent; experts are independent; an identity M is plain rounding.
 
-Three operations, each a `torch.library` custom op of the namespace `sarqc` behind a function that checks:
+Four operations, each a `torch.library` custom op of the namespace `sarqc` behind a function that checks:
 
 - `fit_grid`: scales and zeros of every group, by min-max or by weighted error search.
 - `round_to_grid`: codes of plain rounding on a given grid.
 - `quantize_columns`: codes with error feedback, on a given grid or one fitted as the solver reaches each group.
+- `coordinate_descent` (`descent.py`): codes and scales of a quantized weight improve each other.
 
 The weight that codes stand for is (code - zero) * scale in fp32, throughout. NaN or Inf in weights is not looked for
 (that would wait for the device): the caller checks; here they spoil the codes of their own rows and raise nothing.
@@ -29,13 +30,22 @@ from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
-from sarqc_kernels.columns import grid, panels, reference
+from sarqc_kernels.columns import descent, grid, panels, reference
+from sarqc_kernels.columns.descent import coordinate_descent
 from sarqc_kernels.columns.grid import GridRule, Problem
 from sarqc_kernels.device import fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.packing import words_of
 
-__all__ = ["GridRule", "Problem", "fit_grid", "implementations", "quantize_columns", "round_to_grid"]
+__all__ = [
+    "GridRule",
+    "Problem",
+    "coordinate_descent",
+    "fit_grid",
+    "implementations",
+    "quantize_columns",
+    "round_to_grid",
+]
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,6 +76,28 @@ def _cuda(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return cuda_impl.quantize_columns(problem)
 
 
+def _cpu_unsupported(weight: Tensor, *_: object) -> str | None:
+    from sarqc_kernels.columns import cpu_impl
+
+    return cpu_impl.unsupported(weight)
+
+
+def _cpu_unsupported_problem(problem: Problem) -> str | None:
+    return _cpu_unsupported(problem.weight)
+
+
+def _cpu(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    from sarqc_kernels.columns import cpu_impl
+
+    return cpu_impl.quantize_columns(problem)
+
+
+def _cpu_fit(*args: Any) -> tuple[Tensor, Tensor]:
+    from sarqc_kernels.columns import cpu_impl
+
+    return cpu_impl.fit_grid(*args)
+
+
 def _triton_fit(*args: Any) -> tuple[Tensor, Tensor]:
     from sarqc_kernels.columns import fit_impl
 
@@ -80,6 +112,7 @@ def _triton_round(*args: Any) -> Tensor:
 
 _FIT = (
     Implementation("triton", _triton_unsupported, _triton_fit),
+    Implementation("cpu", _cpu_unsupported, _cpu_fit),
     Implementation("reference", takes_all, grid.fit_grid),
 )
 _ROUND = (
@@ -89,13 +122,14 @@ _ROUND = (
 _QUANTIZE = (
     Implementation("cuda", _cuda_unsupported, _cuda),
     Implementation("triton", _triton_unsupported_problem, _triton),
+    Implementation("cpu", _cpu_unsupported_problem, _cpu),
     Implementation("reference", takes_all, reference.quantize_columns),
 )
 
 
 def implementations() -> dict[str, Sequence[Implementation]]:
     """What there is of each operation, fastest first on a card; for `backend.explain`."""
-    return {"fit_grid": _FIT, "round_to_grid": _ROUND, "quantize_columns": _QUANTIZE}
+    return {"fit_grid": _FIT, "round_to_grid": _ROUND, "quantize_columns": _QUANTIZE, **descent.implementations()}
 
 
 def fit_grid(

@@ -3,8 +3,9 @@
 A group is the weights of one row that share a scale s and an integer zero z; code c in 0 .. 2^bits - 1 stands for the
 weight (c - z) * s. Everything here works on *slabs* [g, B, N]: the g members of a group first, then B blocks that have
 an importance of their own (experts, or the groups of one matrix), then N rows. Members first means that every step is
-one long contiguous vector operation and that sums run over the slowest axis, in an order that does not depend on N:
-the grid of a row is the same whatever rows stand beside it.
+one long contiguous vector operation and that sums run over the slowest axis. torch adds the last columns of such a
+sum, those that do not fill LANES, in another order. So slabs are padded: the grid of a row is the same whatever rows
+stand beside it.
 
 The search scales the span of the min-max grid by every factor of `span_factors` and keeps the one with the least
 importance-weighted squared error. Clipping a few outliers buys finer steps for the rest: at 2 to 4 bits this is worth
@@ -18,16 +19,20 @@ a group's largest weight is positive: the code that is one more goes where it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "FitSlab",
     "GridRule",
     "Problem",
     "empty_grid",
+    "fit_by_slabs",
     "fit_grid",
     "fit_slab",
     "fit_slabs",
@@ -43,6 +48,8 @@ __all__ = [
 
 TRIALS = 24  # with 80 the loss is 0.1 to 0.3 % lower
 WIDEST = 1.08  # a little beyond the span, where the largest weight lies nearer to its code
+
+LANES = 64  # four vectors of the widest kind
 
 SLAB = 1 << 17  # elements in flight: a slab and its two work buffers stay in the second-level caches
 
@@ -111,6 +118,17 @@ def given_grid(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, rule: GridRule) -> tuple[Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.fit_grid`."""
+    return fit_by_slabs(weight, importance, group_size, rule, fit_slab)
+
+
+FitSlab = Callable[[Tensor, Tensor | None, GridRule], tuple[Tensor, Tensor]]
+"""A function like `fit_slab`."""
+
+
+def fit_by_slabs(
+    weight: Tensor, importance: Tensor | None, group_size: int, rule: GridRule, fit: FitSlab
+) -> tuple[Tensor, Tensor]:
+    """`fit_grid` with a given way to fit a slab."""
     scales, zeros = empty_grid(weight, group_size, rule)
     if not weight.numel():
         return scales, zeros
@@ -127,7 +145,7 @@ def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, rule: G
             for row in range(0, rows, tall):
                 part = weight[expert, row : row + tall, span].T.contiguous()
                 slab = part.unflatten(0, (-1, group_size)).transpose(0, 1).contiguous()
-                scale, zero = fit_slab(slab, counts, rule)
+                scale, zero = fit(slab, counts, rule)
                 scales[expert, row : row + tall, at] = scale.T.to(rule.scale_dtype)
                 zeros[expert, row : row + tall, at] = zero.T.to(torch.uint8)
     return scales, zeros
@@ -143,6 +161,9 @@ def fit_slabs(groups: Tensor, importance: Tensor | None, rule: GridRule, scales:
 
 def fit_slab(slab: Tensor, importance: Tensor | None, rule: GridRule) -> tuple[Tensor, Tensor]:
     """Scales and zeros, fp32 [B, N] both, of a slab [g, B, N] fp32 with importance [g, B] or None for all ones."""
+    rows = slab.shape[-1]
+    if rule.search and rows % LANES:
+        slab = F.pad(slab, (0, -rows % LANES))
     low, high = slab.amin(0), slab.amax(0)
     span, low = span_of(low, high, rule)
     scale, zero = grid_of(span, low, 1.0, rule)
@@ -159,7 +180,7 @@ def fit_slab(slab: Tensor, importance: Tensor | None, rule: GridRule) -> tuple[T
         torch.where(better, loss, least, out=least)
         torch.where(better, trial, scale, out=scale)
         torch.where(better, trial_zero, zero, out=zero)
-    return scale, zero
+    return scale[:, :rows], zero[:, :rows]
 
 
 def span_of(low: Tensor, high: Tensor, rule: GridRule) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`quantize_columns` in plain torch: the readable twin of every faster implementation, and what runs on a CPU.
+"""`quantize_columns` in plain torch: the readable twin of every faster implementation.
 
 Layout. Work is transposed and the experts stand side by side: buffers are [K, E, N], so a column of all rows of all
 experts is one contiguous vector, and each step of the column loop is one vector operation for all of them.
@@ -10,12 +10,15 @@ is bound by memory, and it stays in cache.
 
 Rows are taken in batches that bound the work buffers. A row's codes do not depend on which rows or experts share its
 batch: every elementwise step is one IEEE operation, and `sarqc_kernels.products` keeps the order of every sum.
+
+`Steps` are the two parts of the walk that consist of many small operations. `cpu_impl` has them in C++.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from torch import Tensor
 from sarqc_kernels.columns.grid import GridRule, Problem, fit_slabs, given_grid, levels_of, safe_scale
 from sarqc_kernels.products import columns_product, solve_columns
 
-__all__ = ["quantize_columns"]
+__all__ = ["MICRO", "PANEL", "Steps", "TorchSteps", "Work", "quantize_columns", "walk"]
 
 PANEL = 128
 MICRO = 16
@@ -33,7 +36,7 @@ LEAST_BATCH = 512  # rows; every batch divides the factor by its diagonal once m
 
 
 @dataclass
-class _Work:
+class Work:
     """One batch of rows, transposed and in processing order. `given`: the grid comes from outside."""
 
     weight: Tensor  # fp32 [K, E, N]
@@ -50,8 +53,27 @@ class _Work:
     rule: GridRule
 
 
+class Steps(Protocol):
+    """What an implementation may do in another way."""
+
+    def fit(self, groups: Tensor, importance: Tensor, rule: GridRule, scales: Tensor, zeros: Tensor) -> None:
+        """Grids of groups [g, E, N] with importance [g, E], written into fp32 scales and zeros [E, N]."""
+
+    def columns(self, work: Work, inside: Tensor, pull: Tensor, first: int, begin: int, end: int) -> None:
+        """Columns begin .. end - 1 of the panel that begins at `first`: deltas and codes.
+
+        inside: fp32 [E, P, P], M' between the panel's columns. pull: fp32 [P, E, N], what the columns before `begin`
+        ask of the panel's; those from `end` on gain what these columns ask.
+        """
+
+
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.quantize_columns`."""
+    return walk(problem, TorchSteps())
+
+
+def walk(problem: Problem, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_columns` with the given steps."""
     weight, factor, order, scales, _, group_size, rule = problem
     experts, rows, columns = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -64,7 +86,7 @@ def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     for some, span in _batches(experts, rows, columns):
         own = order[some]
         part = weight[some, span]
-        work = _Work(
+        work = Work(
             weight=_transposed(part, own),
             delta=torch.empty((columns, *part.shape[:2]), device=weight.device),
             codes=torch.empty((columns, *part.shape[:2]), dtype=torch.uint8, device=weight.device),
@@ -78,7 +100,7 @@ def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             given=scales is not None,
             rule=rule,
         )
-        _solve(work)
+        _solve(work, steps)
         for at in range(part.shape[0]):
             expert = some.start + at
             codes[expert, span] = work.codes[:, at][own[at].argsort()].T
@@ -106,7 +128,7 @@ def _transposed(weight: Tensor, order: Tensor) -> Tensor:
     return out
 
 
-def _solve(work: _Work) -> None:
+def _solve(work: Work, steps: Steps) -> None:
     """All columns of a batch, panel by panel. A panel holds whole groups, or lies inside of one."""
     columns, group_size = work.weight.shape[0], work.group_size
     if work.given:
@@ -118,18 +140,18 @@ def _solve(work: _Work) -> None:
     for begin in range(0, columns, stretch):
         end = min(begin + stretch, columns)
         if not work.given and group_size > PANEL:
-            _fit(work, begin, _pull(work, _panel(work, begin, end), begin))
+            _fit(work, steps, begin, _pull(work, _panel(work, begin, end), begin))
         for first in range(begin, end, width):
-            _solve_panel(work, first, min(first + width, end))
+            _solve_panel(work, steps, first, min(first + width, end))
 
 
-def _panel(work: _Work, first: int, last: int) -> Tensor:
+def _panel(work: Work, first: int, last: int) -> Tensor:
     """Columns first .. last - 1 of M', down to their last row: [E, last, last - first]; 0 without a factor."""
     panel = work.factor[:, :last, first:last] / work.diagonal[:, None, first:last]
     return torch.where(work.usable[:, None, None], panel, 0.0)
 
 
-def _pull(work: _Work, panel: Tensor, first: int) -> Tensor:
+def _pull(work: Work, panel: Tensor, first: int) -> Tensor:
     """What the columns before `first` ask of the panel's: [width, E, N], one GEMM per expert."""
     pull = torch.zeros((panel.shape[2], *work.weight.shape[1:]), device=panel.device)
     if first:
@@ -138,7 +160,7 @@ def _pull(work: _Work, panel: Tensor, first: int) -> Tensor:
     return pull
 
 
-def _fit(work: _Work, first: int, pull: Tensor) -> None:
+def _fit(work: Work, steps: Steps, first: int, pull: Tensor) -> None:
     """Grid of the group that begins at `first`, on the weights as all columns before it compensate them.
 
     pull: [g, E, N] from all of those. In units of M' the compensated group W_g + (Delta_{<g} M_{<g,g}) M_gg^-1 is
@@ -153,32 +175,44 @@ def _fit(work: _Work, first: int, pull: Tensor) -> None:
         for expert in range(group.shape[1]):
             group[:, expert] += solve_columns(inside[expert], pull[:, expert])
     scales, zeros = (grid[first // work.group_size] for grid in (work.scales, work.zeros))
-    fit_slabs(group, work.diagonal[:, first:last].T.square(), work.rule, scales, zeros)
+    steps.fit(group, work.diagonal[:, first:last].T.square(), work.rule, scales, zeros)
 
 
-def _solve_panel(work: _Work, first: int, last: int) -> None:
-    """Columns first .. last - 1: fit their groups where that is due, then micro-panel by micro-panel."""
+def _solve_panel(work: Work, steps: Steps, first: int, last: int) -> None:
+    """Columns first .. last - 1: group by group where grids are fitted, each fit before its columns."""
     panel = _panel(work, first, last)
     pull = _pull(work, panel, first)
-    inside = panel[:, first:]
-    coefficients = inside.permute(1, 2, 0).unsqueeze(-1).contiguous()  # [i, j, E, 1]
+    inside = panel[:, first:].contiguous()
     fits = not work.given and work.group_size <= PANEL
     stretch = work.group_size if fits else last - first
     for begin in range(first, last, stretch):
         end = min(begin + stretch, last)
         if fits:
-            _fit(work, begin, pull[begin - first : end - first])
+            _fit(work, steps, begin, pull[begin - first : end - first])
+        steps.columns(work, inside, pull, first, begin, end)
+
+
+class TorchSteps:
+    """The steps in plain torch."""
+
+    def fit(self, groups: Tensor, importance: Tensor, rule: GridRule, scales: Tensor, zeros: Tensor) -> None:
+        """See `Steps`."""
+        fit_slabs(groups, importance, rule, scales, zeros)
+
+    def columns(self, work: Work, inside: Tensor, pull: Tensor, first: int, begin: int, end: int) -> None:
+        """See `Steps`: micro-panel by micro-panel, a product with each for the rest of the panel."""
+        coefficients = inside.permute(1, 2, 0).unsqueeze(-1).contiguous()  # [i, j, E, 1]
         for start in range(begin, end, MICRO):
             stop = min(start + MICRO, end)
-            _solve_micro(work, start, stop, pull[start - first : stop - first],
-                         coefficients[start - first : stop - first, start - first : stop - first])  # fmt: skip
-            if stop < last:
+            own = slice(start - first, stop - first)
+            _solve_micro(work, start, stop, pull[own], coefficients[own, own])
+            if own.stop < len(pull):
                 for expert in range(pull.shape[1]):
-                    coming = inside[expert, start - first : stop - first, stop - first :]
-                    pull[stop - first :, expert] += columns_product(coming, work.delta[start:stop, expert])
+                    coming = inside[expert, own, own.stop :]
+                    pull[own.stop :, expert] += columns_product(coming, work.delta[start:stop, expert])
 
 
-def _solve_micro(work: _Work, start: int, stop: int, pull: Tensor, coefficients: Tensor) -> None:
+def _solve_micro(work: Work, start: int, stop: int, pull: Tensor, coefficients: Tensor) -> None:
     """Columns start .. stop - 1 one by one. pull: [m, E, N], up to `start`; coefficients: [m, m, E, 1] of M'."""
     scales, zeros = _columns_grid(work, start, stop)
     levels = torch.empty_like(pull)
@@ -195,7 +229,7 @@ def _solve_micro(work: _Work, start: int, stop: int, pull: Tensor, coefficients:
     work.codes[start:stop] = levels.add_(zeros)
 
 
-def _columns_grid(work: _Work, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _columns_grid(work: Work, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros [m, E, N] of columns start .. stop - 1."""
     if not work.given:
         at = start // work.group_size

@@ -84,7 +84,7 @@ def _dequantize(
     column = group[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     if PACKED:
         pair = group[None, :, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, None, :]
-        mask = live_row[:, None, None] & (2 * pair < columns)
+        mask = live_row[:, None, None] & (pair < columns // 2)
         code = tl.load(codes + line * (columns // 2) + pair, mask=mask, other=0).to(tl.int32)
         value = tl.interleave(_e2m1(code & 15) * factor, _e2m1(code >> 4) * factor)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.method.weight import QuantizedWeight
 
 DTYPES = (
@@ -107,7 +107,7 @@ def quantized_folder(
     tmp_path: Path, random_weight: Callable[..., QuantizedWeight]
 ) -> tuple[Path, dict[str, QuantizedWeight]]:
     """Two Linears (3 bits, asymmetric), a bias and a norm, in shards; returns the folder and the weights."""
-    packed, quant = FORMATS["compressed-tensors"], QuantSpec(3, 24, sym=False)
+    packed, quant = FORMATS["compressed-tensors"], QuantConfig(3, 24, sym=False)
     weights = {f"model.layers.0.mlp.experts.{i}.up_proj": random_weight(7 + i, 72, 3, 24, False) for i in range(2)}
     folder = tmp_path / "quantized"
     with ShardWriter(folder, shard_bytes=300) as writer:

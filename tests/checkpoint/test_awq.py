@@ -8,7 +8,7 @@ import torch
 
 from sarqc.checkpoint.formats import FORMATS, detect
 from sarqc.checkpoint.verify import verify
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 from tests.checkpoint.test_gptq import words, write
@@ -34,7 +34,7 @@ def test_golden_words():
     codes[0, :, 1] = torch.arange(8)  # input 1 of outputs 0 .. 7
     scales = torch.ones(1, 8, 1, dtype=torch.float16)
     zeros = torch.arange(8, 16, dtype=torch.uint8).reshape(1, 8, 1)
-    packed = AWQ.pack("p", QuantizedWeight(codes, scales, zeros, 4), QuantSpec(4, -1, sym=False))
+    packed = AWQ.pack("p", QuantizedWeight(codes, scales, zeros, 4), QuantConfig(4, -1, sym=False))
     assert words(packed["p.qweight"]) == [["00000000"], ["75316420"]]
     assert words(packed["p.qzeros"]) == [["fdb9eca8"]]
     assert packed["p.scales"].shape == (1, 8) and sorted(packed) == ["p.qweight", "p.qzeros", "p.scales"]
@@ -45,13 +45,13 @@ def test_golden_words():
 def test_round_trip_and_an_unpacker_of_another_kind(random_weight, shape, sym):
     rows, columns, group = shape
     weight = random_weight(rows, columns, 4, group, sym, torch.float16)
-    packed = AWQ.pack("p", weight, QuantSpec(4, group, sym))
+    packed = AWQ.pack("p", weight, QuantConfig(4, group, sym))
     codes, zeros = (torch.tensor(nibbles(packed[f"p.{part}"])) for part in ("qweight", "qzeros"))
     spread = columns // weight.scales.shape[-1]
     theirs = (codes - zeros.repeat_interleave(spread, 0)) * packed["p.scales"].double().repeat_interleave(spread, 0)
     assert torch.equal(theirs.T, weight.dequantize(torch.float64)[0])
 
-    config = json.loads(json.dumps(AWQ.config(QuantSpec(4, group, sym), ["lm_head"])))
+    config = json.loads(json.dumps(AWQ.config(QuantConfig(4, group, sym), ["lm_head"])))
     assert detect({"quantization_config": config}) is AWQ
     info = AWQ.describe("p", config, packed.__getitem__, packed.__getitem__)
     assert (info.shape, info.bits, info.groups) == ((rows, columns), 4, weight.scales.shape[-1])
@@ -61,22 +61,22 @@ def test_round_trip_and_an_unpacker_of_another_kind(random_weight, shape, sym):
 
 
 def test_the_config_that_is_written():
-    assert AWQ.config(QuantSpec(4, 128), ["lm_head", "a.gate"]) == {
+    assert AWQ.config(QuantConfig(4, 128), ["lm_head", "a.gate"]) == {
         "bits": 4, "group_size": 128, "modules_to_not_convert": ["lm_head", "a.gate"], "quant_method": "awq",
         "version": "gemm", "zero_point": True,
     }  # fmt: skip
     layers = ["h.0.mlp", "h.0.mlp.experts.3", "h.1.mlp"]  # no server has one matrix of two parts of a single expert
     left = [f"{layer}.{name}" for layer in layers for name in ("up_proj", "gate_proj")][:-1]
-    config = AWQ.config(QuantSpec(4, 128), left)
+    config = AWQ.config(QuantConfig(4, 128), left)
     assert config["modules_to_not_convert"] == [*left, "h.0.mlp.gate_up_proj"]
     assert AWQ.ignored(config) == (*left, "lm_head")
     assert AWQ.ignored(config | {"modules_to_not_convert": ["h.0.qkv_proj"]}) == ("h.0.qkv_proj", "lm_head")
-    assert AWQ.config(QuantSpec(4, 128), [])["modules_to_not_convert"] is None
+    assert AWQ.config(QuantConfig(4, 128), [])["modules_to_not_convert"] is None
 
 
 def test_older_names_of_the_keys_and_symmetric_files(random_weight):
     weight = random_weight(32, 64, 4, 32, True, torch.float16)
-    packed = AWQ.pack("p", weight, QuantSpec(4, 32))
+    packed = AWQ.pack("p", weight, QuantConfig(4, 32))
     config = {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMM", "zero_point": False}
     assert AWQ.describe("p", config, packed.__getitem__, packed.__getitem__).sym
     assert torch.equal(AWQ.unpack("p", config, packed.__getitem__).codes, weight.codes)
@@ -87,12 +87,12 @@ def test_older_names_of_the_keys_and_symmetric_files(random_weight):
 
 def test_what_cannot_be_held(random_weight):
     with pytest.raises(CheckpointError, match="bits = 3 cannot be held by awq: use 4"):
-        AWQ.check(QuantSpec(3))
+        AWQ.check(QuantConfig(3))
     with pytest.raises(CheckpointError, match="'p' has 36 outputs"):
-        AWQ.check_layer("p", (36, 64), QuantSpec(4))
+        AWQ.check_layer("p", (36, 64), QuantConfig(4))
     weight = random_weight(32, 64, 4, 32, False)
     with pytest.raises(CheckpointError, match="scales of float32, where awq holds float16 or bfloat16"):
-        AWQ.pack("p", replace(weight, scales=weight.scales.float()), QuantSpec(4, 32, sym=False))
+        AWQ.pack("p", replace(weight, scales=weight.scales.float()), QuantConfig(4, 32, sym=False))
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_what_cannot_be_held(random_weight):
     ],
 )
 def test_configs_that_are_not_understood(tmp_path, random_weight, change, message):
-    packed = AWQ.pack("p", random_weight(32, 64, 4, 32, False), QuantSpec(4, 32, sym=False))
-    folder = write(tmp_path, packed, AWQ.config(QuantSpec(4, 32, sym=False), []) | change)
+    packed = AWQ.pack("p", random_weight(32, 64, 4, 32, False), QuantConfig(4, 32, sym=False))
+    folder = write(tmp_path, packed, AWQ.config(QuantConfig(4, 32, sym=False), []) | change)
     with pytest.raises(CheckpointError, match=message) as caught:
         verify(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
@@ -130,9 +130,9 @@ def test_configs_that_are_not_understood(tmp_path, random_weight, change, messag
     ],
 )
 def test_parts_that_disagree(tmp_path, random_weight, part, value, message):
-    packed = AWQ.pack("p", random_weight(32, 64, 4, 32, False), QuantSpec(4, 32, sym=False))
+    packed = AWQ.pack("p", random_weight(32, 64, 4, 32, False), QuantConfig(4, 32, sym=False))
     packed[f"p.{part}"] = value
     kept = {name: tensor for name, tensor in packed.items() if tensor is not None}
-    folder = write(tmp_path, kept, AWQ.config(QuantSpec(4, 32, sym=False), []))
+    folder = write(tmp_path, kept, AWQ.config(QuantConfig(4, 32, sym=False), []))
     with pytest.raises(CheckpointError, match=message):
         verify(folder)

@@ -15,7 +15,7 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.verify import verify
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 
@@ -58,17 +58,17 @@ def test_golden_words():
     """Codes 0..7 down a column of 4 bits are 0x76543210; the symmetric zero 8 is 0x77777777 in v1, 0x88888888 in v2."""
     weight = uniform(8, 8, 4, 0, 8)
     weight.codes[0, 3] = torch.arange(8)
-    packed = V1.pack("p", weight, QuantSpec(4, -1))
+    packed = V1.pack("p", weight, QuantConfig(4, -1))
     assert words(packed["p.qweight"]) == [["00000000"] * 3 + ["76543210"] + ["00000000"] * 4]
     assert words(packed["p.qzeros"]) == [["77777777"]] and packed["p.g_idx"].tolist() == [0] * 8
     assert packed["p.g_idx"].dtype == torch.int32 and packed["p.scales"].shape == (1, 8)
-    assert words(V2.pack("p", weight, QuantSpec(4, -1))["p.qzeros"]) == [["88888888"]]
-    assert words(V1.pack("p", uniform(4, 4, 8, 255, 128), QuantSpec(8, -1))["p.qzeros"]) == [["7f7f7f7f"]]
-    assert words(V1.pack("p", uniform(16, 16, 2, 3, 2), QuantSpec(2, -1))["p.qzeros"]) == [["55555555"]]
+    assert words(V2.pack("p", weight, QuantConfig(4, -1))["p.qzeros"]) == [["88888888"]]
+    assert words(V1.pack("p", uniform(4, 4, 8, 255, 128), QuantConfig(8, -1))["p.qzeros"]) == [["7f7f7f7f"]]
+    assert words(V1.pack("p", uniform(16, 16, 2, 3, 2), QuantConfig(2, -1))["p.qzeros"]) == [["55555555"]]
     # 3 bits: 32 codes in 3 words, the eleventh and the twenty-second across two of them; the zero 4 stored as 3, 0b011
     three = uniform(32, 32, 3, 0, 4)
     three.codes[0, 0, 10] = three.codes[0, 0, 21] = 7
-    packed = V1.pack("p", three, QuantSpec(3, -1))
+    packed = V1.pack("p", three, QuantConfig(3, -1))
     assert [row[0] for row in words(packed["p.qweight"])] == ["c0000000", "80000001", "00000003"]
     assert words(packed["p.qzeros"]) == [["db6db6db", "b6db6db6", "6db6db6d"]]
 
@@ -80,7 +80,7 @@ def test_golden_words():
 def test_an_unpacker_of_another_kind_finds_the_weights(random_weight, shape, bits, sym, dtype):
     rows, columns, group = shape
     weight = random_weight(rows, columns, bits, group, sym, dtype)
-    quant = QuantSpec(bits, group, sym)
+    quant = QuantConfig(bits, group, sym)
     for format in (V1, V2):
         config = format.config(quant, [])
         packed = format.pack("p", weight, quant)
@@ -95,7 +95,7 @@ def test_an_unpacker_of_another_kind_finds_the_weights(random_weight, shape, bit
 def test_round_trip(random_weight, shape, bits, sym):
     rows, columns, group = shape
     weight = random_weight(rows, columns, bits, group, sym)
-    quant = QuantSpec(bits, group, sym)
+    quant = QuantConfig(bits, group, sym)
     for format in (V1, V2):
         config = json.loads(json.dumps(format.config(quant, ["lm_head"])))
         assert detect({"quantization_config": config}) is (V1 if format is V1 and sym else V2)
@@ -116,16 +116,16 @@ def test_the_config_that_is_written():
         "lm_head": False, "meta": {"quantizer": ["sarqc"]}, "method": "gptq", "pack_dtype": "int32",
         "quant_method": "gptq", "sym": True,
     }  # fmt: skip
-    assert V1.config(QuantSpec(4, 128), ["lm_head"]) == expected
-    left = V1.config(QuantSpec(4, 128), ["lm_head", "model.layers.0.mlp.gate"])
+    assert V1.config(QuantConfig(4, 128), ["lm_head"]) == expected
+    left = V1.config(QuantConfig(4, 128), ["lm_head", "model.layers.0.mlp.gate"])
     assert left == expected | {"dynamic": {r"-:^model\.layers\.0\.mlp\.gate$": {}}}
     assert V1.ignored(left) == ("lm_head", "model.layers.0.mlp.gate")
     attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
-    whole = V1.config(QuantSpec(4, 128), attention)  # a server that has one matrix of them asks for its name alone
+    whole = V1.config(QuantConfig(4, 128), attention)  # a server that has one matrix of them asks for its name alone
     assert list(whole["dynamic"])[3:] == [r"-:^model\.layers\.0\.self_attn\.qkv_proj$"]
     assert V1.ignored(whole) == ("lm_head", *attention)
-    assert len(V1.config(QuantSpec(4, 128), attention[:2])["dynamic"]) == 2
-    for config in (V1.config(QuantSpec(4, 128, sym=False), []), V2.config(QuantSpec(4, 128, sym=False), [])):
+    assert len(V1.config(QuantConfig(4, 128), attention[:2])["dynamic"]) == 2
+    for config in (V1.config(QuantConfig(4, 128, sym=False), []), V2.config(QuantConfig(4, 128, sym=False), [])):
         assert config == expected | {"checkpoint_format": "gptq_v2", "format": "gptq_v2", "sym": False}
 
 
@@ -133,19 +133,19 @@ def test_what_cannot_be_held(random_weight):
     weight = random_weight(32, 64, 4, 32, False)
     for bits in (5, 6, 7):
         with pytest.raises(CheckpointError, match=f"bits = {bits} cannot be held by gptq"):
-            V1.check(QuantSpec(bits))
+            V1.check(QuantConfig(bits))
     for shape, bits, message in (((32, 36), 4, "36 inputs"), ((36, 32), 4, "36 outputs"), ((32, 48), 3, "48 inputs")):
         with pytest.raises(CheckpointError, match=f"'p' has {message}, which do not fill words of {bits} bits"):
-            V1.check_layer("p", shape, QuantSpec(bits, -1))
+            V1.check_layer("p", shape, QuantConfig(bits, -1))
         with pytest.raises(CheckpointError, match=message):
-            V1.pack("p", random_weight(*shape, bits, -1, True), QuantSpec(bits, -1))
-    quant = QuantSpec(4, 32, sym=False)
+            V1.pack("p", random_weight(*shape, bits, -1, True), QuantConfig(bits, -1))
+    quant = QuantConfig(4, 32, sym=False)
     with pytest.raises(CheckpointError, match="scales of float32, where gptq holds float16 or bfloat16"):
         V1.pack("p", replace(weight, scales=weight.scales.float()), quant)
     with pytest.raises(CheckpointError, match="one expert at a time"):
         V1.pack("p", replace(weight, codes=weight.codes.repeat(2, 1, 1)), quant)
     with pytest.raises(CheckpointError, match="zeros off the middle"):
-        V1.pack("p", weight, QuantSpec(4, 32))
+        V1.pack("p", weight, QuantConfig(4, 32))
 
 
 # --- reading what others wrote --------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def theirs(random_weight):
     weight = random_weight(32, 64, 4, GROUP, False, torch.float16)
     zeros = weight.zeros.clamp(min=1)
     weight = replace(weight, zeros=zeros)
-    tensors = V2.pack("p", replace(weight, zeros=zeros - 1), QuantSpec(4, GROUP, sym=False))
+    tensors = V2.pack("p", replace(weight, zeros=zeros - 1), QuantConfig(4, GROUP, sym=False))
     return weight, tensors, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False}
 
 
@@ -194,9 +194,9 @@ def test_a_sym_config_with_other_zeros_is_refused(theirs):
 
 
 def test_dynamic_gives_single_layers_other_numbers(random_weight):
-    config = V1.config(QuantSpec(4, 32), ["b.gate"])
+    config = V1.config(QuantConfig(4, 32), ["b.gate"])
     config["dynamic"] |= {r"+:.*\.down$": {"bits": 8, "group_size": -1}, r".*\.up$": {"group_size": 16}}
-    specs = {"a.down": QuantSpec(8, -1), "a.up": QuantSpec(4, 16), "a.q": QuantSpec(4, 32)}
+    specs = {"a.down": QuantConfig(8, -1), "a.up": QuantConfig(4, 16), "a.q": QuantConfig(4, 32)}
     for name, quant in specs.items():
         weight = random_weight(32, 64, quant.bits, quant.group_size, True)
         packed = V1.pack(name, weight, quant)
@@ -227,7 +227,7 @@ def test_dynamic_gives_single_layers_other_numbers(random_weight):
     ],
 )
 def test_configs_that_are_not_understood(tmp_path, random_weight, change, message):
-    folder = make(tmp_path, V1, random_weight(32, 64, 4, 32, True), QuantSpec(4, 32))
+    folder = make(tmp_path, V1, random_weight(32, 64, 4, 32, True), QuantConfig(4, 32))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"].update(change)
     (folder / "config.json").write_text(json.dumps(config))
@@ -257,9 +257,9 @@ def test_configs_that_are_not_understood(tmp_path, random_weight, change, messag
     ],
 )
 def test_parts_that_disagree(tmp_path, random_weight, part, value, message):
-    packed = V1.pack("p", random_weight(32, 64, 4, 32, True), QuantSpec(4, 32))
+    packed = V1.pack("p", random_weight(32, 64, 4, 32, True), QuantConfig(4, 32))
     packed[f"p.{part}"] = value
-    folder = write(tmp_path, {k: v for k, v in packed.items() if v is not None}, V1.config(QuantSpec(4, 32), []))
+    folder = write(tmp_path, {k: v for k, v in packed.items() if v is not None}, V1.config(QuantConfig(4, 32), []))
     with pytest.raises(CheckpointError, match=message) as caught:
         verify(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
@@ -280,7 +280,7 @@ def make(folder, format, weight, quant):
 
 def test_a_folder(tmp_path, random_weight):
     weight = random_weight(32, 64, 3, 32, False)
-    folder = make(tmp_path, V1, weight, QuantSpec(3, 32, sym=False))
+    folder = make(tmp_path, V1, weight, QuantConfig(3, 32, sym=False))
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.format is V2 and checkpoint.linears() == ["p"]
         assert checkpoint.names() == ["norm.weight", "p.bias", "p.weight"]

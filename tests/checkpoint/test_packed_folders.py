@@ -11,7 +11,7 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.verify import verify
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 
 FORMAT = FORMATS["compressed-tensors"]
@@ -55,7 +55,7 @@ def test_the_dense_view(quantized_folder):
 
 def test_detect():
     assert detect({}) is None and detect({"quantization_config": {"quant_method": "exl2"}}) is None
-    assert detect({"quantization_config": FORMAT.config(QuantSpec(), [])}) is FORMAT
+    assert detect({"quantization_config": FORMAT.config(QuantConfig(), [])}) is FORMAT
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_numbers_that_do_not_fit_the_tensors(quantized_folder, change, message):
 
 
 def test_several_groups_are_told_apart_by_name_then_pattern_then_class(tmp_path, random_weight):
-    specs = {"a.exact": QuantSpec(8, -1), "b.gate_proj": QuantSpec(3, 16), "c.other": QuantSpec(4, 32, sym=False)}
-    config = FORMAT.config(QuantSpec(), [])
+    specs = {"a.exact": QuantConfig(8, -1), "b.gate_proj": QuantConfig(3, 16), "c.other": QuantConfig(4, 32, sym=False)}
+    config = FORMAT.config(QuantConfig(), [])
     groups = {}
     for target, spec in zip(["a.exact", "re:.*gate_proj$", "Linear"], specs.values()):
         groups[target] = copy.deepcopy(FORMAT.config(spec, [])["config_groups"]["group_0"]) | {"targets": [target]}

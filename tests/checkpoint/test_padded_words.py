@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sarqc.checkpoint.formats import FORMATS, compressed_tensors_config
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 
 FORMAT = FORMATS["compressed-tensors"]
 
@@ -25,11 +25,11 @@ def padded(table: torch.Tensor, bits: int) -> torch.Tensor:
 def test_padded_words_of_old_versions_are_read(random_weight, columns, bits, sym):
     """Ten 3-bit codes to a word, as 0.17 wrote: mostly the width tells, and where it does not, the version does."""
     weight = random_weight(200, columns, bits, 8, sym)
-    packed = FORMAT.pack("p", weight, QuantSpec(bits, 8, sym))
+    packed = FORMAT.pack("p", weight, QuantConfig(bits, 8, sym))
     packed["p.weight_packed"] = padded(weight.codes[0], bits)
     if not sym:
         packed["p.weight_zero_point"] = padded(weight.zeros[0].T, bits).T.contiguous()
-    config = FORMAT.config(QuantSpec(bits, 8, sym), []) | {"version": "0.17.1"}
+    config = FORMAT.config(QuantConfig(bits, 8, sym), []) | {"version": "0.17.1"}
     read = FORMAT.unpack("p", config, packed.__getitem__)
     for field in ("codes", "scales", "zeros"):
         assert torch.equal(getattr(read, field), getattr(weight, field)), field
@@ -37,9 +37,9 @@ def test_padded_words_of_old_versions_are_read(random_weight, columns, bits, sym
 
 def test_four_bits_never_changed(random_weight):
     four = random_weight(4, 40, 4, 8, True)
-    config = FORMAT.config(QuantSpec(4, 8), []) | {"version": "0.9.0"}
+    config = FORMAT.config(QuantConfig(4, 8), []) | {"version": "0.9.0"}
     assert torch.equal(
-        FORMAT.unpack("p", config, FORMAT.pack("p", four, QuantSpec(4, 8)).__getitem__).codes, four.codes
+        FORMAT.unpack("p", config, FORMAT.pack("p", four, QuantConfig(4, 8)).__getitem__).codes, four.codes
     )
 
 

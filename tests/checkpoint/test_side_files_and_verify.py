@@ -106,7 +106,7 @@ def test_nan_is_named(written):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_scales_must_be_finite(tmp_path, value, dtype):
     from sarqc.checkpoint.formats import FORMATS
-    from sarqc.config import QuantSpec
+    from sarqc.config import QuantConfig
 
     scale = torch.ones(2, 4, dtype=dtype)
     scale[1, 2] = value
@@ -114,7 +114,7 @@ def test_scales_must_be_finite(tmp_path, value, dtype):
         writer.add("p.weight_packed", torch.zeros(2, 4, dtype=torch.int32))
         writer.add("p.weight_scale", scale)
         writer.add("p.weight_shape", torch.tensor([2, 32]))
-    write_config(tmp_path, {}, FORMATS["compressed-tensors"].config(QuantSpec(4, 8), []))
+    write_config(tmp_path, {}, FORMATS["compressed-tensors"].config(QuantConfig(4, 8), []))
     with pytest.raises(CheckpointError, match=r"tensor 'p.weight_scale' has 1 numbers that are not finite"):
         verify(tmp_path)
 

@@ -25,7 +25,7 @@ RUNS = {
     "dense": ("llama", {"bits": 4}),
     "dense, 3 bits": ("llama", {"bits": 3}),
     "dense, asymmetric gptq": ("llama", {"bits": 4, "sym": False, "method": "gptq"}),
-    "dense, channel scales": ("llama", {"bits": 3, "method": "sarqc"}),
+    "dense, channel scales": ("llama", {"bits": 3, "method": "sarqc-awq-gptq"}),
     "moe": ("qwen3_moe", {"bits": 3}),
     "mixed bits": ("qwen3_moe", {"avg_bits": 4.0}),
 }
@@ -96,7 +96,7 @@ def test_two_ranks_keep_every_bit(known, models, tmp_path):
 def test_a_resumed_run_keeps_every_bit(known, models, tmp_path):
     kind, options = RUNS["moe"]
     with pytest.raises(sarqc.SarqcError):
-        sarqc.quantize(models[kind], tmp_path / "out", watcher=Stopping(1), **SMALL | options)
+        sarqc.quantize(models[kind], tmp_path / "out", progress=Stopping(1), **SMALL | options)
     sarqc.quantize(models[kind], tmp_path / "out", **SMALL | options)
     assert digest(tmp_path / "out") == known["moe"]
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sarqc
+from sarqc.checkpoint import convert as lossless
 from sarqc.checkpoint.differences import differences
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.writer import ShardWriter
-from sarqc.config import QuantSpec
-from sarqc.entrypoints import convert as job
+from sarqc.config import QuantConfig
 from sarqc.entrypoints.convert import convert
 from sarqc.errors import ArgumentError, CheckpointError
 from tests.support import tiny
@@ -102,7 +102,7 @@ def test_quantize_and_convert_name_alike_what_transformers_has_no_use_for(tmp_pa
     out = sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32).out
     with open_checkpoint(out) as written:
         ignored = set(written.config["quantization_config"]["ignore"])
-        assert ignored == set(job._ignored(written))
+        assert ignored == set(lossless.ignored(written))
     more = {name.removesuffix(".weight") for name, one in extra.items() if one.dim() == 2}
     assert len(more) > 10 and {name for name in ignored if ".layers.2." in name} == more
 
@@ -131,7 +131,9 @@ def test_three_bits_in_old_padded_words_become_dense(tmp_path):
         assert list(differences(theirs, ours)) == []
 
 
-def write(folder: Path, weights: dict[str, tuple[object, QuantSpec]], groups: dict[str, object] | None = None) -> Path:
+def write(
+    folder: Path, weights: dict[str, tuple[object, QuantConfig]], groups: dict[str, object] | None = None
+) -> Path:
     """A compressed-tensors folder of these weights, each a target of its own where `groups` are given."""
     format = FORMATS["compressed-tensors"]
     with ShardWriter(folder) as writer:
@@ -151,14 +153,14 @@ def write(folder: Path, weights: dict[str, tuple[object, QuantSpec]], groups: di
 @pytest.mark.parametrize(
     ("shape", "quant", "dtype", "format", "message"),
     [
-        ((32, 64), QuantSpec(5, 32), torch.bfloat16, "gptq", "bits = 5 cannot be held by gptq"),
-        ((32, 64), QuantSpec(3, 32), torch.bfloat16, "awq", "bits = 3 cannot be held by awq"),
-        ((36, 64), QuantSpec(4, 32), torch.bfloat16, "gptq", "'p' has 36 outputs"),
-        ((32, 72), QuantSpec(3, 24), torch.bfloat16, "gptq", "'p' has 72 inputs"),
-        ((36, 64), QuantSpec(4, 32), torch.bfloat16, "awq", "'p' has 36 outputs"),
-        ((32, 64), QuantSpec(4, 32), torch.float32, "gptq", "scales of float32"),
-        ((32, 64), QuantSpec(4, 32), torch.float32, "awq", "scales of float32"),
-        ((32, 64), QuantSpec(4, 32), torch.bfloat16, "gguf", "format = 'gguf' is not known: use compressed-tensors"),
+        ((32, 64), QuantConfig(5, 32), torch.bfloat16, "gptq", "bits = 5 cannot be held by gptq"),
+        ((32, 64), QuantConfig(3, 32), torch.bfloat16, "awq", "bits = 3 cannot be held by awq"),
+        ((36, 64), QuantConfig(4, 32), torch.bfloat16, "gptq", "'p' has 36 outputs"),
+        ((32, 72), QuantConfig(3, 24), torch.bfloat16, "gptq", "'p' has 72 inputs"),
+        ((36, 64), QuantConfig(4, 32), torch.bfloat16, "awq", "'p' has 36 outputs"),
+        ((32, 64), QuantConfig(4, 32), torch.float32, "gptq", "scales of float32"),
+        ((32, 64), QuantConfig(4, 32), torch.float32, "awq", "scales of float32"),
+        ((32, 64), QuantConfig(4, 32), torch.bfloat16, "gguf", "format = 'gguf' is not known: use compressed-tensors"),
     ],
 )
 def test_what_the_target_cannot_hold_is_refused_and_nothing_written(
@@ -171,7 +173,7 @@ def test_what_the_target_cannot_hold_is_refused_and_nothing_written(
 
 
 def test_layers_of_different_groups_are_refused(tmp_path, random_weight):
-    specs = {"a": QuantSpec(4, 32), "b": QuantSpec(4, 64)}
+    specs = {"a": QuantConfig(4, 32), "b": QuantConfig(4, 64)}
     weights = {name: (random_weight(32, 64, 4, quant.group_size, True), quant) for name, quant in specs.items()}
     source = write(tmp_path / "in", weights)
     with pytest.raises(CheckpointError, match="'b' has groups of 64, 'a' has groups of 32: only"):
@@ -179,7 +181,7 @@ def test_layers_of_different_groups_are_refused(tmp_path, random_weight):
 
 
 def test_layers_of_different_widths_keep_them_and_fit_no_other_format(tmp_path, random_weight):
-    specs = {"a": QuantSpec(4, 32), "b": QuantSpec(8, 32), "c": QuantSpec(4, 32)}
+    specs = {"a": QuantConfig(4, 32), "b": QuantConfig(8, 32), "c": QuantConfig(4, 32)}
     weights = {name: (random_weight(32, 64, quant.bits, 32, True), quant) for name, quant in specs.items()}
     source = write(tmp_path / "in", weights)
     out = convert(source, tmp_path / "out", format="compressed-tensors").out
@@ -195,11 +197,11 @@ def test_layers_of_different_widths_keep_them_and_fit_no_other_format(tmp_path, 
 
 def test_zeros_that_are_all_in_the_middle_make_it_symmetric(tmp_path, random_weight):
     weight = random_weight(32, 64, 4, 32, True)
-    source = write(tmp_path / "in", {"p": (weight, QuantSpec(4, 32, sym=False))})
+    source = write(tmp_path / "in", {"p": (weight, QuantConfig(4, 32, sym=False))})
     assert convert(source, tmp_path / "out", format="gptq").record["format"] == "gptq"
-    channel = write(tmp_path / "row", {"p": (random_weight(32, 64, 4, -1, False), QuantSpec(4, -1, sym=False))})
+    channel = write(tmp_path / "row", {"p": (random_weight(32, 64, 4, -1, False), QuantConfig(4, -1, sym=False))})
     found = convert(channel, tmp_path / "row-out", format="awq").record
-    assert found["quant"] == {"bits": 4, "group_size": -1, "sym": False, "ignore": []}
+    assert found["quant"] == {"bits": 4, "group_size": -1, "sym": False}
 
 
 def test_bad_places_are_refused(tmp_path, symmetric):
@@ -235,7 +237,7 @@ def test_spec_of_reads_no_further_than_it_must(asymmetric):
         asked: list[str] = []
         load = checkpoint.quantized
         checkpoint.quantized = lambda linear: (asked.append(linear), load(linear))[1]
-        assert not job.spec_of(checkpoint)[0].sym and len(asked) == 1
+        assert not lossless.spec_of(checkpoint)[0].sym and len(asked) == 1
 
 
 @pytest.mark.parametrize("changes", [None, {"blocks": [5]}, {"size": []}], ids=["no JSON", "blocks", "size"])

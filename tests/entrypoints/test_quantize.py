@@ -40,7 +40,7 @@ def source(tmp_path_factory):
 
 def test_a_watcher_sees_every_stage_of_every_block(source, tmp_path):
     diary = Diary()
-    sarqc.quantize(source, tmp_path / "out", watcher=diary, **SMALL)
+    sarqc.quantize(source, tmp_path / "out", progress=diary, **SMALL)
     # all layers but the last, the original on its way, the last layer, and what was quantized on its way
     block = ["load", "observe", "solve", "replay", "observe", "solve"]
     first, second = ([f"{index} {stage}" for stage in block] for index in range(2))
@@ -50,7 +50,7 @@ def test_a_watcher_sees_every_stage_of_every_block(source, tmp_path):
 
 def test_without_errors_to_make_up_for_the_original_stays_at_home(source, tmp_path):
     diary = Diary()
-    sarqc.quantize(source, tmp_path / "out", watcher=diary, carry_error=False, **SMALL)
+    sarqc.quantize(source, tmp_path / "out", progress=diary, error_correction=False, **SMALL)
     expected = ["note", "note", "begin 2 done 0", "0 load", "0 observe", "0 solve", "0 replay", "done 0"]
     assert diary.lines == [*expected, "1 load", "1 observe", "1 solve", "done 1", "note"]
 
@@ -61,18 +61,17 @@ def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
     elsewhere.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(elsewhere)
-    sarqc.preflight(source, "~/run", work="~/work", **SMALL)
-    run = sarqc.quantize(source, "~/run", work="~/work", method="rtn", group_size=32, keep_work=True)
-    exported = sarqc.export("~/work", "~/exported", format="gptq")
+    sarqc.preflight(source, "~/run", work_dir="~/work", **SMALL)
+    run = sarqc.quantize(source, "~/run", work_dir="~/work", method="rtn", group_size=32)
     converted = convert("~/run", "~/converted", format="gptq")
     compared = sarqc.compare(source, "~/compared", methods=["rtn"], bits=[4], seqlen=32, eval_seqlen=32, eval_windows=1)
-    assert {run.out, exported.out, converted.out, compared.out} < set(home.iterdir())
+    assert {run.out, converted.out, compared.out} <= set(home.iterdir())
     assert list(elsewhere.iterdir()) == []
 
 
 def test_rounding_reads_no_text(source, tmp_path):
     diary = Diary()
-    report = sarqc.quantize(source, tmp_path / "out", method="rtn", calib="nowhere.txt", watcher=diary).report
+    report = sarqc.quantize(source, tmp_path / "out", method="rtn", dataset="nowhere.txt", progress=diary).report
     assert report["calibration"] is None
     assert not any("observe" in line for line in diary.lines)
 
@@ -97,7 +96,7 @@ def test_the_card_repeats_the_dtype_and_the_trust_that_were_asked_for(source, tm
 
 def test_own_tokens_are_calibrated_on_as_they_are(source, tmp_path):
     tokens = torch.arange(3 * 40).view(3, 40) % tiny.VOCABULARY
-    report = sarqc.quantize(source, tmp_path / "out", calib=tokens).report
+    report = sarqc.quantize(source, tmp_path / "out", dataset=tokens).report
     assert "dtype" not in report and "trust_remote_code" not in report
     assert report["calibration"]["windows"] == 3 and report["calibration"]["seqlen"] == 40
     assert all(site["rows"] == [120] for site in report["sites"])
@@ -109,8 +108,8 @@ def test_own_tokens_are_calibrated_on_as_they_are(source, tmp_path):
         ({"format": "ggml"}, ArgumentError, "format = 'ggml'"),
         ({"method": "magic"}, ArgumentError, "magic"),
         ({"bits": True}, ArgumentError, "bits = True"),
-        ({"calib": torch.zeros(3)}, ArgumentError, "int64"),
-        ({"calib": "nowhere.txt"}, TextError, "nowhere"),
+        ({"dataset": torch.zeros(3)}, ArgumentError, "int64"),
+        ({"dataset": "nowhere.txt"}, TextError, "nowhere"),
         ({"num_samples": 0}, ArgumentError, "num_samples = 0"),
         ({"seqlen": 3}, ArgumentError, "seqlen = 3"),
         ({"device": "tpu"}, ArgumentError, "tpu"),
@@ -130,7 +129,7 @@ def test_an_output_that_exists_is_kept_unless_asked(source, tmp_path):
     with pytest.raises(CheckpointError, match="overwrite"):
         sarqc.quantize(source, out, method="rtn", bits=3)
     with pytest.raises(SarqcError):
-        sarqc.quantize(source, out, overwrite=True, calib="nowhere.txt")
+        sarqc.quantize(source, out, overwrite=True, dataset="nowhere.txt")
     assert (out / "model.safetensors").read_bytes() == before
     sarqc.quantize(source, out, method="rtn", bits=3, overwrite=True)
     assert (out / "model.safetensors").read_bytes() != before

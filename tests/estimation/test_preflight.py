@@ -18,7 +18,7 @@ from sarqc.cli.terminal import RunWatcher
 from sarqc.entrypoints.estimate import preflight
 from sarqc.errors import ArgumentError, ModelError, ResourceError
 from sarqc.estimation.preflight import Preflight
-from tests.support import tiny
+from tests.support import kept, tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
 MEMORY_FACTOR, TIME_FACTOR = 2.0, 30.0
@@ -44,14 +44,14 @@ def test_sizes_are_those_of_the_run(sources, tmp_path, kind, quant):
     settings = SMALL | quant
     found = preflight(sources[kind], tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
-    result = sarqc.quantize(sources[kind], tmp_path / "out", keep_work=True, **settings)
+    result = kept.quantize(sources[kind], tmp_path / "out", **settings)
     assert found.sizes.output == result.report["size"]["bytes"]
     assert found.bits_per_weight == pytest.approx(result.report["size"]["bits_per_weight"], abs=1e-3)
     assert found.quantized_linears == result.report["targets"]["quantized"]
     assert found.sites >= len(result.report["sites"])
-    kept = sum(path.stat().st_size for path in (tmp_path / ".out.work").rglob("*.safetensors"))
+    stored = sum(path.stat().st_size for path in (tmp_path / ".out.work").rglob("*.safetensors"))
     headers = 400 * found.quantized_linears * 3 + 50_000
-    assert found.sizes.work - found.sizes.hidden <= kept <= found.sizes.work + headers
+    assert found.sizes.work - found.sizes.hidden <= stored <= found.sizes.work + headers
 
 
 def test_a_configuration_is_enough(sources, tmp_path):
@@ -156,11 +156,11 @@ def test_text_that_is_here_is_counted_and_text_that_is_not_refused(sources, tmp_
     """A dry run that says yes to a text that is not there would be of no use."""
     few = tmp_path / "few.txt"
     few.write_text("a few words of text " * 60)
-    how = {key: value for key, value in SMALL.items() if key not in ("num_samples", "calib")}
-    found = preflight(sources["llama"], tmp_path / "out", calib=str(few), **how)
+    how = {key: value for key, value in SMALL.items() if key not in ("num_samples", "dataset")}
+    found = preflight(sources["llama"], tmp_path / "out", dataset=str(few), **how)
     assert 0 < found.windows < 128
     with pytest.raises(sarqc.SarqcError, match=r"gone\.txt.*no such file"):
-        preflight(sources["llama"], tmp_path / "out", calib=str(tmp_path / "gone.txt"), **how)
+        preflight(sources["llama"], tmp_path / "out", dataset=str(tmp_path / "gone.txt"), **how)
 
 
 def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
@@ -168,7 +168,7 @@ def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
     left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}
     assert left == {
         "model.layers.*.self_attn.o_proj": (2, "ignore o_proj$"),
-        "model.layers.*.mlp.gate": (2, "router or no Linear"),
+        "model.layers.*.mlp.gate": (2, "its outputs choose experts or positions"),
         "lm_head": (1, "outside the blocks"),
     }
 
@@ -206,7 +206,7 @@ def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
 
 
 def test_unknown_settings_and_models_are_one_line(sources, tmp_path):
-    with pytest.raises(ArgumentError, match="bitz is no setting"):
+    with pytest.raises(ArgumentError, match="bitz is not an option"):
         preflight(sources["llama"], tmp_path / "out", bitz=4)
     with pytest.raises(ModelError, match="no such folder"):
         preflight("no/such/model", tmp_path / "out")

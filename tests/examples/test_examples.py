@@ -74,7 +74,7 @@ def test_a_new_solver(llama, tmp_path):
     rounding = json.loads((tmp_path / "rtn-search" / "report.json").read_text(encoding="utf-8"))["rounding_error"]
     assert errors["sarqc-gptq"] < errors["least-squares"] < rounding
     assert errors["least-squares"] != errors["rtn-search"]
-    assert SOLVERS["round"] is solve_round
+    assert SOLVERS["rtn"] is solve_round
     with pytest.raises(ArgumentError, match="symmetric"):
         module.main(str(llama), tmp_path / "asym", sym=False, **SMALL)
 

@@ -26,6 +26,8 @@ def why_not(backend: str) -> str | None:
     if backend == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
         return build.why_not("columns", device_info(device).arch, device)
+    if backend == "cpu" and DEVICE == "cuda":
+        return "tensors are on a GPU"
     if backend in ("cuda", "triton") and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
@@ -36,7 +38,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames or own:
         return
     names = getattr(metafunc.module, "BACKENDS", ("reference", "triton"))
-    reasons = {name: why_not(name) for name in names}
+    also = getattr(metafunc.module, "why_not", lambda name: None)  # what only this module's operation needs
+    reasons = {name: why_not(name) or also(name) for name in names}
     marks = {name: [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else [] for name, reason in reasons.items()}
     metafunc.parametrize("backend", [pytest.param(name, marks=marks[name], id=name) for name in names])
 

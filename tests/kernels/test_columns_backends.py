@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels import fit_grid, quantize_columns, round_to_grid
+from sarqc_kernels.columns import cpu_impl
 from sarqc_kernels.testing import Quantized, poisoned_empty, random_gram, upper_factor
 from tests.kernels.columns_cases import Case, assert_alike, exact_inputs
 from tests.kernels.test_columns import objective, permuted, textbook
 
-BACKENDS = ("reference", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def why_not(backend: str) -> str | None:
+    return cpu_impl.why_not() if backend == "cpu" else None
+
 
 SMALL = [
     Case(1, 7, 32, 16, search=True),

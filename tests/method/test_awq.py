@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sarqc.config import METHODS, QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import EXPONENTS, SMALL_EXPONENTS, Reader, Scaling, search
 from sarqc.method.gptq import error_cost
 from sarqc.method.gram import Gram, Statistics
@@ -17,7 +17,7 @@ from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import fit_grid, round_to_grid
 
 # Asymmetric: the widest weight of a symmetric group stands exactly between two codes, where float32 and float64 differ.
-QUANT = QuantSpec(bits=3, group_size=16, sym=False)
+QUANT = QuantConfig(bits=3, group_size=16, sym=False)
 INPUTS = 32
 
 
@@ -40,7 +40,7 @@ def strength(gram, spec):
 
 
 def reader(weight, gram, method="sarqc-awq"):
-    cost = error_cost("site", gram, strength(gram, METHODS[method]), QUANT, METHODS[method])
+    cost = error_cost("site", gram, strength(gram, MethodConfig(method)), QUANT, MethodConfig(method))
     return Reader(weight, cost, gram, QUANT)
 
 
@@ -64,7 +64,7 @@ def loss_of(weight, scales, metric):
 def test_the_choice_is_the_least_loss_of_all_exponents(method, generator):
     gram = seen(activations(200, generator))
     weight = torch.randn(1, 24, INPUTS, generator=generator)
-    metric = regularised_hessian(gram, strength(gram, METHODS[method]), METHODS[method])[0]
+    metric = regularised_hessian(gram, strength(gram, MethodConfig(method)), MethodConfig(method))[0]
     magnitude = gram.abs_mean()[0]
     losses = [loss_of(weight[0], scales_for(magnitude, exponent), metric) for exponent in EXPONENTS]
     chosen = find([reader(weight, gram, method)])
@@ -77,7 +77,7 @@ def test_the_choice_is_the_least_loss_of_all_exponents(method, generator):
 def test_the_gram_solver_is_served_on_the_grids_it_will_use(generator):
     gram = seen(activations(200, generator))
     weight = torch.randn(1, 24, INPUTS, generator=generator)
-    only = reader(weight, gram, "sarqc")
+    only = reader(weight, gram, "sarqc-awq-gptq")
     price = only.cost[0].double()
     losses = []
     for exponent in SMALL_EXPONENTS:
@@ -95,7 +95,7 @@ def test_the_gram_solver_is_served_on_the_grids_it_will_use(generator):
 def test_for_the_gram_solver_an_error_costs_what_the_later_columns_cannot_correct(generator):
     """M_jj^2 is the conditional energy of input j given those that come after it in the solver's order."""
     gram = seen(activations(400, generator))
-    spec = solve_spec("sarqc", act_order="none")
+    spec = MethodConfig("sarqc-awq-gptq", act_order="none")
     cost = error_cost("site", gram, strength(gram, spec), QUANT, spec)[0].double()
     metric = regularised_hessian(gram, strength(gram, spec), spec)[0].double()
     for column in range(INPUTS):
@@ -109,7 +109,7 @@ def test_the_cost_stands_at_its_own_input_whatever_the_order(generator):
     gram = seen(activations(400, generator))
     gram.sum = torch.diag_embed(gram.sum.diagonal(dim1=1, dim2=2))  # independent inputs: order does not matter
     plain, grouped = (
-        error_cost("site", gram, torch.ones(1), QUANT, solve_spec("sarqc", act_order=order))
+        error_cost("site", gram, torch.ones(1), QUANT, MethodConfig("sarqc-awq-gptq", act_order=order))
         for order in ("none", "group")
     )
     torch.testing.assert_close(plain, grouped)
@@ -151,7 +151,7 @@ def test_shared_scales_weigh_each_expert_by_its_rows(generator):
     assert losses[EXPONENTS.index(float(chosen.exponents[0]))] == pytest.approx(min(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["awq", "sarqc-awq", "sarqc"])
+@pytest.mark.parametrize("method", ["awq", "sarqc-awq", "sarqc-awq-gptq"])
 def test_an_expert_without_rows_is_left_alone_and_disturbs_nobody(method, generator):
     x = activations(120, generator)
     weight = torch.randn(2, 24, INPUTS, generator=generator)
@@ -196,17 +196,17 @@ def test_the_regulariser_stays_where_the_original_weights_are(generator):
     gram = seen(activations(100, generator))
     scales = torch.rand(1, INPUTS, generator=generator) + 0.5
     scaling = Scaling(scales, torch.ones(1, 4))
-    chosen = strength(gram, METHODS["rqc-awq"])
-    metric = regularised_hessian(gram, chosen, METHODS["rqc-awq"])
+    chosen = strength(gram, MethodConfig("rqc-awq"))
+    metric = regularised_hessian(gram, chosen, MethodConfig("rqc-awq"))
     hessian = gram.hessian()
     even = saliency(gram.diagonal(), gram.abs_mean(), "iso")
     inverse = torch.diag_embed(1 / scales)
     by_hand = inverse @ hessian @ inverse + torch.diag_embed(chosen[:, None] * even / scales**2)
-    floor = inverse @ (METHODS["rqc-awq"].damp * gram.diagonal().mean() * torch.eye(INPUTS)) @ inverse
+    floor = inverse @ (MethodConfig("rqc-awq").damp * gram.diagonal().mean() * torch.eye(INPUTS)) @ inverse
     torch.testing.assert_close(scaling.metric(metric), by_hand + floor)
 
 
-@pytest.mark.parametrize("method", ["awq", "sarqc-awq", "sarqc"])
+@pytest.mark.parametrize("method", ["awq", "sarqc-awq", "sarqc-awq-gptq"])
 def test_solving_scaled_is_solving_the_scaled_problem(method, generator):
     """Powers of two are exact, energy moves with the scales, rows do not mix: the same codes, whatever is scaled."""
     x = activations(300, generator)
@@ -214,7 +214,7 @@ def test_solving_scaled_is_solving_the_scaled_problem(method, generator):
     inputs = torch.exp2(torch.randint(-2, 3, (1, INPUTS), generator=generator).float())
     rows = torch.exp2(torch.randint(-2, 3, (1, 24), generator=generator).float())
     scaling = Scaling(inputs, rows, 0.5, "because")
-    spec = solve_spec(method, damp=0.0)
+    spec = MethodConfig(method, damp=0.0)
     before, after = Statistics.zeros(1, INPUTS), Statistics.zeros(1, INPUTS)
     before.add(x)
     after.add(x / inputs)

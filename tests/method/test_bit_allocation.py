@@ -7,7 +7,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import ArgumentError
 from sarqc.method.bit_allocation import Unit, allocate, average_range, stored_bits
 
@@ -91,7 +91,7 @@ def test_too_little_is_refused():
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_averages_count_scales_and_zeros(sym):
-    quant = QuantSpec(group_size=32, sym=sym, avg_bits=4, choices=(2, 4))
+    quant = QuantConfig(group_size=32, sym=sym, avg_bits=4, bit_options=(2, 4))
     assert stored_bits((64, 96), 3, quant) == 64 * (96 * 3 + 3 * 16) + (0 if sym else 3 * 64 * 3)
     least, most = average_range([(64, 96)] * 3 + [(32, 64)], quant)
     zeros = 0 if sym else 2 / 32

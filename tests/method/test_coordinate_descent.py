@@ -2,14 +2,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
-from sarqc.method.coordinate_descent import REACH, descend
+from sarqc.method.coordinate_descent import descend
 from sarqc.method.gram import Statistics
 from sarqc.method.hessian import factor
 from sarqc.method.layer import solve_site
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import quantize_columns
+from sarqc_kernels.columns.descent_reference import REACH
 
 
 def metric_of(experts: int, size: int, generator: torch.Generator) -> Tensor:
@@ -19,7 +20,7 @@ def metric_of(experts: int, size: int, generator: torch.Generator) -> Tensor:
     return mix.mT @ mix / 2 + 0.01 * torch.eye(size)
 
 
-def greedy(weight: Tensor, metric: Tensor, quant: QuantSpec, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+def greedy(weight: Tensor, metric: Tensor, quant: QuantConfig, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
     codes, scales, zeros = quantize_columns(
         weight, factor(metric, "site").matrix, None, None, None,
         bits=quant.bits, group_size=quant.group_size, sym=quant.sym, search=True, scale_dtype=dtype,
@@ -59,7 +60,7 @@ def by_the_book(weight: Tensor, start: QuantizedWeight, metric: Tensor, sweeps: 
     return QuantizedWeight(codes, scales, zeros, start.bits)
 
 
-@pytest.mark.parametrize("quant", [QuantSpec(2, 16), QuantSpec(3, 32), QuantSpec(2, 16, sym=False)])
+@pytest.mark.parametrize("quant", [QuantConfig(2, 16), QuantConfig(3, 32), QuantConfig(2, 16, sym=False)])
 def test_it_is_coordinate_descent_by_the_book(quant, generator):
     weight, metric = torch.randn(1, 12, 64, generator=generator), metric_of(1, 64, generator)
     start = greedy(weight, metric, quant, torch.float32)
@@ -69,7 +70,9 @@ def test_it_is_coordinate_descent_by_the_book(quant, generator):
     assert not torch.equal(found.codes, start.codes) and torch.equal(found.zeros, start.zeros)
 
 
-@pytest.mark.parametrize("quant", [QuantSpec(2, 16), QuantSpec(3, 64), QuantSpec(4, 32, sym=False), QuantSpec(8, 32)])
+@pytest.mark.parametrize(
+    "quant", [QuantConfig(2, 16), QuantConfig(3, 64), QuantConfig(4, 32, sym=False), QuantConfig(8, 32)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_row_becomes_worse_and_each_sweep_helps(quant, dtype, generator):
     weight, metric = torch.randn(3, 40, 64, generator=generator), metric_of(3, 64, generator)
@@ -86,7 +89,7 @@ def test_no_row_becomes_worse_and_each_sweep_helps(quant, dtype, generator):
 
 def test_in_the_end_no_code_can_be_bettered_by_itself(generator):
     weight, metric = torch.randn(1, 6, 16, generator=generator), metric_of(1, 16, generator)
-    found = descend(weight, greedy(weight, metric, QuantSpec(2, 8)), metric, 50)
+    found = descend(weight, greedy(weight, metric, QuantConfig(2, 8)), metric, 50)
     least = loss(weight, found, metric)
     for column in range(16):
         for code in range(4):
@@ -99,7 +102,7 @@ def test_in_the_end_no_code_can_be_bettered_by_itself(generator):
 @pytest.mark.parametrize("spoiled", [0.0, float("inf"), float("nan")])
 def test_an_expert_without_a_metric_stays_and_disturbs_nobody(spoiled, generator):
     weight, metric = torch.randn(3, 8, 32, generator=generator), metric_of(3, 32, generator)
-    start = greedy(weight, metric, QuantSpec(2, 16))
+    start = greedy(weight, metric, QuantConfig(2, 16))
     alone = [descend(weight[e : e + 1], start.expert(e), metric[e : e + 1], 2) for e in (0, 2)]
     metric[1] = spoiled
     found = descend(weight, start, metric, 2)
@@ -112,7 +115,7 @@ def test_a_group_of_zeros_keeps_its_scale(generator):
     weight, metric = torch.randn(1, 4, 32, generator=generator), metric_of(1, 32, generator)
     metric[:, :16, 16:] = metric[:, 16:, :16] = 0
     weight[..., :16] = 0
-    start = greedy(weight, metric, QuantSpec(3, 16))
+    start = greedy(weight, metric, QuantConfig(3, 16))
     found = descend(weight, start, metric, 2)
     assert torch.equal(found.scales[..., 0], start.scales[..., 0])
     assert (found.dequantize()[..., :16] == 0).all()
@@ -125,24 +128,24 @@ def test_the_solver_sweeps_as_often_as_it_is_told(generator):
     weight = torch.randn(1, 32, 64, generator=generator)
     errors = []
     for sweeps in (0, 1, 3):
-        spec = solve_spec("sarqc-gptq", strength=0.1, sweeps=sweeps)
-        _, report = solve_site("site", weight, statistics, QuantSpec(2, 32), spec, scale_dtype=torch.bfloat16)
+        spec = MethodConfig("sarqc-gptq", reg_lambda=0.1, cd_passes=sweeps)
+        _, report = solve_site("site", weight, statistics, QuantConfig(2, 32), spec, scale_dtype=torch.bfloat16)
         errors.append(report.error)
     assert errors == sorted(errors, reverse=True) and errors[1] < 0.97 * errors[0]
 
 
 def test_what_cannot_be_swept_is_refused():
-    with pytest.raises(ArgumentError, match="sweeps = -1 is not usable: use a whole number from 0 up"):
-        solve_spec("sarqc-gptq", sweeps=-1)
-    with pytest.raises(ArgumentError, match="sweeps = 2 is not for method 'awq', which rounds"):
-        solve_spec("awq", sweeps=2)
+    with pytest.raises(ArgumentError, match="cd_passes = -1"):
+        MethodConfig("sarqc-gptq", cd_passes=-1)
+    with pytest.raises(ArgumentError, match=r"cd_passes = 2 .*'awq'"):
+        MethodConfig("awq", cd_passes=2)
 
 
 @pytest.mark.parametrize("rows", [(1, 2, 13), (64, 100, 31)], ids=str)
 def test_rows_do_not_depend_on_those_beside(rows: tuple[int, ...], generator: torch.Generator) -> None:
     parts = [torch.randn(1, n, 96, generator=generator) * 0.02 for n in rows]
     metric = metric_of(1, 96, generator)
-    quant = QuantSpec(bits=3, group_size=32)
+    quant = QuantConfig(bits=3, group_size=32)
     whole = torch.cat(parts, 1)
     whole_solved = descend(whole, greedy(whole, metric, quant), metric, 2)
     for part, codes, scales in zip(parts, whole_solved.codes.split(rows, 1), whole_solved.scales.split(rows, 1)):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec, SolveSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.error_correction import held_out_share, shift, shifted
 from sarqc.method.gram import Gram, Statistics
 from sarqc.method.hessian import regularised_hessian
 from sarqc.method.layer import solve_site
 
-SPEC = SolveSpec(strength=0.3, carry_error=True)
+SPEC = MethodConfig(reg_lambda=0.3, error_correction=True)
 STRENGTH = torch.tensor([0.3])
 
 
@@ -107,9 +107,9 @@ def test_the_output_comes_nearer_to_what_it_should_be_on_new_text(generator):
     errors = {}
     for carry in (False, True):
         statistics = seen(*folds[:2]) if carry else seen(*((rows, rows.new_zeros(200, 24)) for rows, _ in folds[:2]))
-        spec = solve_spec(strength=0.1, carry_error=carry)
+        spec = MethodConfig(reg_lambda=0.1, error_correction=carry)
         quantized, report = solve_site(
-            "s", weight, statistics, QuantSpec(bits=4, group_size=32), spec, scale_dtype=torch.bfloat16
+            "s", weight, statistics, QuantConfig(bits=4, group_size=32), spec, scale_dtype=torch.bfloat16
         )
         errors[carry] = float((x @ quantized.dequantize()[0].T - x @ weight[0].T - wish).pow(2).sum())
         assert (report.carried > 0.4) is carry

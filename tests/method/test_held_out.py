@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sarqc.config import METHODS, QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.gptq import solve_gram
 from sarqc.method.gram import Statistics
 from sarqc.method.lambda_search import EXPERTS, ROWS, Judge, Strengths
 from sarqc.method.layer import SOLVERS, choose_strength, solve_site
 
-QUANT = QuantSpec(bits=3, group_size=16)
+QUANT = QuantConfig(bits=3, group_size=16)
 BF16 = torch.bfloat16
 
 
@@ -67,7 +67,7 @@ def test_trials_side_by_side_are_trials_one_by_one(generator, monkeypatch):
     weight = torch.randn(3, 24, 32, generator=generator)
 
     def trial(rows: Tensor, gram, strength: Tensor) -> Tensor:
-        return solve_gram("s", rows, gram, strength, QUANT, METHODS["sarqc-gptq"], BF16).weight.dequantize()
+        return solve_gram("s", rows, gram, strength, QUANT, MethodConfig("sarqc-gptq"), BF16).weight.dequantize()
 
     for borrow in (0.0, 0.5):
         judge = Judge(weight, two_folds(*x, offsets), borrow, 0, trial, by_rounding_down)
@@ -98,8 +98,10 @@ def test_auto_does_better_on_new_text_than_no_regulariser(generator):
     statistics = two_folds(text[:24], text[24:48])
     new = {}
     for method in ("rtn", "gptq", "sarqc-gptq"):
-        spec = METHODS[method]
-        quantized, report = solve_site("s", weight, statistics if spec.gram else None, QUANT, spec, scale_dtype=BF16)
+        spec = MethodConfig(method)
+        quantized, report = solve_site(
+            "s", weight, statistics if spec.calibrated else None, QUANT, spec, scale_dtype=BF16
+        )
         new[method] = float(((weight - quantized.dequantize())[0] @ text[48:].T).pow(2).sum())
     assert new["sarqc-gptq"] < 0.9 * min(new["rtn"], new["gptq"])
     assert report.strength >= 0.3 and report.held_out["curve"]
@@ -113,10 +115,10 @@ def test_hopeless_statistics_end_in_plain_rounding_and_say_so(generator, monkeyp
     def harmful(site, weight, *rest):
         return solve_gram(site, -weight, *rest)
 
-    monkeypatch.setitem(SOLVERS, "gram", harmful)
+    monkeypatch.setitem(SOLVERS, "gptq", harmful)
 
-    quantized, report = solve_site("s", weight, statistics, QUANT, METHODS["sarqc-gptq"], scale_dtype=BF16)
-    plain, _ = solve_site("s", weight, None, QUANT, METHODS["rtn"], scale_dtype=BF16)
+    quantized, report = solve_site("s", weight, statistics, QUANT, MethodConfig("sarqc-gptq"), scale_dtype=BF16)
+    plain, _ = solve_site("s", weight, None, QUANT, MethodConfig("rtn"), scale_dtype=BF16)
     assert torch.equal(quantized.codes, plain.codes) and torch.equal(quantized.scales, plain.scales)
     assert "plain rounding" in report.fallback and report.strength == 0.0
 
@@ -127,7 +129,7 @@ def test_choosing_is_deterministic_and_leaves_the_statistics_alone(generator):
     weight = torch.randn(1, 16, 32, generator=generator)
     first, second = (
         choose_strength(
-            "s", "k", weight, statistics, QUANT, solve_spec(), scale_dtype=BF16, strengths=Strengths()
+            "s", "k", weight, statistics, QUANT, MethodConfig(), scale_dtype=BF16, strengths=Strengths()
         ).record()
         for _ in range(2)
     )

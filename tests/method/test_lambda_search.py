@@ -9,11 +9,11 @@ from math import exp, log
 import pytest
 import torch
 
-from sarqc.config import SolveSpec
+from sarqc.config import MethodConfig
 from sarqc.method.lambda_search import GRID, Strengths, ask, pool, rule
 
 ROWS = torch.tensor([2048])
-AUTO = SolveSpec()
+AUTO = MethodConfig()
 
 
 class Bowl:
@@ -39,21 +39,21 @@ def choose(strengths, judge, spec=AUTO, kind="down", rows=ROWS):
 
 def test_a_given_strength_is_taken_as_it_is_and_nobody_is_asked():
     judge = Bowl(1.0)
-    choice = choose(Strengths(), judge, SolveSpec(strength=0.7), rows=torch.tensor([5, 0]))
+    choice = choose(Strengths(), judge, MethodConfig(reg_lambda=0.7), rows=torch.tensor([5, 0]))
     assert torch.equal(choice.strength, torch.tensor([0.7, 0.7])) and not judge.asked and choice.why == "given"
 
 
 def test_the_rule_pulls_harder_with_fewer_rows_within_bounds():
-    chosen = rule(torch.tensor([0, 64, 512, 4096, 10**9]), 512, SolveSpec())
+    chosen = rule(torch.tensor([0, 64, 512, 4096, 10**9]), 512, MethodConfig())
     assert chosen[0] == 3.0 and chosen[-1] == pytest.approx(0.03)
     assert (chosen[:-1] >= chosen[1:]).all() and chosen[1] > chosen[3]
-    energy, iso = (rule(ROWS, 512, SolveSpec(saliency=s)) for s in ("energy", "iso"))
+    energy, iso = (rule(ROWS, 512, MethodConfig(saliency=s)) for s in ("energy", "iso"))
     assert energy == pytest.approx(3 * iso)
 
 
 def test_without_a_second_stretch_of_text_the_rule_decides():
     choice = choose(Strengths(), None)
-    assert torch.equal(choice.strength, rule(ROWS, 512, SolveSpec())) and "rule" in choice.why and not choice.curve
+    assert torch.equal(choice.strength, rule(ROWS, 512, MethodConfig())) and "rule" in choice.why and not choice.curve
 
 
 @pytest.mark.parametrize("best", GRID)

@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sarqc.config import METHODS, QuantSpec, SolveSpec, solve_spec
+from sarqc.config import METHODS, MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, NumericError
 from sarqc.method.gram import Statistics
 from sarqc.method.layer import solve_site
 
-QUANT = QuantSpec(bits=3, group_size=16)
+QUANT = QuantConfig(bits=3, group_size=16)
 
 
 def correlated(rows: int, size: int, generator: torch.Generator) -> Tensor:
@@ -21,7 +21,7 @@ def seen(x: Tensor, offsets: Tensor | None = None) -> Statistics:
     return statistics
 
 
-def solve(weight: Tensor, statistics: Statistics | None, spec: SolveSpec, quant: QuantSpec = QUANT):
+def solve(weight: Tensor, statistics: Statistics | None, spec: MethodConfig, quant: QuantConfig = QUANT):
     return solve_site("site", weight, statistics, quant, spec, scale_dtype=torch.bfloat16)
 
 
@@ -29,14 +29,14 @@ def output_error(weight: Tensor, quantized: Tensor, x: Tensor) -> float:
     return float(((weight - quantized).double() @ x.double().T).pow(2).sum())
 
 
-@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.gram])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.calibrated])
 @pytest.mark.parametrize(
-    "quant", [QUANT, QuantSpec(bits=4, group_size=-1), QuantSpec(bits=2, group_size=32, sym=False)]
+    "quant", [QUANT, QuantConfig(bits=4, group_size=-1), QuantConfig(bits=2, group_size=32, sym=False)]
 )
 def test_every_gram_method_beats_rounding_on_what_it_saw_and_says_so_truly(method, quant, generator):
     x = correlated(512, 64, generator)
     weight = torch.randn(1, 48, 64, generator=generator)
-    quantized, report = solve(weight, seen(x), METHODS[method], quant)
+    quantized, report = solve(weight, seen(x), MethodConfig(method), quant)
     signal = output_error(weight[0], torch.zeros(48, 64), x)
     measured = output_error(weight[0], quantized.dequantize()[0], x) / signal
     assert report.error == pytest.approx(measured, rel=1e-3)
@@ -47,9 +47,9 @@ def test_every_gram_method_beats_rounding_on_what_it_saw_and_says_so_truly(metho
 def test_independent_inputs_leave_nothing_to_correct():
     """H = I on a min-max grid is plain rounding, code for code."""
     weight = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(1))
-    spec = solve_spec("gptq", act_order="none")
+    spec = MethodConfig("gptq", act_order="none")
     by_gram, _ = solve(weight, seen(torch.eye(32)), spec)
-    by_rounding, _ = solve(weight, None, METHODS["rtn"])
+    by_rounding, _ = solve(weight, None, MethodConfig("rtn"))
     assert torch.equal(by_gram.codes, by_rounding.codes)
     assert torch.equal(by_gram.scales, by_rounding.scales)
 
@@ -57,25 +57,25 @@ def test_independent_inputs_leave_nothing_to_correct():
 def test_a_pull_without_end_is_plain_rounding(generator):
     x = correlated(256, 32, generator)
     weight = torch.randn(1, 20, 32, generator=generator)
-    spec = solve_spec("gptq", strength=1e8, act_order="none")
-    assert torch.equal(solve(weight, seen(x), spec)[0].codes, solve(weight, None, METHODS["rtn"])[0].codes)
+    spec = MethodConfig("gptq", reg_lambda=1e8, act_order="none")
+    assert torch.equal(solve(weight, seen(x), spec)[0].codes, solve(weight, None, MethodConfig("rtn"))[0].codes)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_linears_that_share_inputs_may_share_a_call(method, generator):
     x = correlated(128, 32, generator)
     first, second = torch.randn(1, 24, 32, generator=generator), torch.randn(1, 8, 32, generator=generator)
-    together, _ = solve(torch.cat([first, second], 1), seen(x), METHODS[method])
+    together, _ = solve(torch.cat([first, second], 1), seen(x), MethodConfig(method))
     parts = together.split([24, 8])
     for part, weight in zip(parts, (first, second)):
-        alone, _ = solve(weight, seen(x), METHODS[method])
+        alone, _ = solve(weight, seen(x), MethodConfig(method))
         assert torch.equal(part.codes, alone.codes) and torch.equal(part.scales, alone.scales)
 
 
 def test_an_expert_with_no_rows_is_sound_and_disturbs_nobody(generator):
     x = correlated(200, 32, generator)
     weight = torch.randn(3, 16, 32, generator=generator)
-    spec = solve_spec("sarqc-gptq", borrow=0.0)
+    spec = MethodConfig("sarqc-gptq", expert_shrinkage=0.0)
     quantized, report = solve(weight, seen(x, torch.tensor([0, 120, 120, 200])), spec)
     alone, _ = solve(weight[:1], seen(x[:120]), spec)
     assert torch.equal(quantized.expert(0).codes, alone.codes)
@@ -86,7 +86,7 @@ def test_an_expert_with_no_rows_is_sound_and_disturbs_nobody(generator):
 
 def test_scales_are_what_is_stored(generator):
     weight = torch.randn(1, 8, 32, generator=generator)
-    quantized, _ = solve(weight, None, METHODS["rtn"])
+    quantized, _ = solve(weight, None, MethodConfig("rtn"))
     assert quantized.scales.dtype == torch.bfloat16
     error = (quantized.dequantize() - weight).abs().unflatten(-1, (2, 16)).amax(-1)
     # Half a step, and the top code of a symmetric grid may clip by half a step more.
@@ -95,16 +95,16 @@ def test_scales_are_what_is_stored(generator):
 
 def test_same_input_same_bytes(generator):
     x, weight = correlated(100, 32, generator), torch.randn(1, 8, 32, generator=generator)
-    first, second = (solve(weight, seen(x), METHODS["sarqc-gptq"])[0] for _ in range(2))
+    first, second = (solve(weight, seen(x), MethodConfig("sarqc-gptq"))[0] for _ in range(2))
     assert torch.equal(first.codes, second.codes) and torch.equal(first.scales, second.scales)
 
 
 def test_a_weight_with_nan_is_refused_by_name():
     weight = torch.full((1, 4, 16), float("nan"))
     with pytest.raises(NumericError, match="site"):
-        solve(weight, None, METHODS["rtn"])
+        solve(weight, None, MethodConfig("rtn"))
 
 
 def test_a_group_size_that_does_not_divide_is_refused():
     with pytest.raises(ArgumentError, match="16 does not divide 40"):
-        solve(torch.zeros(1, 4, 40), None, METHODS["rtn"])
+        solve(torch.zeros(1, 4, 40), None, MethodConfig("rtn"))

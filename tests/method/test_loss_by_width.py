@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.bit_allocation import WidthLosses, tried, tried_width, width_losses
 from sarqc.method.gram import Statistics
 
-QUANT = QuantSpec(group_size=32, avg_bits=4)
+QUANT = QuantConfig(group_size=32, avg_bits=4)
 
 
 def site(experts=1, rows=200, seed=0):
@@ -22,13 +22,13 @@ def site(experts=1, rows=200, seed=0):
     return weight, statistics
 
 
-@pytest.mark.parametrize("method", ["rtn-search", "gptq", "sarqc-gptq", "sarqc"])
+@pytest.mark.parametrize("method", ["rtn-search", "gptq", "sarqc-gptq", "sarqc-awq-gptq"])
 @pytest.mark.parametrize("experts", [1, 3])
 def test_each_bit_helps_by_about_four(method, experts):
     weight, statistics = site(experts)
-    losses = width_losses("site", weight, statistics, QUANT, solve_spec(method), torch.bfloat16).relative(4)
-    assert list(losses) == list(QUANT.choices)
-    for before, after in zip(QUANT.choices, QUANT.choices[1:]):
+    losses = width_losses("site", weight, statistics, QUANT, MethodConfig(method), torch.bfloat16).relative(4)
+    assert list(losses) == list(QUANT.bit_options)
+    for before, after in zip(QUANT.bit_options, QUANT.bit_options[1:]):
         assert 2.5 < (losses[before] / losses[after]) ** (1 / (after - before)) < 6
 
 
@@ -39,14 +39,14 @@ def test_parts_add_up():
 
 def test_what_is_tried_lies_within_the_average():
     for average, width in ((3.5, 3), (4.0, 4), (2.3, 2), (9, 8), (7.9, 6)):
-        assert tried_width(QuantSpec(avg_bits=average)) == width
-    assert tried_width(QuantSpec(avg_bits=4.1, choices=(5, 8))) == 5
+        assert tried_width(QuantConfig(avg_bits=average)) == width
+    assert tried_width(QuantConfig(avg_bits=4.1, bit_options=(5, 8))) == 5
     weight, statistics = site(2)
-    found = tried("site", weight, statistics, QUANT, solve_spec(), torch.bfloat16)
+    found = tried("site", weight, statistics, QUANT, MethodConfig(), torch.bfloat16)
     assert found.bits == 4 and float((found.dequantize() - weight).norm() / weight.norm()) < 0.2
 
 
 def test_a_site_that_saw_nothing_loses_nothing():
     weight, _ = site(2)
-    found = width_losses("site", weight, Statistics.zeros(2, 64, 2), QUANT, solve_spec(), torch.bfloat16)
+    found = width_losses("site", weight, Statistics.zeros(2, 64, 2), QUANT, MethodConfig(), torch.bfloat16)
     assert set(found.by_width.values()) == set(found.relative(4).values()) == {0.0}

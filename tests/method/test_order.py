@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sarqc.config import SolveSpec
+from sarqc.config import MethodConfig
 from sarqc.errors import ArgumentError
 from sarqc.method.gptq import column_order
 
@@ -30,8 +30,8 @@ def test_ties_keep_their_order():
 
 
 @pytest.mark.parametrize(
-    "values", [dict(strength=-1), dict(saliency="loud"), dict(saliency="power:x"), dict(grid="fine")]
+    "values", [dict(reg_lambda=-1), dict(saliency="loud"), dict(saliency="power:x"), dict(scales="fine")]
 )
 def test_a_spec_refuses_what_it_does_not_know(values):
     with pytest.raises(ArgumentError, match=next(iter(values))):
-        SolveSpec(**values)
+        MethodConfig(**values)

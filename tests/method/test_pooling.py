@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.gram import Gram, Statistics, kappa, shrunk
 from sarqc.method.layer import solve_site
 
@@ -62,7 +62,7 @@ def test_an_expert_without_tokens_is_solved_in_the_metric_of_the_pool(generator)
     statistics, pooled = Statistics((gram,)), Statistics.zeros(1, 16)
     pooled.add(x)
     weight = torch.randn(4, 12, 16, generator=generator)
-    spec, quant = solve_spec(strength=0.3, borrow=0.5), QuantSpec(bits=3, group_size=16)
+    spec, quant = MethodConfig(reg_lambda=0.3, expert_shrinkage=0.5), QuantConfig(bits=3, group_size=16)
     solved, report = solve_site("s", weight, statistics, quant, spec, scale_dtype=torch.bfloat16)
     alone, _ = solve_site("s", weight[1:2], pooled, quant, spec, scale_dtype=torch.bfloat16)
     assert (solved.codes[1] != alone.codes[0]).float().mean() < 0.05  # the pool is summed in another order

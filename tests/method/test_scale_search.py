@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.method.rtn import round_plainly
 from sarqc.method.scale_search import minmax_error, search_grid
 from sarqc_kernels.columns import fit_grid, round_to_grid
@@ -71,7 +71,7 @@ def test_a_diagonal_metric_is_the_kernels_weighted_search(weight, metric):
 def test_no_group_is_worse_than_min_max(weight, metric):
     rule = GridRule(3, True, True, torch.bfloat16)
     found = group_loss(weight, *search_grid(weight, metric, rule, GROUP), metric, 3)
-    plain = round_plainly(weight, QuantSpec(bits=3, group_size=GROUP), "minmax", torch.bfloat16)
+    plain = round_plainly(weight, QuantConfig(bits=3, group_size=GROUP), "minmax", torch.bfloat16)
     before = group_loss(weight, plain.scales, plain.zeros, metric, 3)
     assert (found <= before * (1 + 1e-5)).all() and found.sum() < 0.8 * before.sum()
 
@@ -86,6 +86,6 @@ def test_rows_are_taken_in_portions_that_change_nothing(weight, metric, monkeypa
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_the_error_of_plain_rounding_is_that_of_its_codes(weight, sym):
-    plain = round_plainly(weight, QuantSpec(bits=3, group_size=GROUP, sym=sym), "minmax", torch.bfloat16)
+    plain = round_plainly(weight, QuantConfig(bits=3, group_size=GROUP, sym=sym), "minmax", torch.bfloat16)
     error = minmax_error(weight, GridRule(3, sym, False, torch.bfloat16), GROUP)
     torch.testing.assert_close(error, weight - plain.dequantize(), rtol=0, atol=1e-6)

@@ -6,14 +6,14 @@ import pytest
 import torch
 import transformers
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.model import moe
 from sarqc.model.build import QuantExperts, QuantLinear, build
 from sarqc.model.layers import targets
 from sarqc.model.source import StateDictSource
 from sarqc_kernels.w4a16 import unpack_weight
 
-QUANT = QuantSpec(bits=4, group_size=32)
+QUANT = QuantConfig(bits=4, group_size=32)
 
 
 def logits(model, tokens):
@@ -50,7 +50,7 @@ def test_packed_and_dense_agree(tiny, arch, rounded):
 @pytest.mark.parametrize("bits", [3, 8])
 def test_other_widths_and_asymmetric_grids(tiny, rounded, bits):
     case = tiny("mixtral")
-    source = rounded(case, QuantSpec(bits=bits, group_size=32, sym=False))
+    source = rounded(case, QuantConfig(bits=bits, group_size=32, sym=False))
     dense, packed = (build(case.skeleton(source), source, packed=packed) for packed in (False, True))
     assert any(isinstance(m, QuantExperts) and m.zeros is not None and m.bits == bits for m in packed.modules())
     torch.testing.assert_close(logits(packed, case.tokens), logits(dense, case.tokens), rtol=1e-4, atol=1e-4)
@@ -129,7 +129,7 @@ def test_it_generates(tiny, arch, rounded, packed):
 
 def test_what_a_checkpoint_leaves_dense_stays_dense(tiny, rounded):
     case = tiny("mixtral")
-    source = rounded(case, QuantSpec(bits=4, group_size=32, ignore=("q_proj", r"layers\.0.*experts\.1\.w2")))
+    source = rounded(case, QuantConfig(bits=4, group_size=32, ignore=("q_proj", r"layers\.0.*experts\.1\.w2")))
     dense, packed = (build(case.skeleton(source), source, packed=packed) for packed in (False, True))
     first, second = packed.model.layers
     assert isinstance(first.self_attn.q_proj, torch.nn.Linear) and isinstance(first.self_attn.k_proj, QuantLinear)

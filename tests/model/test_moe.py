@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import use_experts_implementation
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import ModelError
 from sarqc.method.gram import Gram
 from sarqc.model import moe
@@ -133,8 +133,8 @@ def test_declared_flags_are_honoured():
 def test_gpt_oss_is_refused_with_all_reasons(tiny):
     skeleton = tiny("gpt_oss").skeleton()
     with pytest.raises(ModelError, match=r"layers\.0.*transposed.*biases.*interleaved.*one tensor"):
-        targets(skeleton, QuantSpec(group_size=32))
-    rest = targets(skeleton, QuantSpec(group_size=32, ignore=(r"\.experts\.",)))
+        targets(skeleton, QuantConfig(group_size=32))
+    rest = targets(skeleton, QuantConfig(group_size=32, ignore=(r"\.experts\.",)))
     assert {linear.rpartition(".")[2] for linear in rest.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from sarqc.pipeline.offload import Scratch
 
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.model.source import Ahead, StateDictSource
 from sarqc.pipeline import driver
 
-QUANT = QuantSpec(bits=4, group_size=32)
+QUANT = QuantConfig(bits=4, group_size=32)
 TENSORS = {name: torch.full((4,), float(number)) for number, name in enumerate("abc")}
 
 
@@ -84,14 +84,14 @@ def equal(these, those):
     return len(these) == len(those) and all(map(torch.equal, these, those))
 
 
-@pytest.mark.parametrize("method", ["rtn", "sarqc"])
+@pytest.mark.parametrize("method", ["rtn", "sarqc-awq-gptq"])
 def test_a_run_that_reads_ahead_is_the_same_run(tiny, method):
     case = tiny("qwen3_moe", num_hidden_layers=3)
 
     def run(**options):
         case.source.reads.clear()
         tokens = None if method == "rtn" else case.tokens
-        return weights(driver.run(case.skeleton(), case.source, tokens, QUANT, solve_spec(method), **options))
+        return weights(driver.run(case.skeleton(), case.source, tokens, QUANT, MethodConfig(method), **options))
 
     plain, reads = run(), sorted(case.source.reads)
     assert equal(run(read_ahead=True), plain) and sorted(case.source.reads) == reads
@@ -100,7 +100,7 @@ def test_a_run_that_reads_ahead_is_the_same_run(tiny, method):
 
 def test_no_more_than_the_next_block_is_read(tiny):
     case = tiny("llama", num_hidden_layers=4)
-    running = driver.run(case.skeleton(), case.source, None, QUANT, solve_spec("rtn"), read_ahead=True)
+    running = driver.run(case.skeleton(), case.source, None, QUANT, MethodConfig("rtn"), read_ahead=True)
     next(running)
     running.close()
     assert readers() == []
@@ -118,7 +118,7 @@ def test_the_thread_ends_with_the_run_however_that_ends(tiny, error):
     with pytest.raises(error):
         next(
             driver.run(
-                case.skeleton(), case.source, None, QUANT, solve_spec("rtn"), read_ahead=True, on_progress=raising
+                case.skeleton(), case.source, None, QUANT, MethodConfig("rtn"), read_ahead=True, on_progress=raising
             )
         )
     assert readers() == []
@@ -127,7 +127,7 @@ def test_the_thread_ends_with_the_run_however_that_ends(tiny, error):
 def test_a_block_that_cannot_be_read_fails_when_its_turn_comes(tiny):
     case = tiny("llama")
     source = Slow(case.tensors(), bad=["model.layers.1.mlp.up_proj.weight"])
-    running = driver.run(case.skeleton(), source, None, QUANT, solve_spec("rtn"), read_ahead=True)
+    running = driver.run(case.skeleton(), source, None, QUANT, MethodConfig("rtn"), read_ahead=True)
     assert next(running).index == 0
     with pytest.raises(CheckpointError, match="up_proj"):
         next(running)
@@ -138,14 +138,14 @@ def test_a_block_that_cannot_be_read_fails_when_its_turn_comes(tiny):
 def test_states_in_a_file_give_the_codes_of_states_in_memory(tiny, tmp_path, kind):
     """With both sets of states: one or both of them have no room in memory."""
     case = tiny(kind)
-    solve = solve_spec(carry_error=True)
+    method = MethodConfig(error_correction=True)
     one = case.tokens.numel() * case.model.config.hidden_size * 4
 
     def run(**options):
         left = []
         found = weights(
             left.append(torch.cat([*result.leaving.each()]) if result.leaving else None) or result
-            for result in driver.run(case.skeleton(), case.source, case.tokens, QUANT, solve, micro_batch=2, **options)
+            for result in driver.run(case.skeleton(), case.source, case.tokens, QUANT, method, micro_batch=2, **options)
         )
         return found, left
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import ArgumentError, ModelError
 from sarqc.model.layers import auto_group_size, check_group_size, targets
 from sarqc.model.sites import find_sites, observe, separate_sites
@@ -14,7 +14,7 @@ from sarqc.model.source import StateDictSource
 from sarqc.model.weight_map import Piece
 from tests.support.by_block import block_call, call_block, embed
 
-QUANT = QuantSpec(group_size=32)
+QUANT = QuantConfig(group_size=32)
 
 
 def sites_of(case, index, quant=QUANT):
@@ -103,7 +103,7 @@ def test_layers_that_the_model_has_no_use_for_are_left_by_name(tiny):
 
 def test_ignored_layers_are_left_with_the_pattern_that_found_them(tiny):
     case = tiny("mixtral")
-    quant = QuantSpec(group_size=32, ignore=(r"layers\.0\..*k_proj$", r"experts\.3\.w1", "lm_head"))
+    quant = QuantConfig(group_size=32, ignore=(r"layers\.0\..*k_proj$", r"experts\.3\.w1", "lm_head"))
     found = targets(case.skeleton(), quant)
     assert dict(found.ignored) == {
         "model.layers.0.self_attn.k_proj": r"layers\.0\..*k_proj$",
@@ -118,21 +118,21 @@ def test_ignored_layers_are_left_with_the_pattern_that_found_them(tiny):
 @pytest.mark.parametrize("pattern", ["no_such_layer", "layers.7", "("])
 def test_a_pattern_that_finds_nothing_is_an_error(tiny, pattern):
     with pytest.raises(ArgumentError, match="ignore = "):
-        targets(tiny("llama").skeleton(), QuantSpec(ignore=(pattern,)))
+        targets(tiny("llama").skeleton(), QuantConfig(ignore=(pattern,)))
 
 
 def test_ignoring_everything_is_an_error(tiny):
     with pytest.raises(ModelError, match="no Linear left"):
-        targets(tiny("llama").skeleton(), QuantSpec(ignore=(r"layers\.",)))
+        targets(tiny("llama").skeleton(), QuantConfig(ignore=(r"layers\.",)))
 
 
 def test_a_group_size_that_does_not_fit_names_the_layer_and_what_would(tiny):
     found = targets(tiny("llama").skeleton(), QUANT)
     assert auto_group_size(found) == 32  # 96 inputs of down_proj
     check_group_size(found, QUANT)
-    check_group_size(found, QuantSpec(group_size=-1))
+    check_group_size(found, QuantConfig(group_size=-1))
     with pytest.raises(ArgumentError, match=r"64 does not divide the 96 inputs of .*down_proj: use 32 or -1"):
-        check_group_size(found, QuantSpec(group_size=64))
+        check_group_size(found, QuantConfig(group_size=64))
     found = targets(tiny("llama", intermediate_size=40).skeleton(), QUANT)
     with pytest.raises(ArgumentError, match=r"down_proj has 40 inputs"):
         auto_group_size(found)

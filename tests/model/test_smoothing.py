@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.method.awq import ChannelScales
 from sarqc.model import smoothing
 from sarqc.model.build import build
@@ -19,7 +19,7 @@ from sarqc.pipeline import channel_scales
 from sarqc.pipeline.channel_scales import BlockScales
 from tests.support.by_block import block_call, embed
 
-QUANT = QuantSpec(group_size=32)
+QUANT = QuantConfig(group_size=32)
 DENSE = {
     "input_layernorm": ["q_proj", "k_proj", "v_proj"],
     "post_attention_layernorm": ["gate_proj", "up_proj"],
@@ -167,7 +167,13 @@ def folded(case, quant=QUANT, seed=0):
         gram = SimpleNamespace(rows=torch.ones(1, dtype=torch.int64))  # all that a choice drawn at random looks at
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(channel_scales, "search", draw)
-            scales.decide(shares, [gram] * len(shares), lambda _, seen: seen, lambda _: quant, torch.bfloat16)
+            scales.decide(
+                shares,
+                [gram] * len(shares),
+                lambda _, seen: seen,  # type: ignore[return-value]
+                lambda _: quant,
+                torch.bfloat16,
+            )
         for share in shares:
             weight = scales.of(share).apply(share.weight(skeleton.model))
             starts = dict(
@@ -202,7 +208,7 @@ def test_ignored_layers_take_their_part_exactly(tiny):
     """A giver, a reader and single experts that are not quantized: scaled where they stand, by powers of two."""
     ignore = ("k_proj", "v_proj", r"layers\.1\..*experts\.1\.w3", r"experts\.0\.w2", r"experts\.2\.w1")
     case = tiny("mixtral", torch.bfloat16)
-    tensors, changed = folded(case, QuantSpec(group_size=32, ignore=ignore))
+    tensors, changed = folded(case, QuantConfig(group_size=32, ignore=ignore))
     assert {"k_proj", "v_proj", "w1", "w2", "w3", "gate"} <= {leaf(name) for name in changed}
     for name, tensor in changed.items():
         if "v_proj" in name or "gate" in name:

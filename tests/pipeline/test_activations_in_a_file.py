@@ -23,7 +23,14 @@ from tests.support.killing import contents, count_operations, in_child
 from tests.support.ranks import in_ranks
 from tests.support.stopping import Stopping
 
-SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "micro_batch": 1, "strength": 0.3, "carry_error": False}
+SMALL = {
+    "num_samples": 4,
+    "seqlen": 32,
+    "group_size": 32,
+    "micro_batch": 1,
+    "reg_lambda": 0.3,
+    "error_correction": False,
+}
 STATES = 4 * 32 * 64 * 4
 KILLS = 4
 
@@ -56,7 +63,7 @@ def files(monkeypatch):
 
 @pytest.mark.parametrize(("budget", "used"), [(0, [STATES]), (STATES - 1, [STATES]), (STATES, []), (None, [])])
 def test_where_states_are_makes_no_difference(source, straight, tmp_path, files, budget, used):
-    sarqc.quantize(source, tmp_path / "out", state_budget=budget, **SMALL)
+    sarqc.quantize(source, tmp_path / "out", activation_budget=budget, **SMALL)
     assert files == used and contents(tmp_path / "out") == straight
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -65,11 +72,11 @@ def test_where_states_are_makes_no_difference(source, straight, tmp_path, files,
 def test_a_stopped_run_goes_on_with_another_budget(source, straight, tmp_path, files, budgets):
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
-        sarqc.quantize(source, out, state_budget=budgets[0], watcher=Stopping(2), **SMALL)
+        sarqc.quantize(source, out, activation_budget=budgets[0], progress=Stopping(2), **SMALL)
     assert sorted(path.name for path in default_work(out).iterdir()) == [
         "blocks", "hidden.safetensors", "lock", "plan.json",
     ]  # fmt: skip
-    sarqc.quantize(source, out, state_budget=budgets[1], **SMALL)
+    sarqc.quantize(source, out, activation_budget=budgets[1], **SMALL)
     assert contents(out) == straight and files == [STATES] * budgets.count(0)
 
 
@@ -78,19 +85,19 @@ def test_a_stopped_run_goes_on_with_another_budget(source, straight, tmp_path, f
 )
 def test_the_originals_states_wait_in_a_file_too(tmp_path, files, kind, budget, used):
     """And what is wanted inside a block of routed experts; also where the run was stopped in between."""
-    source, run = tiny.save(kind, tmp_path / "model", num_hidden_layers=3), SMALL | {"carry_error": True}
+    source, run = tiny.save(kind, tmp_path / "model", num_hidden_layers=3), SMALL | {"error_correction": True}
     report = sarqc.quantize(source, tmp_path / "straight", **run).report
     assert files == [] and any(site["carried"] > 0 for site in report["sites"])
     with pytest.raises(Interrupted):
-        sarqc.quantize(source, tmp_path / "stopped", state_budget=budget, watcher=Stopping(2), **run)
+        sarqc.quantize(source, tmp_path / "stopped", activation_budget=budget, progress=Stopping(2), **run)
     for name in ("stopped", "at once"):
-        sarqc.quantize(source, tmp_path / name, state_budget=budget, **run)
+        sarqc.quantize(source, tmp_path / name, activation_budget=budget, **run)
         assert contents(tmp_path / name) == contents(tmp_path / "straight")
     assert files == 3 * used * [STATES]
 
 
 def test_kills_at_any_file_operation_lose_nothing(source, straight, tmp_path):
-    run = dict(model=source, state_budget=0, **SMALL)
+    run = dict(model=source, activation_budget=0, **SMALL)
     operations = count_operations(lambda: sarqc.quantize(out=tmp_path / "count", **run))
     chosen = random.Random(6)
     out, killed = tmp_path / "out", 0
@@ -109,7 +116,7 @@ def test_a_name_that_a_kill_left_is_swept_away(source, straight, tmp_path):
     """Where the system knows no files without a name, there is one for an instant."""
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
-        sarqc.quantize(source, out, watcher=Stopping(1), **SMALL)
+        sarqc.quantize(source, out, progress=Stopping(1), **SMALL)
     (default_work(out) / f"{offload.PREFIX}a1b2").touch()
     sarqc.quantize(source, out, **SMALL)
     assert contents(out) == straight
@@ -118,17 +125,17 @@ def test_a_name_that_a_kill_left_is_swept_away(source, straight, tmp_path):
 def test_a_disk_without_room_for_states_is_one_line_and_no_loss(source, straight, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
-        sarqc.quantize(source, out, watcher=Stopping(1), **SMALL)
+        sarqc.quantize(source, out, progress=Stopping(1), **SMALL)
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ResourceError, match=r"hidden states \(No space left on device\).*--state-budget"):
-        sarqc.quantize(source, out, state_budget=0, **SMALL)
+    with pytest.raises(ResourceError, match=r"hidden states \(No space left on device\).*--activation-budget"):
+        sarqc.quantize(source, out, activation_budget=0, **SMALL)
     assert default_work(out).is_dir() and not out.exists()
     monkeypatch.undo()
-    sarqc.quantize(source, out, state_budget=0, **SMALL)
+    sarqc.quantize(source, out, activation_budget=0, **SMALL)
     assert contents(out) == straight
 
 
@@ -138,10 +145,12 @@ def test_ranks_keep_their_own_states_in_files_of_their_own(source, straight, tmp
 
     def stopped(rank):
         with pytest.raises(Interrupted):
-            sarqc.quantize(source, out, ordered=True, state_budget=0, watcher=Stopping(1), **SMALL)
+            sarqc.quantize(source, out, ordered=True, activation_budget=0, progress=Stopping(1), **SMALL)
 
     assert in_ranks(4, stopped, tmp_path / "log") == [(0, "")] * 4
-    ended = in_ranks(2, lambda _: sarqc.quantize(source, out, ordered=True, state_budget=0, **SMALL), tmp_path / "log2")
+    ended = in_ranks(
+        2, lambda _: sarqc.quantize(source, out, ordered=True, activation_budget=0, **SMALL), tmp_path / "log2"
+    )
     assert ended == [(0, "")] * 2
     assert contents(out) == straight
     assert not default_work(out).exists() and len(list(tmp_path.iterdir())) == 3
@@ -152,21 +161,21 @@ def test_ranks_keep_their_own_states_in_files_of_their_own(source, straight, tmp
 
 def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
     inside = preflight(source, tmp_path / "out", **SMALL)
-    outside = preflight(source, tmp_path / "out", state_budget=STATES - 1, **SMALL)
+    outside = preflight(source, tmp_path / "out", activation_budget=STATES - 1, **SMALL)
     assert (inside.waiting.states, inside.waiting.mapped) == (STATES, 0)
     assert (outside.waiting.states, outside.waiting.mapped) == (0, STATES)
     assert sum(one.needed for one in outside.disk) == sum(one.needed for one in inside.disk) + STATES
     assert outside.to_json()["waiting"]["mapped"] == STATES
     block = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 3
     assert 0.5 * block < inside.waiting.ahead < block
-    for found, says in ((inside, "in memory"), (outside, "in a file (over --state-budget)")):
+    for found, says in ((inside, "in memory"), (outside, "in a file (over --activation-budget)")):
         show(Console(width=160), found)
         shown = " ".join(capsys.readouterr().out.split())
         assert f"of hidden states {says}" in shown and "the next block read ahead" in shown
 
 
 def test_text_that_nobody_looks_at_waits_nowhere(source, tmp_path):
-    found = preflight(source, tmp_path / "out", method="rtn", state_budget=0)
+    found = preflight(source, tmp_path / "out", method="rtn", activation_budget=0)
     assert (found.waiting.states, found.waiting.mapped) == (0, 0) and found.waiting.ahead > 0
 
 
@@ -193,14 +202,16 @@ def test_a_single_block_has_no_next_one(tmp_path):
 @pytest.mark.parametrize(("kind", "sets"), [("llama", 2), ("deepseek_v3", 2), ("qwen3_moe", 3)])
 def test_the_original_beside_takes_as_much_again(tmp_path, kind, sets):
     """Twice as much where experts are all routed: what is wanted inside a block is not what leaves it."""
-    source, options = tiny.save(kind, tmp_path / "model"), SMALL | {"carry_error": True}
+    source, options = tiny.save(kind, tmp_path / "model"), SMALL | {"error_correction": True}
     assert preflight(source, tmp_path / "out", **options).waiting.states == sets * STATES
-    assert preflight(source, tmp_path / "out", state_budget=STATES, **options).waiting.mapped == (sets - 1) * STATES
+    assert (
+        preflight(source, tmp_path / "out", activation_budget=STATES, **options).waiting.mapped == (sets - 1) * STATES
+    )
 
 
 def test_a_budget_below_nothing_is_refused(source, tmp_path):
-    with pytest.raises(ArgumentError, match=r"state_budget = -1 is too small: use 0 or more"):
-        preflight(source, tmp_path / "out", state_budget=-1, **SMALL)
+    with pytest.raises(ArgumentError, match=r"activation_budget = -1 is too small: use 0 or more"):
+        preflight(source, tmp_path / "out", activation_budget=-1, **SMALL)
 
 
 def test_the_command_line_takes_gigabytes(source, tmp_path, monkeypatch):
@@ -208,7 +219,16 @@ def test_the_command_line_takes_gigabytes(source, tmp_path, monkeypatch):
 
     from sarqc.cli import app
 
-    options = ["--num-samples", "4", "--seqlen", "32", "--no-carry-error", "--dry-run", "--json", "--state-budget"]
+    options = [
+        "--num-samples",
+        "4",
+        "--seqlen",
+        "32",
+        "--no-error-correction",
+        "--dry-run",
+        "--json",
+        "--activation-budget",
+    ]
     for given, mapped in (("0", STATES), ("1e-3", 0)):
         done = CliRunner().invoke(app, ["quantize", str(source), "-o", str(tmp_path / "out"), *options, given])
         assert done.exit_code == 0 and json.loads(done.stdout)["waiting"]["mapped"] == mapped

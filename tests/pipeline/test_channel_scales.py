@@ -5,27 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import EXPONENTS
 from sarqc.model.layers import targets
 from sarqc.pipeline import driver
 
-QUANT = QuantSpec(bits=3, group_size=32)
-SARQC, AWQ = solve_spec("sarqc"), solve_spec("awq")
+QUANT = QuantConfig(bits=3, group_size=32)
+SARQC, AWQ = MethodConfig("sarqc-awq-gptq"), MethodConfig("awq")
 
 
-def run(case, solve=SARQC, quant=QUANT, **options):
-    return list(driver.run(case.skeleton(), case.source, case.tokens, quant, solve, **options))
+def run(case, method=SARQC, quant=QUANT, **options):
+    return list(driver.run(case.skeleton(), case.source, case.tokens, quant, method, **options))
 
 
 def leaves(names):
     return {name.removesuffix(".weight").rpartition(".")[2] for name in names}
 
 
-@pytest.mark.parametrize("solve", [SARQC, AWQ], ids=["sarqc", "awq"])
-def test_every_target_comes_out_once_and_norms_with_them(tiny, arch, solve):
+@pytest.mark.parametrize("method", [SARQC, AWQ], ids=["sarqc", "awq"])
+def test_every_target_comes_out_once_and_norms_with_them(tiny, arch, method):
     case = tiny(arch, torch.bfloat16)
-    results = run(case, solve)
+    results = run(case, method)
     assert [name for result in results for name in result.weights] == list(targets(case.skeleton(), QUANT).linears)
     for result in results:
         norms = [name for name in result.changed if "norm" in name]
@@ -42,7 +42,7 @@ def test_every_target_comes_out_once_and_norms_with_them(tiny, arch, solve):
 
 
 def test_methods_without_scales_change_nothing(tiny):
-    results = run(tiny("llama"), solve_spec("sarqc-gptq"))
+    results = run(tiny("llama"), MethodConfig("sarqc-gptq"))
     assert all(result.changed == {} for result in results)
     assert all(report.exponent == 0 and report.unscaled is None for result in results for report in result.reports)
 
@@ -66,12 +66,12 @@ def test_the_next_block_sees_the_quantized_and_scaled_one(tiny, monkeypatch):
     def keep(work, index, members, states, *rest):
         before = states.hidden.clone()
         replay(work, index, members, states, *rest)
-        left[work.solve.method] = (before, states.hidden.clone())
+        left[work.method.method] = (before, states.hidden.clone())
 
     monkeypatch.setattr(driver, "_replay", keep)
-    quant = QuantSpec(bits=8, group_size=32)
+    quant = QuantConfig(bits=8, group_size=32)
     results = run(case, AWQ, quant)
-    run(case, solve_spec("gptq"), QuantSpec(bits=8, group_size=32, ignore=(r"layers\.0\.(?!.*o_proj)",)))
+    run(case, MethodConfig("gptq"), QuantConfig(bits=8, group_size=32, ignore=(r"layers\.0\.(?!.*o_proj)",)))
     (entering, found), (_, expected) = left["awq"], left["gptq"]
     assert results[0].changed
     assert (found - expected).norm() < 0.03 * (expected - entering).norm()

@@ -10,21 +10,21 @@ import textwrap
 import pytest
 import torch
 
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, NumericError
 from sarqc.model.build import build
 from sarqc.model.layers import targets
 from sarqc.model.source import StateDictSource
 from sarqc.pipeline import block, driver, quantize_site
 
-QUANT = QuantSpec(bits=4, group_size=32)
-GPTQ, RTN = solve_spec("gptq"), solve_spec("rtn")
+QUANT = QuantConfig(bits=4, group_size=32)
+GPTQ, RTN = MethodConfig("gptq"), MethodConfig("rtn")
 
 
-def run(case, quant=QUANT, solve=GPTQ, source=None, **options):
+def run(case, quant=QUANT, method=GPTQ, source=None, **options):
     source = source or case.source
-    tokens = None if not solve.gram else options.pop("tokens", case.tokens)
-    return list(driver.run(case.skeleton(source), source, tokens, quant, solve, **options))
+    tokens = None if not method.calibrated else options.pop("tokens", case.tokens)
+    return list(driver.run(case.skeleton(source), source, tokens, quant, method, **options))
 
 
 def weights_of(results):
@@ -37,10 +37,10 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("solve", [GPTQ, RTN], ids=["gptq", "rtn"])
-def test_every_target_comes_out_once_in_its_shape(tiny, arch, solve):
+@pytest.mark.parametrize("method", [GPTQ, RTN], ids=["gptq", "rtn"])
+def test_every_target_comes_out_once_in_its_shape(tiny, arch, method):
     case = tiny(arch, torch.bfloat16)
-    results = run(case, solve=solve, micro_batch=2)
+    results = run(case, method=method, micro_batch=2)
     found = targets(case.skeleton(), QUANT)
     assert [result.index for result in results] == list(range(len(results)))
     names = [name for result in results for name in result.weights]
@@ -51,7 +51,7 @@ def test_every_target_comes_out_once_in_its_shape(tiny, arch, solve):
         assert weight.codes.max() < 16 and weight.group_size == 32
         original = case.source.load(f"{name}.weight").float()
         assert (weight.dequantize()[0] - original).norm() < 0.35 * original.norm()
-    if solve.gram:
+    if method.calibrated:
         rows = [sum(report.rows) for result in results for report in result.reports]
         top_k = getattr(case.model.config, "num_experts_per_tok", 1)
         assert set(rows) <= {case.tokens.numel(), case.tokens.numel() * top_k}
@@ -60,7 +60,7 @@ def test_every_target_comes_out_once_in_its_shape(tiny, arch, solve):
 def test_plain_rounding_runs_nothing_forward(tiny, monkeypatch):
     case = tiny("llama")
     monkeypatch.setattr(driver, "Streams", None)
-    run(case, solve=RTN)
+    run(case, method=RTN)
     assert all(".layers." in name for name in case.source.reads)
 
 
@@ -125,8 +125,8 @@ def test_folds_are_stretches_of_windows_kept_apart(tiny, monkeypatch):
 
 def test_partly_ignored_sites_solve_the_rest_alike(tiny):
     case = tiny("mixtral")
-    some = QuantSpec(bits=4, group_size=32, ignore=("k_proj", r"layers\.1\..*experts\.1\.w3", r"experts\.0\.w2"))
-    whole, part = weights_of(run(case, solve=RTN)), weights_of(run(case, quant=some, solve=RTN))
+    some = QuantConfig(bits=4, group_size=32, ignore=("k_proj", r"layers\.1\..*experts\.1\.w3", r"experts\.0\.w2"))
+    whole, part = weights_of(run(case, method=RTN)), weights_of(run(case, quant=some, method=RTN))
     missing = whole.keys() - part.keys()
     assert len(missing) == 2 + 1 + 2 and part.keys() < whole.keys()
     assert same({name: whole[name] for name in part}, part)
@@ -136,7 +136,7 @@ def test_an_ignored_layer_stays_as_it_is_in_the_replay(tiny):
     """Quantize one layer of block 0 only; block 1 then sees exactly that change."""
     case = tiny("llama")
     skeleton = case.skeleton()
-    quant = QuantSpec(
+    quant = QuantConfig(
         bits=2, group_size=32, ignore=(r"layers\.0\.(?!mlp\.down_proj)", r"layers\.1\.(?!mlp\.down_proj)")
     )
     iterator = driver.run(skeleton, case.source, case.tokens, quant, GPTQ)
@@ -151,9 +151,9 @@ def test_a_weight_that_is_not_finite_is_named(tiny):
     name = "model.layers.1.block_sparse_moe.experts.2.w3"
     tensors = case.tensors()
     tensors[f"{name}.weight"][3, 5] = float("nan")
-    for solve in (GPTQ, RTN):
+    for method in (GPTQ, RTN):
         with pytest.raises(NumericError, match=name):
-            run(case, source=StateDictSource(tensors), solve=solve)
+            run(case, source=StateDictSource(tensors), method=method)
 
 
 def test_activations_that_are_not_finite_are_named(tiny):
@@ -181,14 +181,14 @@ def test_tokens_that_cannot_be_used_are_refused(tiny):
         with pytest.raises(ArgumentError, match="tokens = "):
             run(case, **options)
     with pytest.raises(ArgumentError, match="does not divide"):
-        run(case, quant=QuantSpec(group_size=64))
+        run(case, quant=QuantConfig(group_size=64))
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)])
 def test_scales_take_the_checkpoints_dtype(tiny, dtype, expected):
     case = tiny("llama")
     source = StateDictSource({name: tensor.to(dtype) for name, tensor in case.tensors().items()})
-    weight = next(iter(run(case, source=source, solve=RTN)[0].weights.values()))
+    weight = next(iter(run(case, source=source, method=RTN)[0].weights.values()))
     assert weight.scales.dtype == expected
 
 
@@ -209,7 +209,7 @@ DEEP = textwrap.dedent(
     from sarqc.method.rtn import round_plainly
     from sarqc.pipeline import driver, quantize_site
     from sarqc.model.lazy_model import Skeleton
-    from sarqc.config import QuantSpec, solve_spec
+    from sarqc.config import MethodConfig, QuantConfig
 
     class Endless:
         "Weights made up when they are read: what stays in memory is what the loop keeps."
@@ -220,7 +220,7 @@ DEEP = textwrap.dedent(
         def load(self, name): return torch.full(self.shapes[name], 0.01)
         def quantized(self, linear): return None
 
-    def quickly(name, weight, statistics, quant, solve, *, scale_dtype, scaling, choice, experts):
+    def quickly(name, weight, statistics, quant, method, *, scale_dtype, scaling, choice, experts):
         report = SolveReport(name, tuple(statistics.total().rows.tolist()), 0.0, 0.0, 0.0, 0.0, None, 0.0)
         return round_plainly(weight, quant, "minmax", scale_dtype), report
 
@@ -234,7 +234,7 @@ DEEP = textwrap.dedent(
     source = Endless(shapes)
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
     skeleton = Skeleton.from_config(config, source)
-    for result in driver.run(skeleton, source, tokens, QuantSpec(group_size=128), solve_spec("gptq")):
+    for result in driver.run(skeleton, source, tokens, QuantConfig(group_size=128), MethodConfig("gptq")):
         if result.index in (3, 23):
             print(int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) // 1024)
     """

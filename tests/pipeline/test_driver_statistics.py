@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sarqc.checkpoint.state import Parts
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.lambda_search import GRID, Strengths
 from sarqc.model.layers import targets
 from sarqc.model.sites import write_back
@@ -21,13 +21,13 @@ from sarqc.pipeline.points import Point
 from sarqc.pipeline.streams import Streams
 from tests.support.by_block import call_block, embed
 
-QUANT = QuantSpec(bits=3, group_size=32)
-AUTO = solve_spec("sarqc-gptq", carry_error=False)
-CARRY = solve_spec("sarqc-gptq", carry_error=True)
+QUANT = QuantConfig(bits=3, group_size=32)
+AUTO = MethodConfig("sarqc-gptq", error_correction=False)
+CARRY = MethodConfig("sarqc-gptq", error_correction=True)
 
 
-def run(case, solve=AUTO, **options):
-    return driver.run(case.skeleton(), case.source, case.tokens, QUANT, solve, **options)
+def run(case, method=AUTO, **options):
+    return driver.run(case.skeleton(), case.source, case.tokens, QUANT, method, **options)
 
 
 def from_the_first(strengths):
@@ -92,7 +92,7 @@ def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny,
 
 
 def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, handed_over):
-    list(run(tiny("llama"), solve_spec(strength=0.5, carry_error=False)))
+    list(run(tiny("llama"), MethodConfig(reg_lambda=0.5, error_correction=False)))
     assert all(len(statistics.folds) == 1 for statistics in handed_over.values())
     case = tiny("llama")
     results = list(driver.run(case.skeleton(), case.source, case.tokens[:1], QUANT, AUTO))
@@ -109,17 +109,17 @@ def test_reports_hold_all_that_was_learnt_about_strengths(tiny):
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
 def test_experts_borrow_the_same_however_the_layer_is_cut(tiny, kind):
-    case, solve = tiny(kind), solve_spec(strength=0.3, borrow=0.5)
-    whole, cut = list(run(case, solve)), list(run(case, solve, gram_budget=1))
+    case, method = tiny(kind), MethodConfig(reg_lambda=0.3, expert_shrinkage=0.5)
+    whole, cut = list(run(case, method)), list(run(case, method, gram_budget=1))
     for a, b in zip(whole, cut):
         differing = sum(int((a.weights[n].codes != b.weights[n].codes).sum()) for n in a.weights)
         assert differing <= 0.01 * sum(w.codes.numel() for w in a.weights.values())
     borrowed = {report.borrowed_rows for report in whole[1].reports if len(report.rows) > 1}
     assert borrowed and min(borrowed) > 0
-    assert not same(whole[1], next(islice(run(case, solve_spec(strength=0.3)), 1, None)))
+    assert not same(whole[1], next(islice(run(case, MethodConfig(reg_lambda=0.3)), 1, None)))
 
 
-@pytest.mark.parametrize("method", ["sarqc-gptq", "sarqc"])
+@pytest.mark.parametrize("method", ["sarqc-gptq", "sarqc-awq-gptq"])
 def test_a_layer_of_experts_answers_once_however_it_is_cut(tiny, monkeypatch, method):
     portions = []
     collect = Collector.collect
@@ -127,7 +127,7 @@ def test_a_layer_of_experts_answers_once_however_it_is_cut(tiny, monkeypatch, me
     answers = []
     for budget in (1 << 30, 1):
         strengths = Strengths()
-        found = list(run(tiny("qwen3_moe"), solve_spec(method), gram_budget=budget, start=from_the_first(strengths)))
+        found = list(run(tiny("qwen3_moe"), MethodConfig(method), gram_budget=budget, start=from_the_first(strengths)))
         answers.append({kind: (track.seen, len(track.curves)) for kind, track in strengths.tracks.items()})
         records = [report.held_out for block in found for report in block.reports]
         assert Strengths.restored(json.loads(json.dumps(records))) == strengths
@@ -137,12 +137,12 @@ def test_a_layer_of_experts_answers_once_however_it_is_cut(tiny, monkeypatch, me
     assert answers[0] == answers[1] and len(portions) > 2 * len(set(portions))
 
 
-@pytest.mark.parametrize("method", ["rtn", "sarqc-gptq", "sarqc"])
+@pytest.mark.parametrize("method", ["rtn", "sarqc-gptq", "sarqc-awq-gptq"])
 def test_experts_that_are_solved_a_few_at_a_time_get_the_same_codes(tiny, monkeypatch, method):
     case = tiny("qwen3_moe")
-    whole = list(run(case, solve_spec(method)))
+    whole = list(run(case, MethodConfig(method)))
     monkeypatch.setitem(work_split.SOLVE_BYTES, "cpu", 1)
-    for a, b in zip(whole, run(case, solve_spec(method)), strict=True):
+    for a, b in zip(whole, run(case, MethodConfig(method)), strict=True):
         for name, weight in a.weights.items():
             other = b.weights[name]
             assert all(
@@ -164,7 +164,7 @@ def asked_of(x, lacking):
 def test_the_last_layer_is_asked_for_what_the_stream_lacks(tiny, handed_over):
     """R^T X with R = what leaves the original block less what leaves the block in which all others are quantized."""
     case = tiny("llama")
-    results = list(run(case, solve_spec(strength=0.3, carry_error=True), micro_batch=2))
+    results = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
     asked = [name for name, statistics in handed_over.items() if statistics.folds[0].wish is not None]
     names = ("self_attn.o_proj", "mlp.down_proj")
     assert asked == [f"model.layers.{index}.{name}" for index in range(len(results)) for name in names]
@@ -185,7 +185,7 @@ def test_the_last_layer_is_asked_for_what_the_stream_lacks(tiny, handed_over):
 def test_a_layer_inside_the_block_is_asked_for_what_its_stream_lacks(tiny, handed_over):
     """Where all experts are routed: R is taken behind o_proj, with q, k and v quantized."""
     case = tiny("qwen3_moe")
-    result = next(run(case, solve_spec(strength=0.3, carry_error=True), micro_batch=2))
+    result = next(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
     skeleton = entered(case)
     entering = embed(skeleton, case.tokens)
     before = {name: weight for name, weight in result.weights.items() if name[-6:] in ("q_proj", "k_proj", "v_proj")}
@@ -209,13 +209,13 @@ def test_a_layer_inside_the_block_is_asked_for_what_its_stream_lacks(tiny, hande
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize(("kind", "method"), [("llama", "gptq"), ("qwen3_moe", "gptq"), ("llama", "sarqc")])
+@pytest.mark.parametrize(("kind", "method"), [("llama", "gptq"), ("qwen3_moe", "gptq"), ("llama", "sarqc-awq-gptq")])
 def test_what_leaves_the_blocks_is_nearer_to_the_original(tiny, kind, method):
     """On the text that was calibrated on; that other text gains is for real models to show (benchmarks/quality)."""
     case = tiny(kind)
     lacking = {}
     for carry in (False, True):
-        results = list(run(case, solve_spec(method, carry_error=carry), folds=2, micro_batch=2))
+        results = list(run(case, MethodConfig(method, error_correction=carry), folds=2, micro_batch=2))
         assert any(report.carried > 0 for result in results for report in result.reports) is carry
         skeleton = entered(case)
         hidden = original = embed(skeleton, case.tokens)
@@ -243,17 +243,17 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
     """o_proj, and down_proj, also of a shared expert; not with a gate behind it, nor routed experts. None where norms
     stand behind all of them: the reference is let go."""
     case = tiny(kind)
-    results = list(run(case, solve_spec(strength=0.3, carry_error=True), micro_batch=2))
+    results = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
     asked = [name for name, statistics in handed_over.items() if statistics.folds[0].wish is not None]
     assert asked == [f"model.layers.{name}" for name in asking]
     told = [note for result in results for note in result.notes if "earlier errors are not made up for" in note]
     assert len(told) == (0 if asking else 1)
-    without = list(run(case, solve_spec(strength=0.3, carry_error=False), micro_batch=2, folds=2))
+    without = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=False), micro_batch=2, folds=2))
     assert all(same(*pair) for pair in zip(results, without, strict=True)) is not bool(asking)
 
 
 def test_a_first_block_that_is_left_alone_says_nothing_of_the_others(tiny, handed_over):
-    case, quant = tiny("llama"), QuantSpec(bits=3, group_size=32, ignore=(r"layers\.0\.",))
+    case, quant = tiny("llama"), QuantConfig(bits=3, group_size=32, ignore=(r"layers\.0\.",))
     results = list(driver.run(case.skeleton(), case.source, case.tokens, quant, CARRY))
     assert [name for name, seen in handed_over.items() if seen.folds[0].wish is not None] == [
         "model.layers.1.self_attn.o_proj",
@@ -326,7 +326,7 @@ def test_the_reference_is_exactly_the_original(tiny, monkeypatch):
 def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_over):
     """All others have, and what it is asked is what the stream lacks with them in place."""
     case = tiny("llama")
-    result = next(run(case, solve_spec("sarqc", strength=0.3), micro_batch=2))
+    result = next(run(case, MethodConfig("sarqc-awq-gptq", reg_lambda=0.3), micro_batch=2))
     *others, last = result.reports
     assert last.site.endswith("down_proj") and last.exponent == 0.0 and last.carried > 0
     assert any(report.exponent > 0 for report in others) and any("norm" in name for name in result.changed)
@@ -344,12 +344,12 @@ def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_o
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("method", ["sarqc-gptq", "sarqc"])
+@pytest.mark.parametrize("method", ["sarqc-gptq", "sarqc-awq-gptq"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_memory_that_runs_out_in_the_last_layer_costs_only_time(tiny, monkeypatch, method, index):
     """The block is loaded anew, and entered again by all streams, with smaller micro-batches."""
-    case, solve, failed = tiny("llama"), solve_spec(method), []
-    plain = list(run(case, solve, micro_batch=2))
+    case, method, failed = tiny("llama"), MethodConfig(method), []
+    plain = list(run(case, method, micro_batch=2))
     skeleton = case.skeleton()
     layer = skeleton.blocks[index].mlp.down_proj
     forward = layer.forward
@@ -364,7 +364,7 @@ def test_memory_that_runs_out_in_the_last_layer_costs_only_time(tiny, monkeypatc
     monkeypatch.setattr(layer, "forward", full)
     again = list(
         driver.run(
-            skeleton, case.source, case.tokens, QUANT, solve, micro_batch=2,
+            skeleton, case.source, case.tokens, QUANT, method, micro_batch=2,
             on_progress=lambda index, name: stages.append((index, name)),
         )
     )  # fmt: skip
@@ -385,7 +385,7 @@ def test_memory_that_runs_out_in_the_search_of_scales_leaves_the_windows_as_they
         return search(readers, *args, **options)
 
     monkeypatch.setattr(channel_scales, "search", full)
-    notes = [note for result in run(case, solve_spec("sarqc"), micro_batch=2) for note in result.notes]
+    notes = [note for result in run(case, MethodConfig("sarqc-awq-gptq"), micro_batch=2) for note in result.notes]
     assert failed and len(notes) == 1 and "Grams at a time halved" in notes[0]
 
 

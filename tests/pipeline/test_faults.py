@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from sarqc.pipeline.activations import GLANCE
 
 import sarqc
 from sarqc.cli.terminal import RunWatcher
@@ -26,7 +27,6 @@ from sarqc.method import gptq
 from sarqc.method.hessian import regularised_hessian
 from sarqc.model.lazy_model import Skeleton
 from sarqc.pipeline import quantize_site
-from sarqc.pipeline.activations import GLANCE
 from sarqc.pipeline.resume import default_work
 from tests.support import tiny
 from tests.support.killing import in_child
@@ -36,8 +36,8 @@ SMALL = {
     "num_samples": 4,
     "seqlen": 64,
     "group_size": 32,
-    "strength": 0.3,
-    "carry_error": False,
+    "reg_lambda": 0.3,
+    "error_correction": False,
 }  # one fold, one micro-batch
 Case = namedtuple("Case", "source out expected patch outcomes")
 
@@ -270,7 +270,7 @@ def test_many_rows_not_finite(case):
 def test_text_of_one_token(case):
     """Every Gram has rank one or so, and most experts see no token: nothing has a factor without damping."""
     tokens = torch.full((2, 32), 7)
-    report = sarqc.quantize(case.source, case.out, calib=tokens, group_size=32).report
+    report = sarqc.quantize(case.source, case.out, dataset=tokens, group_size=32).report
     idle = [site for site in report["sites"] if 0 in site["rows"]]
     assert idle and all(0 <= site["error"] < 1 for site in report["sites"])
     went_on(case)
@@ -345,9 +345,9 @@ class Pressed(RunWatcher):
 @pytest.mark.fault("Ctrl-C once")
 def test_interrupted_once(case):
     with pytest.raises(Interrupted, match=r"after block 2 of 3.*the same command goes on"), Pressed(1) as watcher:
-        sarqc.quantize(case.source, case.out, watcher=watcher, **SMALL)
-    assert "finishing this block" in watcher.console.file.getvalue()
-    assert len(list((default_work(case.out) / "blocks").iterdir())) == 2
+        sarqc.quantize(case.source, case.out, progress=watcher, **SMALL)
+    assert "finishing this block" in watcher.console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(list((default_work(case.out) / "blocks").glob("*.json"))) == 2
     recovered(case)
 
 
@@ -355,9 +355,9 @@ def test_interrupted_once(case):
 def test_interrupted_twice(case):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Pressed(2) as watcher:
-        sarqc.quantize(case.source, case.out, watcher=watcher, **SMALL)
+        sarqc.quantize(case.source, case.out, progress=watcher, **SMALL)
     assert signal.getsignal(signal.SIGINT) is before
-    assert len(list((default_work(case.out) / "blocks").iterdir())) == 1
+    assert len(list((default_work(case.out) / "blocks").glob("*.json"))) == 1
     recovered(case)
 
 
@@ -366,7 +366,7 @@ def test_model_changes_under_the_run(case):
     other = case.out.with_name("model")
     shutil.copytree(case.source, other)
     with pytest.raises(Interrupted), Pressed(1) as watcher:
-        sarqc.quantize(other, case.out, watcher=watcher, **SMALL)
+        sarqc.quantize(other, case.out, progress=watcher, **SMALL)
     with (other / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match="truncated"):

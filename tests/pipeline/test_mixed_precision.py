@@ -14,7 +14,7 @@ import sarqc
 from sarqc.checkpoint.formats.common import check_weight
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.cli import app
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.conventions import FUSED
 from sarqc.entrypoints import quantize as job
 from sarqc.entrypoints.convert import convert
@@ -25,11 +25,10 @@ from sarqc.model.packed_linear import PackedWeight
 from sarqc.pipeline import bit_allocation
 from sarqc.pipeline.bit_allocation import UnitWidth, Widths, choose
 from sarqc.pipeline.progress import Silent
-from sarqc.pipeline.resume import default_work, reopen
+from sarqc.pipeline.resume import default_work
 from sarqc.pipeline.sensitivity import SiteLosses
-from sarqc.pipeline.write import export
 from sarqc.report import report as reports
-from tests.support import tiny
+from tests.support import kept, tiny
 from tests.support.ranks import in_ranks
 
 SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "avg_bits": 4.0}
@@ -46,7 +45,7 @@ def models(tmp_path_factory):
 def runs(models, tmp_path_factory):
     """A finished run of each kind, with its work folder."""
     folder = tmp_path_factory.mktemp("runs")
-    return {kind: sarqc.quantize(path, folder / kind, keep_work=True, **SMALL) for kind, path in models.items()}
+    return {kind: kept.quantize(path, folder / kind, **SMALL) for kind, path in models.items()}
 
 
 def widths_on_disk(folder):
@@ -90,7 +89,7 @@ def test_what_loses_more_gets_more():
 
     sites = [site("b.0.q_proj", 1.0, "q"), site("b.0.o_proj", 0.1, "o"), site("b.0.gate_proj", 0.01, "gate")]
     sites += [site("b.0.experts.0.a", 0.01, "e"), site("b.0.experts.0.b", 50.0, "e"), site("b.0.up_proj", 9.0, "up")]
-    found = choose(sites, QuantSpec(group_size=64, avg_bits=3.7, choices=(2, 3, 4)))
+    found = choose(sites, QuantConfig(group_size=64, avg_bits=3.7, bit_options=(2, 3, 4)))
     bits = found.by_linear()
     assert bits["b.0.experts.0.a"] == bits["b.0.experts.0.b"] == 4  # one module
     assert bits["b.0.gate_proj"] == bits["b.0.up_proj"] > bits["b.0.o_proj"]  # one matrix, by their names
@@ -156,7 +155,7 @@ def test_the_report_shows_who_got_what(runs):
     assert (
         "4 bits on average" in card
         and "Layers have different widths" in card
-        and "--avg-bits 4 --bits-choices 2,3,4,5,6,8" in card
+        and "--avg-bits 4 --bit-options 2,3,4,5,6,8" in card
     )
 
 
@@ -174,7 +173,7 @@ class Stopping(Silent):
 def test_a_stopped_run_goes_on_with_its_widths(models, runs, tmp_path):
     watcher = Stopping()
     with pytest.raises(Interrupted):
-        sarqc.quantize(models["llama"], tmp_path / "out", watcher=watcher, **SMALL)
+        sarqc.quantize(models["llama"], tmp_path / "out", progress=watcher, **SMALL)
     assert [stage for stage in watcher.stages if stage[1] == "look"] == [(0, "look"), (1, "look")]
     with pytest.raises(ArgumentError, match=r"begun with avg_bits = 4\.0, now it is 3\.5"):
         sarqc.quantize(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 3.5})
@@ -182,16 +181,16 @@ def test_a_stopped_run_goes_on_with_its_widths(models, runs, tmp_path):
     kept = tmp_path / "kept"
     shutil.copytree(work, kept)
     again = Stopping()
-    sarqc.quantize(models["llama"], tmp_path / "out", watcher=again, **SMALL)
+    sarqc.quantize(models["llama"], tmp_path / "out", progress=again, **SMALL)
     assert "look" not in {name for _, name in again.stages}
     theirs, ours = (folder / "model.safetensors" for folder in (runs["llama"].out, tmp_path / "out"))
     assert theirs.read_bytes() == ours.read_bytes()
-    (kept / "widths.json").unlink()
-    with pytest.raises(CheckpointError, match=r"widths.json is missing.*--restart"):
-        sarqc.quantize(models["llama"], tmp_path / "other", work=kept, **SMALL)
-    (kept / "widths.json").write_text('{"units": []}')
-    with pytest.raises(CheckpointError, match=r"widths.json is damaged.*--restart"):
-        sarqc.quantize(models["llama"], tmp_path / "other", work=kept, **SMALL)
+    (kept / "bit_allocation.json").unlink()
+    with pytest.raises(CheckpointError, match=r"bit_allocation.json is missing.*--no-resume"):
+        sarqc.quantize(models["llama"], tmp_path / "other", work_dir=kept, **SMALL)
+    (kept / "bit_allocation.json").write_text('{"units": []}')
+    with pytest.raises(CheckpointError, match=r"bit_allocation.json is damaged.*--no-resume"):
+        sarqc.quantize(models["llama"], tmp_path / "other", work_dir=kept, **SMALL)
 
 
 def test_a_choice_outlives_a_run_that_ends_before_its_first_block(models, tmp_path, monkeypatch):
@@ -199,30 +198,25 @@ def test_a_choice_outlives_a_run_that_ends_before_its_first_block(models, tmp_pa
         raise RuntimeError("gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(job.blocks, "run", fail)
+        patched.setattr(job.driver, "run", fail)
         with pytest.raises(RuntimeError, match="gone"):
             sarqc.quantize(models["llama"], tmp_path / "out", **SMALL)
     watcher = Stopping()
     with pytest.raises(Interrupted):
-        sarqc.quantize(models["llama"], tmp_path / "out", watcher=watcher, **SMALL)
+        sarqc.quantize(models["llama"], tmp_path / "out", progress=watcher, **SMALL)
     assert "look" not in {name for _, name in watcher.stages}
 
 
-def test_export_and_convert_keep_every_width(runs, tmp_path):
+def test_convert_keeps_every_width(runs, tmp_path):
     run = runs["qwen3_moe"]
-    with reopen(default_work(run.out)) as work:
-        folder = work.folder
-        for name, weight in work.each_weight(0):
-            check_weight(name, weight, QuantSpec(weight.bits, 32))
-    assert export(folder, tmp_path / "again").report["widths"] == run.report["widths"]
+    for name, weight in kept.opened(run.out).stored(0)[0].items():
+        check_weight(name, weight, QuantConfig(weight.bits, 32))
     converted = convert(run.out, tmp_path / "converted", format="compressed-tensors")
-    expected = widths_on_disk(run.out)
-    for other in (tmp_path / "again", converted.out):
-        assert widths_on_disk(other) == expected
-        assert (other / "model.safetensors").read_bytes() == (run.out / "model.safetensors").read_bytes()
+    assert widths_on_disk(converted.out) == widths_on_disk(run.out)
+    assert (converted.out / "model.safetensors").read_bytes() == (run.out / "model.safetensors").read_bytes()
     for format in ("gptq", "awq"):
         with pytest.raises(CheckpointError, match="its config has one width for all layers"):
-            export(folder, tmp_path / format, format=format)
+            convert(run.out, tmp_path / format, format=format)
 
 
 def test_several_ranks_choose_alike(models, runs, tmp_path):
@@ -251,12 +245,12 @@ def test_several_ranks_choose_alike(models, runs, tmp_path):
         ),
         ({"avg_bits": 8.9}, ArgumentError, "avg_bits = 8.9 is out of range"),
         ({"avg_bits": 1.5}, ArgumentError, "avg_bits = 1.5 is not usable"),
-        ({"bits_choices": (3, 9)}, ArgumentError, r"bits_choices = \(3, 9\) is not usable"),
-        ({"avg_bits": None, "bits_choices": (3, 4)}, ArgumentError, "chooses nothing: give avg_bits too"),
+        ({"bit_options": (3, 9)}, ArgumentError, r"bit_options = \(3, 9\) is not usable"),
+        ({"avg_bits": None, "bit_options": (3, 4)}, ArgumentError, "give avg_bits"),
         ({"format": "gptq"}, CheckpointError, "cannot be held by gptq: its config has one width for all layers"),
         ({"format": "awq"}, CheckpointError, "cannot be held by awq"),
-        ({"gate_weight": 3}, ArgumentError, "gate_weight = 3 is not known: use 0, 1 or 2"),
-        ({"borrow": -1.0}, ArgumentError, "borrow = -1.0 is out of range"),
+        ({"router_weight_power": 3}, ArgumentError, "router_weight_power = 3"),
+        ({"expert_shrinkage": -1.0}, ArgumentError, "expert_shrinkage = -1.0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(models, tmp_path, settings, error, says):
@@ -272,23 +266,38 @@ def test_a_dry_run_says_what_is_known(models, tmp_path):
     kernels = {kernel for one in found.serve for kernel in one.kernels}
     assert "Humming or Marlin" in kernels or "Humming" in kernels
     assert all(one.failures for one in found.serve if one.server.startswith("SGLang"))
-    marlin = sarqc.preflight(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bits_choices": (4, 8)})
+    marlin = sarqc.preflight(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bit_options": (4, 8)})
     assert not any(one.failures for one in marlin.serve if one.server.startswith("SGLang") and one.ranks == 1)
 
 
 def test_every_option_reaches_the_run(models, tmp_path):
-    words = ["quantize", str(models["qwen3_moe"]), "-o", str(tmp_path / "out"), "--avg-bits", "4", "--bits-choices"]
-    words += ["3,4,8", "--group-size", "32", "--num-samples", "4", "--seqlen", "32", "--borrow", "0.5", "--gate-weight"]
-    result = CliRunner().invoke(app, [*words, "2", "--no-carry-error", "--json"])
+    words = ["quantize", str(models["qwen3_moe"]), "-o", str(tmp_path / "out"), "--avg-bits", "4", "--bit-options"]
+    words += [
+        "3,4,8",
+        "--group-size",
+        "32",
+        "--num-samples",
+        "4",
+        "--seqlen",
+        "32",
+        "--expert-shrinkage",
+        "0.5",
+        "--router-weight-power",
+    ]
+    result = CliRunner().invoke(app, [*words, "2", "--no-error-correction", "--json"])
     assert result.exit_code == 0, result.output
     report = reports.load(tmp_path / "out")
-    assert report["quant"]["choices"] == [3, 4, 8]
-    assert (report["solve"]["borrow"], report["solve"]["gate_weight"], report["solve"]["carry_error"]) == (
+    assert report["quant"]["bit_options"] == [3, 4, 8]
+    assert (
+        report["method"]["expert_shrinkage"],
+        report["method"]["router_weight_power"],
+        report["method"]["error_correction"],
+    ) == (
         0.5,
         2,
         False,
     )
     said = (tmp_path / "out" / "README.md").read_text()
-    assert "--borrow 0.5 --gate-weight 2 --no-carry-error" in said
+    assert "--expert-shrinkage 0.5 --router-weight-power 2" in said
     refused = CliRunner().invoke(app, [*words[:7], "3,x"])
-    assert refused.exit_code != 0 and "bits_choices = '3,x'" in str(refused.exception) + refused.output
+    assert refused.exit_code != 0 and "bit_options = '3,x'" in str(refused.exception) + refused.output

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sarqc.pipeline.offload import Scratch
 
 from sarqc.errors import ResourceError
-from sarqc.pipeline.offload import Scratch
 from tests.support.killing import in_child
 
 
@@ -108,7 +108,9 @@ def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ResourceError, match=r"cannot hold 1\.2e-05 GB of hidden states \(No space.*--state-budget"):
+    with pytest.raises(
+        ResourceError, match=r"cannot hold 1\.2e-05 GB of hidden states \(No space.*--activation-budget"
+    ):
         made(Scratch(tmp_path, 0))
     assert list(tmp_path.iterdir()) == []
 

@@ -8,14 +8,14 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import sarqc
+from sarqc import system
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.entrypoints import quantize as job
+from sarqc.checkpoint.state import read_sealed, write_sealed
 from sarqc.errors import ArgumentError, CheckpointError, Interrupted, ResourceError
-from sarqc.pipeline.resume import begin, default_work, reopen
-from tests.support import tiny
+from sarqc.pipeline.resume import begin, default_work
+from tests.support import kept, tiny
 from tests.support.stopping import Stopping
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
@@ -29,7 +29,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def straight(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight") / "out"
-    return sarqc.quantize(source, out, keep_work=True, **SMALL)
+    return kept.quantize(source, out, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def stopped_once(source, tmp_path_factory):
     """A run stopped after two of its three blocks; its folder, which holds nothing but the work folder."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Interrupted, match="stopped after block 2 of 3"):
-        sarqc.quantize(source, folder / "out", watcher=Stopping(2), **SMALL)
+        sarqc.quantize(source, folder / "out", progress=Stopping(2), **SMALL)
     assert [path.name for path in folder.iterdir()] == [".out.work"]
     return folder
 
@@ -56,9 +56,9 @@ def weights(out):
 def go_on(source, out, straight, **changes):
     """Finish a run; the bytes must be those of the straight one."""
     watcher = Stopping()
-    sarqc.quantize(source, out, watcher=watcher, **SMALL | changes)
+    sarqc.quantize(source, out, progress=watcher, **SMALL | changes)
     assert weights(out) == weights(straight.out)
-    assert not default_work(out).exists() or changes.get("keep_work")
+    assert not default_work(out).exists()
     return watcher
 
 
@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_where_it_was(source, stopped, straight):
     assert watcher.done == 2 and watcher.solved == [2]
     assert any("resuming at block 3 of 3" in note for note in watcher.notes)
     report = json.loads((stopped / "report.json").read_text())
-    for key in ("model", "quant", "solve", "calibration", "targets", "size", "error", "rounding_error", "notes"):
+    for key in ("model", "quant", "method", "calibration", "targets", "size", "error", "rounding_error", "notes"):
         assert report[key] == straight.report[key]
     timeless = [[site | {"seconds": 0} for site in one["sites"]] for one in (report, straight.report)]
     assert timeless[0] == json.loads(json.dumps(timeless[1]))
@@ -77,7 +77,7 @@ def test_plain_rounding_goes_on_too(source, tmp_path):
     out = tmp_path / "out"
     sarqc.quantize(source, tmp_path / "straight", method="rtn")
     with pytest.raises(Interrupted):
-        sarqc.quantize(source, out, method="rtn", watcher=Stopping(1))
+        sarqc.quantize(source, out, method="rtn", progress=Stopping(1))
     assert not (default_work(out) / "hidden.safetensors").exists()
     sarqc.quantize(source, out, method="rtn")
     assert weights(out) == weights(tmp_path / "straight")
@@ -87,7 +87,7 @@ def test_plain_rounding_goes_on_too(source, tmp_path):
     ("change", "says"),
     [
         ({"bits": 3}, "bits = 4, now it is 3"),
-        ({"strength": 0.5}, "strength = 'auto', now it is 0.5"),
+        ({"reg_lambda": 0.5}, "reg_lambda = 'auto', now it is 0.5"),
         ({"method": "gptq"}, "method = 'sarqc-gptq', now it is 'gptq'"),
         ({"num_samples": 3}, "calibration"),
         ({"dtype": "bfloat16"}, "dtype = 'float32', now it is 'bfloat16'"),
@@ -98,7 +98,7 @@ def test_plain_rounding_goes_on_too(source, tmp_path):
 def test_a_changed_setting_is_refused_with_both_values(source, stopped, outcomes, change, says):
     with pytest.raises(ArgumentError, match=says) as caught:
         sarqc.quantize(source, stopped, **SMALL | change)
-    assert "--restart" in str(caught.value) and "micro_batch" in str(caught.value)
+    assert "--no-resume" in str(caught.value) and "micro_batch" in str(caught.value)
     outcomes.clear_error(caught.value)
     assert not stopped.exists()
 
@@ -110,19 +110,19 @@ def test_versions_and_the_model_count_as_settings(source, stopped, tmp_path, mon
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     with pytest.raises(ArgumentError, match=r"model\.config"):
         sarqc.quantize(other, stopped, **SMALL)
-    versions = job.fingerprint.__globals__["reports"].versions()
-    monkeypatch.setattr("sarqc.report.report.versions", lambda: versions | {"torch": "1.0"})
+    versions = system.versions()
+    monkeypatch.setattr("sarqc.pipeline.fingerprint.versions", lambda: versions | {"torch": "1.0"})
     with pytest.raises(ArgumentError, match=r"versions\.torch = .*now it is '1\.0'"):
         sarqc.quantize(source, stopped, **SMALL)
 
 
 def test_what_may_change_may(source, stopped, straight):
-    watcher = go_on(source, stopped, straight, gram_budget=4 * 64 * 64, keep_work=True)
-    assert watcher.solved == [2] and default_work(stopped).is_dir()
+    watcher = go_on(source, stopped, straight, gram_budget=4 * 64 * 64)
+    assert watcher.solved == [2]
 
 
 def test_restart_begins_again(source, stopped, straight, tmp_path):
-    sarqc.quantize(source, stopped, restart=True, **SMALL | {"bits": 3})
+    sarqc.quantize(source, stopped, resume=False, **SMALL | {"bits": 3})
     assert weights(stopped) != weights(straight.out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -138,7 +138,9 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("hurt", [damage, truncate, lambda path: path.unlink(), lambda path: damage(path, 60)])
-@pytest.mark.parametrize(("name", "done"), [("blocks/00001.safetensors", 1), ("hidden.safetensors", 2)])
+@pytest.mark.parametrize(
+    ("name", "done"), [("blocks/00001.safetensors", 1), ("blocks/00001.json", 1), ("hidden.safetensors", 2)]
+)
 @pytest.mark.fault("a damaged or lost file of the work folder")
 def test_what_is_damaged_is_made_again(source, stopped, straight, outcomes, hurt, name, done):
     """Hidden states are made again from the sound blocks before them, to the same bit."""
@@ -152,12 +154,12 @@ def test_what_is_damaged_is_made_again(source, stopped, straight, outcomes, hurt
 def test_channel_scales_outlive_a_stop_and_lost_hidden_states(tmp_path):
     """What they changed beside the weights (norms) is saved with the block, and runs forward with it."""
     source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=3), tmp_path / "out"
-    run = dict(method="sarqc", keep_work=True, **SMALL)
+    run = dict(method="sarqc-awq-gptq", **SMALL)
     expected = weights(sarqc.quantize(source, tmp_path / "straight", **run).out)
     with pytest.raises(Interrupted):
-        sarqc.quantize(source, out, watcher=Stopping(2), **run)
-    with reopen(default_work(out)) as work:
-        assert all(name.endswith("norm.weight") for name in work.changed_names(0)) and work.changed_names(0)
+        sarqc.quantize(source, out, progress=Stopping(2), **run)
+    changed = kept.opened(out).record(0).changed
+    assert changed and all(name.endswith("norm.weight") for name in changed)
     (default_work(out) / "hidden.safetensors").unlink()
     assert weights(sarqc.quantize(source, out, **run).out) == expected
 
@@ -166,7 +168,7 @@ def test_hidden_states_of_the_block_before_redo_one_block(source, stopped, strai
     """What a kill leaves between the two files of a block."""
     older = tmp_path / "older"
     with pytest.raises(Interrupted):
-        sarqc.quantize(source, older, watcher=Stopping(1), **SMALL)
+        sarqc.quantize(source, older, progress=Stopping(1), **SMALL)
     shutil.copy(default_work(older) / "hidden.safetensors", default_work(stopped) / "hidden.safetensors")
     watcher = go_on(source, stopped, straight)
     assert watcher.done == 1 and watcher.solved == [1, 2]
@@ -178,10 +180,10 @@ def test_a_damaged_plan_is_refused_with_the_way_out(source, stopped, outcomes):
     text = plan.read_text()
     for broken in (text.replace('"bits": 4', '"bits": 3'), text[:-9], ""):
         plan.write_text(broken)
-        with pytest.raises(CheckpointError, match=r"plan\.json.*--restart") as caught:
+        with pytest.raises(CheckpointError, match=r"plan\.json.*--no-resume") as caught:
             sarqc.quantize(source, stopped, **SMALL)
         outcomes.clear_error(caught.value)
-    sarqc.quantize(source, stopped, restart=True, **SMALL)
+    sarqc.quantize(source, stopped, resume=False, **SMALL)
 
 
 @pytest.mark.fault("two runs at once in one work folder")
@@ -199,7 +201,7 @@ def test_a_folder_with_other_files_is_left_alone(source, tmp_path, outcomes):
     (mine / "blocks").mkdir(parents=True)
     (mine / "blocks" / "diary.txt").write_text("dear")
     with pytest.raises(CheckpointError, match="other files") as caught:
-        sarqc.quantize(source, tmp_path / "out", work=mine, **SMALL)
+        sarqc.quantize(source, tmp_path / "out", work_dir=mine, **SMALL)
     outcomes.clear_error(caught.value)
     assert (mine / "blocks" / "diary.txt").read_text() == "dear"
 
@@ -207,50 +209,39 @@ def test_a_folder_with_other_files_is_left_alone(source, tmp_path, outcomes):
 @pytest.mark.parametrize("place", ["out", "out/inside", "."])
 def test_work_and_output_lie_apart(source, tmp_path, place):
     with pytest.raises(ArgumentError, match="inside each other"):
-        sarqc.quantize(source, tmp_path / "out", work=tmp_path / place, **SMALL)
+        sarqc.quantize(source, tmp_path / "out", work_dir=tmp_path / place, **SMALL)
 
 
-def test_a_kept_work_folder_is_safetensors_and_json(straight):
-    work = default_work(straight.out)
+def test_a_work_folder_is_safetensors_and_json(stopped):
+    work = default_work(stopped)
     files = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
-    blocks = [f"blocks/{index:05d}.safetensors" for index in range(3)]
+    blocks = [f"blocks/{index:05d}.{end}" for index in range(2) for end in ("json", "safetensors")]
     assert files == [*blocks, "hidden.safetensors", "lock", "plan.json"]
-    with safe_open(work / blocks[0], framework="pt") as file:
-        assert {name.rpartition(".")[2] for name in file.keys()} == {"codes", "scales", "zeros"}  # noqa: SIM118
 
 
-def test_export_writes_the_same_checkpoint_without_calibration(source, straight, tmp_path, monkeypatch):
-    monkeypatch.setattr("sarqc.pipeline.driver.run", None)
-    work = default_work(straight.out)
-    result = sarqc.export(work, tmp_path / "out")
-    for path in straight.out.iterdir():
-        assert path.stem == "report" or (result.out / path.name).read_bytes() == path.read_bytes()
-    moved = tmp_path / "moved"
-    shutil.copytree(source, moved)
-    assert weights(sarqc.export(work, tmp_path / "again", model=moved).out) == weights(straight.out)
-    with pytest.raises(ArgumentError, match="format = 'x'"):
-        sarqc.export(work, tmp_path / "x", format="x")
-    with pytest.raises(CheckpointError, match="--overwrite"):
-        sarqc.export(work, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is no work folder"):
-        sarqc.export(tmp_path, tmp_path / "x")
-    tiny.save("qwen3_moe", moved, num_hidden_layers=3, rms_norm_eps=0.1)
-    with pytest.raises(CheckpointError, match="not the one"):
-        sarqc.export(work, tmp_path / "x", model=moved)
-    assert not (tmp_path / "x").exists()
-
-
-def test_an_unfinished_run_is_not_exported(stopped, tmp_path):
-    with pytest.raises(CheckpointError, match="2 of 3 blocks: continue the run"):
-        sarqc.export(default_work(stopped), tmp_path / "x")
-
-
-def test_weights_come_back_as_they_were_saved(straight):
-    with reopen(default_work(straight.out)) as work:
+def test_weights_come_back_as_the_checkpoint_has_them(straight):
+    work, names = kept.opened(straight.out), []
+    with open_checkpoint(straight.out) as checkpoint:
         for index in range(3):
-            for linear, weight in work.each_weight(index):
-                stored = open_checkpoint(straight.out).quantized(linear)
+            for linear, weight in work.stored(index)[0].items():
+                stored = checkpoint.quantized(linear)
                 assert torch.equal(weight.codes, stored.codes) and torch.equal(weight.scales, stored.scales)
                 assert torch.equal(weight.zeros, stored.zeros)
-        names = [name for index in range(3) for name in work.linears(index)]
+                names.append(linear)
     assert len(names) == straight.report["targets"]["quantized"]
+
+
+@pytest.mark.fault("a work folder of an earlier version")
+def test_a_work_folder_of_an_earlier_version_is_refused_with_the_way_out(source, stopped, straight, outcomes):
+    """Which named no layout, and had a file of another name."""
+    work = default_work(stopped)
+    plan = read_sealed(work / "plan.json")
+    del plan["layout"]
+    write_sealed(work / "plan.json", plan)
+    (work / "widths.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"another version of sarqc.*--no-resume begins again") as caught:
+        sarqc.quantize(source, stopped, **SMALL)
+    outcomes.clear_error(caught.value)
+    assert (work / "blocks" / "00001.safetensors").exists()
+    watcher = go_on(source, stopped, straight, resume=False)
+    assert watcher.solved == [0, 1, 2]

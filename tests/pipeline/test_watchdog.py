@@ -16,7 +16,7 @@ from sarqc.pipeline.watchdog import Heart, Watch
 from tests.support import tiny
 from tests.support.ranks import in_ranks
 
-SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "micro_batch": 1, "strength": 0.3, "ordered": True}
+SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32, "micro_batch": 1, "reg_lambda": 0.3, "ordered": True}
 
 
 class Dict:
@@ -125,7 +125,7 @@ def in_the_second_block(who, what):
             what()
         return solve_site(name, *args, **options)
 
-    quantize_site.solve_site = solve  # of this rank, a forked child, alone
+    setattr(quantize_site, "solve_site", solve)  # noqa: B010 - of this rank, a forked child, alone
 
 
 @pytest.mark.fault("a rank that is stopped and hangs")

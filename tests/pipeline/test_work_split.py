@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sarqc.pipeline.activations import cut
+from sarqc.pipeline.passes import passes
 
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.layer import SolveReport, joined
 from sarqc.model.layers import Target
 from sarqc.model.sites import Share, Site
-from sarqc.pipeline.activations import cut
 from sarqc.pipeline.comm import ALONE, all_or_none, in_turn
-from sarqc.pipeline.passes import passes
 from sarqc.pipeline.work_split import SOLVE_BYTES, cost, deal, pieces, positions, renumbered, share_out, solving_bytes
 
 

@@ -121,11 +121,11 @@ def test_a_card_that_is_no_text_or_not_there_states_nothing(tmp_path):
 
 
 def test_the_command_repeats_the_run(source, found, tmp_path):
-    found["solve"]["strength"], found["quant"]["sym"] = 0.5, False
+    found["method"]["reg_lambda"], found["quant"]["sym"] = 0.5, False
     found["quant"]["ignore"] = ["o_proj$", "it's"]
     line = model_card.command(found)
-    assert line.endswith("--seed 0 --ignore 'o_proj$' --ignore 'it'\"'\"'s'")
-    assert " --asym " in line and " --strength 0.5 " in line and "--saliency" not in line
+    assert line.endswith(" --seed 0") and " --ignore 'o_proj$' --ignore 'it'\"'\"'s' " in line
+    assert " --asym " in line and " --reg-lambda 0.5 " in line and "--saliency" not in line
     for text, shown in (
         ("/data/my/calib.txt", "calib.txt"),
         ("Salesforce/wikitext:wikitext-2-raw-v1:train", "Salesforce/wikitext:wikitext-2-raw-v1:train"),
@@ -133,7 +133,7 @@ def test_the_command_repeats_the_run(source, found, tmp_path):
         ("given tokens", "YOUR_TOKENS"),
     ):
         found["calibration"]["text"] = text
-        assert f" --calib {shown} " in model_card.command(found)
+        assert f" --dataset {shown} " in model_card.command(found)
         written = model_card.card(found)
         assert ("Tokens were given in place of a text: YOUR_TOKENS" in written) is (text == "given tokens")
         assert f"tokens of {text if shown == 'YOUR_TOKENS' else shown} (sha256" in written

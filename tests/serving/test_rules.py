@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.serving.rules import SERVERS, Layer, Served, fused_layers, mixed_places, outlook, star
 
 AMPERE, HOPPER, SGLANG = "vLLM 0.33, sm_80", "vLLM 0.33, sm_90", "SGLang 0.5.23"
@@ -19,7 +19,7 @@ def layer(out=4096, inputs=4096, name="o_proj", stacked=False):
 def kernel(server, one, ranks=1, **quant):
     shape = one.on(ranks)
     assert not isinstance(shape, str)
-    return SERVERS[server](one, *shape, QuantSpec(**quant))[0]
+    return SERVERS[server](one, *shape, QuantConfig(**{"group_size": 128} | quant))[0]
 
 
 @pytest.mark.parametrize(
@@ -84,23 +84,25 @@ def test_a_group_that_a_rank_cannot_hold_is_named():
     """Qwen3-235B-A22B: 1536 inputs of each expert's down_proj, in groups of 128, over 8 ranks."""
     linears = [(f"model.layers.{i}.mlp.experts.0.down_proj", (4096, 1536), True) for i in range(2)]
     served = Served(fused_layers(linears, 4), (), 64, 4)
-    found = {(one.server, one.ranks): one for one in outlook(served, QuantSpec(), "compressed-tensors")}
+    found = {(one.server, one.ranks): one for one in outlook(served, QuantConfig(group_size=128), "compressed-tensors")}
     assert found[AMPERE, 4].failures == () and found[AMPERE, 4].kernels == {"Marlin MoE": 2}
     reason = "192 inputs on each rank are no multiple of the group size 128"
     assert found[AMPERE, 8].failures == (f"model.layers.*.mlp.experts.*.down_proj: {reason}",)
-    assert outlook(served, QuantSpec(group_size=64), "compressed-tensors", (8,))[0].failures == ()
+    assert outlook(served, QuantConfig(group_size=64), "compressed-tensors", (8,))[0].failures == ()
 
 
 def test_heads_and_mixed_layers_fail_whatever_the_kernel():
     served = Served((Layer("a", (64,), 64, "outputs", False, count=1),), ("b.gate_proj+up_proj",), 6, 4)
-    by_ranks = {one.ranks: one.failures for one in outlook(served, QuantSpec(group_size=32), "compressed-tensors")[:4]}
+    by_ranks = {
+        one.ranks: one.failures for one in outlook(served, QuantConfig(group_size=32), "compressed-tensors")[:4]
+    }
     assert by_ranks[1] == ("b.gate_proj+up_proj: only a part of what is fused here is quantized",)
     assert "6 attention heads cannot be split over 4 ranks" in by_ranks[4]
     assert mixed_places(["m.0.q_proj", "m.1.q_proj"], ["m.0.k_proj", "lm_head"]) == ("m.*.q_proj+k_proj+v_proj",)
 
 
 def test_an_unknown_format_is_not_known():
-    assert not any(one.known for one in outlook(Served((), (), None, None), QuantSpec(), "other"))
+    assert not any(one.known for one in outlook(Served((), (), None, None), QuantConfig(group_size=128), "other"))
 
 
 def test_numbers_become_stars():

@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from sarqc.config import QuantSpec, solve_spec
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import StateDictSource, TensorSource
@@ -162,8 +162,8 @@ Make = Callable[..., Tiny]
 def rounded() -> Callable[..., StateDictSource]:
     """rounded(case, quant, dtype): the checkpoint of a tiny model with its targets plainly rounded."""
 
-    def quantize(case: Tiny, quant: QuantSpec, dtype: torch.dtype = torch.float32) -> StateDictSource:
-        results = driver.run(case.skeleton(), case.source, None, quant, solve_spec("rtn"))
+    def quantize(case: Tiny, quant: QuantConfig, dtype: torch.dtype = torch.float32) -> StateDictSource:
+        results = driver.run(case.skeleton(), case.source, None, quant, MethodConfig("rtn"))
         weights = {name: weight for result in results for name, weight in result.weights.items()}
         dense = {name: t for name, t in case.tensors().items() if name.removesuffix(".weight") not in weights}
         return StateDictSource(dense, weights, dtype)

@@ -35,7 +35,7 @@ from sarqc.checkpoint.formats.common import (
     with_fused,
     without_fused,
 )
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.packing import pack, unpack
@@ -58,13 +58,13 @@ class Awq:
         """True for `quant_method` "awq", in whatever layout; others than gemm are refused on reading."""
         return quantization.get("quant_method") == self.name
 
-    def check(self, quant: QuantSpec) -> None:
+    def check(self, quant: QuantConfig) -> None:
         """4 bits alone."""
         refuse_mixed(quant, self.name)
         if quant.bits != BITS:
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name}: use 4, or another format")
 
-    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantSpec) -> None:
+    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Outputs must fill whole words."""
         if shape[0] % _LANES:
             raise CheckpointError(
@@ -72,7 +72,7 @@ class Awq:
                 "ignore that layer, or use format compressed-tensors"
             )
 
-    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
+    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The three tensors of `linear`, on the device of `weight`; scales in fp16 or bf16, as they come."""
         self.check(quant)
         check_weight(linear, weight, quant)
@@ -86,7 +86,7 @@ class Awq:
         }
 
     def config(
-        self, quant: QuantSpec, ignored: Sequence[str], widths: Mapping[str, int] | None = None
+        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
         """The `quantization_config` that AutoAWQ writes. Readers match `modules_to_not_convert` as parts of names."""
         self.check(quant)

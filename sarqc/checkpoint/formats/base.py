@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.method.weight import QuantizedWeight
 
 
@@ -50,17 +50,17 @@ class Format(Protocol):
     def detects(self, quantization: Mapping[str, Any]) -> bool:
         """Whether `quantization` says that a checkpoint is in this format."""
 
-    def check(self, quant: QuantSpec) -> None:
+    def check(self, quant: QuantConfig) -> None:
         """Refuses what the format cannot hold; asked before calibration starts."""
 
-    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantSpec) -> None:
+    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Refuses a Linear whose weight [N, K] the format cannot hold; asked for each before calibration starts."""
 
-    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
+    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The tensors on disk, by full name, of `weight` (E = 1), which must be as `quant` says."""
 
     def config(
-        self, quant: QuantSpec, ignored: Sequence[str], widths: Mapping[str, int] | None = None
+        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
         """The `quantization_config` to write; `ignored` are the full names of the Linears left unquantized.
 

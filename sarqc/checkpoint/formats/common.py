@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from sarqc.checkpoint.formats.base import TensorInfo
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.conventions import FUSED_NAMES
 from sarqc.errors import CheckpointError, NumericError
 from sarqc.method.weight import QuantizedWeight
 
 
-def check_weight(linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None:
+def check_weight(linear: str, weight: QuantizedWeight, quant: QuantConfig) -> None:
     """`CheckpointError` where `weight` is not one matrix as `quant` says; `NumericError` for a scale not finite."""
     if weight.codes.ndim != 3 or weight.codes.shape[0] != 1:
         raise CheckpointError(f"{linear!r} has codes of shape {tuple(weight.codes.shape)}: write one expert at a time")
@@ -32,7 +32,7 @@ def check_weight(linear: str, weight: QuantizedWeight, quant: QuantSpec) -> None
         raise NumericError(f"{linear!r} has a scale that is not finite: its weights or activations were not")
 
 
-def refuse_mixed(quant: QuantSpec, name: str) -> None:
+def refuse_mixed(quant: QuantConfig, name: str) -> None:
     """`CheckpointError` where layers have different widths, for a format `name` whose config has one for all."""
     if quant.avg_bits is not None:
         raise CheckpointError(

@@ -34,7 +34,7 @@ from sarqc.checkpoint.formats.compressed_tensors_config import (
     scheme_of,
     targets_by_width,
 )
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.packing import pack, unpack, unpack_padded
@@ -55,15 +55,15 @@ class CompressedTensors:
         """True for `quant_method` "compressed-tensors", in whatever layout; other layouts are refused on reading."""
         return quantization.get("quant_method") == self.name
 
-    def check(self, quant: QuantSpec) -> None:
-        """Everything that a `QuantSpec` can say from 2 to 8 bits can be held."""
+    def check(self, quant: QuantConfig) -> None:
+        """Everything that a `QuantConfig` can say from 2 to 8 bits can be held."""
         if not 2 <= quant.bits <= 8:
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name} {LAYOUT}: use 2 to 8")
 
-    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantSpec) -> None:
+    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Any size can be held: the last word of a row may be part empty."""
 
-    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
+    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The three (symmetric) or four tensors of `linear`, on the device of `weight`.
 
         `quant` is needed because the files must agree with one config: a weight whose zeros happen to be in the
@@ -83,7 +83,7 @@ class CompressedTensors:
         return tensors
 
     def config(
-        self, quant: QuantSpec, ignored: Sequence[str], widths: Mapping[str, int] | None = None
+        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
         """The `quantization_config` that the compressed-tensors package writes for such a checkpoint.
 
@@ -147,7 +147,7 @@ class CompressedTensors:
         return QuantizedWeight(codes, scales, zeros, scheme.bits)
 
 
-def _group(quant: QuantSpec, targets: list[str]) -> dict[str, Any]:
+def _group(quant: QuantConfig, targets: list[str]) -> dict[str, Any]:
     """A config group: the Linears that `targets` match are as `quant` says."""
     channel = quant.group_size == -1
     weights = {

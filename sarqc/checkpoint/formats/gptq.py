@@ -48,7 +48,7 @@ from sarqc.checkpoint.formats.gptq_config import (
     scheme_of,
     version_of,
 )
-from sarqc.config import QuantSpec
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.packing import pack, unpack
@@ -70,7 +70,7 @@ class Gptq:
         """True for `quant_method` "gptq" in this version; v1 also takes other layouts, to refuse them on reading."""
         return method_of(quantization) == METHOD and (version_of(quantization) == V2) == (self.name == V2)
 
-    def check(self, quant: QuantSpec) -> None:
+    def check(self, quant: QuantConfig) -> None:
         """2, 3, 4 and 8 bits have words that come out even."""
         refuse_mixed(quant, self.name)
         if quant.bits not in BITS:
@@ -78,7 +78,7 @@ class Gptq:
                 f"bits = {quant.bits} cannot be held by {self.name}: use 2, 3, 4 or 8, or format compressed-tensors"
             )
 
-    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantSpec) -> None:
+    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Both sides of the weight must fill whole words."""
         for size, what in zip(shape, ("outputs", "inputs")):
             if size * quant.bits % 32:
@@ -87,7 +87,7 @@ class Gptq:
                     "ignore that layer, or use format compressed-tensors"
                 )
 
-    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantSpec) -> dict[str, Tensor]:
+    def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The four tensors of `linear`, on the device of `weight`; scales in fp16 or bf16, as they come."""
         self.check(quant)
         check_weight(linear, weight, quant)
@@ -103,11 +103,11 @@ class Gptq:
             f"{linear}.g_idx": index // weight.group_size,
         }
 
-    def _v2(self, quant: QuantSpec) -> bool:
+    def _v2(self, quant: QuantConfig) -> bool:
         return self.name == V2 or not quant.sym
 
     def config(
-        self, quant: QuantSpec, ignored: Sequence[str], widths: Mapping[str, int] | None = None
+        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
         """The `quantization_config` that GPTQModel writes; old and new names of two of its keys."""
         self.check(quant)

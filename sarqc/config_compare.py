@@ -1,0 +1,78 @@
+"""The options of a comparison, each once; those that `sarqc quantize` has too are its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from sarqc import kinds
+from sarqc.config import BUILTIN, CalibrationConfig, QuantConfig, RunConfig
+from sarqc.kinds import AUTO
+from sarqc.options import Config, option, options, same
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+def _values(kind: type[Config], name: str, default: tuple[Any, ...], help: str, **rest: Any) -> Any:
+    """An option with several values of another configuration's option."""
+    one = options(kind)[name]
+    rest = {"panel": kind.panel, "flag": one.flag} | rest
+    return option(default, kinds.several(one.kind), help, **rest)
+
+
+@dataclass(frozen=True)
+class ComparisonConfig(Config):
+    """What to compare: every method at every width, group size, number of sequences and seed."""
+
+    panel: ClassVar[str] = "Weights"
+
+    methods: Sequence[str] = option(
+        ("rtn", "gptq", "sarqc-gptq"),
+        kinds.several(dataclasses.replace(kinds.text("NAME or NAME@LAMBDA"), metavar="NAME")),
+        "Methods; NAME@0.3 is a method at that fixed reg_lambda.",
+    )
+    bits: Sequence[int] = _values(QuantConfig, "bits", (4, 3), "Bit-widths.")
+    group_sizes: Sequence[int | Literal["auto"]] = _values(
+        QuantConfig, "group_size", (AUTO,), "Group sizes; -1: one scale per output row.", flag="--group-size"
+    )
+    sym: bool = same(QuantConfig, "sym")
+    ignore: Sequence[str] = same(QuantConfig, "ignore")
+    dataset: str | Path | Tensor | Sequence[Any] = same(CalibrationConfig, "dataset")
+    num_samples: Sequence[int] = _values(CalibrationConfig, "num_samples", (16,), "Numbers of calibration sequences.")
+    seqlen: int = same(CalibrationConfig, "seqlen", default=512, default_text=None)
+    seeds: Sequence[int] = _values(CalibrationConfig, "seed", (0,), "Seeds of the choice of sequences.")
+    device: str = same(RunConfig, "device")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = same(RunConfig, "dtype")
+    trust_remote_code: bool = same(RunConfig, "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class MeasureConfig(Config):
+    """What to measure on, and what to show beside it."""
+
+    panel: ClassVar[str] = "Evaluation"
+
+    texts: Sequence[str] = option(
+        (BUILTIN,),
+        kinds.several(kinds.dataset(), repeated=True),
+        "Evaluation data, as --dataset. Repeatable.",
+        flag="--eval",
+    )
+    eval_seqlen: int = option(512, kinds.whole(2), "Tokens per evaluation sequence.")
+    eval_windows: int = option(
+        16, kinds.whole(1), "Evaluation sequences: the last of each text, or all of a shorter one."
+    )
+    also: Sequence[Any] = option(
+        (),
+        kinds.several(kinds.anything("METHOD:BITS:GROUP:SEQUENCES:SEED=FOLDER"), repeated=True),
+        "Checkpoint of another tool, METHOD:BITS:GROUP:SEQUENCES:SEED=FOLDER. Repeatable.",
+    )
+
+
+COMPARE: tuple[type[Config], ...] = (ComparisonConfig, MeasureConfig)
+"""The configurations of `sarqc compare`."""

@@ -1,0 +1,32 @@
+"""Runs whose work folder stays after they are done, for tests that look into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import sarqc
+from sarqc.checkpoint.state import read_sealed
+from sarqc.pipeline.resume import Work, default_work
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Work folders are not removed."""
+    with patch.object(Work, "remove", lambda _: None):
+        yield
+
+
+def quantize(*args: Any, **options: Any) -> sarqc.Result:
+    """`sarqc.quantize`, its work folder kept."""
+    with kept():
+        return sarqc.quantize(*args, **options)
+
+
+def opened(out: Path) -> Work:
+    """The work folder of an output folder."""
+    folder = default_work(out)
+    return Work(folder, read_sealed(folder / "plan.json"))
