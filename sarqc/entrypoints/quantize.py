@@ -225,7 +225,7 @@ class _Run:
             start=start,
             on_progress=self._stage,
             group=self.group,
-            memory=hold(plan, windows, seqlen, self.group.size, self.place),
+            memory=hold(plan, -(-windows // self.group.size) * seqlen, self.place),
             read_ahead=waiting.ahead > 0,
             widths=widths,
         )

@@ -1,7 +1,7 @@
 """How much memory a run will take in each of its stages, and what waits on the host meanwhile. From shapes alone.
 
-Counted is what the loop holds at once. Two things wait beside the block at work: hidden states, in memory up to
-`--activation-budget` and in a file beyond it, and the next block, where it is read ahead.
+Counted is what the loop holds at once. Two things wait beside the block at work: activations of suspended
+micro-batches, in memory up to `--activation-budget` and in a file beyond it, and the next block, if it is read ahead.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from sarqc.method.lambda_search import EXPERTS, TRIAL_BYTES
 from sarqc.model.layers import Target
 from sarqc.model.sites import Share, Site
 from sarqc.pipeline.grams import gram_bytes, portions
+from sarqc.pipeline.holding import held
 from sarqc.pipeline.plan import Plan
 from sarqc.pipeline.sensitivity import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.pipeline.work_split import pieces, solving_bytes
 from sarqc.system import host_memory, peak_memory_mib, ranks_here
 
-STAGES = ("embed", "load", "look", "observe", "solve", "replay", "write")
+STAGES = ("embed", "load", "look", "reference", "forward", "solve", "write")
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Bytes that wait for their turn, of one rank. states: hidden states in memory. mapped: those in a file. ahead: the
-    next block, read while one is solved; 0 where it is not."""
+    """Bytes that wait for their turn, of one rank. states: activations of suspended micro-batches in the host's memory.
+    mapped: those in a file. device: those on a GPU. ahead: the next block, read while one is quantized; 0 where it is
+    not."""
 
     states: int
     mapped: int
     ahead: int
+    device: int = 0
 
 
 def look(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[Waiting, list[Memory]]:
@@ -53,17 +56,13 @@ def look(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[Waiting
 
 
 def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> Waiting:
-    """As `pipeline.offload` does it: as many sets of states as fit are in memory.
-
-    The original's sets are counted also where the first block will show that no layer has a joint, and they are let go:
-    they are there until then, and shapes do not tell.
-    """
-    one = shapes.states_bytes(plan, -(-windows // ranks), seqlen)
-    joints = [site.joint for _, sites in shapes.blocks(plan) for site in sites if site.joint]
-    sets = 0 if not one else 1 + bool(joints) + any(joint.reader for joint in joints)
-    fitting = min(sets, plan.activation_budget // one) if one else 0
-    ahead = [_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))]
-    return Waiting(fitting * one, (sets - fitting) * one, max(ahead, default=0))
+    """As `pipeline.holding` does it. The reference is counted also where the first block will show that no layer writes
+    into the stream as it is, and it is let go: it is there until then, and shapes do not tell."""
+    found = held(plan, -(-windows // ranks) * seqlen)
+    ahead = max((_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))), default=0)
+    if plan.device.type == "cpu":
+        return Waiting(found.in_place, found.file, ahead)
+    return Waiting(found.host, found.file, ahead, found.in_place)
 
 
 def _stored(plan: Plan, index: int) -> int:
@@ -90,17 +89,19 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
         flow = tokens * _flow(plan, members) * width
         needs = {
             "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),
-            "load": (block + tensor, states + tensor + ahead),
+            "load": (block + tensor + waiting.device, states + tensor + ahead),
             "look": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
-            "observe": (block + grams + flow, states + ahead),
-            "solve": (block + grams + solving, states + ahead + codes),
-            "replay": (block + flow, states + ahead + codes),
+            "reference": (block + flow + waiting.device, states + ahead),
+            "forward": (block + grams + flow + waiting.device, states + ahead + codes),
+            "solve": (block + grams + solving + waiting.device, states + ahead + codes),
             "write": (0, 2 * tensor + 6 * max((prod(target.shape) for target in members), default=0)),
         }
         for stage, need in needs.items():
             peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
     if plan.quant.avg_bits is None:
         del peaks["look"]
+    if not plan.method.error_correction:
+        del peaks["reference"]
     if not windows:
         peaks = {stage: peak for stage, peak in peaks.items() if stage in ("load", "solve", "write")}
     base = peak_memory_mib()["host"] << 20

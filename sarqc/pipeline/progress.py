@@ -17,7 +17,7 @@ class Watcher(Protocol):
         """The blocks start; there are so many, and the first `done` of them were finished by an earlier run."""
 
     def stage(self, block: int, name: str) -> None:
-        """Block number `block` (from 0) begins a stage: load, observe, solve, replay."""
+        """Block number `block` (from 0) begins a stage: load, reference, scale, forward, solve."""
 
     def block(self, result: BlockResult) -> None:
         """A block is solved and saved."""

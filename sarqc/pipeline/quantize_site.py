@@ -32,7 +32,8 @@ Weights = dict[str, QuantizedWeight]
 @dataclass
 class Solving:
     """What solving a block needs beside its statistics. widths: bits by linear, where layers have different ones.
-    choices: of the shares of the block at work, by name; by a site's name that of its first experts."""
+    choices: of the shares of the block at work, by name. answers: of its sites, by name: what the first share that was
+    asked has said."""
 
     skeleton: Skeleton
     source: TensorSource
@@ -43,10 +44,11 @@ class Solving:
     group: Group
     widths: Mapping[str, int] | None = None
     choices: dict[str, Choice] = field(default_factory=dict)
+    answers: dict[str, Choice] = field(default_factory=dict)
 
     def begin(self, strengths: Strengths) -> None:
         """Begin a block, or begin it again, knowing so much of strengths."""
-        self.strengths.tracks, self.choices = strengths.copy().tracks, {}
+        self.strengths.tracks, self.choices, self.answers = strengths.copy().tracks, {}, {}
 
     def choose(self, index: int, shares: Sequence[Share], collected: Sequence[Statistics]) -> None:
         """The strength of each share, chosen once in a block; sites of other blocks at the same place share their
@@ -54,9 +56,9 @@ class Solving:
         later pass than the first of their layer take its choice: a layer answers once, however little memory there is.
         """
         for share, statistics in zip(shares, collected):
-            if share.first and share.name not in self.choices:
-                of_first = self.choices[share.site.name]
-                self.choices[share.name] = of_first.of_others(statistics.rows(), share.site.in_features, self.method)
+            answer = self.answers.get(share.site.name)
+            if answer is not None and share.name not in self.choices:
+                self.choices[share.name] = answer.of_others(statistics.rows(), share.site.in_features, self.method)
         open_ = [number for number, share in enumerate(shares) if share.name not in self.choices]
         owners = share_out([cost(shares[number]) for number in open_], self.group.size)
 
@@ -75,7 +77,7 @@ class Solving:
                 self.strengths.remember(choice.kind, choice.curve)
             device = collected[number].folds[0].rows.device
             choice = replace(choice, strength=choice.strength.to(device))
-            self.choices |= dict.fromkeys((shares[number].name, shares[number].site.name), choice)
+            self.choices[shares[number].name] = self.answers[shares[number].site.name] = choice
 
     def _choice(self, index: int, share: Share, statistics: Statistics, answers: Strengths) -> Choice:
         choice = choose_strength(

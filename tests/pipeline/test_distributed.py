@@ -15,7 +15,7 @@ import torch
 import sarqc
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import Interrupted, NumericError
-from sarqc.pipeline import distributed, driver, passes, quantize_site
+from sarqc.pipeline import block, block_scales, distributed, grams, quantize_site
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.progress import Silent
 from sarqc.pipeline.resume import default_work
@@ -74,7 +74,7 @@ def test_ranks_agree_on_the_layer_that_makes_up_for_errors(models, tmp_path, mon
 
     def action(rank):
         if rank == 1:
-            monkeypatch.setattr(driver, "find_joint", lambda *_: None)
+            monkeypatch.setattr(block, "residual_writes", lambda *_, **__: {})
         sarqc.quantize(models["llama"], tmp_path / "two", **options, ordered=True)
 
     assert in_ranks(2, action, tmp_path / "log", seconds=30) == [(0, "")] * 2
@@ -179,8 +179,8 @@ def test_memory_that_runs_out_on_one_rank_makes_all_take_less(models, straight, 
 
 @pytest.mark.parametrize(
     ("room", "name"),
-    [(driver, "find_folds"), (driver, "borrowing"), (driver, "_put"), (passes, "_finite"), (BlockScales, "_take")],
-    ids=["folds", "Grams", "weights before", "finite", "scales"],
+    [(block_scales, "find_folds"), (block_scales, "borrowing"), (grams, "_finite"), (BlockScales, "_take")],
+    ids=["folds", "Grams", "finite", "scales"],
 )
 def test_memory_that_runs_out_between_two_meetings_keeps_ranks_in_step(models, tmp_path, room, name):
     """On one rank alone, where no other waits: none of them may take its next word for another one's."""

@@ -16,6 +16,9 @@ from sarqc.model.build import build
 from sarqc.model.layers import targets
 from sarqc.model.source import StateDictSource
 from sarqc.pipeline import block, driver, quantize_site
+from sarqc.pipeline.activation_store import FileStore
+from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.streams import Memory
 
 QUANT = QuantConfig(bits=4, group_size=32)
 GPTQ, RTN = MethodConfig("gptq"), MethodConfig("rtn")
@@ -132,7 +135,7 @@ def test_partly_ignored_sites_solve_the_rest_alike(tiny):
     assert same({name: whole[name] for name in part}, part)
 
 
-def test_an_ignored_layer_stays_as_it_is_in_the_replay(tiny):
+def test_an_ignored_layer_stays_as_it_is(tiny):
     """Quantize one layer of block 0 only; block 1 then sees exactly that change."""
     case = tiny("llama")
     skeleton = case.skeleton()
@@ -200,6 +203,20 @@ def test_progress_and_seconds_name_the_stages(tiny):
     assert list(results[0].seconds) == ["load", "forward", "solve"] and all(
         seconds >= 0 for seconds in results[0].seconds.values()
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("how", ["parked", "some parked", "recomputed", "recomputed and parked"])
+def test_however_micro_batches_are_held_the_codes_are_the_same(tiny, tmp_path, monkeypatch, kind, how):
+    """Error correction included: where a block is recomputed, what is corrected is the same to the bit."""
+    monkeypatch.setattr(Parking.__init__, "__defaults__", (1,))
+    case, method = tiny(kind), MethodConfig()
+    whole = run(case, method=method, micro_batch=2)
+    assert any(report.carried > 0 for result in whole for report in result.reports)
+    store = FileStore(tmp_path) if "parked" in how else None
+    memory = Memory(100_000 if "some" in how else 0, store, recompute="recomputed" in how)
+    assert same(weights_of(whole), weights_of(run(case, method=method, micro_batch=2, memory=memory)))
+    assert store is None or store.size > 0
 
 
 DEEP = textwrap.dedent(

@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sarqc.pipeline.activations import cut
-from sarqc.pipeline.passes import passes
 
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.layer import SolveReport, joined
 from sarqc.model.layers import Target
 from sarqc.model.sites import Share, Site
 from sarqc.pipeline.comm import ALONE, all_or_none, in_turn
+from sarqc.pipeline.grams import portions
+from sarqc.pipeline.streams import cut
 from sarqc.pipeline.work_split import SOLVE_BYTES, cost, deal, pieces, positions, renumbered, share_out, solving_bytes
 
 
@@ -84,7 +84,7 @@ def test_many_like_experts_are_shared_evenly():
 
 def test_no_portion_holds_more_than_one_gram_where_none_fits_the_budget():
     sites = [site("a", 4, 16, 64), site("b", 2, 16, 64)]
-    found = list(passes(sites, 1, 1))
+    found = list(portions(sites, 1, 1))
     assert [[(share.site.name, share.first, share.stop) for share in portion] for portion in found] == [
         [(name, e, e + 1)] for name, experts in (("a", 4), ("b", 2)) for e in range(experts)
     ]
