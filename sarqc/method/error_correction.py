@@ -29,7 +29,7 @@ from sarqc.method.hessian import factor, regularised_hessian
 CAUTION = 0.5
 """Part of the best share that is taken. Losses are parabolas in a: half of the best share has three quarters of its
 gain on text like that of the folds, and on other text, where less is right, it is the second half that does harm
-(measured in `benchmarks/quality/STRENGTH.md`)."""
+(measured in `benchmarks/quality/ABLATIONS.md`)."""
 
 
 def shifted(

@@ -7,7 +7,7 @@ text a model will meet is not.
 
 One site's answer is noisy. Sites of one kind (all q/k/v, all down, ...) want about the same lambda, so answers are
 pooled over depth; blocks are solved in turn, so the pool is what the blocks so far have said, and to save time not
-every block is asked. `benchmarks/quality/STRENGTH.md` has the measurements behind the constants.
+every block is asked. `benchmarks/quality/ABLATIONS.md` has the measurements behind the constants.
 
 `Judge` measures a setting of a solver on text that it did not see: it solves on one fold of the Gram and measures on
 the others. Rows of a weight are independent, so a random few of them suffice; trials of several strengths stand side
