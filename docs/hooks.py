@@ -54,7 +54,11 @@ def including(source: str, page: str) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """The page with each marked formula as a <math> element; a formula with an error ends the build."""
+    """The page with each marked formula as a <math> element, and sources left out of the search.
+
+    A formula with an error ends the build.
+    """
+    html = html.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" data-search-exclude>')
     return MARKED.sub(_typeset, html)
 
 
