@@ -58,7 +58,9 @@ def on_page_content(html: str, **_: Any) -> str:
 
     A formula with an error ends the build.
     """
-    html = html.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" data-search-exclude>')
+    html = html.replace(
+        '<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" data-search-exclude>'
+    )
     return MARKED.sub(_typeset, html)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from docs.draw.kernels import tiles, columns, gram
+from docs.draw.kernels import columns, gram, tiles
 from docs.draw.method import flow, objective, perplexity, quality
 
 PICTURES: dict[str, Callable[[], str]] = {
