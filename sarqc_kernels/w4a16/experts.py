@@ -5,7 +5,7 @@
 Tokens are not copied into the order of their experts: a `Routing` says which token stands behind each row. On a GPU it
 is three launches (with Triton a fourth and a fifth where inputs are split): the gated first product, which reads x by
 index and never writes gate or up; the second product; and the sum, which multiplies by the router's weights on its
-way. Few rows are multiplied by csrc/gemv.cu, more of them by Triton. Elsewhere it is the same steps, one after another, on whichever product runs there.
+way. Few rows are multiplied by csrc/gemv.cu, more of them by Triton. Elsewhere the same steps run one after another.
 """
 
 from __future__ import annotations
