@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,9 @@ from sarqc.options import from_record
 from sarqc.pipeline.resume import NEUTRAL, BlockRecord, Work
 from sarqc.pipeline.verify import Verified, check
 from sarqc.report import report as reports
+from sarqc.report.result import Result
 from sarqc.report.schema import SIZES
 from sarqc.serving.compatibility import outlook_of, ranks_by_server
-
-
-@dataclass(frozen=True)
-class Result:
-    """out: the checkpoint's folder. report: what report.json in it holds."""
-
-    out: Path
-    report: dict[str, Any]
 
 
 def tensors_of_block(skeleton: Skeleton, source: TensorSource, index: int) -> dict[str, Parts]:
@@ -63,7 +55,7 @@ def write_checkpoint(
         with atomic_folder(out, overwrite=overwrite, token=token, within=work.built) as folder:
             report = finish.report(finish.fill(folder))
             reports.write(folder, report)
-        return Result(out, report)
+        return Result.of(out, report)
     work.built.mkdir()
     report = finish.report(finish.fill(work.built))
     code = work.about["code"]
@@ -74,7 +66,7 @@ def write_checkpoint(
             report["serve"] = ranks_by_server(outlook_of(written, skeleton))
         report |= {"format": record["format"], "size": {name: record[name] for name in SIZES}}
         reports.write(folder, report)
-    return Result(out, report)
+    return Result.of(out, report)
 
 
 class _Finish:

@@ -97,7 +97,7 @@ def test_quantize_and_convert_name_alike_what_transformers_has_no_use_for(tmp_pa
         name.replace(".layers.1.", ".layers.2."): one.clone() for name, one in tensors.items() if ".layers.1." in name
     }
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
-    kinds = sarqc.preflight(source, tmp_path / "out", method="rtn", group_size=32).kinds
+    kinds = sarqc.estimate(source, tmp_path / "out", method="rtn", group_size=32).kinds
     assert all(kind.left != "router or no Linear" or kind.name.endswith("mlp.gate") for kind in kinds)
     out = sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32).out
     with open_checkpoint(out) as written:

@@ -260,13 +260,13 @@ def test_what_cannot_be_is_refused_before_anything_is_read(models, tmp_path, set
 
 
 def test_a_dry_run_says_what_is_known(models, tmp_path):
-    found = sarqc.preflight(models["qwen3_moe"], tmp_path / "out", **SMALL)
+    found = sarqc.estimate(models["qwen3_moe"], tmp_path / "out", **SMALL)
     assert found.bits_per_weight == pytest.approx(4.0) and "look" in found.time.seconds
     assert any("chosen after the first pass, out of 2, 3, 4, 5, 6, 8; 4 on average" in note for note in found.notes)
     kernels = {kernel for one in found.serve for kernel in one.kernels}
     assert "Humming or Marlin" in kernels or "Humming" in kernels
     assert all(one.failures for one in found.serve if one.server.startswith("SGLang"))
-    marlin = sarqc.preflight(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bit_options": (4, 8)})
+    marlin = sarqc.estimate(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bit_options": (4, 8)})
     assert not any(one.failures for one in marlin.serve if one.server.startswith("SGLang") and one.ranks == 1)
 
 
