@@ -49,7 +49,7 @@ def write_checkpoint(
         writer.close()
         copy_side_files(checkpoint.folder, partial, code=work.about["code"])
         widths = chosen.by_linear() if (chosen := work.widths()) else None
-        write_config(partial, checkpoint.config, format.config(quant, work.about["targets"]["untouched"], widths))
+        write_config(partial, checkpoint.config, format.config(quant, work.about["targets"]["unquantized"], widths))
         report = _report(work, checkpoint, quant, size, time.perf_counter() - began) | {"format": format.name}
         reports.write(partial, report)  # names the tensors that took up scales, which the comparison has to know
         checked = check(partial, checkpoint, trust_remote_code=work.about["code"])

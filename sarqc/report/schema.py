@@ -73,6 +73,7 @@ def _targets(value: object) -> bool:
     return (
         isinstance(value, dict)
         and _texts(value.get("ignored", {}))
+        and _texts(value.get("left", {}))
         and isinstance(value.get("untouched", []), list)
         and all(map(_string, value.get("untouched", [])))
         and _number(value.get("quantized"))
