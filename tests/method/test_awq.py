@@ -198,10 +198,10 @@ def test_the_regulariser_stays_where_the_original_weights_are(generator):
     scaling = Scaling(scales, torch.ones(1, 4))
     chosen = strength(gram, MethodConfig("rqc-awq"))
     metric = regularised_hessian(gram, chosen, MethodConfig("rqc-awq"))
-    hessian = gram.hessian()
+    moment = gram.hessian()
     even = saliency(gram.diagonal(), gram.abs_mean(), "iso")
     inverse = torch.diag_embed(1 / scales)
-    by_hand = inverse @ hessian @ inverse + torch.diag_embed(chosen[:, None] * even / scales**2)
+    by_hand = inverse @ moment @ inverse + torch.diag_embed(chosen[:, None] * even / scales**2)
     floor = inverse @ (MethodConfig("rqc-awq").damp * gram.diagonal().mean() * torch.eye(INPUTS)) @ inverse
     torch.testing.assert_close(scaling.metric(metric), by_hand + floor)
 
