@@ -31,13 +31,13 @@ def least_squares(
     site: str,
     weight: Tensor,  # fp32 [E, N, K]
     gram: Gram,
-    strength: Tensor,  # lambda of each expert, fp32 [E]; this solver has no regulariser
+    reg_lambda: Tensor,  # lambda of each expert, fp32 [E]; this solver has no regulariser
     quant: sarqc.QuantConfig,
     method: sarqc.MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
-    """Plain rounding with scales that minimise sum_j E[x_j^2] (w_j - s q_j)^2 in each group."""
+    """RTN with scales that minimise sum_j E[x_j^2] (w_j - s q_j)^2 in each group."""
     if not quant.sym:
         raise ArgumentError(f"sym = False: {site} goes through a solver for symmetric grids; use --sym")
     if scaling is not None:

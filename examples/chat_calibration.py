@@ -61,7 +61,7 @@ def main(
     tokens = windows(tokenizer, conversations(path), seqlen)
     print(f"{len(tokens)} windows of {seqlen} tokens; the first begins: {tokenizer.decode(tokens[0, :24])!r}")
     result = sarqc.quantize(model, out, dataset=tokens, num_samples=min(num_samples, len(tokens)), **settings)
-    print(f"output error {result.report['error']:.2e}, plain rounding {result.report['rounding_error']:.2e}")
+    print(f"output error {result.report['error']:.2e}, RTN {result.report['rtn_error']:.2e}")
     return result
 
 

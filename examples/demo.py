@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sarqc
-from sarqc.cli.terminal import RunWatcher, Ticker
+from sarqc.cli.terminal import RunProgress, Ticker
 from sarqc.entrypoints.generate import generate
 from sarqc.model.hub import locate
 
@@ -46,9 +46,16 @@ def quantize(method: str, bits: int) -> tuple[Path, dict[str, Any]]:
     """One run; its folder and its report."""
     out = OUT / f"smollm2-w{bits}-{method}"
     console.print(f"[bold]{method}[/] at {bits} bits")
-    with RunWatcher(console) as watcher:
+    with RunProgress(console) as progress:
         result = sarqc.quantize(
-            MODEL, out, method=method, bits=bits, group_size=GROUP_SIZE, overwrite=True, progress=watcher, **CALIBRATION
+            MODEL,
+            out,
+            method=method,
+            bits=bits,
+            group_size=GROUP_SIZE,
+            overwrite=True,
+            progress=progress,
+            **CALIBRATION,
         )
     return out, result.report
 

@@ -22,7 +22,7 @@ def main(model: str = "smollm2", out: str | Path = "smollm2-w4", **settings: Any
     size = result.report["size"]
     print(f"{size['bytes'] / 1e6:.0f} MB, {size['bits_per_weight']} bits per quantized weight")
     # Both are squared errors of the layers' outputs on the calibration text, relative to the outputs themselves.
-    print(f"output error {result.report['error']:.2e}, plain rounding {result.report['rounding_error']:.2e}")
+    print(f"output error {result.report['error']:.2e}, RTN {result.report['rtn_error']:.2e}")
     for site, reason in result.report["fallbacks"].items():
         print(f"{site}: {reason}")
 

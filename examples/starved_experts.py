@@ -53,11 +53,11 @@ def main(folder: str | Path = "starved") -> sarqc.Result:
         rows = site["rows"]
         if len(rows) > 1:  # the sites of experts; a dense layer is one expert that sees every row
             span = f"{min(rows)} .. {max(rows)}"
-            errors = f"{site['error']:>9.2e} {site['rounding_error']:>9.2e}"
+            errors = f"{site['error']:>9.2e} {site['rtn_error']:>9.2e}"
             print(f"{site['site']:<48} {span:>16} {rows.count(0):>8} {errors}")
-    borrowed = {site["borrowed_rows"] for site in result.report["sites"] if len(site["rows"]) > 1}
+    borrowed = {site["prior_rows"] for site in result.report["sites"] if len(site["rows"]) > 1}
     print(f"rows that each expert borrows from its layer: {', '.join(map(str, sorted(borrowed)))}")
-    print("rounded plainly instead of solved:", result.report["fallbacks"] or "none")
+    print("quantized by RTN instead of solved:", result.report["fallbacks"] or "none")
     return result
 
 

@@ -31,7 +31,7 @@ PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
-class Parts:
+class ChunkedTensor:
     """shape: of the whole, [S, ...]. each(): its pieces [n, ...] on the CPU in order, n >= 1; it may be asked again,
     and a piece may be overwritten once the next one is asked for."""
 
@@ -40,7 +40,7 @@ class Parts:
     each: Callable[[], Iterator[Tensor]]
 
     @classmethod
-    def of(cls, whole: Tensor) -> Parts:
+    def of(cls, whole: Tensor) -> ChunkedTensor:
         """A tensor that is in memory, as its one piece."""
         return cls(tuple(whole.shape), whole.dtype, lambda: iter([whole]))
 
@@ -81,7 +81,7 @@ class State:
         self._compare(name, digest.hexdigest())
         return tensor
 
-    def parts(self, name: str) -> Parts:
+    def parts(self, name: str) -> ChunkedTensor:
         """Tensor `name` piece by piece; behind the last one, `CheckpointError` where it is not what was written."""
         entry = self._shard.entries[name]
 
@@ -92,7 +92,7 @@ class State:
                 yield part
             self._compare(name, digest.hexdigest())
 
-        return Parts(entry.shape, entry.dtype, each)
+        return ChunkedTensor(entry.shape, entry.dtype, each)
 
     def check(self) -> None:
         """Read everything once, and keep nothing of it."""
@@ -119,13 +119,15 @@ def open_state(path: Path) -> Iterator[State]:
         state.close()
 
 
-def write_state(path: Path, tensors: Mapping[str, Tensor | Parts], record: Mapping[str, Any]) -> None:
+def write_state(path: Path, tensors: Mapping[str, Tensor | ChunkedTensor], record: Mapping[str, Any]) -> None:
     """Write `tensors` (any device and strides) and `record` (JSON values) to `path`, replacing what is there.
 
     Each tensor is gone through once, piece by piece where it comes in pieces. On disk when this returns.
     `ResourceError` where the disk fails or is full; what was at `path` before is then still there.
     """
-    whole = {name: given if isinstance(given, Parts) else Parts.of(given) for name, given in tensors.items()}
+    whole = {
+        name: given if isinstance(given, ChunkedTensor) else ChunkedTensor.of(given) for name, given in tensors.items()
+    }
     entries = {name: Entry(one.dtype, one.shape, 0) for name, one in whole.items()}
     text = json.dumps(record, sort_keys=True, allow_nan=False)
 

@@ -36,9 +36,9 @@ def register() -> None:
     That is: weights alone are quantized, in a format that sarqc reads. Others load as without sarqc.
     """
     if TABLES in sys.modules:
-        _take_seats()
+        _patch_tables()
     elif not _waiting():
-        sys.meta_path.insert(0, _After(TABLES, _take_seats))
+        sys.meta_path.insert(0, PostImportHook(TABLES, _patch_tables))
 
 
 def unregister() -> None:
@@ -46,14 +46,14 @@ def unregister() -> None:
     for finder in _waiting():
         sys.meta_path.remove(finder)
     if TABLES in sys.modules:
-        _leave_seats()
+        _restore_tables()
 
 
-def _waiting() -> list[_After]:
-    return [finder for finder in sys.meta_path if isinstance(finder, _After)]
+def _waiting() -> list[PostImportHook]:
+    return [finder for finder in sys.meta_path if isinstance(finder, PostImportHook)]
 
 
-class _After(MetaPathFinder):
+class PostImportHook(MetaPathFinder):
     """Finds nothing itself: calls `act` once, right after the module `name` has been imported by whoever finds it."""
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:
@@ -79,7 +79,7 @@ class _After(MetaPathFinder):
 
 
 @dataclass(frozen=True)
-class Seat:
+class TableEntry:
     """Stands in both tables for one `quant_method`.
 
     config, quantizer: transformers' own entries. takes: whether a checkpoint with this
@@ -108,7 +108,7 @@ class Seat:
         return self.quantizer(config, **kwargs)
 
 
-def _take_seats() -> None:
+def _patch_tables() -> None:
     """Sit down for those of our formats that transformers knows; where we sit already, nothing happens."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -117,19 +117,19 @@ def _take_seats() -> None:
 
     for method in FORMATS:
         config = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-        if config is not None and not isinstance(config, Seat):
-            seat = Seat(config, AUTO_QUANTIZER_MAPPING[method], can_pack, open_checkpoint)
-            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method] = seat
+        if config is not None and not isinstance(config, TableEntry):
+            entry = TableEntry(config, AUTO_QUANTIZER_MAPPING[method], can_pack, open_checkpoint)
+            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method] = entry
 
 
-def _leave_seats() -> None:
+def _restore_tables() -> None:
     """Give transformers its own entries back."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    for method, seat in list(AUTO_QUANTIZATION_CONFIG_MAPPING.items()):
-        if isinstance(seat, Seat):
-            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = seat.config
-            AUTO_QUANTIZER_MAPPING[method] = seat.quantizer
+    for method, entry in list(AUTO_QUANTIZATION_CONFIG_MAPPING.items()):
+        if isinstance(entry, TableEntry):
+            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = entry.config
+            AUTO_QUANTIZER_MAPPING[method] = entry.quantizer
 
 
 def can_pack(quantization: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Bit allocation: what a site loses at each bit-width, and one bit-width for each unit within an average.
 
-`width_losses` quantizes a few rows of a site at each bit-width on one half of the text and measures them on the other.
+`loss_by_bits` quantizes a few rows of a site at each bit-width on one half of the text and measures them on the other.
 `sarqc.pipeline.sensitivity` runs the model once with each site at one bit-width; the ratio of the losses scales that
 result to the other bit-widths.
 
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
-from sarqc.method.gram import Gram, Statistics, borrowing
-from sarqc.method.lambda_search import Judge, Strengths
+from sarqc.method.gram import Gram, Statistics, shrink_experts
+from sarqc.method.lambda_search import HeldOutValidation, LambdaSearch
 from sarqc.method.layer import SOLVERS
-from sarqc.method.rtn import round_plainly
+from sarqc.method.rtn import quantize_rtn
 from sarqc.method.weight import QuantizedWeight
 
 SCALE_BITS = 16
@@ -85,8 +85,8 @@ def allocate(units: Sequence[Unit], average: float) -> list[int]:
     widths take more.
     """
     budget = int(average * sum(unit.weights for unit in units))
-    widths = [min(unit.sizes, key=unit.sizes.__getitem__) for unit in units]
-    left = budget - sum(unit.sizes[width] for unit, width in zip(units, widths))
+    bit_widths = [min(unit.sizes, key=unit.sizes.__getitem__) for unit in units]
+    left = budget - sum(unit.sizes[width] for unit, width in zip(units, bit_widths))
     if left < 0:
         least = (budget - left) / sum(unit.weights for unit in units)
         raise ArgumentError(f"avg_bits = {average} is too small: the narrowest widths take {least:.3f} with scales")
@@ -98,9 +98,9 @@ def allocate(units: Sequence[Unit], average: float) -> list[int]:
         if step.cost > left:
             stuck.add(step.unit)  # its later steps begin where this one ends
             continue
-        widths[step.unit] = step.width
+        bit_widths[step.unit] = step.width
         left -= step.cost
-    return widths
+    return bit_widths
 
 
 def _hull(number: int, unit: Unit) -> list[_Step]:
@@ -125,18 +125,18 @@ def _gain(unit: Unit, before: int, width: int) -> float:
 
 
 SOLVED = 4
-"""Widths up to this many bits, and to the one that is tried, are solved to see what they lose."""
+"""BitAllocation up to this many bits, and to the one that is tried, are solved to see what they lose."""
 
 
 @dataclass(frozen=True)
-class WidthLosses:
+class LossByBits:
     """tr(E G E^T) on held-out text, by width."""
 
     by_width: dict[int, float]
 
-    def __add__(self, other: WidthLosses) -> WidthLosses:
+    def __add__(self, other: LossByBits) -> LossByBits:
         """Those of two parts of a site together."""
-        return WidthLosses({width: loss + other.by_width[width] for width, loss in self.by_width.items()})
+        return LossByBits({width: loss + other.by_width[width] for width, loss in self.by_width.items()})
 
     def relative(self, width: int) -> dict[int, float]:
         """Losses over that at one width; all 0 where no row excites the weight."""
@@ -144,13 +144,13 @@ class WidthLosses:
         return {each: loss / unit if unit > 0 else 0.0 for each, loss in self.by_width.items()}
 
 
-def tried_width(quant: QuantConfig) -> int:
+def probe_bits(quant: QuantConfig) -> int:
     """The width that is tried on the model: the widest within the average, because sites will stay near it."""
     assert quant.avg_bits is not None
     return max((width for width in quant.bit_options if width <= quant.avg_bits), default=quant.bit_options[0])
 
 
-def tried(
+def probe_weight(
     site: str,
     weight: Tensor,
     statistics: Statistics,
@@ -162,13 +162,13 @@ def tried(
     """A weight [E, N, K] as it is tried on the model: solved, without channel scales and sweeps, at the rule's
     strength. experts: those of the site that `weight` is of; statistics are of all of them."""
     method = replace(method, cd_passes=0)
-    gram = borrowing(statistics, method.expert_shrinkage, experts)
-    strength = Strengths().choose("", statistics.rows(), weight.shape[-1], method, None).strength[experts]
-    spec = quant.at(tried_width(quant))
-    return SOLVERS[method.solver](site, weight, gram, strength, spec, method, scale_dtype).weight
+    gram = shrink_experts(statistics, method.expert_shrinkage, experts)
+    reg_lambda = LambdaSearch().choose("", statistics.rows(), weight.shape[-1], method, None).reg_lambda[experts]
+    spec = quant.at(probe_bits(quant))
+    return SOLVERS[method.solver](site, weight, gram, reg_lambda, spec, method, scale_dtype).weight
 
 
-def width_losses(
+def loss_by_bits(
     site: str,
     weight: Tensor,
     statistics: Statistics,
@@ -176,7 +176,7 @@ def width_losses(
     method: MethodConfig,
     scale_dtype: torch.dtype,
     seed: int = 0,
-) -> WidthLosses:
+) -> LossByBits:
     """The losses of `quant.bit_options` on a few rows of a few experts of weight [E, N, K], without channel scales.
 
     statistics: two folds; one is fitted on, the other judges. Where a strength is to be chosen it is the rule's here:
@@ -186,26 +186,28 @@ def width_losses(
     """
     method = replace(method, cd_passes=0)
 
-    def rounding(width: int, rows: Tensor) -> Tensor:
-        return round_plainly(rows, quant.at(width), "search", scale_dtype).dequantize()
+    def rtn_rows(width: int, rows: Tensor) -> Tensor:
+        return quantize_rtn(rows, quant.at(width), "search", scale_dtype).dequantize()
 
-    def solved(width: int, rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
+    def solved(width: int, rows: Tensor, gram: Gram, reg_lambda: Tensor) -> Tensor:
         return SOLVERS[method.solver](
-            site, rows, gram, strength, quant.at(width), method, scale_dtype
+            site, rows, gram, reg_lambda, quant.at(width), method, scale_dtype
         ).weight.dequantize()
 
     rows = statistics.folds[0].rows
-    strength = float(Strengths().choose("", rows, weight.shape[-1], method, None).strength.median())
+    reg_lambda = float(LambdaSearch().choose("", rows, weight.shape[-1], method, None).reg_lambda.median())
     first = quant.bit_options[0]
-    judge = Judge(weight, statistics, method.expert_shrinkage, seed, partial(solved, first), partial(rounding, first))
-    few = [width for width in quant.bit_options if width <= max(SOLVED, tried_width(quant))] or [first]
+    validation = HeldOutValidation(
+        weight, statistics, method.expert_shrinkage, seed, partial(solved, first), partial(rtn_rows, first)
+    )
+    few = [width for width in quant.bit_options if width <= max(SOLVED, probe_bits(quant))] or [first]
     losses: dict[int, float] = {}
     for width in few:
-        judge.trial = partial(solved, width)
-        losses[width] = judge.losses([strength], 0)[0]
+        validation.quantize_rows = partial(solved, width)
+        losses[width] = validation.losses([reg_lambda], 0)[0]
     rounded: dict[int, float] = {}
     for width in quant.bit_options[len(few) - 1 :]:
-        judge.rounding = partial(rounding, width)
-        rounded[width] = judge.rounding_loss(0)
+        validation.rtn_rows = partial(rtn_rows, width)
+        rounded[width] = validation.rtn_loss(0)
         losses[width] = losses[few[-1]] * (rounded[width] / rounded[few[-1]] if rounded[few[-1]] > 0 else 0.0)
-    return WidthLosses(losses)
+    return LossByBits(losses)

@@ -29,36 +29,36 @@ REACH = 2.0
 """A scale changes by less than this factor at once; one that wants more is of weights that hardly matter."""
 
 
-def descend(weight: Tensor, quantized: QuantizedWeight, metric: Tensor, sweeps: int) -> QuantizedWeight:
+def descend(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, sweeps: int) -> QuantizedWeight:
     """`quantized` after so many sweeps over its groups.
 
-    weight: fp32 [E, N, K]. metric: fp32 [E, K, K], symmetric. Zeros stay what they are. An expert whose metric has a
+    weight: fp32 [E, N, K]. hessian: fp32 [E, K, K], symmetric. Zeros stay what they are. An expert whose metric has a
     diagonal that is not finite and positive everywhere stays as it is.
     """
-    diagonal = metric.diagonal(dim1=-2, dim2=-1)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     usable = (torch.isfinite(diagonal) & (diagonal > 0)).all(-1)[:, None, None]
     codes, scales, size = quantized.codes.clone(), quantized.scales.clone(), quantized.group_size
-    passed = rows_product(weight - quantized.dequantize(), metric)
+    passed = rows_product(weight - quantized.dequantize(), hessian)
     for _ in range(sweeps):
         for group in range(scales.shape[-1]):
             at = slice(group * size, (group + 1) * size)
             part = QuantizedWeight(
                 codes[..., at], scales[..., group, None], quantized.zeros[..., group, None], quantized.bits
             )
-            codes[..., at], scales[..., group, None], change = _bettered(
-                part, metric[:, at, at], passed[..., at], usable
+            codes[..., at], scales[..., group, None], change = _improved(
+                part, hessian[:, at, at], passed[..., at], usable
             )
-            passed -= rows_product(change, metric[:, at])
+            passed -= rows_product(change, hessian[:, at])
     return QuantizedWeight(codes, scales, quantized.zeros, quantized.bits)
 
 
-def _bettered(part: QuantizedWeight, metric: Tensor, passed: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _improved(part: QuantizedWeight, hessian: Tensor, passed: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Better codes and then a better scale of one group, and by how much its weights change, fp32 [E, N, g].
 
-    metric: H_gg [E, g, g]. passed: (E H)_g [E, N, g].
+    hessian: H_gg [E, g, g]. passed: (E H)_g [E, N, g].
     """
     before = part.dequantize()
-    upper = metric.triu()
+    upper = hessian.triu()
     codes, _, _ = quantize_columns(
         before + solve_rows(upper, passed),
         upper,
@@ -72,13 +72,13 @@ def _bettered(part: QuantizedWeight, metric: Tensor, passed: Tensor, usable: Ten
         scale_dtype=part.scales.dtype,
     )
     levels, old = codes.float() - part.zeros.float(), part.scales.float()
-    rest = passed - rows_product(levels * old - before, metric)
-    new = (old + _rowwise(levels, rest) / _rowwise(rows_product(levels, metric), levels)).to(part.scales.dtype).float()
+    rest = passed - rows_product(levels * old - before, hessian)
+    new = (old + _rowwise(levels, rest) / _rowwise(rows_product(levels, hessian), levels)).to(part.scales.dtype).float()
     growth = new / old
     within = (growth > 1 / REACH) & (growth < REACH)  # not so for NaN: a group of zeros keeps its scale
     new = torch.where(within, new, old)
     change = levels * new - before
-    better = (_rowwise(change, 2 * passed - rows_product(change, metric)) > 0) & usable
+    better = (_rowwise(change, 2 * passed - rows_product(change, hessian)) > 0) & usable
     scales = torch.where(better, new, old).to(part.scales.dtype)
     return torch.where(better, codes, part.codes), scales, torch.where(better, change, 0.0)
 

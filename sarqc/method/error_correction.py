@@ -33,35 +33,35 @@ gain on text like that of the folds, and on other text, where less is right, it 
 
 
 def shifted(
-    site: str, weight: Tensor, statistics: Statistics, strength: Tensor, method: MethodConfig
+    site: str, weight: Tensor, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig
 ) -> tuple[Tensor, float]:
     """The target T fp32 [1, N, K] and its share a, from 0 to `CAUTION`; the weight itself where a is 0.
 
-    weight: fp32 [1, N, K]. strength: lambda, fp32 [1]. a is 0 where the statistics hold no wish (the site has
+    weight: fp32 [1, N, K]. reg_lambda: lambda, fp32 [1]. a is 0 where the statistics hold no wish (the site has
     no joint) or only one fold, on which it could not be judged.
     """
-    if statistics.folds[0].wish is None or len(statistics.folds) < 2:
+    if statistics.folds[0].cross_gram is None or len(statistics.folds) < 2:
         return weight, 0.0
-    share = CAUTION * held_out_share(site, statistics, strength, method)
+    share = CAUTION * held_out_share(site, statistics, reg_lambda, method)
     if share == 0:
         return weight, 0.0
-    return weight + share * shift(site, statistics.total(), strength, method), share
+    return weight + share * shift(site, statistics.total(), reg_lambda, method), share
 
 
-def shift(site: str, gram: Gram, strength: Tensor, method: MethodConfig) -> Tensor:
+def shift(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig) -> Tensor:
     """C H^-1, fp32 [1, N, K], by two triangular solves; H holds the regulariser."""
-    upper = factor(regularised_hessian(gram, strength, method), site).matrix
-    half = torch.linalg.solve_triangular(upper.mT, gram.wished(), upper=False, left=False)
+    upper = factor(regularised_hessian(gram, reg_lambda, method), site).matrix
+    half = torch.linalg.solve_triangular(upper.mT, gram.cross_mean(), upper=False, left=False)
     full: Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
     return full
 
 
-def held_out_share(site: str, statistics: Statistics, strength: Tensor, method: MethodConfig) -> float:
+def held_out_share(site: str, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig) -> float:
     """The a that serves best on folds the shift was not fitted on, over all pairs of folds, clipped to 0 .. 1."""
     wished = given = 0.0
     for fitted in statistics.folds:
-        fit = shift(site, fitted, strength, method)
-        for judging in (fold for fold in statistics.folds if fold is not fitted):
-            wished += float((judging.wished() * fit).sum(dtype=torch.float64))
-            given += float(((fit @ judging.hessian()) * fit).sum(dtype=torch.float64))
+        fit = shift(site, fitted, reg_lambda, method)
+        for held_out in (fold for fold in statistics.folds if fold is not fitted):
+            wished += float((held_out.cross_mean() * fit).sum(dtype=torch.float64))
+            given += float(((fit @ held_out.second_moment()) * fit).sum(dtype=torch.float64))
     return min(max(wished / given, 0.0), 1.0) if given > 0 else 0.0

@@ -35,22 +35,22 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["none", "stat
     return columns.flatten(1)
 
 
-def error_cost(site: str, gram: Gram, strength: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor:
-    """What the scale search judges errors by: the metric [E, K, K], or M_jj^2 [E, K] where the Gram solver follows."""
-    metric = regularised_hessian(gram, strength, method)
+def loss_weight(site: str, gram: Gram, reg_lambda: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor:
+    """What the scale search judges errors by: the metric [E, K, K], or M_jj^2 [E, K] where GPTQ follows."""
+    hessian = regularised_hessian(gram, reg_lambda, method)
     if method.solver == "rtn":
-        return metric
-    order = _order(metric, quant, method)
-    factored = factor(metric if order is None else _permuted(metric, order), site)
+        return hessian
+    order = _order(hessian, quant, method)
+    factored = factor(hessian if order is None else _permuted(hessian, order), site)
     price = factored.matrix.diagonal(dim1=-2, dim2=-1).square()
     return price if order is None else torch.empty_like(price).scatter_(1, order, price)
 
 
-def solve_gram(
+def solve_gptq(
     site: str,
     weight: Tensor,
     gram: Gram,
-    strength: Tensor,
+    reg_lambda: Tensor,
     quant: QuantConfig,
     method: MethodConfig,
     scale_dtype: torch.dtype,
@@ -62,11 +62,11 @@ def solve_gram(
     searched grid is fitted with those weights. `method.cd_passes` then improve on all of it in the same metric.
     """
     group_size = quant.columns_per_group(weight.shape[-1])
-    metric = regularised_hessian(gram, strength, method)
+    hessian = regularised_hessian(gram, reg_lambda, method)
     if scaling is not None:
-        weight, metric = scaling.apply(weight), scaling.metric(metric)
-    diagonal = metric.diagonal(dim1=-2, dim2=-1)
-    order = _order(metric, quant, method)
+        weight, hessian = scaling.apply(weight), scaling.hessian(hessian)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    order = _order(hessian, quant, method)
     search = method.scales == "search"
     scales = zeros = None
     if method.act_order == "static":
@@ -79,7 +79,7 @@ def solve_gram(
             search=search,
             scale_dtype=scale_dtype,
         )
-    factored = factor(metric if order is None else _permuted(metric, order), site)
+    factored = factor(hessian if order is None else _permuted(hessian, order), site)
     codes, scales, zeros = quantize_columns(
         weight,
         factored.matrix,
@@ -98,16 +98,16 @@ def solve_gram(
         diagonal += damping.to(diagonal)[:, None] * diagonal.mean(
             -1, keepdim=True
         )  # a view: the metric as it was factored
-        quantized = descend(weight, quantized, metric, method.cd_passes)
+        quantized = descend(weight, quantized, hessian, method.cd_passes)
     return Solution(quantized, damping)
 
 
-def _order(metric: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor | None:
-    group_size = quant.columns_per_group(metric.shape[-1])
-    return column_order(metric.diagonal(dim1=-2, dim2=-1), group_size, method.act_order)
+def _order(hessian: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor | None:
+    group_size = quant.columns_per_group(hessian.shape[-1])
+    return column_order(hessian.diagonal(dim1=-2, dim2=-1), group_size, method.act_order)
 
 
-def _permuted(metric: Tensor, order: Tensor) -> Tensor:
+def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of each matrix [E, K, K] in `order` [E, K]."""
-    rows = metric.gather(1, order[:, :, None].expand_as(metric))
-    return rows.gather(2, order[:, None, :].expand_as(metric))
+    rows = hessian.gather(1, order[:, :, None].expand_as(hessian))
+    return rows.gather(2, order[:, None, :].expand_as(hessian))

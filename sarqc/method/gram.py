@@ -1,6 +1,6 @@
 """Calibration statistics of a site: Grams that add up over micro-batches, folds and ranks.
 
-A Gram is a raw sum and is divided only when it is read. `shrunk` and `borrowing` shrink the Grams of experts with few
+A Gram is a raw sum and is divided only when it is read. `shrunk` and `shrink_experts` shrink the Grams of experts with few
 rows towards the layer's pooled Gram. `finite_rows` and `shortening` keep non-finite and outlier rows out of the sums.
 
 An expert that saw few tokens is shrunk towards the layer's pool, by as many rows as kappa says:
@@ -29,59 +29,59 @@ class Gram:
     """Second moments of the rows that E experts received; a dense layer is E = 1.
 
     sum: fp32 [E, K, K], X^T X, of which only the lower triangle is maintained. rows: int64 [E].
-    abs_sum: fp32 [E, K], sum of |x_j| over rows. wish: fp32 [1, N, K], R^T X where each row of R is what the
+    abs_sum: fp32 [E, K], sum of |x_j| over rows. cross_gram: fp32 [1, N, K], R^T X where each row of R is what the
     output of that row of X should gain; None where nothing is asked of the outputs.
     """
 
     sum: Tensor
     rows: Tensor
     abs_sum: Tensor
-    wish: Tensor | None = None
+    cross_gram: Tensor | None = None
 
     @classmethod
-    def zeros(cls, experts: int, in_features: int, device: torch.device | str = "cpu", *, wishes: int = 0) -> Gram:
-        """A Gram that has seen nothing. wishes: N of a dense layer (E = 1) of whose outputs something is asked."""
+    def zeros(cls, experts: int, in_features: int, device: torch.device | str = "cpu", *, cross_rows: int = 0) -> Gram:
+        """A Gram that has seen nothing. cross_rows: N of a dense layer (E = 1) of whose outputs something is asked."""
         return cls(
             sum=torch.zeros(experts, in_features, in_features, device=device),
             rows=torch.zeros(experts, dtype=torch.int64, device=device),
             abs_sum=torch.zeros(experts, in_features, device=device),
-            wish=torch.zeros(1, wishes, in_features, device=device) if wishes else None,
+            cross_gram=torch.zeros(1, cross_rows, in_features, device=device) if cross_rows else None,
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, wish: Tensor | None = None) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, cross_gram: Tensor | None = None) -> None:
         """Add rows x [T, K], sorted by expert with offsets [E + 1]; without offsets all rows belong to expert 0.
 
-        wish: what the outputs of these rows should gain, [T, N], where that is kept.
+        cross_gram: what the outputs of these rows should gain, [T, N], where that is kept.
         """
         gram_accumulate_(self.sum, self.rows, self.abs_sum, x, offsets)
-        if self.wish is not None and wish is not None:
-            self.wish[0].addmm_(wish.float().T, x.float())
+        if self.cross_gram is not None and cross_gram is not None:
+            self.cross_gram[0].addmm_(cross_gram.float().T, x.float())
 
     def merge(self, other: Gram) -> None:
         """Add what another Gram of the same site has seen."""
         self.sum += other.sum
         self.rows += other.rows
         self.abs_sum += other.abs_sum
-        if self.wish is not None and other.wish is not None:
-            self.wish += other.wish
+        if self.cross_gram is not None and other.cross_gram is not None:
+            self.cross_gram += other.cross_gram
 
     def part(self, experts: slice | Tensor) -> Gram:
         """Some experts: a stretch, in the same memory (the Gram itself where it is all of them), or those of numbers
         int64, in that order and in memory of their own."""
         if isinstance(experts, slice) and experts == slice(None):
             return self
-        wish = None if self.wish is None else self.wish[experts]
-        return Gram(self.sum[experts], self.rows[experts], self.abs_sum[experts], wish)
+        cross_gram = None if self.cross_gram is None else self.cross_gram[experts]
+        return Gram(self.sum[experts], self.rows[experts], self.abs_sum[experts], cross_gram)
 
     def tensors(self) -> list[Tensor]:
         """Everything in it: sums, each of them."""
-        return [self.sum, self.rows, self.abs_sum] + ([] if self.wish is None else [self.wish])
+        return [self.sum, self.rows, self.abs_sum] + ([] if self.cross_gram is None else [self.cross_gram])
 
     def repeat(self, times: int) -> Gram:
         """All experts so many times over: expert e of repetition r is number r * E + e."""
         return Gram(self.sum.repeat(times, 1, 1), self.rows.repeat(times), self.abs_sum.repeat(times, 1))
 
-    def hessian(self) -> Tensor:
+    def second_moment(self) -> Tensor:
         """X^T X / rows, fp32 [E, K, K], symmetric, in memory of its own; zero for an expert without rows."""
         mean = self.sum / self.rows.clamp(min=1)[:, None, None]
         symmetrize_(mean)
@@ -91,10 +91,10 @@ class Gram:
         """diag(X^T X / rows), fp32 [E, K]; zero for an expert without rows."""
         return self.sum.diagonal(dim1=-2, dim2=-1) / self.rows.clamp(min=1)[:, None]
 
-    def wished(self) -> Tensor:
-        """R^T X / rows, fp32 [1, N, K]; needs `wish`."""
-        assert self.wish is not None
-        return self.wish / self.rows.clamp(min=1)[:, None, None]
+    def cross_mean(self) -> Tensor:
+        """R^T X / rows, fp32 [1, N, K]; needs `cross_gram`."""
+        assert self.cross_gram is not None
+        return self.cross_gram / self.rows.clamp(min=1)[:, None, None]
 
     def abs_mean(self) -> Tensor:
         """E|x_j|, fp32 [E, K]; zero for an expert without rows."""
@@ -121,17 +121,17 @@ class Statistics:
         device: torch.device | str = "cpu",
         *,
         rest: bool = False,
-        wishes: int = 0,
+        cross_rows: int = 0,
     ) -> Statistics:
         """Statistics that have seen nothing."""
         return cls(
-            tuple(Gram.zeros(experts, in_features, device, wishes=wishes) for _ in range(folds)),
+            tuple(Gram.zeros(experts, in_features, device, cross_rows=cross_rows) for _ in range(folds)),
             tuple(Gram.zeros(1, in_features, device) for _ in range(folds if rest else 0)),
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, wish: Tensor | None = None) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, cross_gram: Tensor | None = None) -> None:
         """Add rows to one fold; shapes as in `Gram.add`."""
-        self.folds[fold].add(x, offsets, wish)
+        self.folds[fold].add(x, offsets, cross_gram)
 
     def add_rest(self, x: Tensor, fold: int = 0) -> None:
         """Add rows x [T, K] that went to other experts of the layer, if those are kept."""
@@ -171,19 +171,19 @@ def together(folds: Iterable[Gram]) -> Gram:
     first, *others = folds
     if not others:
         return first
-    wish = None if first.wish is None else first.wish.clone()
-    total = Gram(first.sum.clone(), first.rows.clone(), first.abs_sum.clone(), wish)
+    cross_gram = None if first.cross_gram is None else first.cross_gram.clone()
+    total = Gram(first.sum.clone(), first.rows.clone(), first.abs_sum.clone(), cross_gram)
     for other in others:
         total.merge(other)
     return total
 
 
-def kappa(in_features: int, borrow: float) -> int:
-    """Rows to borrow where `borrow` is a share of a row for each input."""
-    return round(borrow * in_features)
+def prior_rows(in_features: int, shrinkage: float) -> int:
+    """Rows to borrow where `shrinkage` is a share of a row for each input."""
+    return round(shrinkage * in_features)
 
 
-def shrunk(gram: Gram, borrow: float, others: Gram | None = None, experts: slice | Tensor = slice(None)) -> Gram:
+def shrunk(gram: Gram, shrinkage: float, others: Gram | None = None, experts: slice | Tensor = slice(None)) -> Gram:
     """The Gram in which each expert has kappa rows of the pool added to its own; a dense layer (E = 1) is its pool.
 
     gram: of E experts. others: of the experts of the layer that are not in `gram`, summed to one.
@@ -192,7 +192,7 @@ def shrunk(gram: Gram, borrow: float, others: Gram | None = None, experts: slice
     """
     parts = [gram] if others is None else [gram, others]
     rows = sum(int(part.rows.sum()) for part in parts)
-    added = kappa(gram.sum.shape[-1], borrow)
+    added = prior_rows(gram.sum.shape[-1], shrinkage)
     if added == 0 or rows == 0 or (others is None and len(gram.rows) == 1):
         return gram.part(experts)
     own = gram.part(experts)
@@ -203,9 +203,9 @@ def shrunk(gram: Gram, borrow: float, others: Gram | None = None, experts: slice
     )
 
 
-def borrowing(statistics: Statistics, borrow: float, experts: slice = slice(None)) -> Gram:
+def shrink_experts(statistics: Statistics, shrinkage: float, experts: slice = slice(None)) -> Gram:
     """All folds together, each of the `experts` with its rows from the pool of the whole layer."""
-    return shrunk(statistics.total(), borrow, statistics.total_rest(), experts)
+    return shrunk(statistics.total(), shrinkage, statistics.total_rest(), experts)
 
 
 MAX_LOST = 0.01

@@ -3,7 +3,7 @@
     F(Q) = tr[(W - Q) (H + lambda D) (W - Q)^T],    H = X^T X / rows,    D = diag(d)
 
 d_j grows with how salient input j is (`saliency`), with mean(d) = mean(diag H), so lambda has no unit: it does not
-change with the scale of the activations, their number or the bits. Both terms share one form, so the Gram solver
+change with the scale of the activations, their number or the bits. Both terms share one form, so GPTQ
 stays what it is and only factors another matrix (arXiv 2605.05693; the choice of d and of its scale is ours).
 """
 
@@ -43,13 +43,13 @@ def saliency(diagonal: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
     return scale * salient / salient.mean(-1, keepdim=True)
 
 
-def regularised_hessian(gram: Gram, strength: Tensor, method: MethodConfig) -> Tensor:
+def regularised_hessian(gram: Gram, reg_lambda: Tensor, method: MethodConfig) -> Tensor:
     """H + lambda D + damp * mean(diag H) I, fp32 [E, K, K], in memory of its own, made without waiting for the device.
 
-    strength: lambda of each expert, fp32 [E].
+    reg_lambda: lambda of each expert, fp32 [E].
     """
     salience = saliency(gram.diagonal(), gram.abs_mean(), method.saliency)
-    return gram_finalize(gram.sum, gram.rows, salience, strength, method.damp)
+    return gram_finalize(gram.sum, gram.rows, salience, reg_lambda, method.damp)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Factor:
     """matrix: upper triangular M [E, K, K] with M M^T = H + damping * mean(diag H) I. damping: float64 [E].
 
     An expert whose matrix has no factor at any damping holds the square root of its diagonal alone (its columns no
-    longer correct each other, which is plain rounding) and `damping` infinite.
+    longer correct each other, which is RTN) and `damping` infinite.
     """
 
     matrix: Tensor

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from sarqc.model.lazy_model import Skeleton
-from sarqc.model.sites import Joint, Site, reading
+from sarqc.model.sites import ResidualWrite, Site, reading
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 """Of the noise's norm, what may be lost of it to rounding."""
 
 
 @torch.no_grad()
-def find_joint(skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor) -> tuple[str, Joint] | None:
+def find_residual_write(
+    skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor
+) -> tuple[str, ResidualWrite] | None:
     """The name of the site of block `index`, which is loaded, whose outputs join the stream, the last of those that do,
     and where; None without one.
 
@@ -34,9 +36,9 @@ def find_joint(skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Te
     whole = [site for site in dense if site.members[0].shape[0] == hidden.shape[-1]]
     ending = next((site for site in whole if _ends(skeleton, index, site, hidden)), None)
     if ending is not None:
-        return ending.name, Joint(None)
+        return ending.name, ResidualWrite(None)
     readers = ((site, _reader(skeleton, index, site, hidden)) for site in whole)
-    return next(((site.name, Joint(reader)) for site, reader in readers if reader), None)
+    return next(((site.name, ResidualWrite(reader)) for site, reader in readers if reader), None)
 
 
 def through(skeleton: Skeleton, index: int, reader: str | None, hidden: Tensor) -> tuple[Tensor, Tensor]:

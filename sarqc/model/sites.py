@@ -24,7 +24,7 @@ from sarqc.model.lazy_model import Skeleton
 
 
 @dataclass(frozen=True)
-class Joint:
+class ResidualWrite:
     """Where a layer's outputs have joined the stream. reader: the module that reads it there; None for the block's
     end."""
 
@@ -34,18 +34,18 @@ class Joint:
 @dataclass(frozen=True)
 class Site:
     """Layers with one input tensor. name: of its first member. in_features: K. experts: E, 1 for Linears.
-    joint: where its outputs are asked to make up for earlier errors, if they are."""
+    residual_write: where its outputs are asked to correct the error of earlier layers, if they are."""
 
     name: str
     members: tuple[Target, ...]
     experts: int
     in_features: int
-    joint: Joint | None = None
+    residual_write: ResidualWrite | None = None
 
     @property
-    def wishes(self) -> int:
+    def cross_rows(self) -> int:
         """N where something is asked of the outputs, else 0."""
-        return sum(rows for _, _, rows in self.slabs) if self.joint else 0
+        return sum(rows for _, _, rows in self.slabs) if self.residual_write else 0
 
     @property
     def slabs(self) -> tuple[tuple[str, int, int], ...]:

@@ -170,7 +170,7 @@ class Overlay:
         return self._quantized.get(f"{linear}.weight") or self._source.quantized(linear)
 
 
-class Ahead:
+class PrefetchingSource:
     """A source, one step ahead of whoever loads from it. A context: its thread has ended when that ends.
 
     The source is asked from another thread. What goes wrong there is raised when the tensor is loaded.
@@ -212,7 +212,7 @@ class Ahead:
             coming.cancel()
         self._coming.clear()
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> PrefetchingSource:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

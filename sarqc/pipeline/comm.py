@@ -18,8 +18,8 @@ from sarqc.errors import ResourceError, out_of_memory
 _Value = TypeVar("_Value")
 
 
-class Group(Protocol):
-    """Ranks 0 .. size - 1. All of them call the same methods in the same order, but for `take_over_` and `hand_on`.
+class Comm(Protocol):
+    """Ranks 0 .. size - 1. All of them call the same methods in the same order, but for `recv_previous` and `send_next`.
 
     ordered: whether sums are made in the order of one process, so that they have its bits: each rank goes on from what
     the rank before hands it. Otherwise all ranks sum at once, and then their sums are added.
@@ -37,22 +37,22 @@ class Group(Protocol):
     def ordered(self) -> bool:
         """See above."""
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks, which has the same bits on each."""
 
-    def take_over_(self, tensors: Sequence[Tensor]) -> None:
+    def recv_previous(self, tensors: Sequence[Tensor]) -> None:
         """Fill tensors with what the rank before hands on; the first rank keeps what it has."""
 
-    def hand_on(self, tensors: Sequence[Tensor]) -> None:
+    def send_next(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors to the next rank; the last one has none."""
 
-    def spread_(self, tensors: Sequence[Tensor], owner: int) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Fill tensors with those of rank `owner`; shapes and dtypes are the same everywhere."""
 
-    def gather(self, value: _Value) -> list[_Value]:
+    def all_gather_object(self, value: _Value) -> list[_Value]:
         """A small value of each rank, on all of them: tensors in it are on the CPU."""
 
-    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+    def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
         """On rank 0 the rows [1, ...] of all ranks in the order of their numbers, elsewhere nothing.
 
         rows: this rank's. places: numbers of the rows of each rank, rising. All ranks have to go through to the end;
@@ -60,36 +60,36 @@ class Group(Protocol):
         """
 
 
-class Alone:
+class SingleProcess:
     """One process."""
 
     rank, size, ordered = 0, 1, False
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """They are the sum."""
 
-    def take_over_(self, tensors: Sequence[Tensor]) -> None:
+    def recv_previous(self, tensors: Sequence[Tensor]) -> None:
         """Nobody is before."""
 
-    def hand_on(self, tensors: Sequence[Tensor]) -> None:
+    def send_next(self, tensors: Sequence[Tensor]) -> None:
         """Nobody is next."""
 
-    def spread_(self, tensors: Sequence[Tensor], owner: int) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Everybody has them."""
 
-    def gather(self, value: _Value) -> list[_Value]:
+    def all_gather_object(self, value: _Value) -> list[_Value]:
         """The value."""
         return [value]
 
-    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+    def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
         """The rows, which are all there are."""
         return rows
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-def all_or_none(group: Group, attempt: Callable[[], _Value]) -> _Value:
+def synchronize_oom(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
     """`attempt()`, which must not wait for other ranks; `torch.OutOfMemoryError` on all ranks where one runs out.
 
     So ranks stay in step: either all go on, or all try again with less.
@@ -102,19 +102,19 @@ def all_or_none(group: Group, attempt: Callable[[], _Value]) -> _Value:
         if not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-    short = [why for why in group.gather(reason) if why is not None]
+    short = [why for why in comm.all_gather_object(reason) if why is not None]
     if short:
         result.clear()
         raise torch.OutOfMemoryError(short[0])
     return result[0]
 
 
-def in_turn(group: Group, attempt: Callable[[], _Value]) -> _Value:
+def in_turn(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
     """`attempt()`, in which ranks wait for each other; where one runs out of memory it cannot be repeated."""
     try:
         return attempt()
     except RuntimeError as error:
-        if group.size == 1 or not out_of_memory(error):
+        if comm.size == 1 or not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
         raise ResourceError(

@@ -30,12 +30,12 @@ from torch import Tensor
 
 from sarqc import legacy
 from sarqc.checkpoint.files import read_json
-from sarqc.checkpoint.state import PARTIAL, Parts, State, durable, open_state, write_state
+from sarqc.checkpoint.state import PARTIAL, ChunkedTensor, State, durable, open_state, write_state
 from sarqc.errors import ArgumentError, CheckpointError, ResourceError
-from sarqc.method.lambda_search import Strengths
-from sarqc.method.layer import SolveReport
+from sarqc.method.lambda_search import LambdaSearch
+from sarqc.method.layer import LayerReport
 from sarqc.method.weight import QuantizedWeight
-from sarqc.pipeline.bit_allocation import Widths
+from sarqc.pipeline.bit_allocation import BitAllocation
 from sarqc.pipeline.driver import BlockResult, Start
 from sarqc.pipeline.fingerprint import MAY_CHANGE, first_difference
 from sarqc.pipeline.offload import PREFIX as SCRATCH
@@ -57,7 +57,7 @@ def default_work(out: Path | str) -> Path:
 class BlockRecord:
     """What is known of a finished block beside its weights. wall: seconds since the block before was finished."""
 
-    reports: list[SolveReport]
+    reports: list[LayerReport]
     seconds: dict[str, float]
     notes: list[str]
     wall: float
@@ -76,15 +76,15 @@ class Work:
         """Blocks that the model has."""
         return int(self.about["blocks"])
 
-    def save_widths(self, widths: Widths) -> None:
-        """Save what `widths` returns from then on, before any block is."""
-        _write_sealed(self.folder / _WIDTHS, widths.to_json())
+    def save_bit_allocation(self, bit_widths: BitAllocation) -> None:
+        """Save what `bit_widths` returns from then on, before any block is."""
+        _write_sealed(self.folder / _WIDTHS, bit_widths.to_json())
 
-    def widths(self) -> Widths | None:
+    def bit_widths(self) -> BitAllocation | None:
         """The widths that the run has chosen, if it has; `CheckpointError` where blocks follow some that are lost."""
         path = self.folder / _WIDTHS
         if path.exists():
-            return Widths.from_json(_read_sealed(path))
+            return BitAllocation.from_json(_read_sealed(path))
         if self.fingerprint["quant"].get("avg_bits") is not None and self._block_file(0).exists():
             raise CheckpointError(f"{path} is missing, which says what width each block has; {_AGAIN}")
         return None
@@ -125,7 +125,7 @@ class Work:
                 if entering <= finished:
                     state.check()
                     whole = state.parts("hidden")
-                    return self._start(entering, Parts(whole.shape, whole.dtype, self._hidden)), trouble
+                    return self._start(entering, ChunkedTensor(whole.shape, whole.dtype, self._hidden)), trouble
         except CheckpointError as error:
             trouble = trouble or str(error)
         return self._start(finished, None), trouble
@@ -135,9 +135,9 @@ class Work:
         with open_state(self.folder / _HIDDEN) as state:
             yield from state.parts("hidden").each()
 
-    def _start(self, block: int, hidden: Parts | None) -> Start:
+    def _start(self, block: int, hidden: ChunkedTensor | None) -> Start:
         said = [report.held_out for index in range(block) for report in self.record(index).reports]
-        return Start(block, hidden, self.stored, Strengths.restored(said, self.fingerprint["seed"]))
+        return Start(block, hidden, self.stored, LambdaSearch.restored(said, self.fingerprint["seed"]))
 
     def linears(self, index: int) -> list[str]:
         """Names of the quantized Linears of a finished block."""
@@ -170,7 +170,7 @@ class Work:
         """What is known of a finished block."""
         with self._open(index) as state:
             found = state.record
-        reports = [SolveReport(**report | {"rows": tuple(report["rows"])}) for report in found["reports"]]
+        reports = [LayerReport(**legacy.site(report) | {"rows": tuple(report["rows"])}) for report in found["reports"]]
         return BlockRecord(reports, found["seconds"], found["notes"], found["wall"])
 
     def check_finished(self) -> None:

@@ -5,7 +5,7 @@ adds, and neither is the same in the last block as in the middle. They have one 
 is solved at one width, and a few windows are run on from there: how far that moves the distribution of the next token
 (the mean KL divergence from the model as it is) times what the solver loses at another width, relative to that one
 (`method.bit_allocation`), is the site's loss there. Divergences of sites that err independently add up, as long as they
-are small. `benchmarks/quality/MIXED.md` has what else was tried: a rounding in the solution's place misjudges the sites
+are small. `benchmarks/quality/MIXED.md` has what else was probe_weight: a rounding in the solution's place misjudges the sites
 that matter most, because it spoils what a solver spares.
 
 One block is in memory at a time, as everywhere: what waits between two blocks are the hidden states of these few
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
-from sarqc.method.bit_allocation import WidthLosses, tried, tried_width, width_losses
+from sarqc.method.bit_allocation import LossByBits, loss_by_bits, probe_bits, probe_weight
 from sarqc.method.gram import Statistics
-from sarqc.method.lambda_search import Strengths
+from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.layers import Target, Targets
 from sarqc.model.lazy_model import Skeleton
@@ -33,9 +33,9 @@ from sarqc.model.perplexity import Tally
 from sarqc.model.sites import Share, Site, find_sites, stack, write_back
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.activations import States, cut, enter
-from sarqc.pipeline.comm import ALONE
+from sarqc.pipeline.comm import SINGLE_PROCESS
 from sarqc.pipeline.passes import collect
-from sarqc.pipeline.quantize_site import Solving, scale_dtype
+from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
 from sarqc.pipeline.work_split import pieces
 from sarqc.pipeline.workbench import Workbench
 
@@ -47,7 +47,7 @@ TRIED_WINDOWS, TRIED_LENGTH = 2, 256
 
 
 @dataclass(frozen=True)
-class SiteLosses:
+class SiteSensitivity:
     """site: its name. linears, shapes: of its members, by the checkpoint's names. modules: of the model, that they are
     in. divergence: mean KL of the next token in nats, at the width that was tried. losses: by width, likewise."""
 
@@ -69,8 +69,8 @@ class _Trial:
     solved: dict[int, float]
     hidden: Tensor
 
-    def result(self, divergence: float) -> SiteLosses:
-        return SiteLosses(
+    def result(self, divergence: float) -> SiteSensitivity:
+        return SiteSensitivity(
             site=self.site.name,
             linears=tuple(target.linear for target in self.site.members),
             shapes=tuple(target.shape for target in self.site.members),
@@ -81,7 +81,7 @@ class _Trial:
 
 
 @torch.no_grad()
-def look(
+def measure_sensitivity(
     skeleton: Skeleton,
     source: TensorSource,
     found: Targets,
@@ -96,7 +96,7 @@ def look(
     seed: int = 0,
     mine: Callable[[int], bool] = lambda _: True,
     on_block: Callable[[int], object] = lambda _: None,
-) -> list[tuple[int, SiteLosses]]:
+) -> list[tuple[int, SiteSensitivity]]:
     """(block, losses) of every site in the order of blocks; of blocks that are not `mine` nothing.
 
     tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are observed. micro_batch(L): windows at once.
@@ -111,8 +111,10 @@ def look(
     skeleton.prepare(*few.shape)
     plain = skeleton.embed(few).cpu()
     skeleton.unload_outer()
-    solving = Solving(skeleton, source, quant, method, device, Strengths(seed=seed), ALONE)
-    work = Workbench(skeleton, source, method, device, dtype, gram_budget, lambda *_: None, None, solving, ALONE, None)
+    solving = SiteQuantizer(skeleton, source, quant, method, device, LambdaSearch(seed=seed), SINGLE_PROCESS)
+    work = Workbench(
+        skeleton, source, method, device, dtype, gram_budget, lambda *_: None, None, solving, SINGLE_PROCESS, None
+    )
     trials: list[_Trial] = []
     for index in range(len(skeleton.blocks)):
         on_block(index)
@@ -152,22 +154,22 @@ def _evenly(tokens: Tensor) -> Tensor:
 def _begin(work: Workbench, index: int, found: Targets, states: States, plain: Tensor) -> list[_Trial]:
     """A trial of each site of a block that is loaded, through that block."""
     skeleton, quant = work.skeleton, work.solving.quant
-    sites = find_sites(skeleton, index, found.of_block(index), states.glance().to(work.device))
-    losses: dict[str, WidthLosses] = {}
+    sites = find_sites(skeleton, index, found.of_block(index), states.probe().to(work.device))
+    losses: dict[str, LossByBits] = {}
     weights: dict[str, list[tuple[Target, QuantizedWeight]]] = {site.name: [] for site in sites}
     for shares in work.portions(sites, FOLDS):
         for share, own, solved in _portion(work, index, shares, states):
             name = share.site.name
             losses[name] = losses[name] + own if name in losses else own
             weights[name] += solved
-    width = tried_width(quant)
+    width = probe_bits(quant)
     return [
         _Trial(index, site, losses[site.name].relative(width), _tried(skeleton, index, site, weights[site.name], plain))
         for site in sites
     ]
 
 
-_Solved = tuple[Share, WidthLosses, list[tuple[Target, QuantizedWeight]]]
+_Solved = tuple[Share, LossByBits, list[tuple[Target, QuantizedWeight]]]
 
 
 def _portion(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[_Solved]:
@@ -181,12 +183,12 @@ def _portion(work: Workbench, index: int, shares: Sequence[Share], states: State
 def _share(work: Workbench, share: Share, statistics: Statistics) -> _Solved:
     """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
     model, how = work.skeleton.model, (work.solving.quant, work.method, scale_dtype(work.source, share.site))
-    losses = width_losses(share.name, share.weight(model), statistics, *how, work.solving.strengths.seed)
+    losses = loss_by_bits(share.name, share.weight(model), statistics, *how, work.solving.lambdas.seed)
     statistics.merge_folds()
     solved: list[tuple[Target, QuantizedWeight]] = []
     for piece in pieces([share], 1, work.device, gram=True):
         own, experts = piece.share, slice(piece.share.first - share.first, piece.share.stop - share.first)
-        weight = tried(share.name, own.weight(model), statistics, *how, experts)
+        weight = probe_weight(share.name, own.weight(model), statistics, *how, experts)
         solved += share.site.split(weight.to("cpu"), own.first)
     return share, losses, solved
 

@@ -48,8 +48,8 @@ def write_checkpoint(
             writer.add(name, tensor)
         writer.close()
         copy_side_files(checkpoint.folder, partial, code=work.about["code"])
-        widths = chosen.by_linear() if (chosen := work.widths()) else None
-        write_config(partial, checkpoint.config, format.config(quant, work.about["targets"]["untouched"], widths))
+        bit_widths = chosen.by_linear() if (chosen := work.bit_widths()) else None
+        write_config(partial, checkpoint.config, format.config(quant, work.about["targets"]["untouched"], bit_widths))
         report = _report(work, checkpoint, quant, size, time.perf_counter() - began) | {"format": format.name}
         reports.write(partial, report)  # names the tensors that took up scales, which the comparison has to know
         checked = check(partial, checkpoint, trust_remote_code=work.about["code"])
@@ -90,10 +90,10 @@ def _report(
     for record in records:
         for stage, spent in record.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + spent
-    chosen = work.widths()
-    stages |= {"look": chosen.seconds} if chosen else {}
+    chosen = work.bit_widths()
+    stages |= {"sensitivity": chosen.seconds} if chosen else {}
     stages["write"] = seconds
-    stages["total"] = sum(record.wall for record in records) + stages.get("look", 0.0) + seconds
+    stages["total"] = sum(record.wall for record in records) + stages.get("sensitivity", 0.0) + seconds
     report = reports.build(
         model=work.about["model"],
         source=reports.source_record(checkpoint.folder, checkpoint),

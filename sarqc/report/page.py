@@ -99,7 +99,7 @@ def _tiles(report: summary.Report) -> str:
         ),
         (
             summary.share(report["error"]),
-            f"{kind} error (rounding {summary.share(report['rounding_error'])})",
+            f"{kind} error (rounding {summary.share(report['rtn_error'])})",
         ),
     ]
     for entry in report.get("quality", [])[:1]:
@@ -126,11 +126,9 @@ def _losses(report: summary.Report) -> str:
     charts = [line_chart(errors, x_label="block", y_label=plain, kind="log", unit=lambda v: f"{100 * v:.3g} %")]
     told = f"Each point is a site: the layers that read one input, named by the first. {plain.capitalize()} by depth."
     if summary.calibrated(report):
-        losses = _by_kind(found, lambda site: site.loss, lambda v: f"{v:.3g} of plain rounding")
-        charts.insert(
-            0, line_chart(losses, x_label="block", y_label="error / rounding", kind="log", mark=(1.0, "plain rounding"))
-        )
-        told += " Above: as a share of what plain rounding loses; a point above the dashed line was harmed."
+        losses = _by_kind(found, lambda site: site.loss, lambda v: f"{v:.3g} of RTN")
+        charts.insert(0, line_chart(losses, x_label="block", y_label="error / rounding", kind="log", mark=(1.0, "RTN")))
+        told += " Above: as a share of what RTN loses; a point above the dashed line was harmed."
     return _section("Where it was lost", told, *(f"<figure>{chart}</figure>" for chart in charts if chart))
 
 
@@ -142,23 +140,23 @@ def _widths(report: summary.Report) -> str:
     chart = line_chart(series, x_label="block", y_label="bits")
     average = report["size"]["bits_per_weight"]
     told = (
-        f"{average} bits of a weight on average, with scales. Widths were chosen before any block was solved, so that "
+        f"{average} bits of a weight on average, with scales. BitAllocation were chosen before any block was solved, so that "
         "what the sites cost, each tried alone to the end of the model, adds up to the least."
     )
     return _section("Who got how many bits", told, f"<figure>{chart}</figure>")
 
 
 def _strengths(report: summary.Report) -> str:
-    found = [site for site in summary.sites(report) if site.strength > 0]
-    series = _by_kind(found, lambda site: site.strength, lambda v: f"strength {v:.3g}")
+    found = [site for site in summary.sites(report) if site.reg_lambda > 0]
+    series = _by_kind(found, lambda site: site.reg_lambda, lambda v: f"strength {v:.3g}")
     chart = line_chart(series, x_label="block", y_label="strength λ", kind="log")
     told = "The weight of the pull to the original weights, against the output error. More text needs less of it."
     return _section("How strongly weights were held", told, f"<figure>{chart}</figure>") if chart else ""
 
 
 def _carried(report: summary.Report) -> str:
-    found = [site for site in summary.sites(report) if site.carried > 0]
-    series = _by_kind(found, lambda site: site.carried, lambda v: f"share {v:.2f}")
+    found = [site for site in summary.sites(report) if site.correction_share > 0]
+    series = _by_kind(found, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
     chart = line_chart(series, x_label="block", y_label="share")
     told = (
         "One layer of a block also aims at the hidden states behind it being the original model's again: this share "
@@ -226,20 +224,20 @@ def _worst(report: summary.Report) -> str:
         (
             site.name,
             summary.share(site.error),
-            summary.share(site.rounding_error),
+            summary.share(site.rtn_error),
             short(site.loss) if site.loss is not None else "",
-            short(site.strength),
+            short(site.reg_lambda),
             short(site.record.get("damping", 0.0)),
         )
         for site in summary.worst(report)
     ]
-    head = ("site", "error", "plain rounding", "ratio", "strength", "damping")
+    head = ("site", "error", "RTN", "ratio", "lambda", "damping")
     return _section("The worst ten sites", "By error.", _table(head, rows, numbers=5)) if rows else ""
 
 
 def _fallbacks(report: summary.Report) -> str:
     rows = list(report["fallbacks"].items())
-    told = "Sites that were rounded plainly instead of solved, and why."
+    told = "Sites that were quantized by RTN instead of solved, and why."
     return _section("Fallbacks", told, _table(("site", "reason"), rows)) if rows else ""
 
 

@@ -11,10 +11,10 @@ from sarqc.checkpoint.reader import Checkpoint
 from sarqc.config import QuantConfig
 from sarqc.model.layers import Target, targets
 from sarqc.model.lazy_model import Skeleton
-from sarqc.serving.rules import Outlook, Served, fused_layers, mixed_places, outlook
+from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support
 
 
-def served(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> Served:
+def runtime_model(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
     """A model with these layers quantized and those left."""
     config = skeleton.model.config
     heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
@@ -22,10 +22,10 @@ def served(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str])
         (target.linear, target.shape, skeleton.model.get_parameter(target.parameter).dim() == 3) for target in quantized
     ]
     names = [target.linear for target in quantized]
-    return Served(fused_layers(linears, key_values), mixed_places(names, left), heads, key_values)
+    return RuntimeModel(fused_layers(linears, key_values), mixed_places(names, left), heads, key_values)
 
 
-def outlook_of(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Outlook]:
+def checkpoint_support(checkpoint: Checkpoint, skeleton: Skeleton) -> list[RuntimeSupport]:
     """Every server with every number of ranks, for a checkpoint as its headers describe it; layers that differ in bits,
     groups or symmetry each by their own. Empty where nothing is quantized, or in groups that there are no rules for.
     """
@@ -38,8 +38,8 @@ def outlook_of(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Outlook]:
         quantized = [target for target in found.selected if target.linear in linears]
         others = [target.linear for target in found.selected if target.linear not in linears]
         quant = QuantConfig(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
-        model = served(skeleton, quantized, [*found.untouched, *others])
-        told.append(outlook(model, quant, checkpoint.format.name))
+        model = runtime_model(skeleton, quantized, [*found.untouched, *others])
+        told.append(runtime_support(model, quant, checkpoint.format.name))
     return [_together(ones) for ones in zip(*told, strict=True)]
 
 
@@ -62,7 +62,7 @@ def _kinds(checkpoint: Checkpoint) -> dict[_Kind, set[str]]:
     return found
 
 
-def _together(ones: Sequence[Outlook]) -> Outlook:
+def _together(ones: Sequence[RuntimeSupport]) -> RuntimeSupport:
     """One server with so many ranks, for layers of several kinds."""
     kernels: Counter[str] = Counter()
     for one in ones:
@@ -94,7 +94,7 @@ class Server:
         return f"{self.name}: tp {', '.join(map(str, self.ranks))} ({kernels}){why}"
 
 
-def by_server(outlooks: Sequence[Outlook]) -> list[Server]:
+def by_runtime(outlooks: Sequence[RuntimeSupport]) -> list[Server]:
     """Outlooks summed up for each server."""
     found = []
     for name in dict.fromkeys(one.server for one in outlooks):
@@ -110,6 +110,6 @@ def by_server(outlooks: Sequence[Outlook]) -> list[Server]:
     return found
 
 
-def ranks_by_server(outlooks: Sequence[Outlook]) -> dict[str, list[int] | None]:
+def ranks_by_server(outlooks: Sequence[RuntimeSupport]) -> dict[str, list[int] | None]:
     """Numbers of ranks that each server runs on, none where it refuses; None where there are no rules."""
-    return {server.name: list(server.ranks) if server.known else None for server in by_server(outlooks)}
+    return {server.name: list(server.ranks) if server.known else None for server in by_runtime(outlooks)}

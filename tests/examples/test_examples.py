@@ -13,7 +13,7 @@ import pytest
 import sarqc
 from sarqc.errors import ArgumentError
 from sarqc.method.layer import SOLVERS
-from sarqc.method.rtn import solve_round
+from sarqc.method.rtn import solve_rtn
 from sarqc.model.tokenizer import load_tokenizer
 from tests.support import tiny
 
@@ -71,10 +71,10 @@ def test_chat_calibration(tmp_path):
 def test_a_new_solver(llama, tmp_path):
     module = example("a_new_solver")
     errors = module.main(str(llama), tmp_path, **SMALL)
-    rounding = json.loads((tmp_path / "rtn-search" / "report.json").read_text(encoding="utf-8"))["rounding_error"]
+    rounding = json.loads((tmp_path / "rtn-search" / "report.json").read_text(encoding="utf-8"))["rtn_error"]
     assert errors["sarqc-gptq"] < errors["least-squares"] < rounding
     assert errors["least-squares"] != errors["rtn-search"]
-    assert SOLVERS["rtn"] is solve_round
+    assert SOLVERS["rtn"] is solve_rtn
     with pytest.raises(ArgumentError, match="symmetric"):
         module.main(str(llama), tmp_path / "asym", sym=False, **SMALL)
 
@@ -88,10 +88,10 @@ def test_starved_experts(tmp_path, capsys):
     result = example("starved_experts").main(tmp_path)
     starved = [site["rows"].count(0) for site in result.report["sites"] if len(site["rows"]) > 1]
     assert len(starved) == 4 and min(starved) > 0
-    assert all(site["error"] < site["rounding_error"] for site in result.report["sites"])
+    assert all(site["error"] < site["rtn_error"] for site in result.report["sites"])
     said = capsys.readouterr().out
     assert all(f" {count} " in said for count in starved) and "borrows from its layer: 16" in said  # of 64 inputs
-    assert "rounded plainly instead of solved: none" in said
+    assert "quantized by RTN instead of solved: none" in said
     assert sarqc.load(result.out)[0].config.num_experts == 16
 
 
