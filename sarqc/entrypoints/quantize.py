@@ -199,7 +199,7 @@ class _Run:
         chosen: BitAllocation | None = self.comm.all_gather_object(work.bit_widths() if work else None)[0]
         if chosen is None:
             assert self.tokens is not None
-            self.progress.note("a first look at every site, to choose its bits")
+            self.progress.note("measuring the sensitivity of every site, to allocate bits")
             chosen = allocate_bits(self.plan, self.tokens, self.comm, lambda index: self._stage(index, "sensitivity"))
             if work:
                 work.save_bit_allocation(chosen)

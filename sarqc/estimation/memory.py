@@ -33,8 +33,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class HostBuffers:
-    """Bytes that wait for their turn, of one rank. states: hidden states in memory. mapped: those in a file. prefetched: the
-    next block, read while one is solved; 0 where it is not."""
+    """Bytes that wait for their turn, of one rank. states: hidden states in memory. mapped: those in a file.
+    prefetched: the next block, read while one is solved; 0 where it is not.
+    """
 
     states: int
     mapped: int
@@ -131,12 +132,14 @@ def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
 
 
 def _largest(sites: list[Site]) -> int:
-    """Elements of the largest site, of which the first look keeps a copy while it tries another weight in its place."""
+    """Elements of the largest site, of which the sensitivity analysis keeps a copy while it probes another weight in
+    its place.
+    """
     return max((sum(prod(target.shape) for target in site.members) for site in sites), default=0)
 
 
 def _sites(plan: Plan) -> int:
-    """Sites of the whole model, each of which the first look runs a few windows of its own on from."""
+    """Sites of the whole model, from each of which the sensitivity analysis runs a few sequences on."""
     return sum(len(sites) for _, sites in shapes.blocks(plan))
 
 

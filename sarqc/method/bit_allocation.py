@@ -30,12 +30,12 @@ from sarqc.method.rtn import quantize_rtn
 from sarqc.method.weight import QuantizedWeight
 
 SCALE_BITS = 16
-"""Of a scale on disk: bf16 or fp16."""
+"""Bits of a scale on disk: bf16 or fp16."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Matrices that must have one width. weights: how many weights. sizes: bits on disk by width; losses: by width."""
+    """Matrices with one bit-width. weights: their number. sizes, losses: bits on disk and loss by bit-width."""
 
     name: str
     weights: int
@@ -125,27 +125,27 @@ def _gain(unit: Unit, before: int, width: int) -> float:
 
 
 SOLVED = 4
-"""BitAllocation up to this many bits, and to the one that is tried, are solved to see what they lose."""
+"""Bit-widths up to this one and up to the probe are quantized to measure their loss."""
 
 
 @dataclass(frozen=True)
 class LossByBits:
-    """tr(E G E^T) on held-out text, by width."""
+    """tr(E G E^T) on held-out text, by bit-width."""
 
     by_width: dict[int, float]
 
     def __add__(self, other: LossByBits) -> LossByBits:
-        """Those of two parts of a site together."""
+        """The sum for two parts of a site."""
         return LossByBits({width: loss + other.by_width[width] for width, loss in self.by_width.items()})
 
     def relative(self, width: int) -> dict[int, float]:
-        """Losses over that at one width; all 0 where no row excites the weight."""
+        """Losses relative to that at one bit-width; all 0 where no row excites the weight."""
         unit = self.by_width[width]
         return {each: loss / unit if unit > 0 else 0.0 for each, loss in self.by_width.items()}
 
 
 def probe_bits(quant: QuantConfig) -> int:
-    """The width that is tried on the model: the widest within the average, because sites will stay near it."""
+    """The bit-width of the probe: the widest within the average, because most sites end up near it."""
     assert quant.avg_bits is not None
     return max((width for width in quant.bit_options if width <= quant.avg_bits), default=quant.bit_options[0])
 
@@ -159,8 +159,10 @@ def probe_weight(
     scale_dtype: torch.dtype,
     experts: slice = slice(None),
 ) -> QuantizedWeight:
-    """A weight [E, N, K] as it is tried on the model: solved, without channel scales and sweeps, at the rule's
-    strength. experts: those of the site that `weight` is of; statistics are of all of them."""
+    """The weight [E, N, K] of the probe: quantized without channel scales and coordinate descent, at the prior lambda.
+
+    experts: experts of the site that `weight` covers; statistics cover all of them.
+    """
     method = replace(method, cd_passes=0)
     gram = shrink_experts(statistics, method.expert_shrinkage, experts)
     reg_lambda = LambdaSearch().choose("", statistics.rows(), weight.shape[-1], method, None).reg_lambda[experts]
@@ -177,12 +179,20 @@ def loss_by_bits(
     scale_dtype: torch.dtype,
     seed: int = 0,
 ) -> LossByBits:
-    """The losses of `quant.bit_options` on a few rows of a few experts of weight [E, N, K], without channel scales.
+    """Losses at `quant.bit_options` on a few rows of a few experts of weight [E, N, K], without channel scales.
 
-    statistics: two folds; one is fitted on, the other judges. Where a strength is to be chosen it is the rule's here:
-    another one would move all widths of a site alike, and so would coordinate descent. The widest choices are not
-    solved: they lose as much less than the widest that is solved as rounding does, because what a solver gains no
-    longer depends on the width there. seed: of the choice of rows.
+    Where lambda is "auto" it is the prior's: another one, and coordinate descent, would move all bit-widths of a site
+    alike. The widest options are not solved; their loss follows from RTN, because the gain of a solver no longer
+    depends on the bit-width there.
+
+    Args:
+        site: Name of the site.
+        weight: [E, N, K].
+        statistics: Two folds: one is fitted on, the other is held out.
+        quant: The options.
+        method: The method.
+        scale_dtype: Dtype that scales are stored in.
+        seed: Of the row sample.
     """
     method = replace(method, cd_passes=0)
 

@@ -18,11 +18,11 @@ from sarqc_kernels.columns import fit_grid, quantize_columns
 
 
 def column_order(diagonal: Tensor, group_size: int, order: Literal["none", "static", "group"]) -> Tensor | None:
-    """The order [E, K] int64 of columns by falling `diagonal` [E, K], or None for the order they have.
+    """The order [E, K] int64 of columns by decreasing `diagonal` [E, K], or None for the given order.
 
-    "static" sorts all columns. "group" sorts groups by their sum and columns inside each group, so that a group's
-    columns stay together and its grid can be fitted when the solver reaches it (arXiv 2505.14638). Ties keep their
-    order, so equal input gives equal output.
+    "static" sorts all columns. "group" is group-aware reordering (arXiv 2505.14638): it sorts groups by their sum and
+    the columns inside each group, so the columns of a group stay together and its scales are fitted when the solver
+    reaches it. Sorting is stable, so equal input gives equal output.
     """
     if order == "none":
         return None
@@ -36,14 +36,14 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["none", "stat
 
 
 def loss_weight(site: str, gram: Gram, reg_lambda: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor:
-    """What the scale search judges errors by: the metric [E, K, K], or M_jj^2 [E, K] where GPTQ follows."""
+    """Weights of the channel-scale search: the Hessian [E, K, K], or M_jj^2 [E, K] where GPTQ follows."""
     hessian = regularised_hessian(gram, reg_lambda, method)
     if method.solver == "rtn":
         return hessian
     order = _order(hessian, quant, method)
     factored = factor(hessian if order is None else _permuted(hessian, order), site)
-    price = factored.matrix.diagonal(dim1=-2, dim2=-1).square()
-    return price if order is None else torch.empty_like(price).scatter_(1, order, price)
+    weight = factored.matrix.diagonal(dim1=-2, dim2=-1).square()
+    return weight if order is None else torch.empty_like(weight).scatter_(1, order, weight)
 
 
 def solve_gptq(
@@ -56,10 +56,11 @@ def solve_gptq(
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
-    """Column by column with error feedback in the metric H + lambda D (GPTQ, arXiv 2210.17323, without an inverse).
+    """GPTQ with the Hessian H + lambda D (arXiv 2210.17323), without an inverse.
 
-    One factor M M^T of the metric gives both the feedback and, as M_jj^2, what an error in column j will cost; the
-    searched grid is fitted with those weights. `method.cd_passes` then improve on all of it in the same metric.
+    One factor M M^T of the Hessian gives the error feedback and, as M_jj^2, the loss weight of column j; searched
+    scales are fitted with those weights. `method.cd_passes` of coordinate descent then refine codes and scales with the
+    same Hessian.
     """
     group_size = quant.columns_per_group(weight.shape[-1])
     hessian = regularised_hessian(gram, reg_lambda, method)

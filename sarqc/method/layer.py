@@ -1,7 +1,6 @@
 """Quantize one layer: solver, fallback and report.
 
-A `Solver` is any function of that shape. `solve_site` picks one by the spec, measures its error against RTN
-and rejects numbers that are not finite.
+`solve_site` picks a `Solver` by the method, measures its error against RTN and rejects non-finite weights.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from sarqc.method.rtn import Solution, quantize_rtn, solve_rtn
 from sarqc.method.weight import QuantizedWeight
 
 JUDGED_ROWS = 256
-"""Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving does."""
+"""Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving."""
 
 
 class Solver(Protocol):
-    """weight fp32 [E, N, K], a Gram of its inputs, lambda of each expert fp32 [E] -> Solution.
+    """weight fp32 [E, N, K], a Gram of its inputs, lambda of each expert fp32 [E] -> `Solution`.
 
-    Pure: no state, no files, no random numbers. Rows do not know of each other, nor do experts.
-    The Gram is that of the original inputs; with a `scaling` the solution is that of the scaled weight.
+    Pure: no state, no files, no random numbers. Rows are independent, and so are experts. The Gram is that of the
+    original inputs; with a `scaling` the solution is that of the scaled weight.
     """
 
     def __call__(
@@ -62,12 +61,20 @@ def choose_lambda(
     method: MethodConfig,
     *,
     scale_dtype: torch.dtype,
-    lambdas: LambdaSearch,
+    search: LambdaSearch,
 ) -> LambdaChoice:
-    """lambda of every expert of a site: as asked for, or what held-out text says; see `method.lambda_search`.
+    """Lambda of every expert of a site: the given number, or the result of held-out validation
+    (`method.lambda_search`).
 
-    weight: [E, N, K], tried without channel scales and without sweeps, which find their best at the same strengths.
-    kind: which sites share their answers. lambdas: answers so far; this site's is added.
+    Args:
+        site: Name of the site.
+        kind: Sites of one kind share their validation curves.
+        weight: [E, N, K]; validated without channel scales and coordinate descent, whose optimum has the same lambda.
+        statistics: Of the site's inputs.
+        quant: The number format.
+        method: The method.
+        scale_dtype: Dtype that scales are stored in.
+        search: Curves so far; this site's is added.
     """
     validation = None
     if method.reg_lambda == AUTO and len(statistics.folds) > 1:
@@ -80,9 +87,9 @@ def choose_lambda(
             return quantize_rtn(rows, quant, "minmax", scale_dtype).dequantize()
 
         validation = HeldOutValidation(
-            weight.float(), statistics, method.expert_shrinkage, lambdas.seed, quantize_rows, rtn_rows
+            weight.float(), statistics, method.expert_shrinkage, search.seed, quantize_rows, rtn_rows
         )
-    return lambdas.choose(kind, statistics.rows(), weight.shape[-1], method, validation)
+    return search.choose(kind, statistics.rows(), weight.shape[-1], method, validation)
 
 
 def solve_site(
@@ -97,14 +104,25 @@ def solve_site(
     choice: LambdaChoice | None = None,
     experts: slice = slice(None),
 ) -> tuple[QuantizedWeight, LayerReport]:
-    """Quantize one site's weight [E, N, K] and say how well.
+    """Quantize one site's weight [E, N, K] and report the error.
 
-    statistics: of the site's inputs, or None where the method is not calibrated. scale_dtype: the dtype scales are
-    stored in; they are rounded to it before any weight is. scaling: what is done to the weight first; statistics
-    and errors are those of the original all the same. choice: of the strength, made for this site alone by default.
-    experts: those of the site that `weight` and `scaling` are of; statistics and choice are of all of them.
-    Raises `NumericError` naming the site where the weight is not finite, and `ArgumentError` where the group size does
-    not divide K.
+    Args:
+        site: Name of the site.
+        weight: [E, N, K].
+        statistics: Of the site's inputs; None where the method is not calibrated.
+        quant: The number format.
+        method: The method.
+        scale_dtype: Dtype that scales are stored in; they are rounded to it before any weight is quantized.
+        scaling: Applied to the weight first. Statistics and errors stay those of the original weight.
+        choice: The lambda; chosen for this site alone by default.
+        experts: Experts that `weight` and `scaling` cover; statistics and choice cover all of them.
+
+    Returns:
+        The quantized weight and its report.
+
+    Raises:
+        NumericError: The weight is not finite; names the site.
+        ArgumentError: The group size does not divide K.
     """
     began = time.perf_counter()
     quant.groups(weight.shape[-1])
@@ -118,18 +136,18 @@ def solve_site(
         whole = statistics.in_one()  # once: with two folds it is a copy of what can be most of the memory
         gram = whole.folds[0].part(experts)
         choice = choice or choose_lambda(
-            site, "", weight, statistics, quant, method, scale_dtype=scale_dtype, lambdas=LambdaSearch()
+            site, "", weight, statistics, quant, method, scale_dtype=scale_dtype, search=LambdaSearch()
         )
         if not choice.rounded:
             target, correction_share = shifted(site, weight, statistics, choice.reg_lambda, method)
         solution = _solve_chosen(site, target, whole, choice, quant, method, scale_dtype, scaling, experts)
     sampled = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
     sample = target[:, sampled]
-    plain = quantize_rtn(sample, quant, "minmax", scale_dtype).dequantize()
+    rtn = quantize_rtn(sample, quant, "minmax", scale_dtype).dequantize()
     quantized = solution.weight.rows(sampled).dequantize()
     if scaling is not None:
         quantized = scaling.rows_at(sampled).undo(quantized)
-    signal, (error, rtn_error) = _relative_errors(sample, [quantized, plain], gram)
+    signal, (error, rtn_error) = _relative_errors(sample, [quantized, rtn], gram)
     unfactored = torch.isinf(solution.damping)
     report = LayerReport(
         site=site,
@@ -164,7 +182,7 @@ def _solve_chosen(
     scaling: Scaling | None,
     experts: slice,
 ) -> Solution:
-    """The solution at the chosen strength, or RTN."""
+    """The solution at the chosen lambda, or RTN."""
     if choice.rounded:
         scaled = weight if scaling is None else scaling.apply(weight)
         return Solution(quantize_rtn(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight)))
@@ -183,10 +201,10 @@ def _fallback(choice: LambdaChoice | None, unfactored: Tensor) -> str | None:
 
 def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None) -> tuple[float, list[float]]:
     """tr(W H W^T), and tr(E H E^T) over it for each candidate, in fp32 products summed in fp64."""
-    hessian = None if gram is None else gram.second_moment()
+    moment = None if gram is None else gram.second_moment()
 
     def energy(rows: Tensor) -> float:
-        passed = rows if hessian is None else rows @ hessian
+        passed = rows if moment is None else rows @ moment
         return float((passed * rows).sum(-1).double().sum())
 
     signal = max(energy(weight), torch.finfo(torch.float64).tiny)
@@ -195,17 +213,26 @@ def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened at one site.
+    """Result of one site.
 
-    rows: calibration rows of each expert. error: tr(E H E^T) / tr(T H T^T) over all experts, E = T - Q, H without the
-    regulariser (H = I where there is no Gram), on at most 256 rows of each matrix, evenly spaced. T is what is aimed
-    at: the weight W, but for `correction_share`. rtn_error: the same for RTN of T on a min-max grid. signal: the
-    denominator of both.
-    strength, damping: largest over experts. fallback: why some experts were quantized by RTN, or None.
-    exponent: of the channel scales, the mean over experts; unscaled: why there are none though they were asked for.
-    prior_rows: kappa, rows that each expert has from the layer's pool. correction_share: the share a, by which T makes up for
-    what the stream behind it lacks because of all that was quantized before (`method.error_correction`); 0 where T = W.
-    held_out: how the strength was chosen, as `LambdaChoice.record` has it. bits: of its codes.
+    Attributes:
+        site: Name of the site.
+        rows: Calibration rows of each expert.
+        error: tr(E H E^T) / tr(T H T^T) over all experts, E = T - Q, with H without the regulariser (H = I where there
+            is no Gram), on at most 256 evenly spaced rows of each matrix. The target T is the weight W, except where
+            `correction_share` is not 0.
+        rtn_error: The same for RTN of T with min-max scales.
+        reg_lambda: Largest lambda over experts.
+        damping: Largest damping over experts.
+        fallback: Why some experts were quantized by RTN, or None.
+        seconds: Time spent.
+        exponent: Of the channel scales, the mean over experts.
+        unscaled: Why there are no channel scales although the method has them, or None.
+        prior_rows: Rows of the pooled Gram added to each expert.
+        correction_share: Share a of the residual error that T corrects (`method.error_correction`); 0 where T = W.
+        held_out: How lambda was chosen, as `LambdaChoice.record` has it.
+        signal: The denominator of both errors.
+        bits: Of the codes.
     """
 
     site: str
@@ -226,9 +253,9 @@ class LayerReport:
 
 
 def merge_reports(parts: Sequence[LayerReport]) -> LayerReport:
-    """One report of a site from those of its experts, solved apart and in their order; the only part itself.
+    """One report of a site from those of parts of its experts, in their order; the only part itself.
 
-    Errors are ratios of sums, so each counts by its signal; seconds are added up.
+    Errors are ratios of sums, so each part counts by its signal. Seconds are added up.
     """
     first, *others = parts
     if not others:

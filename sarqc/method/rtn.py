@@ -1,4 +1,4 @@
-"""RTN: every weight to its nearest code, on min-max or searched scales. Also the solver of the AWQ methods."""
+"""RTN: every weight to its nearest code, with min-max or searched scales. Also the solver of the AWQ methods."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sarqc_kernels.columns.grid import GridRule
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver returns: the weight, and the damping each expert needed (fp [E])."""
+    """Result of a solver. damping: of each expert, fp [E]."""
 
     weight: QuantizedWeight
     damping: Tensor
 
 
 def quantize_rtn(weight: Tensor, quant: QuantConfig, grid: str, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Every weight to its nearest code; the grid spans each group, or is searched for the least squared error."""
+    """RTN. scales: "minmax" spans each group, "search" minimises the squared error of each group."""
     group_size = quant.columns_per_group(weight.shape[-1])
     scales, zeros = fit_grid(
         weight,
@@ -50,7 +50,7 @@ def solve_rtn(
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
-    """Every weight to its nearest code, on grids searched in the metric H + lambda D (`method.scale_search`)."""
+    """RTN with scales that minimise the error weighted by the Hessian H + lambda D (`method.scale_search`)."""
     hessian = regularised_hessian(gram, reg_lambda, method)
     if scaling is not None:
         weight, hessian = scaling.apply(weight), scaling.hessian(hessian)

@@ -25,8 +25,9 @@ from sarqc.model.lazy_model import Skeleton
 
 @dataclass(frozen=True)
 class ResidualWrite:
-    """Where a layer's outputs have joined the stream. reader: the module that reads it there; None for the block's
-    end."""
+    """Where the outputs of a layer have been added to the residual stream. reader: the module that reads the sum; None
+    at the end of the block.
+    """
 
     reader: str | None
 
@@ -34,7 +35,8 @@ class ResidualWrite:
 @dataclass(frozen=True)
 class Site:
     """Layers with one input tensor. name: of its first member. in_features: K. experts: E, 1 for Linears.
-    residual_write: where its outputs are asked to correct the error of earlier layers, if they are."""
+    residual_write: where its outputs correct the residual error, if they do.
+    """
 
     name: str
     members: tuple[Target, ...]
@@ -44,7 +46,7 @@ class Site:
 
     @property
     def cross_rows(self) -> int:
-        """N where something is asked of the outputs, else 0."""
+        """N where the site corrects the residual error, else 0."""
         return sum(rows for _, _, rows in self.slabs) if self.residual_write else 0
 
     @property

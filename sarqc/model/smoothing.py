@@ -40,9 +40,9 @@ into weights stored around zero a fold rounds once."""
 class SmoothingMapping:
     """Inputs of `sites` times s, the giver divided by it.
 
-    balance_layers: every parameter [.., rows, K] whose columns take s, those of the sites among them. smooth_layer: the norm's
-    weight, or a matrix or stack of which rows start .. start + channels make the inputs; bias: its bias, or None.
-    source: int64 [K], the channel behind each input, or None where input j is channel j. offset: c of a norm.
+    balance_layers: every parameter [.., rows, K] whose columns take s, those of the sites among them. smooth_layer: the
+    norm's weight, or a matrix or stack of which rows start .. start + channels make the inputs; bias: its bias, or
+    None. source: int64 [K], the channel behind each input, or None where input j is channel j. offset: c of a norm.
     experts: how many have scales of their own; 1 where all share them.
     """
 

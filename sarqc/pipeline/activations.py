@@ -1,9 +1,9 @@
 """Hidden states of all windows, waiting on the host between two blocks.
 
 They are made once from the embeddings, or handed in by whoever continues a run; every block reads them and, once its
-weights are quantized, moves them on in place. Where sites are to correct the error of earlier layers, those of the original
-model are kept beside them and go through every block before it is quantized. A `Room` says where they are kept; they
-are only ever looked at a few windows at a time, because they may be too many for memory.
+weights are quantized, moves them on in place. Where sites are to correct the error of earlier layers, those of the
+original model are kept beside them and go through every block before it is quantized. A `Room` says where they are
+kept; they are only ever looked at a few windows at a time, because they may be too many for memory.
 
 Where hidden states are kept between two blocks, as the loop over blocks sees it.
 

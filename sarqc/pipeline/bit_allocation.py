@@ -1,8 +1,8 @@
-"""Which width each layer gets where they differ: measured once, decided once, kept in the work folder.
+"""Mixed precision: the bit-width of each layer, measured once, allocated once and kept in the work folder.
 
-The servers make one matrix of q, k and v, of gate and up, and of all experts of a layer with both their projections, so
-those are one unit. What a unit loses at each width is the sum over its sites (`pipeline.sensitivity`), and the least
-sum over all units within the average that was asked for is a knapsack (`sarqc.method.bit_allocation`).
+Runtimes fuse q, k and v, gate and up, and all experts of a layer with both their projections, so those are one unit.
+The loss of a unit at each bit-width is the sum over its sites (`pipeline.sensitivity`). The least sum over all units
+within the average is a knapsack (`method.bit_allocation`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sarqc.pipeline.sensitivity import SiteSensitivity, measure_sensitivity
 
 @dataclass(frozen=True)
 class UnitBits:
-    """A unit and its width. name: of its first site. losses: by width, as decimal words: keys of JSON are words."""
+    """A unit and its bit-width. name: of its first site. losses: by bit-width, as a decimal string (a JSON key)."""
 
     name: str
     bits: int
@@ -36,7 +36,7 @@ class UnitBits:
 
 @dataclass(frozen=True)
 class BitAllocation:
-    """average: bits of a weight that the units take with scales. seconds: that the first look took."""
+    """average: bits per weight of all units, scales included. seconds: spent on the measurement."""
 
     average: float
     seconds: float
@@ -57,7 +57,7 @@ class BitAllocation:
             units = tuple(UnitBits(**unit | {"linears": tuple(unit["linears"])}) for unit in values["units"])
             return cls(float(values["average"]), float(values["seconds"]), units)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the widths of a run are not what was written ({error})") from error
+            raise CheckpointError(f"the bit allocation of a run is not what was written ({error})") from error
 
     def record(self) -> dict[str, Any]:
         """For a report: units without the names of all their Linears."""
@@ -65,7 +65,7 @@ class BitAllocation:
         return {"average": round(self.average, 4), "units": units}
 
     def headline(self) -> str:
-        """Weights at each width in a line."""
+        """Share of the weights at each bit-width, in a line."""
         total = sum(unit.weights for unit in self.units)
         shares = dict.fromkeys(sorted({unit.bits for unit in self.units}), 0)
         for unit in self.units:
@@ -75,7 +75,7 @@ class BitAllocation:
 
 
 def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_block: Callable[[int], object]) -> BitAllocation:
-    """Look at the model and choose; the ranks look at blocks in turn, and all return the same."""
+    """Measure the sensitivities and allocate; ranks take blocks in turn, and all return the same."""
     began = time.perf_counter()
 
     def own() -> list[tuple[int, SiteSensitivity]]:
@@ -101,7 +101,7 @@ def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_block: Callable[[in
 
 
 def choose(sites: Sequence[SiteSensitivity], quant: QuantConfig, seconds: float = 0.0) -> BitAllocation:
-    """BitAllocation for all sites of a model from what each loses. seconds: that finding out took."""
+    """The allocation for all sites of a model from their losses. seconds: spent on the measurement."""
     assert quant.avg_bits is not None
     joined = _joined(sites)
     units = [_unit(members, quant) for members in joined]
@@ -121,7 +121,7 @@ def choose(sites: Sequence[SiteSensitivity], quant: QuantConfig, seconds: float 
 
 
 def _joined(sites: Sequence[SiteSensitivity]) -> list[list[SiteSensitivity]]:
-    """Sites that must have one width, in the order of the first of each: of one module, or fused by name."""
+    """Sites that must have one bit-width, in order of the first of each: of one module, or fused by name."""
     found: list[_Joined] = []
     for site in sites:
         keys = {*site.modules, *(name for linear in site.linears if (name := _fused(linear)))}
@@ -145,7 +145,7 @@ def _in_order(found: Sequence[_Joined], order: dict[str, int]) -> list[_Joined]:
 
 
 def _fused(linear: str) -> str | None:
-    """A name for the matrix that servers make of this Linear and others; None where they make none."""
+    """A name for the matrix that runtimes fuse this Linear into; None where they fuse nothing."""
     parent, _, leaf = linear.rpartition(".")
     family = next((names for names in FUSED if leaf in names), None)
     return f"{parent}.{'+'.join(family)}" if family else None

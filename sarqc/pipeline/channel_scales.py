@@ -42,15 +42,16 @@ class BlockScales:
         self._source = source
         self._comm = comm
         self._quantized = {target.linear for site in sites for target in site.members}
-        self._folds: list[SmoothingMapping] = []
+        self._mappings: list[SmoothingMapping] = []
         self._reasons = dict(reasons)
-        self._chosen: dict[str, ChannelScales] = {}  # by giver
+        self._chosen: dict[str, ChannelScales] = {}  # by smooth layer
         for mapping in mappings:
             if mapping.offset and self._is_binary(mapping):
-                reason = f"{mapping.smooth_layer} stores its weight less {mapping.offset:g}, which no scale divides without rounding"
+                name, offset = mapping.smooth_layer, mapping.offset
+                reason = f"{name} stores its weight less {offset:g}, which no scale divides without rounding"
                 self._reasons |= {site.name: reason for site in mapping.sites}
             else:
-                self._folds.append(mapping)
+                self._mappings.append(mapping)
 
     def decide(
         self,
@@ -60,8 +61,8 @@ class BlockScales:
         quant: Callable[[Site], QuantConfig],
         scale_dtype: torch.dtype,
     ) -> None:
-        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`BalanceLayer.cost`). quant:
-        what a site's weights become.
+        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`BalanceLayer.cost`).
+        quant: what a site's weights become.
 
         A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
         their own decide each for themselves. Ranks share the search.
@@ -69,7 +70,7 @@ class BlockScales:
         model = self._skeleton.model
         given = {share.site.name: (share, gram) for share, gram in zip(shares, grams)}
         open_: list[tuple[SmoothingMapping, list[tuple[Share, Gram]]]] = []
-        for mapping in self._folds:
+        for mapping in self._mappings:
             found = [given[site.name] for site in mapping.sites if site.name in given]
             if found and not (mapping.experts == 1 and mapping.smooth_layer in self._chosen):
                 open_.append((mapping, found))
@@ -167,7 +168,7 @@ class BlockScales:
     def _decided(self) -> list[tuple[SmoothingMapping, ChannelScales]]:
         return [
             (mapping, self._chosen[mapping.smooth_layer])
-            for mapping in self._folds
+            for mapping in self._mappings
             if mapping.smooth_layer in self._chosen
         ]
 

@@ -1,8 +1,7 @@
-"""The ranks of a run, as the loop over blocks sees them: who am I, and how do we put together what each of us has.
+"""Communication between the ranks of a run; one process is a group of size 1 whose operations do nothing.
 
-Every rank runs the same loop. It has windows of its own, so what it sees of a site's inputs is a part of a sum; and it
-solves matrices of its own, so it needs the others' codes. One process is a group of one, for which all of this is
-nothing to do: the loop does not ask how many ranks there are.
+Every rank runs the same loop over blocks. Each has sequences of its own, so its Grams are partial sums, and each
+quantizes matrices of its own, so the codes are exchanged. The loop does not branch on the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,44 +18,44 @@ _Value = TypeVar("_Value")
 
 
 class Comm(Protocol):
-    """Ranks 0 .. size - 1. All of them call the same methods in the same order, but for `recv_previous` and `send_next`.
+    """Ranks 0 .. size - 1. All call the same methods in the same order, except `recv_previous` and `send_next`.
 
-    ordered: whether sums are made in the order of one process, so that they have its bits: each rank goes on from what
-    the rank before hands it. Otherwise all ranks sum at once, and then their sums are added.
+    ordered: sums are made in the order of one process and keep its bits: each rank continues from the sums of the rank
+    before. Otherwise all ranks sum at once and their sums are added.
     """
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
+        """Rank of this process."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     @property
     def ordered(self) -> bool:
-        """See above."""
+        """See the class."""
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks, which has the same bits on each."""
+        """Replace each tensor by its sum over all ranks; all ranks get the same bits."""
 
     def recv_previous(self, tensors: Sequence[Tensor]) -> None:
-        """Fill tensors with what the rank before hands on; the first rank keeps what it has."""
+        """Fill tensors with those of the previous rank; the first rank keeps its own."""
 
     def send_next(self, tensors: Sequence[Tensor]) -> None:
-        """Give tensors to the next rank; the last one has none."""
+        """Send tensors to the next rank; the last rank sends nothing."""
 
     def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """Fill tensors with those of rank `owner`; shapes and dtypes are the same everywhere."""
+        """Fill tensors with those of rank `owner`; shapes and dtypes are the same on all ranks."""
 
     def all_gather_object(self, value: _Value) -> list[_Value]:
-        """A small value of each rank, on all of them: tensors in it are on the CPU."""
+        """A small value of each rank, on all ranks; tensors in it are on the CPU."""
 
     def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
-        """On rank 0 the rows [1, ...] of all ranks in the order of their numbers, elsewhere nothing.
+        """On rank 0 the rows [1, ...] of all ranks in the order of their indices; on other ranks nothing.
 
-        rows: this rank's. places: numbers of the rows of each rank, rising. All ranks have to go through to the end;
-        what is handed out may be overwritten by the next.
+        rows: of this rank. places: indices of the rows of each rank, ascending. All ranks iterate to the end. A yielded
+        row may be overwritten by the next.
         """
 
 
@@ -66,23 +65,23 @@ class SingleProcess:
     rank, size, ordered = 0, 1, False
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """They are the sum."""
+        """The tensors are the sum."""
 
     def recv_previous(self, tensors: Sequence[Tensor]) -> None:
-        """Nobody is before."""
+        """There is no previous rank."""
 
     def send_next(self, tensors: Sequence[Tensor]) -> None:
-        """Nobody is next."""
+        """There is no next rank."""
 
     def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """Everybody has them."""
+        """Nothing to do."""
 
     def all_gather_object(self, value: _Value) -> list[_Value]:
         """The value."""
         return [value]
 
     def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The rows, which are all there are."""
+        """The rows."""
         return rows
 
 
@@ -90,9 +89,10 @@ SINGLE_PROCESS = SingleProcess()
 
 
 def synchronize_oom(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
-    """`attempt()`, which must not wait for other ranks; `torch.OutOfMemoryError` on all ranks where one runs out.
+    """`attempt()`, which must not wait for other ranks; raises `torch.OutOfMemoryError` on all ranks where one runs
+    out.
 
-    So ranks stay in step: either all go on, or all try again with less.
+    So ranks stay in step: all continue, or all retry with less.
     """
     result: list[_Value] = []
     reason = None
@@ -110,7 +110,7 @@ def synchronize_oom(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
 
 
 def in_turn(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
-    """`attempt()`, in which ranks wait for each other; where one runs out of memory it cannot be repeated."""
+    """`attempt()`, in which ranks wait for each other; it cannot be repeated where one runs out of memory."""
     try:
         return attempt()
     except RuntimeError as error:

@@ -194,10 +194,10 @@ class Following(NoProgress):
 
 def start_everywhere(comm: Comm, start: Start | None) -> Start:
     """Rank 0's start on every rank; the others, which have no work folder, give None."""
-    told = None if start is None else (start.block, _shape(start.hidden), start.lambdas)
+    told = None if start is None else (start.block, _shape(start.hidden), start.lambda_search)
     found = comm.all_gather_object(told)[0]
     assert found is not None
-    block, kind, lambdas = found
+    block, kind, lambda_search = found
 
     def each() -> Iterator[Tensor]:
         shape, dtype = kind
@@ -212,7 +212,7 @@ def start_everywhere(comm: Comm, start: Start | None) -> Start:
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(comm, start.stored(index) if start else ({}, {}))
 
-    return Start(block, hidden, stored, start.lambdas if start else lambdas)
+    return Start(block, hidden, stored, start.lambda_search if start else lambda_search)
 
 
 def _stored_everywhere(comm: Comm, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:

@@ -59,13 +59,13 @@ class Start:
 
     Without `hidden` (and where it is needed) the embeddings are moved through the blocks before once more, with the
     weights and the changed tensors that `stored(index)` hands back: forward passes, no solving, and the same bits.
-    lambdas: what the blocks before have said about strengths.
+    lambda_search: what the blocks before have said about strengths.
     """
 
     block: int
     hidden: ChunkedTensor | None
     stored: Callable[[int], tuple[Weights, dict[str, Tensor]]]
-    lambdas: LambdaSearch = field(default_factory=LambdaSearch)
+    lambda_search: LambdaSearch = field(default_factory=LambdaSearch)
 
 
 @torch.no_grad()
@@ -92,21 +92,21 @@ def run(
     """Quantize every block of `skeleton` in order, from `start` on.
 
     tokens: int64 [S, L] windows to calibrate on; None only where `method.calibrated` is False, and then nothing is run
-    forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
-    by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
-    kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
+    forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once, by
+    default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are kept
+    apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
     beyond it are observed in further passes. recall: has the statistics already; `tokens` are then only looked at to
     see which layers read what, a few of them will do. comm: the ranks of this run; each is given all tokens and the
     whole of `start`, takes windows of its own, solves some of the matrices, and yields the results of all. room: where
     hidden states are kept. prefetch: read the next block's tensors from `source`, in a thread, while a block is at
-    work; close the generator if you do not go to its end. bit_widths: bits of every linear layer by the checkpoint's name,
-    where `quant` lets them differ; those of a site are the same.
+    work; close the generator if you do not go to its end. bit_widths: bits of every linear layer by the checkpoint's
+    name, where `quant` lets them differ; those of a site are the same.
 
-    Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
-    keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
-    rest of the run, and the result notes it. Rows of activations that are not finite are left out and noted.
-    Raises `NumericError` naming the layer where weights, or more than 1 % of the rows of activations, are not finite,
-    and `ResourceError` where there is nothing left to halve.
+    Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it keeps
+    fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the rest of
+    the run, and the result notes it. Rows of activations that are not finite are left out and noted. Raises
+    `NumericError` naming the layer where weights, or more than 1 % of the rows of activations, are not finite, and
+    `ResourceError` where there is nothing left to halve.
     """
     found = targets(skeleton, quant)
     check_group_size(found, quant)
@@ -115,7 +115,7 @@ def run(
     target = torch.device(device)
     prefetched = PrefetchingSource(source) if prefetch else None
     source = prefetched or source
-    solving = SiteQuantizer(skeleton, source, quant, method, target, start.lambdas, comm, bit_widths)
+    solving = SiteQuantizer(skeleton, source, quant, method, target, start.lambda_search, comm, bit_widths)
     work = Workbench(skeleton, source, method, target, dtype, gram_budget, announce, recall, solving, comm, prefetched)
     with prefetched or nullcontext():
         states = _enter(work, tokens, start, micro_batch, folds, room) if method.calibrated else None
@@ -205,7 +205,7 @@ def _solve(
 ) -> _Solved:
     """Some sites of a block, with less at once where it must be. scaled: search channel scales for them first. prepare:
     makes a block that was loaded anew what it has to be."""
-    known = work.solving.lambdas.copy()
+    known = work.solving.lambda_search.copy()
 
     def attempt() -> _Solved:
         work.solving.begin(known)  # what a failed attempt was told is asked, and counted, again

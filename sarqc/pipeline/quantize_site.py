@@ -39,14 +39,14 @@ class SiteQuantizer:
     quant: QuantConfig
     method: MethodConfig
     device: torch.device
-    lambdas: LambdaSearch
+    lambda_search: LambdaSearch
     comm: Comm
     bit_widths: Mapping[str, int] | None = None
     choices: dict[str, LambdaChoice] = field(default_factory=dict)
 
-    def begin(self, lambdas: LambdaSearch) -> None:
+    def begin(self, lambda_search: LambdaSearch) -> None:
         """Begin a block, or begin it again, knowing so much of strengths."""
-        self.lambdas.tracks, self.choices = lambdas.copy().tracks, {}
+        self.lambda_search.tracks, self.choices = lambda_search.copy().tracks, {}
 
     def choose(self, index: int, shares: Sequence[Share], collected: Sequence[Statistics]) -> None:
         """The strength of each share, chosen once in a block; sites of other blocks at the same place share their
@@ -61,7 +61,7 @@ class SiteQuantizer:
         owners = partition([cost(shares[number]) for number in open_], self.comm.size)
 
         def own() -> dict[int, LambdaChoice]:
-            search = self.lambdas.copy()
+            search = self.lambda_search.copy()
             return {
                 number: self._choice(index, shares[number], collected[number], search)
                 for number, owner in zip(open_, owners)
@@ -72,7 +72,7 @@ class SiteQuantizer:
         for number in open_:
             choice: LambdaChoice = found[number]
             if self.method.reg_lambda == AUTO:
-                self.lambdas.remember(choice.kind, choice.curve)
+                self.lambda_search.remember(choice.kind, choice.curve)
             device = collected[number].folds[0].rows.device
             choice = replace(choice, reg_lambda=choice.reg_lambda.to(device))
             self.choices |= dict.fromkeys((shares[number].name, shares[number].site.name), choice)
@@ -86,7 +86,7 @@ class SiteQuantizer:
             self.quant_of(share.site),
             self.method,
             scale_dtype=self.scale_dtype(share.site),
-            lambdas=search,
+            search=search,
         )
         return replace(choice, reg_lambda=choice.reg_lambda.cpu())
 

@@ -1,15 +1,14 @@
-"""A first look at a model: what it would suffer from each site at each width, before any weight is quantized.
+"""Sensitivity analysis: the loss of the model from each site at each bit-width, before any weight is quantized.
 
-Errors of different sites have no common unit of their own: 1 % of what a softmax is made of is not 1 % of what an MLP
-adds, and neither is the same in the last block as in the middle. They have one where the model ends. So each site alone
-is solved at one width, and a few windows are run on from there: how far that moves the distribution of the next token
-(the mean KL divergence from the model as it is) times what the solver loses at another width, relative to that one
-(`method.bit_allocation`), is the site's loss there. Divergences of sites that err independently add up, as long as they
-are small. `benchmarks/quality/MIXED.md` has what else was probe_weight: a rounding in the solution's place misjudges the sites
-that matter most, because it spoils what a solver spares.
+Errors of different sites have no common unit: 1 % of the input of a softmax is not 1 % of the output of an MLP. They
+have one at the end of the model. So each site alone is quantized at one bit-width, and a few sequences run on from
+there to the logits. The mean KL divergence of the next token, times the solver's loss at another bit-width relative to
+that one (`method.bit_allocation`), is the loss of the site. Divergences of independent errors add up while they are
+small. `benchmarks/quality/MIXED.md` has the alternatives: RTN in place of the solver misjudges the sites that matter
+most.
 
-One block is in memory at a time, as everywhere: what waits between two blocks are the hidden states of these few
-windows, one copy for every site so far, which all go through the next block: half the blocks for each site, on average.
+One block is in memory at a time. The hidden states of these few sequences wait between two blocks, one copy for every
+site so far, and all go through the next block: half the blocks for each site, on average.
 """
 
 from __future__ import annotations
@@ -40,16 +39,24 @@ from sarqc.pipeline.work_split import pieces
 from sarqc.pipeline.workbench import Workbench
 
 TOKENS = 1 << 14
-"""Tokens of the calibration text, at most, that sites are observed on."""
+"""Largest number of calibration tokens that sites are observed on."""
 FOLDS = 2
 TRIED_WINDOWS, TRIED_LENGTH = 2, 256
-"""Windows that each site is tried on, and tokens of each."""
+"""Sequences that each site is probed on, and tokens of each."""
 
 
 @dataclass(frozen=True)
 class SiteSensitivity:
-    """site: its name. linears, shapes: of its members, by the checkpoint's names. modules: of the model, that they are
-    in. divergence: mean KL of the next token in nats, at the width that was tried. losses: by width, likewise."""
+    """Losses of one site.
+
+    Attributes:
+        site: Its name.
+        linears: Its members, by the checkpoint's names.
+        shapes: Their shapes.
+        modules: The modules of the model that hold them.
+        divergence: Mean KL divergence of the next token, in nats, at the probe's bit-width.
+        losses: The same at each bit-width.
+    """
 
     site: str
     linears: tuple[str, ...]
@@ -61,8 +68,9 @@ class SiteSensitivity:
 
 @dataclass
 class _Trial:
-    """A site that was tried in block `block`. solved: relative losses by width. hidden: [B, L, H] on the host, of the
-    windows that are tried on, as they leave the last block so far."""
+    """A site that was probed in block `block`. solved: relative losses by bit-width. hidden: [B, L, H] on the host, the
+    probe sequences as they leave the last block so far.
+    """
 
     block: int
     site: Site
@@ -173,7 +181,7 @@ _Solved = tuple[Share, LossByBits, list[tuple[Target, QuantizedWeight]]]
 
 
 def _portion(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[_Solved]:
-    """What is lost in each share, and its weights as they are tried; their Grams are gone when this returns."""
+    """Losses of each share, and its probe weights; their Grams are freed when this returns."""
     with work.stage(index, "observe"):
         collected, _ = collect(work.skeleton, index, shares, states, work.method, work.device)
     with work.stage(index, "solve"):
@@ -183,7 +191,7 @@ def _portion(work: Workbench, index: int, shares: Sequence[Share], states: State
 def _share(work: Workbench, share: Share, statistics: Statistics) -> _Solved:
     """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
     model, how = work.skeleton.model, (work.solving.quant, work.method, scale_dtype(work.source, share.site))
-    losses = loss_by_bits(share.name, share.weight(model), statistics, *how, work.solving.lambdas.seed)
+    losses = loss_by_bits(share.name, share.weight(model), statistics, *how, work.solving.lambda_search.seed)
     statistics.merge_folds()
     solved: list[tuple[Target, QuantizedWeight]] = []
     for piece in pieces([share], 1, work.device, gram=True):

@@ -51,8 +51,8 @@ def page(report: summary.Report) -> str:
         _losses(report),
         _quality(report),
         _widths(report),
-        _strengths(report),
-        _carried(report),
+        _lambdas(report),
+        _corrections(report),
         _experts(report),
         _worst(report),
         _fallbacks(report),
@@ -140,29 +140,29 @@ def _widths(report: summary.Report) -> str:
     chart = line_chart(series, x_label="block", y_label="bits")
     average = report["size"]["bits_per_weight"]
     told = (
-        f"{average} bits of a weight on average, with scales. BitAllocation were chosen before any block was solved, so that "
-        "what the sites cost, each tried alone to the end of the model, adds up to the least."
+        f"{average} bits per weight on average, scales included. Bit-widths were allocated "
+        "before any block was quantized: they minimise the sum of the measured sensitivities of all sites."
     )
-    return _section("Who got how many bits", told, f"<figure>{chart}</figure>")
+    return _section("Bits by layer", told, f"<figure>{chart}</figure>")
 
 
-def _strengths(report: summary.Report) -> str:
+def _lambdas(report: summary.Report) -> str:
     found = [site for site in summary.sites(report) if site.reg_lambda > 0]
-    series = _by_kind(found, lambda site: site.reg_lambda, lambda v: f"strength {v:.3g}")
-    chart = line_chart(series, x_label="block", y_label="strength λ", kind="log")
-    told = "The weight of the pull to the original weights, against the output error. More text needs less of it."
-    return _section("How strongly weights were held", told, f"<figure>{chart}</figure>") if chart else ""
+    series = _by_kind(found, lambda site: site.reg_lambda, lambda v: f"lambda {v:.3g}")
+    chart = line_chart(series, x_label="block", y_label="lambda", kind="log")
+    told = "Weight of the regulariser relative to the output error. More calibration text needs a smaller lambda."
+    return _section("Regularisation lambda", told, f"<figure>{chart}</figure>") if chart else ""
 
 
-def _carried(report: summary.Report) -> str:
+def _corrections(report: summary.Report) -> str:
     found = [site for site in summary.sites(report) if site.correction_share > 0]
     series = _by_kind(found, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
     chart = line_chart(series, x_label="block", y_label="share")
     told = (
-        "One layer of a block also aims at the hidden states behind it being the original model's again: this share "
-        "of the way, half of what the other half of the text says is best."
+        "One layer of each block also corrects the drift of the hidden states from the original model, by this share: "
+        "half of the share that is best on held-out text."
     )
-    return _section("Who made up for earlier errors", told, f"<figure>{chart}</figure>") if chart else ""
+    return _section("Residual error correction", told, f"<figure>{chart}</figure>") if chart else ""
 
 
 def _by_kind(found: list[summary.SiteFacts], value: Any, said: Any) -> list[Series]:

@@ -1,4 +1,4 @@
-"""What a server meets in a model: one about to be quantized, or a checkpoint that is there."""
+"""Which runtimes support a model: one that will be quantized, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixe
 
 
 def runtime_model(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
-    """A model with these layers quantized and those left."""
+    """A model with these layers quantized and those left unquantized."""
     config = skeleton.model.config
     heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     linears = [
@@ -26,8 +26,10 @@ def runtime_model(skeleton: Skeleton, quantized: Sequence[Target], left: Sequenc
 
 
 def checkpoint_support(checkpoint: Checkpoint, skeleton: Skeleton) -> list[RuntimeSupport]:
-    """Every server with every number of ranks, for a checkpoint as its headers describe it; layers that differ in bits,
-    groups or symmetry each by their own. Empty where nothing is quantized, or in groups that there are no rules for.
+    """Every runtime with every number of ranks, for a checkpoint as its headers describe it.
+
+    Layers that differ in bits, group size or symmetry are checked separately. Empty where nothing is quantized, or
+    where there are no rules for the group size.
     """
     kinds = _kinds(checkpoint)
     if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
@@ -95,7 +97,7 @@ class Server:
 
 
 def by_runtime(outlooks: Sequence[RuntimeSupport]) -> list[Server]:
-    """Outlooks summed up for each server."""
+    """Support summed up for each runtime."""
     found = []
     for name in dict.fromkeys(one.server for one in outlooks):
         mine = sorted((one for one in outlooks if one.server == name and one.known), key=lambda one: one.ranks)

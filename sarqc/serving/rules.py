@@ -63,8 +63,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class RuntimeSupport:
-    """One server with so many ranks. kernels: the layers each takes. failures: a line for each kind of layer that it
-    would refuse. known: whether there are rules for this case at all."""
+    """What one runtime with `ranks` ranks does with a checkpoint. kernels: layers that run in each kernel. failures: a
+    line for each kind of layer that it rejects. known: whether there are rules for this case.
+    """
 
     server: str
     ranks: int
@@ -155,8 +156,9 @@ EXPANDS = "transformers 5.23"
 
 @dataclass(frozen=True)
 class RuntimeModel:
-    """A quantized model as a server sees it. mixed: places where only a part of what is fused is quantized. heads,
-    key_values: attention heads, where the configuration has them."""
+    """A quantized model as a runtime loads it. mixed: places where only a part of a fused matrix is quantized. heads,
+    key_values: attention heads, where the configuration has them.
+    """
 
     layers: tuple[Layer, ...]
     mixed: tuple[str, ...]
@@ -167,7 +169,7 @@ class RuntimeModel:
 def runtime_support(
     model: RuntimeModel, quant: QuantConfig, format: str, ranks: Sequence[int] = RANKS
 ) -> list[RuntimeSupport]:
-    """Every server with every number of ranks; for a format without rules here nothing is known."""
+    """Every runtime with every number of ranks; for a format without rules nothing is known."""
     return [_one(server, count, model, quant, format) for server in SERVERS for count in ranks]
 
 

@@ -210,7 +210,8 @@ SEAT = (
     ],
 )
 def test_the_order_of_imports_does_not_matter(statement, found):
-    check = f"{statement}; {SEAT}; import sys; assert not [f for f in sys.meta_path if type(f).__name__ == 'PostImportHook']"
+    hooks = "[f for f in sys.meta_path if type(f).__name__ == 'PostImportHook']"
+    check = f"{statement}; {SEAT}; import sys; assert not {hooks}"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == found

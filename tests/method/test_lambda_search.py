@@ -55,7 +55,7 @@ def test_without_a_second_stretch_of_text_the_rule_decides():
     choice = choose(LambdaSearch(), None)
     assert (
         torch.equal(choice.reg_lambda, prior_lambda(ROWS, 512, MethodConfig()))
-        and "rule" in choice.why
+        and "prior" in choice.why
         and not choice.curve
     )
 
@@ -77,7 +77,7 @@ def test_of_equals_the_strongest_is_taken():
     lambdas = LambdaSearch()
     for _ in range(5):
         choice = choose(lambdas, Bowl(0.3, bend=0.02))
-    assert float(choice.reg_lambda) == 1.0 and "strongest" in choice.why
+    assert float(choice.reg_lambda) == 1.0 and "largest" in choice.why
 
 
 def test_few_strengths_are_tried_and_each_once():
