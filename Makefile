@@ -1,8 +1,11 @@
 # make demo   quantize a real small model and show what it cost (no GPU, no model hub)
-# make test   all tests
+# make test   all tests, in two processes
+# make test-fast   the mathematics, the checkpoints, the pages and the import rules: under a minute
 # make quality   methods side by side on the packaged model: the small setting of the quality table (minutes)
 # make lint   format, lint, types
-# make docs   the site, from the pages in docs/ and the docstrings, into site/; a broken link is an error
+# make typecheck   types alone: strict for the packages, looser for tests, benchmarks, examples and docs
+# make docs   the site, from the pages in docs/ and the docstrings, into site/; a broken link or a request to another host
+#             is an error
 # make soak   kill a run at 60 random moments and let it go on each time; quantize a random model of 8 GB under 3 GB of
 #             memory, twice (an hour and 14 GB of disk)
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
@@ -15,13 +18,17 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: demo test quality lint docs format clean aot bench soak keywords
+.PHONY: demo test test-fast quality lint typecheck docs format clean aot bench soak keywords
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" \
+		tests/method tests/checkpoint tests/docs tests/test_house.py tests/test_readme.py
 
 quality: $(READY)
 	$(BIN)/python -m benchmarks.quality.proof quality-output/compare-smollm2.json --work quality-output/work
@@ -29,10 +36,15 @@ quality: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) typecheck
+
+typecheck: $(READY)
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 docs: $(DOCS_READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m docs.check site
 
 soak: $(READY)
 	SARQC_KILLS=60 $(BIN)/python -m pytest tests/pipeline/test_killed.py
@@ -42,7 +54,7 @@ aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks/micro -o addopts= -p no:xdist --benchmark-max-time=0.5 --benchmark-columns=min,median,stddev,rounds
+	$(BIN)/python -m pytest benchmarks/micro/bench_references.py -p no:xdist --benchmark-max-time=0.5 --benchmark-columns=min,median,stddev,rounds
 
 keywords: $(READY)
 	$(BIN)/python -m tests.support.keywords

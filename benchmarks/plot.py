@@ -47,7 +47,7 @@ def draw(op: str, records: Records, path: Path) -> None:
             panel.set_visible(False)
     else:
         figure = Figure(figsize=(10, 1.6 + 0.45 * len({r["point"] for r in whole})), layout="constrained")
-        panels = [figure.subplots()]
+        panels = figure.subplots(1, 1, squeeze=False).ravel()
         _rows(panels[0], whole, styles)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)

@@ -12,13 +12,53 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from benchmarks import reliability
+from benchmarks import names, reliability
 from benchmarks.quality import proof
 from sarqc.comparison.table import Row, perplexity
-from sarqc.config import METHODS
+from sarqc.config import METHODS, MethodConfig, own_value
+from sarqc.options import options
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+PICTURE_MODEL, PICTURE_TEXT = "whole-smollm2", "wikitext.txt"
+PICTURE_METHODS = ("rtn", "llm-compressor gptq", "GPTQModel", "sarqc-gptq")
+"""What the picture at the top of the README compares."""
+
+
+def picture_rows() -> tuple[float, dict[int, dict[str, Row]]]:
+    """The unquantized model's perplexity, and bits -> method -> row of what the README's picture shows."""
+    found = _read(PICTURE_MODEL)
+    unquantized = next(entry["perplexity"] for entry in found["protocol"]["texts"] if entry["text"] == PICTURE_TEXT)
+    rows: dict[int, dict[str, Row]] = {}
+    for row in found["rows"]:
+        wanted = row["text"] == PICTURE_TEXT and row["method"] in PICTURE_METHODS
+        if wanted and (row["windows"] == WHOLE_WINDOWS or row["method"] == "rtn"):
+            rows.setdefault(row["bits"], {})[row["method"]] = row
+    return unquantized, rows
+
+
+def picture() -> str:
+    """What the picture at the top of the README shows, and where its numbers are from."""
+    unquantized, rows = picture_rows()
+    tools = _read(PICTURE_MODEL)["protocol"]["tools"]
+    best = {
+        bits: min((row["perplexity"], name) for name, row in each.items() if name != "sarqc-gptq")
+        for bits, each in rows.items()
+    }
+    against = "; ".join(
+        f"{bits} bits: {rows[bits]['sarqc-gptq']['perplexity']:.1f} against {value:,.1f} ({name})"
+        for bits, (value, name) in sorted(best.items(), reverse=True)
+    )
+    groups = ", ".join(f"{each['rtn']['group_size']} at {bits} bits" for bits, each in sorted(rows.items()))
+    return (
+        f"*Perplexity on held-out WikiText-2 articles, SmolLM2-135M (unquantized {unquantized:.1f}), on a CPU. "
+        f"SARQC and the best other tool at {against}. Symmetric groups of {groups}; {WHOLE_WINDOWS} calibration "
+        f"sequences of 512 tokens, the same for all tools: {tools['llm-compressor gptq']} (GPTQ), "
+        f"{tools['GPTQModel']}. "
+        "[All measurements](#quality).*"
+    )
 
 
 def demo() -> str:
@@ -73,7 +113,7 @@ def _whole(
             cells = cases.setdefault((*what, row["windows"]), {"unquantized": reached[row["text"]]})
             cells[row["method"]] = shown(row)
     methods = sorted({method for cells in cases.values() for method in cells} - {"unquantized"}, key=_place)
-    head = ["model", "bits, group", "text", *(["windows"] if windows else []), *methods]
+    head = ["model", "bits, group", "text", *(["sequences"] if windows else []), *methods]
     head += ["unquantized"] if reference else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for case in sorted(cases):
@@ -82,7 +122,7 @@ def _whole(
             "model": model,
             "bits, group": f"{-bits}, {-group_size}",
             "text": text,
-            "windows": str(count),
+            "sequences": str(count),
             **cases[case],
         }
         lines.append(f"| {' | '.join(own.get(name, '') for name in head)} |")
@@ -99,10 +139,10 @@ def speed() -> str:
     found = _read("cpu-smollm2-speed")
     names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
     lines = [
-        f"SmolLM2-135M at W4 g64, 16 windows of 512 tokens, {found['cpus']} CPU cores, one run in turns; "
+        f"SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, {found['cpus']} CPU cores, in turns; "
         f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}:",
         "",
-        "| | seconds, the work alone | seconds, whole process | CPU seconds | peak MiB |",
+        "| | seconds, without start-up | seconds, whole process | CPU seconds | peak MiB |",
         "|---|---|---|---|---|",
     ]
     for name, row in found["medians"].items():
@@ -111,10 +151,9 @@ def speed() -> str:
     ratios = found["ratios"]
     lines += [
         "",
-        f"A run takes {ratios['run / forward']} times a forward pass "
-        f"(four passes of each block, the Grams, the choice of strengths, the solving and its sweeps). "
-        f"The rival takes {ratios['rival / ours, inner_seconds']} times as long as we do, "
-        f"and {ratios['rival / ours, peak_mib']} times the memory.",
+        f"SARQC takes {ratios['run / forward']} times as long as one forward pass of the calibration text. "
+        f"llm-compressor takes {ratios['rival / ours, inner_seconds']} times as long as SARQC and "
+        f"{ratios['rival / ours, peak_mib']} times its memory.",
     ]
     return "\n".join(lines)
 
@@ -134,9 +173,9 @@ def inference() -> str:
         if name != "decode"
     )
     return (
-        f"Running it: SmolLM2-135M at W4 packed, beside the same weights in bf16, in turns on "
-        f"{found['machine']['threads']} threads ({found['machine']['processor']}): decode "
-        f"{steps['decode']['ratio']:.2f} times as fast, prefill {prefills}; the model takes "
+        f"Inference on a CPU: SmolLM2-135M with packed 4-bit weights against bf16, runs in turns on "
+        f"{found['machine']['threads']} threads ({found['machine']['processor']}). Decode is "
+        f"{steps['decode']['ratio']:.2f} times as fast; prefill is {prefills} times as fast. The model takes "
         f"{found['bytes']['ratio']:.2f} of the memory, its quantized layers "
         f"{found['bytes of quantized layers']['ratio']:.2f} (`python -m benchmarks.inference CHECKPOINT RESULTS.json`)."
     )
@@ -158,7 +197,29 @@ def methods() -> str:
     return "\n".join(["| `--method` | what it is |", "|---|---|", *rows])
 
 
+def presets() -> str:
+    """What each method is made of: its solver, and its own values of the options."""
+    lines = ["| method | calibrated | channel scales | solver |", "|---|---|---|---|"]
+    shown = {"saliency": "saliency", "reg_lambda": "λ", "scales": "scales", "act_order": "column order"}
+    shown |= {"cd_passes": "passes", "error_correction": "correction"}
+    lines[0] += "".join(f" {title} |" for title in shown.values())
+    lines[1] += "---|" * len(shown)
+    for name, method in METHODS.items():
+        cells = [f"`{name}`", _mark(method.calibrated), _mark(method.channel_scales), method.solver.upper()]
+        for option in shown:
+            needs = options(MethodConfig)[option].needs
+            value = own_value(name, option) if method.offers(needs) else ""
+            cells.append(_mark(value) if isinstance(value, bool) else str(value))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mark(value: bool) -> str:
+    return "yes" if value else ""
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
+    "picture": picture,
     "demo": demo,
     "whole": whole,
     "amounts": amounts,
@@ -169,8 +230,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "reliability": faults_summed,
     "faults": faults,
     "methods": methods,
+    "presets": presets,
 }
-README_HAS = frozenset({"demo", "whole", "speed"})
+README_HAS = frozenset({"picture", "methods", "demo", "whole", "speed", "inference", "reliability"})
 
 
 def filled(text: str, has: Collection[str] = README_HAS) -> str:
@@ -187,13 +249,13 @@ def filled(text: str, has: Collection[str] = README_HAS) -> str:
 
 
 def _read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return names.current(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def pages() -> dict[Path, tuple[str, str]]:
     """Each page with tables: what it says, and what the results say."""
     found = {}
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text(encoding="utf-8")
         found[path] = text, filled(text, README_HAS if path.stem == "README" else ())
     return found

@@ -60,8 +60,8 @@ def of_gram(point: Point, card: Device) -> list[Trial]:
             if gram_config.plan_of(tile, *sizes, card, splits).splits == splits:
                 entries[f"{name}, {splits} splits"] = {"tile": name, "splits": splits}
     chosen = gram_config.rule(*sizes, torch.bfloat16, card, even)
-    tile = next(name for name, other in known.items() if other == chosen.tile)
-    entries[RULE] = {"tile": tile, "splits": chosen.splits}  # which need not be a power of two
+    named = next(name for name, other in known.items() if other == chosen.tile)
+    entries[RULE] = {"tile": named, "splits": chosen.splits}  # which need not be a power of two
 
     def bind(entry: dict[str, Any], inputs: Inputs) -> Call:
         from sarqc_kernels.gram.triton_impl import launch

@@ -15,6 +15,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int kLanes = 64;   // rows at once: a multiple of every vector width
@@ -58,6 +62,83 @@ inline float shortened(float value, uint32_t cut) {
     const uint32_t bits = bits_of(value);
     const uint32_t rounded = (bits + (1u << (cut - 1)) - 1 + ((bits >> cut) & 1)) & ~((1u << cut) - 1);
     return value == value ? as_float(rounded) : value;
+}
+
+// A scale as its dtype holds it, whatever its size: with subnormal numbers, and Inf beyond the largest.
+inline float stored(float value, uint32_t cut) {
+    const float size = std::fabs(value);
+    float kept = cut ? shortened(size, cut) : size;
+    if (cut == 13) {  // fp16: below 2^-14 in steps of 2^-24, which is the last place of numbers around 1/2
+        kept = size < 6.103515625e-5f ? (size + 0.5f) - 0.5f : kept;
+        kept = kept > 65504.f ? INFINITY : kept;
+    }
+    return value < 0.f ? -kept : kept;
+}
+
+// The widest vector that this is compiled for.
+#if defined(__AVX512F__)
+struct Vector {
+    static constexpr int kWidth = 16, kTogether = 4;  // of a tile of 4 columns, in 32 registers
+    __m512 value;
+    static Vector of(const float* from) { return {_mm512_loadu_ps(from)}; }
+    static Vector all(float number) { return {_mm512_set1_ps(number)}; }
+    void to(float* place) const { _mm512_storeu_ps(place, value); }
+    void add(Vector a, Vector b) { value = _mm512_fmadd_ps(a.value, b.value, value); }
+};
+#elif defined(__AVX2__) && defined(__FMA__)
+struct Vector {
+    static constexpr int kWidth = 8, kTogether = 2;
+    __m256 value;
+    static Vector of(const float* from) { return {_mm256_loadu_ps(from)}; }
+    static Vector all(float number) { return {_mm256_set1_ps(number)}; }
+    void to(float* place) const { _mm256_storeu_ps(place, value); }
+    void add(Vector a, Vector b) { value = _mm256_fmadd_ps(a.value, b.value, value); }
+};
+#else
+struct Vector {
+    static constexpr int kWidth = 1, kTogether = 8;
+    float value;
+    static Vector of(const float* from) { return {*from}; }
+    static Vector all(float number) { return {number}; }
+    void to(float* place) const { *place = value; }
+    void add(Vector a, Vector b) { value = std::fma(a.value, b.value, value); }
+};
+#endif
+
+constexpr int kTile = 4;    // columns of a product that share what is loaded
+constexpr int kBlock = 16;  // columns whose coefficients are packed together
+constexpr int kDepth = 64;  // the most terms of one product
+
+// out[c] = the sum over i < depth of matrix[i * stride + c] x[i], for `count` columns c, one fused step after another
+// from zero. `take` gets a column and its sums: take(c, sums).
+template <typename Take>
+inline void product(const float* matrix, int64_t stride, int depth, const Lanes* x, int64_t count, Take&& take) {
+    float packed[kDepth][kBlock];
+    Lanes sums[kTile];
+    for (int64_t first = 0; first < count; first += kBlock) {
+        const int block = static_cast<int>(count - first < kBlock ? count - first : kBlock);
+        for (int i = 0; i < depth; ++i) {
+            for (int c = 0; c < kBlock; ++c) packed[i][c] = c < block ? matrix[i * stride + first + c] : 0.f;
+        }
+        for (int tile = 0; tile < block; tile += kTile) {
+            for (int lane = 0; lane < kLanes; lane += Vector::kTogether * Vector::kWidth) {
+                Vector sum[kTile][Vector::kTogether];
+                for (auto& row : sum)
+                    for (auto& each_of : row) each_of = Vector::all(0.f);
+                for (int i = 0; i < depth; ++i) {
+                    Vector value[Vector::kTogether];
+                    for (int v = 0; v < Vector::kTogether; ++v) value[v] = Vector::of(x[i] + lane + v * Vector::kWidth);
+                    for (int c = 0; c < kTile; ++c) {
+                        const Vector factor = Vector::all(packed[i][tile + c]);
+                        for (int v = 0; v < Vector::kTogether; ++v) sum[c][v].add(factor, value[v]);
+                    }
+                }
+                for (int c = 0; c < kTile; ++c)
+                    for (int v = 0; v < Vector::kTogether; ++v) sum[c][v].to(sums[c] + lane + v * Vector::kWidth);
+            }
+            for (int c = 0; c < kTile && tile + c < block; ++c) take(first + tile + c, sums[c]);
+        }
+    }
 }
 
 // Sums in torch.sum's order over an outer axis: runs of 16 first, those added in runs of 16, and so on, four levels.
@@ -132,15 +213,12 @@ void quantize_rows(const Stretch& call, int64_t expert, int64_t row, int rows) {
                 each([&](int lane) { later[lane] = std::fma(factor, delta[k][lane], later[lane]); });
             }
         }
-        for (int64_t next = stop; next < call.last; ++next) {
-            Lanes sum = {};
-            for (int k = 0; k < depth; ++k) {
-                const float factor = inside[(start + k - call.first) * width + next - call.first];
-                each([&](int lane) { sum[lane] = std::fma(factor, delta[k][lane], sum[lane]); });
-            }
-            Lanes& later = pull[next - call.first];
-            each([&](int lane) { later[lane] += sum[lane]; });
-        }
+        const int64_t done = stop - call.first;
+        product(inside + (start - call.first) * width + done, width, depth, delta, call.last - stop,
+                [&](int64_t next, const Lanes& sum) {
+                    Lanes& later = pull[done + next];
+                    each([&](int lane) { later[lane] += sum[lane]; });
+                });
     }
     for (int64_t j = call.end; j < call.last; ++j)
         store(call.pull + (j - call.first) * line + own, pull[j - call.first], rows);
@@ -233,9 +311,151 @@ void fit_rows(const Fit& call, Lanes* group, int64_t block, int64_t row, int row
 
 }  // namespace
 
+// Coordinate descent: sarqc_kernels/columns/descent_reference.py says what and why, step by step the same.
+// cpu_impl.py has the same fields in the same order. Rows are whole tiles of kLanes.
+struct Descent {
+    float* levels;          // [K, E, N], in and out
+    float* scales;          // [G, E, N], in and out
+    const float* zeros;     // [G, E, N]
+    const float* error;     // [K, E, N], at the start
+    const float* hessian;   // [E, K, K]
+    const uint8_t* usable;  // [E]
+    int64_t experts, rows, columns, groups, passes, cut;
+    float top, reach;
+};
+
+namespace {
+
+// What a tile of rows works in: two of [K] and four of [g].
+struct Buffers {
+    Lanes *gradient, *levels, *before, *found, *rest, *curved;
+};
+
+void better_codes(const Descent& call, const float* square, int size, const Lanes& scale, const Lanes& zero,
+                  const Buffers& own) {
+    Lanes delta[kMicro];
+    for (int start = 0; start < size; start += kMicro) {
+        const int stop = start + kMicro < size ? start + kMicro : size, depth = stop - start;
+        for (int j = start; j < stop; ++j) {
+            const float* line = square + j * call.columns;
+            Lanes& error = delta[j - start];
+            each([&](int lane) {
+                const float wanted = own.before[j][lane] + own.rest[j][lane] / line[j];
+                const float level = clamped(std::rint(wanted / scale[lane]), -zero[lane], call.top - zero[lane]);
+                own.found[j][lane] = level;
+                error[lane] = own.before[j][lane] - level * scale[lane];
+            });
+            for (int i = start; i < stop; ++i)
+                each([&](int lane) { own.rest[i][lane] = std::fma(line[i], error[lane], own.rest[i][lane]); });
+        }
+        const auto onto = [&](int from) {
+            return [&own, from](int64_t i, const Lanes& sum) {
+                each([&](int lane) { own.rest[from + i][lane] += sum[lane]; });
+            };
+        };
+        product(square + start * call.columns, call.columns, depth, delta, start, onto(0));
+        product(square + start * call.columns + stop, call.columns, depth, delta, size - stop, onto(stop));
+    }
+}
+
+// The new scale of a group and whether a row takes it; `before` becomes the change of the weights.
+void better_scale(const Descent& call, int size, const Lanes* gradient, const Buffers& own, const Lanes& old,
+                  Lanes& scale, Lanes& better) {
+    Cascade above, below, saved;
+    Lanes term, over, under;
+    for (int j = 0; j < size; ++j) {
+        each([&](int lane) { term[lane] = own.found[j][lane] * own.rest[j][lane]; });
+        above.add(term);
+        each([&](int lane) { term[lane] = own.found[j][lane] * own.curved[j][lane]; });
+        below.add(term);
+    }
+    above.total(over);
+    below.total(under);
+    each([&](int lane) {
+        const float wanted = stored(old[lane] + over[lane] / under[lane], static_cast<uint32_t>(call.cut));
+        const float growth = wanted / old[lane];
+        scale[lane] = growth > 1.f / call.reach && growth < call.reach ? wanted : old[lane];
+    });
+    for (int j = 0; j < size; ++j) {
+        each([&](int lane) {
+            const float change = own.found[j][lane] * scale[lane] - own.before[j][lane];
+            const float bend = (scale[lane] - old[lane]) * own.curved[j][lane];
+            own.before[j][lane] = change;
+            term[lane] = change * (gradient[j][lane] + own.rest[j][lane] - bend);
+        });
+        saved.add(term);
+    }
+    saved.total(better);
+}
+
+void improve_group(const Descent& call, const float* hessian, int64_t group, float* scales, const float* zeros,
+                   bool last, const Buffers& own) {
+    const int size = static_cast<int>(call.columns / call.groups);
+    const int64_t first = group * size, columns = call.columns;
+    const float* square = hessian + first * columns + first;
+    Lanes old, zero, scale, better;
+    load(old, scales, kLanes, 1.f);
+    load(zero, zeros, kLanes, 0.f);
+    for (int j = 0; j < size; ++j) {
+        each([&](int lane) {
+            own.before[j][lane] = own.levels[first + j][lane] * old[lane];
+            own.rest[j][lane] = own.gradient[first + j][lane];
+            own.curved[j][lane] = 0.f;
+        });
+    }
+    better_codes(call, square, size, old, zero, own);
+    for (int begin = 0; begin < size; begin += kDepth) {
+        const int depth = size - begin < kDepth ? size - begin : kDepth;
+        product(square + begin * columns, columns, depth, own.found + begin, size, [&](int64_t j, const Lanes& sum) {
+            each([&](int lane) { own.curved[j][lane] += sum[lane]; });
+        });
+    }
+    better_scale(call, size, own.gradient + first, own, old, scale, better);
+    each([&](int lane) { scale[lane] = better[lane] > 0.f ? scale[lane] : old[lane]; });
+    store(scales, scale, kLanes);
+    for (int j = 0; j < size; ++j) {
+        each([&](int lane) {
+            const bool takes = better[lane] > 0.f;
+            own.levels[first + j][lane] = takes ? own.found[j][lane] : own.levels[first + j][lane];
+            own.before[j][lane] = takes ? own.before[j][lane] : 0.f;
+        });
+    }
+    const int64_t from = last ? first + size : 0;  // in the last pass nobody reads what lies before
+    for (int begin = 0; begin < size; begin += kDepth) {
+        const int depth = size - begin < kDepth ? size - begin : kDepth;
+        product(hessian + (first + begin) * columns + from, columns, depth, own.before + begin, columns - from,
+                [&](int64_t c, const Lanes& sum) {
+                    each([&](int lane) { own.gradient[from + c][lane] -= sum[lane]; });
+                });
+    }
+}
+
+void descend_rows(const Descent& call, int64_t expert, int64_t row, const Buffers& own) {
+    const int64_t line = call.experts * call.rows, at = expert * call.rows + row;
+    const float* hessian = call.hessian + expert * call.columns * call.columns;
+    const auto add = [&own](int64_t c, const Lanes& sum) {
+        each([&](int lane) { own.gradient[c][lane] += sum[lane]; });
+    };
+    std::memset(own.gradient, 0, call.columns * sizeof(Lanes));
+    for (int64_t j = 0; j < call.columns; ++j) load(own.levels[j], call.error + j * line + at, kLanes, 0.f);
+    for (int64_t begin = 0; begin < call.columns; begin += kDepth) {
+        const int depth = static_cast<int>(call.columns - begin < kDepth ? call.columns - begin : kDepth);
+        product(hessian + begin * call.columns, call.columns, depth, own.levels + begin, call.columns, add);
+    }
+    for (int64_t j = 0; j < call.columns; ++j) load(own.levels[j], call.levels + j * line + at, kLanes, 0.f);
+    for (int64_t pass = 0; pass < call.passes; ++pass)
+        for (int64_t group = 0; group < call.groups; ++group)
+            improve_group(call, hessian, group, call.scales + group * line + at, call.zeros + group * line + at,
+                          pass + 1 == call.passes, own);
+    for (int64_t j = 0; j < call.columns; ++j) store(call.levels + j * line + at, own.levels[j], kLanes);
+}
+
+}  // namespace
+
 // For ctypes: plain C. Blocks of kLanes rows are independent; `part` of `parts` takes each parts-th of them.
 extern "C" int64_t sarqc_stretch_size() { return sizeof(Stretch); }
 extern "C" int64_t sarqc_fit_size() { return sizeof(Fit); }
+extern "C" int64_t sarqc_descent_size() { return sizeof(Descent); }
 
 extern "C" void sarqc_stretch(const Stretch* call, int64_t part, int64_t parts) {
     const int64_t tiles = (call->rows + kLanes - 1) / kLanes;
@@ -253,4 +473,16 @@ extern "C" void sarqc_fit(const Fit* call, int64_t part, int64_t parts) {
         fit_rows(*call, reinterpret_cast<Lanes*>(memory.data()), at / tiles, row,
                  static_cast<int>(left < kLanes ? left : kLanes));
     }
+}
+
+extern "C" void sarqc_descent(const Descent* call, int64_t part, int64_t parts) {
+    const int64_t size = call->columns / call->groups, tiles = call->rows / kLanes;
+    std::vector<float> memory(static_cast<size_t>(2 * call->columns + 4 * size) * kLanes);
+    Lanes* free = reinterpret_cast<Lanes*>(memory.data());
+    Buffers own = {free, free + call->columns, free + 2 * call->columns, nullptr, nullptr, nullptr};
+    own.found = own.before + size;
+    own.rest = own.found + size;
+    own.curved = own.rest + size;
+    for (int64_t at = part; at < tiles * call->experts; at += parts)
+        if (call->usable[at / tiles]) descend_rows(*call, at / tiles, at % tiles * kLanes, own);
 }

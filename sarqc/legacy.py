@@ -1,4 +1,4 @@
-"""Names that earlier versions wrote into reports and work folders, read as the present ones."""
+"""Names that earlier versions wrote into reports, read as the present ones."""
 
 from __future__ import annotations
 
@@ -62,15 +62,4 @@ def report(values: dict[str, Any]) -> dict[str, Any]:
         found.setdefault("method", method(solve))
         if isinstance(found.get("calibration"), dict):
             found["calibration"] = {"seed": solve.get("seed", 0)} | found["calibration"]
-    return found
-
-
-def fingerprint(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fingerprint of a run."""
-    found = dict(values)
-    if isinstance(found.get("quant"), dict):
-        found["quant"] = {name: value for name, value in quant(found["quant"]).items() if value not in (None, [])}
-    if isinstance(found.get("solve"), dict):
-        solve = found.pop("solve")
-        found |= {"method": method(solve), "seed": solve.get("seed", 0)}
     return found

@@ -1,12 +1,14 @@
 """Kernels for post-training weight quantization: tensors in, tensors out.
 
-Three operations carry the work, and everything has an expert axis E (a dense layer is E = 1):
+Four operations carry the work, and everything has an expert axis E (a dense layer is E = 1):
 
     gram_accumulate_    activations of a calibration batch -> running Gram X^T X, row counts, sums of |x|
     quantize_columns    weight + factor of the Gram -> codes, scales, zeros, by column rounding with error feedback
     w4a16_matmul        activations times the packed weight, dense or grouped by expert
+    w4a16_experts       a layer of experts in two launches; its `Routing` says which token goes where
 
-with `fit_grid` and `round_to_grid` (grids and plain rounding), `gram_finalize` (a Gram's sums -> the regularised matrix
+with `fit_grid` and `round_to_grid` (grids and plain rounding), `coordinate_descent` (codes and scales improve each
+other), `gram_finalize` (a Gram's sums -> the regularised matrix
 that is factored), `symmetrize_` (completes a Gram), `pack` / `unpack` (2 to 8 bit codes in 32-bit words), `repack` /
 `unpack_weight` (a packed weight as the machine multiplies it, and back), `dequantize_fp8` / `dequantize_fp4` (FP8,
 MXFP4 and NVFP4 source weights to bf16, fp16 or fp32).
@@ -24,18 +26,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sarqc_kernels.columns import fit_grid, quantize_columns, round_to_grid
+    from sarqc_kernels.columns import coordinate_descent, fit_grid, quantize_columns, round_to_grid
     from sarqc_kernels.dequant import dequantize_fp4, dequantize_fp8
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
     from sarqc_kernels.gram import gram_accumulate_, gram_finalize, symmetrize_
     from sarqc_kernels.packing import pack, unpack
-    from sarqc_kernels.w4a16 import RepackedWeight, repack, unpack_weight, w4a16_matmul, warm_up
+    from sarqc_kernels.w4a16 import (
+        RepackedWeight,
+        Routing,
+        repack,
+        unpack_weight,
+        w4a16_experts,
+        w4a16_matmul,
+        warm_up,
+    )
 
 __all__ = [
     "ArgumentError",
     "BackendError",
     "RepackedWeight",
+    "Routing",
     "SarqcError",
+    "coordinate_descent",
     "dequantize_fp4",
     "dequantize_fp8",
     "fit_grid",
@@ -48,6 +60,7 @@ __all__ = [
     "symmetrize_",
     "unpack",
     "unpack_weight",
+    "w4a16_experts",
     "w4a16_matmul",
     "warm_up",
 ]
@@ -56,7 +69,9 @@ _HOME = {
     "ArgumentError": "errors",
     "BackendError": "errors",
     "RepackedWeight": "w4a16",
+    "Routing": "w4a16",
     "SarqcError": "errors",
+    "coordinate_descent": "columns",
     "dequantize_fp4": "dequant",
     "dequantize_fp8": "dequant",
     "fit_grid": "columns",
@@ -69,6 +84,7 @@ _HOME = {
     "round_to_grid": "columns",
     "symmetrize_": "gram",
     "unpack": "packing",
+    "w4a16_experts": "w4a16",
     "w4a16_matmul": "w4a16",
     "warm_up": "w4a16",
 }

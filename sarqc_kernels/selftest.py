@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc_kernels import columns, gram, w4a16
+from sarqc_kernels import columns, dequant, gram, w4a16
 from sarqc_kernels.backend import Implementation
 from sarqc_kernels.device import fastest_first
-from sarqc_kernels.testing import dequantize, random_gram, random_quantized, relative_error, upper_factor
+from sarqc_kernels.testing import Quantized, dequantize, random_gram, random_quantized, relative_error, upper_factor
 from sarqc_kernels.w4a16 import experts
 
 EXPERTS, ROWS, INPUTS, TOKENS, GROUP, BITS = 2, 64, 128, 40, 32, 4
@@ -120,6 +120,41 @@ def _columns_error(backend: str, device: torch.device) -> float:
     return float((codes.cpu() != exact).double().mean())
 
 
+def _descent_arguments(device: torch.device) -> tuple[Any, ...]:
+    weight = _weight(device)
+    scales, zeros = columns.fit_grid(weight, None, group_size=GROUP, **RULE)
+    codes = columns.round_to_grid(weight, scales, zeros, bits=BITS)
+    return weight, codes, scales, zeros, random_gram(_generator(), EXPERTS, INPUTS).float().to(device), BITS, 1
+
+
+def _descent_error(backend: str, device: torch.device) -> float:
+    """By how much rows became worse, relative to what they were: nothing but rounding, and 1 where none improved."""
+    weight, codes, scales, zeros, hessian, *_ = _descent_arguments(device)
+    found = columns.coordinate_descent(weight, codes, scales, zeros, hessian, bits=BITS, passes=1, backend=backend)
+
+    def losses(codes: Tensor, scales: Tensor) -> Tensor:
+        error = (weight - dequantize(Quantized(codes, scales, zeros))).double()
+        found: Tensor = ((error @ hessian.double()) * error).sum(-1)
+        return found
+
+    before, after = losses(codes, scales), losses(*found)
+    return float((after / before - 1).clamp(min=0).max()) if bool((after < before).any()) else 1.0
+
+
+def _dequant_arguments(device: torch.device) -> tuple[Any, ...]:
+    codes = torch.randint(0, 120, (EXPERTS, ROWS, INPUTS), generator=_generator(), dtype=torch.uint8)
+    scales = torch.linspace(0.01, 0.02, EXPERTS * 4).view(EXPERTS, 1, 4)
+    return codes.to(device), scales.to(device), None, ROWS, INPUTS // 4, torch.float32, False, "float", True
+
+
+def _dequant_error(backend: str, device: torch.device) -> float:
+    """One rounding, of the product."""
+    codes, scales, *_ = _dequant_arguments(device)
+    found = dequant.dequantize_fp8(codes.view(torch.float8_e4m3fn), scales, dtype=torch.float32, backend=backend)
+    exact = codes.cpu().view(torch.float8_e4m3fn).double() * scales.cpu().double().repeat_interleave(INPUTS // 4, -1)
+    return relative_error(found.cpu(), exact)
+
+
 def _prepared(device: torch.device, layout: str, rows: int = ROWS) -> tuple[Any, Tensor]:
     """A weight [EXPERTS, rows, INPUTS] in a layout, and what it stands for in float64."""
     quantized = random_quantized(_generator(), (EXPERTS, rows, INPUTS), INPUTS // GROUP, BITS,
@@ -184,6 +219,8 @@ PROBES = (
           lambda device: (_weight(device), *columns.fit_grid(_weight(device), None, group_size=GROUP, **RULE), BITS),
           _round_error, 0.0),
     Probe("quantize_columns", _of(columns, "quantize_columns"), _columns_arguments, _columns_error, 1e-3),
+    Probe("coordinate_descent", _of(columns, "coordinate_descent"), _descent_arguments, _descent_error, 1e-5),
+    Probe("dequantize", _of(dequant, "dequantize"), _dequant_arguments, _dequant_error, 1e-7),
     Probe("w4a16_matmul", lambda device: w4a16.implementations(torch.empty(0, device=device)), _matmul_arguments,
           _matmul_error, 1e-2),
     Probe("w4a16_experts", lambda device: experts.implementations(torch.empty(0, device=device)), _experts_arguments,

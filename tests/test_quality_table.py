@@ -24,7 +24,7 @@ def test_the_readme_table_names_best_ties_and_spread():
         "texts": [{"text": "a/wiki.txt", "perplexity": 9.0}],
     }
     cells = [cell("rtn", None, 30.0, None), cell("gptq", 0, 12.0), cell("gptq", 1, 10.0)]
-    cells += [cell("sarqc", 0, 11.0), cell("sarqc", 1, 10.5)]
+    cells += [cell("sarqc-awq-gptq", 0, 11.0), cell("sarqc-awq-gptq", 1, 10.5)]
     shown = markdown(table(protocol, cells) | {"minutes": 5.0, "cpus": 2})
     assert "| wiki.txt | 3 | 64 | 16 | 30.00 | 11.00 ± 1.00 ≈ | **10.75 ± 0.25** |" in shown
     assert "Unquantized: wiki.txt 9.00" in shown and "2 seeds" in shown and "5 minutes on 2 CPU cores" in shown
@@ -43,7 +43,7 @@ def test_tables_of_whole_runs_take_what_they_are_asked_for(tmp_path, monkeypatch
     rows = [
         row("rtn", 4, 30.0),
         row("rtn", 16, 30.0),
-        row("sarqc", 16, 11.0),
+        row("sarqc-awq-gptq", 16, 11.0),
         row("gptq", 4, 20.0),
         row("gptq", 16, 12.0),
     ]
@@ -52,7 +52,7 @@ def test_tables_of_whole_runs_take_what_they_are_asked_for(tmp_path, monkeypatch
     (tmp_path / "whole-tiny.json").write_text(json.dumps({"rows": rows, "protocol": protocol}))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.whole().splitlines() == [
-        "| model | bits, group | text | rtn | gptq | sarqc | unquantized |",
+        "| model | bits, group | text | rtn | gptq | sarqc-awq-gptq | unquantized |",
         "|---|---|---|---|---|---|---|",
         "| tiny | 4, 64 | wiki | 10.00 | 9.50 |  | 9.00 |",
         "| tiny | 3, 64 | wiki | 30.00 | 12.00 | 11.00 | 9.00 |",

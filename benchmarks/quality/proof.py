@@ -40,7 +40,7 @@ SMALL: tuple[Setting, ...] = (
 WHOLE = "whole runs"
 """The protocol's mode where checkpoints of whole runs were judged (`benchmarks.quality.whole`)."""
 _FULL: Setting = dict(
-    methods=("rtn", "awq", "sarqc-awq", "gptq", "rqc-gptq", "sarqc-gptq", "sarqc"),
+    methods=("rtn", "awq", "sarqc-awq", "gptq", "rqc-gptq", "sarqc-gptq", "sarqc-awq-gptq"),
     num_samples=(4, 16, 64),
     seeds=(0, 1, 2),
     eval_windows=32,

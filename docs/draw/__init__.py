@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from docs.draw.kernels import bricks, columns, gram
-from docs.draw.method import flow, objective, quality
+from docs.draw.kernels import columns, gram, tiles
+from docs.draw.method import flow, objective, perplexity, quality
 
 PICTURES: dict[str, Callable[[], str]] = {
+    "perplexity": perplexity,
     "objective": objective,
     "flow": flow,
     "quality": quality,
     "gram": gram,
     "columns": columns,
-    "bricks": bricks,
+    "tiles": tiles,
 }
 """Name of a file in docs/img/ -> what makes its text."""

@@ -1,7 +1,7 @@
 """An SVG as lines of text: shapes go in, the same text comes out on every machine.
 
-Pictures have a white card behind them, so that they read the same on a light page and on a dark one. Lengths are user
-units; the page scales them to its width.
+Pictures have a card of their own behind them, so that they can be read on any page; it is dark where the reader's
+system is. Lengths are user units; the page scales them to its width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from html import escape
 
 INK, FAINT, PAPER = "#263238", "#90a4ae", "#ffffff"
 BLUE, PALE_BLUE, ORANGE, PALE_ORANGE, GREEN, GREY = "#1565c0", "#bbdefb", "#e65100", "#ffe0b2", "#2e7d32", "#eceff1"
+
+DARK = "@media (prefers-color-scheme: dark) { #picture { filter: invert(0.88) hue-rotate(180deg); } }"
 
 Point = tuple[float, float]
 
@@ -23,6 +25,8 @@ class Canvas:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             f'font-family="Helvetica, Arial, sans-serif" font-size="13">',
             f"<title>{escape(title)}</title>",
+            f"<style>{DARK}</style>",
+            '<g id="picture">',
             f'<rect width="{width}" height="{height}" rx="8" fill="{PAPER}"/>',
         ]
 
@@ -66,4 +70,4 @@ class Canvas:
 
     def svg(self) -> str:
         """The file's text."""
-        return "\n".join([*self.parts, "</svg>", ""])
+        return "\n".join([*self.parts, "</g>", "</svg>", ""])

@@ -1,4 +1,4 @@
-"""Pictures of the kernels: tiles of the Gram, panels of the columns, bricks of a packed weight."""
+"""Pictures of the kernels: tiles of the Gram, panels of the columns, tiles of a packed weight."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def gram() -> str:
     picture.rect((136, 44), (18, 106), "none", BLUE, 2)
     picture.text((110, 318), "expert 1 has no row", FAINT, "middle", 12)
     picture.text((446, 28), "gram of expert 0  [K, K]", anchor="middle", size=14)
-    tiles, side, left, top = 6, 42, 320, 44
-    for row in range(tiles):
-        for column in range(tiles):
+    count, side, left, top = 6, 42, 320, 44
+    for row in range(count):
+        for column in range(count):
             fill = "none" if column > row else PALE_ORANGE if column == row else PALE_BLUE
             stroke = GREY if column > row else INK
             picture.rect((left + side * column, top + side * row), (side, side), fill, stroke)
     picture.rect((left + side, top + 4 * side), (side, side), BLUE, INK, 2)
     picture.arrow((182, 96), (left + side, top + 4 * side + 12), BLUE)
-    picture.text((192, 268), "two stretches", BLUE)
+    picture.text((192, 268), "two column ranges", BLUE)
     picture.text((192, 285), "make one tile", BLUE)
     picture.text((584, 76), "never computed;", FAINT)
     picture.text((584, 93), "mirrored once", FAINT)
@@ -69,19 +69,19 @@ def columns() -> str:
     return picture.svg()
 
 
-def bricks() -> str:
-    """A brick, a row of it, a word; and how 3 bits are cut into planes."""
-    picture = Canvas(720, 396, "a brick of a packed weight and the words of a row")
-    picture.text((20, 28), "weight [N, K] in bricks", size=14)
+def tiles() -> str:
+    """A tile, a row of it, a word; and how 3 bits are split into planes."""
+    picture = Canvas(720, 396, "a tile of a packed weight and the words of a row")
+    picture.text((20, 28), "weight [N, K] in tiles", size=14)
     for row in range(3):
         for column in range(3):
             chosen = (row, column) == (1, 1)
             at = (20 + 56 * column, 44 + 44 * row)
             picture.rect(at, (56, 44), PALE_ORANGE if chosen else GREY, ORANGE if chosen else FAINT, 2 if chosen else 1)
     picture.text((20, 194), "64 rows × 128 inputs", ORANGE)
-    picture.text((20, 211), "4 KiB in one piece", ORANGE)
+    picture.text((20, 211), "4 KiB, contiguous", ORANGE)
     picture.arrow((190, 110), (246, 76), ORANGE)
-    picture.text((250, 28), "a row of a brick at 4 bits: sixteen words of 32 bits", size=14)
+    picture.text((250, 28), "a row of a tile at 4 bits: sixteen words of 32 bits", size=14)
     for word in range(16):
         left = 250 + 28 * word
         picture.rect((left, 60), (28, 26), PALE_BLUE if word == 5 else "none", BLUE if word == 5 else FAINT)
@@ -100,7 +100,7 @@ def bricks() -> str:
         left = 250 + 28 * word
         picture.rect((left, 228), (28, 24), GREEN, "#ffffff")
         picture.text((left + 14, 244), str(32 + word), "#ffffff", "middle", 11)
-    picture.text((20, 296), "other widths: planes, one behind the other in the brick", size=14)
+    picture.text((20, 296), "other bit-widths: planes, one after another in the tile", size=14)
     planes = (
         ("2 bits", ((128, "2"),)),
         ("3 bits", ((128, "low 2"), (64, "high 1"))),
@@ -117,7 +117,7 @@ def bricks() -> str:
         across += 24
     picture.text(
         (20, 362),
-        "Lengths are to scale: a row of a plane of w bits has 4 w words; a reader shifts by its share once.",
+        "Lengths are to scale: a row of a plane of w bits has 4 w words.",
         FAINT,
     )
     picture.text((20, 380), "Codes are joined in a register: low | high << 2 at 3 bits, low | high << 4 at 8.", FAINT)

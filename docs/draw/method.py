@@ -7,6 +7,7 @@ import math
 from itertools import product
 from pathlib import Path
 
+from benchmarks.readme import picture_rows
 from docs.draw.canvas import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALE_BLUE, Canvas, Point
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -16,26 +17,26 @@ Matrix = tuple[float, float, float]
 
 WEIGHT = (0.45, 0.20)  # in steps of the grid
 HESSIAN: Matrix = (1.0, 1.2586, 1.6)  # two inputs whose correlation is 0.995
-STRENGTH = 0.5  # lambda; D is diag(H)
+LAMBDA = 0.5  # D is diag(H)
 REACH = 3
 
 
-def cost(metric: Matrix, x: float, y: float) -> float:
+def cost(hessian: Matrix, x: float, y: float) -> float:
     """The cost of an error (x, y)."""
-    a, b, c = metric
+    a, b, c = hessian
     return a * x * x + 2 * b * x * y + c * y * y
 
 
-def best(metric: Matrix) -> tuple[int, int]:
+def best(hessian: Matrix) -> tuple[int, int]:
     """The grid point that costs least."""
     steps = range(-REACH, REACH + 1)
     grid = product(steps, steps)
-    return min(grid, key=lambda at: cost(metric, at[0] - WEIGHT[0], at[1] - WEIGHT[1]))
+    return min(grid, key=lambda at: cost(hessian, at[0] - WEIGHT[0], at[1] - WEIGHT[1]))
 
 
-def ellipse(metric: Matrix, level: float) -> list[Point]:
-    """Points (x, y) around the weight at which an error costs `level`: L^-T of a circle, L L^T the metric."""
-    a, b, c = metric
+def ellipse(hessian: Matrix, level: float) -> list[Point]:
+    """Points (x, y) around the weight at which an error costs `level`: L^-T of a circle, L L^T the Hessian."""
+    a, b, c = hessian
     corner = math.sqrt(a)
     below, last = b / corner, math.sqrt(c - b * b / a)
     found = []
@@ -49,19 +50,19 @@ def ellipse(metric: Matrix, level: float) -> list[Point]:
 def objective() -> str:
     """Two weights, their grid, and the code that costs least without and with the regulariser."""
     picture = Canvas(720, 366, "the cost of rounding two weights, without and with the regulariser")
-    held = 1 + STRENGTH
+    held = 1 + LAMBDA
     regularised = (held * HESSIAN[0], HESSIAN[1], held * HESSIAN[2])
     panels = (("calibration alone:  H", HESSIAN, ORANGE), ("regularised:  H + λD", regularised, BLUE))
-    for panel, (title, metric, colour) in enumerate(panels):
+    for panel, (title, hessian, colour) in enumerate(panels):
 
         def place(x: float, y: float, left: float = 31 + 350 * panel) -> Point:
             return left + (x + 3.5) * 44, 49 + (3.3 - y) * 44
 
         picture.text((185 + 350 * panel, 28), title, colour, "middle", 15)
-        chosen = best(metric)
-        least = cost(metric, chosen[0] - WEIGHT[0], chosen[1] - WEIGHT[1])
+        chosen = best(hessian)
+        least = cost(hessian, chosen[0] - WEIGHT[0], chosen[1] - WEIGHT[1])
         for times in (1, 4, 12):
-            for piece in inside(ellipse(metric, times * least)):
+            for piece in inside(ellipse(hessian, times * least)):
                 picture.lines([place(*at) for at in piece], colour, 2 if times == 1 else 1)
         for x, y in product(range(-REACH, REACH + 1), repeat=2):
             picture.dot(place(x, y), 3, FAINT)
@@ -84,17 +85,17 @@ def inside(points: list[Point]) -> list[list[Point]]:
 
 
 def flow() -> str:
-    """Load, observe, solve, replay."""
-    picture = Canvas(720, 210, "one block at a time: load, observe, solve, replay")
+    """Load, calibrate, quantize, forward."""
+    picture = Canvas(720, 210, "one block at a time: load, calibrate, quantize, forward")
     stages = (
-        ("load", "weights of block b", "alone in memory"),
-        ("observe", "forward: a Gram", "per input tensor"),
-        ("solve", "factor, round,", "scales and codes"),
-        ("replay", "forward with the", "quantized weights"),
+        ("load", "weights of block b", "prefetched"),
+        ("calibrate", "forward pass: one", "Gram per site"),
+        ("quantize", "lambda, Hessian,", "scales, codes"),
+        ("forward", "with the quantized", "weights"),
     )
     for number, (name, first, second) in enumerate(stages):
         left = 30 + 172 * number
-        picture.rect((left, 40), (140, 76), PALE_BLUE if name == "solve" else GREY, FAINT)
+        picture.rect((left, 40), (140, 76), PALE_BLUE if name == "quantize" else GREY, FAINT)
         picture.text((left + 70, 62), name, BLUE, "middle", 15)
         picture.text((left + 70, 84), first, anchor="middle")
         picture.text((left + 70, 102), second, anchor="middle")
@@ -102,22 +103,26 @@ def flow() -> str:
             picture.arrow((left + 142, 78), (left + 170, 78))
     picture.lines([(616, 118), (616, 170), (100, 170), (100, 132)])
     picture.arrow((100, 140), (100, 119))
-    picture.text((358, 162), "hidden states of all windows, on the host: next block", anchor="middle")
+    picture.text((358, 162), "hidden states of all sequences, on the host: next block", anchor="middle")
     picture.arrow((444, 118), (444, 142), GREEN)
-    picture.text((452, 138), "to disk", GREEN)
+    picture.text((452, 138), "one final shard", GREEN)
     picture.text((358, 26), "for each decoder block b, in order", FAINT, "middle")
     return picture.svg()
 
 
+SHOWN = {"rtn": "RTN", "llm-compressor gptq": "llm-compressor", "GPTQModel": "GPTQModel", "sarqc-gptq": "SARQC"}
+"""Method in the results -> its name in the picture."""
+
+
 def quality() -> str:
-    """Perplexity at 3 bits over the number of calibration windows, from the committed results."""
+    """Perplexity at 3 bits over the number of calibration sequences, from the committed results."""
     results = json.loads((RESULTS / "whole-smollm2.json").read_text(encoding="utf-8"))
     text = next(entry for entry in results["protocol"]["texts"] if entry["text"] == "wikitext.txt")
     curves: dict[str, list[tuple[int, float]]] = {"llm-compressor gptq": [], "sarqc-gptq": []}
     for row in results["rows"]:
         if (row["bits"], row["text"]) == (3, text["text"]) and row["method"] in curves:
             curves[row["method"]].append((row["windows"], row["perplexity"]))
-    picture = Canvas(720, 330, "perplexity at 3 bits over calibration windows")
+    picture = Canvas(720, 330, "perplexity at 3 bits over calibration sequences")
     windows = sorted({count for curve in curves.values() for count, _ in curve})
 
     def place(count: float, perplexity: float) -> Point:
@@ -130,16 +135,49 @@ def quality() -> str:
         picture.text((72, y + 4), str(level), FAINT, "end")
     base = place(windows[0], text["perplexity"])[1]
     picture.lines([(80, base), (540, base)], GREEN, 1, "5 4")
-    picture.text((548, base + 4), f"unquantized, {text['perplexity']:.1f}", GREEN)
+    picture.text((552, base + 10), f"unquantized, {text['perplexity']:.1f}", GREEN)
     for (name, curve), colour in zip(curves.items(), (ORANGE, BLUE)):
         points = [place(*point) for point in sorted(curve)]
         picture.lines(points, colour, 2)
         for point, (_, perplexity) in zip(points, sorted(curve)):
             picture.dot(point, 4, colour)
             picture.text((point[0], point[1] - 11), f"{perplexity:.1f}", colour, "middle")
-        picture.text((552, points[-1][1] + 4), name, colour)
+        picture.text((552, points[-1][1]), SHOWN[name], colour)
     for count in windows:
         picture.text((place(count, 16)[0], 292), str(count), anchor="middle")
-    picture.text((310, 316), "calibration windows of 512 tokens (both axes logarithmic)", anchor="middle")
-    picture.text((20, 28), "perplexity on other articles, SmolLM2-135M at 3 bits, groups of 64", size=14)
+    picture.text((310, 316), "calibration sequences of 512 tokens (both axes logarithmic)", anchor="middle")
+    picture.text((20, 28), "perplexity on held-out articles, SmolLM2-135M at 3 bits, groups of 64", size=14)
+    return picture.svg()
+
+
+def perplexity() -> str:
+    """The README's picture: perplexity at 4, 3 and 2 bits. A bar begins at the unquantized model's perplexity."""
+    unquantized, rows = picture_rows()
+    top = max(row["perplexity"] for each in rows.values() for row in each.values())
+    picture = Canvas(840, 72 + 100 * len(rows), "perplexity at 4, 3 and 2 bits of four tools and the unquantized model")
+    left, right = 214, 740
+
+    def place(value: float) -> float:
+        return left + (right - left) * math.log(value / unquantized) / math.log(top / unquantized)
+
+    picture.text((20, 30), "Perplexity on held-out text (lower is better, logarithmic scale)", size=16)
+    bottom = 48 + 100 * len(rows)
+    for power in range(2, math.floor(math.log10(top)) + 1):
+        x = place(10**power)
+        picture.lines([(x, 48), (x, bottom)], GREY)
+        picture.text((x, bottom + 16), f"{10**power:,}", FAINT, "middle", 12)
+    for number, (bits, each) in enumerate(sorted(rows.items(), reverse=True)):
+        upper = 54 + 100 * number
+        picture.text((20, upper + 50), f"{bits} bits", size=20)
+        for at, (name, label) in enumerate(SHOWN.items()):
+            row, y = each[name], upper + 22 * at
+            ours = name == "sarqc-gptq"
+            end = place(row["perplexity"])
+            picture.text((left - 8, y + 14), label, BLUE if ours else INK, "end", 14)
+            picture.rect((left, y + 2), (max(end - left, 1), 16), BLUE if ours else "#b0bec5", "none", 0)
+            value = row["perplexity"]
+            shown = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+            picture.text((end + 6, y + 15), shown, BLUE if ours else INK, size=14)
+    picture.lines([(left, 48), (left, bottom)], GREEN, 2)
+    picture.text((left + 12, bottom + 16), f"unquantized {unquantized:.1f}", GREEN, "end", 13)
     return picture.svg()

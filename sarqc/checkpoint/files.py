@@ -119,3 +119,12 @@ def write_all(file: FileIO, view: memoryview) -> None:
     """Writes all of `view`: one call takes 2 GB at most, and less where the disk is nearly full."""
     while view:
         view = view[file.write(view) :]
+
+
+def sync(path: Path) -> None:
+    """Forces a file or the names in a folder to disk, so that they outlive a power cut."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sarqc.checkpoint.files import sync
 from sarqc.errors import CheckpointError
 
 
@@ -65,12 +67,17 @@ def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def atomic_folder(out: Path | str, overwrite: bool = False, token: str | None = None) -> Iterator[Path]:
+def atomic_folder(
+    out: Path | str, overwrite: bool = False, token: str | None = None, within: Path | None = None
+) -> Iterator[Path]:
     """A fresh hidden folder beside `out`, which becomes `out` when the block ends well and vanishes when it does not.
 
-    An old folder at `out` is replaced (only with `overwrite`) at the very end: a failed run leaves it as it was.
+    An old folder at `out` is replaced (only with `overwrite`) at the very end: a failed run leaves it as it was. All
+    files are on disk before the new folder has its name.
     token: of the hidden folder's name, random by default. With one that nobody else uses, whatever an earlier attempt
     left when it was killed is cleared away, and what it had moved aside is put back.
+    within: the place of the fresh folder instead, where it can be renamed from there to `out`: on the same file system.
+    It belongs to the caller, and stays as it is where the block fails.
     """
     target = Path(out).resolve()  # a link keeps pointing at the folder it points at
     if token is not None:
@@ -83,9 +90,13 @@ def atomic_folder(out: Path | str, overwrite: bool = False, token: str | None = 
     try:
         with _disk(target):
             building.mkdir(parents=True)
-        yield building
+            built = building if within is None else _moved(building, within)
+        yield built
         with _disk(target):
-            _move_into_place(building, target, target.with_name(f".{target.name}.{token}.old"), overwrite)
+            for path in (*built.rglob("*"), built):
+                sync(path)
+            _move_into_place(built, target, target.with_name(f".{target.name}.{token}.old"), overwrite)
+            sync(target.parent)
         finished = True
     finally:
         if not finished:
@@ -93,6 +104,16 @@ def atomic_folder(out: Path | str, overwrite: bool = False, token: str | None = 
             for place in made:  # deepest first
                 with suppress(OSError):  # not empty: someone else uses it by now
                     place.rmdir()
+
+
+def _moved(folder: Path, place: Path) -> Path:
+    """The empty `folder` under the name `place`, or as it is where the two are on different file systems."""
+    try:
+        return folder.rename(place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return folder
 
 
 def _move_into_place(building: Path, target: Path, aside: Path, overwrite: bool) -> None:

@@ -57,6 +57,11 @@ def read_manifest(folder: Path) -> dict[str, Fingerprint] | None:
     tensors = content.get("tensors")
     if content.get("version") != VERSION or content.get("algorithm") != _ALGORITHM or not isinstance(tensors, dict):
         raise CheckpointError(f"{path} is no manifest of version {VERSION} with {_ALGORITHM} sums: remove it")
+    return fingerprints(tensors, path)
+
+
+def fingerprints(tensors: Mapping[str, Any], path: Path) -> dict[str, Fingerprint]:
+    """Fingerprints out of JSON values, which stand in the file `path`; `CheckpointError` for values that are none."""
     return {name: _fingerprint(path, name, fields) for name, fields in tensors.items()}
 
 

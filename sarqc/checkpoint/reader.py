@@ -48,6 +48,15 @@ class Storage:
         """Bits on disk of each quantized weight, scales and zeros included; None where nothing is quantized."""
         return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
 
+    def record(self) -> dict[str, Any]:
+        """What a report says of the size."""
+        return {
+            "bytes": self.total_bytes,
+            "quantized_weights": self.quantized_weights,
+            "quantized_bytes": self.quantized_bytes,
+            "bits_per_weight": round(self.bits_per_weight or 0.0, 3),
+        }
+
 
 class Checkpoint:
     """An open checkpoint; made by `open_checkpoint`. Safe to load from in several threads.

@@ -13,7 +13,7 @@ from sarqc.cli.options import JsonOption, ModelArgument, print_json, stderr, std
 from sarqc.config import METHODS, QUANTIZE
 
 if TYPE_CHECKING:
-    from sarqc.pipeline.write import Result
+    from sarqc.report.result import Result
 
 
 @with_options(*QUANTIZE)

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from sarqc.errors import ArgumentError, CheckpointError, NumericError
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
+from sarqc.model.calibration_data import calibration_windows
 from sarqc.model.layers import Targets
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.sites import Share
@@ -138,11 +140,8 @@ def make(folder: Path, what: ComparisonConfig) -> Bench:
     if checkpoint.format is not None:
         raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
     trust, sizes = what.trust_remote_code, sorted(set(what.num_samples))
-    if isinstance(what.dataset, Tensor):
-        text = dataset.Windows.of_tokens(what.dataset)
-    else:
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-        text = dataset.windows(str(what.dataset), tokenizer, part="calibration", seqlen=what.seqlen)
+    tokenizer = partial(load_tokenizer, folder, trust_remote_code=trust)
+    text = calibration_windows(what.dataset, tokenizer, what.seqlen)
     where = resolve_device(what.device)
     solver, judge = (Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
     kept = resolve_dtype(what.dtype, where, solver.dtype)

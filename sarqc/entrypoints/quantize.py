@@ -1,8 +1,8 @@
 """Quantize: a model goes in, a low-bit checkpoint comes out, whole or not at all.
 
 Everything that can be refused is refused before the first block: names, text, shapes, the output folder, a disk that
-is too small. Then blocks are solved one by one and saved as they come, in a work folder beside the output; a run that
-ends early goes on from there. At the end the checkpoint is written from the work folder.
+is too small. Then blocks are solved one by one. Each is saved when it is finished, as a shard of the checkpoint, in a
+work folder beside the output; a run that ends early resumes from there. At the end the shards become the output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -25,10 +25,11 @@ from sarqc.estimation import preflight
 from sarqc.estimation.memory import estimate_memory
 from sarqc.keywords import QuantizeKeywords
 from sarqc.model import dataset
+from sarqc.model.in_memory import is_name, model_name, saved
 from sarqc.options import documented
 from sarqc.pipeline import driver
 from sarqc.pipeline.bit_allocation import BitAllocation, allocate_bits
-from sarqc.pipeline.comm import Comm
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
 from sarqc.pipeline.distributed import Following, joined, named, same_everywhere, start_everywhere
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import fingerprint
@@ -36,19 +37,24 @@ from sarqc.pipeline.offload import Scratch
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
 from sarqc.pipeline.progress import NoProgress, Progress
 from sarqc.pipeline.resume import Work, begin, default_work
-from sarqc.pipeline.write import Result, write_checkpoint
+from sarqc.pipeline.write import tensors_of_block, write_checkpoint
+from sarqc.report.result import Result
 from sarqc.system import trim_host_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @documented(*QUANTIZE)
 def quantize(
-    model: str | Path,
+    model: str | Path | PreTrainedModel,
     out: str | Path,
     *,
     method: str | MethodConfig = DEFAULT_METHOD,
     quant: QuantConfig | None = None,
     calibration: CalibrationConfig | None = None,
     run: RunConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
     **options: Unpack[QuantizeKeywords],
 ) -> Result:
@@ -60,17 +66,24 @@ def quantize(
     Under torchrun all ranks call this alike. Sequences and matrices are split over them, rank 0 writes, and all return
     its result.
 
+    In Python `dataset` also takes a list of texts, a list of conversations (lists of {"role", "content"}, to which the
+    model's chat template is applied), a `datasets.Dataset` with a column "text", "messages", "conversations" or
+    "input_ids", and token ids, int64 [sequences, tokens].
+
+    A model in memory is saved beside `out` first, for the time of the run, which does not resume.
+
     Args:
-        model: Local folder, hub id, or "smollm2", the packaged model.
+        model: Local folder, hub id, "smollm2" (the packaged model), or a loaded transformers model.
         out: Folder to write. It must not exist, unless `overwrite`.
         quant: Number format of the weights.
-        calibration: Calibration data. `dataset` also takes token ids, int64 [sequences, tokens].
+        calibration: Calibration data.
         run: Device, budgets, work folder.
+        tokenizer: Tokenizer of a model in memory; it is saved with the result.
         progress: Receives the progress of the run.
         {options}
 
     Returns:
-        The output folder and the report.
+        The output folder, sizes, errors, and every layer.
 
     Raises:
         SarqcError: Anything wrong with the input, before `out` exists.
@@ -78,15 +91,37 @@ def quantize(
     """
     configs = Configs.of(quant, method, calibration, run, **options)
     out, own = Path(out).expanduser(), configs.run
+    named_model = is_name(model)
+    if named_model and tokenizer is not None:
+        raise ArgumentError("tokenizer is for a model in memory: a folder or a hub model has its own; leave it out")
     with joined(own.device, ordered=own.ordered) as (comm, own_device):
         refuse_existing(out, own.overwrite)
-        plan = make_plan(model, replace(configs, run=replace(own, device=own_device)))
-        place = _work_place(out, own.work_dir, plan.folder)
-        return _carry_out(plan, out, place, comm, progress or NoProgress())
+        configs, progress = replace(configs, run=replace(own, device=own_device)), progress or NoProgress()
+        if named_model:
+            return _carry_out(make_plan(model, configs), out, comm, progress)
+        if comm.size > 1:
+            raise ArgumentError("model is in memory: with several ranks save it first, and give the folder")
+        return _from_memory(model, tokenizer, out, configs, progress)
 
 
-def _carry_out(plan: Plan, out: Path, place: Path, comm: Comm, progress: Progress) -> Result:
-    """Run a plan on this rank, with its work folder at `place`."""
+def _from_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path, configs: Configs, progress: Progress
+) -> Result:
+    """Quantize a model in memory. Its checkpoint and the work folder are temporary: nothing says that a model of the
+    same shape is the same model, so nothing is resumed."""
+    with saved(model, tokenizer, out.parent) as folder:
+        work = configs.run.work_dir or folder.parent / "work"
+        configs = replace(configs, run=replace(configs.run, work_dir=work, resume=False))
+        plan = replace(make_plan(folder, configs), model=model_name(model))
+        try:
+            return _carry_out(plan, out, SINGLE_PROCESS, progress)
+        except Interrupted as error:
+            raise Interrupted("stopped; a run of a model in memory does not resume") from error
+
+
+def _carry_out(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
+    """Run a plan on this rank."""
+    place = _work_place(out, plan.run.work_dir, plan.folder)
     windows = read_windows(plan)
     run = _Run(plan, windows, place, comm, progress if comm.rank == 0 else Following(progress))
     same_everywhere(comm, run.fingerprint)
@@ -113,7 +148,7 @@ def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
 
 
 def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
-    """What export and report will want to know of a run, beside its fingerprint."""
+    """What the report needs to know of a run, beside its fingerprint."""
     return {
         "model": plan.model,
         "folder": str(plan.folder.resolve()),
@@ -233,7 +268,7 @@ class _Run:
             for result in running:
                 now = time.perf_counter()
                 if work:
-                    work.save(result, now - began)
+                    work.save(result, now - began, tensors_of_block(plan.skeleton, plan.checkpoint, result.index))
                 elif result.leaving:
                     deque(result.leaving.each(), maxlen=0)  # they go to rank 0, which saves them
                 trim_host_memory()

@@ -144,15 +144,12 @@ def _kinds(plan: Plan) -> list[LayerSummary]:
     counted: Counter[tuple[str, tuple[int, ...], str | None]] = Counter()
     for target in plan.targets.selected:
         counted[rules.star(target.linear), target.shape, None] += 1
-    patterns, inside = dict(plan.targets.ignored), f"{plan.skeleton.prefix}."
+    patterns, left = dict(plan.targets.ignored), dict(plan.targets.left)
     known = set(plan.source.names())
     for name in plan.targets.untouched:
         tensor = next((one for one in (f"{name}.weight", name) if one in known), None)
-        reason = f"ignore {patterns[name]}" if name in patterns else "router or no Linear"
-        if name in plan.skeleton.unused:
-            reason = "not used by transformers"
-        elif name not in patterns and not name.startswith(inside):
-            reason = "outside the blocks"
+        outside = "not used by transformers" if name in plan.skeleton.unused else "outside the blocks"
+        reason = f"ignore {patterns[name]}" if name in patterns else left.get(name, outside)
         counted[rules.star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
     return [LayerSummary(name, shape, count, left) for (name, shape, left), count in counted.items()]
 

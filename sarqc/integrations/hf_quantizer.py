@@ -29,7 +29,7 @@ from sarqc.method.weight import QuantizedWeight
 from sarqc.model import moe
 from sarqc.model.build import Place, gather, places
 from sarqc.model.lazy_model import assemble
-from sarqc.model.packed_linear import PackedWeight
+from sarqc.model.packed_linear import PackedWeight, QuantLinear
 from sarqc.model.source import PackedSource
 from sarqc.model.weight_map import Piece, trace
 
@@ -101,8 +101,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             weight = gather(place.pieces, described)
             if weight is None or f"{place.path}.weight" in tied:
                 continue
-            place.put(weight, "meta", self._dtype)
-            setattr(place.owner, _INITIALIZED, True)
+            module = place.put(weight, "meta", self._dtype)
+            if not isinstance(module, QuantLinear):  # its owner would fill parameters that it no longer has
+                setattr(place.owner, _INITIALIZED, True)
             self._places.append(place)
             taken |= {piece.name for piece in place.pieces}
         if any(moe.is_experts(place.owner) for place in self._places):
@@ -135,7 +136,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         """The dense tensors by the model's names and the packed ones by the checkpoint's, as it stores them."""
         state: dict[str, Tensor] = dict(model.state_dict())
         for place in self._places:
-            weight = _packed(model, place).weight()
+            weight = _packed(model, place).codes()
             for piece in place.pieces:
                 assert piece.linear is not None
                 state |= self._packers[piece.linear](_part(weight, piece))

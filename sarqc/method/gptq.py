@@ -110,5 +110,7 @@ def _order(hessian: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor 
 
 def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of each matrix [E, K, K] in `order` [E, K]."""
+    if hessian.device.type == "cpu":  # a third of the time of two gathers, which read an index for every element
+        return torch.stack([own.index_select(0, at).index_select(1, at) for own, at in zip(hessian, order)])
     rows = hessian.gather(1, order[:, :, None].expand_as(hessian))
     return rows.gather(2, order[:, None, :].expand_as(hessian))

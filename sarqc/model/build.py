@@ -69,8 +69,11 @@ class Place:
             module = QuantLinear(weight, there.bias, device, dtype)
         else:
             module = QuantExperts(weight, device, dtype)
-        delattr(self.owner, self.leaf)
-        setattr(self.owner, self.leaf, module)
+        if self.leaf in self.owner._modules:
+            self.owner._modules[self.leaf] = module  # in its place: a Sequential runs its modules in their order
+        else:
+            delattr(self.owner, self.leaf)
+            setattr(self.owner, self.leaf, module)
         return module
 
 

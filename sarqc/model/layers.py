@@ -1,19 +1,25 @@
-"""What will be quantized, decided from names and shapes before any weight is read.
+"""What will be quantized, decided from names, shapes and use before any weight is read.
 
 Targeted is every Linear of the decoder blocks, and every matrix of their experts, under the name the checkpoint has
 for it. Left alone are
 
 - whatever stands outside the blocks (embeddings, `lm_head`, norms), or is no part of the model that transformers
   builds;
-- routers: a Linear whose name says so (`gate`, `router`, or a name that ends in `_gate` or `_router`, or one inside a
-  module called `router`) *and* whose output is one number, or one per expert of its block. `gate_proj` is no router;
-- what a regular expression of `QuantConfig.ignore` finds; one that finds no Linear of the model is an error.
+- selectors: weights whose outputs choose experts or positions, see `sarqc.model.usage`. Where a model's code does not
+  run without data, a router is told by its name (`gate`, `router`) and its width (one output, or one per expert);
+- a gate with one output for each token: its name says so, and servers keep it in 16 bits;
+- Linears whose weight is multiplied by other code than their own, and Linears with fewer than 32 inputs;
+- what a regular expression of `QuantConfig.ignore` finds, in the checkpoint's names or in the model's; one that finds
+  no matrix of the model is an error.
+
+Any other matrix of the blocks that cannot be quantized is an error as soon as such matrices are more than 1 % of the
+weights, unless a pattern asks for them to be left.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,37 +29,31 @@ from torch import nn
 from sarqc.config import QuantConfig
 from sarqc.errors import ArgumentError, ModelError
 from sarqc.model import moe
+from sarqc.model.candidates import Candidate, Target, candidates
 from sarqc.model.lazy_model import Skeleton
 
+__all__ = ["Target", "Targets", "auto_group_size", "check_group_size", "targets", "targets_of"]
+
 GROUP_SIZES = (128, 64, 32)
-_ROUTER = re.compile(r"(^|_)(gate|router)$")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One matrix to quantize.
-
-    linear: its name in the checkpoint, without ".weight". shape: (out, in). block: index of its decoder block.
-    module, parameter: full names in the model. Rows start .. start + out of matrix `expert` of the parameter are it.
-    """
-
-    linear: str
-    shape: tuple[int, int]
-    block: int
-    module: str
-    parameter: str
-    expert: int = 0
-    start: int = 0
+MOST_LEFT = 0.01
+"""Share of the blocks' weights that may stay unquantized without being asked for."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """selected: in the order of the model. ignored: (linear, the pattern that found it). untouched: every other
-    matrix of the checkpoint that somebody could take for a Linear, ignored ones and routers and `lm_head` included."""
+    """What is quantized and what is not.
+
+    selected: in the order of the model. ignored: (linear, the pattern that found it). untouched: every other matrix of
+    the checkpoint that somebody could take for a Linear, ignored ones and routers and `lm_head` included. left: the
+    reason for those of them that are in the blocks. modules: the model's own names of Linears that are not quantized,
+    where the checkpoint calls them otherwise.
+    """
 
     selected: tuple[Target, ...]
     ignored: tuple[tuple[str, str], ...]
     untouched: tuple[str, ...]
+    left: tuple[tuple[str, str], ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -76,45 +76,93 @@ class Targets:
         """The first decoder block that has targets."""
         return self.selected[0].block
 
+    @property
+    def unquantized(self) -> list[str]:
+        """Names for a config's list of what is not quantized: the checkpoint's, and the model's where they differ.
+
+        transformers looks for its own names there, vLLM and SGLang for the checkpoint's.
+        """
+        return list(dict.fromkeys((*self.untouched, *self.modules)))
+
     def record(self) -> dict[str, Any]:
         """For a report: how many are quantized, and what is not and why."""
         return {
             "quantized": len(self.selected),
-            "weights": sum(out * inputs for out, inputs in (target.shape for target in self.selected)),
+            "weights": sum(target.elements for target in self.selected),
             "ignored": dict(self.ignored),
             "untouched": list(self.untouched),
+            "left": dict(self.left),
+            "unquantized": self.unquantized,
         }
 
 
 def targets(skeleton: Skeleton, quant: QuantConfig) -> Targets:
     """The layers that `quant` takes; its group size is not looked at.
 
-    Raises `ModelError` for experts that cannot be quantized, with the reason, and for a model without a Linear;
-    `ArgumentError` for an ignore pattern that is no regular expression or finds nothing.
+    Raises:
+        ModelError: more than 1 % of the blocks' weights cannot be quantized, with the reason and the pattern that
+            leaves them; or the model has no Linear.
+        ArgumentError: an ignore pattern is no regular expression or finds nothing.
     """
     patterns = [_compiled(pattern) for pattern in quant.ignore]
     selected: list[Target] = []
     ignored: list[tuple[str, str]] = []
-    for index in range(len(skeleton.blocks)):
-        for target, refusal in _candidates(skeleton, index):
-            pattern = next((p.pattern for p in patterns if p.search(target.linear)), None)
-            if pattern is not None:
-                ignored.append((target.linear, pattern))
-            elif refusal is not None:
-                raise ModelError(f"{target.linear} cannot be quantized: {refusal}; leave it with an ignore pattern")
-            else:
-                selected.append(target)
-    names = {target.linear for target in selected}
-    untouched = [name for name in _matrices(skeleton) if name not in names]
+    ruled: list[tuple[str, str]] = []
+    refused: list[Candidate] = []
+    found: set[str] = set()
+    for candidate in candidates(skeleton):
+        target = candidate.target
+        finders = [p.pattern for p in patterns if any(map(p.search, target.names))]
+        found.update(finders)
+        if finders:
+            ignored.append((target.linear, finders[0]))
+        elif candidate.rule is not None:
+            ruled.append((target.linear, candidate.rule))
+        elif candidate.refusal is not None:
+            refused.append(candidate)
+        else:
+            selected.append(target)
+    _check_share(refused, selected)
+    left = ruled + [(one.target.linear, str(one.refusal)) for one in refused]
+    untouched, modules = _others(skeleton, selected, (name for name, _ in (*ignored, *left)))
     for compiled in patterns:
-        if not any(compiled.search(name) for name in (*untouched, *(linear for linear, _ in ignored))):
+        if compiled.pattern not in found and not any(map(compiled.search, (*untouched, *modules))):
             raise ArgumentError(
                 f"ignore = {compiled.pattern!r} finds no Linear of the model; "
-                f"names look like {next(iter(names), '?')!r}"
+                f"names look like {next((target.linear for target in selected), '?')!r}"
             )
     if not selected:
         raise ModelError(f"{type(skeleton.model).__name__} has no Linear left to quantize in its blocks")
-    return Targets(tuple(selected), tuple(ignored), tuple(untouched))
+    return Targets(tuple(selected), tuple(ignored), untouched, tuple(left), modules)
+
+
+def targets_of(skeleton: Skeleton, linears: Iterable[str]) -> Targets:
+    """The layers that a checkpoint has quantized, by its names; whatever else there is was left, for any reason."""
+    wanted = set(linears)
+    selected = [one.target for one in candidates(skeleton) if one.target.linear in wanted]
+    untouched, modules = _others(skeleton, selected, ())
+    return Targets(tuple(selected), (), untouched, (), modules)
+
+
+def _check_share(refused: Sequence[Candidate], selected: Sequence[Target]) -> None:
+    """`ModelError` where too much would stay unquantized that nobody asked to leave."""
+    lost = sum(one.target.elements for one in refused)
+    share = lost / max(lost + sum(target.elements for target in selected), 1)
+    if share <= MOST_LEFT:
+        return
+    first = max(refused, key=lambda one: one.target.elements)
+    raise ModelError(
+        f"{first.target.linear} cannot be quantized: {first.refusal}; it and its like are {share:.0%} of the weights: "
+        f"leave them with --ignore '{_pattern(one.target for one in refused)}'"
+    )
+
+
+def _pattern(found: Iterable[Target]) -> str:
+    """A regular expression that finds these layers in every block."""
+    tails = dict.fromkeys(re.split(r"\.\d+\.", target.linear, maxsplit=1)[-1] for target in found)
+    stars = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", tail) for tail in tails)
+    escaped = [re.escape(star).replace(r"\*", r"\d+") for star in stars]
+    return rf"\.({'|'.join(escaped)})$" if len(escaped) > 1 else rf"\.{escaped[0]}$"
 
 
 def auto_group_size(found: Targets) -> int:
@@ -142,48 +190,17 @@ def check_group_size(found: Targets, quant: QuantConfig) -> None:
     )
 
 
-def _candidates(skeleton: Skeleton, index: int) -> Iterator[tuple[Target, str | None]]:
-    """Every Linear and expert matrix of a block except routers, with the reason why it cannot be quantized, if any."""
-    block, start = skeleton.blocks[index], f"{skeleton.prefix}.{index}"
-    if (unknown := moe.undeclared(block)) is not None:
-        raise ModelError(
-            f"{start}.{unknown} holds 3-D weights that transformers calls through no experts function; "
-            "such layers cannot be quantized"
-        )
-    outputs = {1} | {moe.matrices(module) for module in block.modules() if moe.is_experts(module)}
-    for path, module in block.named_modules():
-        name = f"{start}.{path}"
-        if isinstance(module, nn.Linear) and not _is_router(path, module, outputs):
-            target = _dense(skeleton, index, name, module)
-            strange = type(module).forward is not nn.Linear.forward
-            yield target, f"{type(module).__name__} is not a plain Linear" if strange else None
-        elif moe.is_experts(module):
-            for projection in moe.projections(module):
-                yield from _stacked(skeleton, index, name, module, projection)
+def _others(
+    skeleton: Skeleton, selected: Sequence[Target], more: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Matrices that are not quantized by the checkpoint's names, and Linears among them by the model's other names.
 
-
-def _dense(skeleton: Skeleton, index: int, name: str, module: nn.Linear) -> Target:
-    parameter = f"{name}.weight"
-    pieces = skeleton.pieces.get(parameter)
-    if pieces is None or len(pieces) != 1 or pieces[0].linear is None:
-        raise ModelError(f"{parameter!r} is not one tensor called *.weight in the checkpoint, so it cannot be replaced")
-    return Target(pieces[0].linear, (module.out_features, module.in_features), index, name, parameter)
-
-
-def _stacked(
-    skeleton: Skeleton, index: int, name: str, module: Any, projection: str
-) -> Iterator[tuple[Target, str | None]]:
-    parameter = f"{name}.{projection}"
-    inputs = getattr(module, projection).shape[1 if module.is_transposed else 2]
-    for piece in skeleton.pieces[parameter]:
-        refusal = moe.why_not(module, per_expert_names=piece.expert is not None and piece.linear is not None)
-        linear = piece.linear or piece.name
-        yield Target(linear, (piece.rows, inputs), index, name, parameter, piece.expert or 0, piece.start), refusal
-
-
-def _is_router(path: str, module: nn.Linear, outputs: set[int]) -> bool:
-    named = bool(_ROUTER.search(path.rpartition(".")[2])) or "router" in path.split(".")
-    return named and module.out_features in outputs
+    more: names that belong to the first, whatever they look like.
+    """
+    names, modules = {target.linear for target in selected}, {target.module for target in selected}
+    untouched = dict.fromkeys(name for name in (*_matrices(skeleton), *more) if name not in names)
+    linears = (path for path, module in skeleton.model.named_modules() if isinstance(module, nn.Linear))
+    return tuple(untouched), tuple(path for path in linears if path not in modules and path not in untouched)
 
 
 def _matrices(skeleton: Skeleton) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sarqc.model import moe
 from sarqc.model.checks import check_config, check_layers
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
+from sarqc.model.usage import Usage, usage
 from sarqc.model.weight_map import Piece, trace
 from sarqc.system import warm_up_mkl
 
@@ -85,6 +86,15 @@ class Skeleton:
         self.model.config.dtype = dtype
         self.dtype = dtype
         self._calls.clear()
+
+    @cached_property
+    def usage(self) -> Usage | None:
+        """What each weight is used for; None where the model's code does not run without data."""
+        model = self.model
+        if not all(parameter.is_meta for parameter in model.parameters()):
+            model = self._build(self.dtype)
+            moe.use_sorted_experts(model)
+        return usage(model)
 
     # -- weights ------------------------------------------------------------------------------------------------
 

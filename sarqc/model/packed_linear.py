@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.packing import words_per_row
 from sarqc_kernels.w4a16 import RepackedWeight, repack, unpack_weight, w4a16_matmul
 from sarqc_kernels.w4a16.layout import STREAM
 
-__all__ = ["PackedWeight", "QuantExperts", "QuantLinear", "is_packed"]
+__all__ = ["DenseView", "PackedWeight", "QuantExperts", "QuantLinear", "is_packed"]
 
 
 class PackedWeight(nn.Module):
@@ -26,7 +28,7 @@ class PackedWeight(nn.Module):
 
     weight: what the codes are; on meta it only reserves the room that `fill` takes later. dtype: of the activations to
     come, which the choice of a layout depends on. Its tensors are buffers that no state dict holds: what is saved is a
-    checkpoint's form, which `weight` gives back.
+    checkpoint's form, which `codes` gives back.
     """
 
     words: Tensor
@@ -65,7 +67,7 @@ class PackedWeight(nn.Module):
             self.layout, self.bits, self.out_features, self.in_features, self.group_size,
         )  # fmt: skip
 
-    def weight(self) -> QuantizedWeight:
+    def codes(self) -> QuantizedWeight:
         """The very codes, scales and zeros that it was filled with, where the module lies."""
         codes, scales, zeros = unpack_weight(self.prepared())
         if zeros is None:
@@ -92,7 +94,7 @@ class PackedWeight(nn.Module):
         cast = wanted.dtype != self.activations.dtype or grid.dtype != self.scales.dtype
         if not (moved or cast) or wanted.is_meta or self.words.is_meta:
             return move(fn, recurse)
-        weight = self.weight()
+        weight = self.codes()
         for name in ("words", "scales", "zeros"):
             self._buffers[name] = None  # so that nothing is moved or cast that is laid out anew
         move(fn, recurse)
@@ -113,10 +115,60 @@ class QuantLinear(PackedWeight):
         super().__init__(weight, device, dtype)
         self.bias = bias
 
+    @property
+    def weight(self) -> DenseView:
+        """What `nn.Linear.weight` would be, [N, K] in the dtype of the activations; see `DenseView`."""
+        return DenseView(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         bias = None if self.bias is None else self.bias.unsqueeze(0)
         return self.matmul(x.reshape(-1, self.in_features), None, bias).reshape(*x.shape[:-1], self.out_features)
+
+
+class DenseView(Tensor):
+    """The dense weight [N, K] of a packed module, for model code that reads `module.weight`.
+
+    Its shape, dtype and device cost nothing. An operation on it dequantizes the whole weight for that operation alone,
+    so such code is right and slow. It cannot be written to.
+    """
+
+    @staticmethod
+    def __new__(cls, owner: PackedWeight) -> DenseView:
+        """An empty shell: only the shape, the dtype and the device of the weight are stored."""
+        like = owner.activations
+        made: DenseView = Tensor._make_wrapper_subclass(
+            cls, (owner.out_features, owner.in_features), dtype=like.dtype, device=like.device
+        )
+        return made
+
+    def __init__(self, owner: PackedWeight) -> None:
+        super().__init__()
+        self.owner = owner
+        self._is_hf_initialized = True  # transformers fills what lacks this mark with random numbers
+
+    def dense(self) -> Tensor:
+        """The weight as an ordinary tensor."""
+        return self.owner.codes().dequantize(self.dtype)[0]
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """The shell: printing a weight of a large layer dequantizes nothing."""
+        return f"DenseView({self.owner.extra_repr()})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation on the dense weight.
+
+        Raises:
+            ModelError: the operation writes to it.
+        """
+        written = (value for value, argument in zip(args, func._schema.arguments) if argument.is_write)
+        if any(isinstance(value, cls) for value in written):
+            raise ModelError("a packed weight cannot be written to: load the model with packed=False to change weights")
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class QuantExperts(PackedWeight):

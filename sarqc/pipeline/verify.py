@@ -8,7 +8,7 @@ compares the error of each weight with the one that the run wrote into report.js
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from sarqc.checkpoint import verify as files
 from sarqc.checkpoint.differences import Compared, compare
 from sarqc.checkpoint.manifest import MANIFEST
-from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.errors import CheckpointError, ModelError
 from sarqc.model.lazy_model import Skeleton
 from sarqc.report import report as reports
@@ -35,14 +35,16 @@ class Verified:
     """What was found in `folder`.
 
     problems: a line each, none where it is sound. manifest: whether tensors could be compared with what was written.
-    facts: format and numbers of tensors, files, bytes. errors: relative error ||W - Q|| / ||W|| of each quantized
-    weight, where there was a source to compare with. serve: what the servers make of it, where it is sound.
+    facts: format and numbers of tensors, files, bytes. stored: what of it is counted, where the headers are sound.
+    errors: relative error ||W - Q|| / ||W|| of each quantized weight, where there was a source to compare with.
+    serve: what the servers make of it, where it is sound.
     """
 
     folder: Path
     problems: list[str] = field(default_factory=list)
     manifest: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
+    stored: Storage | None = None
     errors: dict[str, float] = field(default_factory=dict)
     serve: list[RuntimeSupport] = field(default_factory=list)
 
@@ -73,11 +75,22 @@ class Verified:
 
 
 def check(
-    folder: Path, source: Checkpoint | None, *, trust_remote_code: bool = False, progress: Progress | None = None
+    folder: Path,
+    source: Checkpoint | None,
+    *,
+    rescaled: Collection[str] | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Verified:
     """Look at the checkpoint in `folder`; what is wrong with it is in the result, never an exception.
 
-    source: the open checkpoint that it was made of.
+    Args:
+        folder: The checkpoint.
+        source: The open checkpoint that it was made of.
+        rescaled: Tensors that took up channel scales and say nothing beside the source's. By default, those that
+            report.json names.
+        trust_remote_code: Run the Python files of the model.
+        progress: Called as progress(done, total, tensor).
     """
     found = Verified(folder)
     try:
@@ -85,10 +98,11 @@ def check(
             steps = _Steps(progress, len(checkpoint.raw_names()) + (len(checkpoint.names()) if source else 0))
             found.manifest = (folder / MANIFEST).exists()
             found.problems += files.problems(checkpoint, steps.step)
-            found.facts = _facts(checkpoint)
+            found.stored = checkpoint.storage()
+            found.facts = _facts(checkpoint, found.stored)
             _model(found, checkpoint, trust_remote_code)
             if source is not None:
-                _beside(found, checkpoint, source, steps)
+                _beside(found, checkpoint, source, rescaled, steps)
     except CheckpointError as error:
         found.problems.append(str(error))
     return found
@@ -106,8 +120,7 @@ class _Steps:
             self.progress(min(self.done, self.total), self.total, name)
 
 
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    stored = checkpoint.storage()
+def _facts(checkpoint: Checkpoint, stored: Storage) -> dict[str, Any]:
     return {
         "format": checkpoint.format.name if checkpoint.format else None,
         "tensors": stored.tensors,
@@ -128,13 +141,16 @@ def _model(found: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> 
         found.problems.append(f"{checkpoint.folder} is no whole model: {error}")
 
 
-def _beside(found: Verified, checkpoint: Checkpoint, source: Checkpoint, steps: _Steps) -> None:
+def _beside(
+    found: Verified, checkpoint: Checkpoint, source: Checkpoint, rescaled: Collection[str] | None, steps: _Steps
+) -> None:
     """Adds what differs from the source, and each weight's error."""
     report = reports.read(found.folder) or {}
     recorded = report.get("weight_errors")
-    rescaled = report.get("rescaled")
-    names = [name for name in rescaled if isinstance(name, str)] if isinstance(rescaled, list) else []
-    for tensor in compare(checkpoint, source, changed=frozenset(names)):
+    if rescaled is None:
+        named = report.get("rescaled")
+        rescaled = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    for tensor in compare(checkpoint, source, changed=frozenset(rescaled)):
         found.problems += _judge(found, tensor, recorded if isinstance(recorded, dict) else {})
         steps.step(tensor.name)
 

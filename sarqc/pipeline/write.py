@@ -1,127 +1,158 @@
-"""From finished blocks to a checkpoint: pack, write, put the side files beside, read everything back."""
+"""From finished blocks to a checkpoint: their shards are renamed, the other tensors and files are put beside them.
+
+Everything is read back once, and compared with its sum and with the model it was made of. Another format than the
+neutral one of the blocks is made by the code of `sarqc convert` from the finished checkpoint.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from sarqc.checkpoint.assemble import assemble
+from sarqc.checkpoint.convert import Conversion
 from sarqc.checkpoint.folders import atomic_folder
 from sarqc.checkpoint.formats import Format
-from sarqc.checkpoint.reader import Checkpoint
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
-from sarqc.checkpoint.writer import ShardWriter
-from sarqc.config import AUTO, MethodConfig, QuantConfig
+from sarqc.checkpoint.state import ChunkedTensor
+from sarqc.config import AUTO, MethodConfig
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.source import TensorSource
 from sarqc.options import from_record
-from sarqc.pipeline.resume import BlockRecord, Work
-from sarqc.pipeline.verify import check
+from sarqc.pipeline.resume import NEUTRAL, BlockRecord, Work
+from sarqc.pipeline.verify import Verified, check
 from sarqc.report import report as reports
-from sarqc.serving.compatibility import ranks_by_server
+from sarqc.report.result import Result
+from sarqc.report.schema import SIZES
+from sarqc.serving.compatibility import checkpoint_support, ranks_by_server
 
 
-@dataclass(frozen=True)
-class Result:
-    """out: the checkpoint's folder. report: what report.json in it holds."""
+def tensors_of_block(skeleton: Skeleton, source: TensorSource, index: int) -> dict[str, ChunkedTensor]:
+    """The checkpoint's tensors that block `index` is made of, each read when it is asked for.
 
-    out: Path
-    report: dict[str, Any]
+    A tensor of several blocks belongs to the first of them.
+    """
+    before: set[str] = set()
+    for block in range(index + 1):
+        names = _names(skeleton, block) - before
+        before |= names
+    return {name: _lazy(source, name) for name in sorted(names)}
 
 
 def write_checkpoint(
     work: Work, checkpoint: Checkpoint, out: Path, format: Format, *, overwrite: bool = False
 ) -> Result:
-    """Write the finished blocks of `work`, with whatever of `checkpoint` they leave alone, to the folder `out`."""
-    work.check_finished()
-    quant = from_record(QuantConfig, work.fingerprint["quant"])
-    format.check(quant)
-    began = time.perf_counter()
-    size = reports.Size()
+    """Make the folder `out` of the finished blocks of `work`, and of whatever of `checkpoint` they leave alone."""
+    finish = _Finish(work, checkpoint)
     token = hashlib.sha256(str(work.folder.resolve()).encode()).hexdigest()[:8]
-    with atomic_folder(out, overwrite=overwrite, token=token) as partial:
-        writer = ShardWriter(partial)
-        for name, tensor in _tensors(work, checkpoint, format, quant, size):
-            writer.add(name, tensor)
-        writer.close()
-        copy_side_files(checkpoint.folder, partial, code=work.about["code"])
-        bit_widths = chosen.by_linear() if (chosen := work.bit_widths()) else None
-        write_config(partial, checkpoint.config, format.config(quant, work.about["targets"]["untouched"], bit_widths))
-        report = _report(work, checkpoint, quant, size, time.perf_counter() - began) | {"format": format.name}
-        reports.write(partial, report)  # names the tensors that took up scales, which the comparison has to know
-        checked = check(partial, checkpoint, trust_remote_code=work.about["code"])
+    if format is NEUTRAL:
+        with atomic_folder(out, overwrite=overwrite, token=token, within=work.built) as folder:
+            report = finish.report(finish.fill(folder))
+            reports.write(folder, report)
+        return Result.of(out, report)
+    work.built.mkdir()
+    report = finish.report(finish.fill(work.built))
+    code = work.about["code"]
+    with open_checkpoint(work.built) as neutral, atomic_folder(out, overwrite=overwrite, token=token) as folder:
+        record = Conversion(neutral, format).write(folder, code=code)
+        with open_checkpoint(folder) as written:
+            skeleton = Skeleton.from_folder(folder, written, trust_remote_code=code)
+            report["serve"] = ranks_by_server(checkpoint_support(written, skeleton))
+        report |= {"format": record["format"], "size": {name: record[name] for name in SIZES}}
+        reports.write(folder, report)
+    return Result.of(out, report)
+
+
+class _Finish:
+    """The end of a run whose blocks are all finished."""
+
+    def __init__(self, work: Work, checkpoint: Checkpoint) -> None:
+        self.work, self.checkpoint = work, checkpoint
+        self.records = [work.record(index) for index in range(work.blocks)]
+        self.chosen = work.bit_widths()
+        self.rescaled = [name for record in self.records for name in _rescaled(record)]
+        self._began = time.perf_counter()
+
+    def fill(self, folder: Path) -> Verified:
+        """Make the checkpoint in the empty `folder`, all but its report, and read it back; `CheckpointError` where it
+        is not what it has to be."""
+        work, checkpoint = self.work, self.checkpoint
+        stored = {name for record in self.records for name in record.sums}
+        stored |= {f"{linear}.weight" for record in self.records for linear in record.linears}
+        rest = {name: _lazy(checkpoint, name) for name in checkpoint.names() if name not in stored}
+        assemble(folder, [(work.shard(index), record.sums) for index, record in enumerate(self.records)], rest)
+        copy_side_files(checkpoint.folder, folder, code=work.about["code"])
+        bits = self.chosen.by_linear() if self.chosen else None
+        write_config(folder, checkpoint.config, NEUTRAL.config(work.quant, work.about["targets"]["unquantized"], bits))
+        checked = check(folder, checkpoint, rescaled=self.rescaled, trust_remote_code=work.about["code"])
         checked.require()
-        report["weight_errors"] = checked.errors
-        report["serve"] = ranks_by_server(checked.serve)
-        reports.write(partial, report)
-    return Result(out, report)
+        return checked
+
+    def report(self, checked: Verified) -> dict[str, Any]:
+        """What report.json will hold of the checkpoint that `fill` made."""
+        assert checked.stored is not None
+        work, records, chosen = self.work, self.records, self.chosen
+        report = reports.build(
+            model=work.about["model"],
+            source=reports.source_record(self.checkpoint.folder, self.checkpoint),
+            quant=work.quant,
+            method=from_record(MethodConfig, work.fingerprint["method"]),
+            calibration=work.about["calibration"],
+            targets=work.about["targets"],
+            sites=[site for record in records for site in record.reports],
+            blocks=[(index, record.seconds) for index, record in enumerate(records)],
+            stages=self._stages(),
+            size=checked.stored.record(),
+            device=work.about["device"],
+            notes=[note for record in records for note in record.notes],
+        )
+        if (dtype := work.about.get("dtype", AUTO)) != AUTO:
+            report["dtype"] = dtype
+        if work.about["code"]:
+            report["trust_remote_code"] = True
+        if chosen:
+            report["widths"] = chosen.record()
+        if self.rescaled:
+            report["rescaled"] = self.rescaled
+        return report | {
+            "format": NEUTRAL.name,
+            "weight_errors": checked.errors,
+            "serve": ranks_by_server(checked.serve),
+        }
+
+    def _stages(self) -> dict[str, float]:
+        """Seconds of each stage over all blocks."""
+        stages: dict[str, float] = {}
+        for record in self.records:
+            for stage, spent in record.seconds.items():
+                stages[stage] = stages.get(stage, 0.0) + spent
+        stages |= {"sensitivity": self.chosen.seconds} if self.chosen else {}
+        stages["write"] = time.perf_counter() - self._began
+        walls = sum(record.wall for record in self.records)
+        stages["total"] = walls + stages.get("sensitivity", 0.0) + stages["write"]
+        return stages
 
 
-def _tensors(
-    work: Work, checkpoint: Checkpoint, format: Format, quant: QuantConfig, size: reports.Size
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint: first what stays as it is, byte for byte, then the blocks."""
-    blocks = range(work.blocks)
-    replaced = {f"{linear}.weight" for index in blocks for linear in work.linears(index)}
-    replaced |= {name for index in blocks for name in work.changed_names(index)}
-    for name in checkpoint.names():
-        if name not in replaced:
-            tensor = checkpoint.load(name)
-            size.left(tensor)
-            yield name, tensor
-    for index in blocks:
-        for linear, weight in work.each_weight(index):
-            packed = format.pack(linear, weight, quant.at(weight.bits))
-            size.quantized(weight, packed)
-            yield from packed.items()
-        for name, tensor in work.changed(index).items():
-            size.left(tensor)
-            yield name, tensor
-
-
-def _report(
-    work: Work, checkpoint: Checkpoint, quant: QuantConfig, size: reports.Size, seconds: float
-) -> dict[str, Any]:
-    records = [work.record(index) for index in range(work.blocks)]
-    stages: dict[str, float] = {}
-    for record in records:
-        for stage, spent in record.seconds.items():
-            stages[stage] = stages.get(stage, 0.0) + spent
-    chosen = work.bit_widths()
-    stages |= {"sensitivity": chosen.seconds} if chosen else {}
-    stages["write"] = seconds
-    stages["total"] = sum(record.wall for record in records) + stages.get("sensitivity", 0.0) + seconds
-    report = reports.build(
-        model=work.about["model"],
-        source=reports.source_record(checkpoint.folder, checkpoint),
-        quant=quant,
-        method=from_record(MethodConfig, work.fingerprint["method"]),
-        calibration=work.about["calibration"],
-        targets=work.about["targets"],
-        sites=[site for record in records for site in record.reports],
-        blocks=[(index, record.seconds) for index, record in enumerate(records)],
-        stages=stages,
-        size=size.record(),
-        device=work.about["device"],
-        notes=[note for record in records for note in record.notes],
-    )
-    if (dtype := work.about.get("dtype", AUTO)) != AUTO:
-        report["dtype"] = dtype
-    if work.about["code"]:
-        report["trust_remote_code"] = True
-    if chosen:
-        report["widths"] = chosen.record()
-    if rescaled := [name for index, record in enumerate(records) for name in _rescaled(work, index, record)]:
-        report["rescaled"] = rescaled
-    return report
-
-
-def _rescaled(work: Work, index: int, record: BlockRecord) -> list[str]:
+def _rescaled(record: BlockRecord) -> Sequence[str]:
     """Tensors of a block that are not comparable with the source's: those that took up channel scales, and where there
     are any the weights too, which are quantized after their inputs and outputs were scaled."""
     scaled = any(report.exponent > 0 for report in record.reports)
-    weights = [f"{linear}.weight" for linear in work.linears(index)] if scaled else []
-    return [*work.changed_names(index), *weights]
+    return [*record.changed, *(f"{linear}.weight" for linear in record.linears if scaled)]
+
+
+def _names(skeleton: Skeleton, index: int) -> set[str]:
+    start = f"{skeleton.prefix}.{index}."
+    return {piece.name for name, pieces in skeleton.pieces.items() if name.startswith(start) for piece in pieces}
+
+
+def _lazy(source: TensorSource, name: str) -> ChunkedTensor:
+    def each() -> Iterator[Tensor]:
+        yield source.load(name)
+
+    return ChunkedTensor(source.shape(name), source.dtype(name), each)

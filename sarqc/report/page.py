@@ -8,7 +8,7 @@ left alone, with which settings. A section that has nothing to show is not there
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sarqc.report import summary
@@ -280,16 +280,23 @@ def _time(report: summary.Report) -> str:
 def _left_alone(report: summary.Report) -> str:
     found = report["targets"]
     ignored: dict[str, str] = found.get("ignored", {})
+    left: dict[str, str] = found.get("left", {})
     rows = [
         (
             name,
             str(count),
-            f"ignore pattern {reason}" if reason else "outside the blocks, a router, or not used by transformers",
+            reason or "outside the blocks, or not used by transformers",
         )
-        for (name, reason), count in _folded((name, ignored.get(name, "")) for name in found.get("untouched", []))
+        for (name, reason), count in _folded(
+            (name, _reason(name, ignored, left)) for name in found.get("untouched", [])
+        )
     ]
     told = f"{found['quantized']} layers were quantized. Norms and embeddings always stay; so do these:"
     return _section("Left unquantized", told, _table(("layer (* counts)", "how many", "why"), rows))
+
+
+def _reason(name: str, ignored: Mapping[str, str], left: Mapping[str, str]) -> str:
+    return f"ignore pattern {ignored[name]}" if name in ignored else left.get(name, "")
 
 
 def _folded(names: Iterable[tuple[str, str]]) -> list[tuple[tuple[str, str], int]]:

@@ -12,18 +12,15 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from sarqc import legacy
 from sarqc.checkpoint.files import file_in, read_json
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.layer import LayerReport
-from sarqc.method.weight import QuantizedWeight
 from sarqc.model.source import TensorSource
 from sarqc.options import record
 from sarqc.report import model_card, page
@@ -31,33 +28,6 @@ from sarqc.report.schema import check
 from sarqc.system import peak_memory_mib, versions
 
 REPORT, PAGE = "report.json", "report.html"
-
-
-@dataclass
-class Size:
-    """Bits and bytes of what is written, counted as it goes by."""
-
-    quantized_weights: int = 0
-    quantized_bytes: int = 0
-    left_bytes: int = 0
-
-    def quantized(self, weight: QuantizedWeight, packed: dict[str, Tensor]) -> None:
-        """Count one quantized Linear and the tensors it became."""
-        self.quantized_weights += weight.codes.numel()
-        self.quantized_bytes += sum(map(_bytes, packed.values()))
-
-    def left(self, tensor: Tensor) -> None:
-        """Count one tensor that stays as it is."""
-        self.left_bytes += _bytes(tensor)
-
-    def record(self) -> dict[str, Any]:
-        """Totals; bits_per_weight counts codes, scales and zeros over the quantized weights alone."""
-        return {
-            "bytes": self.quantized_bytes + self.left_bytes,
-            "quantized_weights": self.quantized_weights,
-            "quantized_bytes": self.quantized_bytes,
-            "bits_per_weight": round(8 * self.quantized_bytes / max(self.quantized_weights, 1), 3),
-        }
 
 
 def build(
@@ -174,10 +144,6 @@ def write_text(path: Path, content: str) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _mean(values: Sequence[float]) -> float:

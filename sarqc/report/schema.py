@@ -14,7 +14,7 @@ def check(report: Mapping[str, Any], where: str) -> None:
     _fields(report, _REPORT, where)
     _fields(report["quant"], {"bits": _number, "group_size": _number, "sym": _flag}, f"{where}: quant")
     _fields(report["method"], {"method": _string}, f"{where}: method")
-    _fields(report["size"], dict.fromkeys(_SIZES, _number), f"{where}: size")
+    _fields(report["size"], dict.fromkeys(SIZES, _number), f"{where}: size")
     if report["quant"].get("avg_bits") is not None:
         _fields(report["quant"], {"avg_bits": _number, "bit_options": _counts}, f"{where}: quant")
     for index, site in enumerate(report["sites"]):
@@ -77,6 +77,7 @@ def _targets(value: object) -> bool:
     return (
         isinstance(value, dict)
         and _texts(value.get("ignored", {}))
+        and _texts(value.get("left", {}))
         and isinstance(value.get("untouched", []), list)
         and all(map(_string, value.get("untouched", [])))
         and _number(value.get("quantized"))
@@ -88,7 +89,7 @@ def _either(value: object) -> bool:
 
 
 Kind = Callable[[object], bool]
-_SIZES = ("bytes", "quantized_weights", "quantized_bytes", "bits_per_weight")
+SIZES = ("bytes", "quantized_weights", "quantized_bytes", "bits_per_weight")
 _CALIBRATION: dict[str, Kind] = {"text": _string, "windows": _number, "seqlen": _number}
 _SITE: dict[str, Kind] = {
     "site": _string,

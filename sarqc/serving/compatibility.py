@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sarqc.checkpoint.reader import Checkpoint
 from sarqc.config import QuantConfig
-from sarqc.model.layers import Target, targets
+from sarqc.model.layers import Target, targets_of
 from sarqc.model.lazy_model import Skeleton
 from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support
 
@@ -34,7 +34,7 @@ def checkpoint_support(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Runti
     kinds = _kinds(checkpoint)
     if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
         return []
-    found = targets(skeleton, QuantConfig())
+    found = targets_of(skeleton, checkpoint.linears())
     told = []
     for kind, linears in kinds.items():
         quantized = [target for target in found.selected if target.linear in linears]

@@ -9,11 +9,12 @@ already done, the part of that loss which column j decides is M_jj^2 (p_j - q_j)
 so the best code of column j is p_j rounded. That is GPTQ (the same codes as its textbook form), with no inverse of H
 and each weight written once. Rows are independent; experts are independent; an identity M is plain rounding.
 
-Three operations, each a `torch.library` custom op of the namespace `sarqc` behind a function that checks:
+Four operations, each a `torch.library` custom op of the namespace `sarqc` behind a function that checks:
 
 - `fit_grid`: scales and zeros of every group, by min-max or by weighted error search.
 - `round_to_grid`: codes of plain rounding on a given grid.
 - `quantize_columns`: codes with error feedback, on a given grid or one fitted as the solver reaches each group.
+- `coordinate_descent` (`descent.py`): codes and scales of a quantized weight improve each other.
 
 The weight that codes stand for is (code - zero) * scale in fp32, throughout. NaN or Inf in weights is not looked for
 (that would wait for the device): the caller checks; here they spoil the codes of their own rows and raise nothing.
@@ -29,13 +30,22 @@ from torch import Tensor
 
 from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_bits, check_grid, check_same_device, check_tensor
-from sarqc_kernels.columns import grid, panels, reference
+from sarqc_kernels.columns import descent, grid, panels, reference
+from sarqc_kernels.columns.descent import coordinate_descent
 from sarqc_kernels.columns.grid import GridRule, Problem
 from sarqc_kernels.device import fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.packing import words_of
 
-__all__ = ["GridRule", "Problem", "fit_grid", "implementations", "quantize_columns", "round_to_grid"]
+__all__ = [
+    "GridRule",
+    "Problem",
+    "coordinate_descent",
+    "fit_grid",
+    "implementations",
+    "quantize_columns",
+    "round_to_grid",
+]
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,7 +129,7 @@ _QUANTIZE = (
 
 def implementations() -> dict[str, Sequence[Implementation]]:
     """What there is of each operation, fastest first on a card; for `backend.explain`."""
-    return {"fit_grid": _FIT, "round_to_grid": _ROUND, "quantize_columns": _QUANTIZE}
+    return {"fit_grid": _FIT, "round_to_grid": _ROUND, "quantize_columns": _QUANTIZE, **descent.implementations()}
 
 
 def fit_grid(
@@ -172,9 +182,9 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, b
 def quantize_columns(
     weight: Tensor,
     factor: Tensor,
-    order: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
+    order: Tensor | None = None,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
     *,
     bits: int,
     group_size: int,

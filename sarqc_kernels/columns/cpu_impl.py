@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sarqc_kernels import cpu_build
 from sarqc_kernels.columns import grid, reference
+from sarqc_kernels.columns.descent_reference import DEPTH, REACH, initial_state
 from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem
 from sarqc_kernels.columns.panels import factors_of
 from sarqc_kernels.columns.reference import Work
 from sarqc_kernels.errors import BackendError
+from sarqc_kernels.products import columns_product
 
-__all__ = ["fit_grid", "quantize_columns", "unsupported"]
+__all__ = ["coordinate_descent", "fit_grid", "quantize_columns", "unsupported", "why_not"]
 
 _CUT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Bits of mantissa that a dtype has less than fp32."""
@@ -49,6 +53,16 @@ class Fit(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("groups", "importance", "table", "scales", "zeros")),
         *((name, ctypes.c_int64) for name in ("members", "blocks", "rows", "trials", "sym", "cut")),
         *((name, ctypes.c_float) for name in ("top", "middle", "tiny", "most")),
+    )
+
+
+class Descent(ctypes.Structure):
+    """`struct Descent` of csrc/columns_cpu.cpp, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("levels", "scales", "zeros", "error", "hessian", "usable")),
+        *((name, ctypes.c_int64) for name in ("experts", "rows", "columns", "groups", "passes", "cut")),
+        *((name, ctypes.c_float) for name in ("top", "reach")),
     )
 
 
@@ -126,6 +140,44 @@ def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, rule: G
     return grid.fit_by_slabs(weight, importance, group_size, rule, fit)
 
 
+def coordinate_descent(
+    weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, bits: int, passes: int
+) -> tuple[Tensor, Tensor]:
+    """`sarqc_kernels.columns.coordinate_descent` on a CPU, in one call."""
+    made = _library()
+    state = initial_state(weight, codes, scales, zeros, hessian.contiguous(), bits)
+    usable = state.usable.to(torch.uint8)
+    call = Descent(
+        levels=state.levels.data_ptr(),
+        scales=state.scales.data_ptr(),
+        zeros=state.zeros.data_ptr(),
+        error=state.gradient.data_ptr(),
+        hessian=state.hessian.data_ptr(),
+        usable=usable.data_ptr(),
+        experts=weight.shape[0],
+        rows=state.levels.shape[2],
+        columns=weight.shape[2],
+        groups=scales.shape[2],
+        passes=passes,
+        cut=_CUT[scales.dtype],
+        top=state.top,
+        reach=REACH,
+    )
+    _in_parts(made.sarqc_descent, call)
+    return state.results(weight.shape[1])
+
+
+def _in_parts(function: Callable[[object, int, int], None], call: ctypes.Structure) -> None:
+    """`function` by as many threads as torch has: tiles of rows are independent, and ctypes releases the GIL."""
+    parts = torch.get_num_threads()
+    others = [threading.Thread(target=function, args=(ctypes.byref(call), part, parts)) for part in range(1, parts)]
+    for thread in others:
+        thread.start()
+    function(ctypes.byref(call), 0, parts)
+    for thread in others:
+        thread.join()
+
+
 def unsupported(weight: Tensor) -> str | None:
     """Why a weight cannot be taken; None where it can. The first call builds the library and compares it with torch."""
     return why_not() if weight.device.type == "cpu" else f"tensors are on {weight.device.type}, not on the CPU"
@@ -145,7 +197,7 @@ def why_not() -> str | None:
 def _library() -> ctypes.CDLL:
     """The library with the types of its functions. Raises BackendError where there is none, or an old one."""
     made = cpu_build.library("columns_cpu")
-    for name, structure in (("stretch", Stretch), ("fit", Fit)):
+    for name, structure in (("stretch", Stretch), ("fit", Fit), ("descent", Descent)):
         size = getattr(made, f"sarqc_{name}_size")
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(structure):
@@ -186,4 +238,13 @@ def _equals_torch(steps: CppSteps) -> bool:
         grid_found = torch.empty(2, experts, rows)
         own.fit(weight, weight[:, :, 0].square(), rule, grid_found[0], grid_found[1])
         results.append((work.delta[:100], work.codes[:100], pull[100:], grid_found))
-    return all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+    return _keeps_order(generator) and all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+
+
+def _keeps_order(generator: torch.Generator) -> bool:
+    """Whether BLAS adds a product of `DEPTH` columns in their order, each with one fused step."""
+    left, right = torch.randn(DEPTH, 96, generator=generator), torch.randn(DEPTH, 70, generator=generator)
+    total = torch.zeros(96, 70)
+    for one, other in zip(left, right):
+        total.addcmul_(one[:, None], other)
+    return torch.equal(columns_product(left, right), total)

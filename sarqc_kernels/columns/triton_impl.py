@@ -54,10 +54,13 @@ SCALES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 @triton.jit
 def _add_pull(acc, factor, delta, begin, end, column, live_column, row, live_row, rows, stride, DEPTH: tl.constexpr):
     """acc [columns, rows] + sum over begin <= i < end of M[i, column] delta[i, row]."""
+    line = factor + tl.cast(begin, tl.int64) * stride  # a factor can have more than 2^31 elements
+    within = tl.arange(0, DEPTH)[:, None] * stride + column[None, :]
     for start in range(begin, end, DEPTH):
         i = start + tl.arange(0, DEPTH)
         live = (i < end)[:, None]
-        m = tl.load(factor + i[:, None] * stride + column[None, :], mask=live & live_column[None, :], other=0.0)
+        m = tl.load(line + within, mask=live & live_column[None, :], other=0.0)
+        line += DEPTH * stride
         d = tl.load(delta + i[:, None] * rows + row[None, :], mask=live & live_row[None, :], other=0.0)
         acc = tl.dot(tl.trans(m), d, acc, input_precision="tf32x3")
     return acc
@@ -87,6 +90,7 @@ def _micro_panel(
     top, ROUND: tl.constexpr, MICRO: tl.constexpr,
 ):  # fmt: skip
     """Columns start .. min(start + MICRO, end) - 1, one by one; `ahead` holds what the columns before them ask."""
+    line = factor + tl.cast(start, tl.int64) * columns + start
     errors = ()
     for k in tl.static_range(MICRO):
         j = start + k
@@ -94,7 +98,7 @@ def _micro_panel(
         both = live & inside
         asked = tl.load(ahead + k * rows + row, mask=live, other=0.0)
         for i in tl.static_range(k):
-            m = tl.load(factor + (start + i) * columns + j, mask=inside & good, other=0.0)
+            m = tl.load(line + i * columns + k, mask=inside & good, other=0.0)
             asked = tl.fma(errors[i], m, asked)
         moved = asked * tl.load(inverse + j, mask=inside, other=0.0)
         if ROUND:
@@ -147,7 +151,7 @@ def _columns(
     matrix, vector = (expert * columns + first) * rows, expert * columns + first
     weight, delta, codes = weight + matrix, delta + matrix, codes + matrix
     pull, ahead = pull + expert * PANEL * rows, ahead + expert * MICRO * rows
-    factor += expert * factor_expert + first * columns + first
+    factor += expert * factor_expert + tl.cast(first, tl.int64) * columns + first
     inverse, importance, group_of = inverse + vector, importance + vector, group_of + vector
     scales, zeros = scales + expert * groups * rows, zeros + expert * groups * rows
     for begin in range(0, last - first, stretch):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from sarqc.checkpoint import shards
-from sarqc.checkpoint.state import ChunkedTensor, open_state, write_state
+from sarqc.checkpoint.state import ChunkedTensor, State, write_state
 from sarqc.errors import CheckpointError, ResourceError
 
 
@@ -46,7 +46,7 @@ def test_pieces_that_are_read_are_the_whole(hidden, tmp_path, monkeypatch, piece
     monkeypatch.setattr(shards, "_PART", piece)
     tensors = {"hidden": hidden, "scalar": torch.tensor(3.0), "empty": torch.empty(0, 4)}
     write_state(tmp_path / "file", tensors, {})
-    with open_state(tmp_path / "file") as state:
+    with State(tmp_path / "file") as state:
         parts = state.parts("hidden")
         found = list(parts.each())
         assert torch.equal(torch.cat(found), hidden) and (parts.shape, parts.dtype) == (hidden.shape, hidden.dtype)
@@ -64,7 +64,7 @@ def test_a_flipped_bit_is_found_behind_the_last_piece(hidden, tmp_path, monkeypa
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
-    with open_state(path) as state:
+    with State(path) as state:
         with pytest.raises(CheckpointError, match="'hidden' does not match its sum"):
             list(state.parts("hidden").each())
         with pytest.raises(CheckpointError, match="'hidden' does not match its sum"):

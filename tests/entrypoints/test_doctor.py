@@ -42,19 +42,22 @@ def test_every_operation_has_one_implementation_that_runs_and_is_right():
 
 
 def test_probes_cover_every_operation_of_the_kernels():
-    from sarqc_kernels import columns, gram
+    from sarqc_kernels import columns, dequant, gram
 
     assert {probe.op for probe in selftest.PROBES} == {
-        *gram.implementations(), *columns.implementations(), "w4a16_matmul", "w4a16_experts",
+        *gram.implementations(), *columns.implementations(), *dequant.implementations(), "w4a16_matmul",
+        "w4a16_experts",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("probe", selftest.PROBES, ids=lambda probe: probe.op)
 def test_a_self_test_notices_a_wrong_implementation(probe, monkeypatch):
     """Every result is turned upside down on its way out of the operation."""
-    for room in (selftest.gram, selftest.columns, selftest.w4a16):
-        if hasattr(room, probe.op):
-            right = getattr(room, probe.op)
+    rooms = (selftest.gram, selftest.columns, selftest.w4a16, selftest.dequant)
+    name = "dequantize_fp8" if probe.op == "dequantize" else probe.op  # one operation behind two functions
+    for room in rooms:
+        if hasattr(room, name):
+            right = getattr(room, name)
 
     def wrong(*args, **kwargs):
         out = right(*args, **kwargs)
@@ -64,9 +67,9 @@ def test_a_self_test_notices_a_wrong_implementation(probe, monkeypatch):
         spoil = lambda part: 15 - part if part.dtype == torch.uint8 else -part  # noqa: E731
         return tuple(map(spoil, out)) if isinstance(out, tuple) else spoil(out)
 
-    for room in (selftest.gram, selftest.columns, selftest.w4a16):
-        if hasattr(room, probe.op):
-            monkeypatch.setattr(room, probe.op, wrong)
+    for room in rooms:
+        if hasattr(room, name):
+            monkeypatch.setattr(room, name, wrong)
     chosen = next(verdict for verdict in doctor.judge(probe, CPU) if verdict.chosen)
     assert chosen.failed is not None and "off by" in chosen.failed
 

@@ -61,7 +61,7 @@ def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
     elsewhere.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(elsewhere)
-    sarqc.preflight(source, "~/run", work_dir="~/work", **SMALL)
+    sarqc.estimate(source, "~/run", work_dir="~/work", **SMALL)
     run = sarqc.quantize(source, "~/run", work_dir="~/work", method="rtn", group_size=32)
     converted = convert("~/run", "~/converted", format="gptq")
     compared = sarqc.compare(source, "~/compared", methods=["rtn"], bits=[4], seqlen=32, eval_seqlen=32, eval_windows=1)

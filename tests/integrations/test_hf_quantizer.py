@@ -15,7 +15,7 @@ import sarqc
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.integrations.register import can_pack
 from sarqc.model.packed_linear import PackedWeight, QuantExperts, QuantLinear
-from tests.support import tiny
+from tests.support import families, tiny
 
 SETTINGS = {
     "w4": dict(bits=4, group_size=32),
@@ -122,10 +122,10 @@ def test_casting_keeps_the_codes_and_picks_the_layout_anew(quantized, kind):
     wide, _ = sarqc.load(folder, packed=True, dtype="float32")
     projection, other = (each.model.layers[0].self_attn.q_proj for each in (model, wide))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    before, bf16 = projection.weight(), projection(x.bfloat16())
+    before, bf16 = projection.codes(), projection(x.bfloat16())
     assert projection.layout == "int4pack"
     model.to(torch.float32)
-    after = projection.weight()
+    after = projection.codes()
     assert projection.layout == other.layout == "stream"
     assert torch.equal(before.codes, after.codes) and torch.equal(before.scales, after.scales)
     assert after.scales.dtype == torch.bfloat16
@@ -215,3 +215,13 @@ def test_the_order_of_imports_does_not_matter(statement, found):
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == found
+
+
+@pytest.mark.parametrize("row", ["hunyuan_v1_moe", "deepseek_v32", "mamba"])
+def test_code_that_reads_a_packed_weight_runs(registered, tmp_path, row):
+    """These ask a Linear for its weight's dtype, or multiply with the weight themselves."""
+    out = families.rounded(families.save(row, tmp_path / "in"), tmp_path / "out")
+    model = load(out, dtype=torch.float32)
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
+    apart = (logits(model, families.TOKENS) - families.ours(out)).abs().amax(-1)
+    assert apart.median() < 0.05 * families.ours(out).std()

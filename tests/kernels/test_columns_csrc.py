@@ -32,16 +32,21 @@ class HostSteps(TorchProducts):
         assert self.library.sarqc_columns(cuda_impl.filled(work, first, last, action), 1, None) == 0
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> HostSteps:
+def compiled(folder: Path) -> ctypes.CDLL:
+    """csrc/columns.cu by the host's compiler; skips where there is none."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    made = tmp_path_factory.mktemp("csrc") / "columns.so"
+    made = folder / "columns.so"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
     include = ["-I", str(HOST), "-I", str(sources())]
     subprocess.run([compiler, *flags, *include, "-o", str(made), str(HOST / "columns.cpp")], check=True)
-    return HostSteps(cuda_impl.bind(ctypes.CDLL(str(made))))
+    return cuda_impl.bind(ctypes.CDLL(str(made)))
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> HostSteps:
+    return HostSteps(compiled(tmp_path_factory.mktemp("csrc")))
 
 
 CASES = [

@@ -49,7 +49,8 @@ def test_gram(experts, tokens, inputs, dtype, extra, calls, seed):
     generator = torch.Generator().manual_seed(seed)
     sums = torch.zeros(experts, inputs, inputs), torch.zeros(experts, dtype=torch.int64), torch.zeros(experts, inputs)
     ours = [part.to(DEVICE) for part in sums]
-    exact, slack, counted = torch.zeros_like(sums[0]).double(), 0.0, torch.zeros_like(sums[1])
+    exact, counted = torch.zeros_like(sums[0]).double(), torch.zeros_like(sums[1])
+    slack = torch.zeros_like(exact)
     for _ in range(calls):
         wide = torch.randn(tokens, inputs + extra, generator=generator).to(dtype)
         x, offsets = wide[:, extra:], uneven_offsets(generator, tokens, experts)
@@ -83,7 +84,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def drawn_problem(case: Case, seed: int) -> tuple[torch.Tensor, ...]:
+def drawn_problem(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(case.experts, case.rows, case.columns, generator=generator)
     hessian = random_gram(generator, case.experts, case.columns)

@@ -12,14 +12,14 @@ tl = pytest.importorskip("triton.language")
 
 
 @triton.jit
-def cast_kernel(source, target, count, BLOCK: tl.constexpr):
+def cast_kernel(source, target, count, BLOCK: tl.constexpr):  # type: ignore[name-defined]
     at = tl.arange(0, BLOCK)
     values = tl.load(source + at, mask=at < count)
     tl.store(target + at, values.to(target.dtype.element_ty), mask=at < count)
 
 
 @triton.jit
-def dot_kernel(a, b, c, steps, SIZE: tl.constexpr):
+def dot_kernel(a, b, c, steps, SIZE: tl.constexpr):  # type: ignore[name-defined]
     at = tl.arange(0, SIZE)
     square = at[:, None] * SIZE + at[None, :]
     total = tl.zeros((SIZE, SIZE), tl.float32)
@@ -29,7 +29,7 @@ def dot_kernel(a, b, c, steps, SIZE: tl.constexpr):
 
 
 @triton.jit
-def add_kernel(a, BLOCK: tl.constexpr):
+def add_kernel(a, BLOCK: tl.constexpr):  # type: ignore[name-defined]
     at = tl.arange(0, BLOCK)
     tl.store(a + at, tl.load(a + at) + tl.load(a + at))
 

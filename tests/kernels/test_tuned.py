@@ -49,8 +49,9 @@ def test_an_entry_decides(monkeypatch):
     with_entry(monkeypatch, "columns", {"tiles": "many rows"})
     assert columns.choose(*CALLS["columns"]) == columns.CONFIGURATIONS["many rows"] != columns.rule(*CALLS["columns"])
     with_entry(monkeypatch, "w4a16", {"plan": "dot 32 splits 2"})
-    plan = w4a16.choose(*CALLS["w4a16"])
-    assert (plan.kernel, plan.tokens, plan.splits) == ("dot", 32, 2) and plan != w4a16.rule(*CALLS["w4a16"])
+    product = w4a16.choose(*CALLS["w4a16"])
+    assert (product.kernel, product.tokens, product.splits) == ("dot", 32, 2)
+    assert product != w4a16.rule(*CALLS["w4a16"])
 
 
 def test_splits_of_an_entry_do_not_exceed_the_rows_of_a_call(monkeypatch):

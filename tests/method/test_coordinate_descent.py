@@ -4,12 +4,13 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
-from sarqc.method.coordinate_descent import REACH, descend
+from sarqc.method.coordinate_descent import descend
 from sarqc.method.gram import Statistics
 from sarqc.method.hessian import factor
 from sarqc.method.layer import solve_site
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import quantize_columns
+from sarqc_kernels.columns.descent_reference import REACH
 
 
 def metric_of(experts: int, size: int, generator: torch.Generator) -> Tensor:

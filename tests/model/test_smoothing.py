@@ -179,7 +179,13 @@ def folded(case, quant=QUANT, seed=0):
         gram = SimpleNamespace(rows=torch.ones(1, dtype=torch.int64))  # all that a choice drawn at random looks at
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(channel_scales, "search", draw)
-            scales.decide(shares, [gram] * len(shares), lambda _, seen: seen, lambda _: quant, torch.bfloat16)
+            scales.decide(
+                shares,
+                [gram] * len(shares),
+                lambda _, seen: seen,  # type: ignore[return-value]
+                lambda _: quant,
+                torch.bfloat16,
+            )
         for share in shares:
             weight = scales.of(share).apply(share.weight(skeleton.model))
             starts = dict(

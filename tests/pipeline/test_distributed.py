@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import sarqc
+from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import Interrupted, NumericError
 from sarqc.pipeline import distributed, driver, passes, quantize_site
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.progress import NoProgress
-from sarqc.pipeline.resume import default_work, reopen
-from tests.support import kept, tiny
+from sarqc.pipeline.resume import default_work
+from tests.support import tiny
 from tests.support.ranks import in_ranks
 
 SMALL = {"num_samples": 8, "seqlen": 32, "group_size": 32, "micro_batch": 1, "method": "sarqc-awq-gptq"}
@@ -36,7 +37,7 @@ def models(tmp_path_factory):
 def straight(models, tmp_path_factory):
     """One process."""
     folder = tmp_path_factory.mktemp("straight")
-    return {kind: kept.quantize(path, folder / kind, **SMALL) for kind, path in models.items()}
+    return {kind: sarqc.quantize(path, folder / kind, **SMALL) for kind, path in models.items()}
 
 
 def in_all(size, source, out, log, **changes):
@@ -50,8 +51,8 @@ def weights(out):
 
 
 def stored(out):
-    with reopen(default_work(out)) as work:
-        return [weight for index in range(work.blocks) for weight in work.stored(index)[0].values()]
+    with open_checkpoint(out) as checkpoint:
+        return [checkpoint.quantized(linear) for linear in checkpoint.linears()]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -82,8 +83,7 @@ def test_ranks_agree_on_the_layer_that_makes_up_for_errors(models, tmp_path, mon
 
 @pytest.mark.parametrize(("kind", "size"), [("llama", 4), ("qwen3_moe", 2)])
 def test_other_sums_change_few_codes(models, straight, tmp_path, kind, size):
-    with kept.kept():
-        in_all(size, models[kind], tmp_path / "out", tmp_path / "log")
+    in_all(size, models[kind], tmp_path / "out", tmp_path / "log")
     pairs = list(zip(stored(tmp_path / "out"), stored(straight[kind].out), strict=True))
     differing = sum(int((one.codes != other.codes).sum()) for one, other in pairs)
     assert differing <= BOUND * sum(one.codes.numel() for one, _ in pairs)
@@ -136,7 +136,7 @@ def test_a_rank_that_ends_early_ends_all(models, straight, tmp_path, outcomes, h
                 raise NumericError(f"{name}: no good")
             return solve_site(name, *args, **options)
 
-        quantize_site.solve_site = bad
+        setattr(quantize_site, "solve_site", bad)  # noqa: B010
         sarqc.quantize(source, out, ordered=ordered, **SMALL)
 
     began = time.monotonic()
@@ -168,7 +168,7 @@ def test_memory_that_runs_out_on_one_rank_makes_all_take_less(models, straight, 
                 raise torch.OutOfMemoryError("tried to allocate 2 GB")
             return solve_site(name, *args, **options)
 
-        quantize_site.solve_site = full
+        setattr(quantize_site, "solve_site", full)  # noqa: B010
         result = sarqc.quantize(models["qwen3_moe"], out, ordered=True, **SMALL | {"method": "gptq"})
         assert any("Grams at a time halved" in note for note in result.report["notes"])
 

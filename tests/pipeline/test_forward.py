@@ -38,7 +38,7 @@ def sites_of(model, block, prefix):
         while not task.ended:
             arrival = task.resume()
             if not task.ended:
-                seen.append(arrival.point)
+                seen.append(getattr(arrival, "point"))  # noqa: B009
     return seen
 
 

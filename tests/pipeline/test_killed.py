@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 
 import pytest
 
@@ -73,21 +72,3 @@ def test_the_work_folder_is_always_one_that_goes_on(straight, tmp_path):
     assert default_work(out).is_dir()
     sarqc.quantize(**run, out=out)
     assert contents(out) == expected
-
-
-@pytest.mark.fault("SIGKILL while a kept run is exported")
-def test_a_kill_while_a_kept_run_is_exported(straight, tmp_path, outcomes):
-    """The work folder outlives it, and the next try clears away what the last one left."""
-    run, expected, _ = straight
-    work, out = tmp_path / "work", tmp_path / "out"
-    sarqc.quantize(**run, out=out, work_dir=work, keep_work=True)
-    shutil.rmtree(out)
-    kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file() and path.name != "lock"}
-    operations = count_operations(lambda: sarqc.export(work, tmp_path / "counted"))
-    shutil.rmtree(tmp_path / "counted")
-    for kill_at in (operations // 3, operations // 2, operations - 8):
-        assert in_child(lambda: sarqc.export(work, out), kill_at=kill_at) == -9
-        assert not out.exists() and {path: path.read_bytes() for path in kept} == kept
-    sarqc.export(work, out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "work"]
-    outcomes.recovered(contents(out), expected, trials=3)

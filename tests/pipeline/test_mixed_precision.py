@@ -25,7 +25,7 @@ from sarqc.model.packed_linear import PackedWeight
 from sarqc.pipeline import bit_allocation
 from sarqc.pipeline.bit_allocation import BitAllocation, UnitBits, choose
 from sarqc.pipeline.progress import NoProgress
-from sarqc.pipeline.resume import default_work, reopen
+from sarqc.pipeline.resume import default_work
 from sarqc.pipeline.sensitivity import SiteSensitivity
 from sarqc.report import report as reports
 from tests.support import kept, tiny
@@ -185,11 +185,11 @@ def test_a_stopped_run_goes_on_with_its_widths(models, runs, tmp_path):
     assert "sensitivity" not in {name for _, name in again.stages}
     theirs, ours = (folder / "model.safetensors" for folder in (runs["llama"].out, tmp_path / "out"))
     assert theirs.read_bytes() == ours.read_bytes()
-    (kept / "widths.json").unlink()
-    with pytest.raises(CheckpointError, match=r"widths.json is missing.*--no-resume"):
+    (kept / "bit_allocation.json").unlink()
+    with pytest.raises(CheckpointError, match=r"bit_allocation.json is missing.*--no-resume"):
         sarqc.quantize(models["llama"], tmp_path / "other", work_dir=kept, **SMALL)
-    (kept / "widths.json").write_text('{"units": []}')
-    with pytest.raises(CheckpointError, match=r"widths.json is damaged.*--no-resume"):
+    (kept / "bit_allocation.json").write_text('{"units": []}')
+    with pytest.raises(CheckpointError, match=r"bit_allocation.json is damaged.*--no-resume"):
         sarqc.quantize(models["llama"], tmp_path / "other", work_dir=kept, **SMALL)
 
 
@@ -209,9 +209,8 @@ def test_a_choice_outlives_a_run_that_ends_before_its_first_block(models, tmp_pa
 
 def test_convert_keeps_every_width(runs, tmp_path):
     run = runs["qwen3_moe"]
-    with reopen(default_work(run.out)) as work:
-        for name, weight in work.each_weight(0):
-            check_weight(name, weight, QuantConfig(weight.bits, 32))
+    for name, weight in kept.opened(run.out).stored(0)[0].items():
+        check_weight(name, weight, QuantConfig(weight.bits, 32))
     converted = convert(run.out, tmp_path / "converted", format="compressed-tensors")
     assert widths_on_disk(converted.out) == widths_on_disk(run.out)
     assert (converted.out / "model.safetensors").read_bytes() == (run.out / "model.safetensors").read_bytes()
@@ -261,13 +260,13 @@ def test_what_cannot_be_is_refused_before_anything_is_read(models, tmp_path, set
 
 
 def test_a_dry_run_says_what_is_known(models, tmp_path):
-    found = sarqc.preflight(models["qwen3_moe"], tmp_path / "out", **SMALL)
+    found = sarqc.estimate(models["qwen3_moe"], tmp_path / "out", **SMALL)
     assert found.bits_per_weight == pytest.approx(4.0) and "sensitivity" in found.time.seconds
     assert any("chosen after the first pass, out of 2, 3, 4, 5, 6, 8; 4 on average" in note for note in found.notes)
     kernels = {kernel for one in found.serve for kernel in one.kernels}
     assert "Humming or Marlin" in kernels or "Humming" in kernels
     assert all(one.failures for one in found.serve if one.server.startswith("SGLang"))
-    marlin = sarqc.preflight(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bit_options": (4, 8)})
+    marlin = sarqc.estimate(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bit_options": (4, 8)})
     assert not any(one.failures for one in marlin.serve if one.server.startswith("SGLang") and one.ranks == 1)
 
 

@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import sarqc
 from sarqc import system
 from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.checkpoint.state import read_sealed, write_sealed
 from sarqc.errors import ArgumentError, CheckpointError, Interrupted, ResourceError
-from sarqc.pipeline.resume import begin, default_work, reopen
+from sarqc.pipeline.resume import begin, default_work
 from tests.support import kept, tiny
 from tests.support.stopping import Stopping
 
@@ -118,7 +118,7 @@ def test_versions_and_the_model_count_as_settings(source, stopped, tmp_path, mon
 
 def test_what_may_change_may(source, stopped, straight):
     progress = go_on(source, stopped, straight, gram_budget=4 * 64 * 64)
-    assert progress.solved == [2] and default_work(stopped).is_dir()
+    assert progress.solved == [2]
 
 
 def test_restart_begins_again(source, stopped, straight, tmp_path):
@@ -138,7 +138,9 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("hurt", [damage, truncate, lambda path: path.unlink(), lambda path: damage(path, 60)])
-@pytest.mark.parametrize(("name", "done"), [("blocks/00001.safetensors", 1), ("hidden.safetensors", 2)])
+@pytest.mark.parametrize(
+    ("name", "done"), [("blocks/00001.safetensors", 1), ("blocks/00001.json", 1), ("hidden.safetensors", 2)]
+)
 @pytest.mark.fault("a damaged or lost file of the work folder")
 def test_what_is_damaged_is_made_again(source, stopped, straight, outcomes, hurt, name, done):
     """Hidden states are made again from the sound blocks before them, to the same bit."""
@@ -156,8 +158,8 @@ def test_channel_scales_outlive_a_stop_and_lost_hidden_states(tmp_path):
     expected = weights(sarqc.quantize(source, tmp_path / "straight", **run).out)
     with pytest.raises(Interrupted):
         sarqc.quantize(source, out, progress=Stopping(2), **run)
-    with reopen(default_work(out)) as work:
-        assert all(name.endswith("norm.weight") for name in work.changed_names(0)) and work.changed_names(0)
+    changed = kept.opened(out).record(0).changed
+    assert changed and all(name.endswith("norm.weight") for name in changed)
     (default_work(out) / "hidden.safetensors").unlink()
     assert weights(sarqc.quantize(source, out, **run).out) == expected
 
@@ -210,21 +212,36 @@ def test_work_and_output_lie_apart(source, tmp_path, place):
         sarqc.quantize(source, tmp_path / "out", work_dir=tmp_path / place, **SMALL)
 
 
-def test_a_kept_work_folder_is_safetensors_and_json(straight):
-    work = default_work(straight.out)
+def test_a_work_folder_is_safetensors_and_json(stopped):
+    work = default_work(stopped)
     files = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
-    blocks = [f"blocks/{index:05d}.safetensors" for index in range(3)]
+    blocks = [f"blocks/{index:05d}.{end}" for index in range(2) for end in ("json", "safetensors")]
     assert files == [*blocks, "hidden.safetensors", "lock", "plan.json"]
-    with safe_open(work / blocks[0], framework="pt") as file:
-        assert {name.rpartition(".")[2] for name in file.keys()} == {"codes", "scales", "zeros"}  # noqa: SIM118
 
 
-def test_weights_come_back_as_they_were_saved(straight):
-    with reopen(default_work(straight.out)) as work:
+def test_weights_come_back_as_the_checkpoint_has_them(straight):
+    work, names = kept.opened(straight.out), []
+    with open_checkpoint(straight.out) as checkpoint:
         for index in range(3):
-            for linear, weight in work.each_weight(index):
-                stored = open_checkpoint(straight.out).quantized(linear)
+            for linear, weight in work.stored(index)[0].items():
+                stored = checkpoint.quantized(linear)
                 assert torch.equal(weight.codes, stored.codes) and torch.equal(weight.scales, stored.scales)
                 assert torch.equal(weight.zeros, stored.zeros)
-        names = [name for index in range(3) for name in work.linears(index)]
+                names.append(linear)
     assert len(names) == straight.report["targets"]["quantized"]
+
+
+@pytest.mark.fault("a work folder of an earlier version")
+def test_a_work_folder_of_an_earlier_version_is_refused_with_the_way_out(source, stopped, straight, outcomes):
+    """Which named no layout, and had a file of another name."""
+    work = default_work(stopped)
+    plan = read_sealed(work / "plan.json")
+    del plan["layout"]
+    write_sealed(work / "plan.json", plan)
+    (work / "widths.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"another version of sarqc.*--no-resume begins again") as caught:
+        sarqc.quantize(source, stopped, **SMALL)
+    outcomes.clear_error(caught.value)
+    assert (work / "blocks" / "00001.safetensors").exists()
+    progress = go_on(source, stopped, straight, resume=False)
+    assert progress.solved == [0, 1, 2]

@@ -125,7 +125,7 @@ def in_the_second_block(who, what):
             what()
         return solve_site(name, *args, **options)
 
-    quantize_site.solve_site = solve  # of this rank, a forked child, alone
+    setattr(quantize_site, "solve_site", solve)  # noqa: B010 - of this rank, a forked child, alone
 
 
 @pytest.mark.fault("a rank that is stopped and hangs")

@@ -130,13 +130,13 @@ def test_the_command_repeats_the_run(source, found, tmp_path):
         ("/data/my/calib.txt", "calib.txt"),
         ("Salesforce/wikitext:wikitext-2-raw-v1:train", "Salesforce/wikitext:wikitext-2-raw-v1:train"),
         ("builtin", "builtin"),
-        ("given tokens", "YOUR_TOKENS"),
+        ("given tokens", "YOUR_DATA"),
     ):
         found["calibration"]["text"] = text
         assert f" --dataset {shown} " in model_card.command(found)
         written = model_card.card(found)
-        assert ("Tokens were given in place of a text: YOUR_TOKENS" in written) is (text == "given tokens")
-        assert f"tokens of {text if shown == 'YOUR_TOKENS' else shown} (sha256" in written
+        assert ("YOUR_DATA stands for given tokens" in written) is (text == "given tokens")
+        assert f"tokens of {text if shown == 'YOUR_DATA' else shown} (sha256" in written
 
 
 def test_what_calls_for_a_look_is_said_where_the_run_ends(found, out):

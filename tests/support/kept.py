@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import sarqc
-from sarqc.pipeline.resume import Work
+from sarqc.checkpoint.state import read_sealed
+from sarqc.pipeline.resume import Work, default_work
 
 
 @contextmanager
@@ -22,3 +24,9 @@ def quantize(*args: Any, **options: Any) -> sarqc.Result:
     """`sarqc.quantize`, its work folder kept."""
     with kept():
         return sarqc.quantize(*args, **options)
+
+
+def opened(out: Path) -> Work:
+    """The work folder of an output folder."""
+    folder = default_work(out)
+    return Work(folder, read_sealed(folder / "plan.json"))

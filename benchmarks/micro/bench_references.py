@@ -1,7 +1,7 @@
 """What the CPU backend costs, step by step, on shapes of SmolLM2-135M: for seeing a change, not for a claim.
 
 make bench                                   times, side by side
-.venv/bin/python -m pytest benchmarks/micro --benchmark-autosave, then --benchmark-compare    against a saved run
+.venv/bin/python -m pytest benchmarks/micro/bench_references.py --benchmark-autosave, then --benchmark-compare
 """
 
 from __future__ import annotations

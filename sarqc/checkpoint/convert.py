@@ -1,0 +1,137 @@
+"""From one format of quantized weights to another: the same codes, scales and zeros in another order of bits.
+
+Nothing is rounded, so nothing is lost; what the other format cannot hold is refused before the output exists. Tensors
+go through one at a time, and at the end every one of them is read back and compared with where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from sarqc.checkpoint.differences import differences
+from sarqc.checkpoint.formats import Format, quantization_of
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.checkpoint.side_files import copy_side_files, write_config
+from sarqc.checkpoint.verify import problems
+from sarqc.checkpoint.writer import ShardWriter
+from sarqc.config import QuantConfig
+from sarqc.errors import CheckpointError
+from sarqc.options import record
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, name of the tensor)."""
+
+
+class Conversion:
+    """A quantized checkpoint and the format it is to be written in.
+
+    quant: what all its Linears follow. Raises `CheckpointError` for what the format cannot hold.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, target: Format) -> None:
+        if checkpoint.format is None:
+            raise CheckpointError(f"{checkpoint.folder} is not quantized: `sarqc quantize` does that")
+        self.checkpoint, self.target = checkpoint, target
+        self.quant, self._bits = spec_of(checkpoint)
+        target.check(self.quant)
+        for linear in checkpoint.linears():
+            target.check_layer(linear, checkpoint.describe(linear).shape, self.quant)
+
+    def write(self, folder: Path, *, code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+        """Write it into the empty `folder`, side files included, and read all of it back.
+
+        Args:
+            folder: An empty folder.
+            code: Copy the Python files of the model too.
+            progress: Called after each tensor.
+
+        Returns:
+            From, to and what it takes on disk, as JSON values.
+
+        Raises:
+            CheckpointError: What was written is not what was read.
+        """
+        self._write(folder, progress)
+        copy_side_files(self.checkpoint.folder, folder, code=code)
+        quantization = self.target.config(self.quant, ignored(self.checkpoint), self._bits)
+        write_config(folder, self.checkpoint.config, quantization)
+        return self._checked(folder)
+
+    def _write(self, folder: Path, progress: Progress | None) -> None:
+        names = self.checkpoint.names()
+        with ShardWriter(folder) as writer:
+            for done, name in enumerate(names, 1):
+                linear = name.removesuffix(".weight")
+                weight = self.checkpoint.quantized(linear) if linear != name else None
+                if weight is None:
+                    tensors = {name: self.checkpoint.load(name)}
+                else:
+                    tensors = self.target.pack(linear, weight, self.quant.at(weight.bits))
+                for full, tensor in tensors.items():
+                    writer.add(full, tensor)
+                if progress is not None:
+                    progress(done, len(names), name)
+
+    def _checked(self, folder: Path) -> dict[str, Any]:
+        """Read all of it back; what it is in numbers, or `CheckpointError`."""
+        with closing(open_checkpoint(folder)) as written:
+            for problem in (*problems(written), *differences(written, self.checkpoint)):
+                raise CheckpointError(f"the converted checkpoint is not the one it was made of: {problem}")
+            stored = written.storage()
+            assert written.format is not None and self.checkpoint.format is not None
+            return {
+                "from": self.checkpoint.format.name,
+                "format": written.format.name,
+                "quant": record(self.quant),
+                "tensors": stored.tensors,
+                **stored.record(),
+                "quantized_linears": stored.quantized_linears,
+            }
+
+
+def spec_of(checkpoint: Checkpoint) -> tuple[QuantConfig, dict[str, int]]:
+    """The spec that all quantized Linears follow, and the bits of each; `CheckpointError` where groups differ."""
+    found = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
+    if not found:
+        raise CheckpointError(f"{checkpoint.folder} says it is quantized but holds no quantized Linear")
+    channel = all(info.groups == 1 for info in found.values())
+    sizes = {linear: -1 if channel else info.shape[1] // info.groups for linear, info in found.items()}
+    first, group_size = next(iter(sizes.items()))
+    for linear, size in sizes.items():
+        if size != group_size:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {linear!r} has groups of {size}, {first!r} has groups of {group_size}: only "
+                "checkpoints with groups of one size are converted"
+            )
+    if group_size != -1 and group_size < 8:
+        raise CheckpointError(f"{checkpoint.folder} has groups of {group_size} inputs: 8 is the least that is written")
+    # Lazy, so that a checkpoint with real zeros is read no further than to the first of them.
+    sym = all(info.sym or _centred(checkpoint, linear) for linear, info in found.items())
+    widths = {linear: info.bits for linear, info in found.items()}
+    choices = tuple(sorted(set(widths.values())))
+    if len(choices) == 1:
+        return QuantConfig(choices[0], group_size, sym), widths
+    average = round(checkpoint.storage().bits_per_weight or 0.0, 3)
+    return QuantConfig(group_size=group_size, sym=sym, avg_bits=average, bit_options=choices), widths
+
+
+def _centred(checkpoint: Checkpoint, linear: str) -> bool:
+    weight = checkpoint.quantized(linear)
+    return weight is not None and weight.sym
+
+
+def ignored(checkpoint: Checkpoint) -> list[str]:
+    """Full names of Linears left unquantized: what the config names, and every other matrix that is no embedding."""
+    assert checkpoint.format is not None
+    linears = set(checkpoint.linears())
+    names = dict.fromkeys(checkpoint.format.ignored(quantization_of(checkpoint.config)))
+    for name in checkpoint.names():
+        linear = name.removesuffix(".weight")
+        if linear != name and linear not in linears:
+            shape = checkpoint.shape(name)
+            if len(shape) == 2 and shape[0] != checkpoint.config.get("vocab_size"):
+                names[linear] = None
+    return [name for name in names if name not in linears]

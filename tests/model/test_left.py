@@ -1,0 +1,86 @@
+"""What is left unquantized: said with its reason, refused where it is too much, and written so that readers find it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import sarqc
+from sarqc.config import QuantConfig
+from sarqc.errors import ModelError
+from sarqc.model.layers import targets
+from tests.support import families
+
+QUANT = QuantConfig(group_size=32)
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Median over positions of the largest difference, in units of the logits' spread: choices of experts may flip."""
+    return ((found - wanted).abs().amax(-1) / wanted.std()).median().item()
+
+
+@pytest.mark.parametrize("row", ["dbrx", "gpt_oss", "granitemoehybrid"])
+def test_a_refusal_names_the_pattern_that_lets_the_rest_run(row, tmp_path):
+    """Weights that are no Linears are refused; with the pattern from the message the run ends well."""
+    source = families.save(row, tmp_path / "in")
+    with pytest.raises(ModelError, match=r"cannot be quantized: .* \d+% of the weights") as refusal:
+        families.rounded(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    advised = re.search(r"--ignore '(.*)'$", str(refusal.value))
+    assert advised is not None
+    out = families.rounded(source, tmp_path / "out", ignore=(advised[1],))
+    assert apart(families.logits(out), families.ours(out)) < 0.05
+    kept = load_file(out / "model.safetensors")
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if re.search(advised[1], name.removesuffix(".weight")):
+            assert torch.equal(kept[name], tensor)
+
+
+@pytest.mark.parametrize("row", ["gpt_neox", "phimoe"])
+def test_readers_find_what_is_left_under_either_name(row, tmp_path):
+    """The checkpoint's names differ from those of transformers, which matches its own."""
+    out = families.rounded(families.save(row, tmp_path / "in"), tmp_path / "out")
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    own, stored = {"gpt_neox": ("lm_head", "embed_out"), "phimoe": ("lm_head", "lm_head")}[row]
+    assert {own, stored} <= set(ignored)
+    assert apart(families.logits(out), families.ours(out)) < 0.05
+
+
+@pytest.mark.parametrize("row", ["ctrl", "gptj", "codegen"])
+def test_packed_layers_stand_in_their_place(row, tmp_path, registered):
+    """A Sequential keeps its order, and a module with packed layers still fills buffers of its own."""
+    out = families.rounded(families.save(row, tmp_path / "in"), tmp_path / "out")
+    wanted = families.ours(out)
+    assert apart(families.logits(out), wanted) < 0.05
+    model, _ = sarqc.load(out, dtype="float32", packed=True)
+    with torch.inference_mode():
+        assert apart(model(input_ids=families.TOKENS).logits, wanted) < 0.05
+
+
+def test_routers_and_indexes_are_left_and_said(tmp_path):
+    found = targets(families.skeleton(families.save("deepseek_v32", tmp_path)), QUANT)
+    left = {re.sub(r".*\.\d+\.", "", name): reason for name, reason in found.left}
+    assert {"self_attn.indexer.weights_proj", "self_attn.indexer.wk", "self_attn.indexer.wq_b"} <= left.keys()
+    assert all("choose" in reason for reason in left.values())
+    assert not any("indexer" in name or name.endswith("mlp.gate") for name in found.linears)
+
+
+def test_narrow_layers_are_left_by_rule(tiny):
+    skeleton = tiny("llama").skeleton()
+    found = targets(skeleton, QUANT)
+    skeleton.blocks[0].mlp.down_proj = nn.Linear(16, 64, bias=False)
+    left = targets(skeleton, QUANT)
+    assert set(found.linears) - set(left.linears) == {"model.layers.0.mlp.down_proj"}
+    assert dict(left.left) == {"model.layers.0.mlp.down_proj": "it has fewer than 32 inputs"}
+
+
+def test_patterns_find_either_name(tmp_path):
+    skeleton = families.skeleton(families.save("phimoe", tmp_path))
+    stored = targets(skeleton, QuantConfig(group_size=32, ignore=(r"block_sparse_moe\.experts",)))
+    own = targets(skeleton, QuantConfig(group_size=32, ignore=(r"mlp\.experts",)))
+    assert [name for name, _ in own.ignored] == [name for name, _ in stored.ignored] != []

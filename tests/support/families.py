@@ -1,0 +1,49 @@
+"""Tiny models of the sweep's families, for tests: built once a session, each in a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+import sarqc
+from benchmarks.models.build import build
+from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.model.lazy_model import Skeleton
+
+TOKENS = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def save(row: str, folder: Path, **changes: Any) -> Path:
+    """The tiny model of a row of the sweep."""
+    build(row, folder, **changes)
+    return folder
+
+
+def skeleton(folder: Path) -> Skeleton:
+    """What sarqc makes of a folder."""
+    with open_checkpoint(folder) as source:
+        return Skeleton.from_folder(folder, source)
+
+
+def rounded(folder: Path, out: Path, **settings: Any) -> Path:
+    """The folder's model, RTN to 4 bits."""
+    return sarqc.quantize(folder, out, **{"method": "rtn", "bits": 4, "group_size": 32} | settings).out
+
+
+def logits(folder: Path, row: str = "", **how: Any) -> torch.Tensor:
+    """fp32 logits of a folder as transformers loads it; every weight is found."""
+    auto = AutoModelForMultimodalLM if row.endswith("+vl") else AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    with torch.inference_mode():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def ours(folder: Path) -> torch.Tensor:
+    """fp32 logits of a folder as sarqc loads it, its weights dense."""
+    model, _ = sarqc.load(folder, dtype="float32", packed=False)
+    with torch.inference_mode():
+        return model(input_ids=TOKENS).logits
