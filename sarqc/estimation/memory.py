@@ -95,7 +95,8 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
             "observe": (block + grams + flow, states + ahead),
             "solve": (block + grams + solving, states + ahead + codes),
             "replay": (block + flow, states + ahead + codes),
-            "write": (0, 2 * tensor + 6 * max((prod(target.shape) for target in members), default=0)),
+            # a block's codes beside what they are packed to; in the end a weight beside what it was
+            "write": (0, max(states + 2 * codes, 2 * tensor + 6 * _widest(members))),
         }
         for stage, need in needs.items():
             peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
@@ -108,6 +109,11 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
     return [
         Memory(stage, base + beside + (0 if gpu else on), on if gpu else 0) for stage, (on, beside) in peaks.items()
     ]
+
+
+def _widest(members: list[Target]) -> int:
+    """Elements of the largest Linear."""
+    return max((prod(target.shape) for target in members), default=0)
 
 
 def _outer(plan: Plan) -> int:
