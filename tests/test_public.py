@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,9 +167,10 @@ def test_what_is_no_model_is_one_line(source, tmp_path):
 
 @pytest.fixture
 def own_methods():
-    before = dict(METHODS), dict(SOLVERS)
+    tables: tuple[dict[str, Any], ...] = (METHODS, SOLVERS)
+    before = [dict(table) for table in tables]
     yield
-    for table, old in zip((METHODS, SOLVERS), before):
+    for table, old in zip(tables, before):
         table.clear()
         table.update(old)
 
