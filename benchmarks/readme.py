@@ -132,7 +132,7 @@ def _whole(
 
 
 def _place(method: str) -> tuple[int, str]:
-    """Plain rounding, other tools, ours."""
+    """RTN, other tools, ours."""
     return 0 if method == "rtn" else 2 if method in METHODS else 1, method
 
 

@@ -29,7 +29,7 @@ def correlated(rows: int, mix: torch.Tensor, generator: torch.Generator) -> torc
 
 
 def main(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[str, float]:
-    """Relative output errors of plain rounding, of error feedback, and of the packed product of the latter."""
+    """Relative output errors of RTN, of error feedback, and of the packed product of the latter."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(K, K, generator=generator) * torch.logspace(0, -2, K)[:, None]
     weight = torch.randn(E, N, K, generator=generator).to(device)

@@ -54,9 +54,9 @@ def main(folder: str | Path = "starved") -> sarqc.Result:
             span = f"{min(layer.rows)} .. {max(layer.rows)}"
             errors = f"{layer.error:>9.2e} {layer.rtn_error:>9.2e}"
             print(f"{layer.name:<48} {span:>16} {layer.rows.count(0):>8} {errors}")
-    borrowed = {site["borrowed_rows"] for site in result.report["sites"] if len(site["rows"]) > 1}
+    borrowed = {site["prior_rows"] for site in result.report["sites"] if len(site["rows"]) > 1}
     print(f"rows that each expert borrows from its layer: {', '.join(map(str, sorted(borrowed)))}")
-    print("rounded plainly instead of solved:", result.report["fallbacks"] or "none")
+    print("quantized by RTN instead of solved:", result.report["fallbacks"] or "none")
     return result
 
 

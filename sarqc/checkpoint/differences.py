@@ -2,7 +2,7 @@
 
 The error of a weight is ||W - Q||_F / ||W||_F, W the source's weight and Q the dequantized one: 0 for the same numbers,
 about 0.1 at 4 bits, 1 for a weight of zeros, 1.41 for another weight of the same size, 2 for the opposite sign. The
-optimum for the layer's output lies above that of plain rounding: a little as a rule, but at 2 bits a solver may move a
+optimum for the layer's output lies above that of RTN: a little as a rule, but at 2 bits a solver may move a
 weight by more than its own size, in directions that inputs hardly have. What tells such a weight from another one is
 its share of the original, <W, Q> / <W, W>: near 1 in whatever was rounded from it, 0 in what has nothing to do with it.
 """

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sarqc.cli.options import stderr
-from sarqc.cli.terminal import RunWatcher
+from sarqc.cli.terminal import RunProgress
 
 
-def progress_bar() -> RunWatcher:
+def progress_bar() -> RunProgress:
     """A progress bar on stderr; plain lines where stderr is not a terminal.
 
         with sarqc.progress_bar() as progress:
@@ -14,4 +14,4 @@ def progress_bar() -> RunWatcher:
 
     Within the context Ctrl-C stops the run after the block at work.
     """
-    return RunWatcher(stderr())
+    return RunProgress(stderr())

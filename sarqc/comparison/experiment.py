@@ -24,8 +24,8 @@ from sarqc.comparison.store import Grams, folder_fingerprint
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.config_compare import ComparisonConfig, MeasureConfig
 from sarqc.errors import ArgumentError, CheckpointError, NumericError
-from sarqc.method.lambda_search import Strengths
-from sarqc.method.layer import SolveReport
+from sarqc.method.lambda_search import LambdaSearch
+from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
 from sarqc.model.calibration_data import calibration_windows
 from sarqc.model.layers import Targets
@@ -35,7 +35,7 @@ from sarqc.model.source import Overlay
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import record
 from sarqc.pipeline import driver, stream
-from sarqc.pipeline.activations import GLANCE
+from sarqc.pipeline.activations import PROBE_TOKENS
 from sarqc.pipeline.collect import collect
 from sarqc.pipeline.workbench import Recall
 from sarqc.system import resolve_device, resolve_dtype, versions
@@ -201,7 +201,7 @@ def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> di
     """Solve and judge one cell, block by block. Logits that are not finite are a result, and stand in the record."""
     began = time.perf_counter()
     hidden = [text.entering.clone() for text in bench.texts]
-    reports: list[SolveReport] = []
+    reports: list[LayerReport] = []
     solving = 0.0
     for result in _solved(bench, cell, grams, detail):
         solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
@@ -214,8 +214,8 @@ def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> di
     return cell.record() | {
         **_judged(bench, hidden),
         "error": sum(report.error for report in reports) / len(reports),
-        "rounding_error": sum(report.rounding_error for report in reports) / len(reports),
-        "strength": [min(r.strength for r in reports), max(r.strength for r in reports)],
+        "rtn_error": sum(report.rtn_error for report in reports) / len(reports),
+        "reg_lambda": [min(r.reg_lambda for r in reports), max(r.reg_lambda for r in reports)],
         "fallbacks": sum(report.fallback is not None for report in reports),
         "seconds": {"solve": round(solving, 3), "total": round(time.perf_counter() - began, 3)},
     }
@@ -226,7 +226,9 @@ def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> It
     folds = min(FOLDS, bench.sizes[0])
     recall: Recall | None = None
     if grams is not None and size is not None:
-        tokens = bench.calibration.tokens[:folds, :GLANCE]  # a window for each fold: Grams are counted with all of them
+        tokens = bench.calibration.tokens[
+            :folds, :PROBE_TOKENS
+        ]  # a window for each fold: Grams are counted with all of them
 
         def recall(index: int, shares: Sequence[Share]) -> list[Any]:
             return [grams.load(index, size, share, bench.device, rest=borrows) for share in shares]
@@ -240,7 +242,7 @@ def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> It
         device=bench.device,
         dtype=bench.dtype,
         folds=folds,
-        start=driver.Start(0, None, lambda _: ({}, {}), Strengths(seed=cell.seed or 0)),
+        start=driver.Start(0, None, lambda _: ({}, {}), LambdaSearch(seed=cell.seed or 0)),
         recall=recall,
         on_progress=lambda index, stage: detail(f"{cell.label} {cell.quant.bits} bits, block {index} {stage}"),
     )

@@ -207,7 +207,7 @@ def _read(file: Any, name: str, experts: slice, device: torch.device) -> tuple[G
 
 
 def _side_by_side(parts: Sequence[Gram]) -> Gram:
-    """The experts of all parts; the only part itself where there is one. Of these nothing is asked (`Gram.wish`)."""
+    """The experts of all parts, without `cross_gram`; the only part itself where there is one."""
     if len(parts) == 1:
         return parts[0]
     return Gram(*(torch.cat([getattr(part, field) for part in parts]) for field in _FIELDS[:3]))

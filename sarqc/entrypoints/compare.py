@@ -34,7 +34,7 @@ from sarqc.report.summary import figure
 from sarqc.system import versions
 
 
-class Watcher(Protocol):
+class Progress(Protocol):
     """Whoever follows a comparison; called from the thread that runs it."""
 
     def note(self, text: str) -> None:
@@ -50,7 +50,7 @@ class Watcher(Protocol):
         """A step is done."""
 
 
-class Silent:
+class NoProgress:
     """The watcher that looks away."""
 
     def note(self, text: str) -> None:
@@ -81,7 +81,7 @@ def compare(
     *,
     what: ComparisonConfig | None = None,
     measure: MeasureConfig | None = None,
-    progress: Watcher | None = None,
+    progress: Progress | None = None,
     **options: Unpack[CompareKeywords],
 ) -> Comparison:
     """Measure every method at every bits, group size, calibration size and seed; write the table to the folder `out`.
@@ -108,7 +108,7 @@ def compare(
     what = ComparisonConfig.made(what, given[ComparisonConfig])
     measure = MeasureConfig.made(measure, given[MeasureConfig])
     also = [Other.parsed(one) if isinstance(one, str) else one for one in measure.also]
-    watcher, out = progress or Silent(), Path(out).expanduser()
+    progress, out = progress or NoProgress(), Path(out).expanduser()
     folder = locate_source(model, trust_remote_code=what.trust_remote_code)
     refuse_place(out)
     refuse_overlap(out, folder)
@@ -123,11 +123,11 @@ def compare(
     bench = benches.make(folder, what)
     found = targets(bench.solver, QuantConfig(ignore=what.ignore))
     cells = _cells(what, list(_quants(found, what)))
-    watcher.note("measuring the unquantized model")
+    progress.note("measuring the unquantized model")
     benches.add_texts(bench, measure, what.trust_remote_code)
     protocol = _protocol(bench, str(model))
     done = Cells(out, partial(benches.identity, bench))
-    _work(bench, [*also, *cells], done, found, protocol, watcher)
+    _work(bench, [*also, *cells], done, found, protocol, progress)
     table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
     tables.write(out, table)
     return Comparison(out, table)
@@ -173,27 +173,32 @@ def _cells(what: ComparisonConfig, quants: Sequence[QuantConfig]) -> list[Cell]:
 
 
 def _work(
-    bench: Bench, cells: Sequence[Cell | Other], done: Cells, found: Targets, protocol: dict[str, Any], watcher: Watcher
+    bench: Bench,
+    cells: Sequence[Cell | Other],
+    done: Cells,
+    found: Targets,
+    protocol: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Measure the cells that are not there yet, seed by seed."""
     for other in (cell for cell in cells if isinstance(cell, Other) and cell not in done):
-        done.add(other, benches.measure_other(bench, other, watcher.detail))
+        done.add(other, benches.measure_other(bench, other, progress.detail))
     missing = [cell for cell in cells if isinstance(cell, Cell) and cell not in done]
     seeds = dict.fromkeys(cell.seed for cell in missing)
     needed = {seed: _grams(done.folder, missing, seed) for seed in seeds if seed is not None}
     there = len(cells) - len(missing)
-    watcher.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
-    watcher.begin("steps", len(missing) + len(needed))
+    progress.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
+    progress.begin("steps", len(missing) + len(needed))
     for seed in seeds:
         grams = needed.get(seed) if seed is not None else None
         if grams is not None and seed is not None:
-            benches.gather(bench, grams, found, bench.drawn[seed], watcher.detail)
-            watcher.advance(f"seed {seed}: statistics collected")
+            benches.gather(bench, grams, found, bench.drawn[seed], progress.detail)
+            progress.advance(f"seed {seed}: statistics collected")
         for cell in (cell for cell in missing if cell.seed == seed):
-            record = benches.measure(bench, cell, grams, watcher.detail)
+            record = benches.measure(bench, cell, grams, progress.detail)
             done.add(cell, record)
             tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
-            watcher.advance(_told(record))
+            progress.advance(_told(record))
         if grams is not None:
             grams.remove()
 

@@ -19,7 +19,7 @@ from sarqc.pipeline.sensitivity import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.pipeline.work_split import pieces, solving_bytes
 from sarqc.system import host_memory, peak_memory_mib, ranks_here
 
-STAGES = ("embed", "load", "look", "observe", "solve", "replay", "write")
+STAGES = ("embed", "load", "sensitivity", "observe", "solve", "replay", "write")
 
 
 @dataclass(frozen=True)
@@ -32,38 +32,39 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """Bytes that wait for their turn, of one rank. states: hidden states in memory. mapped: those in a file. ahead: the
-    next block, read while one is solved; 0 where it is not."""
+class HostBuffers:
+    """Bytes that wait for their turn, of one rank. states: hidden states in memory. mapped: those in a file.
+    prefetched: the next block, read while one is solved; 0 where it is not.
+    """
 
     states: int
     mapped: int
-    ahead: int
+    prefetched: int
 
 
-def look(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[Waiting, list[Memory]]:
+def estimate_memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[HostBuffers, list[Memory]]:
     """What waits, and peak memory of each stage with it. The next block is read ahead where this machine has the memory
     for that on all its ranks, and there is more than one block."""
     waiting = _waiting(plan, windows, seqlen, ranks)
     stages = memory(plan, windows, seqlen, waiting)
-    if waiting.ahead and max(stage.host for stage in stages) * ranks_here() > host_memory():
-        waiting = replace(waiting, ahead=0)
+    if waiting.prefetched and max(stage.host for stage in stages) * ranks_here() > host_memory():
+        waiting = replace(waiting, prefetched=0)
         stages = memory(plan, windows, seqlen, waiting)
     return waiting, stages
 
 
-def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> Waiting:
+def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
     """As `pipeline.offload` does it: as many sets of states as fit are in memory.
 
     The original's sets are counted also where the first block will show that no layer has a joint, and they are let go:
     they are there until then, and shapes do not tell.
     """
     one = shapes.states_bytes(plan, -(-windows // ranks), seqlen)
-    joints = [site.joint for _, sites in shapes.blocks(plan) for site in sites if site.joint]
-    sets = 0 if not one else 1 + bool(joints) + any(joint.reader for joint in joints)
+    joints = [site.residual_write for _, sites in shapes.blocks(plan) for site in sites if site.residual_write]
+    sets = 0 if not one else 1 + bool(joints) + any(residual_write.reader for residual_write in joints)
     fitting = min(sets, plan.activation_budget // one) if one else 0
-    ahead = [_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))]
-    return Waiting(fitting * one, (sets - fitting) * one, max(ahead, default=0))
+    prefetched = [_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))]
+    return HostBuffers(fitting * one, (sets - fitting) * one, max(prefetched, default=0))
 
 
 def _stored(plan: Plan, index: int) -> int:
@@ -72,9 +73,9 @@ def _stored(plan: Plan, index: int) -> int:
     return sum(shapes.stored_bytes(plan, name) for name in names)
 
 
-def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memory]:
+def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[Memory]:
     """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
-    width, states, ahead = plan.dtype.itemsize, waiting.states, waiting.ahead
+    width, states, prefetched = plan.dtype.itemsize, waiting.states, waiting.prefetched
     tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
     apart = windows > 1 and (plan.quant.avg_bits is not None or plan.method.needs_validation)
     folds = 0 if not windows else 2 if apart else 1
@@ -90,18 +91,18 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
         flow = tokens * _flow(plan, members) * width
         needs = {
             "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),
-            "load": (block + tensor, states + tensor + ahead),
-            "look": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
-            "observe": (block + grams + flow, states + ahead),
-            "solve": (block + grams + solving, states + ahead + codes),
-            "replay": (block + flow, states + ahead + codes),
+            "load": (block + tensor, states + tensor + prefetched),
+            "sensitivity": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
+            "observe": (block + grams + flow, states + prefetched),
+            "solve": (block + grams + solving, states + prefetched + codes),
+            "replay": (block + flow, states + prefetched + codes),
             # a block's codes beside what they are packed to; in the end a weight beside what it was
             "write": (0, max(states + 2 * codes, 2 * tensor + 6 * _widest(members))),
         }
         for stage, need in needs.items():
             peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
     if plan.quant.avg_bits is None:
-        del peaks["look"]
+        del peaks["sensitivity"]
     if not windows:
         peaks = {stage: peak for stage, peak in peaks.items() if stage in ("load", "solve", "write")}
     base = peak_memory_mib()["host"] << 20
@@ -137,12 +138,14 @@ def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
 
 
 def _largest(sites: list[Site]) -> int:
-    """Elements of the largest site, of which the first look keeps a copy while it tries another weight in its place."""
+    """Elements of the largest site, of which the sensitivity analysis keeps a copy while it probes another weight in
+    its place.
+    """
     return max((sum(prod(target.shape) for target in site.members) for site in sites), default=0)
 
 
 def _sites(plan: Plan) -> int:
-    """Sites of the whole model, each of which the first look runs a few windows of its own on from."""
+    """Sites of the whole model, from each of which the sensitivity analysis runs a few sequences on."""
     return sum(len(sites) for _, sites in shapes.blocks(plan))
 
 

@@ -122,7 +122,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             trials = len(sites) * TRIED_WINDOWS * TRIED_LENGTH * len(plan.skeleton.blocks) / 2 / ranks
             solved = 3 * sum(min(site.experts, EXPERTS) * site.in_features**3 for site in sites)
             each = (2 * forward + grams) * looked / tokens + forward * trials / tokens + solved / ranks
-            spent["look"] = spent.get("look", 0.0) + each / rate
+            spent["sensitivity"] = spent.get("sensitivity", 0.0) + each / rate
     basis = (
         f"{rate / 1e9:.0f} GFLOP/s, {stream / 1e9:.1f} G elements/s and {1e6 * latency:.0f} us a call measured on "
         f"{plan.device}; reading and writing not counted"

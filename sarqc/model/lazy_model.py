@@ -27,7 +27,7 @@ from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
 from sarqc.model.usage import Usage, usage
 from sarqc.model.weight_map import Piece, trace
-from sarqc.system import settle
+from sarqc.system import warm_up_mkl
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -43,7 +43,7 @@ class Skeleton:
     """
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
-        settle()
+        warm_up_mkl()
         self.dtype: torch.dtype = config.dtype or torch.float32
         check_layers(config, len(source.names()))
         self._build = partial(build_on_meta, config, trust_remote_code)

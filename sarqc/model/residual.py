@@ -1,10 +1,10 @@
-"""Where a layer's outputs join the stream as they are: there it can make up for what the stream has drifted.
+"""Find the layer whose outputs are added to the residual stream unchanged: it can correct the error of earlier layers.
 
-Which layer that is, is seen and proved, not looked up. Best is the end of the block: whatever is added to such outputs
-leaves the block unchanged, which is tried with noise of the stream's own size. down_proj of a dense block passes, and
-so does a shared expert's; routed experts do not, whose outputs are weighted token by token, nor does a layer behind
-which a gate or a norm stands. A block without such a layer may have a joint in its middle: there some module reads the
-sum of what entered the block and of what a layer puts out, as the norm before the experts does with o_proj's.
+The layer is found by a test and not by name. The end of the block is best: noise added to the outputs of such a layer
+leaves the block unchanged. down_proj of a dense block passes, and so does that of a shared expert. Routed experts do
+not, because their outputs are weighted per token, nor does a layer followed by a gate or a norm. Otherwise the layer
+may write in the middle of the block: some module reads the sum of the block's input and of the layer's output, as the
+norm before the experts does after o_proj.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ import torch
 from torch import Tensor
 
 from sarqc.model.lazy_model import Skeleton
-from sarqc.model.sites import Joint, Site, reading
+from sarqc.model.sites import ResidualWrite, Site, reading
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
-"""Of the noise's norm, what may be lost of it to rounding."""
+"""Share of the noise's norm that rounding may take."""
 
 
 @torch.no_grad()
-def find_joint(skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor) -> tuple[str, Joint] | None:
-    """The name of the site of block `index`, which is loaded, whose outputs join the stream, the last of those that do,
-    and where; None without one.
+def find_residual_write(
+    skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor
+) -> tuple[str, ResidualWrite] | None:
+    """The last site of block `index`, which is loaded, that writes to the residual stream, and where; None without one.
 
-    hidden: [B, L, H], what enters the block.
+    hidden: [B, L, H], the input of the block.
     """
     dense = [site for site in reversed(sites) if site.experts == 1 and len(site.members) == 1]
     whole = [site for site in dense if site.members[0].shape[0] == hidden.shape[-1]]
     ending = next((site for site in whole if _ends(skeleton, index, site, hidden)), None)
     if ending is not None:
-        return ending.name, Joint(None)
+        return ending.name, ResidualWrite(None)
     readers = ((site, _reader(skeleton, index, site, hidden)) for site in whole)
-    return next(((site.name, Joint(reader)) for site, reader in readers if reader), None)
+    return next(((site.name, ResidualWrite(reader)) for site, reader in readers if reader), None)
 
 
 def through(skeleton: Skeleton, index: int, reader: str | None, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Hidden states of all windows, waiting on the host between two blocks.
 
 They are made once from the embeddings, or handed in by whoever continues a run; every block reads them and, once its
-weights are quantized, moves them on in place. Where sites are to make up for earlier errors, those of the original
-model are kept beside them and go through every block before it is quantized. A `Room` says where they are kept; they
-are only ever looked at a few windows at a time, because they may be too many for memory.
+weights are quantized, moves them on in place. Where sites are to correct the error of earlier layers, those of the
+original model are kept beside them and go through every block before it is quantized. A `Room` says where they are
+kept; they are only ever looked at a few windows at a time, because they may be too many for memory.
 
 Where hidden states are kept between two blocks, as the loop over blocks sees it.
 
@@ -21,13 +21,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.state import Parts
+from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.errors import NumericError
 from sarqc.method.gram import lost_rows
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import TensorSource
-from sarqc.pipeline.comm import ALONE, Group
-from sarqc.pipeline.work_split import Batches, deal, positions, renumbered
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
+from sarqc.pipeline.work_split import Batches, partition_batches, positions, renumbered
 
 
 class Room(Protocol):
@@ -56,7 +56,7 @@ MEMORY = Memory()
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch: few enough for a CPU's caches, enough to fill a GPU."""
-GLANCE = 8
+PROBE_TOKENS = 8
 """Tokens of the forward in which sites are found."""
 
 
@@ -77,11 +77,11 @@ class States:
     places: Sequence[Tensor] = ()
     room: Room = MEMORY
 
-    def whole(self, group: Group) -> Parts:
+    def whole(self, comm: Comm) -> ChunkedTensor:
         """Hidden states of all windows of the text, gathered on rank 0 as they are asked for, window by window; every
         rank has to ask for them, and on the others there are none."""
         shape = (sum(map(len, self.places)), *self.hidden.shape[1:])
-        return Parts(shape, self.hidden.dtype, lambda: group.collect(self._leaving(), self.places))
+        return ChunkedTensor(shape, self.hidden.dtype, lambda: comm.gather_rows(self._leaving(), self.places))
 
     def _leaving(self) -> Iterator[Tensor]:
         for window in self.hidden.split(1):
@@ -93,9 +93,9 @@ class States:
         """Windows in the largest micro-batch."""
         return max(int(windows.stop - windows.start) for windows, _ in self.batches)
 
-    def glance(self) -> Tensor:
-        """The first tokens [1, GLANCE, H] of the first window."""
-        return self.hidden[:1, :GLANCE]
+    def probe(self) -> Tensor:
+        """The first tokens [1, PROBE_TOKENS, H] of the first window."""
+        return self.hidden[:1, :PROBE_TOKENS]
 
     def of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each micro-batch of a fold: its hidden states, and what is wanted at the joint of the block, if known."""
@@ -155,7 +155,7 @@ class States:
         """Record how blocks are called for all shapes that occur; needs the outer weights."""
         for size in sorted({windows.stop - windows.start for windows, _ in self.batches}, reverse=True):
             skeleton.prepare(size, self.hidden.shape[1])
-        skeleton.prepare(1, min(GLANCE, self.hidden.shape[1]))
+        skeleton.prepare(1, min(PROBE_TOKENS, self.hidden.shape[1]))
 
 
 def windows_at_once(device: torch.device, length: int) -> int:
@@ -183,9 +183,9 @@ def enter(
     *,
     device: torch.device,
     dtype: torch.dtype | None,
-    hidden: Parts | None = None,
+    hidden: ChunkedTensor | None = None,
     original: bool = False,
-    group: Group = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     room: Room = MEMORY,
 ) -> States:
     """Hidden states of this rank's windows of tokens int64 [S, L] before block 0, or its part of `hidden` as it is,
@@ -194,11 +194,11 @@ def enter(
     original: keep those of the unquantized model too; they begin before block 0 in any case. Raises `NumericError`
     where the embeddings are not finite.
     """
-    dealt = deal(batches, folds, group.size)
+    dealt = partition_batches(batches, folds, comm.size)
     places = [positions(part) for part in dealt]
-    own = places[group.rank]
-    if group.size > 1:
-        batches, tokens = renumbered(dealt[group.rank]), tokens[own]
+    own = places[comm.rank]
+    if comm.size > 1:
+        batches, tokens = renumbered(dealt[comm.rank]), tokens[own]
     skeleton.load_outer(source, device, dtype)
     pinned = device.type == "cuda"
     kept = [] if hidden is None else [_own(hidden, own, room, pinned)]
@@ -227,7 +227,7 @@ def embed(
     return kept
 
 
-def _own(hidden: Parts, place: Tensor, room: Room, pinned: bool) -> Tensor:
+def _own(hidden: ChunkedTensor, place: Tensor, room: Room, pinned: bool) -> Tensor:
     """The windows of hidden that have these numbers, in a tensor of their own."""
     kept = room.empty((len(place), *hidden.shape[1:]), hidden.dtype, pinned=pinned)
     at = {number: position for position, number in enumerate(place.tolist())}

@@ -21,7 +21,7 @@ from sarqc.model.lazy_model import Skeleton
 from sarqc.model.sites import Share, Site, find_sites, observe
 from sarqc.model.source import TensorSource
 from sarqc.pipeline import stream
-from sarqc.pipeline.activations import GLANCE, cut, windows_at_once
+from sarqc.pipeline.activations import PROBE_TOKENS, cut, windows_at_once
 from sarqc.pipeline.passes import passes
 
 
@@ -45,13 +45,13 @@ def collect(
     `load_outer`. Raises `NumericError` naming a site whose inputs are not finite.
     """
     hidden = stream.enter(skeleton, tokens[: sizes[-1]])
-    skeleton.prepare(1, min(GLANCE, tokens.shape[1]))
+    skeleton.prepare(1, min(PROBE_TOKENS, tokens.shape[1]))
     step = windows_at_once(skeleton.device, tokens.shape[1])
     batches = {size: cut(size, step, folds, first) for first, size in pairwise([0, *sizes])}
     for index in range(len(skeleton.blocks)):
         skeleton.load_block(index, source, skeleton.device, skeleton.dtype)
-        glance = hidden[:1, :GLANCE].to(skeleton.device)
-        sites = find_sites(skeleton, index, found.of_block(index), glance)
+        probe = hidden[:1, :PROBE_TOKENS].to(skeleton.device)
+        sites = find_sites(skeleton, index, found.of_block(index), probe)
         portions = list(passes(sites, folds, gram_budget))
         for number, shares in enumerate(portions, start=1):
             last = number == len(portions)

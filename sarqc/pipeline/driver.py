@@ -14,23 +14,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.state import Parts
+from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.config import GRAM_BUDGET, MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, NumericError
-from sarqc.method.gram import MAX_LOST, Gram, Statistics, borrowing
-from sarqc.method.lambda_search import Strengths
-from sarqc.method.layer import SolveReport, joined
+from sarqc.method.gram import MAX_LOST, Gram, Statistics, shrink_experts
+from sarqc.method.lambda_search import LambdaSearch
+from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target, Targets, check_group_size, targets
 from sarqc.model.lazy_model import Skeleton
-from sarqc.model.residual import find_joint, through
+from sarqc.model.residual import find_residual_write, through
 from sarqc.model.sites import Share, Site, find_sites, separate_sites, stack, write_back
-from sarqc.model.smoothing import find_folds
-from sarqc.model.source import Ahead, TensorSource
-from sarqc.pipeline.activations import GLANCE, MEMORY, Room, States, cut, enter, windows_at_once
+from sarqc.model.smoothing import find_mappings
+from sarqc.model.source import PrefetchingSource, TensorSource
+from sarqc.pipeline.activations import MEMORY, PROBE_TOKENS, Room, States, cut, enter, windows_at_once
 from sarqc.pipeline.channel_scales import BlockScales
-from sarqc.pipeline.comm import ALONE, Group, all_or_none
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, synchronize_oom
 from sarqc.pipeline.passes import collect
-from sarqc.pipeline.quantize_site import Solving, Weights
+from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
 from sarqc.pipeline.workbench import OnProgress, Recall, Workbench
 
 
@@ -46,11 +46,11 @@ class BlockResult:
 
     index: int
     weights: Weights
-    reports: list[SolveReport]
+    reports: list[LayerReport]
     seconds: dict[str, float]
     changed: dict[str, Tensor]
     notes: list[str]
-    leaving: Parts | None
+    leaving: ChunkedTensor | None
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Start:
 
     Without `hidden` (and where it is needed) the embeddings are moved through the blocks before once more, with the
     weights and the changed tensors that `stored(index)` hands back: forward passes, no solving, and the same bits.
-    strengths: what the blocks before have said about strengths.
+    lambda_search: what the blocks before have said about strengths.
     """
 
     block: int
-    hidden: Parts | None
+    hidden: ChunkedTensor | None
     stored: Callable[[int], tuple[Weights, dict[str, Tensor]]]
-    strengths: Strengths = field(default_factory=Strengths)
+    lambda_search: LambdaSearch = field(default_factory=LambdaSearch)
 
 
 @torch.no_grad()
@@ -84,40 +84,40 @@ def run(
     start: Start | None = None,
     recall: Recall | None = None,
     on_progress: OnProgress | None = None,
-    group: Group = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     room: Room = MEMORY,
-    read_ahead: bool = False,
-    widths: Mapping[str, int] | None = None,
+    prefetch: bool = False,
+    bit_widths: Mapping[str, int] | None = None,
 ) -> Generator[BlockResult, None, None]:
     """Quantize every block of `skeleton` in order, from `start` on.
 
     tokens: int64 [S, L] windows to calibrate on; None only where `method.calibrated` is False, and then nothing is run
-    forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
-    by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
-    kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
+    forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once, by
+    default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are kept
+    apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
     beyond it are observed in further passes. recall: has the statistics already; `tokens` are then only looked at to
-    see which layers read what, a few of them will do. group: the ranks of this run; each is given all tokens and the
+    see which layers read what, a few of them will do. comm: the ranks of this run; each is given all tokens and the
     whole of `start`, takes windows of its own, solves some of the matrices, and yields the results of all. room: where
-    hidden states are kept. read_ahead: read the next block's tensors from `source`, in a thread, while a block is at
-    work; close the generator if you do not go to its end. widths: bits of every linear layer by the checkpoint's name,
-    where `quant` lets them differ; those of a site are the same.
+    hidden states are kept. prefetch: read the next block's tensors from `source`, in a thread, while a block is at
+    work; close the generator if you do not go to its end. bit_widths: bits of every linear layer by the checkpoint's
+    name, where `quant` lets them differ; those of a site are the same.
 
-    Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
-    keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
-    rest of the run, and the result notes it. Rows of activations that are not finite are left out and noted.
-    Raises `NumericError` naming the layer where weights, or more than 1 % of the rows of activations, are not finite,
-    and `ResourceError` where there is nothing left to halve.
+    Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it keeps
+    fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the rest of
+    the run, and the result notes it. Rows of activations that are not finite are left out and noted. Raises
+    `NumericError` naming the layer where weights, or more than 1 % of the rows of activations, are not finite, and
+    `ResourceError` where there is nothing left to halve.
     """
     found = targets(skeleton, quant)
     check_group_size(found, quant)
     announce = on_progress or (lambda *_: None)
     start = start or Start(0, None, lambda _: ({}, {}))
     target = torch.device(device)
-    ahead = Ahead(source) if read_ahead else None
-    source = ahead or source
-    solving = Solving(skeleton, source, quant, method, target, start.strengths, group, widths)
-    work = Workbench(skeleton, source, method, target, dtype, gram_budget, announce, recall, solving, group, ahead)
-    with ahead or nullcontext():
+    prefetched = PrefetchingSource(source) if prefetch else None
+    source = prefetched or source
+    solving = SiteQuantizer(skeleton, source, quant, method, target, start.lambda_search, comm, bit_widths)
+    work = Workbench(skeleton, source, method, target, dtype, gram_budget, announce, recall, solving, comm, prefetched)
+    with prefetched or nullcontext():
         states = _enter(work, tokens, start, micro_batch, folds, room) if method.calibrated else None
         for index in range(start.block if states else 0):
             if states and (start.hidden is None or states.original is not None):
@@ -130,17 +130,17 @@ def _enter(
     work: Workbench, tokens: Tensor | None, start: Start, micro_batch: int | None, folds: int | None, room: Room
 ) -> States:
     """The hidden states that the run begins with, cut into micro-batches."""
-    group = work.group
+    comm = work.comm
     folds = folds or (min(2, len(tokens)) if tokens is not None and work.method.needs_validation else 1)
     if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
         shape = None if tokens is None else list(tokens.shape)
         raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
     micro_batch = micro_batch or windows_at_once(work.device, tokens.shape[1])
-    if group.size > 1 and not group.ordered:  # where order counts they stay what they are in one process
-        micro_batch = min(micro_batch, max(1, len(tokens) // folds // group.size))
+    if comm.size > 1 and not comm.ordered:  # where order counts they stay what they are in one process
+        micro_batch = min(micro_batch, max(1, len(tokens) // folds // comm.size))
     return enter(
         work.skeleton, work.source, tokens, cut(len(tokens), micro_batch, folds), folds, device=work.device,
-        dtype=work.dtype, hidden=start.hidden, original=work.method.error_correction, group=group, room=room,
+        dtype=work.dtype, hidden=start.hidden, original=work.method.error_correction, comm=comm, room=room,
     )  # fmt: skip
 
 
@@ -164,32 +164,34 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
         with work.stage(index, "replay"):
             work.with_memory(index, states, lambda: _replay(work, index, members, states, weights, changed))
             _check_leaving(work, index, states)
-            leaving = states.whole(work.group)
+            leaving = states.whole(work.comm)
     skeleton.unload_block(index)
     ordered = {target.linear: weights[target.linear] for target in members}
     return BlockResult(index, ordered, reports, dict(work.seconds), changed, list(dict.fromkeys(work.notes)), leaving)
 
 
 def _find_sites(work: Workbench, index: int, found: Targets, states: States) -> list[Site]:
-    """The sites of a block that is loaded; where errors are made up for, one of them has a joint.
+    """The sites of a block that is loaded; where errors are corrected, one of them has a joint.
 
     The original's states are let go where the first block that is quantized has none, as in models with a norm behind
     every layer: to find that out for every block would cost them a second model's forward passes. Ranks take rank 0's
     word, which is that of one process: each of them looks at a window of its own.
     """
-    sites = find_sites(work.skeleton, index, found.of_block(index), states.glance().to(work.device))
+    sites = find_sites(work.skeleton, index, found.of_block(index), states.probe().to(work.device))
     if states.original is None:
         return sites
-    seen = find_joint(work.skeleton, index, sites, states.original[:1, :GLANCE].to(work.device))
-    name, joint = work.group.gather(seen)[0] or (None, None)
+    seen = find_residual_write(work.skeleton, index, sites, states.original[:1, :PROBE_TOKENS].to(work.device))
+    name, residual_write = work.comm.all_gather_object(seen)[0] or (None, None)
     if name is None and index == found.first_block:
         states.original = states.wanted = None
         where = f"{work.skeleton.prefix}.{index}"
-        work.notes.append(f"no layer of {where} writes into the stream as it is: earlier errors are not made up for")
-    return [replace(site, joint=joint) if site.name == name else site for site in sites]
+        work.notes.append(
+            f"no layer of {where} writes into the stream as it is: the error of earlier layers is not corrected"
+        )
+    return [replace(site, residual_write=residual_write) if site.name == name else site for site in sites]
 
 
-_Solved = tuple[Weights, list[SolveReport], BlockScales | None]
+_Solved = tuple[Weights, list[LayerReport], BlockScales | None]
 
 
 def _solve(
@@ -203,11 +205,11 @@ def _solve(
 ) -> _Solved:
     """Some sites of a block, with less at once where it must be. scaled: search channel scales for them first. prepare:
     makes a block that was loaded anew what it has to be."""
-    known = work.solving.strengths.copy()
+    known = work.solving.lambda_search.copy()
 
     def attempt() -> _Solved:
         work.solving.begin(known)  # what a failed attempt was told is asked, and counted, again
-        all_or_none(work.group, prepare)
+        synchronize_oom(work.comm, prepare)
         return _solve_sites(work, index, sites, states, scaled)
 
     return work.with_memory(index, states, attempt)
@@ -215,11 +217,11 @@ def _solve(
 
 def _solve_in_two(
     work: Workbench, index: int, sites: Sequence[Site], states: States
-) -> tuple[Weights, list[SolveReport], dict[str, Tensor]]:
+) -> tuple[Weights, list[LayerReport], dict[str, Tensor]]:
     """The layer with the joint after all others, so that it can make up for what they did, and those before. Its inputs
     are not rescaled: what would take up their scales is quantized by then."""
-    others, last = ([site for site in sites if bool(site.joint) is joined] for joined in (False, True))
-    reader = next((site.joint.reader for site in last if site.joint), None)
+    others, last = ([site for site in sites if bool(site.residual_write) is joined] for joined in (False, True))
+    reader = next((site.residual_write.reader for site in last if site.residual_write), None)
     weights, reports, scales = _solve(work, index, others, states, scaled=work.method.channel_scales)
     with work.stage(index, "replay"):  # as long as the block is what it was
         work.with_memory(index, states, lambda: _move_original_on(work, index, states, reader))
@@ -236,7 +238,7 @@ def _solve_in_two(
 def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: States | None, scaled: bool) -> _Solved:
     """Observe and solve some sites of a block, as many at a time as the Grams have room for."""
     weights: Weights = {}
-    reports: dict[str, list[SolveReport]] = {}
+    reports: dict[str, list[LayerReport]] = {}
     portions = work.portions(sites, states.folds if states else 0)
     scales, collected = None, None
     if scaled and states is not None:
@@ -250,7 +252,7 @@ def _solve_sites(work: Workbench, index: int, sites: Sequence[Site], states: Sta
         weights |= solved
         for share, report in zip(shares, told):
             reports.setdefault(share.site.name, []).append(report)
-    return weights, [replace(joined(parts), site=name) for name, parts in reports.items()], scales
+    return weights, [replace(merge_reports(parts), site=name) for name, parts in reports.items()], scales
 
 
 def _observe(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[Statistics]:
@@ -258,7 +260,7 @@ def _observe(work: Workbench, index: int, shares: Sequence[Share], states: State
     if work.recall:
         return work.recall(index, shares)
     with work.stage(index, "observe"):
-        collected, notes = collect(work.skeleton, index, shares, states, work.method, work.device, work.group)
+        collected, notes = collect(work.skeleton, index, shares, states, work.method, work.device, work.comm)
     work.notes += notes
     return collected
 
@@ -269,22 +271,22 @@ def _scale(
     """The channel scales of a block, all before any of its weights is quantized, because scales end up in weights of
     other sites; and the statistics, where those of all sites fit at once and need not be collected again."""
     with work.stage(index, "scale"):
-        glance = states.glance().to(work.device)
-        folds, reasons = all_or_none(work.group, partial(find_folds, work.skeleton, index, sites, glance))
-        scales = BlockScales(work.skeleton, work.source, sites, folds, reasons, work.group)
+        probe = states.probe().to(work.device)
+        folds, reasons = synchronize_oom(work.comm, partial(find_mappings, work.skeleton, index, sites, probe))
+        scales = BlockScales(work.skeleton, work.source, sites, folds, reasons, work.comm)
     collected: list[Statistics] = []
     for shares in portions:
         collected = _observe(work, index, shares, states)
         with work.stage(index, "scale"):
             work.solving.choose(index, shares, collected)
-            grams = all_or_none(work.group, partial(_borrowing, collected, work.method.expert_shrinkage))
+            grams = synchronize_oom(work.comm, partial(_borrowing, collected, work.method.expert_shrinkage))
             dtype = work.solving.scale_dtype(shares[0].site)
             scales.decide(shares, grams, work.solving.cost, work.solving.quant_of, dtype)
     return scales, collected if len(portions) == 1 else None
 
 
 def _borrowing(collected: Sequence[Statistics], borrow: float) -> list[Gram]:
-    return [borrowing(statistics, borrow) for statistics in collected]
+    return [shrink_experts(statistics, borrow) for statistics in collected]
 
 
 def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
@@ -330,7 +332,7 @@ def _put(
 
 def _check_leaving(work: Workbench, index: int, states: States) -> None:
     """`NumericError` where too much of what leaves a block, on all ranks, is not finite; a note where something is."""
-    counted = work.group.gather((states.lost_rows(), states.hidden.shape[0] * states.hidden.shape[1]))
+    counted = work.comm.all_gather_object((states.lost_rows(), states.hidden.shape[0] * states.hidden.shape[1]))
     lost, rows = map(sum, zip(*counted))
     if lost:
         where = f"{lost} of {rows} rows of what leaves {work.skeleton.prefix}.{index} hold NaN or Inf"

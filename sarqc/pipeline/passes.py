@@ -19,7 +19,7 @@ from sarqc.model.lazy_model import Skeleton
 from sarqc.model.residual import through
 from sarqc.model.sites import Share, Site, observe
 from sarqc.pipeline.activations import States
-from sarqc.pipeline.comm import ALONE, Group, all_or_none, in_turn
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, in_turn, synchronize_oom
 
 
 def gram_bytes(share: Share, folds: int) -> int:
@@ -28,7 +28,7 @@ def gram_bytes(share: Share, folds: int) -> int:
 
 
 def _each(site: Site, folds: int) -> int:
-    return 4 * folds * site.in_features * (site.in_features + site.wishes)
+    return 4 * folds * site.in_features * (site.in_features + site.cross_rows)
 
 
 def passes(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Share]]:
@@ -59,24 +59,24 @@ def collect(
     states: States,
     method: MethodConfig,
     device: torch.device,
-    group: Group = ALONE,
+    comm: Comm = SINGLE_PROCESS,
 ) -> tuple[list[Statistics], list[str]]:
     """Statistics of every share of block `index`, which is loaded, and a line for each that is not of all rows.
 
     One pass of all ranks' windows through the block; a second one where rows hold NaN or Inf. Raises
     `NumericError` naming the share where those are more than 1 %.
     """
-    kept = _all_ranks(skeleton, index, shares, states, method, device, None, group)
-    if all(_each_finite(kept, group)):
+    kept = _all_ranks(skeleton, index, shares, states, method, device, None, comm)
+    if all(_each_finite(kept, comm)):
         return kept, []
     del kept  # their memory is needed for the second pass
     lost = [0] * len(shares)
-    kept = _all_ranks(skeleton, index, shares, states, method, device, lost, group)
-    lost = [sum(counts) for counts in zip(*group.gather(lost))]
+    kept = _all_ranks(skeleton, index, shares, states, method, device, lost, comm)
+    lost = [sum(counts) for counts in zip(*comm.all_gather_object(lost))]
     notes = []
-    for share, statistics, count, sound in zip(shares, kept, lost, _each_finite(kept, group)):
+    for share, statistics, count, sound in zip(shares, kept, lost, _each_finite(kept, comm)):
         rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
-        what = f"the inputs of {share.name}{' or the stream behind it' if share.site.joint else ''}"
+        what = f"the inputs of {share.name}{' or the stream behind it' if share.site.residual_write else ''}"
         where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
         if count > MAX_LOST * rows or not sound:
             raise NumericError(f"{where}; up to {MAX_LOST:.0%} are left out: look at the model, its dtype or the text")
@@ -85,15 +85,15 @@ def collect(
     return kept, notes
 
 
-def _each_finite(kept: Sequence[Statistics], group: Group) -> list[bool]:
-    return all_or_none(group, lambda: list(map(_finite, kept)))
+def _each_finite(kept: Sequence[Statistics], comm: Comm) -> list[bool]:
+    return synchronize_oom(comm, lambda: list(map(_finite, kept)))
 
 
 def _finite(statistics: Statistics) -> bool:
     # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed. What is
     # wished for can overflow where they do not.
     grams = (*statistics.folds, *statistics.rest)
-    sums = [gram.abs_sum for gram in grams] + [gram.wish for gram in grams if gram.wish is not None]
+    sums = [gram.abs_sum for gram in grams] + [gram.cross_gram for gram in grams if gram.cross_gram is not None]
     return all(bool(torch.isfinite(each).all()) for each in sums)
 
 
@@ -105,19 +105,19 @@ def _all_ranks(
     method: MethodConfig,
     device: torch.device,
     lost: list[int] | None,
-    group: Group,
+    comm: Comm,
 ) -> list[Statistics]:
     """A pass on every rank, and what they saw together: added up afterwards, or in order as they see it."""
 
     def attempt() -> list[Statistics]:
-        return _one_pass(skeleton, index, shares, states, method, device, lost, group)
+        return _one_pass(skeleton, index, shares, states, method, device, lost, comm)
 
-    kept = in_turn(group, attempt) if group.ordered else all_or_none(group, attempt)
+    kept = in_turn(comm, attempt) if comm.ordered else synchronize_oom(comm, attempt)
     for sums in (statistics.tensors(fold) for statistics in kept for fold in range(states.folds)):
-        if group.ordered:
-            group.spread_(sums, group.size - 1)
+        if comm.ordered:
+            comm.broadcast(sums, comm.size - 1)
         else:
-            group.sum_(sums)
+            comm.all_reduce(sums)
     return kept
 
 
@@ -129,7 +129,7 @@ def _one_pass(
     method: MethodConfig,
     device: torch.device,
     lost: list[int] | None,
-    group: Group,
+    comm: Comm,
 ) -> list[Statistics]:
     """This rank's windows once; with `lost`, rows that are not finite are left out and counted there, by share."""
     kept = [_empty(share, states.folds, method, device) for share in shares]
@@ -137,34 +137,34 @@ def _one_pass(
     waiting: list[tuple[Site, Tensor]] = []
 
     def sink(site: Site, x: Tensor, offsets: Tensor | None) -> None:
-        if site.joint:
+        if site.residual_write:
             waiting.append((site, x))  # for the stream behind it
         else:
             take(site, x, offsets, None)
 
-    def take(site: Site, x: Tensor, offsets: Tensor | None, wish: Tensor | None) -> None:
+    def take(site: Site, x: Tensor, offsets: Tensor | None, cross_gram: Tensor | None) -> None:
         for number, (share, statistics) in enumerate(zip(shares, kept)):
             if share.site is not site:
                 continue
-            own, bounds, wished = x, offsets, wish
+            own, bounds, wished = x, offsets, cross_gram
             if lost is not None:
                 # A row and its wish are stacked, so that they go or stay together.
-                stacked, bounds = finite_rows(own if wish is None else torch.cat([own, wish], -1), bounds)
+                stacked, bounds = finite_rows(own if cross_gram is None else torch.cat([own, cross_gram], -1), bounds)
                 lost[number] += len(own) - len(stacked)
-                own, wished = stacked[:, : own.shape[-1]], None if wish is None else stacked[:, own.shape[-1] :]
+                own, wished = stacked[:, : own.shape[-1]], None if cross_gram is None else stacked[:, own.shape[-1] :]
             if bounds is not None and not share.whole:
                 first, last = bounds[share.first], bounds[share.stop]
                 statistics.add_rest(own[:first], fold)
                 statistics.add_rest(own[last:], fold)
                 own, bounds = own[first:last], bounds[share.first : share.stop + 1] - first
-            statistics.add(own, bounds, fold, wish=wished)
+            statistics.add(own, bounds, fold, cross_gram=wished)
 
     sites = list(dict.fromkeys(share.site for share in shares))
-    reader = next((site.joint.reader for site in sites if site.joint), None)
+    reader = next((site.residual_write.reader for site in sites if site.residual_write), None)
     for fold in range(states.folds):
         sums = [tensor for statistics in kept for tensor in statistics.tensors(fold)]
-        if group.ordered:
-            group.take_over_(sums)
+        if comm.ordered:
+            comm.recv_previous(sums)
         for hidden, original in states.of_fold(fold):
             with observe(skeleton, sites, sink, method.router_weight_power):
                 _, stream = through(skeleton, index, reader, hidden.to(device))
@@ -173,8 +173,8 @@ def _one_pass(
                 site, x = waiting.pop()
                 held = shortening(x, stream.shape[1])
                 take(site, x * held, None, _drift(original.to(device), stream).mul_(held))
-        if group.ordered:
-            group.hand_on(sums)
+        if comm.ordered:
+            comm.send_next(sums)
     return kept
 
 
@@ -186,7 +186,7 @@ def _empty(share: Share, folds: int, method: MethodConfig, device: torch.device)
         folds,
         device,
         rest=method.expert_shrinkage > 0 and not share.whole,
-        wishes=share.site.wishes,
+        cross_rows=share.site.cross_rows,
     )
 
 

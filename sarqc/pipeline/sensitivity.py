@@ -1,15 +1,14 @@
-"""A first look at a model: what it would suffer from each site at each width, before any weight is quantized.
+"""Sensitivity analysis: the loss of the model from each site at each bit-width, before any weight is quantized.
 
-Errors of different sites have no common unit of their own: 1 % of what a softmax is made of is not 1 % of what an MLP
-adds, and neither is the same in the last block as in the middle. They have one where the model ends. So each site alone
-is solved at one width, and a few windows are run on from there: how far that moves the distribution of the next token
-(the mean KL divergence from the model as it is) times what the solver loses at another width, relative to that one
-(`method.bit_allocation`), is the site's loss there. Divergences of sites that err independently add up, as long as they
-are small. `benchmarks/quality/MIXED.md` has what else was tried: a rounding in the solution's place misjudges the sites
-that matter most, because it spoils what a solver spares.
+Errors of different sites have no common unit: 1 % of the input of a softmax is not 1 % of the output of an MLP. They
+have one at the end of the model. So each site alone is quantized at one bit-width, and a few sequences run on from
+there to the logits. The mean KL divergence of the next token, times the solver's loss at another bit-width relative to
+that one (`method.bit_allocation`), is the loss of the site. Divergences of independent errors add up while they are
+small. `benchmarks/quality/MIXED.md` has the alternatives: RTN in place of the solver misjudges the sites that matter
+most.
 
-One block is in memory at a time, as everywhere: what waits between two blocks are the hidden states of these few
-windows, one copy for every site so far, which all go through the next block: half the blocks for each site, on average.
+One block is in memory at a time. The hidden states of these few sequences wait between two blocks, one copy for every
+site so far, and all go through the next block: half the blocks for each site, on average.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
-from sarqc.method.bit_allocation import WidthLosses, tried, tried_width, width_losses
+from sarqc.method.bit_allocation import LossByBits, loss_by_bits, probe_bits, probe_weight
 from sarqc.method.gram import Statistics
-from sarqc.method.lambda_search import Strengths
+from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.layers import Target, Targets
 from sarqc.model.lazy_model import Skeleton
@@ -33,23 +32,31 @@ from sarqc.model.perplexity import Tally
 from sarqc.model.sites import Share, Site, find_sites, stack, write_back
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.activations import States, cut, enter
-from sarqc.pipeline.comm import ALONE
+from sarqc.pipeline.comm import SINGLE_PROCESS
 from sarqc.pipeline.passes import collect
-from sarqc.pipeline.quantize_site import Solving, scale_dtype
+from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
 from sarqc.pipeline.work_split import pieces
 from sarqc.pipeline.workbench import Workbench
 
 TOKENS = 1 << 14
-"""Tokens of the calibration text, at most, that sites are observed on."""
+"""Largest number of calibration tokens that sites are observed on."""
 FOLDS = 2
 TRIED_WINDOWS, TRIED_LENGTH = 2, 256
-"""Windows that each site is tried on, and tokens of each."""
+"""Sequences that each site is probed on, and tokens of each."""
 
 
 @dataclass(frozen=True)
-class SiteLosses:
-    """site: its name. linears, shapes: of its members, by the checkpoint's names. modules: of the model, that they are
-    in. divergence: mean KL of the next token in nats, at the width that was tried. losses: by width, likewise."""
+class SiteSensitivity:
+    """Losses of one site.
+
+    Attributes:
+        site: Its name.
+        linears: Its members, by the checkpoint's names.
+        shapes: Their shapes.
+        modules: The modules of the model that hold them.
+        divergence: Mean KL divergence of the next token, in nats, at the probe's bit-width.
+        losses: The same at each bit-width.
+    """
 
     site: str
     linears: tuple[str, ...]
@@ -61,16 +68,17 @@ class SiteLosses:
 
 @dataclass
 class _Trial:
-    """A site that was tried in block `block`. solved: relative losses by width. hidden: [B, L, H] on the host, of the
-    windows that are tried on, as they leave the last block so far."""
+    """A site that was probed in block `block`. solved: relative losses by bit-width. hidden: [B, L, H] on the host, the
+    probe sequences as they leave the last block so far.
+    """
 
     block: int
     site: Site
     solved: dict[int, float]
     hidden: Tensor
 
-    def result(self, divergence: float) -> SiteLosses:
-        return SiteLosses(
+    def result(self, divergence: float) -> SiteSensitivity:
+        return SiteSensitivity(
             site=self.site.name,
             linears=tuple(target.linear for target in self.site.members),
             shapes=tuple(target.shape for target in self.site.members),
@@ -81,7 +89,7 @@ class _Trial:
 
 
 @torch.no_grad()
-def look(
+def measure_sensitivity(
     skeleton: Skeleton,
     source: TensorSource,
     found: Targets,
@@ -96,7 +104,7 @@ def look(
     seed: int = 0,
     mine: Callable[[int], bool] = lambda _: True,
     on_block: Callable[[int], object] = lambda _: None,
-) -> list[tuple[int, SiteLosses]]:
+) -> list[tuple[int, SiteSensitivity]]:
     """(block, losses) of every site in the order of blocks; of blocks that are not `mine` nothing.
 
     tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are observed. micro_batch(L): windows at once.
@@ -111,8 +119,10 @@ def look(
     skeleton.prepare(*few.shape)
     plain = skeleton.embed(few).cpu()
     skeleton.unload_outer()
-    solving = Solving(skeleton, source, quant, method, device, Strengths(seed=seed), ALONE)
-    work = Workbench(skeleton, source, method, device, dtype, gram_budget, lambda *_: None, None, solving, ALONE, None)
+    solving = SiteQuantizer(skeleton, source, quant, method, device, LambdaSearch(seed=seed), SINGLE_PROCESS)
+    work = Workbench(
+        skeleton, source, method, device, dtype, gram_budget, lambda *_: None, None, solving, SINGLE_PROCESS, None
+    )
     trials: list[_Trial] = []
     for index in range(len(skeleton.blocks)):
         on_block(index)
@@ -152,26 +162,26 @@ def _evenly(tokens: Tensor) -> Tensor:
 def _begin(work: Workbench, index: int, found: Targets, states: States, plain: Tensor) -> list[_Trial]:
     """A trial of each site of a block that is loaded, through that block."""
     skeleton, quant = work.skeleton, work.solving.quant
-    sites = find_sites(skeleton, index, found.of_block(index), states.glance().to(work.device))
-    losses: dict[str, WidthLosses] = {}
+    sites = find_sites(skeleton, index, found.of_block(index), states.probe().to(work.device))
+    losses: dict[str, LossByBits] = {}
     weights: dict[str, list[tuple[Target, QuantizedWeight]]] = {site.name: [] for site in sites}
     for shares in work.portions(sites, FOLDS):
         for share, own, solved in _portion(work, index, shares, states):
             name = share.site.name
             losses[name] = losses[name] + own if name in losses else own
             weights[name] += solved
-    width = tried_width(quant)
+    width = probe_bits(quant)
     return [
         _Trial(index, site, losses[site.name].relative(width), _tried(skeleton, index, site, weights[site.name], plain))
         for site in sites
     ]
 
 
-_Solved = tuple[Share, WidthLosses, list[tuple[Target, QuantizedWeight]]]
+_Solved = tuple[Share, LossByBits, list[tuple[Target, QuantizedWeight]]]
 
 
 def _portion(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[_Solved]:
-    """What is lost in each share, and its weights as they are tried; their Grams are gone when this returns."""
+    """Losses of each share, and its probe weights; their Grams are freed when this returns."""
     with work.stage(index, "observe"):
         collected, _ = collect(work.skeleton, index, shares, states, work.method, work.device)
     with work.stage(index, "solve"):
@@ -181,12 +191,12 @@ def _portion(work: Workbench, index: int, shares: Sequence[Share], states: State
 def _share(work: Workbench, share: Share, statistics: Statistics) -> _Solved:
     """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
     model, how = work.skeleton.model, (work.solving.quant, work.method, scale_dtype(work.source, share.site))
-    losses = width_losses(share.name, share.weight(model), statistics, *how, work.solving.strengths.seed)
+    losses = loss_by_bits(share.name, share.weight(model), statistics, *how, work.solving.lambda_search.seed)
     statistics.merge_folds()
     solved: list[tuple[Target, QuantizedWeight]] = []
     for piece in pieces([share], 1, work.device, gram=True):
         own, experts = piece.share, slice(piece.share.first - share.first, piece.share.stop - share.first)
-        weight = tried(share.name, own.weight(model), statistics, *how, experts)
+        weight = probe_weight(share.name, own.weight(model), statistics, *how, experts)
         solved += share.site.split(weight.to("cpu"), own.first)
     return share, losses, solved
 

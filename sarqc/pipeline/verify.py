@@ -20,8 +20,8 @@ from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.errors import CheckpointError, ModelError
 from sarqc.model.lazy_model import Skeleton
 from sarqc.report import report as reports
-from sarqc.serving.compatibility import outlook_of
-from sarqc.serving.rules import Outlook, to_json
+from sarqc.serving.compatibility import checkpoint_support
+from sarqc.serving.rules import RuntimeSupport, to_json
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, name of the tensor)."""
@@ -46,7 +46,7 @@ class Verified:
     facts: dict[str, Any] = field(default_factory=dict)
     stored: Storage | None = None
     errors: dict[str, float] = field(default_factory=dict)
-    serve: list[Outlook] = field(default_factory=list)
+    serve: list[RuntimeSupport] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -136,7 +136,7 @@ def _model(found: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> 
     servers make of the model."""
     try:
         skeleton = Skeleton.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
-        found.serve = outlook_of(checkpoint, skeleton) if found.sound else []
+        found.serve = checkpoint_support(checkpoint, skeleton) if found.sound else []
     except ModelError as error:
         found.problems.append(f"{checkpoint.folder} is no whole model: {error}")
 

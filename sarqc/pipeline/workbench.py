@@ -15,11 +15,11 @@ from sarqc.errors import ResourceError, out_of_memory
 from sarqc.method.gram import Statistics
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.sites import Share, Site
-from sarqc.model.source import Ahead, TensorSource
+from sarqc.model.source import PrefetchingSource, TensorSource
 from sarqc.pipeline.activations import States
-from sarqc.pipeline.comm import Group
+from sarqc.pipeline.comm import Comm
 from sarqc.pipeline.passes import gram_bytes, passes
-from sarqc.pipeline.quantize_site import Solving
+from sarqc.pipeline.quantize_site import SiteQuantizer
 
 OnProgress = Callable[[int, str], None]
 Recall = Callable[[int, Sequence[Share]], list[Statistics]]
@@ -39,9 +39,9 @@ class Workbench:
     gram_budget: int
     on_progress: OnProgress
     recall: Recall | None
-    solving: Solving
-    group: Group
-    ahead: Ahead | None
+    solving: SiteQuantizer
+    comm: Comm
+    prefetched: PrefetchingSource | None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     current: str = ""
@@ -51,9 +51,9 @@ class Workbench:
     def load(self, index: int) -> None:
         """Load a block, and begin to read the one behind it."""
         self.skeleton.load_block(index, self.source, self.device, self.dtype)
-        if self.ahead and index + 1 < len(self.skeleton.blocks):
+        if self.prefetched and index + 1 < len(self.skeleton.blocks):
             parameters = self.skeleton.parameters(index + 1)
-            self.ahead.read(piece.name for name in parameters for piece in self.skeleton.pieces[name])
+            self.prefetched.read(piece.name for name in parameters for piece in self.skeleton.pieces[name])
 
     def portions(self, sites: Sequence[Site], folds: int) -> list[list[Share]]:
         """The sites in portions whose Grams fit the budget; remembers how many of them are held at once."""
@@ -95,7 +95,7 @@ def _take_less(work: Workbench, index: int, states: States | None, reason: str) 
     # Replays are each rank's own; in all other stages every rank is here, and must take the same way.
     apart = states is None or work.current == "replay"
     before = 0 if states is None else states.micro_batch
-    before = before if apart else max(work.group.gather(before))
+    before = before if apart else max(work.comm.all_gather_object(before))
     if states is not None and work.current not in ("scale", "solve") and before > 1:  # windows have no part in these
         states.halve()
         skeleton.load_outer(work.source, work.device, work.dtype)

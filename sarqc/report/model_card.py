@@ -199,12 +199,10 @@ def _done(report: summary.Report) -> str:
     else:
         lines.append("- no calibration text")
     kind = "output error on the calibration text" if calibration else "weight error"
-    lines.append(
-        f"- {kind} {summary.share(report['error'])}; plain rounding has {summary.share(report['rounding_error'])}"
-    )
+    lines.append(f"- {kind} {summary.share(report['error'])}; RTN has {summary.share(report['rtn_error'])}")
     lines.append(f"- {report['targets']['quantized']} layers at {size['bits_per_weight']} bits per weight with scales")
     if fallbacks := report["fallbacks"]:
-        lines.append(f"- {len(fallbacks)} of {len(report['sites'])} sites were rounded plainly; report.html says why")
+        lines.append(f"- {len(fallbacks)} of {len(report['sites'])} sites were quantized by RTN; report.html says why")
     lines += [f"- to be looked at: {_inline(concern)}" for concern in summary.verdict(report).concerns]
     return "\n".join(lines)
 

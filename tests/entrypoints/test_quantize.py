@@ -10,13 +10,13 @@ import torch
 import sarqc
 from sarqc.entrypoints.convert import convert
 from sarqc.errors import ArgumentError, CheckpointError, SarqcError, TextError
-from sarqc.pipeline.progress import Silent
+from sarqc.pipeline.progress import NoProgress
 from tests.support import tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32}
 
 
-class Diary(Silent):
+class Diary(NoProgress):
     def __init__(self):
         self.lines = []
 

@@ -15,7 +15,7 @@ import torch
 
 import sarqc
 from sarqc.cli.preflight import show
-from sarqc.cli.terminal import RunWatcher
+from sarqc.cli.terminal import RunProgress
 from sarqc.entrypoints.estimate import preflight
 from sarqc.errors import ArgumentError, ModelError, ResourceError
 from sarqc.estimation.preflight import Preflight
@@ -182,7 +182,7 @@ def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
     left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}
     assert left == {
         "model.layers.*.self_attn.o_proj": (2, "ignore o_proj$"),
-        "model.layers.*.mlp.gate": (2, "its outputs choose experts or positions"),
+        "model.layers.*.mlp.gate": (2, "router or no Linear"),
         "lm_head": (1, "outside the blocks"),
     }
 
@@ -207,9 +207,11 @@ def test_the_first_look_is_counted_where_there_is_one(sources, tmp_path):
         found = preflight(sources["qwen3_moe"], tmp_path / "out", **SMALL | {"method": "gptq"} | how).memory
         return {stage.stage: stage.host for stage in found}
 
-    assert "look" not in stages()
+    assert "sensitivity" not in stages()
     mixed = stages(avg_bits=4.5)
-    assert mixed["look"] >= mixed["solve"] - (1 << 20) and list(mixed).index("look") < list(mixed).index("observe")
+    assert mixed["sensitivity"] >= mixed["solve"] - (1 << 20) and list(mixed).index("sensitivity") < list(mixed).index(
+        "observe"
+    )
 
 
 def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
@@ -220,7 +222,7 @@ def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
 
 
 def test_unknown_settings_and_models_are_one_line(sources, tmp_path):
-    with pytest.raises(ArgumentError, match="bitz is not an option"):
+    with pytest.raises(ArgumentError, match="bitz"):
         preflight(sources["llama"], tmp_path / "out", bitz=4)
     with pytest.raises(ModelError, match="no such folder"):
         preflight("no/such/model", tmp_path / "out")
@@ -247,9 +249,9 @@ def test_brackets_in_names_and_patterns_are_shown_as_they_are(sources, tmp_path,
     show(Console(width=300), found)
     shown = capsys.readouterr().out
     assert "a[bold]b" in shown and "out[dim]" in shown and "ignore [ok]_proj[/]?$" in shown
-    with RunWatcher(Console()) as watcher:
-        watcher.note("work[/] in [dim]")
-        watcher.follow("tensors")(1, 1, "x[/]")
+    with RunProgress(Console()) as progress:
+        progress.note("work[/] in [dim]")
+        progress.follow("tensors")(1, 1, "x[/]")
     assert capsys.readouterr().out == "work[/] in [dim]\ntensors 1/1: x[/], 0:00 left\n"
 
 

@@ -68,7 +68,7 @@ def test_a_new_solver(llama, tmp_path):
     errors = module.main(str(llama), tmp_path, **SMALL)
     report = json.loads((tmp_path / "least-squares" / "report.json").read_text(encoding="utf-8"))
     assert report["method"]["method"] == "least-squares"
-    assert errors["sarqc-gptq"] < errors["least-squares"] < report["rounding_error"]
+    assert errors["sarqc-gptq"] < errors["least-squares"] < report["rtn_error"]
     assert errors["least-squares"] != errors["rtn-search"]
     with pytest.raises(ArgumentError, match="symmetric"):
         module.main(str(llama), tmp_path / "asym", sym=False, **SMALL)
@@ -98,10 +98,10 @@ def test_starved_experts(tmp_path, capsys):
     result = example("starved_experts").main(tmp_path)
     starved = [site["rows"].count(0) for site in result.report["sites"] if len(site["rows"]) > 1]
     assert len(starved) == 4 and min(starved) > 0
-    assert all(site["error"] < site["rounding_error"] for site in result.report["sites"])
+    assert all(site["error"] < site["rtn_error"] for site in result.report["sites"])
     said = capsys.readouterr().out
     assert all(f" {count} " in said for count in starved) and "borrows from its layer: 16" in said  # of 64 inputs
-    assert "rounded plainly instead of solved: none" in said
+    assert "quantized by RTN instead of solved: none" in said
     assert sarqc.load(result.out)[0].config.num_experts == 16
 
 

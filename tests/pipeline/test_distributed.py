@@ -17,7 +17,7 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import Interrupted, NumericError
 from sarqc.pipeline import distributed, driver, passes, quantize_site
 from sarqc.pipeline.channel_scales import BlockScales
-from sarqc.pipeline.progress import Silent
+from sarqc.pipeline.progress import NoProgress
 from sarqc.pipeline.resume import default_work
 from tests.support import tiny
 from tests.support.ranks import in_ranks
@@ -70,11 +70,11 @@ def test_ranks_agree_on_the_layer_that_makes_up_for_errors(models, tmp_path, mon
     """Also where one of them finds none on its own window, as where activations there are not finite."""
     options = SMALL | {"method": "sarqc-gptq", "num_samples": 4}
     one = sarqc.quantize(models["llama"], tmp_path / "one", **options)
-    assert any(site["carried"] > 0 for site in one.report["sites"])
+    assert any(site["correction_share"] > 0 for site in one.report["sites"])
 
     def action(rank):
         if rank == 1:
-            monkeypatch.setattr(driver, "find_joint", lambda *_: None)
+            monkeypatch.setattr(driver, "find_residual_write", lambda *_: None)
         sarqc.quantize(models["llama"], tmp_path / "two", **options, ordered=True)
 
     assert in_ranks(2, action, tmp_path / "log", seconds=30) == [(0, "")] * 2
@@ -96,11 +96,11 @@ def test_plain_rounding_is_shared_out_too(models, tmp_path):
     assert ended == [(0, "")] * 2 and weights(tmp_path / "two") == weights(one.out)
 
 
-class Stopping(Silent):
+class Stopping(NoProgress):
     def __init__(self, stops):
         self.stops = stops
 
-    def stop_asked(self):
+    def stop_requested(self):
         return self.stops
 
 
@@ -179,7 +179,7 @@ def test_memory_that_runs_out_on_one_rank_makes_all_take_less(models, straight, 
 
 @pytest.mark.parametrize(
     ("room", "name"),
-    [(driver, "find_folds"), (driver, "borrowing"), (driver, "_put"), (passes, "_finite"), (BlockScales, "_take")],
+    [(driver, "find_mappings"), (driver, "borrowing"), (driver, "_put"), (passes, "_finite"), (BlockScales, "_take")],
     ids=["folds", "Grams", "weights before", "finite", "scales"],
 )
 def test_memory_that_runs_out_between_two_meetings_keeps_ranks_in_step(models, tmp_path, room, name):
@@ -257,5 +257,5 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert distributed.world() == 1 and distributed.leads()
-    with distributed.joined("cpu", ordered=True) as (group, device):
-        assert (group.rank, group.size, group.ordered, device) == (0, 1, False, "cpu")
+    with distributed.joined("cpu", ordered=True) as (comm, device):
+        assert (comm.rank, comm.size, comm.ordered, device) == (0, 1, False, "cpu")

@@ -8,9 +8,9 @@ from itertools import islice
 import pytest
 import torch
 
-from sarqc.checkpoint.state import Parts
+from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.lambda_search import GRID, Strengths
+from sarqc.method.lambda_search import GRID, LambdaSearch
 from sarqc.model.layers import targets
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.sites import write_back
@@ -26,9 +26,9 @@ def run(case, method=AUTO, **options):
     return driver.run(case.skeleton(), case.source, case.tokens, QUANT, method, **options)
 
 
-def from_the_first(strengths):
-    """From the first block on, adding to `strengths`."""
-    return driver.Start(0, None, lambda _: ({}, {}), strengths)
+def from_the_first(lambda_search):
+    """From the first block on, adding to `lambda_search`."""
+    return driver.Start(0, None, lambda _: ({}, {}), lambda_search)
 
 
 def same(a, b):
@@ -69,22 +69,22 @@ def handed_over(monkeypatch):
 
 def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over, monkeypatch):
     """Two of them to choose by, and what is solved has seen both as one."""
-    strengths, folds, choose = Strengths(), [], quantize_site.choose_strength
+    lambda_search, folds, choose = LambdaSearch(), [], quantize_site.choose_lambda
 
     def spy(site, kind, weight, statistics, *rest, **options):
         folds.append((len(statistics.folds), statistics.total().sum))
         return choose(site, kind, weight, statistics, *rest, **options)
 
-    monkeypatch.setattr(quantize_site, "choose_strength", spy)
-    results = list(run(tiny("llama"), start=from_the_first(strengths)))
+    monkeypatch.setattr(quantize_site, "choose_lambda", spy)
+    results = list(run(tiny("llama"), start=from_the_first(lambda_search)))
     assert {count for count, _ in folds} == {2}
     for (_, before), after in zip(folds, handed_over.values(), strict=True):
         assert len(after.folds) == 1 and torch.equal(after.total().sum, before)
     kinds = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
-    assert strengths.tracks.keys() == kinds
-    assert all(track.seen == len(results) == 2 for track in strengths.tracks.values())
+    assert lambda_search.tracks.keys() == kinds
+    assert all(track.seen == len(results) == 2 for track in lambda_search.tracks.values())
     for report in (report for result in results for report in result.reports):
-        assert report.strength in [pytest.approx(s) for s in GRID]
+        assert report.reg_lambda in [pytest.approx(s) for s in GRID]
         assert report.held_out["kind"] in kinds and len(report.held_out["curve"]) >= 3
 
 
@@ -98,10 +98,10 @@ def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, ha
 
 def test_reports_hold_all_that_was_learnt_about_strengths(tiny):
     """What a run that is taken up again restores from the reports of a block is what was known when it was done."""
-    strengths = Strengths()
-    first = next(run(tiny("llama"), start=from_the_first(strengths)))
+    lambda_search = LambdaSearch()
+    first = next(run(tiny("llama"), start=from_the_first(lambda_search)))
     records = json.loads(json.dumps([dict(report.held_out) for report in first.reports]))
-    assert Strengths.restored(records) == strengths and len(strengths.tracks) == 4
+    assert LambdaSearch.restored(records) == lambda_search and len(lambda_search.tracks) == 4
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
@@ -111,7 +111,7 @@ def test_experts_borrow_the_same_however_the_layer_is_cut(tiny, kind):
     for a, b in zip(whole, cut):
         differing = sum(int((a.weights[n].codes != b.weights[n].codes).sum()) for n in a.weights)
         assert differing <= 0.01 * sum(w.codes.numel() for w in a.weights.values())
-    borrowed = {report.borrowed_rows for report in whole[1].reports if len(report.rows) > 1}
+    borrowed = {report.prior_rows for report in whole[1].reports if len(report.rows) > 1}
     assert borrowed and min(borrowed) > 0
     assert not same(whole[1], next(islice(run(case, MethodConfig(reg_lambda=0.3)), 1, None)))
 
@@ -123,11 +123,13 @@ def test_a_layer_of_experts_answers_once_however_it_is_cut(tiny, monkeypatch, me
     monkeypatch.setattr(driver, "collect", lambda *args: passes.append(args[1]) or collect(*args))
     answers = []
     for budget in (1 << 30, 1):
-        strengths = Strengths()
-        found = list(run(tiny("qwen3_moe"), MethodConfig(method), gram_budget=budget, start=from_the_first(strengths)))
-        answers.append({kind: (track.seen, len(track.curves)) for kind, track in strengths.tracks.items()})
+        lambda_search = LambdaSearch()
+        found = list(
+            run(tiny("qwen3_moe"), MethodConfig(method), gram_budget=budget, start=from_the_first(lambda_search))
+        )
+        answers.append({kind: (track.seen, len(track.curves)) for kind, track in lambda_search.tracks.items()})
         records = [report.held_out for block in found for report in block.reports]
-        assert Strengths.restored(json.loads(json.dumps(records))) == strengths
+        assert LambdaSearch.restored(json.loads(json.dumps(records))) == lambda_search
         for block in found:
             asked = [report for report in block.reports if len(report.rows) > 1]
             assert len(asked) == 2 and all(len(report.rows) == 4 for report in asked)
@@ -147,7 +149,7 @@ def test_experts_that_are_solved_a_few_at_a_time_get_the_same_codes(tiny, monkey
                 for pair in ((weight.codes, other.codes), (weight.scales, other.scales), (weight.zeros, other.zeros))
             )
         for one, two in zip(a.reports, b.reports, strict=True):
-            assert (one.site, one.rows, one.strength) == (two.site, two.rows, two.strength)
+            assert (one.site, one.rows, one.reg_lambda) == (two.site, two.rows, two.reg_lambda)
             assert one.error == pytest.approx(two.error, rel=1e-5)
 
 
@@ -162,7 +164,7 @@ def test_the_last_layer_is_asked_for_what_the_stream_lacks(tiny, handed_over):
     """R^T X with R = what leaves the original block less what leaves the block in which all others are quantized."""
     case = tiny("llama")
     results = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
-    asked = [name for name, statistics in handed_over.items() if statistics.folds[0].wish is not None]
+    asked = [name for name, statistics in handed_over.items() if statistics.folds[0].cross_gram is not None]
     assert asked == [f"model.layers.{index}.mlp.down_proj" for index in range(len(results))]
     skeleton = entered(case)
     entering = skeleton.embed(case.tokens)
@@ -174,7 +176,7 @@ def test_the_last_layer_is_asked_for_what_the_stream_lacks(tiny, handed_over):
     hook.remove()
     lacking[:, 0] = 0
     expected = asked_of(inputs[0], lacking)
-    found = handed_over[asked[0]].total().wish[0].double()
+    found = handed_over[asked[0]].total().cross_gram[0].double()
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
@@ -201,7 +203,7 @@ def test_a_layer_inside_the_block_is_asked_for_what_its_stream_lacks(tiny, hande
     lacking = read["post_attention_layernorm", False] - read["post_attention_layernorm", True]
     lacking[:, 0] = 0
     expected = asked_of(read["self_attn.o_proj", True], lacking)
-    found = handed_over["model.layers.0.self_attn.o_proj"].total().wish[0].double()
+    found = handed_over["model.layers.0.self_attn.o_proj"].total().cross_gram[0].double()
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
@@ -212,7 +214,7 @@ def test_what_leaves_the_blocks_is_nearer_to_the_original(tiny, kind, method):
     lacking = {}
     for carry in (False, True):
         results = list(run(case, MethodConfig(method, error_correction=carry), folds=2, micro_batch=2))
-        assert any(report.carried > 0 for result in results for report in result.reports) is carry
+        assert any(report.correction_share > 0 for result in results for report in result.reports) is carry
         skeleton = entered(case)
         hidden = original = skeleton.embed(case.tokens)
         for result in results:
@@ -237,9 +239,11 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
     stand behind all of them: the original is let go."""
     case = tiny(kind)
     results = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
-    asked = [name for name, statistics in handed_over.items() if statistics.folds[0].wish is not None]
+    asked = [name for name, statistics in handed_over.items() if statistics.folds[0].cross_gram is not None]
     assert asked == [f"model.layers.{index}.{name}" for index, name in enumerate(asking)]
-    told = [note for result in results for note in result.notes if "earlier errors are not made up for" in note]
+    told = [
+        note for result in results for note in result.notes if "the error of earlier layers is not corrected" in note
+    ]
     assert len(told) == (0 if asking else 1)
     without = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=False), micro_batch=2, folds=2))
     assert all(same(*pair) for pair in zip(results, without, strict=True)) is not bool(asking)
@@ -248,7 +252,7 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
 def test_a_first_block_that_is_left_alone_says_nothing_of_the_others(tiny, handed_over):
     case, quant = tiny("llama"), QuantConfig(bits=3, group_size=32, ignore=(r"layers\.0\.",))
     results = list(driver.run(case.skeleton(), case.source, case.tokens, quant, CARRY))
-    assert [name for name, seen in handed_over.items() if seen.folds[0].wish is not None] == [
+    assert [name for name, seen in handed_over.items() if seen.folds[0].cross_gram is not None] == [
         "model.layers.1.mlp.down_proj"
     ]
     assert not results[0].reports and not any(result.notes for result in results)
@@ -258,19 +262,19 @@ def test_going_on_carries_the_same_errors(tiny):
     """From a later block, with its states at hand or made again: the original starts before block 0 either way."""
     case = tiny("llama")
     whole = list(run(case, CARRY, micro_batch=2))
-    assert all(result.reports[-1].carried > 0 for result in whole[1:])
+    assert all(result.reports[-1].correction_share > 0 for result in whole[1:])
     *_, last = whole
     for hidden in (None, "kept"):
         kept = []
         for result in run(case, CARRY, micro_batch=2):
             kept.append(torch.stack([row.clone() for row in result.leaving.rows()]) if result.leaving else None)
         before = kept[last.index - 1] if hidden else None
-        strengths = Strengths.restored(report.held_out for result in whole[:-1] for report in result.reports)
+        lambda_search = LambdaSearch.restored(report.held_out for result in whole[:-1] for report in result.reports)
         start = driver.Start(
             last.index,
-            None if before is None else Parts.of(before),
+            None if before is None else ChunkedTensor.of(before),
             lambda index: (whole[index].weights, whole[index].changed),
-            strengths,
+            lambda_search,
         )
         (again,) = run(case, CARRY, micro_batch=2, start=start)
         assert same(again, last)
@@ -301,7 +305,7 @@ def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_o
     case = tiny("llama")
     result = next(run(case, MethodConfig("sarqc-awq-gptq", reg_lambda=0.3), micro_batch=2))
     *others, last = result.reports
-    assert last.site.endswith("down_proj") and last.exponent == 0.0 and last.carried > 0
+    assert last.site.endswith("down_proj") and last.exponent == 0.0 and last.correction_share > 0
     assert any(report.exponent > 0 for report in others) and any("norm" in name for name in result.changed)
     skeleton = entered(case)
     entering = skeleton.embed(case.tokens)
@@ -313,7 +317,7 @@ def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_o
     hook.remove()
     lacking[:, 0] = 0
     expected = asked_of(inputs[0], lacking)
-    found = handed_over[last.site].total().wish[0].double()
+    found = handed_over[last.site].total().cross_gram[0].double()
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
@@ -367,5 +371,5 @@ def test_a_row_that_leaves_the_block_infinite_is_left_out_though_what_enters_the
     monkeypatch.setattr(Skeleton, "call_block", overflowing)
     *_, last = run(case, CARRY, micro_batch=2)
     assert any(f"1 of {case.tokens.numel()} rows" in note and "down_proj" in note for note in last.notes)
-    assert last.reports[-1].carried > 0
+    assert last.reports[-1].correction_share > 0
     assert all(bool(torch.isfinite(weight.scales).all()) for weight in last.weights.values())

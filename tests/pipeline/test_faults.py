@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 
 import sarqc
 from sarqc.checkpoint import assemble
-from sarqc.cli.terminal import RunWatcher
+from sarqc.cli.terminal import RunProgress
 from sarqc.entrypoints.verify import verify
 from sarqc.errors import CheckpointError, Interrupted, NumericError, ResourceError, SarqcError
 from sarqc.method import gptq
 from sarqc.method.hessian import regularised_hessian
 from sarqc.model.lazy_model import Skeleton
 from sarqc.pipeline import quantize_site
-from sarqc.pipeline.activations import GLANCE
+from sarqc.pipeline.activations import PROBE_TOKENS
 from sarqc.pipeline.resume import default_work
 from tests.support import tiny
 from tests.support.killing import in_child
@@ -175,7 +175,7 @@ def short_of_memory(case, failures, **options):
 
     def full(self, index, hidden):
         calls.append(hidden.shape[0])
-        if index == 1 and hidden.shape[1] > GLANCE and len(calls) in failures:
+        if index == 1 and hidden.shape[1] > PROBE_TOKENS and len(calls) in failures:
             raise torch.OutOfMemoryError("tried to allocate 2 GB")
         return call_block(self, index, hidden)
 
@@ -249,7 +249,7 @@ def poisoned(case, windows):
         seqlen=16,
         micro_batch=128,
         group_size=32,
-        strength=0.3,
+        reg_lambda=0.3,
         carry_error=False,
     )
 
@@ -338,7 +338,7 @@ def test_a_hopeless_gram_is_rounded_plainly_and_named(case):
     assert all("rounded" in site["fallback"] for site in indefinite(case, 0.9))
 
 
-class Pressed(RunWatcher):
+class Pressed(RunProgress):
     """A person at the keyboard: Ctrl-C in the middle of block 0, once or twice."""
 
     def __init__(self, times):
@@ -353,9 +353,9 @@ class Pressed(RunWatcher):
 
 @pytest.mark.fault("Ctrl-C once")
 def test_interrupted_once(case):
-    with pytest.raises(Interrupted, match=r"after block 2 of 3.*the same command goes on"), Pressed(1) as watcher:
-        sarqc.quantize(case.source, case.out, progress=watcher, **SMALL)
-    assert "finishing this block" in watcher.console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(Interrupted, match=r"after block 2 of 3.*the same command goes on"), Pressed(1) as progress:
+        sarqc.quantize(case.source, case.out, progress=progress, **SMALL)
+    assert "finishing this block" in progress.console.file.getvalue()  # type: ignore[attr-defined]
     assert len(list((default_work(case.out) / "blocks").glob("*.json"))) == 2
     recovered(case)
 
@@ -363,8 +363,8 @@ def test_interrupted_once(case):
 @pytest.mark.fault("Ctrl-C twice")
 def test_interrupted_twice(case):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Pressed(2) as watcher:
-        sarqc.quantize(case.source, case.out, progress=watcher, **SMALL)
+    with pytest.raises(KeyboardInterrupt), Pressed(2) as progress:
+        sarqc.quantize(case.source, case.out, progress=progress, **SMALL)
     assert signal.getsignal(signal.SIGINT) is before
     assert len(list((default_work(case.out) / "blocks").glob("*.json"))) == 1
     recovered(case)
@@ -374,8 +374,8 @@ def test_interrupted_twice(case):
 def test_model_changes_under_the_run(case):
     other = case.out.with_name("model")
     shutil.copytree(case.source, other)
-    with pytest.raises(Interrupted), Pressed(1) as watcher:
-        sarqc.quantize(other, case.out, progress=watcher, **SMALL)
+    with pytest.raises(Interrupted), Pressed(1) as progress:
+        sarqc.quantize(other, case.out, progress=progress, **SMALL)
     with (other / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match="truncated"):
