@@ -81,7 +81,9 @@ def _linear(skeleton: Skeleton, index: int, name: str, module: nn.Linear, output
     if rule is None and (seen := skeleton.usage) and parameter in seen.multiplied and name not in seen.called:
         rule = "its weight is multiplied by other code than its own"
     if stored is None:
-        return Candidate(target, rule, "its weight is not one tensor called *.weight in the checkpoint")
+        made = pieces[0].conversion if pieces else None
+        how = f"transformers makes it from {pieces[0].name} by {made}" if made else "its weight is shared or renamed"
+        return Candidate(target, rule, f"{how}, so the checkpoint has no name for it")
     strange = type(module).forward is not nn.Linear.forward and not _multiplies(module)
     return Candidate(target, rule, f"{type(module).__name__} is not a plain Linear" if strange else None)
 
@@ -91,7 +93,7 @@ def _stacked(skeleton: Skeleton, index: int, name: str, module: Any, projection:
     weight: Tensor = getattr(module, projection)
     inputs = weight.shape[1 if module.is_transposed else 2]
     for piece in skeleton.pieces[parameter]:
-        rows = piece.rows or weight.numel() // inputs
+        rows = piece.rows or weight.numel() // inputs // len(skeleton.pieces[parameter])
         refusal = moe.why_not(module, per_expert_names=piece.expert is not None and piece.linear is not None)
         where = (piece.expert or 0, piece.start)
         yield Candidate(

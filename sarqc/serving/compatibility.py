@@ -16,7 +16,7 @@ from sarqc.serving.rules import Outlook, Served, fused_layers, mixed_places, out
 
 def served(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> Served:
     """A model with these layers quantized and those left."""
-    config = skeleton.model.config
+    config = skeleton.text_config
     heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     linears = [
         (target.linear, target.shape, skeleton.model.get_parameter(target.parameter).dim() == 3) for target in quantized
