@@ -247,10 +247,14 @@ class Skeleton:
         """The dtype a tensor is loaded in: transformers names some that stay fp32 in a half-precision model."""
         if not like.is_floating_point():
             return like.dtype
+        return torch.float32 if self.stays_in_fp32(parameter) else self.dtype
+
+    def stays_in_fp32(self, parameter: str) -> bool:
+        """Whether transformers keeps this parameter in fp32 in a half-precision model of this dtype."""
         strict = self.model._keep_in_fp32_modules_strict or ()
         loose = self.model._keep_in_fp32_modules or ()
         names = {torch.bfloat16: tuple(strict), torch.float16: (*strict, *loose)}.get(self.dtype, ())
-        return torch.float32 if any(re.search(name.replace("*", ".*"), parameter) for name in names) else self.dtype
+        return any(re.search(name.replace("*", ".*"), parameter) for name in names)
 
     def _empty(self, parameter: str) -> None:
         tensor = _find(self.model, parameter)
@@ -278,8 +282,9 @@ def assemble(
     if pieces[0].expert is None:
         return source.load(pieces[0].name).to(device, dtype)
     filled = torch.empty(tuple(shape), dtype=dtype, device=device)
+    whole = filled.view(-1, *shape[-2:])  # a Linear is a stack of one
     for piece in pieces:
-        filled[piece.expert, piece.start : piece.start + piece.rows].copy_(source.load(piece.name))
+        whole[piece.expert, piece.start : piece.start + piece.rows].copy_(source.load(piece.name))
     return filled
 
 

@@ -140,16 +140,21 @@ def _follow(model: Any, first: str, converter: Any, names: Named, source: Tensor
         lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in number]
         what = f"lacks tensor {lost[0]!r}" if lost else f"has tensors that do not combine ({first_line(error)})"
         raise ModelError(f"the checkpoint {what}; {first!r} is made of {len(order)} tensors") from error
-    pieces = {}
+    landed: dict[str, tuple[Piece, ...] | None] = {}
     for parameter in shapes:
         value = tags.get(parameter)
         tag = value[0] if isinstance(value, list) else value
-        landed = None if tag is None else _read_tags(tag, [name for _, name in order], source)
-        if landed is None:
-            made = Conversion(converter, model, first, parameter, order)
-            landed = tuple(Piece(name, None, 0, 0, made) for _, name in order)
-        pieces[parameter] = landed
-    return pieces
+        landed[parameter] = None if tag is None else _read_tags(tag, [name for _, name in order], source)
+    if sorted(piece.name for pieces in landed.values() for piece in pieces or ()) != sorted(number):
+        landed = dict.fromkeys(landed)  # a tensor came out nowhere, or twice
+    return {
+        parameter: pieces or _made(Conversion(converter, model, first, parameter, order))
+        for parameter, pieces in landed.items()
+    }
+
+
+def _made(conversion: Conversion) -> tuple[Piece, ...]:
+    return tuple(Piece(name, None, 0, 0, conversion) for _, name in conversion.names)
 
 
 def _convert(
@@ -164,13 +169,15 @@ def _convert(
 
 
 def _read_tags(tags: Tensor, order: list[str], source: TensorSource) -> tuple[Piece, ...] | None:
-    """Pieces behind a stack [E, parts * 2, 3] of tags; None where it is anything else."""
+    """Pieces behind a stack [E, parts * 2, 3] of tags, or a matrix of several; None where it is anything else."""
+    if tags.dim() == 2 and len(tags) > _TAG.shape[0]:
+        tags = tags[None]
     if tags.dim() != 3 or tags.shape[1] % _TAG.shape[0] or tags.shape[2] != _TAG.shape[1]:
         return None
     blocks = tags.reshape(len(tags), -1, *_TAG.shape)
     which = blocks[:, :, 0, 0] // _TAG.numel()
     intact = torch.equal(blocks, which[:, :, None, None] * _TAG.numel() + _TAG)
-    if not intact or sorted(which.flatten().tolist()) != list(range(len(order))):
+    if not intact or which.flatten().unique().numel() != which.numel():
         return None
     if any(len(source.shape(name)) != 2 for name in order):
         return None
@@ -200,7 +207,7 @@ def _check_shape(model: Any, parameter: str, tensor: Tensor, pieces: tuple[Piece
         if shape != wanted:
             raise ModelError(f"tensor {pieces[0].name!r} is {list(shape)}; the configuration asks for {list(wanted)}")
         return
-    experts, rows, columns = wanted
+    experts, rows, columns = wanted if len(wanted) == 3 else (1, *wanted)
     parts = max(len(pieces) // experts, 1)
     for piece in pieces:
         shape = tuple(source.shape(piece.name))
