@@ -97,7 +97,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         weights = _weights(sites)
         flow = sum(2.0 * tokens * min(site.experts, chosen) * _rows(site) * site.in_features for site in sites)
         grams = sum(site.experts * site.in_features**2 for site in sites)
-        parts = [[site for site in sites if not site.joint], [site for site in sites if site.joint]]
+        parts = [[site for site in sites if not site.residual_write], [site for site in sites if site.residual_write]]
         looks = sum(len(list(portions(part, FOLDS, plan.run.gram_budget))) for part in parts)
         forwards = looks + 2  # the original's, and once more when all is quantized
         most = max(most, looks)
@@ -109,7 +109,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         spent["gram"] += (
             sum(2.0 * tokens * min(site.experts, chosen) * site.in_features**2 for site in sites) / rates.gram
         )
-        for site in (site for site in sites if site.joint):
+        for site in (site for site in sites if site.residual_write):
             spent["gram"] += 2.0 * tokens * _rows(site) * site.in_features / rates.single
             solved += (FOLDS + 1) * _cost([site])  # a shift takes about as much as a solve: of each fold, and of all
             grams += _rows(site) * site.in_features
@@ -120,7 +120,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
         spent["network"] += (summed + (weights + hidden) * (ranks > 1)) / rates.network
     size = sizes(plan, windows, seqlen)
-    spent["disk"] += (2 * size.blocks + 2 * size.output + len(plan.skeleton.blocks) * hidden) / rates.disk
+    spent["disk"] += (2 * size.output + len(plan.skeleton.blocks) * hidden) / rates.disk
     return Prediction(spent, most)
 
 

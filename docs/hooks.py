@@ -18,7 +18,7 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).parent.parent
 INCLUDED = {
     "contributing.md": "CONTRIBUTING.md",
-    "measured/ablations.md": "benchmarks/quality/STRENGTH.md",
+    "measured/ablations.md": "benchmarks/quality/ABLATIONS.md",
     "measured/mixed.md": "benchmarks/quality/MIXED.md",
     "measured/goals.md": "benchmarks/quality/GOALS.md",
     "measured/scaling.md": "benchmarks/SCALING.md",
@@ -28,6 +28,7 @@ INCLUDED = {
 """Page -> file whose text it has."""
 
 MARKED = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+SOURCE = '<details class="mkdocstrings-source">'
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)(#[^)]*)?\)")
 
 
@@ -54,7 +55,11 @@ def including(source: str, page: str) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """The page with each marked formula as a <math> element; a formula with an error ends the build."""
+    """The page with each marked formula as a <math> element, and sources left out of the search.
+
+    A formula with an error ends the build.
+    """
+    html = html.replace(SOURCE, SOURCE.replace(">", " data-search-exclude>"))
     return MARKED.sub(_typeset, html)
 
 

@@ -15,9 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 import sarqc
-from sarqc.cli.terminal import RunWatcher, Ticker
-from sarqc.entrypoints.generate import generate
-from sarqc.model.hub import locate
 
 OUT = Path("demo-output")
 MODEL = "smollm2"
@@ -31,26 +28,19 @@ console = Console(stderr=True)
 
 
 def perplexity(model: str | Path) -> float:
-    """Perplexity on the part of the built-in text that is not for calibration, with a progress bar."""
-    with Ticker(console) as ticker:
-
-        def show(done: int, total: int, so_far: float) -> None:
-            if done == 1:
-                ticker.begin(f"perplexity of {model}", total)
-            ticker.advance(f"{so_far:.2f}")
-
-        return sarqc.evaluate(model, on_window=show, **EVALUATION).perplexity
+    """Perplexity on the part of the built-in text that is not for calibration."""
+    with console.status(f"perplexity of {model}"):
+        return sarqc.evaluate(model, **EVALUATION).perplexity
 
 
-def quantize(method: str, bits: int) -> tuple[Path, dict[str, Any]]:
-    """One run; its folder and its report."""
+def quantize(method: str, bits: int) -> sarqc.Result:
+    """One run."""
     out = OUT / f"smollm2-w{bits}-{method}"
     console.print(f"[bold]{method}[/] at {bits} bits")
-    with RunWatcher(console) as watcher:
-        result = sarqc.quantize(
-            MODEL, out, method=method, bits=bits, group_size=GROUP_SIZE, overwrite=True, progress=watcher, **CALIBRATION
+    with sarqc.progress_bar() as bar:
+        return sarqc.quantize(
+            MODEL, out, method=method, bits=bits, group_size=GROUP_SIZE, overwrite=True, progress=bar, **CALIBRATION
         )
-    return out, result.report
 
 
 def row(
@@ -90,16 +80,16 @@ def main() -> None:
     began = time.perf_counter()
     OUT.mkdir(exist_ok=True)
     console.print("reading SmolLM2-135M-Instruct (converted to an ordinary checkpoint the first time, half a minute)")
-    original = sum(path.stat().st_size for path in locate(MODEL).glob("*.safetensors"))
-    rows = [row("unquantized", 16, original, 16.0, perplexity(MODEL), None)]
+    reached, rows = perplexity(MODEL), []
     for bits in BITS:
         for method in METHODS:
-            out, report = quantize(method, bits)
-            size, seconds = report["size"], report["seconds"]["total"]
-            rows.append(row(method, bits, size["bytes"], size["bits_per_weight"], perplexity(out), seconds))
+            done = quantize(method, bits)
+            rows.append(row(method, bits, done.size, done.bits_per_weight, perplexity(done.out), done.seconds))
+    original = done.report["source"]["bytes"]
+    rows.insert(0, row("unquantized", 16, original, 16.0, reached, None))
     (OUT / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     best = OUT / f"smollm2-w4-{METHODS[-1]}"
-    sentence = generate(best, "The most important thing about a library is")
+    sentence = sarqc.generate(best, "The most important thing about a library is")
     stdout = Console()
     stdout.print(table(rows))
     stdout.print(f"\n[bold]{best.name} says:[/] {sentence}\n", highlight=False)

@@ -29,7 +29,7 @@ def correlated(rows: int, mix: torch.Tensor, generator: torch.Generator) -> torc
 
 
 def main(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[str, float]:
-    """Relative output errors of plain rounding, of error feedback, and of the packed product of the latter."""
+    """Relative output errors of RTN, of error feedback, and of the packed product of the latter."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(K, K, generator=generator) * torch.logspace(0, -2, K)[:, None]
     weight = torch.randn(E, N, K, generator=generator).to(device)
@@ -45,7 +45,7 @@ def main(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[s
 
     # 2. Codes with error feedback. M is upper triangular with M M^T = H: one Cholesky of the flipped matrix.
     factor = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2).contiguous()
-    codes, scales, _ = quantize_columns(weight, factor, None, None, None, **FORM)  # symmetric: no zeros
+    codes, scales, _ = quantize_columns(weight, factor, **FORM)  # symmetric: no zeros
     plain_scales, plain_zeros = fit_grid(weight, None, **FORM)
     plain = round_to_grid(weight, plain_scales, plain_zeros, bits=4)
 

@@ -19,12 +19,12 @@ def main(model: str = "smollm2", out: str | Path = "smollm2-w4", **settings: Any
     settings = {"bits": 4, "num_samples": 16, "seqlen": 512} | settings
     result = sarqc.quantize(model, out, **settings)
 
-    size = result.report["size"]
-    print(f"{size['bytes'] / 1e6:.0f} MB, {size['bits_per_weight']} bits per quantized weight")
+    print(f"{result.size / 1e6:.0f} MB, {result.bits_per_weight} bits per quantized weight")
     # Both are squared errors of the layers' outputs on the calibration text, relative to the outputs themselves.
-    print(f"output error {result.report['error']:.2e}, plain rounding {result.report['rounding_error']:.2e}")
-    for site, reason in result.report["fallbacks"].items():
-        print(f"{site}: {reason}")
+    print(f"output error {result.error:.2e}, round-to-nearest {result.rtn_error:.2e}")
+    for layer in result.layers:
+        if layer.fallback:
+            print(f"{layer.name}: {layer.fallback}")
 
     network, tokenizer = sarqc.load(result.out)  # a transformers model and its tokenizer
     prompt = tokenizer("The most important thing about a library is", return_tensors="pt").to(network.device)

@@ -49,15 +49,14 @@ def main(folder: str | Path = "starved") -> sarqc.Result:
     result = sarqc.quantize(model, Path(folder) / "w4", bits=4, group_size=32, dataset=tokens)
 
     print(f"{'site':<48} {'rows per expert':>16} {'without':>8} {'error':>9} {'rounding':>9}")
-    for site in result.report["sites"]:
-        rows = site["rows"]
-        if len(rows) > 1:  # the sites of experts; a dense layer is one expert that sees every row
-            span = f"{min(rows)} .. {max(rows)}"
-            errors = f"{site['error']:>9.2e} {site['rounding_error']:>9.2e}"
-            print(f"{site['site']:<48} {span:>16} {rows.count(0):>8} {errors}")
-    borrowed = {site["borrowed_rows"] for site in result.report["sites"] if len(site["rows"]) > 1}
+    for layer in result.layers:
+        if len(layer.rows) > 1:  # experts; a dense layer is one expert that sees every row
+            span = f"{min(layer.rows)} .. {max(layer.rows)}"
+            errors = f"{layer.error:>9.2e} {layer.rtn_error:>9.2e}"
+            print(f"{layer.name:<48} {span:>16} {layer.rows.count(0):>8} {errors}")
+    borrowed = {site["prior_rows"] for site in result.report["sites"] if len(site["rows"]) > 1}
     print(f"rows that each expert borrows from its layer: {', '.join(map(str, sorted(borrowed)))}")
-    print("rounded plainly instead of solved:", result.report["fallbacks"] or "none")
+    print("quantized by RTN instead of solved:", result.report["fallbacks"] or "none")
     return result
 
 

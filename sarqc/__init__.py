@@ -19,60 +19,102 @@ from sarqc._version import __version__
 from sarqc.integrations.register import register, unregister
 
 if TYPE_CHECKING:
+    from sarqc.cli.bar import progress_bar
     from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
     from sarqc.config_compare import ComparisonConfig, MeasureConfig
     from sarqc.entrypoints.compare import Comparison, compare
-    from sarqc.entrypoints.estimate import preflight
+    from sarqc.entrypoints.convert import convert
+    from sarqc.entrypoints.estimate import preflight as estimate
     from sarqc.entrypoints.evaluate import evaluate
+    from sarqc.entrypoints.generate import generate
     from sarqc.entrypoints.load import load
     from sarqc.entrypoints.quantize import quantize
-    from sarqc.errors import SarqcError
-    from sarqc.pipeline.write import Result
+    from sarqc.entrypoints.verify import verify
+    from sarqc.errors import ArgumentError, SarqcError
+    from sarqc.method.awq import Scaling
+    from sarqc.method.gram import Gram
+    from sarqc.method.layer import Solver
+    from sarqc.method.register import register_solver
+    from sarqc.method.rtn import Solution
+    from sarqc.method.weight import QuantizedWeight
+    from sarqc.report.result import LayerResult, Result
 
 _HOME = {
     "METHODS": "sarqc.config",
+    "ArgumentError": "sarqc.errors",
     "CalibrationConfig": "sarqc.config",
     "Comparison": "sarqc.entrypoints.compare",
     "ComparisonConfig": "sarqc.config_compare",
+    "Gram": "sarqc.method.gram",
+    "LayerResult": "sarqc.report.result",
     "MeasureConfig": "sarqc.config_compare",
     "MethodConfig": "sarqc.config",
     "QuantConfig": "sarqc.config",
-    "Result": "sarqc.pipeline.write",
+    "QuantizedWeight": "sarqc.method.weight",
+    "Result": "sarqc.report.result",
     "RunConfig": "sarqc.config",
     "SarqcError": "sarqc.errors",
+    "Scaling": "sarqc.method.awq",
+    "Solution": "sarqc.method.rtn",
+    "Solver": "sarqc.method.layer",
     "compare": "sarqc.entrypoints.compare",
+    "convert": "sarqc.entrypoints.convert",
+    "estimate": "sarqc.entrypoints.estimate:preflight",
     "evaluate": "sarqc.entrypoints.evaluate",
+    "generate": "sarqc.entrypoints.generate",
     "load": "sarqc.entrypoints.load",
-    "preflight": "sarqc.entrypoints.estimate",
+    "progress_bar": "sarqc.cli.bar",
     "quantize": "sarqc.entrypoints.quantize",
+    "register_solver": "sarqc.method.register",
+    "verify": "sarqc.entrypoints.verify",
 }
+"""Public name -> its module, and its name there where that is another one."""
+_OLD = {"preflight": "estimate"}
 
 __all__ = [
     "METHODS",
+    "ArgumentError",
     "CalibrationConfig",
     "Comparison",
     "ComparisonConfig",
+    "Gram",
+    "LayerResult",
     "MeasureConfig",
     "MethodConfig",
     "QuantConfig",
+    "QuantizedWeight",
     "Result",
     "RunConfig",
     "SarqcError",
+    "Scaling",
+    "Solution",
+    "Solver",
     "__version__",
     "compare",
+    "convert",
+    "estimate",
     "evaluate",
+    "generate",
     "load",
-    "preflight",
+    "progress_bar",
     "quantize",
     "register",
+    "register_solver",
     "unregister",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OLD:
+        from sarqc.options import warn_renamed
+
+        warn_renamed(f"sarqc.{name}", f"sarqc.{_OLD[name]}")
+        name = _OLD[name]
     if name not in _HOME:
         raise AttributeError(f"module 'sarqc' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, _, inside = _HOME[name].partition(":")
+    return getattr(importlib.import_module(module), inside or name)
 
 
 def __dir__() -> list[str]:

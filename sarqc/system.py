@@ -66,7 +66,7 @@ def from_torchrun(name: str, default: int) -> int:
     return int(said)
 
 
-def give_back() -> None:
+def trim_host_memory() -> None:
     """Return freed memory to the system, where the C library can be asked to: glibc keeps tensors of some MB for later,
     and in pieces between what is still in use they are of little use to anyone."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -79,7 +79,7 @@ FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.tanh,
 
 
 @functools.cache
-def settle() -> None:
+def warm_up_mkl() -> None:
     """Call each of `FUNCTIONS` once in this process, on one element in fp32 and fp64."""
     for dtype in (torch.float32, torch.float64):
         one = torch.ones(1, dtype=dtype)

@@ -1,10 +1,11 @@
 """Kernels for post-training weight quantization: tensors in, tensors out.
 
-Three operations carry the work, and everything has an expert axis E (a dense layer is E = 1):
+Four operations carry the work, and everything has an expert axis E (a dense layer is E = 1):
 
     gram_accumulate_    activations of a calibration batch -> running Gram X^T X, row counts, sums of |x|
     quantize_columns    weight + factor of the Gram -> codes, scales, zeros, by column rounding with error feedback
     w4a16_matmul        activations times the packed weight, dense or grouped by expert
+    w4a16_experts       a layer of experts in two launches; its `Routing` says which token goes where
 
 with `fit_grid` and `round_to_grid` (grids and plain rounding), `coordinate_descent` (codes and scales improve each
 other), `gram_finalize` (a Gram's sums -> the regularised matrix
@@ -30,12 +31,21 @@ if TYPE_CHECKING:
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
     from sarqc_kernels.gram import gram_accumulate_, gram_finalize, symmetrize_
     from sarqc_kernels.packing import pack, unpack
-    from sarqc_kernels.w4a16 import RepackedWeight, repack, unpack_weight, w4a16_matmul, warm_up
+    from sarqc_kernels.w4a16 import (
+        RepackedWeight,
+        Routing,
+        repack,
+        unpack_weight,
+        w4a16_experts,
+        w4a16_matmul,
+        warm_up,
+    )
 
 __all__ = [
     "ArgumentError",
     "BackendError",
     "RepackedWeight",
+    "Routing",
     "SarqcError",
     "coordinate_descent",
     "dequantize_fp4",
@@ -50,6 +60,7 @@ __all__ = [
     "symmetrize_",
     "unpack",
     "unpack_weight",
+    "w4a16_experts",
     "w4a16_matmul",
     "warm_up",
 ]
@@ -58,6 +69,7 @@ _HOME = {
     "ArgumentError": "errors",
     "BackendError": "errors",
     "RepackedWeight": "w4a16",
+    "Routing": "w4a16",
     "SarqcError": "errors",
     "coordinate_descent": "columns",
     "dequantize_fp4": "dequant",
@@ -72,6 +84,7 @@ _HOME = {
     "round_to_grid": "columns",
     "symmetrize_": "gram",
     "unpack": "packing",
+    "w4a16_experts": "w4a16",
     "w4a16_matmul": "w4a16",
     "warm_up": "w4a16",
 }

@@ -79,17 +79,18 @@ def arch_name(arch: int) -> str:
     return "90a" if arch == 90 else str(arch)
 
 
-def compile_library(name: str, arch: int) -> Path:
+def compile_library(name: str, arch: int, defines: tuple[str, ...] = ()) -> Path:
     """The shared library of csrc/<name>.cu for capability arch / 10, built now if the cache does not hold it.
 
-    Raises BackendError with the reason where it cannot be built.
+    defines: macros, "NAME=value", which choose among what a source can be. Raises BackendError with the reason where it
+    cannot be built.
     """
     compiler, folder, cache = nvcc(), sources(), cache_folder()
     source = folder / f"{name}.cu"
     if not source.exists():
         raise BackendError(f"there is no {source}")
     sm = arch_name(arch)
-    flags = (*FLAGS, f"-gencode=arch=compute_{sm},code=sm_{sm}")
+    flags = (*FLAGS, f"-gencode=arch=compute_{sm},code=sm_{sm}", *(f"-D{define}" for define in defines))
     try:
         target = cache / f"{name}-sm{sm}-{_key(compiler, folder, flags)}.so"
         if not target.exists():
@@ -134,9 +135,9 @@ def _build(command: list[str], target: Path) -> None:
 
 
 @functools.cache
-def library(name: str, arch: int) -> ctypes.CDLL:
+def library(name: str, arch: int, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     """csrc/<name>.cu as a loaded library, kept for the life of the process. Raises BackendError with the reason."""
-    path = compile_library(name, arch)
+    path = compile_library(name, arch, defines)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -144,14 +145,14 @@ def library(name: str, arch: int) -> ctypes.CDLL:
 
 
 @functools.cache
-def why_not(name: str, arch: int, device: torch.device | None = None) -> str | None:
-    """The reason why `library(name, arch)` cannot run on `device`, None if it can.
+def why_not(name: str, arch: int, device: torch.device | None = None, defines: tuple[str, ...] = ()) -> str | None:
+    """The reason why `library(name, arch, defines)` cannot run on `device`, None if it can.
 
     device: a CUDA device of capability arch / 10; None: the current one. The first call builds the library; its answer
     is remembered.
     """
     try:
-        _check_ready(library(name, arch), device)
+        _check_ready(library(name, arch, defines), device)
     except BackendError as error:
         return str(error)
     return None

@@ -41,7 +41,7 @@ def test_the_least_limit_on_the_way_to_our_own_group_holds(tmp_path, monkeypatch
 def test_each_function_is_called_alone_on_one_element(monkeypatch):
     seen = []
     monkeypatch.setattr(system, "FUNCTIONS", (seen.append,))
-    system.settle.__wrapped__()
+    system.warm_up_mkl.__wrapped__()
     assert [(one.numel(), one.dtype) for one in seen] == [(1, torch.float32), (1, torch.float64)]
 
 

@@ -12,9 +12,13 @@ from benchmarks.aot import sass
 from benchmarks.aot.compiler import TOOLS, Built
 from sarqc_kernels import build
 from sarqc_kernels.errors import BackendError
+from sarqc_kernels.w4a16.cuda import BITS
 
 CSRC = Path(__file__).parents[2] / "csrc"
-CARDS = ("80", "90a", "100")
+CARDS = ("80", "90a", "100", "120")
+VARIANTS = {  # macros of a source that is several libraries
+    "gemv": [(f"SARQC_BITS={bits}", f"SARQC_HALF={half}") for bits in BITS for half in (0, 1)],
+}
 FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v")
 
 
@@ -29,17 +33,22 @@ def nvcc() -> tuple[str, str] | None:
     return path, found[1] if found else "unknown"
 
 
-def works() -> list[tuple[Path, str]]:
-    """What there is to compile: each file for each card."""
-    return [(source, card) for source in sorted(CSRC.glob("*.cu")) for card in CARDS]
+def works() -> list[tuple[Path, str, tuple[str, ...]]]:
+    """What there is to compile: each file for each card, with each set of its macros."""
+    return [
+        (source, card, macros)
+        for source in sorted(CSRC.glob("*.cu"))
+        for card in CARDS
+        for macros in VARIANTS.get(source.stem, [()])
+    ]
 
 
-def compile_file(compiler: str, source: Path, card: str) -> list[Built]:
+def compile_file(compiler: str, source: Path, card: str, macros: tuple[str, ...] = ()) -> list[Built]:
     """Compile one file for one card: a line for each kernel in it, or one that says why it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         architecture = f"-gencode=arch=compute_{card},code=sm_{card}"
-        command = [compiler, *FLAGS, architecture, "-o", str(cubin), str(source)]
+        command = [compiler, *FLAGS, architecture, *(f"-D{macro}" for macro in macros), "-o", str(cubin), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[0]

@@ -115,7 +115,7 @@ def _eager_unsupported(point: Point, device: torch.device) -> str | None:
 
 
 def error(inputs: Inputs, result: Any) -> float:
-    """The objective ||(W - Q) M||^2 of the codes over that of plain rounding: 1 is no gain, ours is well below."""
+    """The objective ||(W - Q) M||^2 of the codes over that of RTN: 1 is no gain, ours is well below."""
     weight, scales, zeros = (inputs[name][-1:] for name in ("weight", "scales", "zeros"))
     sample = torch.arange(0, weight.shape[1], max(1, weight.shape[1] // 64), device=weight.device)
     hessian = inputs["hessian"][-1].double()
@@ -151,5 +151,5 @@ OP = Op(
     ),
     error=error,
     most_error=0.98,
-    meaning="objective over that of plain rounding, on 64 rows of the last expert",
+    meaning="objective over that of RTN, on 64 rows of the last expert",
 )

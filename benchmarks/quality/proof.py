@@ -21,7 +21,7 @@ from rich.console import Console
 
 import sarqc
 from sarqc.cli.comparison import comparison_tables
-from sarqc.cli.terminal import RunWatcher
+from sarqc.cli.terminal import RunProgress
 from sarqc.comparison.experiment import Other
 from sarqc.comparison.table import as_markdown, plot, table
 
@@ -108,14 +108,14 @@ def main() -> None:
     protocol: dict[str, Any] = {}
     for setting in FULL if args.full else SMALL:
         own = [other for other in args.also if other.bits in setting["bits"]]
-        with RunWatcher(Console(stderr=True)) as watcher:
+        with RunProgress(Console(stderr=True)) as progress:
             found = sarqc.compare(
                 args.model,
                 args.work_dir,
                 dataset=args.dataset,
                 texts=args.texts or ["builtin"],
                 also=own,
-                progress=watcher,
+                progress=progress,
                 **(setting | instead),
             )
         cells += found.table["cells"]

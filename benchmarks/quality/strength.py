@@ -34,7 +34,7 @@ from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import options
 from sarqc.pipeline import driver
 from sarqc.pipeline.bit_allocation import choose
-from sarqc.pipeline.sensitivity import look
+from sarqc.pipeline.sensitivity import measure_sensitivity
 from sarqc.pipeline.streams import windows_at_once
 
 
@@ -64,8 +64,8 @@ def quantized(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     results = []
     given = tokens if method.calibrated else None
-    widths = first_look(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
-    run = driver.run(skeleton, checkpoint, given, quant, method, dtype=torch.float32, widths=widths)
+    bit_widths = allocated(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
+    run = driver.run(skeleton, checkpoint, given, quant, method, dtype=torch.float32, bit_widths=bit_widths)
     for result in islice(run, stop):
         for linear, weight in result.weights.items():
             write_back(model, by_name[linear], weight)
@@ -74,11 +74,11 @@ def quantized(
     return model, results
 
 
-def first_look(
+def allocated(
     skeleton: Skeleton, checkpoint: Checkpoint, tokens: torch.Tensor, quant: QuantConfig, method: MethodConfig
 ) -> dict[str, int]:
     """Bits of each Linear, as a run chooses them."""
-    sites = look(
+    sites = measure_sensitivity(
         skeleton,
         checkpoint,
         targets(skeleton, quant),
@@ -97,16 +97,16 @@ def first_look(
 
 def record(results: list[Any]) -> dict[str, Any]:
     """Seconds of the stages, and of each kind of site its strengths and shares over depth."""
-    found: dict[str, Any] = {"seconds": {}, "strength": {}, "carried": {}, "widths": {}, "error": 0.0}
+    found: dict[str, Any] = {"seconds": {}, "reg_lambda": {}, "correction_share": {}, "widths": {}, "error": 0.0}
     reports = [report for result in results for report in result.reports]
     for result in results:
         for stage, seconds in result.seconds.items():
             found["seconds"][stage] = round(found["seconds"].get(stage, 0.0) + seconds, 1)
     for report in reports:
         kind = report.held_out.get("kind", "")
-        found["strength"].setdefault(kind, []).append(round(report.strength, 2))
+        found["reg_lambda"].setdefault(kind, []).append(round(report.reg_lambda, 2))
         found["widths"].setdefault(kind, []).append(report.bits)
-        found["carried"].setdefault(kind, []).append(round(report.carried, 2))
+        found["correction_share"].setdefault(kind, []).append(round(report.correction_share, 2))
     found["error"] = sum(report.error for report in reports) / len(reports)
     return found
 

@@ -7,7 +7,7 @@
 A format is BITS:GROUP_SIZE. Every method makes a checkpoint for each format, calibration size and seed from the windows
 that are drawn with that seed; checkpoints stay in WORK, so that an interrupted table goes on where it was. The rivals
 are those of `benchmarks/rivals/*_oneshot.py`, each run by the interpreter of a virtual environment of its own.
-All are judged by `sarqc.compare`, beside plain rounding; --kept judges what is in WORK and makes nothing.
+All are judged by `sarqc.compare`, beside RTN; --kept judges what is in WORK and makes nothing.
 RESULTS.json gets rows, protocol and versions.
 """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from docs.draw.kernels import bricks, columns, gram
+from docs.draw.kernels import columns, gram, tiles
 from docs.draw.method import flow, objective, perplexity, quality
 
 PICTURES: dict[str, Callable[[], str]] = {
@@ -17,6 +17,6 @@ PICTURES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "gram": gram,
     "columns": columns,
-    "bricks": bricks,
+    "tiles": tiles,
 }
 """Name of a file in docs/img/ -> what makes its text."""

@@ -1,4 +1,4 @@
-"""Pictures of the kernels: tiles of the Gram, panels of the columns, bricks of a packed weight."""
+"""Pictures of the kernels: tiles of the Gram, panels of the columns, tiles of a packed weight."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def gram() -> str:
     picture.rect((136, 44), (18, 106), "none", BLUE, 2)
     picture.text((110, 318), "expert 1 has no row", FAINT, "middle", 12)
     picture.text((446, 28), "gram of expert 0  [K, K]", anchor="middle", size=14)
-    tiles, side, left, top = 6, 42, 320, 44
-    for row in range(tiles):
-        for column in range(tiles):
+    count, side, left, top = 6, 42, 320, 44
+    for row in range(count):
+        for column in range(count):
             fill = "none" if column > row else PALE_ORANGE if column == row else PALE_BLUE
             stroke = GREY if column > row else INK
             picture.rect((left + side * column, top + side * row), (side, side), fill, stroke)
@@ -69,8 +69,8 @@ def columns() -> str:
     return picture.svg()
 
 
-def bricks() -> str:
-    """A brick, a row of it, a word; and how 3 bits are cut into planes."""
+def tiles() -> str:
+    """A tile, a row of it, a word; and how 3 bits are split into planes."""
     picture = Canvas(720, 396, "a tile of a packed weight and the words of a row")
     picture.text((20, 28), "weight [N, K] in tiles", size=14)
     for row in range(3):

@@ -21,7 +21,7 @@ from sarqc.checkpoint.files import write_json
 from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.manifest import Fingerprint, write_manifest
 from sarqc.checkpoint.shards import INDEX, SINGLE
-from sarqc.checkpoint.state import Parts, SummedShard, write_shard
+from sarqc.checkpoint.state import ChunkedTensor, SummedShard, write_shard
 from sarqc.checkpoint.writer import SHARD_BYTES
 from sarqc.conventions import DTYPES
 from sarqc.errors import CheckpointError
@@ -44,7 +44,7 @@ def shard_number(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def assemble(folder: Path, shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, Parts]) -> None:
+def assemble(folder: Path, shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, ChunkedTensor]) -> None:
     """Make the weights of a checkpoint in the empty `folder`, of finished `shards` and of the tensors `rest`.
 
     A shard that is renamed has the number of its place in `shards`, from 1. Files that are not renamed are on disk when
@@ -76,7 +76,7 @@ def nbytes(one: Fingerprint) -> int:
     return Entry(DTYPES[one.dtype], tuple(one.shape), 0).nbytes
 
 
-def _joined(shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, Parts]) -> dict[str, Fingerprint]:
+def _joined(shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, ChunkedTensor]) -> dict[str, Fingerprint]:
     """Sums of all shards together."""
     found: dict[str, Fingerprint] = {}
     for path, sums in shards:
@@ -86,7 +86,9 @@ def _joined(shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, Parts]) -> d
     return found
 
 
-def _merge(path: Path, shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, Parts]) -> dict[str, Fingerprint]:
+def _merge(
+    path: Path, shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, ChunkedTensor]
+) -> dict[str, Fingerprint]:
     """Copy the bytes of all tensors to one file, comparing sums on the way."""
     with ExitStack() as opened:
         tensors = dict(rest)
@@ -96,9 +98,9 @@ def _merge(path: Path, shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, P
         return write_shard(path, tensors)
 
 
-def _groups(tensors: Mapping[str, Parts]) -> list[dict[str, Parts]]:
+def _groups(tensors: Mapping[str, ChunkedTensor]) -> list[dict[str, ChunkedTensor]]:
     """Tensors in order, as many to a group as fit a shard."""
-    groups: list[dict[str, Parts]] = []
+    groups: list[dict[str, ChunkedTensor]] = []
     room = 0
     for name, tensor in tensors.items():
         if tensor.nbytes > room:

@@ -34,7 +34,7 @@ PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
-class Parts:
+class ChunkedTensor:
     """shape: of the whole, [S, ...]. each(): its pieces [n, ...] on the CPU in order, n >= 1; it may be asked again,
     and a piece may be overwritten once the next one is asked for."""
 
@@ -43,7 +43,7 @@ class Parts:
     each: Callable[[], Iterator[Tensor]]
 
     @classmethod
-    def of(cls, whole: Tensor) -> Parts:
+    def of(cls, whole: Tensor) -> ChunkedTensor:
         """A tensor that is in memory, as its one piece."""
         return cls(tuple(whole.shape), whole.dtype, lambda: iter([whole]))
 
@@ -84,7 +84,7 @@ class SummedShard:
         self._compare(name, hashlib.sha256(bytes_of(tensor)).hexdigest())
         return tensor
 
-    def parts(self, name: str) -> Parts:
+    def parts(self, name: str) -> ChunkedTensor:
         """Tensor `name` piece by piece; behind the last one, `CheckpointError` where it is not what was written."""
         entry = self._shard.entries[name]
 
@@ -95,7 +95,7 @@ class SummedShard:
                 yield part
             self._compare(name, digest.hexdigest())
 
-        return Parts(entry.shape, entry.dtype, each)
+        return ChunkedTensor(entry.shape, entry.dtype, each)
 
     def check(self) -> None:
         """Read everything once, and keep nothing of it."""
@@ -118,7 +118,7 @@ class SummedShard:
         self.close()
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor | Parts]) -> dict[str, Fingerprint]:
+def write_shard(path: Path, tensors: Mapping[str, Tensor | ChunkedTensor]) -> dict[str, Fingerprint]:
     """Write `tensors` (any device and strides) as a shard of a checkpoint to `path`; returns their sums.
 
     Each tensor is gone through once, piece by piece where it comes in pieces. On disk when this returns, and out of the
@@ -150,7 +150,7 @@ class State(SummedShard):
         super().__init__(path, fingerprints(parse_json(sums.encode(), f"the sums in {path}"), path))
 
 
-def write_state(path: Path, tensors: Mapping[str, Tensor | Parts], record: Mapping[str, Any]) -> None:
+def write_state(path: Path, tensors: Mapping[str, Tensor | ChunkedTensor], record: Mapping[str, Any]) -> None:
     """As `write_shard`, with `record` (JSON values) and the sums in the file; what was at `path` is replaced."""
     whole = _in_parts(tensors)
     text = json.dumps(record, sort_keys=True, allow_nan=False)
@@ -201,15 +201,17 @@ def durable(path: Path) -> Iterator[Path]:
         raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _in_parts(tensors: Mapping[str, Tensor | Parts]) -> dict[str, Parts]:
-    return {name: given if isinstance(given, Parts) else Parts.of(given) for name, given in tensors.items()}
+def _in_parts(tensors: Mapping[str, Tensor | ChunkedTensor]) -> dict[str, ChunkedTensor]:
+    return {
+        name: given if isinstance(given, ChunkedTensor) else ChunkedTensor.of(given) for name, given in tensors.items()
+    }
 
 
-def _entries(whole: Mapping[str, Parts]) -> dict[str, Entry]:
+def _entries(whole: Mapping[str, ChunkedTensor]) -> dict[str, Entry]:
     return {name: Entry(one.dtype, one.shape, 0) for name, one in whole.items()}
 
 
-def _write_tensors(file: FileIO, whole: Mapping[str, Parts], order: Sequence[str]) -> dict[str, Fingerprint]:
+def _write_tensors(file: FileIO, whole: Mapping[str, ChunkedTensor], order: Sequence[str]) -> dict[str, Fingerprint]:
     sums = {}
     for name in order:
         digest = hashlib.sha256()

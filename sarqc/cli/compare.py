@@ -28,11 +28,11 @@ def compare(
 
     Example: sarqc compare smollm2 -o table --methods rtn,gptq,sarqc-gptq --bits 4,3 --seeds 0,1,2
     """
-    from sarqc.cli.terminal import RunWatcher
+    from sarqc.cli.terminal import RunProgress
     from sarqc.entrypoints.compare import compare as run
 
-    with RunWatcher(stderr()) as watcher:
-        found = run(model, output, progress=watcher, **given)
+    with RunProgress(stderr()) as progress:
+        found = run(model, output, progress=progress, **given)
     if as_json:
         print_json({"out": str(found.out)} | found.table)
         return

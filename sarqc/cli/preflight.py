@@ -10,7 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from sarqc.estimation.preflight import Preflight
-    from sarqc.serving.rules import Outlook
+    from sarqc.serving.rules import RuntimeSupport
 
 
 def show(console: Console, found: Preflight) -> None:
@@ -53,8 +53,8 @@ def _waiting(found: Preflight) -> str:
         said.append(f"{human(found.waiting.states)} of activations in memory")
     if found.waiting.mapped:
         said.append(f"{human(found.waiting.mapped)} of activations in a file (over --activation-budget)")
-    if found.waiting.ahead:
-        said.append(f"the next block read ahead, {human(found.waiting.ahead)}")
+    if found.waiting.prefetched:
+        said.append(f"the next block read ahead, {human(found.waiting.prefetched)}")
     elif found.blocks > 1:
         said.append("no block read ahead: there is no memory for one")
     return "; ".join(said) or "nothing"
@@ -79,7 +79,7 @@ def _layers(found: Preflight) -> Table:
     return table
 
 
-def _serve(outlooks: tuple[Outlook, ...]) -> Table:
+def _serve(outlooks: tuple[RuntimeSupport, ...]) -> Table:
     ranks = sorted({one.ranks for one in outlooks})
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("served by")
@@ -91,7 +91,7 @@ def _serve(outlooks: tuple[Outlook, ...]) -> Table:
     return table
 
 
-def _cell(one: Outlook) -> str:
+def _cell(one: RuntimeSupport) -> str:
     if not one.known:
         return "[dim]not known[/]"
     if one.failures:
@@ -99,7 +99,7 @@ def _cell(one: Outlook) -> str:
     return ", ".join(f"{kernel} {count}" for kernel, count in one.kernels.items())
 
 
-def _failures(outlooks: tuple[Outlook, ...]) -> dict[str, list[str]]:
+def _failures(outlooks: tuple[RuntimeSupport, ...]) -> dict[str, list[str]]:
     """Each reason once, with the ranks for which every server has it, and the servers that have it alone."""
     found: dict[str, dict[int, list[str]]] = {}
     for one in outlooks:

@@ -13,7 +13,7 @@ from sarqc.cli.options import JsonOption, ModelArgument, print_json, stderr, std
 from sarqc.config import METHODS, QUANTIZE
 
 if TYPE_CHECKING:
-    from sarqc.pipeline.write import Result
+    from sarqc.report.result import Result
 
 
 @with_options(*QUANTIZE)
@@ -40,7 +40,7 @@ def quantize(
 
     if dry_run:
         if leads():
-            look_ahead(model, output, given, as_json)
+            estimate_run(model, output, given, as_json)
         return
     result = carry_out(model, output, given)
     if not leads():
@@ -55,19 +55,19 @@ def quantize(
 
 def carry_out(model: str, output: Path, given: dict[str, Any]) -> Result:
     """Run with a progress bar; Ctrl-C twice becomes the error that says how to resume."""
-    from sarqc.cli.terminal import RunWatcher
+    from sarqc.cli.terminal import RunProgress
     from sarqc.entrypoints.quantize import quantize as run
     from sarqc.errors import Interrupted
 
     try:
-        with RunWatcher(stderr()) as watcher:
-            return run(model, output, progress=watcher, **given)
+        with RunProgress(stderr()) as progress:
+            return run(model, output, progress=progress, **given)
     except KeyboardInterrupt:
         how = "stopped at once; finished blocks are saved, and the same command resumes from there"
         raise Interrupted(how) from None
 
 
-def look_ahead(model: str, output: Path, given: dict[str, Any], as_json: bool) -> None:
+def estimate_run(model: str, output: Path, given: dict[str, Any], as_json: bool) -> None:
     """Print the preflight; an error where the run could not begin."""
     from sarqc.checkpoint.folders import refuse_existing
     from sarqc.cli.preflight import show

@@ -68,7 +68,7 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     held = f", lambda {method['reg_lambda']}" if method.get("reg_lambda") else ""
     yield "method", escape(f"{method['method']}{held}; {how}")
     measured = "output error" if calibration else "weight error"
-    yield measured, f"{share(report['error'])} (plain rounding {share(report['rounding_error'])})"
+    yield measured, f"{share(report['error'])} (RTN {share(report['rtn_error'])})"
     for site, reason in report["fallbacks"].items():
         yield "fallback", escape(f"{site}: {reason}")
     memory = ", ".join(f"{name} {human(mib * 2**20)}" for name, mib in report["peak_memory_mib"].items())

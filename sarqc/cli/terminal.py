@@ -104,7 +104,7 @@ class Ticker:
         return step
 
 
-class RunWatcher(Ticker):
+class RunProgress(Ticker):
     """Shows a run, and takes Ctrl-C while blocks are solved: the first time as a wish, then as an order."""
 
     _asked = False
@@ -125,7 +125,7 @@ class RunWatcher(Ticker):
         self._asked = True
         self.note("finishing this block, then saving and stopping; Ctrl-C again stops at once")
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether Ctrl-C was pressed."""
         return self._asked
 
@@ -142,9 +142,9 @@ class RunWatcher(Ticker):
         self.detail(name)
 
     def block(self, result: BlockResult) -> None:
-        """A block is solved: its output error beside that of plain rounding."""
+        """A block is solved: its output error beside that of RTN."""
         errors = [report.error for report in result.reports]
-        plain = [report.rounding_error for report in result.reports]
+        plain = [report.rtn_error for report in result.reports]
         self.advance(f"error {_percent(errors)} (rounding {_percent(plain)})")
         for report in result.reports:
             if report.fallback:

@@ -24,14 +24,14 @@ def verify(
     """
     from sarqc.cli.terminal import Ticker
     from sarqc.entrypoints.verify import verify as run
-    from sarqc.serving.compatibility import by_server
+    from sarqc.serving.compatibility import by_runtime
 
     with Ticker(stderr()) as ticker:
         found = run(checkpoint, against=against, trust_remote_code=trust_remote_code, progress=ticker.follow("tensors"))
     if as_json:
         print_json(found.record())
     else:
-        servers = (f"  {server}" for server in by_server(found.serve))
+        servers = (f"  {server}" for server in by_runtime(found.serve))
         for line in (*found.problems, _verdict(found.record(), against), *servers):
             sentence(stdout(), line)
     if not found.sound:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from sarqc.comparison.store import folder_fingerprint
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.config_compare import ComparisonConfig, MeasureConfig
 from sarqc.errors import ArgumentError, CheckpointError, NumericError
-from sarqc.method.lambda_search import Strengths
-from sarqc.method.layer import SolveReport
+from sarqc.method.lambda_search import LambdaSearch
+from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
+from sarqc.model.calibration_data import calibration_windows
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import Overlay
 from sarqc.model.tokenizer import load_tokenizer
@@ -127,11 +129,8 @@ def make(folder: Path, what: ComparisonConfig) -> Bench:
     if checkpoint.format is not None:
         raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
     trust, sizes = what.trust_remote_code, sorted(set(what.num_samples))
-    if isinstance(what.dataset, Tensor):
-        text = dataset.Windows.of_tokens(what.dataset)
-    else:
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-        text = dataset.windows(str(what.dataset), tokenizer, part="calibration", seqlen=what.seqlen)
+    tokenizer = partial(load_tokenizer, folder, trust_remote_code=trust)
+    text = calibration_windows(what.dataset, tokenizer, what.seqlen)
     where = resolve_device(what.device)
     solver, judge = (Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
     kept = resolve_dtype(what.dtype, where, solver.dtype)
@@ -178,7 +177,7 @@ def measure(bench: Bench, cell: Cell, detail: Detail) -> dict[str, Any]:
     """Run one cell, and judge each block as it is quantized. Logits that are not finite are a result, and stand in the
     record."""
     began = time.perf_counter()
-    reports: list[SolveReport] = []
+    reports: list[LayerReport] = []
     solving = 0.0
     with ExitStack() as stack:
         passages = [stack.enter_context(passage.Passage(bench.judge, text.windows.tokens)) for text in bench.texts]
@@ -194,8 +193,8 @@ def measure(bench: Bench, cell: Cell, detail: Detail) -> dict[str, Any]:
     return cell.record() | {
         **_judged(bench, left),
         "error": sum(report.error for report in reports) / len(reports),
-        "rounding_error": sum(report.rounding_error for report in reports) / len(reports),
-        "strength": [min(r.strength for r in reports), max(r.strength for r in reports)],
+        "rtn_error": sum(report.rtn_error for report in reports) / len(reports),
+        "reg_lambda": [min(r.reg_lambda for r in reports), max(r.reg_lambda for r in reports)],
         "fallbacks": sum(report.fallback is not None for report in reports),
         "seconds": {"solve": round(solving, 3), "total": round(time.perf_counter() - began, 3)},
     }
@@ -211,7 +210,7 @@ def _solved(bench: Bench, cell: Cell, detail: Detail) -> Iterator[driver.BlockRe
         cell.method,
         device=bench.device,
         dtype=bench.dtype,
-        start=driver.Start(strengths=Strengths(seed=cell.seed or 0)),
+        start=driver.Start(lambda_search=LambdaSearch(seed=cell.seed or 0)),
         on_progress=lambda index, stage: detail(f"{cell.label} {cell.quant.bits} bits, block {index} {stage}"),
     )
 

@@ -31,7 +31,7 @@ from sarqc.report.summary import figure
 from sarqc.system import versions
 
 
-class Watcher(Protocol):
+class Progress(Protocol):
     """Whoever follows a comparison; called from the thread that runs it."""
 
     def note(self, text: str) -> None:
@@ -47,7 +47,7 @@ class Watcher(Protocol):
         """A step is done."""
 
 
-class Silent:
+class NoProgress:
     """The watcher that looks away."""
 
     def note(self, text: str) -> None:
@@ -78,7 +78,7 @@ def compare(
     *,
     what: ComparisonConfig | None = None,
     measure: MeasureConfig | None = None,
-    progress: Watcher | None = None,
+    progress: Progress | None = None,
     **options: Unpack[CompareKeywords],
 ) -> Comparison:
     """Measure every method at every bits, group size, calibration size and seed; write the table to the folder `out`.
@@ -105,7 +105,7 @@ def compare(
     what = ComparisonConfig.made(what, given[ComparisonConfig])
     measure = MeasureConfig.made(measure, given[MeasureConfig])
     also = [Other.parsed(one) if isinstance(one, str) else one for one in measure.also]
-    watcher, out = progress or Silent(), Path(out).expanduser()
+    progress, out = progress or NoProgress(), Path(out).expanduser()
     folder = locate_source(model, trust_remote_code=what.trust_remote_code)
     refuse_place(out)
     refuse_overlap(out, folder)
@@ -120,11 +120,11 @@ def compare(
     bench = benches.make(folder, what)
     found = targets(bench.solver, QuantConfig(ignore=what.ignore))
     cells = _cells(what, list(_quants(found, what)))
-    watcher.note("measuring the unquantized model")
+    progress.note("measuring the unquantized model")
     benches.add_texts(bench, measure, what.trust_remote_code)
     protocol = _protocol(bench, str(model))
     done = Cells(out, partial(benches.identity, bench))
-    _work(bench, [*also, *cells], done, protocol, watcher)
+    _work(bench, [*also, *cells], done, protocol, progress)
     table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
     tables.write(out, table)
     return Comparison(out, table)
@@ -168,19 +168,21 @@ def _cells(what: ComparisonConfig, quants: Sequence[QuantConfig]) -> list[Cell]:
 # -- the work -------------------------------------------------------------------------------------------------------
 
 
-def _work(bench: Bench, cells: Sequence[Cell | Other], done: Cells, protocol: dict[str, Any], watcher: Watcher) -> None:
+def _work(
+    bench: Bench, cells: Sequence[Cell | Other], done: Cells, protocol: dict[str, Any], progress: Progress
+) -> None:
     """Measure the cells that are not there yet."""
     for other in (cell for cell in cells if isinstance(cell, Other) and cell not in done):
-        done.add(other, benches.measure_other(bench, other, watcher.detail))
+        done.add(other, benches.measure_other(bench, other, progress.detail))
     missing = [cell for cell in cells if isinstance(cell, Cell) and cell not in done]
     there = len(cells) - len(missing)
-    watcher.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
-    watcher.begin("cells", len(missing))
+    progress.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
+    progress.begin("cells", len(missing))
     for cell in missing:
-        record = benches.measure(bench, cell, watcher.detail)
+        record = benches.measure(bench, cell, progress.detail)
         done.add(cell, record)
         tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
-        watcher.advance(_told(record))
+        progress.advance(_told(record))
 
 
 def _protocol(bench: Bench, model: str) -> dict[str, Any]:

@@ -73,10 +73,10 @@ def judge(probe: selftest.Probe, device: torch.device) -> list[Verdict]:
     implementations = probe.implementations(device)
     known = {implementation.name: implementation for implementation in implementations}
     reasons = dict(explain(probe.op, implementations, probe.arguments(device)))
-    wish = os.environ.get(ENVIRONMENT)
+    cross_gram = os.environ.get(ENVIRONMENT)
     for name in dict.fromkeys([*known, *reasons]):  # in the order in which they are tried
         reason = reasons[name]
-        chosen = reason is None and not chosen_yet and wish in (None, "", name)
+        chosen = reason is None and not chosen_yet and cross_gram in (None, "", name)
         chosen_yet |= chosen
         error, failed, seconds = _tested(probe, known[name], device) if reason is None else (None, None, 0.0)
         found.append(Verdict(probe.op, str(device), name, reason, chosen, error, probe.limit, failed, seconds))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Unpack
 
 from sarqc.config import DEFAULT_METHOD, QUANTIZE, CalibrationConfig, Configs, MethodConfig, QuantConfig, RunConfig
-from sarqc.estimation.preflight import Preflight, look_ahead
+from sarqc.estimation.preflight import Preflight, estimate_run
 from sarqc.keywords import QuantizeKeywords
 from sarqc.options import documented
 from sarqc.pipeline.plan import expected_windows, make_plan
@@ -44,4 +44,4 @@ def preflight(
     plan = make_plan(model, configs, headers_only=True)
     out, work = Path(out).expanduser(), configs.run.work_dir
     place = default_work(out) if work is None else Path(work).expanduser()
-    return look_ahead(plan, expected_windows(plan), out, place)
+    return estimate_run(plan, expected_windows(plan), out, place)

@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -22,34 +22,40 @@ from sarqc.checkpoint.verify import refuse_poison
 from sarqc.config import DEFAULT_METHOD, QUANTIZE, CalibrationConfig, Configs, MethodConfig, QuantConfig, RunConfig
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.estimation import preflight
-from sarqc.estimation.memory import look
+from sarqc.estimation.memory import estimate_memory
 from sarqc.keywords import QuantizeKeywords
 from sarqc.model import dataset
+from sarqc.model.in_memory import is_name, model_name, saved
 from sarqc.options import documented
 from sarqc.pipeline import driver
-from sarqc.pipeline.bit_allocation import Widths, decide
-from sarqc.pipeline.comm import Group
+from sarqc.pipeline.bit_allocation import BitAllocation, allocate_bits
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
 from sarqc.pipeline.distributed import Following, joined, named, same_everywhere, start_everywhere
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import fingerprint
 from sarqc.pipeline.holding import hold
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
-from sarqc.pipeline.progress import Silent, Watcher
+from sarqc.pipeline.progress import NoProgress, Progress
 from sarqc.pipeline.resume import Work, begin, default_work
-from sarqc.pipeline.write import Result, tensors_of_block, write_checkpoint
-from sarqc.system import give_back
+from sarqc.pipeline.write import tensors_of_block, write_checkpoint
+from sarqc.report.result import Result
+from sarqc.system import trim_host_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @documented(*QUANTIZE)
 def quantize(
-    model: str | Path,
+    model: str | Path | PreTrainedModel,
     out: str | Path,
     *,
     method: str | MethodConfig = DEFAULT_METHOD,
     quant: QuantConfig | None = None,
     calibration: CalibrationConfig | None = None,
     run: RunConfig | None = None,
-    progress: Watcher | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress | None = None,
     **options: Unpack[QuantizeKeywords],
 ) -> Result:
     """Quantize a causal language model to a checkpoint in the folder `out`. An interrupted run resumes.
@@ -60,17 +66,24 @@ def quantize(
     Under torchrun all ranks call this alike. Sequences and matrices are split over them, rank 0 writes, and all return
     its result.
 
+    In Python `dataset` also takes a list of texts, a list of conversations (lists of {"role", "content"}, to which the
+    model's chat template is applied), a `datasets.Dataset` with a column "text", "messages", "conversations" or
+    "input_ids", and token ids, int64 [sequences, tokens].
+
+    A model in memory is saved beside `out` first, for the time of the run, which does not resume.
+
     Args:
-        model: Local folder, hub id, or "smollm2", the packaged model.
+        model: Local folder, hub id, "smollm2" (the packaged model), or a loaded transformers model.
         out: Folder to write. It must not exist, unless `overwrite`.
         quant: Number format of the weights.
-        calibration: Calibration data. `dataset` also takes token ids, int64 [sequences, tokens].
+        calibration: Calibration data.
         run: Device, budgets, work folder.
+        tokenizer: Tokenizer of a model in memory; it is saved with the result.
         progress: Receives the progress of the run.
         {options}
 
     Returns:
-        The output folder and the report.
+        The output folder, sizes, errors, and every layer.
 
     Raises:
         SarqcError: Anything wrong with the input, before `out` exists.
@@ -78,22 +91,44 @@ def quantize(
     """
     configs = Configs.of(quant, method, calibration, run, **options)
     out, own = Path(out).expanduser(), configs.run
-    with joined(own.device, ordered=own.ordered) as (group, own_device):
+    named_model = is_name(model)
+    if named_model and tokenizer is not None:
+        raise ArgumentError("tokenizer is for a model in memory: a folder or a hub model has its own; leave it out")
+    with joined(own.device, ordered=own.ordered) as (comm, own_device):
         refuse_existing(out, own.overwrite)
-        plan = make_plan(model, replace(configs, run=replace(own, device=own_device)))
-        place = _work_place(out, own.work_dir, plan.folder)
-        return _carry_out(plan, out, place, group, progress or Silent())
+        configs, progress = replace(configs, run=replace(own, device=own_device)), progress or NoProgress()
+        if named_model:
+            return _carry_out(make_plan(model, configs), out, comm, progress)
+        if comm.size > 1:
+            raise ArgumentError("model is in memory: with several ranks save it first, and give the folder")
+        return _from_memory(model, tokenizer, out, configs, progress)
 
 
-def _carry_out(plan: Plan, out: Path, place: Path, group: Group, watcher: Watcher) -> Result:
-    """Run a plan on this rank, with its work folder at `place`."""
+def _from_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path, configs: Configs, progress: Progress
+) -> Result:
+    """Quantize a model in memory. Its checkpoint and the work folder are temporary: nothing says that a model of the
+    same shape is the same model, so nothing is resumed."""
+    with saved(model, tokenizer, out.parent) as folder:
+        work = configs.run.work_dir or folder.parent / "work"
+        configs = replace(configs, run=replace(configs.run, work_dir=work, resume=False))
+        plan = replace(make_plan(folder, configs), model=model_name(model))
+        try:
+            return _carry_out(plan, out, SINGLE_PROCESS, progress)
+        except Interrupted as error:
+            raise Interrupted("stopped; a run of a model in memory does not resume") from error
+
+
+def _carry_out(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
+    """Run a plan on this rank."""
+    place = _work_place(out, plan.run.work_dir, plan.folder)
     windows = read_windows(plan)
-    run = _Run(plan, windows, place, group, watcher if group.rank == 0 else Following(watcher))
-    same_everywhere(group, run.fingerprint)
-    if group.rank > 0:
+    run = _Run(plan, windows, place, comm, progress if comm.rank == 0 else Following(progress))
+    same_everywhere(comm, run.fingerprint)
+    if comm.rank > 0:
         run.solve_blocks(None)
         return run.shared(None)
-    run.look_ahead(out)
+    run.estimate_run(out)
     with begin(place, run.fingerprint, _about(plan, windows), restart=not plan.run.resume) as opened:
         return run.shared(run.lead(opened, out))
 
@@ -130,44 +165,44 @@ class _Run:
     """A run on one rank."""
 
     def __init__(
-        self, plan: Plan, windows: dataset.Windows | None, place: Path, group: Group, watcher: Watcher
+        self, plan: Plan, windows: dataset.Windows | None, place: Path, comm: Comm, progress: Progress
     ) -> None:
         self.plan = plan
         self.tokens = None if windows is None else windows.tokens
         self.place = place
         self.fingerprint = fingerprint(plan, windows)
-        self.group = group
-        self.watcher = watcher
+        self.comm = comm
+        self.progress = progress
         self.at = -1  # the block at work
 
-    def look_ahead(self, out: Path) -> None:
+    def estimate_run(self, out: Path) -> None:
         """The preflight: `SarqcError` where the run must not begin, or could not end."""
         side_files(self.plan.folder, self.plan.run.trust_remote_code)
         refuse_poison(self.plan.checkpoint, f"{self.plan.skeleton.prefix}.")
-        found = preflight.look_ahead(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
+        found = preflight.estimate_run(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
         for note in (*self.plan.notes, found.headline()):
-            self.watcher.note(note)
+            self.progress.note(note)
         found.refuse()
 
     def lead(self, work: Work, out: Path) -> Result:
         """What rank 0 does: all blocks, then the checkpoint, and then the work folder goes."""
         self.solve_blocks(work)
-        self.watcher.note("writing and checking the checkpoint")
+        self.progress.note("writing and checking the checkpoint")
         result = write_checkpoint(work, self.plan.checkpoint, out, self.plan.format, overwrite=self.plan.run.overwrite)
         work.remove()
         return result
 
     def shared(self, result: Result | None) -> Result:
         """Rank 0's result on every rank, once it is there."""
-        with named(self.group, lambda: "waiting for the checkpoint"):
-            told = self.group.gather(result)[0]
+        with named(self.comm, lambda: "waiting for the checkpoint"):
+            told = self.comm.all_gather_object(result)[0]
         assert told is not None
         return told
 
     def solve_blocks(self, work: Work | None) -> None:
         """Finish every block that is not finished yet; rank 0, which has the work folder, saves each."""
-        with named(self.group, lambda: f"block {self.at + 1}" if self.at >= 0 else "before the first block"):
-            start = start_everywhere(self.group, self._begin(work) if work else None)
+        with named(self.comm, lambda: f"block {self.at + 1}" if self.at >= 0 else "before the first block"):
+            start = start_everywhere(self.comm, self._begin(work) if work else None)
             if start.block == len(self.plan.skeleton.blocks):
                 return
             try:
@@ -182,35 +217,35 @@ class _Run:
     def _begin(self, work: Work) -> Start:
         start, trouble = work.start(self.plan.method.calibrated)
         if trouble:
-            self.watcher.note(f"{trouble}; going on from what is sound")
+            self.progress.note(f"{trouble}; going on from what is sound")
         if start.block:
-            self.watcher.note(f"resuming at block {start.block + 1} of {work.blocks}, from {work.folder}")
-        self.watcher.begin_blocks(work.blocks, start.block)
+            self.progress.note(f"resuming at block {start.block + 1} of {work.blocks}, from {work.folder}")
+        self.progress.begin_blocks(work.blocks, start.block)
         return start
 
     def _stage(self, block: int, name: str) -> None:
         self.at = block
-        self.watcher.stage(block, name)
+        self.progress.stage(block, name)
 
     def _widths(self, work: Work | None) -> dict[str, int] | None:
         """Bits of every Linear where they differ: as the work folder has them, or chosen now."""
         if self.plan.quant.avg_bits is None:
             return None
-        chosen: Widths | None = self.group.gather(work.widths() if work else None)[0]
+        chosen: BitAllocation | None = self.comm.all_gather_object(work.bit_widths() if work else None)[0]
         if chosen is None:
             assert self.tokens is not None
-            self.watcher.note("a first look at every site, to choose its bits")
-            chosen = decide(self.plan, self.tokens, self.group, lambda index: self._stage(index, "look"))
+            self.progress.note("measuring the sensitivity of every site, to allocate bits")
+            chosen = allocate_bits(self.plan, self.tokens, self.comm, lambda index: self._stage(index, "sensitivity"))
             if work:
-                work.save_widths(chosen)
-        self.watcher.note(chosen.headline())
+                work.save_bit_allocation(chosen)
+        self.progress.note(chosen.headline())
         return chosen.by_linear()
 
     def _each_block(self, start: Start, work: Work | None) -> None:
         plan, count = self.plan, len(self.plan.skeleton.blocks)
-        widths = self._widths(work)
+        bit_widths = self._widths(work)
         windows, seqlen = (0, 0) if self.tokens is None else self.tokens.shape
-        waiting, _ = look(plan, windows, seqlen, self.group.size)
+        waiting, _ = estimate_memory(plan, windows, seqlen, self.comm.size)
         began = time.perf_counter()
         running = driver.run(
             plan.skeleton,
@@ -224,10 +259,10 @@ class _Run:
             gram_budget=plan.run.gram_budget,
             start=start,
             on_progress=self._stage,
-            group=self.group,
-            memory=hold(plan, -(-windows // self.group.size) * seqlen, self.place),
-            read_ahead=waiting.ahead > 0,
-            widths=widths,
+            comm=self.comm,
+            memory=hold(plan, -(-windows // self.comm.size) * seqlen, self.place),
+            prefetch=waiting.prefetched > 0,
+            bit_widths=bit_widths,
         )
         with closing(running):  # its thread ends here, however this ends
             for result in running:
@@ -236,12 +271,12 @@ class _Run:
                     work.save(result, now - began, tensors_of_block(plan.skeleton, plan.checkpoint, result.index))
                 elif result.handover:
                     deque(result.handover.hidden.each(), maxlen=0)  # they go to rank 0, which saves them
-                give_back()
+                trim_host_memory()
                 began = now
                 for note in result.notes:
-                    self.watcher.note(note)
-                self.watcher.block(result)
-                if result.index + 1 < count and any(self.group.gather(self.watcher.stop_asked())):
+                    self.progress.note(note)
+                self.progress.block(result)
+                if result.index + 1 < count and any(self.comm.all_gather_object(self.progress.stop_requested())):
                     raise Interrupted(
                         f"stopped after block {result.index + 1} of {count}, which is saved"
                         f"{f' in {work.folder}' if work else ''}: the same command goes on from there"

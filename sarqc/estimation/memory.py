@@ -1,7 +1,7 @@
 """How much memory a run will take in each of its stages, and what waits on the host meanwhile. From shapes alone.
 
 Counted is what the loop holds at once. Two things wait beside the block at work: activations of suspended
-micro-batches, in memory up to `--activation-budget` and in a file beyond it, and the next block, if it is read ahead.
+micro-batches, in memory up to `--activation-budget` and in a file beyond it, and the next block, if it is prefetched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sarqc.pipeline.sensitivity import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.pipeline.work_split import pieces, solving_bytes
 from sarqc.system import host_memory, peak_memory_mib, ranks_here
 
-STAGES = ("embed", "load", "look", "reference", "forward", "solve", "write")
+STAGES = ("embed", "load", "sensitivity", "reference", "forward", "solve", "write")
 
 
 @dataclass(frozen=True)
@@ -33,36 +33,37 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class HostBuffers:
     """Bytes that wait for their turn, of one rank. states: activations of suspended micro-batches in the host's memory.
-    mapped: those in a file. device: those on a GPU. ahead: the next block, read while one is quantized; 0 where it is
-    not."""
+    mapped: those in a file. prefetched: the next block, read while one is quantized; 0 where it is not. device:
+    activations on a GPU.
+    """
 
     states: int
     mapped: int
-    ahead: int
+    prefetched: int
     device: int = 0
 
 
-def look(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[Waiting, list[Memory]]:
+def estimate_memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[HostBuffers, list[Memory]]:
     """What waits, and peak memory of each stage with it. The next block is read ahead where this machine has the memory
     for that on all its ranks, and there is more than one block."""
     waiting = _waiting(plan, windows, seqlen, ranks)
     stages = memory(plan, windows, seqlen, waiting)
-    if waiting.ahead and max(stage.host for stage in stages) * ranks_here() > host_memory():
-        waiting = replace(waiting, ahead=0)
+    if waiting.prefetched and max(stage.host for stage in stages) * ranks_here() > host_memory():
+        waiting = replace(waiting, prefetched=0)
         stages = memory(plan, windows, seqlen, waiting)
     return waiting, stages
 
 
-def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> Waiting:
+def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
     """As `pipeline.holding` does it. The reference is counted also where the first block will show that no layer writes
     into the stream as it is, and it is let go: it is there until then, and shapes do not tell."""
     found = held(plan, -(-windows // ranks) * seqlen)
-    ahead = max((_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))), default=0)
+    prefetched = max((_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))), default=0)
     if plan.device.type == "cpu":
-        return Waiting(found.in_place, found.file, ahead)
-    return Waiting(found.host, found.file, ahead, found.in_place)
+        return HostBuffers(found.in_place, found.file, prefetched)
+    return HostBuffers(found.host, found.file, prefetched, found.in_place)
 
 
 def _stored(plan: Plan, index: int) -> int:
@@ -71,9 +72,9 @@ def _stored(plan: Plan, index: int) -> int:
     return sum(shapes.stored_bytes(plan, name) for name in names)
 
 
-def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memory]:
+def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[Memory]:
     """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
-    width, states, ahead = plan.dtype.itemsize, waiting.states, waiting.ahead
+    width, states, prefetched = plan.dtype.itemsize, waiting.states, waiting.prefetched
     tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
     apart = windows > 1 and (plan.quant.avg_bits is not None or plan.method.needs_validation)
     folds = 0 if not windows else 2 if apart else 1
@@ -89,17 +90,18 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
         flow = tokens * _flow(plan, members) * width
         needs = {
             "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),
-            "load": (block + tensor + waiting.device, states + tensor + ahead),
-            "look": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
-            "reference": (block + flow + waiting.device, states + ahead),
-            "forward": (block + grams + flow + waiting.device, states + ahead + codes),
-            "solve": (block + grams + solving + waiting.device, states + ahead + codes),
-            "write": (0, 2 * tensor + 6 * max((prod(target.shape) for target in members), default=0)),
+            "load": (block + tensor + waiting.device, states + tensor + prefetched),
+            "sensitivity": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
+            "reference": (block + flow + waiting.device, states + prefetched),
+            "forward": (block + grams + flow + waiting.device, states + prefetched + codes),
+            "solve": (block + grams + solving + waiting.device, states + prefetched + codes),
+            # a block's codes beside what they are packed to; in the end a weight beside what it was
+            "write": (0, max(states + 2 * codes, 2 * tensor + 6 * _widest(members))),
         }
         for stage, need in needs.items():
             peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
     if plan.quant.avg_bits is None:
-        del peaks["look"]
+        del peaks["sensitivity"]
     if not plan.method.error_correction:
         del peaks["reference"]
     if not windows:
@@ -109,6 +111,11 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: Waiting) -> list[Memo
     return [
         Memory(stage, base + beside + (0 if gpu else on), on if gpu else 0) for stage, (on, beside) in peaks.items()
     ]
+
+
+def _widest(members: list[Target]) -> int:
+    """Elements of the largest Linear."""
+    return max((prod(target.shape) for target in members), default=0)
 
 
 def _outer(plan: Plan) -> int:
@@ -132,12 +139,14 @@ def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
 
 
 def _largest(sites: list[Site]) -> int:
-    """Elements of the largest site, of which the first look keeps a copy while it tries another weight in its place."""
+    """Elements of the largest site, of which the sensitivity analysis keeps a copy while it probes another weight in
+    its place.
+    """
     return max((sum(prod(target.shape) for target in site.members) for site in sites), default=0)
 
 
 def _sites(plan: Plan) -> int:
-    """Sites of the whole model, each of which the first look runs a few windows of its own on from."""
+    """Sites of the whole model, from each of which the sensitivity analysis runs a few sequences on."""
     return sum(len(sites) for _, sites in shapes.blocks(plan))
 
 

@@ -1,4 +1,4 @@
-"""A look ahead: what a run will do, what it takes, whether that is there, and who will serve the result.
+"""A look prefetched: what a run will do, what it takes, whether that is there, and who will serve the result.
 
 Made before every run, and all there is of a dry run. It reads a configuration and headers, and no weights.
 """
@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 
+from sarqc.checkpoint.assemble import MERGE_BYTES
+from sarqc.checkpoint.formats import NEUTRAL
 from sarqc.checkpoint.writer import SHARD_BYTES
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.estimation import shapes
-from sarqc.estimation.memory import Memory, Waiting, look
+from sarqc.estimation.memory import HostBuffers, Memory, estimate_memory
 from sarqc.estimation.sizes import Sizes, Time, bits_per_weight, seconds, sizes
 from sarqc.pipeline.distributed import world
 from sarqc.pipeline.plan import Plan
 from sarqc.report.summary import human
 from sarqc.serving import rules
-from sarqc.serving.compatibility import served
+from sarqc.serving.compatibility import runtime_model
 from sarqc.system import host_memory, ranks_here
 
 _SPARE = 50 << 20
@@ -31,7 +33,7 @@ _SPARE = 50 << 20
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerSummary:
     """Layers of one name (numbers as *), and why they are left; None for those that are quantized."""
 
     name: str
@@ -60,7 +62,7 @@ class Preflight:
     blocks: int
     sites: int
     quantized_linears: int
-    kinds: tuple[Kind, ...]
+    kinds: tuple[LayerSummary, ...]
     windows: int
     seqlen: int
     ranks: int
@@ -69,10 +71,10 @@ class Preflight:
     bits_per_weight: float
     sizes: Sizes
     memory: tuple[Memory, ...]
-    waiting: Waiting
+    waiting: HostBuffers
     disk: tuple[Disk, ...]
     time: Time
-    serve: tuple[rules.Outlook, ...]
+    serve: tuple[rules.RuntimeSupport, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -103,19 +105,19 @@ class Preflight:
         return found
 
 
-def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) -> Preflight:
+def estimate_run(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) -> Preflight:
     """The preflight of a plan. text: windows and tokens in each; None where no text is looked at."""
     windows, seqlen = text or (0, 0)
     ranks = world()
     size = sizes(plan, windows, seqlen)
-    waiting, stages = look(plan, windows, seqlen, ranks)
-    disk = tuple(_disk(size, waiting, out, work))
-    model, tp = served(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.quant.tp
+    waiting, stages = estimate_memory(plan, windows, seqlen, ranks)
+    disk = tuple(_disk(plan, size, waiting, out, work))
+    model, tp = runtime_model(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.quant.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
     servers = sorted({*rules.RANKS, tp}) if tp else rules.RANKS
-    outlook = tuple(rules.outlook(model, plan.quant, plan.format.name, servers))
-    problems = [*_too_little_disk(disk), *_too_little_memory(plan, stages), *_no_server(outlook, tp)]
+    runtime_support = tuple(rules.runtime_support(model, plan.quant, plan.format.name, servers))
+    problems = [*_too_little_disk(disk), *_too_little_memory(plan, stages), *_no_server(runtime_support, tp)]
     return Preflight(
         model=plan.model,
         architecture=type(plan.skeleton.model).__name__,
@@ -134,13 +136,13 @@ def look_ahead(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) ->
         waiting=waiting,
         disk=disk,
         time=seconds(plan, windows, seqlen, ranks),
-        serve=outlook,
+        serve=runtime_support,
         notes=plan.notes,
         problems=tuple(problems),
     )
 
 
-def _kinds(plan: Plan) -> list[Kind]:
+def _kinds(plan: Plan) -> list[LayerSummary]:
     counted: Counter[tuple[str, tuple[int, ...], str | None]] = Counter()
     for target in plan.targets.selected:
         counted[rules.star(target.linear), target.shape, None] += 1
@@ -151,22 +153,40 @@ def _kinds(plan: Plan) -> list[Kind]:
         outside = "not used by transformers" if name in plan.skeleton.unused else "outside the blocks"
         reason = f"ignore {patterns[name]}" if name in patterns else left.get(name, outside)
         counted[rules.star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
-    return [Kind(name, shape, count, left) for (name, shape, left), count in counted.items()]
+    return [LayerSummary(name, shape, count, left) for (name, shape, left), count in counted.items()]
 
 
-def _disk(size: Sizes, waiting: Waiting, out: Path, work: Path) -> list[Disk]:
+def _disk(plan: Plan, size: Sizes, waiting: HostBuffers, out: Path, work: Path) -> list[Disk]:
     """Needs by file system; what the work folder holds already is counted as free. Ranks of this machine have their
-    hidden states beside each other, and a shard that is being written is there twice."""
+    hidden states beside each other."""
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
+    here = size.work + ranks_here() * waiting.mapped + _SPARE
+    places = [_existing(path) for path in (work, out)]
+    apart = places[0].stat().st_dev != places[1].stat().st_dev
     found: dict[int, Disk] = {}
-    here = size.work + ranks_here() * waiting.mapped
-    written = size.output + min(size.output, SHARD_BYTES) + _SPARE
-    for path, needed, freed in ((work, here, there), (out, written, 0)):
-        place = next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
+    for path, place, needed, freed in zip(
+        (work, out), places, (here, _beside_work(plan, size, apart)), (there, 0), strict=True
+    ):
         system = place.stat().st_dev
         before = found.get(system, Disk((), 0, shutil.disk_usage(place).free))
         found[system] = Disk((*before.paths, str(path)), before.needed + needed, before.free + freed)
     return list(found.values())
+
+
+def _beside_work(plan: Plan, size: Sizes, apart: bool) -> int:
+    """Bytes that the output takes beside the shards of the work folder. apart: it is on another file system.
+
+    Shards are renamed. They are copied to another file system and into the one file of a small model, and converted to
+    another format by way of a spool as large as a shard.
+    """
+    if plan.format is not NEUTRAL:
+        return size.output + min(size.output, SHARD_BYTES)
+    return size.output if apart or size.output <= MERGE_BYTES else 0
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the first above it that is there."""
+    return next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
 
 
 def _too_little_disk(disk: Sequence[Disk]) -> list[str]:
@@ -200,9 +220,9 @@ def _too_little_memory(plan: Plan, stages: Sequence[Memory]) -> list[str]:
     return found
 
 
-def _no_server(outlook: Sequence[rules.Outlook], tp: int | None) -> list[str]:
+def _no_server(runtime_support: Sequence[rules.RuntimeSupport], tp: int | None) -> list[str]:
     """A layer that no server takes on `tp` ranks; with the line of the first server that refuses it."""
-    asked = [one for one in outlook if one.ranks == tp and one.known and one.server != rules.EXPANDS]
+    asked = [one for one in runtime_support if one.ranks == tp and one.known and one.server != rules.EXPANDS]
     if not asked or any(not one.failures for one in asked):
         return []
     return [f"tp = {tp}: {asked[0].server} refuses {asked[0].failures[0]}; choose another group size, format or --tp"]

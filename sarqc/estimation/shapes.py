@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from sarqc.model.sites import Joint, Site, separate_sites
+from sarqc.model.sites import ResidualWrite, Site, separate_sites
 from sarqc.pipeline.plan import Plan
 
 
@@ -32,18 +32,18 @@ def _joined(plan: Plan, sites: list[Site]) -> list[Site]:
     """By names, which a forward might prove wrong: down_proj ends its block; o_proj does not, where experts follow."""
     dense = {site.name.rpartition(".")[2]: site for site in sites if site.experts == 1}
     likely = dense.get("down_proj", dense.get("o_proj")) if plan.method.error_correction else None
-    joint = Joint(None if "down_proj" in dense else "the norm behind it")
-    return [replace(site, joint=joint) if site is likely else site for site in sites]
+    residual_write = ResidualWrite(None if "down_proj" in dense else "the norm behind it")
+    return [replace(site, residual_write=residual_write) if site is likely else site for site in sites]
 
 
 def choices(plan: Plan) -> int:
     """Experts that a token passes through."""
-    return int(getattr(plan.skeleton.model.config, "num_experts_per_tok", None) or 1)
+    return int(getattr(plan.skeleton.text_config, "num_experts_per_tok", None) or 1)
 
 
 def hidden_size(plan: Plan) -> int:
     """Numbers in a hidden state."""
-    return int(plan.skeleton.model.config.hidden_size)
+    return int(plan.skeleton.text_config.hidden_size)
 
 
 def states_bytes(plan: Plan, windows: int, seqlen: int) -> int:

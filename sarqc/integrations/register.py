@@ -1,14 +1,12 @@
-"""`import sarqc` lets transformers keep the weights of quantized checkpoints packed, and imports neither it nor torch.
+"""`import sarqc` registers a quantizer with transformers that keeps weights packed; it imports neither it nor torch.
 
-transformers has no list of plugins to stand in: whoever adds a quantizer has to have been imported and to write into
-its tables. So that importing sarqc stays free, the writing waits for transformers: if its tables are there it is done
-at once, otherwise a finder at the front of `sys.meta_path` watches for the one module that holds them, steps aside, and
-acts when that module has run. `unregister` is the way out.
+transformers has no plugin list: a quantizer has to be written into its tables. To keep `import sarqc` light, that waits
+for transformers. If its tables are imported already they are patched at once; otherwise a finder at the front of
+`sys.meta_path` patches them right after their module has run. `unregister` undoes both.
 
-The tables are keyed by `quant_method`, and a method that transformers knows is taken already: registering it again is
-refused there. So the entry is replaced by one that asks first, for each checkpoint, whether it can be kept packed, and
-otherwise gives transformers what it had. That happens in the middle of transformers' own import: nothing here asks for
-more of it than the tables.
+The tables are keyed by `quant_method`, and transformers refuses to register a known method again. So each entry is
+replaced by one that decides per checkpoint: packed where sarqc can run it, otherwise what transformers had. This runs
+in the middle of transformers' own import, so only the tables are used here.
 """
 
 from __future__ import annotations
@@ -33,28 +31,28 @@ TABLES = "transformers.quantizers.auto"
 def register() -> None:
     """Let `from_pretrained` keep checkpoints packed where `sarqc_kernels` can run them; `import sarqc` calls this.
 
-    That is: weights alone are quantized, in a format that sarqc reads. Others load as without sarqc.
+    That covers weight-only quantization in formats that sarqc reads. Other checkpoints load as without sarqc.
     """
     if TABLES in sys.modules:
-        _take_seats()
-    elif not _waiting():
-        sys.meta_path.insert(0, _After(TABLES, _take_seats))
+        _patch_tables()
+    elif not _hooks():
+        sys.meta_path.insert(0, PostImportHook(TABLES, _patch_tables))
 
 
 def unregister() -> None:
-    """Give transformers its own loading back: quantized weights are expanded by the library that their format names."""
-    for finder in _waiting():
+    """Restore the loading of transformers: the library of each format expands the weights."""
+    for finder in _hooks():
         sys.meta_path.remove(finder)
     if TABLES in sys.modules:
-        _leave_seats()
+        _restore_tables()
 
 
-def _waiting() -> list[_After]:
-    return [finder for finder in sys.meta_path if isinstance(finder, _After)]
+def _hooks() -> list[PostImportHook]:
+    return [finder for finder in sys.meta_path if isinstance(finder, PostImportHook)]
 
 
-class _After(MetaPathFinder):
-    """Finds nothing itself: calls `act` once, right after the module `name` has been imported by whoever finds it."""
+class PostImportHook(MetaPathFinder):
+    """A finder that finds nothing itself: calls `act` once, right after the module `name` was imported."""
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:
         self.name, self.act = name, act
@@ -62,7 +60,7 @@ class _After(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that the others find, with a loader that calls `act` afterwards."""
+        """The spec of the other finders, with a loader that calls `act` afterwards."""
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)
@@ -79,11 +77,11 @@ class _After(MetaPathFinder):
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Stands in both tables for one `quant_method`.
+class TableEntry:
+    """Replaces the entry of one `quant_method` in both tables.
 
-    config, quantizer: transformers' own entries. takes: whether a checkpoint with this
-    `quantization_config` can be kept packed. open_source: opens it.
+    config, quantizer: transformers' own entries. takes: whether a checkpoint with this `quantization_config` can be
+    kept packed. open_source: opens the checkpoint.
     """
 
     config: Any
@@ -108,8 +106,8 @@ class Seat:
         return self.quantizer(config, **kwargs)
 
 
-def _take_seats() -> None:
-    """Sit down for those of our formats that transformers knows; where we sit already, nothing happens."""
+def _patch_tables() -> None:
+    """Replace the entries of the formats that transformers knows; idempotent."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     from sarqc.checkpoint.formats import FORMATS
@@ -117,25 +115,25 @@ def _take_seats() -> None:
 
     for method in FORMATS:
         config = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-        if config is not None and not isinstance(config, Seat):
-            seat = Seat(config, AUTO_QUANTIZER_MAPPING[method], can_pack, open_checkpoint)
-            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method] = seat
+        if config is not None and not isinstance(config, TableEntry):
+            entry = TableEntry(config, AUTO_QUANTIZER_MAPPING[method], can_pack, open_checkpoint)
+            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method] = entry
 
 
-def _leave_seats() -> None:
-    """Give transformers its own entries back."""
+def _restore_tables() -> None:
+    """Restore transformers' own entries."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    for method, seat in list(AUTO_QUANTIZATION_CONFIG_MAPPING.items()):
-        if isinstance(seat, Seat):
-            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = seat.config
-            AUTO_QUANTIZER_MAPPING[method] = seat.quantizer
+    for method, entry in list(AUTO_QUANTIZATION_CONFIG_MAPPING.items()):
+        if isinstance(entry, TableEntry):
+            AUTO_QUANTIZATION_CONFIG_MAPPING[method] = entry.config
+            AUTO_QUANTIZER_MAPPING[method] = entry.quantizer
 
 
 def can_pack(quantization: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with this `quantization_config` is one of packed integer weights alone, which we run.
+    """Whether a checkpoint with this `quantization_config` has packed integer weights only, which sarqc runs.
 
-    False for formats that are not read here and for ones that quantize more (activations, the KV cache).
+    False for formats that sarqc does not read and for those that quantize more (activations, the KV cache).
     """
     from sarqc.checkpoint.formats import detect
     from sarqc.errors import CheckpointError

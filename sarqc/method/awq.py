@@ -6,12 +6,12 @@ the input is,
 
     s_j = a_j^rho / sqrt(max a^rho * min a^rho),    a_j = E|x_j|,    rho = 0, 0.05 .. 0.95
 
-(arXiv 2306.00978), judged by the error E = W - Q(W S) S^-1 that plain rounding leaves. Errors are always measured in
+(arXiv 2306.00978), judged by the error E = W - Q(W S) S^-1 that RTN leaves. Errors are always measured in
 the original space: with E there, the regulariser needs no scales either, and rho = 0, the identity, is a candidate like
 any other, so the choice is never worse than no scales in the measure it is made by. That measure is
 
 - tr(E (H + lambda D) E^T) on min-max grids, where every weight is then rounded to its nearest code: as AWQ does;
-- sum_j M_jj^2 |E_j|^2 with M M^T = H + lambda D, on grids searched with these prices, where the Gram solver follows:
+- sum_j M_jj^2 |E_j|^2 with M M^T = H + lambda D, on grids searched with these prices, where GPTQ follows:
   column j's error costs that much once the columns after it have corrected what they can. Searched grids leave scales
   less to win, so rho = 0, 0.1 .. 0.5 will do; judged on min-max grids the choice goes too far and makes models worse.
 """
@@ -41,7 +41,7 @@ ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
-class Reader:
+class BalanceLayer:
     """A weight that reads the tensor to be scaled, and what an error in it costs.
 
     weight: fp32 [E, N, K]. cost: fp32 [E, K, K], a metric, or [E, K], a price for each input. gram: of its inputs.
@@ -92,13 +92,13 @@ class Scaling:
         """The scaling of the rows `index` (int64) alone."""
         return replace(self, rows=self.rows[:, index])
 
-    def metric(self, metric: Tensor) -> Tensor:
+    def hessian(self, hessian: Tensor) -> Tensor:
         """S^-1 metric S^-1: what the metric [E, K, K] of the original inputs is for the scaled ones."""
-        return metric / self.inputs[:, :, None] / self.inputs[:, None, :]
+        return hessian / self.inputs[:, :, None] / self.inputs[:, None, :]
 
 
 def search(
-    readers: Sequence[Reader],
+    balance_layers: Sequence[BalanceLayer],
     scale_dtype: torch.dtype,
     *,
     shared: bool,
@@ -106,14 +106,14 @@ def search(
     source: Tensor | None = None,
     channels: int = 0,
 ) -> ChannelScales:
-    """The best scales for a tensor that `readers` read.
+    """The best scales for a tensor that `balance_layers` read.
 
     shared: one scale for all readers and their experts, chosen by the sum of their losses, each expert's times its
     rows; otherwise there is one reader and each expert has its own. binary: scales are powers of two.
     source: int64 [K], which of `channels` channels is behind each input, where inputs share channels and so scales;
     None where each input is a channel. Losses that tie go to the smaller exponent.
     """
-    sums = [(reader.gram.abs_sum, reader.gram.rows) for reader in readers]
+    sums = [(balance_layer.gram.abs_sum, balance_layer.gram.rows) for balance_layer in balance_layers]
     if shared:
         total = torch.stack([magnitude.sum(0) for magnitude, _ in sums]).sum(0, keepdim=True)
         seen = torch.stack([rows.sum() for _, rows in sums]).sum().reshape(1)
@@ -122,12 +122,12 @@ def search(
     magnitude = total / seen.clamp(min=1)[:, None]
     if source is not None:
         magnitude = _by_channel(magnitude, source, channels)
-    candidates = EXPONENTS if readers[0].cost.dim() == 3 else SMALL_EXPONENTS
+    candidates = EXPONENTS if balance_layers[0].cost.dim() == 3 else SMALL_EXPONENTS
     tried = torch.stack([_scales(magnitude, exponent, binary) for exponent in candidates])  # [R, E, C]
     loss = torch.zeros(tried.shape[:2], dtype=torch.float64, device=tried.device)
-    for reader in readers:
-        own = _losses(reader, tried if source is None else tried[:, :, source], scale_dtype)
-        loss += (own * reader.gram.rows).sum(1, keepdim=True) if shared else own
+    for balance_layer in balance_layers:
+        own = _losses(balance_layer, tried if source is None else tried[:, :, source], scale_dtype)
+        loss += (own * balance_layer.gram.rows).sum(1, keepdim=True) if shared else own
     best = loss.argmin(0)
     exponents = torch.tensor(candidates, dtype=torch.float64, device=best.device)[best]
     return ChannelScales(tried[best, torch.arange(len(best), device=best.device)], exponents)
@@ -150,19 +150,19 @@ def _scales(magnitude: Tensor, exponent: float, binary: bool) -> Tensor:
     return scales.log2().round().exp2() if binary else scales
 
 
-def _losses(reader: Reader, tried: Tensor, scale_dtype: torch.dtype) -> Tensor:
+def _losses(balance_layer: BalanceLayer, tried: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """The loss of every candidate [R, E or 1, K], fp64 [R, E]: summed over rows, a sample standing for all of them."""
-    experts, rows, columns = reader.weight.shape
-    quant = reader.quant
+    experts, rows, columns = balance_layer.weight.shape
+    quant = balance_layer.quant
     group_size = quant.columns_per_group(columns)
-    rule = GridRule(quant.bits, quant.sym, reader.cost.dim() == 2, scale_dtype)
+    rule = GridRule(quant.bits, quant.sym, balance_layer.cost.dim() == 2, scale_dtype)
     most = PRICED_VOTERS if rule.search else VOTERS
-    voters = torch.arange(0, rows, -(-rows // most), device=reader.weight.device)
+    voters = torch.arange(0, rows, -(-rows // most), device=balance_layer.weight.device)
     loss = torch.empty((len(tried), experts), dtype=torch.float64, device=tried.device)
     portion = max(1, ELEMENTS // (len(voters) * columns))
     for first in range(0, experts, portion):
         at = slice(first, first + portion)
-        weight, cost = reader.weight[at, voters], reader.cost[at]
+        weight, cost = balance_layer.weight[at, voters], balance_layer.cost[at]
         for index, scales in enumerate(tried):
             own = scales[at if len(scales) > 1 else slice(None)].unsqueeze(1)
             if rule.search:

@@ -1,6 +1,6 @@
 """Bit allocation: what a site loses at each bit-width, and one bit-width for each unit within an average.
 
-`width_losses` quantizes a few rows of a site at each bit-width on one half of the text and measures them on the other.
+`loss_by_bits` quantizes a few rows of a site at each bit-width on one half of the text and measures them on the other.
 `sarqc.pipeline.sensitivity` runs the model once with each site at one bit-width; the ratio of the losses scales that
 result to the other bit-widths.
 
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
-from sarqc.method.gram import Gram, Statistics, borrowing
-from sarqc.method.lambda_search import Judge, Strengths
+from sarqc.method.gram import Gram, Statistics, shrink_experts
+from sarqc.method.lambda_search import HeldOutValidation, LambdaSearch
 from sarqc.method.layer import SOLVERS
-from sarqc.method.rtn import round_plainly
+from sarqc.method.rtn import quantize_rtn
 from sarqc.method.weight import QuantizedWeight
 
 SCALE_BITS = 16
-"""Of a scale on disk: bf16 or fp16."""
+"""Bits of a scale on disk: bf16 or fp16."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Matrices that must have one width. weights: how many weights. sizes: bits on disk by width; losses: by width."""
+    """Matrices with one bit-width. weights: their number. sizes, losses: bits on disk and loss by bit-width."""
 
     name: str
     weights: int
@@ -85,8 +85,8 @@ def allocate(units: Sequence[Unit], average: float) -> list[int]:
     widths take more.
     """
     budget = int(average * sum(unit.weights for unit in units))
-    widths = [min(unit.sizes, key=unit.sizes.__getitem__) for unit in units]
-    left = budget - sum(unit.sizes[width] for unit, width in zip(units, widths))
+    bit_widths = [min(unit.sizes, key=unit.sizes.__getitem__) for unit in units]
+    left = budget - sum(unit.sizes[width] for unit, width in zip(units, bit_widths))
     if left < 0:
         least = (budget - left) / sum(unit.weights for unit in units)
         raise ArgumentError(f"avg_bits = {average} is too small: the narrowest widths take {least:.3f} with scales")
@@ -98,9 +98,9 @@ def allocate(units: Sequence[Unit], average: float) -> list[int]:
         if step.cost > left:
             stuck.add(step.unit)  # its later steps begin where this one ends
             continue
-        widths[step.unit] = step.width
+        bit_widths[step.unit] = step.width
         left -= step.cost
-    return widths
+    return bit_widths
 
 
 def _hull(number: int, unit: Unit) -> list[_Step]:
@@ -125,32 +125,32 @@ def _gain(unit: Unit, before: int, width: int) -> float:
 
 
 SOLVED = 4
-"""Widths up to this many bits, and to the one that is tried, are solved to see what they lose."""
+"""Bit-widths up to this one and up to the probe are quantized to measure their loss."""
 
 
 @dataclass(frozen=True)
-class WidthLosses:
-    """tr(E G E^T) on held-out text, by width."""
+class LossByBits:
+    """tr(E G E^T) on held-out text, by bit-width."""
 
     by_width: dict[int, float]
 
-    def __add__(self, other: WidthLosses) -> WidthLosses:
-        """Those of two parts of a site together."""
-        return WidthLosses({width: loss + other.by_width[width] for width, loss in self.by_width.items()})
+    def __add__(self, other: LossByBits) -> LossByBits:
+        """The sum for two parts of a site."""
+        return LossByBits({width: loss + other.by_width[width] for width, loss in self.by_width.items()})
 
     def relative(self, width: int) -> dict[int, float]:
-        """Losses over that at one width; all 0 where no row excites the weight."""
+        """Losses relative to that at one bit-width; all 0 where no row excites the weight."""
         unit = self.by_width[width]
         return {each: loss / unit if unit > 0 else 0.0 for each, loss in self.by_width.items()}
 
 
-def tried_width(quant: QuantConfig) -> int:
-    """The width that is tried on the model: the widest within the average, because sites will stay near it."""
+def probe_bits(quant: QuantConfig) -> int:
+    """The bit-width of the probe: the widest within the average, because most sites end up near it."""
     assert quant.avg_bits is not None
     return max((width for width in quant.bit_options if width <= quant.avg_bits), default=quant.bit_options[0])
 
 
-def tried(
+def probe_weight(
     site: str,
     weight: Tensor,
     statistics: Statistics,
@@ -159,16 +159,18 @@ def tried(
     scale_dtype: torch.dtype,
     experts: slice = slice(None),
 ) -> QuantizedWeight:
-    """A weight [E, N, K] as it is tried on the model: solved, without channel scales and sweeps, at the rule's
-    strength. experts: those of the site that `weight` is of; statistics are of all of them."""
+    """The weight [E, N, K] of the probe: quantized without channel scales and coordinate descent, at the prior lambda.
+
+    experts: experts of the site that `weight` covers; statistics cover all of them.
+    """
     method = replace(method, cd_passes=0)
-    gram = borrowing(statistics, method.expert_shrinkage, experts)
-    strength = Strengths().choose("", statistics.rows(), weight.shape[-1], method, None).strength[experts]
-    spec = quant.at(tried_width(quant))
-    return SOLVERS[method.solver](site, weight, gram, strength, spec, method, scale_dtype).weight
+    gram = shrink_experts(statistics, method.expert_shrinkage, experts)
+    reg_lambda = LambdaSearch().choose("", statistics.rows(), weight.shape[-1], method, None).reg_lambda[experts]
+    spec = quant.at(probe_bits(quant))
+    return SOLVERS[method.solver](site, weight, gram, reg_lambda, spec, method, scale_dtype).weight
 
 
-def width_losses(
+def loss_by_bits(
     site: str,
     weight: Tensor,
     statistics: Statistics,
@@ -176,36 +178,46 @@ def width_losses(
     method: MethodConfig,
     scale_dtype: torch.dtype,
     seed: int = 0,
-) -> WidthLosses:
-    """The losses of `quant.bit_options` on a few rows of a few experts of weight [E, N, K], without channel scales.
+) -> LossByBits:
+    """Losses at `quant.bit_options` on a few rows of a few experts of weight [E, N, K], without channel scales.
 
-    statistics: two folds; one is fitted on, the other judges. Where a strength is to be chosen it is the rule's here:
-    another one would move all widths of a site alike, and so would coordinate descent. The widest choices are not
-    solved: they lose as much less than the widest that is solved as rounding does, because what a solver gains no
-    longer depends on the width there. seed: of the choice of rows.
+    Where lambda is "auto" it is the prior's: another one, and coordinate descent, would move all bit-widths of a site
+    alike. The widest options are not solved; their loss follows from RTN, because the gain of a solver no longer
+    depends on the bit-width there.
+
+    Args:
+        site: Name of the site.
+        weight: [E, N, K].
+        statistics: Two folds: one is fitted on, the other is held out.
+        quant: The options.
+        method: The method.
+        scale_dtype: Dtype that scales are stored in.
+        seed: Of the row sample.
     """
     method = replace(method, cd_passes=0)
 
-    def rounding(width: int, rows: Tensor) -> Tensor:
-        return round_plainly(rows, quant.at(width), "search", scale_dtype).dequantize()
+    def rtn_rows(width: int, rows: Tensor) -> Tensor:
+        return quantize_rtn(rows, quant.at(width), "search", scale_dtype).dequantize()
 
-    def solved(width: int, rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
+    def solved(width: int, rows: Tensor, gram: Gram, reg_lambda: Tensor) -> Tensor:
         return SOLVERS[method.solver](
-            site, rows, gram, strength, quant.at(width), method, scale_dtype
+            site, rows, gram, reg_lambda, quant.at(width), method, scale_dtype
         ).weight.dequantize()
 
     rows = statistics.folds[0].rows
-    strength = float(Strengths().choose("", rows, weight.shape[-1], method, None).strength.median())
+    reg_lambda = float(LambdaSearch().choose("", rows, weight.shape[-1], method, None).reg_lambda.median())
     first = quant.bit_options[0]
-    judge = Judge(weight, statistics, method.expert_shrinkage, seed, partial(solved, first), partial(rounding, first))
-    few = [width for width in quant.bit_options if width <= max(SOLVED, tried_width(quant))] or [first]
+    validation = HeldOutValidation(
+        weight, statistics, method.expert_shrinkage, seed, partial(solved, first), partial(rtn_rows, first)
+    )
+    few = [width for width in quant.bit_options if width <= max(SOLVED, probe_bits(quant))] or [first]
     losses: dict[int, float] = {}
     for width in few:
-        judge.trial = partial(solved, width)
-        losses[width] = judge.losses([strength], 0)[0]
+        validation.quantize_rows = partial(solved, width)
+        losses[width] = validation.losses([reg_lambda], 0)[0]
     rounded: dict[int, float] = {}
     for width in quant.bit_options[len(few) - 1 :]:
-        judge.rounding = partial(rounding, width)
-        rounded[width] = judge.rounding_loss(0)
+        validation.rtn_rows = partial(rtn_rows, width)
+        rounded[width] = validation.rtn_loss(0)
         losses[width] = losses[few[-1]] * (rounded[width] / rounded[few[-1]] if rounded[few[-1]] > 0 else 0.0)
-    return WidthLosses(losses)
+    return LossByBits(losses)

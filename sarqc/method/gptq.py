@@ -18,11 +18,11 @@ from sarqc_kernels.columns import fit_grid, quantize_columns
 
 
 def column_order(diagonal: Tensor, group_size: int, order: Literal["none", "static", "group"]) -> Tensor | None:
-    """The order [E, K] int64 of columns by falling `diagonal` [E, K], or None for the order they have.
+    """The order [E, K] int64 of columns by decreasing `diagonal` [E, K], or None for the given order.
 
-    "static" sorts all columns. "group" sorts groups by their sum and columns inside each group, so that a group's
-    columns stay together and its grid can be fitted when the solver reaches it (arXiv 2505.14638). Ties keep their
-    order, so equal input gives equal output.
+    "static" sorts all columns. "group" is group-aware reordering (arXiv 2505.14638): it sorts groups by their sum and
+    the columns inside each group, so the columns of a group stay together and its scales are fitted when the solver
+    reaches it. Sorting is stable, so equal input gives equal output.
     """
     if order == "none":
         return None
@@ -35,38 +35,39 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["none", "stat
     return columns.flatten(1)
 
 
-def error_cost(site: str, gram: Gram, strength: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor:
-    """What the scale search judges errors by: the metric [E, K, K], or M_jj^2 [E, K] where the Gram solver follows."""
-    metric = regularised_hessian(gram, strength, method)
+def loss_weight(site: str, gram: Gram, reg_lambda: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor:
+    """Weights of the channel-scale search: the Hessian [E, K, K], or M_jj^2 [E, K] where GPTQ follows."""
+    hessian = regularised_hessian(gram, reg_lambda, method)
     if method.solver == "rtn":
-        return metric
-    order = _order(metric, quant, method)
-    factored = factor(metric if order is None else _permuted(metric, order), site)
-    price = factored.matrix.diagonal(dim1=-2, dim2=-1).square()
-    return price if order is None else torch.empty_like(price).scatter_(1, order, price)
+        return hessian
+    order = _order(hessian, quant, method)
+    factored = factor(hessian if order is None else _permuted(hessian, order), site)
+    weight = factored.matrix.diagonal(dim1=-2, dim2=-1).square()
+    return weight if order is None else torch.empty_like(weight).scatter_(1, order, weight)
 
 
-def solve_gram(
+def solve_gptq(
     site: str,
     weight: Tensor,
     gram: Gram,
-    strength: Tensor,
+    reg_lambda: Tensor,
     quant: QuantConfig,
     method: MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
-    """Column by column with error feedback in the metric H + lambda D (GPTQ, arXiv 2210.17323, without an inverse).
+    """GPTQ with the Hessian H + lambda D (arXiv 2210.17323), without an inverse.
 
-    One factor M M^T of the metric gives both the feedback and, as M_jj^2, what an error in column j will cost; the
-    searched grid is fitted with those weights. `method.cd_passes` then improve on all of it in the same metric.
+    One factor M M^T of the Hessian gives the error feedback and, as M_jj^2, the loss weight of column j; searched
+    scales are fitted with those weights. `method.cd_passes` of coordinate descent then refine codes and scales with the
+    same Hessian.
     """
     group_size = quant.columns_per_group(weight.shape[-1])
-    metric = regularised_hessian(gram, strength, method)
+    hessian = regularised_hessian(gram, reg_lambda, method)
     if scaling is not None:
-        weight, metric = scaling.apply(weight), scaling.metric(metric)
-    diagonal = metric.diagonal(dim1=-2, dim2=-1)
-    order = _order(metric, quant, method)
+        weight, hessian = scaling.apply(weight), scaling.hessian(hessian)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    order = _order(hessian, quant, method)
     search = method.scales == "search"
     scales = zeros = None
     if method.act_order == "static":
@@ -79,7 +80,7 @@ def solve_gram(
             search=search,
             scale_dtype=scale_dtype,
         )
-    factored = factor(metric if order is None else _permuted(metric, order), site)
+    factored = factor(hessian if order is None else _permuted(hessian, order), site)
     codes, scales, zeros = quantize_columns(
         weight,
         factored.matrix,
@@ -98,18 +99,18 @@ def solve_gram(
         diagonal += damping.to(diagonal)[:, None] * diagonal.mean(
             -1, keepdim=True
         )  # a view: the metric as it was factored
-        quantized = descend(weight, quantized, metric, method.cd_passes)
+        quantized = descend(weight, quantized, hessian, method.cd_passes)
     return Solution(quantized, damping)
 
 
-def _order(metric: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor | None:
-    group_size = quant.columns_per_group(metric.shape[-1])
-    return column_order(metric.diagonal(dim1=-2, dim2=-1), group_size, method.act_order)
+def _order(hessian: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor | None:
+    group_size = quant.columns_per_group(hessian.shape[-1])
+    return column_order(hessian.diagonal(dim1=-2, dim2=-1), group_size, method.act_order)
 
 
-def _permuted(metric: Tensor, order: Tensor) -> Tensor:
+def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of each matrix [E, K, K] in `order` [E, K]."""
-    if metric.device.type == "cpu":  # a third of the time of two gathers, which read an index for every element
-        return torch.stack([own.index_select(0, at).index_select(1, at) for own, at in zip(metric, order)])
-    rows = metric.gather(1, order[:, :, None].expand_as(metric))
-    return rows.gather(2, order[:, None, :].expand_as(metric))
+    if hessian.device.type == "cpu":  # a third of the time of two gathers, which read an index for every element
+        return torch.stack([own.index_select(0, at).index_select(1, at) for own, at in zip(hessian, order)])
+    rows = hessian.gather(1, order[:, :, None].expand_as(hessian))
+    return rows.gather(2, order[:, None, :].expand_as(hessian))

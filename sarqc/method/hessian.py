@@ -1,10 +1,12 @@
-"""The objective of SARQC: output error plus a pull towards the original weights, as one quadratic form.
+"""The objective: output error plus a penalty on changes of the weights, as one quadratic form.
 
     F(Q) = tr[(W - Q) (H + lambda D) (W - Q)^T],    H = X^T X / rows,    D = diag(d)
 
-d_j grows with how salient input j is (`saliency`), with mean(d) = mean(diag H), so lambda has no unit: it does not
-change with the scale of the activations, their number or the bits. Both terms share one form, so the Gram solver
-stays what it is and only factors another matrix (arXiv 2605.05693; the choice of d and of its scale is ours).
+d_j grows with the saliency of input j (`saliency`), with mean(d) = mean(diag H). So lambda has no unit: it does not
+depend on the scale or number of the activations, nor on the bits. Both terms have one form, so GPTQ only factors
+another matrix (arXiv 2605.05693; the choice of d and of its scale is ours).
+
+`hessian` is what is factored: H + lambda D + damping. `gram` is the raw sum.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from sarqc.method.gram import Gram
 from sarqc_kernels.gram import gram_finalize
 
 SALIENCY_FLOOR = 1e-4
-"""Least saliency relative to the mean: an input that calibration never excited still holds its weights."""
+"""Least saliency relative to the mean: inputs that calibration never excited keep their weights."""
 
 DAMP_LADDER = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
-"""What is added to the diagonal, relative to its mean, when a matrix has no factor; tried in order, in fp64."""
+"""Damping relative to the mean of the diagonal; tried in order, in fp64, until a factor exists."""
 
 
 def saliency(diagonal: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
@@ -43,21 +45,21 @@ def saliency(diagonal: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
     return scale * salient / salient.mean(-1, keepdim=True)
 
 
-def regularised_hessian(gram: Gram, strength: Tensor, method: MethodConfig) -> Tensor:
-    """H + lambda D + damp * mean(diag H) I, fp32 [E, K, K], in memory of its own, made without waiting for the device.
+def regularised_hessian(gram: Gram, reg_lambda: Tensor, method: MethodConfig) -> Tensor:
+    """H + lambda D + damp * mean(diag H) I, fp32 [E, K, K], in memory of its own, without a host sync.
 
-    strength: lambda of each expert, fp32 [E].
+    reg_lambda: lambda of each expert, fp32 [E].
     """
     salience = saliency(gram.diagonal(), gram.abs_mean(), method.saliency)
-    return gram_finalize(gram.sum, gram.rows, salience, strength, method.damp)
+    return gram_finalize(gram.sum, gram.rows, salience, reg_lambda, method.damp)
 
 
 @dataclass(frozen=True)
 class Factor:
     """matrix: upper triangular M [E, K, K] with M M^T = H + damping * mean(diag H) I. damping: float64 [E].
 
-    An expert whose matrix has no factor at any damping holds the square root of its diagonal alone (its columns no
-    longer correct each other, which is plain rounding) and `damping` infinite.
+    Where no damping gives a factor, the matrix is the square root of the diagonal (columns do not correct each other,
+    which is RTN) and `damping` is infinite.
     """
 
     matrix: Tensor
@@ -67,8 +69,10 @@ class Factor:
 def factor(hessian: Tensor, site: str) -> Factor:
     """Factor each matrix of a batch [E, K, K] as M M^T with M upper triangular, by one Cholesky of the flipped matrix.
 
-    fp32 first; what fails is tried again in fp64 up the damping ladder, matrix by matrix. Raises `NumericError` naming
-    `site` where a matrix is not finite.
+    fp32 first; matrices that fail are retried in fp64 with increasing damping.
+
+    Raises:
+        NumericError: A matrix is not finite; names `site`.
     """
     if not bool(torch.isfinite(hessian.diagonal(dim1=-2, dim2=-1)).all()):
         raise NumericError(f"{site}: the Gram matrix of its inputs is not finite; look for NaN or Inf in activations")

@@ -1,7 +1,6 @@
 """Quantize one layer: solver, fallback and report.
 
-A `Solver` is any function of that shape. `solve_site` picks one by the spec, measures its error against plain rounding
-and rejects numbers that are not finite.
+`solve_site` picks a `Solver` by the method, measures its error against RTN and rejects non-finite weights.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from sarqc.config import AUTO, MethodConfig, QuantConfig
 from sarqc.errors import NumericError
 from sarqc.method.awq import Scaling
 from sarqc.method.error_correction import shifted
-from sarqc.method.gptq import solve_gram
-from sarqc.method.gram import Gram, Statistics, borrowing, kappa
-from sarqc.method.lambda_search import Choice, Judge, Record, Strengths
-from sarqc.method.rtn import Solution, round_plainly, solve_round
+from sarqc.method.gptq import solve_gptq
+from sarqc.method.gram import Gram, Statistics, prior_rows, shrink_experts
+from sarqc.method.lambda_search import HeldOutValidation, LambdaChoice, LambdaSearch, Record
+from sarqc.method.rtn import Solution, quantize_rtn, solve_rtn
 from sarqc.method.weight import QuantizedWeight
 
 JUDGED_ROWS = 256
-"""Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving does."""
+"""Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving."""
 
 
 class Solver(Protocol):
-    """weight fp32 [E, N, K], a Gram of its inputs, lambda of each expert fp32 [E] -> Solution.
+    """weight fp32 [E, N, K], a Gram of its inputs, lambda of each expert fp32 [E] -> `Solution`.
 
-    Pure: no state, no files, no random numbers. Rows do not know of each other, nor do experts.
-    The Gram is that of the original inputs; with a `scaling` the solution is that of the scaled weight.
+    Pure: no state, no files, no random numbers. Rows are independent, and so are experts. The Gram is that of the
+    original inputs; with a `scaling` the solution is that of the scaled weight.
     """
 
     def __call__(
@@ -40,7 +39,7 @@ class Solver(Protocol):
         site: str,
         weight: Tensor,
         gram: Gram,
-        strength: Tensor,
+        reg_lambda: Tensor,
         quant: QuantConfig,
         method: MethodConfig,
         scale_dtype: torch.dtype,
@@ -50,10 +49,10 @@ class Solver(Protocol):
         ...
 
 
-SOLVERS: dict[str, Solver] = {"rtn": solve_round, "gptq": solve_gram}
+SOLVERS: dict[str, Solver] = {"rtn": solve_rtn, "gptq": solve_gptq}
 
 
-def choose_strength(
+def choose_lambda(
     site: str,
     kind: str,
     weight: Tensor,
@@ -62,25 +61,35 @@ def choose_strength(
     method: MethodConfig,
     *,
     scale_dtype: torch.dtype,
-    strengths: Strengths,
-) -> Choice:
-    """lambda of every expert of a site: as asked for, or what held-out text says; see `method.lambda_search`.
+    search: LambdaSearch,
+) -> LambdaChoice:
+    """Lambda of every expert of a site: the given number, or the result of held-out validation
+    (`method.lambda_search`).
 
-    weight: [E, N, K], tried without channel scales and without sweeps, which find their best at the same strengths.
-    kind: which sites share their answers. strengths: answers so far; this site's is added.
+    Args:
+        site: Name of the site.
+        kind: Sites of one kind share their validation curves.
+        weight: [E, N, K]; validated without channel scales and coordinate descent, whose optimum has the same lambda.
+        statistics: Of the site's inputs.
+        quant: The number format.
+        method: The method.
+        scale_dtype: Dtype that scales are stored in.
+        search: Curves so far; this site's is added.
     """
-    judge = None
+    validation = None
     if method.reg_lambda == AUTO and len(statistics.folds) > 1:
         once = replace(method, cd_passes=0)
 
-        def trial(rows: Tensor, gram: Gram, strength: Tensor) -> Tensor:
-            return SOLVERS[once.solver](site, rows, gram, strength, quant, once, scale_dtype).weight.dequantize()
+        def quantize_rows(rows: Tensor, gram: Gram, reg_lambda: Tensor) -> Tensor:
+            return SOLVERS[once.solver](site, rows, gram, reg_lambda, quant, once, scale_dtype).weight.dequantize()
 
-        def rounding(rows: Tensor) -> Tensor:
-            return round_plainly(rows, quant, "minmax", scale_dtype).dequantize()
+        def rtn_rows(rows: Tensor) -> Tensor:
+            return quantize_rtn(rows, quant, "minmax", scale_dtype).dequantize()
 
-        judge = Judge(weight.float(), statistics, method.expert_shrinkage, strengths.seed, trial, rounding)
-    return strengths.choose(kind, statistics.rows(), weight.shape[-1], method, judge)
+        validation = HeldOutValidation(
+            weight.float(), statistics, method.expert_shrinkage, search.seed, quantize_rows, rtn_rows
+        )
+    return search.choose(kind, statistics.rows(), weight.shape[-1], method, validation)
 
 
 def solve_site(
@@ -92,58 +101,69 @@ def solve_site(
     *,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
-    choice: Choice | None = None,
+    choice: LambdaChoice | None = None,
     experts: slice = slice(None),
-) -> tuple[QuantizedWeight, SolveReport]:
-    """Quantize one site's weight [E, N, K] and say how well.
+) -> tuple[QuantizedWeight, LayerReport]:
+    """Quantize one site's weight [E, N, K] and report the error.
 
-    statistics: of the site's inputs, or None where the method is not calibrated. scale_dtype: the dtype scales are
-    stored in; they are rounded to it before any weight is. scaling: what is done to the weight first; statistics
-    and errors are those of the original all the same. choice: of the strength, made for this site alone by default.
-    experts: those of the site that `weight` and `scaling` are of; statistics and choice are of all of them.
-    Raises `NumericError` naming the site where the weight is not finite, and `ArgumentError` where the group size does
-    not divide K.
+    Args:
+        site: Name of the site.
+        weight: [E, N, K].
+        statistics: Of the site's inputs; None where the method is not calibrated.
+        quant: The number format.
+        method: The method.
+        scale_dtype: Dtype that scales are stored in; they are rounded to it before any weight is quantized.
+        scaling: Applied to the weight first. Statistics and errors stay those of the original weight.
+        choice: The lambda; chosen for this site alone by default.
+        experts: Experts that `weight` and `scaling` cover; statistics and choice cover all of them.
+
+    Returns:
+        The quantized weight and its report.
+
+    Raises:
+        NumericError: The weight is not finite; names the site.
+        ArgumentError: The group size does not divide K.
     """
     began = time.perf_counter()
     quant.groups(weight.shape[-1])
     weight = weight.float()
     if not bool(torch.isfinite(weight).all()):
         raise NumericError(f"{site}: its weight holds NaN or Inf; repair the checkpoint before quantizing it")
-    gram, target, carried = None, weight, 0.0
+    gram, target, correction_share = None, weight, 0.0
     if statistics is None or not method.calibrated:
-        solution = Solution(round_plainly(weight, quant, method.scales, scale_dtype), torch.zeros(1))
+        solution = Solution(quantize_rtn(weight, quant, method.scales, scale_dtype), torch.zeros(1))
     else:
         whole = statistics.in_one()  # once: with two folds it is a copy of what can be most of the memory
         gram = whole.folds[0].part(experts)
-        choice = choice or choose_strength(
-            site, "", weight, statistics, quant, method, scale_dtype=scale_dtype, strengths=Strengths()
+        choice = choice or choose_lambda(
+            site, "", weight, statistics, quant, method, scale_dtype=scale_dtype, search=LambdaSearch()
         )
         if not choice.rounded:
-            target, carried = shifted(site, weight, statistics, choice.strength, method)
+            target, correction_share = shifted(site, weight, statistics, choice.reg_lambda, method)
         solution = _solve_chosen(site, target, whole, choice, quant, method, scale_dtype, scaling, experts)
-    judged = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
-    sample = target[:, judged]
-    plain = round_plainly(sample, quant, "minmax", scale_dtype).dequantize()
-    quantized = solution.weight.rows(judged).dequantize()
+    sampled = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
+    sample = target[:, sampled]
+    rtn = quantize_rtn(sample, quant, "minmax", scale_dtype).dequantize()
+    quantized = solution.weight.rows(sampled).dequantize()
     if scaling is not None:
-        quantized = scaling.rows_at(judged).undo(quantized)
-    signal, (error, rounding_error) = _relative_errors(sample, [quantized, plain], gram)
+        quantized = scaling.rows_at(sampled).undo(quantized)
+    signal, (error, rtn_error) = _relative_errors(sample, [quantized, rtn], gram)
     unfactored = torch.isinf(solution.damping)
-    report = SolveReport(
+    report = LayerReport(
         site=site,
         rows=() if gram is None else tuple(gram.rows.tolist()),
         error=error,
-        rounding_error=rounding_error,
-        strength=0.0 if choice is None or choice.rounded else float(choice.strength.max()),
+        rtn_error=rtn_error,
+        reg_lambda=0.0 if choice is None or choice.rounded else float(choice.reg_lambda.max()),
         damping=float(solution.damping[~unfactored].max()) if bool((~unfactored).any()) else 0.0,
         fallback=_fallback(choice, unfactored),
         seconds=time.perf_counter() - began,
         exponent=0.0 if scaling is None else scaling.exponent,
         unscaled=None if scaling is None else scaling.unscaled,
-        borrowed_rows=0
+        prior_rows=0
         if statistics is None or len(statistics.rows()) == 1
-        else kappa(weight.shape[-1], method.expert_shrinkage),
-        carried=carried,
+        else prior_rows(weight.shape[-1], method.expert_shrinkage),
+        correction_share=correction_share,
         held_out=choice.record() if choice else {},
         signal=signal,
         bits=quant.bits,
@@ -155,36 +175,36 @@ def _solve_chosen(
     site: str,
     weight: Tensor,
     statistics: Statistics,
-    choice: Choice,
+    choice: LambdaChoice,
     quant: QuantConfig,
     method: MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None,
     experts: slice,
 ) -> Solution:
-    """The solution at the chosen strength, or plain rounding."""
+    """The solution at the chosen lambda, or RTN."""
     if choice.rounded:
         scaled = weight if scaling is None else scaling.apply(weight)
-        return Solution(round_plainly(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight)))
-    gram = borrowing(statistics, method.expert_shrinkage, experts)
+        return Solution(quantize_rtn(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight)))
+    gram = shrink_experts(statistics, method.expert_shrinkage, experts)
     solver = SOLVERS[method.solver]
-    return solver(site, weight, gram, choice.strength[experts], quant, method, scale_dtype, scaling)
+    return solver(site, weight, gram, choice.reg_lambda[experts], quant, method, scale_dtype, scaling)
 
 
-def _fallback(choice: Choice | None, unfactored: Tensor) -> str | None:
+def _fallback(choice: LambdaChoice | None, unfactored: Tensor) -> str | None:
     if choice and choice.rounded:
         return choice.why
     if not bool(unfactored.any()):
         return None
-    return f"{int(unfactored.sum())} of {unfactored.numel()} matrices have no factor at any damping: rounded plainly"
+    return f"{int(unfactored.sum())} of {unfactored.numel()} matrices have no factor at any damping: quantized by RTN"
 
 
 def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None) -> tuple[float, list[float]]:
     """tr(W H W^T), and tr(E H E^T) over it for each candidate, in fp32 products summed in fp64."""
-    hessian = None if gram is None else gram.hessian()
+    moment = None if gram is None else gram.second_moment()
 
     def energy(rows: Tensor) -> float:
-        passed = rows if hessian is None else rows @ hessian
+        passed = rows if moment is None else rows @ moment
         return float((passed * rows).sum(-1).double().sum())
 
     signal = max(energy(weight), torch.finfo(torch.float64).tiny)
@@ -192,41 +212,50 @@ def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None
 
 
 @dataclass(frozen=True)
-class SolveReport:
-    """What happened at one site.
+class LayerReport:
+    """Result of one site.
 
-    rows: calibration rows of each expert. error: tr(E H E^T) / tr(T H T^T) over all experts, E = T - Q, H without the
-    regulariser (H = I where there is no Gram), on at most 256 rows of each matrix, evenly spaced. T is what is aimed
-    at: the weight W, but for `carried`. rounding_error: the same for plain rounding of T on a min-max grid. signal: the
-    denominator of both.
-    strength, damping: largest over experts. fallback: why some experts were rounded plainly, or None.
-    exponent: of the channel scales, the mean over experts; unscaled: why there are none though they were asked for.
-    borrowed_rows: kappa, rows that each expert has from the layer's pool. carried: the share a, by which T makes up for
-    what the stream behind it lacks because of all that was quantized before (`method.error_correction`); 0 where T = W.
-    held_out: how the strength was chosen, as `Choice.record` has it. bits: of its codes.
+    Attributes:
+        site: Name of the site.
+        rows: Calibration rows of each expert.
+        error: tr(E H E^T) / tr(T H T^T) over all experts, E = T - Q, with H without the regulariser (H = I where there
+            is no Gram), on at most 256 evenly spaced rows of each matrix. The target T is the weight W, except where
+            `correction_share` is not 0.
+        rtn_error: The same for RTN of T with min-max scales.
+        reg_lambda: Largest lambda over experts.
+        damping: Largest damping over experts.
+        fallback: Why some experts were quantized by RTN, or None.
+        seconds: Time spent.
+        exponent: Of the channel scales, the mean over experts.
+        unscaled: Why there are no channel scales although the method has them, or None.
+        prior_rows: Rows of the pooled Gram added to each expert.
+        correction_share: Share a of the residual error that T corrects (`method.error_correction`); 0 where T = W.
+        held_out: How lambda was chosen, as `LambdaChoice.record` has it.
+        signal: The denominator of both errors.
+        bits: Of the codes.
     """
 
     site: str
     rows: tuple[int, ...]
     error: float
-    rounding_error: float
-    strength: float
+    rtn_error: float
+    reg_lambda: float
     damping: float
     fallback: str | None
     seconds: float
     exponent: float = 0.0
     unscaled: str | None = None
-    borrowed_rows: int = 0
-    carried: float = 0.0
+    prior_rows: int = 0
+    correction_share: float = 0.0
     held_out: Record = field(default_factory=dict)
     signal: float = 1.0
     bits: int = 0
 
 
-def joined(parts: Sequence[SolveReport]) -> SolveReport:
-    """One report of a site from those of its experts, solved apart and in their order; the only part itself.
+def merge_reports(parts: Sequence[LayerReport]) -> LayerReport:
+    """One report of a site from those of parts of its experts, in their order; the only part itself.
 
-    Errors are ratios of sums, so each counts by its signal; seconds are added up.
+    Errors are ratios of sums, so each part counts by its signal. Seconds are added up.
     """
     first, *others = parts
     if not others:
@@ -238,8 +267,8 @@ def joined(parts: Sequence[SolveReport]) -> SolveReport:
         first,
         rows=tuple(row for part in parts for row in part.rows),
         error=sum(part.error * part.signal for part in parts) / signal,
-        rounding_error=sum(part.rounding_error * part.signal for part in parts) / signal,
-        strength=max(part.strength for part in parts),
+        rtn_error=sum(part.rtn_error * part.signal for part in parts) / signal,
+        reg_lambda=max(part.reg_lambda for part in parts),
         damping=max(part.damping for part in parts),
         fallback="; ".join(reasons) or None,
         seconds=sum(part.seconds for part in parts),

@@ -1,4 +1,4 @@
-"""RTN: every weight to its nearest code, on min-max or searched scales. Also the solver of the AWQ methods."""
+"""RTN: every weight to its nearest code, with min-max or searched scales. Also the solver of the AWQ methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import Scaling
 from sarqc.method.gram import Gram
 from sarqc.method.hessian import regularised_hessian
-from sarqc.method.scale_search import search_grid
+from sarqc.method.scale_search import search_scales
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import fit_grid, round_to_grid
 from sarqc_kernels.columns.grid import GridRule
@@ -19,14 +19,14 @@ from sarqc_kernels.columns.grid import GridRule
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver returns: the weight, and the damping each expert needed (fp [E])."""
+    """Result of a solver. damping: of each expert, fp [E]."""
 
     weight: QuantizedWeight
     damping: Tensor
 
 
-def round_plainly(weight: Tensor, quant: QuantConfig, grid: str, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Every weight to its nearest code; the grid spans each group, or is searched for the least squared error."""
+def quantize_rtn(weight: Tensor, quant: QuantConfig, grid: str, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """RTN. scales: "minmax" spans each group, "search" minimises the squared error of each group."""
     group_size = quant.columns_per_group(weight.shape[-1])
     scales, zeros = fit_grid(
         weight,
@@ -40,25 +40,25 @@ def round_plainly(weight: Tensor, quant: QuantConfig, grid: str, scale_dtype: to
     return QuantizedWeight(round_to_grid(weight, scales, zeros, bits=quant.bits), scales, zeros, quant.bits)
 
 
-def solve_round(
+def solve_rtn(
     site: str,
     weight: Tensor,
     gram: Gram,
-    strength: Tensor,
+    reg_lambda: Tensor,
     quant: QuantConfig,
     method: MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
-    """Every weight to its nearest code, on grids searched in the metric H + lambda D (`method.scale_search`)."""
-    metric = regularised_hessian(gram, strength, method)
+    """RTN with scales that minimise the error weighted by the Hessian H + lambda D (`method.scale_search`)."""
+    hessian = regularised_hessian(gram, reg_lambda, method)
     if scaling is not None:
-        weight, metric = scaling.apply(weight), scaling.metric(metric)
+        weight, hessian = scaling.apply(weight), scaling.hessian(hessian)
     if method.scales == "minmax":
-        rounded = round_plainly(weight, quant, method.scales, scale_dtype)
+        rounded = quantize_rtn(weight, quant, method.scales, scale_dtype)
     else:
         rule = GridRule(quant.bits, quant.sym, True, scale_dtype)
-        scales, zeros = search_grid(weight, metric, rule, weight.shape[-1] // quant.groups(weight.shape[-1]))
+        scales, zeros = search_scales(weight, hessian, rule, weight.shape[-1] // quant.groups(weight.shape[-1]))
         codes = round_to_grid(weight, scales, zeros, bits=quant.bits)
         rounded = QuantizedWeight(codes, scales, zeros, quant.bits)
-    return Solution(rounded, torch.zeros_like(strength))
+    return Solution(rounded, torch.zeros_like(reg_lambda))

@@ -1,7 +1,7 @@
 """Grids searched for the least output error: within a group, errors may cancel each other.
 
 The kernels' search weighs every squared error by itself, which is right where a solver corrects errors as it goes.
-Plain rounding corrects nothing, so the error e of a group costs e H_gg e^T, with all of the group's block of the
+RTN corrects nothing, so the error e of a group costs e H_gg e^T, with all of the group's block of the
 metric. The candidates are the kernels' own: the min-max span times every factor of `span_factors`, turned around where
 the largest weight is positive, the first of equals winning.
 """
@@ -18,15 +18,15 @@ ELEMENTS = 1 << 22
 """Weights in flight: rows are taken in portions of about so many."""
 
 
-def search_grid(weight: Tensor, metric: Tensor, rule: GridRule, group_size: int) -> tuple[Tensor, Tensor]:
+def search_scales(weight: Tensor, hessian: Tensor, rule: GridRule, group_size: int) -> tuple[Tensor, Tensor]:
     """Scales [E, N, G] in the rule's scale_dtype and zeros uint8 [E, N, G] of the least e H_gg e^T in every group.
 
-    weight: fp32 [E, N, K]. metric: fp32 [E, K, K], of which the G blocks on the diagonal are read. Never worse, in
+    weight: fp32 [E, N, K]. hessian: fp32 [E, K, K], of which the G blocks on the diagonal are read. Never worse, in
     that measure, than the min-max grid, which is among the candidates.
     """
     experts, rows, columns = weight.shape
     groups = columns // group_size
-    square = metric.unflatten(2, (groups, group_size)).unflatten(1, (groups, group_size))
+    square = hessian.unflatten(2, (groups, group_size)).unflatten(1, (groups, group_size))
     blocks = square.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()  # [E, G, g, g]
     scales = weight.new_empty((experts, rows, groups), dtype=rule.scale_dtype)
     zeros = torch.empty((experts, rows, groups), dtype=torch.uint8, device=weight.device)
@@ -40,7 +40,7 @@ def search_grid(weight: Tensor, metric: Tensor, rule: GridRule, group_size: int)
 
 
 def minmax_error(weight: Tensor, rule: GridRule, group_size: int) -> Tensor:
-    """What plain rounding on min-max grids takes away: W - Q, fp32 [E, N, K]."""
+    """What RTN on min-max grids takes away: W - Q, fp32 [E, N, K]."""
     part = weight.unflatten(-1, (-1, group_size))
     scale, zero = grid_of(*span_of(part.amin(-1), part.amax(-1), rule), 1.0, rule)
     return _error(part, scale, zero, rule, torch.empty_like(part)).flatten(-2)

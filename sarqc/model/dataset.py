@@ -23,7 +23,9 @@ from sarqc.config import check_seed
 from sarqc.errors import ArgumentError, TextError
 from sarqc.model.tokenizer import encode
 
-BUILTIN, GIVEN = "builtin", "given tokens"
+BUILTIN, GIVEN, GIVEN_TEXTS, GIVEN_CHATS = "builtin", "given tokens", "given texts", "given conversations"
+NAMELESS = (GIVEN, GIVEN_TEXTS, GIVEN_CHATS)
+"""What data is called that was given in Python and has no name."""
 Part = Literal["calibration", "evaluation"]
 MIN_SEQLEN = 16
 MOST_TEXT = 1 << 26
@@ -171,7 +173,11 @@ def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
     """
     if seqlen < MIN_SEQLEN:
         raise ArgumentError(f"seqlen = {seqlen} is too small: use {MIN_SEQLEN} or more")
-    raw = read_text(text, part)
+    return windows_of_text(read_text(text, part), text, tokenizer, seqlen)
+
+
+def windows_of_text(raw: str, text: str, tokenizer: Any, seqlen: int) -> Windows:
+    """All full windows of a text that is called `text`, otherwise as `windows`."""
     if not raw.strip():
         raise TextError(f"text {text!r} is empty: give a file with at least {seqlen} tokens")
     prefix = _prefix(tokenizer)
@@ -240,7 +246,7 @@ def _dataset_text(name: str, part: Part) -> str:
         raise TextError(f"text {name!r} is no file and did not load as a data set: {reason}") from error
     if "text" not in data.column_names:
         raise TextError(f"data set {name!r} has no column 'text', it has {', '.join(data.column_names)}")
-    return _joined(str(row["text"] or "") for row in data)
+    return joined(str(row["text"] or "") for row in data)
 
 
 def _json_lines(name: str, lines: Iterable[str]) -> str:
@@ -257,10 +263,10 @@ def _json_lines(name: str, lines: Iterable[str]) -> str:
                     raise TextError(f"text {name!r}: line {number} is no JSON object with a string 'text'")
                 yield found
 
-    return _joined(texts())
+    return joined(texts())
 
 
-def _joined(texts: Iterable[str]) -> str:
+def joined(texts: Iterable[str]) -> str:
     """Texts with line ends between them, as many as there may be."""
     kept, room = [], MOST_TEXT
     for text in texts:

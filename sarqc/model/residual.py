@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sarqc.model.lazy_model import Skeleton
-from sarqc.model.sites import Joint, Site, reading
+from sarqc.model.sites import ResidualWrite, Site, reading
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 """Of the noise's norm, what may be lost of it to rounding."""
@@ -31,7 +31,7 @@ Run = Callable[[], Tensor]
 @torch.no_grad()
 def residual_writes(
     skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor, run: Run, *, inside: bool = True
-) -> dict[str, Joint]:
+) -> dict[str, ResidualWrite]:
     """Where the outputs of sites of a loaded block join the stream, by the site's name: at most one at each place.
 
     sites: in the order of their calls. hidden: [B, L, H], what enters the block in `run`. inside: also look for places
@@ -39,14 +39,14 @@ def residual_writes(
     """
     dense = [site for site in reversed(sites) if site.experts == 1 and len(site.members) == 1]
     whole = [site for site in dense if site.members[0].shape[0] == hidden.shape[-1]]
-    found: dict[str, Joint] = {}
+    found: dict[str, ResidualWrite] = {}
     ending = next((site for site in whole if _ends(skeleton, site, run)), None)
     if ending is not None:
-        found[ending.name] = Joint(None)
+        found[ending.name] = ResidualWrite(None)
     for site in whole if inside or not found else ():
         reader = None if site is ending else _reader(skeleton, index, site, hidden, run)
-        if reader is not None and Joint(reader) not in found.values():
-            found[site.name] = Joint(reader)
+        if reader is not None and ResidualWrite(reader) not in found.values():
+            found[site.name] = ResidualWrite(reader)
     return found
 
 

@@ -24,9 +24,10 @@ from sarqc.model.lazy_model import Skeleton
 
 
 @dataclass(frozen=True)
-class Joint:
-    """Where a layer's outputs have joined the stream. reader: the module that reads it there; None for the block's
-    end."""
+class ResidualWrite:
+    """Where the outputs of a layer have been added to the residual stream. reader: the module that reads the sum; None
+    at the end of the block.
+    """
 
     reader: str | None
 
@@ -34,20 +35,21 @@ class Joint:
 @dataclass(frozen=True)
 class Site:
     """Layers with one input tensor. name: of its first member. in_features: K. experts: E, 1 for Linears.
-    joint: where its outputs are asked to make up for earlier errors, if they are. entry: where its input is seen first:
-    a Linear's full name, or an experts module's with the projection; "" where nothing was run."""
+    residual_write: where its outputs correct the residual error, if they do. entry: where its input is seen first: a
+    Linear's full name, or an experts module's with the projection; "" where nothing was run.
+    """
 
     name: str
     members: tuple[Target, ...]
     experts: int
     in_features: int
-    joint: Joint | None = None
+    residual_write: ResidualWrite | None = None
     entry: str = ""
 
     @property
-    def wishes(self) -> int:
-        """N where something is asked of the outputs, else 0."""
-        return sum(rows for _, _, rows in self.slabs) if self.joint else 0
+    def cross_rows(self) -> int:
+        """N where the site corrects the residual error, else 0."""
+        return sum(rows for _, _, rows in self.slabs) if self.residual_write else 0
 
     @property
     def slabs(self) -> tuple[tuple[str, int, int], ...]:

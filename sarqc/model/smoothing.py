@@ -37,18 +37,18 @@ into weights stored around zero a fold rounds once."""
 
 
 @dataclass(frozen=True)
-class Fold:
+class SmoothingMapping:
     """Inputs of `sites` times s, the giver divided by it.
 
-    readers: every parameter [.., rows, K] whose columns take s, those of the sites among them. giver: the norm's
-    weight, or a matrix or stack of which rows start .. start + channels make the inputs; bias: its bias, or None.
-    source: int64 [K], the channel behind each input, or None where input j is channel j. offset: c of a norm.
+    balance_layers: every parameter [.., rows, K] whose columns take s, those of the sites among them. smooth_layer: the
+    norm's weight, or a matrix or stack of which rows start .. start + channels make the inputs; bias: its bias, or
+    None. source: int64 [K], the channel behind each input, or None where input j is channel j. offset: c of a norm.
     experts: how many have scales of their own; 1 where all share them.
     """
 
     sites: tuple[Site, ...]
-    readers: tuple[str, ...]
-    giver: str
+    balance_layers: tuple[str, ...]
+    smooth_layer: str
     bias: str | None
     start: int
     channels: int
@@ -62,31 +62,30 @@ class Fold:
 
 
 @torch.no_grad()
-def find_folds(
+def find_mappings(
     skeleton: Skeleton, index: int, sites: Sequence[Site], run: Callable[[], Tensor]
-) -> tuple[list[Fold], dict[str, str]]:
-    """The folds of block `index`, which is loaded; and by site why it has none. run: the block on a few tokens, what
-    leaves it."""
+) -> tuple[list[SmoothingMapping], dict[str, str]]:
+    """The folds of block `index`, which is loaded, seen on hidden states [B, L, H]; and by site why it has none."""
     sight = _look(skeleton, index, run)
-    folds: list[Fold] = []
+    mappings: list[SmoothingMapping] = []
     reasons: dict[str, str] = {}
     by_norm: dict[str, list[Site]] = {}
     for site in sites:
         norm = sight.norm_behind(skeleton.model, site)
         if norm is not None:
             by_norm.setdefault(norm, []).append(site)
-        elif (fold := _behind(skeleton, site, sight, run)) is not None:
-            folds.append(fold)
+        elif (mapping := _behind(skeleton, site, sight, run)) is not None:
+            mappings.append(mapping)
         else:
             reasons[site.name] = "nothing was found that makes its inputs and could be divided by scales"
-    folds += [_of_norm(skeleton.model, norm, members, sight) for norm, members in by_norm.items()]
+    mappings += [_of_norm(skeleton.model, norm, members, sight) for norm, members in by_norm.items()]
     expected, proved = run(), []
-    for fold in folds:
-        reason = _why_not(skeleton.model, fold, run, expected)
+    for mapping in mappings:
+        reason = _why_not(skeleton.model, mapping, run, expected)
         if reason is None:
-            proved.append(fold)
+            proved.append(mapping)
         else:
-            reasons |= {site.name: reason for site in fold.sites}
+            reasons |= {site.name: reason for site in mapping.sites}
     return proved, reasons
 
 
@@ -101,7 +100,7 @@ class _Sight:
     inputs: dict[str, Tensor]
     norms: dict[str, Tensor]
 
-    def readers(self, model: Any, norm: str) -> list[str]:
+    def balance_layers(self, model: Any, norm: str) -> list[str]:
         """Parameters with a column for each channel of a norm's output, in modules that were handed it."""
         out = self.norms[norm]
         found = []
@@ -163,12 +162,12 @@ def _is_second_projection(model: Any, site: Site) -> bool:
 # -- proposing ----------------------------------------------------------------------------------------------------
 
 
-def _of_norm(model: Any, norm: str, sites: Sequence[Site], sight: _Sight) -> Fold:
+def _of_norm(model: Any, norm: str, sites: Sequence[Site], sight: _Sight) -> SmoothingMapping:
     module = model.get_submodule(norm)
-    return Fold(
+    return SmoothingMapping(
         sites=tuple(sites),
-        readers=tuple(sight.readers(model, norm)),
-        giver=f"{norm}.weight",
+        balance_layers=tuple(sight.balance_layers(model, norm)),
+        smooth_layer=f"{norm}.weight",
         bias=f"{norm}.bias" if getattr(module, "bias", None) is not None else None,
         start=0,
         channels=len(module.weight),
@@ -192,7 +191,7 @@ def _offset(module: Any, x: Tensor) -> float:
     return float(((none * unit).sum() / unit.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).round())
 
 
-def _behind(skeleton: Skeleton, site: Site, sight: _Sight, run: Callable[[], Tensor]) -> Fold | None:
+def _behind(skeleton: Skeleton, site: Site, sight: _Sight, run: Callable[[], Tensor]) -> SmoothingMapping | None:
     """A fold into rows of the Linear called last before the site whose rows its inputs follow, or into its stack's."""
     model, first = skeleton.model, site.members[0]
     if _is_second_projection(model, site):
@@ -203,27 +202,27 @@ def _behind(skeleton: Skeleton, site: Site, sight: _Sight, run: Callable[[], Ten
         before = called[: called.index(first.module)]
         candidates = [(name, "weight") for name in reversed(before) if isinstance(model.get_submodule(name), nn.Linear)]
     for name, leaf in candidates:
-        giver = f"{name}.{leaf}"
+        smooth_layer = f"{name}.{leaf}"
         bias = f"{name}.bias" if getattr(model.get_submodule(name), "bias", None) is not None else None
-        rows = stack(model, giver).shape[1]
+        rows = stack(model, smooth_layer).shape[1]
         # All rows; the second of two stacked parts; what is left of q, k and v in one when q has as many as we read.
         for channels in dict.fromkeys((rows, rows // 2, (rows - site.in_features) // 2)):
             if channels < 1 or site.in_features % channels:
                 continue
-            fold = Fold(
+            mapping = SmoothingMapping(
                 (site,), tuple(dict.fromkeys(t.parameter for t in site.members)),
-                giver, bias, rows - channels, channels, None, 0.0, len(stack(model, giver)),
+                smooth_layer, bias, rows - channels, channels, None, 0.0, len(stack(model, smooth_layer)),
             )  # fmt: skip
-            source = _follow(skeleton, fold, run)
+            source = _follow(skeleton, mapping, run)
             if source is not None:
                 identity = torch.equal(source, torch.arange(channels, device=source.device))
-                return replace(fold, source=None if identity else source)
+                return replace(mapping, source=None if identity else source)
     return None
 
 
-def _follow(skeleton: Skeleton, fold: Fold, run: Callable[[], Tensor]) -> Tensor | None:
+def _follow(skeleton: Skeleton, mapping: SmoothingMapping, run: Callable[[], Tensor]) -> Tensor | None:
     """The giver's row behind each input of the fold's one site, int64 [K]; None where that is no plain scaling."""
-    site = fold.sites[0]
+    site = mapping.sites[0]
 
     def inputs() -> Tensor:
         seen: list[Tensor] = []
@@ -233,11 +232,11 @@ def _follow(skeleton: Skeleton, fold: Fold, run: Callable[[], Tensor]) -> Tensor
 
     before = inputs()
     source = torch.zeros(site.in_features, dtype=torch.int64, device=before.device)
-    rows = torch.arange(fold.channels, device=before.device)
+    rows = torch.arange(mapping.channels, device=before.device)
     place = 1
-    while place < fold.channels or place == 1:
+    while place < mapping.channels or place == 1:
         spelled = torch.exp2((rows // place % DIGIT - DIGIT // 2).float())
-        with _divided(skeleton.model, fold, spelled.reciprocal().expand(fold.experts, -1)):
+        with _divided(skeleton.model, mapping, spelled.reciprocal().expand(mapping.experts, -1)):
             after = inputs()
         power = (after.abs().amax(0) / before.abs().amax(0)).log2().round()
         off = (after - before * power.exp2()).abs().amax(0)
@@ -248,54 +247,54 @@ def _follow(skeleton: Skeleton, fold: Fold, run: Callable[[], Tensor]) -> Tensor
             return None
         source += digit * place
         place *= DIGIT
-    return source if bool((source < fold.channels).all()) else None
+    return source if bool((source < mapping.channels).all()) else None
 
 
 # -- proving ------------------------------------------------------------------------------------------------------
 
 
-def _why_not(model: Any, fold: Fold, run: Callable[[], Tensor], expected: Tensor) -> str | None:
+def _why_not(model: Any, mapping: SmoothingMapping, run: Callable[[], Tensor], expected: Tensor) -> str | None:
     """Why a fold changes the block, or None."""
     generator = torch.Generator().manual_seed(0)
-    powers = torch.randint(-1, 2, (fold.experts, fold.channels), generator=generator)
+    powers = torch.randint(-1, 2, (mapping.experts, mapping.channels), generator=generator)
     scales = torch.exp2(powers.to(expected.device).float())
-    with _divided(model, fold, scales):
+    with _divided(model, mapping, scales):
         broken = (run() - expected).float().norm()
-        with _multiplied(model, fold, scales):
+        with _multiplied(model, mapping, scales):
             change = (run() - expected).float().norm()
     if not bool(broken > 0):
-        return f"{fold.giver} has no effect on the block's output, so scales in it could not be checked"
+        return f"{mapping.smooth_layer} has no effect on the block's output, so scales in it could not be checked"
     if not bool(change <= TOLERANCE.get(expected.dtype, TOLERANCE[torch.float32]) * broken):
-        return f"scales in {fold.giver} change the block's output: something else reads what it makes"
+        return f"scales in {mapping.smooth_layer} change the block's output: something else reads what it makes"
     return None
 
 
 @contextmanager
-def _divided(model: Any, fold: Fold, scales: Tensor) -> Iterator[None]:
+def _divided(model: Any, mapping: SmoothingMapping, scales: Tensor) -> Iterator[None]:
     """The giver divided by scales [E, channels] for the time of the context; powers of two come back exactly."""
     with ExitStack() as undo:
-        weight = model.get_parameter(fold.giver)
-        rows = slice(fold.start, fold.start + fold.channels)
+        weight = model.get_parameter(mapping.smooth_layer)
+        rows = slice(mapping.start, mapping.start + mapping.channels)
         if weight.dim() == 1:
             # What is stored around zero is not exact after a division; in fp32 it is exact enough to be judged.
             undo.callback(setattr, weight, "data", weight.data)
-            weight.data = divided_norm(weight.float() if fold.offset else weight, scales[0], fold.offset)
+            weight.data = divided_norm(weight.float() if mapping.offset else weight, scales[0], mapping.offset)
         else:
-            part = undo.enter_context(_kept(stack(model, fold.giver)[:, rows]))
+            part = undo.enter_context(_kept(stack(model, mapping.smooth_layer)[:, rows]))
             part.div_(scales[:, :, None].to(part.dtype))
-        if fold.bias is not None:
-            part = undo.enter_context(_kept(model.get_parameter(fold.bias)[rows]))
+        if mapping.bias is not None:
+            part = undo.enter_context(_kept(model.get_parameter(mapping.bias)[rows]))
             part.div_(scales[0].to(part.dtype))
         yield
 
 
 @contextmanager
-def _multiplied(model: Any, fold: Fold, scales: Tensor) -> Iterator[None]:
+def _multiplied(model: Any, mapping: SmoothingMapping, scales: Tensor) -> Iterator[None]:
     """The readers' columns times their scales for the time of the context."""
-    inputs = fold.inputs(scales)
+    inputs = mapping.inputs(scales)
     with ExitStack() as undo:
-        for reader in fold.readers:
-            columns = undo.enter_context(_kept(stack(model, reader)))
+        for balance_layer in mapping.balance_layers:
+            columns = undo.enter_context(_kept(stack(model, balance_layer)))
             columns.mul_(inputs[:, None, :].to(columns.dtype))
         yield
 

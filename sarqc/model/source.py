@@ -170,10 +170,11 @@ class Overlay:
         return self._quantized.get(f"{linear}.weight") or self._source.quantized(linear)
 
 
-class Ahead:
-    """A source, one step ahead of whoever loads from it. A context: its thread has ended when that ends.
+class PrefetchingSource:
+    """A source that reads the next tensors in a background thread. A context manager: the thread ends with it.
 
-    The source is asked from another thread. What goes wrong there is raised when the tensor is loaded.
+    Reading waits for the disk and quantization for the processor, so the two overlap. The tensors and their order are
+    the same. Errors of the thread are raised when the tensor is loaded.
     """
 
     def __init__(self, source: TensorSource) -> None:
@@ -182,12 +183,12 @@ class Ahead:
         self._coming: dict[str, Future[Tensor]] = {}
 
     def read(self, names: Iterable[str]) -> None:
-        """Begin to read these tensors; what was read before and not loaded is dropped."""
+        """Start reading these tensors; those read before and not loaded are dropped."""
         self._drop()
         self._coming = {name: self._reader.submit(self._source.load, name) for name in names}
 
     def load(self, name: str) -> Tensor:
-        """The tensor, which may have been read already; it is handed out once."""
+        """The tensor, prefetched or not; a prefetched tensor is returned once."""
         coming = self._coming.pop(name, None)
         return self._source.load(name) if coming is None else coming.result()
 
@@ -212,7 +213,7 @@ class Ahead:
             coming.cancel()
         self._coming.clear()
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> PrefetchingSource:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

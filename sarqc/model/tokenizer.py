@@ -18,7 +18,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         if not any(folder.glob("*token*")) and not any(folder.glob("*.model")):
-            raise ModelError(f"{folder} has no tokenizer: put tokenizer.json or its like beside config.json") from error
+            raise ModelError(
+                f"{folder} has no tokenizer: put tokenizer.json or its like beside config.json; for a model in memory, "
+                "give tokenizer="
+            ) from error
         raise ModelError(f"{folder}: its tokenizer does not load: {first_line(error)}") from error
 
 

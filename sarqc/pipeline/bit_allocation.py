@@ -1,8 +1,8 @@
-"""Which width each layer gets where they differ: measured once, decided once, kept in the work folder.
+"""Mixed precision: the bit-width of each layer, measured once, allocated once and kept in the work folder.
 
-The servers make one matrix of q, k and v, of gate and up, and of all experts of a layer with both their projections, so
-those are one unit. What a unit loses at each width is the sum over its sites (`pipeline.sensitivity`), and the least
-sum over all units within the average that was asked for is a knapsack (`sarqc.method.bit_allocation`).
+Runtimes fuse q, k and v, gate and up, and all experts of a layer with both their projections, so those are one unit.
+The loss of a unit at each bit-width is the sum over its sites (`pipeline.sensitivity`). The least sum over all units
+within the average is a knapsack (`method.bit_allocation`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sarqc.config import QuantConfig
 from sarqc.conventions import FUSED
 from sarqc.errors import CheckpointError
 from sarqc.method.bit_allocation import Unit, allocate, stored_bits
-from sarqc.pipeline.comm import Group, all_or_none
+from sarqc.pipeline.comm import Comm, synchronize_oom
 from sarqc.pipeline.plan import Plan
-from sarqc.pipeline.sensitivity import SiteLosses, look
+from sarqc.pipeline.sensitivity import SiteSensitivity, measure_sensitivity
 
 
 @dataclass(frozen=True)
-class UnitWidth:
-    """A unit and its width. name: of its first site. losses: by width, as decimal words: keys of JSON are words."""
+class UnitBits:
+    """A unit and its bit-width. name: of its first site. losses: by bit-width, as a decimal string (a JSON key)."""
 
     name: str
     bits: int
@@ -35,12 +35,12 @@ class UnitWidth:
 
 
 @dataclass(frozen=True)
-class Widths:
-    """average: bits of a weight that the units take with scales. seconds: that the first look took."""
+class BitAllocation:
+    """average: bits per weight of all units, scales included. seconds: spent on the measurement."""
 
     average: float
     seconds: float
-    units: tuple[UnitWidth, ...]
+    units: tuple[UnitBits, ...]
 
     def by_linear(self) -> dict[str, int]:
         """Bits of every quantized Linear."""
@@ -51,13 +51,13 @@ class Widths:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Widths:
+    def from_json(cls, values: dict[str, Any]) -> BitAllocation:
         """What `to_json` wrote; `CheckpointError` for anything else."""
         try:
-            units = tuple(UnitWidth(**unit | {"linears": tuple(unit["linears"])}) for unit in values["units"])
+            units = tuple(UnitBits(**unit | {"linears": tuple(unit["linears"])}) for unit in values["units"])
             return cls(float(values["average"]), float(values["seconds"]), units)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the widths of a run are not what was written ({error})") from error
+            raise CheckpointError(f"the bit allocation of a run is not what was written ({error})") from error
 
     def record(self) -> dict[str, Any]:
         """For a report: units without the names of all their Linears."""
@@ -65,7 +65,7 @@ class Widths:
         return {"average": round(self.average, 4), "units": units}
 
     def headline(self) -> str:
-        """Weights at each width in a line."""
+        """Share of the weights at each bit-width, in a line."""
         total = sum(unit.weights for unit in self.units)
         shares = dict.fromkeys(sorted({unit.bits for unit in self.units}), 0)
         for unit in self.units:
@@ -74,12 +74,12 @@ class Widths:
         return f"{self.average:.3f} bits on average: {told}"
 
 
-def decide(plan: Plan, tokens: Tensor, group: Group, on_block: Callable[[int], object]) -> Widths:
-    """Look at the model and choose; the ranks look at blocks in turn, and all return the same."""
+def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_block: Callable[[int], object]) -> BitAllocation:
+    """Measure the sensitivities and allocate; ranks take blocks in turn, and all return the same."""
     began = time.perf_counter()
 
-    def own() -> list[tuple[int, SiteLosses]]:
-        return look(
+    def own() -> list[tuple[int, SiteSensitivity]]:
+        return measure_sensitivity(
             plan.skeleton,
             plan.checkpoint,
             plan.targets,
@@ -91,37 +91,37 @@ def decide(plan: Plan, tokens: Tensor, group: Group, on_block: Callable[[int], o
             micro_batch=plan.micro_batch,
             gram_budget=plan.run.gram_budget,
             seed=plan.calibration.seed,
-            mine=lambda index: index % group.size == group.rank,
+            mine=lambda index: index % comm.size == comm.rank,
             on_block=on_block,
         )
 
-    told = [one for part in group.gather(all_or_none(group, own)) for one in part]
+    told = [one for part in comm.all_gather_object(synchronize_oom(comm, own)) for one in part]
     sites = [site for _, site in sorted(told, key=lambda one: one[0])]  # stable: in a block they keep their order
-    return choose(sites, plan.quant, group.gather(time.perf_counter() - began)[0])
+    return choose(sites, plan.quant, comm.all_gather_object(time.perf_counter() - began)[0])
 
 
-def choose(sites: Sequence[SiteLosses], quant: QuantConfig, seconds: float = 0.0) -> Widths:
-    """Widths for all sites of a model from what each loses. seconds: that finding out took."""
+def choose(sites: Sequence[SiteSensitivity], quant: QuantConfig, seconds: float = 0.0) -> BitAllocation:
+    """The allocation for all sites of a model from their losses. seconds: spent on the measurement."""
     assert quant.avg_bits is not None
     joined = _joined(sites)
     units = [_unit(members, quant) for members in joined]
-    widths = allocate(units, quant.avg_bits)
+    bit_widths = allocate(units, quant.avg_bits)
     chosen = tuple(
-        UnitWidth(
+        UnitBits(
             unit.name,
             width,
             unit.weights,
             {str(bits): loss for bits, loss in unit.losses.items()},
             tuple(linear for site in members for linear in site.linears),
         )
-        for unit, width, members in zip(units, widths, joined)
+        for unit, width, members in zip(units, bit_widths, joined)
     )
-    spent = sum(unit.sizes[width] for unit, width in zip(units, widths))
-    return Widths(spent / sum(unit.weights for unit in units), seconds, chosen)
+    spent = sum(unit.sizes[width] for unit, width in zip(units, bit_widths))
+    return BitAllocation(spent / sum(unit.weights for unit in units), seconds, chosen)
 
 
-def _joined(sites: Sequence[SiteLosses]) -> list[list[SiteLosses]]:
-    """Sites that must have one width, in the order of the first of each: of one module, or fused by name."""
+def _joined(sites: Sequence[SiteSensitivity]) -> list[list[SiteSensitivity]]:
+    """Sites that must have one bit-width, in order of the first of each: of one module, or fused by name."""
     found: list[_Joined] = []
     for site in sites:
         keys = {*site.modules, *(name for linear in site.linears if (name := _fused(linear)))}
@@ -137,7 +137,7 @@ def _joined(sites: Sequence[SiteLosses]) -> list[list[SiteLosses]]:
 @dataclass(frozen=True)
 class _Joined:
     keys: set[str]
-    sites: list[SiteLosses] = field(default_factory=list)
+    sites: list[SiteSensitivity] = field(default_factory=list)
 
 
 def _in_order(found: Sequence[_Joined], order: dict[str, int]) -> list[_Joined]:
@@ -145,13 +145,13 @@ def _in_order(found: Sequence[_Joined], order: dict[str, int]) -> list[_Joined]:
 
 
 def _fused(linear: str) -> str | None:
-    """A name for the matrix that servers make of this Linear and others; None where they make none."""
+    """A name for the matrix that runtimes fuse this Linear into; None where they fuse nothing."""
     parent, _, leaf = linear.rpartition(".")
     family = next((names for names in FUSED if leaf in names), None)
     return f"{parent}.{'+'.join(family)}" if family else None
 
 
-def _unit(sites: Sequence[SiteLosses], quant: QuantConfig) -> Unit:
+def _unit(sites: Sequence[SiteSensitivity], quant: QuantConfig) -> Unit:
     shapes = [shape for site in sites for shape in site.shapes]
     return Unit(
         name=sites[0].site,

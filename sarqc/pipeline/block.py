@@ -16,19 +16,19 @@ from torch import Tensor
 
 from sarqc.errors import NumericError
 from sarqc.method.gram import shortening
-from sarqc.method.layer import SolveReport, joined
+from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.residual import residual_writes
-from sarqc.model.sites import Share, Site, find_sites, separate_sites, stack, write_back
+from sarqc.model.sites import ResidualWrite, Share, Site, find_sites, separate_sites, stack, write_back
 from sarqc.pipeline.block_scales import scales_of_block
 from sarqc.pipeline.channel_scales import BlockScales
-from sarqc.pipeline.comm import all_or_none
+from sarqc.pipeline.comm import synchronize_oom
 from sarqc.pipeline.forward import Forward
 from sarqc.pipeline.grams import Collector, Rows, gram_bytes, portions
 from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.points import Point, order_of
-from sarqc.pipeline.quantize_site import Solving, Weights
+from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
 from sarqc.pipeline.streams import Streams
 
 
@@ -59,14 +59,14 @@ class Block:
     """A loaded block at work. first: whether it is the first one with layers to quantize. weights, reports, changed: as
     in `BlockResult`, as far as they are known."""
 
-    solving: Solving
+    solving: SiteQuantizer
     index: int
     members: list[Target]
     journal: Journal
     portions: Portions
     first: bool
     weights: Weights = field(default_factory=dict)
-    reports: list[SolveReport] = field(default_factory=list)
+    reports: list[LayerReport] = field(default_factory=list)
     changed: dict[str, Tensor] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     order: list[Point] = field(default_factory=list)
@@ -79,19 +79,21 @@ class Block:
         with a norm behind every layer: to find that out for every block would cost a second stream. Ranks take rank 0's
         word.
         """
-        call = streams.call(self.index)
-        self.sites = find_sites(self.solving.skeleton, self.members, call) if self.members else []
+        comm = self.solving.comm
+        self.sites, seen = synchronize_oom(comm, partial(self._see, streams))
         if streams.reference is not None:
-            self._find_joints(streams)
-        entries = [Point("site", self.index, site.entry) for site in self.sites]
+            self._take_residual_writes(streams, comm.all_gather_object(seen)[0])
+        entries = [self._entry(site) for site in self.sites]
         readers = [
-            Point("reader", self.index, site.joint.reader) for site in self.sites if site.joint and site.joint.reader
+            Point("reader", self.index, site.residual_write.reader)
+            for site in self.sites
+            if site.residual_write and site.residual_write.reader
         ]
         streams.hooks.watch([*readers, *entries], self.solving.skeleton.model, self.solving.method.router_weight_power)
-        self.order = order_of([*readers, *entries], call.run)
-        kept = [Point("site", self.index, site.entry) for site in self.sites if site.joint]
-        streams.quantized.begin_block(self.order, kept)
-        streams.scout.begin_block()
+        run = streams.call(self.index).run
+        self.order = synchronize_oom(comm, partial(order_of, [*readers, *entries], run))
+        streams.quantized.begin_block(self.order, [self._entry(site) for site in self.sites if site.residual_write])
+        streams.probe.begin_block()
         if streams.reference is not None:
             streams.reference.begin_block(readers, readers)
 
@@ -99,12 +101,12 @@ class Block:
         """Quantize every site as the micro-batches reach it; they wait in front of the block, loaded and looked at."""
         if self.solving.method.channel_scales and self.sites:
             self.scales = scales_of_block(self, streams)
-            self.changed = self.scales.fold_in()
+            self.changed = synchronize_oom(self.solving.comm, self.scales.fold_in)
         by_entry = {site.entry: site for site in self.sites}
-        by_reader = {site.joint.reader: site for site in self.sites if site.joint}
+        by_reader = {site.residual_write.reader: site for site in self.sites if site.residual_write}
         for point in self.order:
             site = by_entry[point.name] if point.kind == "site" else by_reader[point.name]
-            if point.kind == "reader" or not site.joint:
+            if point.kind == "reader" or not site.residual_write:
                 self._quantize(site, point, streams)
         if None in by_reader:
             self._quantize(by_reader[None], Point("leave", self.index), streams)
@@ -121,47 +123,54 @@ class Block:
     def put_corrected(self) -> None:
         """Put the weights of layers whose outputs were corrected in place, for streams that are still to pass."""
         for site in self.sites:
-            for target in site.members if site.joint else ():
-                write_back(self.solving.skeleton.model, target, self.weights[target.linear])
+            if site.residual_write:
+                self._put(site, self.weights)
 
     def collector(self, streams: Streams) -> Collector:
         """What sums statistics of this block."""
-        return Collector(self.solving.method, streams.text.folds, self.solving.device, self.solving.group)
+        return Collector(self.solving.method, streams.text.folds, self.solving.device, self.solving.comm)
 
-    def _find_joints(self, streams: Streams) -> None:
+    def _see(self, streams: Streams) -> tuple[list[Site], dict[str, ResidualWrite]]:
+        """The sites as the probe shows them, and where their outputs join the stream."""
         call, solving = streams.call(self.index), self.solving
+        sites = find_sites(solving.skeleton, self.members, call) if self.members else []
+        if streams.reference is None:
+            return sites, {}
         inside = not solving.method.channel_scales
-        seen = residual_writes(solving.skeleton, self.index, self.sites, call.hidden, call, inside=inside)
-        found = solving.group.gather(seen)[0]
+        return sites, residual_writes(solving.skeleton, self.index, sites, call.hidden, call, inside=inside)
+
+    def _take_residual_writes(self, streams: Streams, found: dict[str, ResidualWrite]) -> None:
         if not found and self.first:
             streams.drop_reference()
-            where = f"{solving.skeleton.prefix}.{self.index}"
+            where = f"{self.solving.skeleton.prefix}.{self.index}"
             self.journal.notes.append(
-                f"no layer of {where} writes into the stream as it is: earlier errors are not made up for"
+                f"no layer of {where} writes into the stream as it is: the error of earlier layers is not corrected"
             )
-        self.sites = [replace(site, joint=found.get(site.name)) for site in self.sites]
+        self.sites = [replace(site, residual_write=found.get(site.name)) for site in self.sites]
+
+    def _entry(self, site: Site) -> Point:
+        return Point("site", self.index, site.entry)
 
     def _quantize(self, site: Site, point: Point, streams: Streams) -> None:
         """Sum a site's Grams and solve it, in portions; put the weights in place, or correct what it has put out."""
-        collector, reports, comm = self.collector(streams), [], self.solving.group
-        source = partial(self._wished if site.joint else self._handed, site, point, streams)
+        collector, reports, comm = self.collector(streams), [], self.solving.comm
+        source = partial(self._lacking if site.residual_write else self._handed, site, point, streams)
         for shares in self.portions.of([site], streams.text.folds):
             with self.journal.stage(self.index, "forward"):
                 if comm.ordered:  # ranks run at once and only sum in turn
-                    all_or_none(comm, lambda: _go_through(streams.quantized, point))
+                    synchronize_oom(comm, lambda: _go_through(streams.quantized, point))
                 collected, notes = collector.collect(shares, source)
             self.journal.notes += notes
             with self.journal.stage(self.index, "solve"):
                 weights, told = self.solving.quantize(self.index, shares, collected, self.scales)
                 del collected
-                for target in site.members if not site.joint else ():
-                    if target.linear in weights:
-                        write_back(self.solving.skeleton.model, target, weights[target.linear])
-            self.weights |= weights
+                self.weights |= weights
+                if not site.residual_write:
+                    synchronize_oom(comm, partial(self._put, site, weights))
             reports += told
-        self.reports.append(replace(joined(reports), site=site.name))
-        if site.joint:
-            streams.quantized.correct(point, Point("site", self.index, site.entry), self._change(site))
+        self.reports.append(replace(merge_reports(reports), site=site.name))
+        if site.residual_write:
+            streams.quantized.correct(point, self._entry(site), synchronize_oom(comm, partial(self._change, site)))
 
     def _handed(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
         """What the micro-batches bring to a site."""
@@ -172,11 +181,11 @@ class Block:
                 x = unscaled(x, arrival.offsets, inputs)
             yield Rows(site, fold, x, arrival.offsets)
 
-    def _wished(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
+    def _lacking(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
         """What the micro-batches brought to a site whose outputs have joined the stream, and what that lacks there."""
-        assert streams.reference is not None and site.joint
-        entry = Point("site", self.index, site.entry)
-        reader = point if site.joint.reader else None
+        assert streams.reference is not None and site.residual_write
+        entry = self._entry(site)
+        reader = point if site.residual_write.reader else None
         wanted = streams.reference.with_kept(Point("leave", self.index), reader)
         found = streams.quantized.with_kept(point, entry)
         for (arrival, x), (left, read), (_, fold) in zip(found, wanted, streams.text.batches):
@@ -185,6 +194,12 @@ class Block:
             held = shortening(rows, arrival.x.shape[1])
             lacking = _drift(left.x if read is None else read, arrival.x).mul_(held)
             yield Rows(site, fold, rows * held, None, lacking)
+
+    def _put(self, site: Site, weights: Weights) -> None:
+        """Put those of a site's members that are quantized in the place of their own."""
+        for target in site.members:
+            if target.linear in weights:
+                write_back(self.solving.skeleton.model, target, weights[target.linear])
 
     def _change(self, site: Site) -> Tensor:
         """What the weight of a site with one member became, less what it was, in the model's dtype."""

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sarqc.method.gram import Gram, Statistics, borrowing
+from sarqc.method.gram import Gram, Statistics, shrink_experts
 from sarqc.model.sites import Share, Site
-from sarqc.model.smoothing import find_folds
+from sarqc.model.smoothing import find_mappings
 from sarqc.pipeline.channel_scales import BlockScales
-from sarqc.pipeline.comm import all_or_none
+from sarqc.pipeline.comm import synchronize_oom
 from sarqc.pipeline.grams import Rows
 from sarqc.pipeline.streams import Streams
 
@@ -23,18 +23,18 @@ def scales_of_block(block: Block, streams: Streams) -> BlockScales:
     """The scales of a block that all streams wait to enter. Sites whose outputs are corrected have none: what would
     take up their scales is quantized by then."""
     solving, journal = block.solving, block.journal
-    scaled = [site for site in block.sites if not site.joint]
+    scaled = [site for site in block.sites if not site.residual_write]
     with journal.stage(block.index, "scale"):
-        find = partial(find_folds, solving.skeleton, block.index, scaled, streams.call(block.index))
-        folds, reasons = all_or_none(solving.group, find)
-        scales = BlockScales(solving.skeleton, solving.source, scaled, folds, reasons, solving.group)
+        find = partial(find_mappings, solving.skeleton, block.index, scaled, streams.call(block.index))
+        folds, reasons = synchronize_oom(solving.comm, find)
+        scales = BlockScales(solving.skeleton, solving.source, scaled, folds, reasons, solving.comm)
     for shares in block.portions.of(scaled, streams.text.folds):
         with journal.stage(block.index, "forward"):
             collected, notes = block.collector(streams).collect(shares, partial(_seen, block, shares, streams))
         journal.notes += notes
         with journal.stage(block.index, "scale"):
             solving.choose(block.index, shares, collected)
-            grams = all_or_none(solving.group, partial(_borrowing, collected, solving.method.expert_shrinkage))
+            grams = synchronize_oom(solving.comm, partial(_borrowing, collected, solving.method.expert_shrinkage))
             scales.decide(shares, grams, solving.cost, solving.quant_of, solving.scale_dtype(shares[0].site))
     return scales
 
@@ -50,4 +50,4 @@ def _seen(block: Block, shares: Sequence[Share], streams: Streams) -> Iterator[R
 
 
 def _borrowing(collected: Sequence[Statistics], borrow: float) -> list[Gram]:
-    return [borrowing(statistics, borrow) for statistics in collected]
+    return [shrink_experts(statistics, borrow) for statistics in collected]

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from sarqc.config import QuantConfig
-from sarqc.method.awq import ChannelScales, Reader, Scaling, search
+from sarqc.method.awq import BalanceLayer, ChannelScales, Scaling, search
 from sarqc.method.gram import Gram
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.sites import Share, Site, stack
-from sarqc.model.smoothing import Fold, divided_norm
+from sarqc.model.smoothing import SmoothingMapping, divided_norm
 from sarqc.model.source import TensorSource
 from sarqc.model.weight_map import Piece
-from sarqc.pipeline.comm import ALONE, Group, all_or_none
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, synchronize_oom
 from sarqc.pipeline.work_split import cost as price
-from sarqc.pipeline.work_split import share_out
+from sarqc.pipeline.work_split import partition
 
 
 class BlockScales:
@@ -34,23 +34,24 @@ class BlockScales:
         skeleton: Skeleton,
         source: TensorSource,
         sites: Sequence[Site],
-        folds: Sequence[Fold],
+        mappings: Sequence[SmoothingMapping],
         reasons: dict[str, str],
-        group: Group = ALONE,
+        comm: Comm = SINGLE_PROCESS,
     ) -> None:
         self._skeleton = skeleton
         self._source = source
-        self._group = group
+        self._comm = comm
         self._quantized = {target.linear for site in sites for target in site.members}
-        self._folds: list[Fold] = []
+        self._mappings: list[SmoothingMapping] = []
         self._reasons = dict(reasons)
-        self._chosen: dict[str, ChannelScales] = {}  # by giver
-        for fold in folds:
-            if fold.offset and self._is_binary(fold):
-                reason = f"{fold.giver} stores its weight less {fold.offset:g}, which no scale divides without rounding"
-                self._reasons |= {site.name: reason for site in fold.sites}
+        self._chosen: dict[str, ChannelScales] = {}  # by smooth layer
+        for mapping in mappings:
+            if mapping.offset and self._is_binary(mapping):
+                name, offset = mapping.smooth_layer, mapping.offset
+                reason = f"{name} stores its weight less {offset:g}, which no scale divides without rounding"
+                self._reasons |= {site.name: reason for site in mapping.sites}
             else:
-                self._folds.append(fold)
+                self._mappings.append(mapping)
 
     def decide(
         self,
@@ -60,53 +61,56 @@ class BlockScales:
         quant: Callable[[Site], QuantConfig],
         scale_dtype: torch.dtype,
     ) -> None:
-        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`Reader.cost`). quant:
-        what a site's weights become.
+        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`BalanceLayer.cost`).
+        quant: what a site's weights become.
 
         A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
         their own decide each for themselves. Ranks share the search.
         """
         model = self._skeleton.model
         given = {share.site.name: (share, gram) for share, gram in zip(shares, grams)}
-        open_: list[tuple[Fold, list[tuple[Share, Gram]]]] = []
-        for fold in self._folds:
-            found = [given[site.name] for site in fold.sites if site.name in given]
-            if found and not (fold.experts == 1 and fold.giver in self._chosen):
-                open_.append((fold, found))
-        owners = share_out([sum(price(share) for share, _ in found) for _, found in open_], self._group.size)
+        open_: list[tuple[SmoothingMapping, list[tuple[Share, Gram]]]] = []
+        for mapping in self._mappings:
+            found = [given[site.name] for site in mapping.sites if site.name in given]
+            if found and not (mapping.experts == 1 and mapping.smooth_layer in self._chosen):
+                open_.append((mapping, found))
+        owners = partition([sum(price(share) for share, _ in found) for _, found in open_], self._comm.size)
 
         def search_own() -> dict[int, ChannelScales]:
             return {
                 number: search(
-                    [Reader(share.weight(model), cost(share, gram), gram, quant(share.site)) for share, gram in found],
+                    [
+                        BalanceLayer(share.weight(model), cost(share, gram), gram, quant(share.site))
+                        for share, gram in found
+                    ],
                     scale_dtype,
-                    shared=fold.experts == 1,
-                    binary=self._is_binary(fold),
-                    source=fold.source,
-                    channels=fold.channels,
+                    shared=mapping.experts == 1,
+                    binary=self._is_binary(mapping),
+                    source=mapping.source,
+                    channels=mapping.channels,
                 ).to("cpu")
-                for number, (fold, found) in enumerate(open_)
-                if owners[number] == self._group.rank
+                for number, (mapping, found) in enumerate(open_)
+                if owners[number] == self._comm.rank
             }
 
-        answers = self._group.gather(all_or_none(self._group, search_own))
+        answers = self._comm.all_gather_object(synchronize_oom(self._comm, search_own))
 
         def take() -> None:
-            for number, (fold, found) in enumerate(open_):
-                self._take(fold, answers[owners[number]][number].to(found[0][1].rows.device))
+            for number, (mapping, found) in enumerate(open_):
+                self._take(mapping, answers[owners[number]][number].to(found[0][1].rows.device))
 
-        all_or_none(self._group, take)
+        synchronize_oom(self._comm, take)
 
-    def _take(self, fold: Fold, chosen: ChannelScales) -> None:
+    def _take(self, mapping: SmoothingMapping, chosen: ChannelScales) -> None:
         """Keep what was chosen for a fold, behind what its experts before have."""
-        if self._skeleton.model.get_parameter(fold.giver).dim() == 1:
-            chosen = ChannelScales(self._storable(fold, chosen.scales), chosen.exponents)
-        before = self._chosen.get(fold.giver)
+        if self._skeleton.model.get_parameter(mapping.smooth_layer).dim() == 1:
+            chosen = ChannelScales(self._storable(mapping, chosen.scales), chosen.exponents)
+        before = self._chosen.get(mapping.smooth_layer)
         if before is not None:
             chosen = ChannelScales(
                 torch.cat([before.scales, chosen.scales]), torch.cat([before.exponents, chosen.exponents])
             )
-        self._chosen[fold.giver] = chosen
+        self._chosen[mapping.smooth_layer] = chosen
 
     def of(self, share: Share) -> Scaling:
         """What happens to the weight of a share; ones where nothing does."""
@@ -114,16 +118,16 @@ class BlockScales:
         inputs = torch.ones(1, site.in_features, device=device)
         rows = torch.ones(1, sum(count for _, _, count in site.slabs), device=device)
         exponent = 0.0
-        for fold, chosen in self._decided():
-            at = slice(None) if fold.experts == 1 else slice(share.first, share.stop)
+        for mapping, chosen in self._decided():
+            at = slice(None) if mapping.experts == 1 else slice(share.first, share.stop)
             own = chosen.scales[at]
-            if site in fold.sites:
-                inputs, exponent = fold.inputs(own), float(chosen.exponents[at].mean())
+            if site in mapping.sites:
+                inputs, exponent = mapping.inputs(own), float(chosen.exponents[at].mean())
             begin = 0
             for parameter, start, count in site.slabs:
-                if parameter == fold.giver:
+                if parameter == mapping.smooth_layer:
                     rows = rows.expand(max(len(rows), len(own)), -1).clone()
-                    taken, scales = _overlap(rows[:, begin : begin + count], own, fold.start - start)
+                    taken, scales = _overlap(rows[:, begin : begin + count], own, mapping.start - start)
                     taken.copy_(scales)
                 begin += count
         return Scaling(inputs, rows, exponent, self._reasons.get(site.name))
@@ -139,21 +143,21 @@ class BlockScales:
                 changed[piece.name], at[piece.name] = self._source.load(piece.name), (parameter, piece)
             return changed[piece.name]
 
-        for fold, chosen in self._decided():
-            for parameter, piece in self._dense(fold.giver):
-                own = chosen.scales[(piece.expert or 0) if fold.experts > 1 else 0].cpu()
+        for mapping, chosen in self._decided():
+            for parameter, piece in self._dense(mapping.smooth_layer):
+                own = chosen.scales[(piece.expert or 0) if mapping.experts > 1 else 0].cpu()
                 tensor = take(parameter, piece)
                 if tensor.dim() == 1:
-                    tensor.copy_(divided_norm(tensor, own, fold.offset))
+                    tensor.copy_(divided_norm(tensor, own, mapping.offset))
                 else:
-                    rows, scales = _overlap(tensor.T, own, fold.start - piece.start)
+                    rows, scales = _overlap(tensor.T, own, mapping.start - piece.start)
                     rows.div_(scales)
-            for parameter, piece in self._dense(fold.bias):
-                rows, scales = _overlap(take(parameter, piece), chosen.scales[0].cpu(), fold.start)
+            for parameter, piece in self._dense(mapping.bias):
+                rows, scales = _overlap(take(parameter, piece), chosen.scales[0].cpu(), mapping.start)
                 rows.div_(scales)
-            for reader in fold.readers:
-                for parameter, piece in self._dense(reader):
-                    own = fold.inputs(chosen.scales)[(piece.expert or 0) if fold.experts > 1 else 0].cpu()
+            for balance_layer in mapping.balance_layers:
+                for parameter, piece in self._dense(balance_layer):
+                    own = mapping.inputs(chosen.scales)[(piece.expert or 0) if mapping.experts > 1 else 0].cpu()
                     take(parameter, piece).mul_(own)
         for name, (parameter, piece) in at.items():
             whole = self._skeleton.model.get_parameter(parameter)
@@ -161,26 +165,32 @@ class BlockScales:
             part.copy_(changed[name])
         return changed
 
-    def _decided(self) -> list[tuple[Fold, ChannelScales]]:
-        return [(fold, self._chosen[fold.giver]) for fold in self._folds if fold.giver in self._chosen]
+    def _decided(self) -> list[tuple[SmoothingMapping, ChannelScales]]:
+        return [
+            (mapping, self._chosen[mapping.smooth_layer])
+            for mapping in self._mappings
+            if mapping.smooth_layer in self._chosen
+        ]
 
     def _dense(self, parameter: str | None) -> list[tuple[str, Piece]]:
         """The pieces of a parameter that will not be quantized."""
         pieces = self._skeleton.pieces[parameter] if parameter else ()
         return [(parameter or "", piece) for piece in pieces if piece.linear not in self._quantized]
 
-    def _is_binary(self, fold: Fold) -> bool:
+    def _is_binary(self, mapping: SmoothingMapping) -> bool:
         """Whether a tensor that is not quantized takes part, apart from a norm's weight."""
-        is_norm = self._skeleton.model.get_parameter(fold.giver).dim() == 1
-        givers = () if is_norm else (fold.giver,)
-        return fold.bias is not None or any(self._dense(parameter) for parameter in (*givers, *fold.readers))
+        is_norm = self._skeleton.model.get_parameter(mapping.smooth_layer).dim() == 1
+        givers = () if is_norm else (mapping.smooth_layer,)
+        return mapping.bias is not None or any(
+            self._dense(parameter) for parameter in (*givers, *mapping.balance_layers)
+        )
 
-    def _storable(self, fold: Fold, scales: Tensor) -> Tensor:
+    def _storable(self, mapping: SmoothingMapping, scales: Tensor) -> Tensor:
         """The scales [1, C] that a norm's weight can stand for in the dtype it is stored in; 1 where it is closed."""
-        name = self._skeleton.pieces[fold.giver][0].name
+        name = self._skeleton.pieces[mapping.smooth_layer][0].name
         weight = self._source.load(name)
-        kept = divided_norm(weight, scales[0].cpu(), fold.offset).float() + fold.offset
-        opened = weight.float() + fold.offset
+        kept = divided_norm(weight, scales[0].cpu(), mapping.offset).float() + mapping.offset
+        opened = weight.float() + mapping.offset
         usable = (kept != 0) & (opened != 0)
         return torch.where(usable, opened / torch.where(usable, kept, 1.0), 1.0).to(scales.device)[None]
 

@@ -1,8 +1,7 @@
-"""The ranks of a run, as the loop over blocks sees them: who am I, and how do we put together what each of us has.
+"""Communication between the ranks of a run; one process is a group of size 1 whose operations do nothing.
 
-Every rank runs the same loop. It has windows of its own, so what it sees of a site's inputs is a part of a sum; and it
-solves matrices of its own, so it needs the others' codes. One process is a group of one, for which all of this is
-nothing to do: the loop does not ask how many ranks there are.
+Every rank runs the same loop over blocks. Each has sequences of its own, so its Grams are partial sums, and each
+quantizes matrices of its own, so the codes are exchanged. The loop does not branch on the number of ranks.
 """
 
 from __future__ import annotations
@@ -18,81 +17,82 @@ from sarqc.errors import ResourceError, out_of_memory
 _Value = TypeVar("_Value")
 
 
-class Group(Protocol):
-    """Ranks 0 .. size - 1. All of them call the same methods in the same order, but for `take_over_` and `hand_on`.
+class Comm(Protocol):
+    """Ranks 0 .. size - 1. All call the same methods in the same order, except `recv_previous` and `send_next`.
 
-    ordered: whether sums are made in the order of one process, so that they have its bits: each rank goes on from what
-    the rank before hands it. Otherwise all ranks sum at once, and then their sums are added.
+    ordered: sums are made in the order of one process and keep its bits: each rank continues from the sums of the rank
+    before. Otherwise all ranks sum at once and their sums are added.
     """
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
+        """Rank of this process."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     @property
     def ordered(self) -> bool:
-        """See above."""
+        """See the class."""
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks, which has the same bits on each."""
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks; all ranks get the same bits."""
 
-    def take_over_(self, tensors: Sequence[Tensor]) -> None:
-        """Fill tensors with what the rank before hands on; the first rank keeps what it has."""
+    def recv_previous(self, tensors: Sequence[Tensor]) -> None:
+        """Fill tensors with those of the previous rank; the first rank keeps its own."""
 
-    def hand_on(self, tensors: Sequence[Tensor]) -> None:
-        """Give tensors to the next rank; the last one has none."""
+    def send_next(self, tensors: Sequence[Tensor]) -> None:
+        """Send tensors to the next rank; the last rank sends nothing."""
 
-    def spread_(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """Fill tensors with those of rank `owner`; shapes and dtypes are the same everywhere."""
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """Fill tensors with those of rank `owner`; shapes and dtypes are the same on all ranks."""
 
-    def gather(self, value: _Value) -> list[_Value]:
-        """A small value of each rank, on all of them: tensors in it are on the CPU."""
+    def all_gather_object(self, value: _Value) -> list[_Value]:
+        """A small value of each rank, on all ranks; tensors in it are on the CPU."""
 
-    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
-        """On rank 0 the rows [1, ...] of all ranks in the order of their numbers, elsewhere nothing.
+    def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+        """On rank 0 the rows [1, ...] of all ranks in the order of their indices; on other ranks nothing.
 
-        rows: this rank's. places: numbers of the rows of each rank, rising. All ranks have to go through to the end;
-        what is handed out may be overwritten by the next.
+        rows: of this rank. places: indices of the rows of each rank, ascending. All ranks iterate to the end. A yielded
+        row may be overwritten by the next.
         """
 
 
-class Alone:
+class SingleProcess:
     """One process."""
 
     rank, size, ordered = 0, 1, False
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """They are the sum."""
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """The tensors are the sum."""
 
-    def take_over_(self, tensors: Sequence[Tensor]) -> None:
-        """Nobody is before."""
+    def recv_previous(self, tensors: Sequence[Tensor]) -> None:
+        """There is no previous rank."""
 
-    def hand_on(self, tensors: Sequence[Tensor]) -> None:
-        """Nobody is next."""
+    def send_next(self, tensors: Sequence[Tensor]) -> None:
+        """There is no next rank."""
 
-    def spread_(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """Everybody has them."""
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """Nothing to do."""
 
-    def gather(self, value: _Value) -> list[_Value]:
+    def all_gather_object(self, value: _Value) -> list[_Value]:
         """The value."""
         return [value]
 
-    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The rows, which are all there are."""
+    def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The rows."""
         return rows
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-def all_or_none(group: Group, attempt: Callable[[], _Value]) -> _Value:
-    """`attempt()`, which must not wait for other ranks; `torch.OutOfMemoryError` on all ranks where one runs out.
+def synchronize_oom(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
+    """`attempt()`, which must not wait for other ranks; raises `torch.OutOfMemoryError` on all ranks where one runs
+    out.
 
-    So ranks stay in step: either all go on, or all try again with less.
+    So ranks stay in step: all continue, or all retry with less.
     """
     result: list[_Value] = []
     reason = None
@@ -102,19 +102,19 @@ def all_or_none(group: Group, attempt: Callable[[], _Value]) -> _Value:
         if not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-    short = [why for why in group.gather(reason) if why is not None]
+    short = [why for why in comm.all_gather_object(reason) if why is not None]
     if short:
         result.clear()
         raise torch.OutOfMemoryError(short[0])
     return result[0]
 
 
-def in_turn(group: Group, attempt: Callable[[], _Value]) -> _Value:
-    """`attempt()`, in which ranks wait for each other; where one runs out of memory it cannot be repeated."""
+def in_turn(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
+    """`attempt()`, in which ranks wait for each other; it cannot be repeated where one runs out of memory."""
     try:
         return attempt()
     except RuntimeError as error:
-        if group.size == 1 or not out_of_memory(error):
+        if comm.size == 1 or not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
         raise ResourceError(

@@ -19,22 +19,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from sarqc.checkpoint.state import Parts
+from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.pipeline.comm import ALONE, Group
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import first_difference
-from sarqc.pipeline.progress import Silent, Watcher
+from sarqc.pipeline.progress import NoProgress, Progress
 from sarqc.pipeline.quantize_site import Weights
 from sarqc.pipeline.streams import Handover
 from sarqc.pipeline.watchdog import beating
 from sarqc.system import from_torchrun
 
-PATIENCE = timedelta(days=7)
+COLLECTIVE_TIMEOUT = timedelta(days=7)
 """How long a rank waits for one that is alive, whatever that one does: it may write terabytes to a slow disk. A rank
 that died is noticed at once, by its connections, and one that is stuck by its heart."""
-MEETING = timedelta(minutes=10)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """How long it waits for the others to be started."""
 
 _Value = TypeVar("_Value")
@@ -51,14 +51,14 @@ def leads() -> bool:
 
 
 @contextmanager
-def joined(device: str, *, ordered: bool) -> Iterator[tuple[Group, str]]:
+def joined(device: str, *, ordered: bool) -> Iterator[tuple[Comm, str]]:
     """The group that torchrun started this process in, and the device of this process; alone without torchrun.
 
     device: `auto` and `cuda` become the GPU of this rank. Raises `ArgumentError` where a machine has fewer GPUs than
     ranks, `ResourceError` where the ranks do not find each other.
     """
     if world() == 1:
-        yield ALONE, device
+        yield SINGLE_PROCESS, device
         return
     if device in ("auto", "cuda") and torch.cuda.is_available():
         local = from_torchrun("LOCAL_RANK", 0)
@@ -71,10 +71,10 @@ def joined(device: str, *, ordered: bool) -> Iterator[tuple[Group, str]]:
     gpu = device.startswith("cuda")
     with ExitStack() as stack:
         try:
-            store, rank, size = next(rendezvous("env://", timeout=MEETING))
+            store, rank, size = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
             stack.enter_context(beating(store.clone(), rank, size))
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise ResourceError(
                 f"the ranks do not find each other ({_line(error)}): start them with torchrun"
@@ -84,38 +84,38 @@ def joined(device: str, *, ordered: bool) -> Iterator[tuple[Group, str]]:
 
 
 class Ranks:
-    """The processes of torch.distributed as a `Group`; see there. Tensors travel as bytes: all dtypes do."""
+    """The processes of torch.distributed as a `Comm`; see there. Tensors travel as bytes: all dtypes do."""
 
     def __init__(self, ordered: bool) -> None:
         self.rank, self.size, self.ordered = dist.get_rank(), dist.get_world_size(), ordered
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sums on all ranks."""
         for tensor in tensors:
             self._talk(partial(dist.all_reduce, tensor))
 
-    def take_over_(self, tensors: Sequence[Tensor]) -> None:
+    def recv_previous(self, tensors: Sequence[Tensor]) -> None:
         """Receive from the rank before."""
         for tensor in tensors if self.rank > 0 else ():
             self._receive_(tensor, self.rank - 1)
 
-    def hand_on(self, tensors: Sequence[Tensor]) -> None:
+    def send_next(self, tensors: Sequence[Tensor]) -> None:
         """Send to the next rank."""
         for tensor in tensors if self.rank + 1 < self.size else ():
             self._send(tensor, self.rank + 1)
 
-    def spread_(self, tensors: Sequence[Tensor], owner: int) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Broadcast."""
         for tensor in tensors:
             self._talk(partial(dist.broadcast, _raw(tensor), owner))
 
-    def gather(self, value: _Value) -> list[_Value]:
+    def all_gather_object(self, value: _Value) -> list[_Value]:
         """Values of all ranks."""
         found: list[Any] = [None] * self.size
         self._talk(lambda: dist.all_gather_object(found, value))
         return found
 
-    def collect(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+    def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
         """Rows of all ranks on rank 0, one message each."""
         if self.rank > 0:
             for row in rows:
@@ -160,80 +160,80 @@ def _line(error: Exception) -> str:
 
 
 @contextmanager
-def named(group: Group, where: Callable[[], str]) -> Iterator[None]:
+def named(comm: Comm, where: Callable[[], str]) -> Iterator[None]:
     """Errors say which rank they come from and where it was, if there are several."""
     try:
         yield
     except Interrupted:
         raise
     except SarqcError as error:
-        if group.size == 1:
+        if comm.size == 1:
             raise
-        raise type(error)(f"rank {group.rank} of {group.size}, {where()}: {error}") from error
+        raise type(error)(f"rank {comm.rank} of {comm.size}, {where()}: {error}") from error
 
 
-def same_everywhere(group: Group, fingerprint: Mapping[str, Any]) -> None:
+def same_everywhere(comm: Comm, fingerprint: Mapping[str, Any]) -> None:
     """`ArgumentError` where ranks see different models or texts, or run different versions."""
-    for rank, other in enumerate(group.gather(fingerprint)):
+    for rank, other in enumerate(comm.all_gather_object(fingerprint)):
         if difference := first_difference(fingerprint, other):
             name, here, there = difference
             raise ArgumentError(
-                f"{name} = {here!r} on rank {group.rank} and {there!r} on rank {rank}: give all the same"
+                f"{name} = {here!r} on rank {comm.rank} and {there!r} on rank {rank}: give all the same"
             )
 
 
-class Following(Silent):
+class Following(NoProgress):
     """What ranks other than 0 show: nothing. They pass on the wish to stop."""
 
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
+    def __init__(self, progress: Progress) -> None:
+        self._watcher = progress
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this rank was asked."""
-        return self._watcher.stop_asked()
+        return self._watcher.stop_requested()
 
 
-def start_everywhere(group: Group, start: Start | None) -> Start:
+def start_everywhere(comm: Comm, start: Start | None) -> Start:
     """Rank 0's start on every rank; the others, which have no work folder, give None."""
     handed = start.handover if start else None
-    told = None if start is None else (start.block, _told(handed), start.strengths)
-    found = group.gather(told)[0]
+    told = None if start is None else (start.block, _told(handed), start.lambda_search)
+    found = comm.all_gather_object(told)[0]
     assert found is not None
-    block, kind, strengths = found
+    block, kind, lambda_search = found
 
     def each() -> Iterator[Tensor]:
         shape, dtype = kind[0]
         here = handed.hidden.rows() if handed else None
         for _ in range(shape[0]):
             row = next(here) if here else torch.empty(shape[1:], dtype=dtype)
-            group.spread_([row], 0)
+            comm.broadcast([row], 0)
             yield row[None]
 
-    everywhere = Handover(Parts(kind[0][0], kind[0][1], each), *kind[1:]) if kind else None
+    everywhere = Handover(ChunkedTensor(kind[0][0], kind[0][1], each), *kind[1:]) if kind else None
 
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
-        return _stored_everywhere(group, start.stored(index) if start else ({}, {}))
+        return _stored_everywhere(comm, start.stored(index) if start else ({}, {}))
 
-    return Start(block, everywhere, stored, start.strengths if start else strengths)
+    return Start(block, everywhere, stored, start.lambda_search if start else lambda_search)
 
 
-def _stored_everywhere(group: Group, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:
+def _stored_everywhere(comm: Comm, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:
     """A finished block of rank 0's work folder on every rank."""
     weights, changed = stored
     shapes = {
         linear: ([_shape(tensor) for tensor in (weight.codes, weight.scales, weight.zeros)], weight.bits)
         for linear, weight in weights.items()
     }
-    layout = group.gather((shapes, {name: _shape(tensor) for name, tensor in changed.items()}))[0]
+    layout = comm.all_gather_object((shapes, {name: _shape(tensor) for name, tensor in changed.items()}))[0]
     for linear, (parts, bits) in layout[0].items():
         if linear not in weights:
             codes, scales, zeros = (torch.empty(shape, dtype=dtype) for shape, dtype in parts)
             weights[linear] = QuantizedWeight(codes, scales, zeros, bits)
         weight = weights[linear]
-        group.spread_((weight.codes, weight.scales, weight.zeros), 0)
+        comm.broadcast((weight.codes, weight.scales, weight.zeros), 0)
     for name, (shape, dtype) in layout[1].items():
         changed.setdefault(name, torch.empty(shape, dtype=dtype))
-        group.spread_([changed[name]], 0)
+        comm.broadcast([changed[name]], 0)
     return weights, changed
 
 
@@ -241,8 +241,8 @@ def _told(handed: Handover | None) -> Any:
     """All of it that is small: the hidden states' shape and dtype, and the rest as it is."""
     if handed is None:
         return None
-    return _shape(handed.hidden), handed.form, handed.fingerprint, handed.scout, handed.reference
+    return _shape(handed.hidden), handed.form, handed.fingerprint, handed.probe, handed.reference
 
 
-def _shape(tensor: Tensor | Parts) -> tuple[tuple[int, ...], torch.dtype]:
+def _shape(tensor: Tensor | ChunkedTensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(tensor.shape), tensor.dtype

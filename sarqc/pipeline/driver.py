@@ -17,15 +17,15 @@ from torch import Tensor
 from sarqc.config import GRAM_BUDGET, MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, NumericError, ResourceError, first_line, out_of_memory
 from sarqc.method.gram import MAX_LOST
-from sarqc.method.lambda_search import Strengths
-from sarqc.method.layer import SolveReport
+from sarqc.method.lambda_search import LambdaSearch
+from sarqc.method.layer import LayerReport
 from sarqc.model.layers import Targets, check_group_size, targets
 from sarqc.model.lazy_model import Skeleton
-from sarqc.model.source import Ahead, TensorSource
+from sarqc.model.source import PrefetchingSource, TensorSource
 from sarqc.pipeline.block import Block, Portions, check_weights, put
-from sarqc.pipeline.comm import ALONE, Group, all_or_none
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, synchronize_oom
 from sarqc.pipeline.journal import Journal, OnProgress
-from sarqc.pipeline.quantize_site import Solving, Weights
+from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
 from sarqc.pipeline.streams import Handover, Memory, Streams, Text, cut, windows_at_once
 
 
@@ -39,7 +39,7 @@ class BlockResult:
 
     index: int
     weights: Weights
-    reports: list[SolveReport]
+    reports: list[LayerReport]
     seconds: dict[str, float]
     changed: dict[str, Tensor]
     notes: list[str]
@@ -62,7 +62,7 @@ class Start:
     block: int = 0
     handover: Handover | None = None
     stored: Callable[[int], tuple[Weights, dict[str, Tensor]]] = _nothing_stored
-    strengths: Strengths = field(default_factory=Strengths)
+    lambda_search: LambdaSearch = field(default_factory=LambdaSearch)
 
 
 def run(
@@ -79,10 +79,10 @@ def run(
     gram_budget: int = GRAM_BUDGET,
     start: Start | None = None,
     on_progress: OnProgress | None = None,
-    group: Group = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     memory: Memory | None = None,
-    read_ahead: bool = False,
-    widths: Mapping[str, int] | None = None,
+    prefetch: bool = False,
+    bit_widths: Mapping[str, int] | None = None,
 ) -> Generator[BlockResult, None, None]:
     """Quantize every block of `skeleton` in order, from `start` on.
 
@@ -90,9 +90,9 @@ def run(
     forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
     by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
     kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
-    beyond it are summed in further portions. group: the ranks of this run; each is given all tokens and the whole of
+    beyond it are summed in further portions. comm: the ranks of this run; each is given all tokens and the whole of
     `start`, takes windows of its own, solves some of the matrices, and yields the results of all. memory: how what
-    waits is held. read_ahead: read the next block's tensors from `source`, in a thread, while a block is at work;
+    waits is held. prefetch: read the next block's tensors from `source`, in a thread, while a block is at work;
     close the generator if you do not go to its end. widths: bits of every linear layer by the checkpoint's name, where
     `quant` lets them differ; those of a site are the same.
 
@@ -106,16 +106,16 @@ def run(
     check_group_size(found, quant)
     start = start or Start()
     place = torch.device(device)
-    ahead = Ahead(source) if read_ahead else None
+    ahead = PrefetchingSource(source) if prefetch else None
     source = ahead or source
-    solving = Solving(skeleton, source, quant, method, place, start.strengths, group, widths)
+    solving = SiteQuantizer(skeleton, source, quant, method, place, start.lambda_search, comm, bit_widths)
     journal = Journal(on_progress, place)
     driver = _Driver(solving, found, dtype, journal, Portions(gram_budget), ahead)
     with ahead or nullcontext():
         if not method.calibrated:
             yield from driver.without_text(start.block)
             return
-        text = _text(tokens, method, place, micro_batch, folds, group)
+        text = _text(tokens, method, place, micro_batch, folds, comm)
         with Streams(skeleton, source, place, dtype, memory or Memory()) as streams:
             yield from driver.with_text(streams, text, start)
 
@@ -126,7 +126,7 @@ def _text(
     device: torch.device,
     micro_batch: int | None,
     folds: int | None,
-    comm: Group,
+    comm: Comm,
 ) -> Text:
     """This rank's windows, cut into micro-batches."""
     folds = folds or (min(2, len(tokens)) if tokens is not None and method.needs_validation else 1)
@@ -144,16 +144,16 @@ class _Driver:
 
     def __init__(
         self,
-        solving: Solving,
+        solving: SiteQuantizer,
         found: Targets,
         dtype: torch.dtype | None,
         journal: Journal,
         portions: Portions,
-        ahead: Ahead | None,
+        ahead: PrefetchingSource | None,
     ) -> None:
         self._solving = solving
         self._skeleton = solving.skeleton
-        self._comm = solving.group
+        self._comm = solving.comm
         self._found = found
         self._dtype = dtype
         self._journal = journal
@@ -204,12 +204,12 @@ class _Driver:
                 weights, changed = start.stored(index)
                 put(self._skeleton, index, self._found.of_block(index), weights, changed)
                 streams.leave_quantized(index)
-                streams.leave_scout(index)
+                streams.leave_probe(index)
             self._skeleton.unload_block(index)
 
     def _with_memory(self, index: int, streams: Streams) -> Block:
         """A block quantized, begun again with less at once for as long as the device runs out of memory."""
-        known = self._solving.strengths.copy()
+        known = self._solving.lambda_search.copy()
         while True:
             self._solving.begin(known)  # what a failed attempt was told is asked, and counted, again
             try:
@@ -224,15 +224,13 @@ class _Driver:
     def _attempt(self, index: int, streams: Streams) -> Block:
         self._load(index)
         block = self._new_block(index)
-        all_or_none(self._comm, lambda: block.look(streams))
+        block.look(streams)
         if streams.reference is not None:
             with self._journal.stage(index, "reference"):
-                all_or_none(self._comm, lambda: streams.leave_reference(index))
+                synchronize_oom(self._comm, lambda: streams.leave_reference(index))
         block.quantize(streams)
         with self._journal.stage(index, "forward"):
-            lost = all_or_none(self._comm, lambda: streams.leave_quantized(index))
-            block.put_corrected()
-            streams.leave_scout(index)
+            lost = synchronize_oom(self._comm, lambda: self._leave(index, block, streams))
         self._check_leaving(index, lost, streams)
         return block
 
@@ -241,7 +239,7 @@ class _Driver:
         self._skeleton.unload_block(index)
         if self._solving.device.type == "cuda":
             torch.cuda.empty_cache()
-        text, at_once = streams.text, max(self._comm.gather(streams.text.micro_batch))
+        text, at_once = streams.text, max(self._comm.all_gather_object(streams.text.micro_batch))
         if self._journal.current not in ("scale", "solve") and at_once > 1:  # windows have no part in these
             text, what = text.halved(), f"micro-batch of {at_once} windows halved"
         elif self._portions.together > 1:
@@ -252,7 +250,7 @@ class _Driver:
         self._journal.notes.append(f"{self._place(index)} ({reason}): {what}")
         reference = streams.reference is not None
         again = streams.again(text, index) if index else streams.begin(text, reference=reference)
-        if not all(self._comm.gather(again)):
+        if not all(self._comm.all_gather_object(again)):
             raise ResourceError(
                 f"{self._place(index)} ({reason}), and what this model carries between blocks is not at hand to begin "
                 "the block again: use a smaller --micro-batch or --gram-budget; the run goes on from its last block"
@@ -271,6 +269,13 @@ class _Driver:
         first = index == self._found.first_block
         return Block(self._solving, index, self._found.of_block(index), self._journal, self._portions, first)
 
+    def _leave(self, index: int, block: Block, streams: Streams) -> int:
+        """Bring the streams to the end of the block; how many rows of what leaves it are not finite."""
+        lost = streams.leave_quantized(index)
+        block.put_corrected()
+        streams.leave_probe(index)
+        return lost
+
     def _load(self, index: int) -> None:
         """Load a block, and begin to read the one behind it."""
         skeleton = self._skeleton
@@ -284,7 +289,7 @@ class _Driver:
     def _check_leaving(self, index: int, lost: int, streams: Streams) -> None:
         """`NumericError` where too much of what leaves a block, on all ranks, is not finite; a note where something
         is."""
-        lost, rows = map(sum, zip(*self._comm.gather((lost, streams.text.tokens.numel()))))
+        lost, rows = map(sum, zip(*self._comm.all_gather_object((lost, streams.text.tokens.numel()))))
         if lost:
             where = f"{lost} of {rows} rows of what leaves {self._skeleton.prefix}.{index} hold NaN or Inf"
             if lost > MAX_LOST * rows:

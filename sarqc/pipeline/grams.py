@@ -16,19 +16,19 @@ from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
 from sarqc.method.gram import MAX_LOST, Statistics, finite_rows
 from sarqc.model.sites import Share, Site
-from sarqc.pipeline.comm import Group, all_or_none, in_turn
+from sarqc.pipeline.comm import Comm, in_turn, synchronize_oom
 
 
 @dataclass(frozen=True)
 class Rows:
     """What a site was handed in one micro-batch: x [T, K], with offsets int64 [E + 1] where rows are sorted by expert.
-    wish: [T, N], what its outputs should gain, where that is asked."""
+    residual: [T, N], the error of the stream behind it, where the site corrects that."""
 
     site: Site
     fold: int
     x: Tensor
     offsets: Tensor | None = None
-    wish: Tensor | None = None
+    residual: Tensor | None = None
 
 
 Source = Callable[[], Iterator[Rows]]
@@ -41,7 +41,7 @@ def gram_bytes(share: Share, folds: int) -> int:
 
 
 def _each(site: Site, folds: int) -> int:
-    return 4 * folds * site.in_features * (site.in_features + site.wishes)
+    return 4 * folds * site.in_features * (site.in_features + site.cross_rows)
 
 
 def portions(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Share]]:
@@ -68,7 +68,7 @@ def portions(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Sh
 class Collector:
     """Sums statistics of sites on one rank or many."""
 
-    def __init__(self, method: MethodConfig, folds: int, device: torch.device, comm: Group) -> None:
+    def __init__(self, method: MethodConfig, folds: int, device: torch.device, comm: Comm) -> None:
         self.folds = folds
         self._method = method
         self._device = device
@@ -86,11 +86,11 @@ class Collector:
         del kept  # their memory is needed once more
         lost = [0] * len(shares)
         kept = self._all_ranks(shares, source, lost)
-        lost = [sum(counts) for counts in zip(*self._comm.gather(lost))]
+        lost = [sum(counts) for counts in zip(*self._comm.all_gather_object(lost))]
         notes = []
         for share, statistics, count, sound in zip(shares, kept, lost, self._each_finite(kept)):
             rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
-            what = f"the inputs of {share.name}{' or the stream behind it' if share.site.joint else ''}"
+            what = f"the inputs of {share.name}{' or the stream behind it' if share.site.residual_write else ''}"
             where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
             if count > MAX_LOST * rows or not sound:
                 raise NumericError(
@@ -101,7 +101,7 @@ class Collector:
         return kept, notes
 
     def _each_finite(self, kept: Sequence[Statistics]) -> list[bool]:
-        return all_or_none(self._comm, lambda: list(map(_finite, kept)))
+        return synchronize_oom(self._comm, lambda: list(map(_finite, kept)))
 
     def _all_ranks(self, shares: Sequence[Share], source: Source, lost: list[int] | None) -> list[Statistics]:
         """Sums of every rank, added up afterwards, or in order as they are made."""
@@ -110,12 +110,12 @@ class Collector:
             return self._own(shares, source, lost)
 
         comm = self._comm
-        kept = in_turn(comm, attempt) if comm.ordered else all_or_none(comm, attempt)
+        kept = in_turn(comm, attempt) if comm.ordered else synchronize_oom(comm, attempt)
         for sums in (statistics.tensors(fold) for statistics in kept for fold in range(self.folds)):
             if comm.ordered:
-                comm.spread_(sums, comm.size - 1)
+                comm.broadcast(sums, comm.size - 1)
             else:
-                comm.sum_(sums)
+                comm.all_reduce(sums)
         return kept
 
     def _own(self, shares: Sequence[Share], source: Source, lost: list[int] | None) -> list[Statistics]:
@@ -124,7 +124,7 @@ class Collector:
         sums = [[tensor for one in kept for tensor in one.tensors(fold)] for fold in range(self.folds)]
         fold = 0
         if self._comm.ordered:
-            self._comm.take_over_(sums[0])
+            self._comm.recv_previous(sums[0])
         for rows in source():
             while fold < rows.fold:
                 fold = self._next_fold(sums, fold)
@@ -140,9 +140,9 @@ class Collector:
     def _next_fold(self, sums: Sequence[Sequence[Tensor]], fold: int) -> int:
         """End a fold, and take over the next one where ranks sum in turn."""
         if self._comm.ordered:
-            self._comm.hand_on(sums[fold])
+            self._comm.send_next(sums[fold])
             if fold + 1 < self.folds:
-                self._comm.take_over_(sums[fold + 1])
+                self._comm.recv_previous(sums[fold + 1])
         return fold + 1
 
     def _empty(self, share: Share) -> Statistics:
@@ -153,30 +153,30 @@ class Collector:
             self.folds,
             self._device,
             rest=self._method.expert_shrinkage > 0 and not share.whole,
-            wishes=share.site.wishes,
+            cross_rows=share.site.cross_rows,
         )
 
 
 def _add(share: Share, statistics: Statistics, rows: Rows, *, finite: bool) -> int:
     """Add rows to a share's statistics, with `finite` only those that are; how many were left out."""
-    x, bounds, wish, left_out = rows.x, rows.offsets, rows.wish, 0
+    x, bounds, residual, left_out = rows.x, rows.offsets, rows.residual, 0
     if finite:
-        # A row and its wish are stacked, so that they go or stay together.
-        stacked, bounds = finite_rows(x if wish is None else torch.cat([x, wish], -1), bounds)
+        # A row and its residual are stacked, so that they go or stay together.
+        stacked, bounds = finite_rows(x if residual is None else torch.cat([x, residual], -1), bounds)
         left_out = len(x) - len(stacked)
-        x, wish = stacked[:, : x.shape[-1]], None if wish is None else stacked[:, x.shape[-1] :]
+        x, residual = stacked[:, : x.shape[-1]], None if residual is None else stacked[:, x.shape[-1] :]
     if bounds is not None and not share.whole:
         first, last = bounds[share.first], bounds[share.stop]
         statistics.add_rest(x[:first], rows.fold)
         statistics.add_rest(x[last:], rows.fold)
         x, bounds = x[first:last], bounds[share.first : share.stop + 1] - first
-    statistics.add(x, bounds, rows.fold, wish=wish)
+    statistics.add(x, bounds, rows.fold, cross_gram=residual)
     return left_out
 
 
 def _finite(statistics: Statistics) -> bool:
-    # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed. What is
-    # wished for can overflow where they do not.
+    # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed. The cross
+    # Gram can overflow where they do not.
     grams = (*statistics.folds, *statistics.rest)
-    sums = [gram.abs_sum for gram in grams] + [gram.wish for gram in grams if gram.wish is not None]
+    sums = [gram.abs_sum for gram in grams] + [gram.cross_gram for gram in grams if gram.cross_gram is not None]
     return all(bool(torch.isfinite(each).all()) for each in sums)

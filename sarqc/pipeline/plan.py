@@ -7,6 +7,7 @@ are on another machine.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from sarqc.config import (
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
+from sarqc.model.calibration_data import calibration_windows, counts_at_once
 from sarqc.model.config_only import Outline, outline
 from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
 from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
@@ -73,7 +75,7 @@ class Plan:
     def seqlen(self) -> int:
         """Tokens per window of text: as asked, or 2048, or as many as the model has positions; `ArgumentError` for a
         longer one, which the model was never trained to read."""
-        asked, config = self.calibration.seqlen, self.skeleton.model.config
+        asked, config = self.calibration.seqlen, self.skeleton.text_config
         if asked is None:
             return min(DEFAULT_SEQLEN, dataset.positions(config) or DEFAULT_SEQLEN)
         dataset.check_seqlen(asked, config, self.model)
@@ -174,11 +176,8 @@ def read_windows(plan: Plan) -> dataset.Windows | None:
     asked = plan.calibration
     if not plan.method.calibrated:
         return None
-    if isinstance(asked.dataset, Tensor):
-        found = dataset.Windows.of_tokens(asked.dataset)
-    else:
-        tokenizer = load_tokenizer(plan.folder, trust_remote_code=plan.run.trust_remote_code)
-        found = dataset.windows(str(asked.dataset), tokenizer, part="calibration", seqlen=plan.seqlen)
+    tokenizer = partial(load_tokenizer, plan.folder, trust_remote_code=plan.run.trust_remote_code)
+    found = calibration_windows(asked.dataset, tokenizer, plan.seqlen)
     count = min(DEFAULT_SAMPLES, found.available) if asked.num_samples is None else asked.num_samples
     return found.draw(count, asked.seed)
 
@@ -190,7 +189,7 @@ def expected_windows(plan: Plan) -> tuple[int, int]:
     if not plan.method.calibrated:
         return 0, 0
     model_here = isinstance(plan.source, Checkpoint)  # and so its tokenizer
-    if isinstance(asked.dataset, Tensor) or (model_here and dataset.is_here(str(asked.dataset))):
+    if isinstance(asked.dataset, Tensor) or (model_here and counts_at_once(asked.dataset)):
         found = read_windows(plan)
         assert found is not None
         return len(found.tokens), found.tokens.shape[1]

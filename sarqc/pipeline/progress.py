@@ -7,7 +7,7 @@ from typing import Protocol
 from sarqc.pipeline.driver import BlockResult
 
 
-class Watcher(Protocol):
+class Progress(Protocol):
     """All methods are called from the thread that runs the job."""
 
     def note(self, text: str) -> None:
@@ -22,11 +22,11 @@ class Watcher(Protocol):
     def block(self, result: BlockResult) -> None:
         """A block is solved and saved."""
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Asked after every saved block: whether the run shall end here, to be continued another time."""
 
 
-class Silent:
+class NoProgress:
     """The watcher that looks away."""
 
     def note(self, text: str) -> None:
@@ -41,6 +41,6 @@ class Silent:
     def block(self, result: BlockResult) -> None:
         """Nothing."""
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Never."""
         return False

@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from sarqc.config import AUTO, MethodConfig, QuantConfig
-from sarqc.method.gptq import error_cost
+from sarqc.method.gptq import loss_weight
 from sarqc.method.gram import Gram, Statistics
-from sarqc.method.lambda_search import Choice, Strengths
-from sarqc.method.layer import SolveReport, choose_strength, joined, solve_site
+from sarqc.method.lambda_search import LambdaChoice, LambdaSearch
+from sarqc.method.layer import LayerReport, choose_lambda, merge_reports, solve_site
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.sites import Share, Site
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.channel_scales import BlockScales
-from sarqc.pipeline.comm import Group, all_or_none
-from sarqc.pipeline.work_split import Piece, cost, pieces, share_out
+from sarqc.pipeline.comm import Comm, synchronize_oom
+from sarqc.pipeline.work_split import Piece, cost, partition, pieces
 
 Weights = dict[str, QuantizedWeight]
 
 
 @dataclass
-class Solving:
-    """What solving a block needs beside its statistics. widths: bits by linear, where layers have different ones.
+class SiteQuantizer:
+    """What solving a block needs beside its statistics. bit_widths: bits by linear, where layers have different ones.
     choices: of the shares of the block at work, by name. answers: of its sites, by name: what the first share that was
     asked has said."""
 
@@ -40,15 +40,15 @@ class Solving:
     quant: QuantConfig
     method: MethodConfig
     device: torch.device
-    strengths: Strengths
-    group: Group
-    widths: Mapping[str, int] | None = None
-    choices: dict[str, Choice] = field(default_factory=dict)
-    answers: dict[str, Choice] = field(default_factory=dict)
+    lambda_search: LambdaSearch
+    comm: Comm
+    bit_widths: Mapping[str, int] | None = None
+    choices: dict[str, LambdaChoice] = field(default_factory=dict)
+    answers: dict[str, LambdaChoice] = field(default_factory=dict)
 
-    def begin(self, strengths: Strengths) -> None:
+    def begin(self, lambda_search: LambdaSearch) -> None:
         """Begin a block, or begin it again, knowing so much of strengths."""
-        self.strengths.tracks, self.choices, self.answers = strengths.copy().tracks, {}, {}
+        self.lambda_search.tracks, self.choices, self.answers = lambda_search.copy().tracks, {}, {}
 
     def choose(self, index: int, shares: Sequence[Share], collected: Sequence[Statistics]) -> None:
         """The strength of each share, chosen once in a block; sites of other blocks at the same place share their
@@ -60,27 +60,27 @@ class Solving:
             if answer is not None and share.name not in self.choices:
                 self.choices[share.name] = answer.of_others(statistics.rows(), share.site.in_features, self.method)
         open_ = [number for number, share in enumerate(shares) if share.name not in self.choices]
-        owners = share_out([cost(shares[number]) for number in open_], self.group.size)
+        owners = partition([cost(shares[number]) for number in open_], self.comm.size)
 
-        def own() -> dict[int, Choice]:
-            answers = self.strengths.copy()
+        def own() -> dict[int, LambdaChoice]:
+            search = self.lambda_search.copy()
             return {
-                number: self._choice(index, shares[number], collected[number], answers)
+                number: self._choice(index, shares[number], collected[number], search)
                 for number, owner in zip(open_, owners)
-                if owner == self.group.rank
+                if owner == self.comm.rank
             }
 
-        found = _merged(self.group.gather(all_or_none(self.group, own)))
+        found = _merged(self.comm.all_gather_object(synchronize_oom(self.comm, own)))
         for number in open_:
-            choice: Choice = found[number]
+            choice: LambdaChoice = found[number]
             if self.method.reg_lambda == AUTO:
-                self.strengths.remember(choice.kind, choice.curve)
+                self.lambda_search.remember(choice.kind, choice.curve)
             device = collected[number].folds[0].rows.device
-            choice = replace(choice, strength=choice.strength.to(device))
+            choice = replace(choice, reg_lambda=choice.reg_lambda.to(device))
             self.choices[shares[number].name] = self.answers[shares[number].site.name] = choice
 
-    def _choice(self, index: int, share: Share, statistics: Statistics, answers: Strengths) -> Choice:
-        choice = choose_strength(
+    def _choice(self, index: int, share: Share, statistics: Statistics, search: LambdaSearch) -> LambdaChoice:
+        choice = choose_lambda(
             share.name,
             share.site.name.removeprefix(f"{self.skeleton.prefix}.{index}."),
             share.weight(self.skeleton.model),
@@ -88,49 +88,53 @@ class Solving:
             self.quant_of(share.site),
             self.method,
             scale_dtype=self.scale_dtype(share.site),
-            strengths=answers,
+            search=search,
         )
-        return replace(choice, strength=choice.strength.cpu())
+        return replace(choice, reg_lambda=choice.reg_lambda.cpu())
 
     def cost(self, share: Share, gram: Gram) -> Tensor:
         """What errors in a share's weight cost, for the scale search."""
-        return error_cost(share.name, gram, self.choices[share.name].strength, self.quant_of(share.site), self.method)
+        return loss_weight(
+            share.name, gram, self.choices[share.name].reg_lambda, self.quant_of(share.site), self.method
+        )
 
     def quantize(
         self, index: int, shares: Sequence[Share], collected: Sequence[Statistics] | None, scales: BlockScales | None
-    ) -> tuple[Weights, list[SolveReport]]:
+    ) -> tuple[Weights, list[LayerReport]]:
         """All members of these shares quantized, on the CPU of every rank, and a report of each share."""
         if collected is not None:
             self.choose(index, shares, collected)
             for statistics in collected:
-                if statistics.folds[0].wish is None:  # which alone is judged once more fold by fold
+                if statistics.folds[0].cross_gram is None:  # which alone is judged once more fold by fold
                     statistics.merge_folds()
-        todo = pieces(shares, self.group.size, self.device, gram=collected is not None)
+        todo = pieces(shares, self.comm.size, self.device, gram=collected is not None)
 
-        def own() -> dict[int, tuple[QuantizedWeight, SolveReport]]:
+        def own() -> dict[int, tuple[QuantizedWeight, LayerReport]]:
             return {
                 number: self._solve(piece, shares[piece.number], collected, scales)
                 for number, piece in enumerate(todo)
-                if piece.owner == self.group.rank
+                if piece.owner == self.comm.rank
             }
 
-        solved = all_or_none(self.group, own)
+        solved = synchronize_oom(self.comm, own)
         known = _merged(
-            self.group.gather({number: (_layout(weight), report) for number, (weight, report) in solved.items()})
+            self.comm.all_gather_object(
+                {number: (_layout(weight), report) for number, (weight, report) in solved.items()}
+            )
         )
         weights: Weights = {}
-        reports: list[list[SolveReport]] = [[] for _ in shares]
+        reports: list[list[LayerReport]] = [[] for _ in shares]
         for number, piece in enumerate(todo):
             layout, report = known[number]
             reports[piece.number].append(report)
             weight = solved.pop(number)[0] if number in solved else _blank(*layout)
-            self.group.spread_((weight.codes, weight.scales, weight.zeros), piece.owner)
+            self.comm.broadcast((weight.codes, weight.scales, weight.zeros), piece.owner)
             weights |= {target.linear: part for target, part in piece.share.site.split(weight, piece.share.first)}
-        return weights, list(map(joined, reports))
+        return weights, list(map(merge_reports, reports))
 
     def _solve(
         self, piece: Piece, share: Share, collected: Sequence[Statistics] | None, scales: BlockScales | None
-    ) -> tuple[QuantizedWeight, SolveReport]:
+    ) -> tuple[QuantizedWeight, LayerReport]:
         solved, report = solve_site(
             share.name,
             piece.share.weight(self.skeleton.model),
@@ -146,7 +150,7 @@ class Solving:
 
     def quant_of(self, site: Site) -> QuantConfig:
         """What a site's weights become."""
-        return self.quant if self.widths is None else self.quant.at(self.widths[site.members[0].linear])
+        return self.quant if self.bit_widths is None else self.quant.at(self.bit_widths[site.members[0].linear])
 
     def scale_dtype(self, site: Site) -> torch.dtype:
         """What a site's scales are stored in."""

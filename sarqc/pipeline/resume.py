@@ -30,11 +30,11 @@ from typing import Any
 from torch import Tensor
 
 from sarqc.checkpoint.assemble import shard_number
-from sarqc.checkpoint.formats import FORMATS
+from sarqc.checkpoint.formats import NEUTRAL
 from sarqc.checkpoint.manifest import Fingerprint, fingerprints
 from sarqc.checkpoint.state import (
     PARTIAL,
-    Parts,
+    ChunkedTensor,
     State,
     SummedShard,
     read_sealed,
@@ -44,11 +44,11 @@ from sarqc.checkpoint.state import (
 )
 from sarqc.config import QuantConfig
 from sarqc.errors import ArgumentError, CheckpointError
-from sarqc.method.lambda_search import Strengths
-from sarqc.method.layer import SolveReport
+from sarqc.method.lambda_search import LambdaSearch
+from sarqc.method.layer import LayerReport
 from sarqc.options import from_record
 from sarqc.pipeline.activation_store import PREFIX as SCRATCH
-from sarqc.pipeline.bit_allocation import Widths
+from sarqc.pipeline.bit_allocation import BitAllocation
 from sarqc.pipeline.driver import BlockResult, Start
 from sarqc.pipeline.fingerprint import MAY_CHANGE, first_difference
 from sarqc.pipeline.lock import LOCK, locked
@@ -57,8 +57,6 @@ from sarqc.pipeline.streams import Handover
 
 LAYOUT = 2
 """Of the work folder. 1 held codes, scales and zeros in a form of its own."""
-NEUTRAL = FORMATS["compressed-tensors"]
-"""The format of finished blocks: it holds whatever a run can make."""
 _PLAN, _BITS, _BLOCKS = "plan.json", "bit_allocation.json", "blocks"
 _HIDDEN, _BUILT = "hidden.safetensors", "checkpoint"
 _OURS = {name + end for name in (LOCK, _PLAN, _BITS, _BLOCKS, _HIDDEN, _BUILT) for end in ("", PARTIAL)}
@@ -80,7 +78,7 @@ class BlockRecord:
     are not quantized and took up channel scales. sums: of every tensor of the shard.
     """
 
-    reports: list[SolveReport]
+    reports: list[LayerReport]
     seconds: dict[str, float]
     notes: list[str]
     wall: float
@@ -112,20 +110,20 @@ class Work:
         """The place of the folder that becomes the output. Nothing is there when a run begins."""
         return self.folder / _BUILT
 
-    def save_widths(self, widths: Widths) -> None:
-        """Save what `widths` returns from then on, before any block is."""
-        write_sealed(self.folder / _BITS, widths.to_json())
+    def save_bit_allocation(self, bit_widths: BitAllocation) -> None:
+        """Save what `bit_widths` returns from then on, before any block is."""
+        write_sealed(self.folder / _BITS, bit_widths.to_json())
 
-    def widths(self) -> Widths | None:
+    def bit_widths(self) -> BitAllocation | None:
         """The widths that the run has chosen, if it has; `CheckpointError` where blocks follow some that are lost."""
         path = self.folder / _BITS
         if path.exists():
-            return Widths.from_json(_read(path))
+            return BitAllocation.from_json(_read(path))
         if self.quant.avg_bits is not None and self._record_file(0).exists():
             raise CheckpointError(f"{path} is missing, which says what width each block has; {_AGAIN}")
         return None
 
-    def save(self, result: BlockResult, wall: float, tensors: Mapping[str, Parts]) -> None:
+    def save(self, result: BlockResult, wall: float, tensors: Mapping[str, ChunkedTensor]) -> None:
         """Save a finished block as a shard, then its record, then the hidden states that leave it.
 
         Args:
@@ -149,7 +147,7 @@ class Work:
         if handed is not None:
             told = {"block": result.index + 1, "form": handed.form, "entry": handed.fingerprint}
             told["reference"] = handed.reference
-            write_state(self.folder / _HIDDEN, {"hidden": handed.hidden, "scout": handed.scout}, told)
+            write_state(self.folder / _HIDDEN, {"hidden": handed.hidden, "probe": handed.probe}, told)
 
     def start(self, gram: bool) -> tuple[Start, str | None]:
         """Where to go on, and a word on what was found damaged. gram: whether hidden states are needed."""
@@ -170,8 +168,8 @@ class Work:
                 if entering <= finished:
                     state.check()
                     whole, told = state.parts("hidden"), state.record
-                    hidden = Parts(whole.shape, whole.dtype, self._hidden)
-                    handed = Handover(hidden, told["form"], told["entry"], state.load("scout"), told["reference"])
+                    hidden = ChunkedTensor(whole.shape, whole.dtype, self._hidden)
+                    handed = Handover(hidden, told["form"], told["entry"], state.load("probe"), told["reference"])
                     return self._start(entering, handed), trouble
         except CheckpointError as error:
             trouble = trouble or str(error)
@@ -184,7 +182,7 @@ class Work:
 
     def _start(self, block: int, handed: Handover | None) -> Start:
         said = [report.held_out for index in range(block) for report in self.record(index).reports]
-        return Start(block, handed, self.stored, Strengths.restored(said, self.fingerprint["seed"]))
+        return Start(block, handed, self.stored, LambdaSearch.restored(said, self.fingerprint["seed"]))
 
     def stored(self, index: int) -> tuple[Weights, dict[str, Tensor]]:
         """The weights of a finished block (E = 1) and what it changed, as whoever loads the checkpoint will read them;
@@ -201,7 +199,7 @@ class Work:
         found = read_sealed(path)
         if found.pop("block", None) != index:
             raise CheckpointError(f"{path} is the record of another block: it was renamed")
-        reports = [SolveReport(**report | {"rows": tuple(report["rows"])}) for report in found["reports"]]
+        reports = [LayerReport(**report | {"rows": tuple(report["rows"])}) for report in found["reports"]]
         return BlockRecord(**found | {"reports": reports, "sums": fingerprints(found["sums"], path)})
 
     def shard(self, index: int) -> Path:

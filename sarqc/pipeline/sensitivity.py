@@ -1,16 +1,15 @@
-"""A first look at a model: what it would suffer from each site at each width, before any weight is quantized.
+"""Sensitivity analysis: the loss of the model from each site at each bit-width, before any weight is quantized.
 
-Errors of different sites have no common unit of their own: 1 % of what a softmax is made of is not 1 % of what an MLP
-adds, and neither is the same in the last block as in the middle. They have one where the model ends. So each site alone
-is solved at one width, and a few windows are run on from there: how far that moves the distribution of the next token
-(the mean KL divergence from the model as it is) times what the solver loses at another width, relative to that one
-(`method.bit_allocation`), is the site's loss there. Divergences of sites that err independently add up, as long as they
-are small. `benchmarks/quality/MIXED.md` has what else was tried: a rounding in the solution's place misjudges the sites
-that matter most, because it spoils what a solver spares.
+Errors of different sites have no common unit: 1 % of the input of a softmax is not 1 % of the output of an MLP. They
+have one at the end of the model. So each site alone is quantized at one bit-width, and a few sequences run on from
+there to the logits. The mean KL divergence of the next token, times the solver's loss at another bit-width relative to
+that one (`method.bit_allocation`), is the loss of the site. Divergences of independent errors add up while they are
+small. `benchmarks/quality/MIXED.md` has the alternatives: RTN in place of the solver misjudges the sites that matter
+most.
 
-One block is in memory at a time, as everywhere: the few windows go through the model as a stream of their own, one for
-every site so far beside that of the model as it is, which all go through the next block: half the blocks for each site,
-on average.
+One block is in memory at a time. These few sequences go through the model as a stream of their own, one for every site
+so far beside that of the model as it is, which all go through the next block: half the blocks for each site, on
+average.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, ResourceError, first_line, out_of_memory
-from sarqc.method.bit_allocation import WidthLosses, tried, tried_width, width_losses
+from sarqc.method.bit_allocation import LossByBits, loss_by_bits, probe_bits, probe_weight
 from sarqc.method.gram import Statistics
-from sarqc.method.lambda_search import Strengths
+from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.layers import Target, Targets
 from sarqc.model.lazy_model import Skeleton
@@ -35,26 +34,34 @@ from sarqc.model.perplexity import Tally
 from sarqc.model.sites import Share, Site, find_sites, stack, write_back
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.block import Portions
-from sarqc.pipeline.comm import ALONE
+from sarqc.pipeline.comm import SINGLE_PROCESS
 from sarqc.pipeline.forward import Forward
 from sarqc.pipeline.grams import Collector, Rows
 from sarqc.pipeline.handed import fingerprint, handing_on
 from sarqc.pipeline.points import Point, order_of
-from sarqc.pipeline.quantize_site import Solving, scale_dtype
+from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
 from sarqc.pipeline.streams import Memory, Streams, Text, cut
 from sarqc.pipeline.work_split import pieces
 
 TOKENS = 1 << 14
-"""Tokens of the calibration text, at most, that sites are observed on."""
+"""Largest number of calibration tokens that sites are observed on."""
 FOLDS = 2
 TRIED_WINDOWS, TRIED_LENGTH = 2, 256
-"""Windows that each site is tried on, and tokens of each."""
+"""Sequences that each site is probed on, and tokens of each."""
 
 
 @dataclass(frozen=True)
-class SiteLosses:
-    """site: its name. linears, shapes: of its members, by the checkpoint's names. modules: of the model, that they are
-    in. divergence: mean KL of the next token in nats, at the width that was tried. losses: by width, likewise."""
+class SiteSensitivity:
+    """Losses of one site.
+
+    Attributes:
+        site: Its name.
+        linears: Its members, by the checkpoint's names.
+        shapes: Their shapes.
+        modules: The modules of the model that hold them.
+        divergence: Mean KL divergence of the next token, in nats, at the probe's bit-width.
+        losses: The same at each bit-width.
+    """
 
     site: str
     linears: tuple[str, ...]
@@ -73,8 +80,8 @@ class _Trial:
     solved: dict[int, float]
     stream: Forward
 
-    def result(self, divergence: float) -> SiteLosses:
-        return SiteLosses(
+    def result(self, divergence: float) -> SiteSensitivity:
+        return SiteSensitivity(
             site=self.site.name,
             linears=tuple(target.linear for target in self.site.members),
             shapes=tuple(target.shape for target in self.site.members),
@@ -84,7 +91,7 @@ class _Trial:
         )
 
 
-def look(
+def measure_sensitivity(
     skeleton: Skeleton,
     source: TensorSource,
     found: Targets,
@@ -99,7 +106,7 @@ def look(
     seed: int = 0,
     mine: Callable[[int], bool] = lambda _: True,
     on_block: Callable[[int], object] = lambda _: None,
-) -> list[tuple[int, SiteLosses]]:
+) -> list[tuple[int, SiteSensitivity]]:
     """(block, losses) of every site in the order of blocks; of blocks that are not `mine` nothing.
 
     tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are observed. micro_batch(L): windows at once.
@@ -108,9 +115,9 @@ def look(
     """
     windows = _evenly(tokens)
     batches = cut(len(windows), micro_batch(windows.shape[1]), FOLDS)
-    text = Text.of(windows, batches, FOLDS, ALONE)
+    text = Text.of(windows, batches, FOLDS, SINGLE_PROCESS)
     few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
-    solving = Solving(skeleton, source, quant, method, device, Strengths(seed=seed), ALONE)
+    solving = SiteQuantizer(skeleton, source, quant, method, device, LambdaSearch(seed=seed), SINGLE_PROCESS)
     with ExitStack() as stack_, torch.no_grad():
         streams = stack_.enter_context(Streams(skeleton, source, device, dtype, Memory()))
         streams.begin(text, reference=False)
@@ -132,13 +139,13 @@ def look(
 class _Looking:
     """The streams of a look: the text, the few windows through the model as it is, and through each trial."""
 
-    def __init__(self, solving: Solving, streams: Streams, few: Tensor, portions: Portions) -> None:
+    def __init__(self, solving: SiteQuantizer, streams: Streams, few: Tensor, portions: Portions) -> None:
         self._solving = solving
         self._skeleton = solving.skeleton
         self._streams = streams
         self._few = few
         self._portions = portions
-        self._collector = Collector(solving.method, FOLDS, solving.device, ALONE)
+        self._collector = Collector(solving.method, FOLDS, solving.device, SINGLE_PROCESS)
         self._plain = self._stream(0)
         self._trials: list[_Trial] = []
         self._arrive(self._plain, 0)
@@ -153,14 +160,14 @@ class _Looking:
         """Try each site of a loaded block, and bring all streams through it with its own weights."""
         found, form = self._losses(index, members) if members else [], self._streams.form
         self._streams.leave_quantized(index)
-        self._streams.leave_scout(index)
+        self._streams.leave_probe(index)
         begun = [self._begin(index, form, *one) for one in found]
         for stream in (self._plain, *(trial.stream for trial in self._trials)):
             for _ in stream.leave(index):
                 pass
         self._trials += begun
 
-    def results(self) -> Iterator[tuple[int, SiteLosses]]:
+    def results(self) -> Iterator[tuple[int, SiteSensitivity]]:
         """What each trial loses; needs the head."""
         (expected,) = (arrival.output for arrival in self._plain.at(self._end))
         for trial in self._trials:
@@ -216,7 +223,7 @@ class _Looking:
             self._portions.halve()
 
     def _site(self, site: Site, point: Point) -> tuple[Site, dict[int, float], _Weights]:
-        losses: WidthLosses | None = None
+        losses: LossByBits | None = None
         weights: _Weights = []
         for (share,) in self._portions.of([site], FOLDS):
             (statistics,), _ = self._collector.collect([share], partial(self._rows, site, point))
@@ -224,7 +231,7 @@ class _Looking:
             losses = own if losses is None else losses + own
             weights += solved
         assert losses is not None
-        return site, losses.relative(tried_width(self._solving.quant)), weights
+        return site, losses.relative(probe_bits(self._solving.quant)), weights
 
     def _rows(self, site: Site, point: Point) -> Iterator[Rows]:
         for arrival, (_, fold) in zip(self._streams.quantized.at(point), self._streams.text.batches):
@@ -279,14 +286,14 @@ def _evenly(tokens: Tensor) -> Tensor:
 _Weights = list[tuple[Target, QuantizedWeight]]
 
 
-def _share(solving: Solving, share: Share, statistics: Statistics) -> tuple[WidthLosses, _Weights]:
+def _share(solving: SiteQuantizer, share: Share, statistics: Statistics) -> tuple[LossByBits, _Weights]:
     """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
     model, how = solving.skeleton.model, (solving.quant, solving.method, scale_dtype(solving.source, share.site))
-    losses = width_losses(share.name, share.weight(model), statistics, *how, solving.strengths.seed)
+    losses = loss_by_bits(share.name, share.weight(model), statistics, *how, solving.lambda_search.seed)
     statistics.merge_folds()
     solved: _Weights = []
     for piece in pieces([share], 1, solving.device, gram=True):
         own, experts = piece.share, slice(piece.share.first - share.first, piece.share.stop - share.first)
-        weight = tried(share.name, own.weight(model), statistics, *how, experts)
+        weight = probe_weight(share.name, own.weight(model), statistics, *how, experts)
         solved += share.site.split(weight.to("cpu"), own.first)
     return losses, solved

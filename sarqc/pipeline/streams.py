@@ -1,12 +1,13 @@
-"""The streams of a run: a text through the quantized model, through the reference, and a few tokens as a scout.
+"""The streams of a run: a text through the quantized model, through the reference, and a few tokens as a probe.
 
 All are suspended in the model's own forward and go from block to block together. The quantized stream has the weights
-of the result in all blocks behind it; the reference, where errors are corrected, has the original ones. The scout is
+of the result in all blocks behind it; the reference, where errors are corrected, has the original ones. The probe is
 the first tokens of the first window, on the quantized side: what has to be found out about a block is tried on it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,23 +16,23 @@ from itertools import islice, pairwise
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.state import Parts
+from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.errors import NumericError
 from sarqc.method.gram import lost_rows
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
 from sarqc.pipeline.activation_store import Store
-from sarqc.pipeline.comm import Group
+from sarqc.pipeline.comm import Comm
 from sarqc.pipeline.forward import BlockCall, Forward
 from sarqc.pipeline.handed import fingerprint, handing_on, returned
 from sarqc.pipeline.points import Arrival, Hooks, Point
-from sarqc.pipeline.work_split import Batches, deal, positions, renumbered
+from sarqc.pipeline.work_split import Batches, partition_batches, positions, renumbered
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch: few enough for a CPU's caches, enough to fill a GPU."""
-SCOUTED = 8
-"""Tokens of the scout."""
+PROBE_TOKENS = 8
+"""Tokens of the probe."""
 
 
 def windows_at_once(device: torch.device, length: int) -> int:
@@ -53,7 +54,7 @@ def cut(count: int, micro_batch: int, folds: int, first: int = 0) -> Batches:
 @dataclass(frozen=True)
 class Text:
     """This rank's part of the calibration text. tokens: int64 [S, L], its windows. batches: windows of each
-    micro-batch, and its fold. places: which windows of the whole text each rank has. rank: whose part this is. scout:
+    micro-batch, and its fold. places: which windows of the whole text each rank has. rank: whose part this is. probe:
     int64 [1, n], the same on all ranks."""
 
     tokens: Tensor
@@ -61,17 +62,17 @@ class Text:
     folds: int
     places: Sequence[Tensor]
     rank: int
-    scout: Tensor
+    probe: Tensor
 
     @classmethod
-    def of(cls, tokens: Tensor, batches: Batches, folds: int, comm: Group) -> Text:
+    def of(cls, tokens: Tensor, batches: Batches, folds: int, comm: Comm) -> Text:
         """A rank's part of all windows; `ArgumentError` where there are too few micro-batches for all ranks."""
-        dealt = deal(batches, folds, comm.size)
+        dealt = partition_batches(batches, folds, comm.size)
         places = [positions(part) for part in dealt]
-        scout = tokens[:1, :SCOUTED]
+        probe = tokens[:1, :PROBE_TOKENS]
         if comm.size > 1:
             batches, tokens = renumbered(dealt[comm.rank]), tokens[places[comm.rank]]
-        return cls(tokens, batches, folds, places, comm.rank, scout)
+        return cls(tokens, batches, folds, places, comm.rank, probe)
 
     @property
     def micro_batch(self) -> int:
@@ -91,7 +92,7 @@ class Text:
         for part, _ in self.batches:
             yield torch.stack(list(islice(windows, part.stop - part.start)))
 
-    def own(self, hidden: Parts) -> Iterator[Tensor]:
+    def own(self, hidden: ChunkedTensor) -> Iterator[Tensor]:
         """This rank's windows [L, H] of those of all ranks."""
         mine = set(self.places[self.rank].tolist())
         return (window for number, window in enumerate(hidden.rows()) if number in mine)
@@ -103,13 +104,13 @@ class Handover:
 
     hidden: [S, L, H] of all windows of the text, as they leave a block; from all ranks to rank 0, every rank has to go
     through them. form: how that block returns them. fingerprint: of what the next block is entered with beside them.
-    scout: the scout's, on the host. reference: whether there is a reference stream.
+    probe: the probe's, on the host. reference: whether there is a reference stream.
     """
 
-    hidden: Parts
+    hidden: ChunkedTensor
     form: str
     fingerprint: str
-    scout: Tensor
+    probe: Tensor
     reference: bool
 
 
@@ -124,14 +125,14 @@ class Memory:
 
 
 class Streams:
-    """A context. quantized, scout: streams; reference: one, or None. hooks: on the model's blocks."""
+    """A context. quantized, probe: streams; reference: one, or None. hooks: on the model's blocks."""
 
     def __init__(
         self, skeleton: Skeleton, source: TensorSource, device: torch.device, dtype: torch.dtype | None, memory: Memory
     ) -> None:
         self.skeleton = skeleton
         self.hooks = Hooks(skeleton.blocks)
-        self.quantized = self.scout = Forward([], skeleton.blocks)
+        self.quantized = self.probe = Forward([], skeleton.blocks)
         self.reference: Forward | None = None
         self.form: str | None = None  # how the last block returned the stream
         self._source = source
@@ -140,7 +141,7 @@ class Streams:
         self._memory = memory
 
     def begin(self, text: Text, *, reference: bool, stored: Handover | None = None, block: int = 0) -> bool:
-        """Bring all streams to a block: to the first one, or with `stored` the quantized stream and the scout to
+        """Bring all streams to a block: to the first one, or with `stored` the quantized stream and the probe to
         `block`; whether that could be done. False: what is stored is not all that the block needs.
 
         Raises `NumericError` where the embeddings are not finite, `ArgumentError` for tokens that are not the model's.
@@ -151,13 +152,15 @@ class Streams:
         check_tokens(text.tokens, self.skeleton.model)
         self.skeleton.load_outer(self._source, self._device, self._dtype)
         if stored is None:
-            self.quantized, self.scout = self._forward(text), self._scout(text)
+            self.quantized, self.probe = self._forward(text), self._probe(text)
             self._refuse_lost(self.quantized.at(Point("enter", 0)))
-            _arrive(self.scout, 0)
+            _arrive(self.probe, 0)
         else:
-            self.quantized, self.scout = self._forward(text, block), self._scout(text, block)
-            self._hand(self.quantized, block, stored.form, text.grouped(text.own(stored.hidden)))
-            self._hand(self.scout, block, stored.form, iter([stored.scout]))
+            self.quantized, self.probe = self._forward(text, block), self._probe(text, block)
+            own = text.own(stored.hidden)
+            self._hand(self.quantized, block, stored.form, text.grouped(own))
+            deque(own, maxlen=0)  # all ranks go through all windows
+            self._hand(self.probe, block, stored.form, iter([stored.probe]))
             if fingerprint(self.entry(block)) != stored.fingerprint:
                 return False
             self.form = stored.form
@@ -173,13 +176,13 @@ class Streams:
         if self.form is None or not all(forward.left_whole() for forward in self._all()):
             return False
         before = fingerprint(self.entry(block))
-        quantized, scout, reference = self.quantized, self.scout, self.reference
+        quantized, probe, reference = self.quantized, self.probe, self.reference
         self.text = text
         self.skeleton.load_outer(self._source, self._device, self._dtype)
         self.quantized = self._forward(text, block)
         self._hand(self.quantized, block, self.form, text.grouped(_windows(quantized.dissolve())))
-        self.scout = self._scout(text, block)
-        self._hand(self.scout, block, self.form, scout.dissolve())
+        self.probe = self._probe(text, block)
+        self._hand(self.probe, block, self.form, probe.dissolve())
         if reference is not None:
             self.reference = self._forward(text, block)
             self._hand(self.reference, block, self.form, text.grouped(_windows(reference.dissolve())))
@@ -187,12 +190,12 @@ class Streams:
         return fingerprint(self.entry(block)) == before
 
     def entry(self, block: int) -> Arrival:
-        """What the scout brings to a block."""
-        (entry,) = self.scout.at(Point("enter", block))
+        """What the probe brings to a block."""
+        (entry,) = self.probe.at(Point("enter", block))
         return entry
 
     def call(self, block: int) -> BlockCall:
-        """A block as the scout enters it."""
+        """A block as the probe enters it."""
         return BlockCall(self.skeleton.blocks[block], self.entry(block))
 
     def enter(self, block: int) -> None:
@@ -208,9 +211,9 @@ class Streams:
             lost += lost_rows(arrival.x)
         return lost
 
-    def leave_scout(self, block: int) -> None:
-        """Bring the scout to the end of a block."""
-        _drain(self.scout.leave(block))
+    def leave_probe(self, block: int) -> None:
+        """Bring the probe to the end of a block."""
+        _drain(self.probe.leave(block))
 
     def leave_reference(self, block: int) -> None:
         """Bring the reference, if there is one, to the end of a block, which has its original weights."""
@@ -223,16 +226,16 @@ class Streams:
             self.reference.close()
         self.reference = None
 
-    def handover(self, block: int, comm: Group) -> Handover | None:
+    def handover(self, block: int, comm: Comm) -> Handover | None:
         """What is to be stored where a block is left and another one follows; None where that would not be enough."""
         if self.form is None:
             return None
-        (left,) = self.scout.leave(block)
-        scout = left.x.cpu().clone()
-        shape = (sum(map(len, self.text.places)), *self.text.tokens.shape[1:], scout.shape[-1])
-        rows = partial(comm.collect, places=self.text.places)
-        hidden = Parts(shape, scout.dtype, lambda: rows(self._windows(block)))
-        return Handover(hidden, self.form, fingerprint(self.entry(block + 1)), scout, self.reference is not None)
+        (left,) = self.probe.leave(block)
+        probe = left.x.cpu().clone()
+        shape = (sum(map(len, self.text.places)), *self.text.tokens.shape[1:], probe.shape[-1])
+        rows = partial(comm.gather_rows, places=self.text.places)
+        hidden = ChunkedTensor(shape, probe.dtype, lambda: rows(self._windows(block)))
+        return Handover(hidden, self.form, fingerprint(self.entry(block + 1)), probe, self.reference is not None)
 
     def close(self) -> None:
         """End all streams, and take the hooks off."""
@@ -248,8 +251,8 @@ class Streams:
     def _forward(self, text: Text, first: int = 0) -> Forward:
         return self._make([text.tokens[windows] for windows, _ in text.batches], first, self._memory)
 
-    def _scout(self, text: Text, first: int = 0) -> Forward:
-        return self._make([text.scout], first, Memory())
+    def _probe(self, text: Text, first: int = 0) -> Forward:
+        return self._make([text.probe], first, Memory())
 
     def _make(self, batches: Sequence[Tensor], first: int, memory: Memory) -> Forward:
         calls: list[Callable[[], object]] = [partial(self._run, tokens) for tokens in batches]
@@ -272,7 +275,7 @@ class Streams:
             _arrive(forward, block)
 
     def _all(self) -> Iterator[Forward]:
-        return (forward for forward in (self.quantized, self.scout, self.reference) if forward is not None)
+        return (forward for forward in (self.quantized, self.probe, self.reference) if forward is not None)
 
     def _refuse_lost(self, entering: Iterator[Arrival]) -> None:
         if sum(lost_rows(arrival.x) for arrival in entering):

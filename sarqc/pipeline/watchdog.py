@@ -23,7 +23,7 @@ from typing import NoReturn, Protocol
 
 BEAT = 5.0
 """Seconds between two signs of life."""
-SILENCE = 600.0
+WATCHDOG_TIMEOUT = 600.0
 """Seconds without one after which a rank counts as stuck. Long, because beats also stop while a machine stalls that
 will go on (a network disk that hangs, a virtual machine that moves), and a run that ends has to be started again."""
 
@@ -91,12 +91,12 @@ class Watch:
 
 @contextmanager
 def beating(store: Store, rank: int, size: int) -> Iterator[None]:
-    """Give signs of life, and end this process where another rank gives none for `SILENCE` seconds.
+    """Give signs of life, and end this process where another rank gives none for `WATCHDOG_TIMEOUT` seconds.
 
     store: a connection of its own, for a blocked one blocks all who share it.
     """
     heart, done = Heart(store, rank, size), threading.Event()
-    watch = Watch(heart, max(2, round(SILENCE / BEAT)))
+    watch = Watch(heart, max(2, round(WATCHDOG_TIMEOUT / BEAT)))
     for work in (lambda: _beats(heart, done), lambda: _looks(watch, heart, done)):
         threading.Thread(target=work, daemon=True).start()
     try:
@@ -118,8 +118,9 @@ def _looks(watch: Watch, heart: Heart, done: threading.Event) -> None:
     while not done.wait(BEAT):
         if stuck := watch.look():
             _end(
-                f"rank {heart.rank} of {heart.size}: {stuck} for {SILENCE:g} seconds: see whether it is stopped or its "
-                "machine hangs; the same command goes on from the last block, with as many ranks as you like"
+                f"rank {heart.rank} of {heart.size}: {stuck} for {WATCHDOG_TIMEOUT:g} seconds: check whether "
+                "it was stopped or its machine hangs; the same command resumes after the last block, with any number "
+                "of ranks"
             )
 
 

@@ -19,7 +19,7 @@ Batches = list[tuple[slice, int]]
 """Windows of each micro-batch, and the fold they belong to."""
 
 
-def deal(batches: Batches, folds: int, size: int) -> list[Batches]:
+def partition_batches(batches: Batches, folds: int, size: int) -> list[Batches]:
     """The micro-batches of each of `size` ranks: of every fold a stretch, in the order of ranks.
 
     Whole micro-batches are dealt, so that each is what it would be in one process. `ArgumentError` where a fold has
@@ -73,7 +73,7 @@ def solving_bytes(share: Share, gram: bool) -> int:
     """Bytes that solving a share at once takes beside its block and its Grams; gram: whether it has any.
 
     Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
-    its workspace) and six of the weight's, of which plain rounding needs four.
+    its workspace) and six of the weight's, of which RTN needs four.
     """
     columns, rows = share.site.in_features, sum(count for _, _, count in share.site.slabs)
     return (share.stop - share.first) * (
@@ -96,11 +96,11 @@ def pieces(shares: Sequence[Share], size: int, device: torch.device, *, gram: bo
         parts = min(count, max(1, due, -(-count // fitting)))
         edges = [share.first + part * count // parts for part in range(parts + 1)]
         found += [(number, Share(share.site, first, stop)) for first, stop in pairwise(edges)]
-    owners = share_out([cost(share) for _, share in found], size)
+    owners = partition([cost(share) for _, share in found], size)
     return [Piece(number, share, owner) for (number, share), owner in zip(found, owners)]
 
 
-def share_out(costs: Sequence[float], size: int) -> list[int]:
+def partition(costs: Sequence[float], size: int) -> list[int]:
     """The rank of each task: the dearest first, each to whoever has least so far; ties go to the lower number."""
     loads = [0.0] * size
     owners = [0] * len(costs)

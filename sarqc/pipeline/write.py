@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,23 @@ from torch import Tensor
 from sarqc.checkpoint.assemble import assemble
 from sarqc.checkpoint.convert import Conversion
 from sarqc.checkpoint.folders import atomic_folder
-from sarqc.checkpoint.formats import Format
+from sarqc.checkpoint.formats import NEUTRAL, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
-from sarqc.checkpoint.state import Parts
+from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.config import AUTO, MethodConfig
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.options import from_record
-from sarqc.pipeline.resume import NEUTRAL, BlockRecord, Work
+from sarqc.pipeline.resume import BlockRecord, Work
 from sarqc.pipeline.verify import Verified, check
 from sarqc.report import report as reports
+from sarqc.report.result import Result
 from sarqc.report.schema import SIZES
-from sarqc.serving.compatibility import outlook_of, ranks_by_server
+from sarqc.serving.compatibility import checkpoint_support, ranks_by_server
 
 
-@dataclass(frozen=True)
-class Result:
-    """out: the checkpoint's folder. report: what report.json in it holds."""
-
-    out: Path
-    report: dict[str, Any]
-
-
-def tensors_of_block(skeleton: Skeleton, source: TensorSource, index: int) -> dict[str, Parts]:
+def tensors_of_block(skeleton: Skeleton, source: TensorSource, index: int) -> dict[str, ChunkedTensor]:
     """The checkpoint's tensors that block `index` is made of, each read when it is asked for.
 
     A tensor of several blocks belongs to the first of them.
@@ -63,7 +55,7 @@ def write_checkpoint(
         with atomic_folder(out, overwrite=overwrite, token=token, within=work.built) as folder:
             report = finish.report(finish.fill(folder))
             reports.write(folder, report)
-        return Result(out, report)
+        return Result.of(out, report)
     work.built.mkdir()
     report = finish.report(finish.fill(work.built))
     code = work.about["code"]
@@ -71,10 +63,10 @@ def write_checkpoint(
         record = Conversion(neutral, format).write(folder, code=code)
         with open_checkpoint(folder) as written:
             skeleton = Skeleton.from_folder(folder, written, trust_remote_code=code)
-            report["serve"] = ranks_by_server(outlook_of(written, skeleton))
+            report["serve"] = ranks_by_server(checkpoint_support(written, skeleton))
         report |= {"format": record["format"], "size": {name: record[name] for name in SIZES}}
         reports.write(folder, report)
-    return Result(out, report)
+    return Result.of(out, report)
 
 
 class _Finish:
@@ -83,7 +75,7 @@ class _Finish:
     def __init__(self, work: Work, checkpoint: Checkpoint) -> None:
         self.work, self.checkpoint = work, checkpoint
         self.records = [work.record(index) for index in range(work.blocks)]
-        self.chosen = work.widths()
+        self.chosen = work.bit_widths()
         self.rescaled = [name for record in self.records for name in _rescaled(record)]
         self._began = time.perf_counter()
 
@@ -140,10 +132,10 @@ class _Finish:
         for record in self.records:
             for stage, spent in record.seconds.items():
                 stages[stage] = stages.get(stage, 0.0) + spent
-        stages |= {"look": self.chosen.seconds} if self.chosen else {}
+        stages |= {"sensitivity": self.chosen.seconds} if self.chosen else {}
         stages["write"] = time.perf_counter() - self._began
         walls = sum(record.wall for record in self.records)
-        stages["total"] = walls + stages.get("look", 0.0) + stages["write"]
+        stages["total"] = walls + stages.get("sensitivity", 0.0) + stages["write"]
         return stages
 
 
@@ -159,8 +151,8 @@ def _names(skeleton: Skeleton, index: int) -> set[str]:
     return {piece.name for name, pieces in skeleton.pieces.items() if name.startswith(start) for piece in pieces}
 
 
-def _lazy(source: TensorSource, name: str) -> Parts:
+def _lazy(source: TensorSource, name: str) -> ChunkedTensor:
     def each() -> Iterator[Tensor]:
         yield source.load(name)
 
-    return Parts(source.shape(name), source.dtype(name), each)
+    return ChunkedTensor(source.shape(name), source.dtype(name), each)

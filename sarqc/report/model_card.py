@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
-from sarqc.model.dataset import GIVEN
+from sarqc.model.dataset import NAMELESS
 from sarqc.model.hub import SMOLLM2
 from sarqc.options import command_words, default_of, record
 from sarqc.report import summary
@@ -100,7 +100,7 @@ def command(report: summary.Report) -> str:
     words += command_words(QuantConfig, numbers, usual)
     words += command_words(MethodConfig, method | {"method": None}, own)
     if calibration:
-        name = _YOURS if calibration["text"] == GIVEN else summary.text_name(calibration["text"])
+        name = _YOURS if calibration["text"] in NAMELESS else summary.text_name(calibration["text"])
         data = {"dataset": name, "num_samples": calibration["windows"], "seed": 0} | calibration
         words += command_words(CalibrationConfig, data, {})
     given = {"dtype": report.get("dtype"), "trust_remote_code": report.get("trust_remote_code")}
@@ -108,17 +108,15 @@ def command(report: summary.Report) -> str:
     return " ".join(shlex.quote(_one_line(word)) for word in words)
 
 
-_YOURS = "YOUR_TOKENS"
+_YOURS = "YOUR_DATA"
 
 
 def _given(report: summary.Report) -> str:
     """What no command line can say, in words."""
     calibration = report["calibration"]
-    if not calibration or calibration["text"] != GIVEN:
+    if not calibration or calibration["text"] not in NAMELESS:
         return ""
-    return (
-        f"Tokens were given in place of a text: {_YOURS} stands for them; `sarqc.quantize(dataset=TOKENS)` takes them."
-    )
+    return f"{_YOURS} stands for {calibration['text']}: in Python, `sarqc.quantize(dataset=...)` takes them."
 
 
 _LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -201,12 +199,10 @@ def _done(report: summary.Report) -> str:
     else:
         lines.append("- no calibration text")
     kind = "output error on the calibration text" if calibration else "weight error"
-    lines.append(
-        f"- {kind} {summary.share(report['error'])}; plain rounding has {summary.share(report['rounding_error'])}"
-    )
+    lines.append(f"- {kind} {summary.share(report['error'])}; RTN has {summary.share(report['rtn_error'])}")
     lines.append(f"- {report['targets']['quantized']} layers at {size['bits_per_weight']} bits per weight with scales")
     if fallbacks := report["fallbacks"]:
-        lines.append(f"- {len(fallbacks)} of {len(report['sites'])} sites were rounded plainly; report.html says why")
+        lines.append(f"- {len(fallbacks)} of {len(report['sites'])} sites were quantized by RTN; report.html says why")
     lines += [f"- to be looked at: {_inline(concern)}" for concern in summary.verdict(report).concerns]
     return "\n".join(lines)
 

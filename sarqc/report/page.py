@@ -51,8 +51,8 @@ def page(report: summary.Report) -> str:
         _losses(report),
         _quality(report),
         _widths(report),
-        _strengths(report),
-        _carried(report),
+        _lambdas(report),
+        _corrections(report),
         _experts(report),
         _worst(report),
         _fallbacks(report),
@@ -99,7 +99,7 @@ def _tiles(report: summary.Report) -> str:
         ),
         (
             summary.share(report["error"]),
-            f"{kind} error (rounding {summary.share(report['rounding_error'])})",
+            f"{kind} error (rounding {summary.share(report['rtn_error'])})",
         ),
     ]
     for entry in report.get("quality", [])[:1]:
@@ -126,11 +126,9 @@ def _losses(report: summary.Report) -> str:
     charts = [line_chart(errors, x_label="block", y_label=plain, kind="log", unit=lambda v: f"{100 * v:.3g} %")]
     told = f"Each point is a site: the layers that read one input, named by the first. {plain.capitalize()} by depth."
     if summary.calibrated(report):
-        losses = _by_kind(found, lambda site: site.loss, lambda v: f"{v:.3g} of plain rounding")
-        charts.insert(
-            0, line_chart(losses, x_label="block", y_label="error / rounding", kind="log", mark=(1.0, "plain rounding"))
-        )
-        told += " Above: as a share of what plain rounding loses; a point above the dashed line was harmed."
+        losses = _by_kind(found, lambda site: site.loss, lambda v: f"{v:.3g} of RTN")
+        charts.insert(0, line_chart(losses, x_label="block", y_label="error / rounding", kind="log", mark=(1.0, "RTN")))
+        told += " Above: as a share of what RTN loses; a point above the dashed line was harmed."
     return _section("Where it was lost", told, *(f"<figure>{chart}</figure>" for chart in charts if chart))
 
 
@@ -142,29 +140,29 @@ def _widths(report: summary.Report) -> str:
     chart = line_chart(series, x_label="block", y_label="bits")
     average = report["size"]["bits_per_weight"]
     told = (
-        f"{average} bits of a weight on average, with scales. Widths were chosen before any block was solved, so that "
-        "what the sites cost, each tried alone to the end of the model, adds up to the least."
+        f"{average} bits per weight on average, scales included. Bit-widths were allocated "
+        "before any block was quantized: they minimise the sum of the measured sensitivities of all sites."
     )
-    return _section("Who got how many bits", told, f"<figure>{chart}</figure>")
+    return _section("Bits by layer", told, f"<figure>{chart}</figure>")
 
 
-def _strengths(report: summary.Report) -> str:
-    found = [site for site in summary.sites(report) if site.strength > 0]
-    series = _by_kind(found, lambda site: site.strength, lambda v: f"strength {v:.3g}")
-    chart = line_chart(series, x_label="block", y_label="strength λ", kind="log")
-    told = "The weight of the pull to the original weights, against the output error. More text needs less of it."
-    return _section("How strongly weights were held", told, f"<figure>{chart}</figure>") if chart else ""
+def _lambdas(report: summary.Report) -> str:
+    found = [site for site in summary.sites(report) if site.reg_lambda > 0]
+    series = _by_kind(found, lambda site: site.reg_lambda, lambda v: f"lambda {v:.3g}")
+    chart = line_chart(series, x_label="block", y_label="lambda", kind="log")
+    told = "Weight of the regulariser relative to the output error. More calibration text needs a smaller lambda."
+    return _section("Regularisation lambda", told, f"<figure>{chart}</figure>") if chart else ""
 
 
-def _carried(report: summary.Report) -> str:
-    found = [site for site in summary.sites(report) if site.carried > 0]
-    series = _by_kind(found, lambda site: site.carried, lambda v: f"share {v:.2f}")
+def _corrections(report: summary.Report) -> str:
+    found = [site for site in summary.sites(report) if site.correction_share > 0]
+    series = _by_kind(found, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
     chart = line_chart(series, x_label="block", y_label="share")
     told = (
-        "One layer of a block also aims at the hidden states behind it being the original model's again: this share "
-        "of the way, half of what the other half of the text says is best."
+        "One layer of each block also corrects the drift of the hidden states from the original model, by this share: "
+        "half of the share that is best on held-out text."
     )
-    return _section("Who made up for earlier errors", told, f"<figure>{chart}</figure>") if chart else ""
+    return _section("Residual error correction", told, f"<figure>{chart}</figure>") if chart else ""
 
 
 def _by_kind(found: list[summary.SiteFacts], value: Any, said: Any) -> list[Series]:
@@ -226,20 +224,20 @@ def _worst(report: summary.Report) -> str:
         (
             site.name,
             summary.share(site.error),
-            summary.share(site.rounding_error),
+            summary.share(site.rtn_error),
             short(site.loss) if site.loss is not None else "",
-            short(site.strength),
+            short(site.reg_lambda),
             short(site.record.get("damping", 0.0)),
         )
         for site in summary.worst(report)
     ]
-    head = ("site", "error", "plain rounding", "ratio", "strength", "damping")
+    head = ("site", "error", "RTN", "ratio", "lambda", "damping")
     return _section("The worst ten sites", "By error.", _table(head, rows, numbers=5)) if rows else ""
 
 
 def _fallbacks(report: summary.Report) -> str:
     rows = list(report["fallbacks"].items())
-    told = "Sites that were rounded plainly instead of solved, and why."
+    told = "Sites that were quantized by RTN instead of solved, and why."
     return _section("Fallbacks", told, _table(("site", "reason"), rows)) if rows else ""
 
 

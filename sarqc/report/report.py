@@ -20,7 +20,7 @@ from sarqc import legacy
 from sarqc.checkpoint.files import file_in, read_json
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import CheckpointError
-from sarqc.method.layer import SolveReport
+from sarqc.method.layer import LayerReport
 from sarqc.model.source import TensorSource
 from sarqc.options import record
 from sarqc.report import model_card, page
@@ -37,7 +37,7 @@ def build(
     method: MethodConfig,
     calibration: dict[str, Any] | None,
     targets: dict[str, Any],
-    sites: Sequence[SolveReport],
+    sites: Sequence[LayerReport],
     blocks: Sequence[tuple[int, Mapping[str, float]]],
     stages: dict[str, float],
     source: dict[str, Any],
@@ -55,7 +55,7 @@ def build(
         "targets": targets,
         "size": size,
         "error": _mean([site.error for site in sites]),
-        "rounding_error": _mean([site.rounding_error for site in sites]),
+        "rtn_error": _mean([site.rtn_error for site in sites]),
         "notes": list(notes),
         "fallbacks": {site.site: site.fallback for site in sites if site.fallback},
         "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},

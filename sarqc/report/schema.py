@@ -19,7 +19,11 @@ def check(report: Mapping[str, Any], where: str) -> None:
         _fields(report["quant"], {"avg_bits": _number, "bit_options": _counts}, f"{where}: quant")
     for index, site in enumerate(report["sites"]):
         _fields(site, _SITE, f"{where}: sites[{index}]")
-        _fields({"bits": 0, "carried": 0} | site, {"bits": _number, "carried": _number}, f"{where}: sites[{index}]")
+        _fields(
+            {"bits": 0, "correction_share": 0} | site,
+            {"bits": _number, "correction_share": _number},
+            f"{where}: sites[{index}]",
+        )
     for key in ("blocks", "quality"):
         if not isinstance(report.get(key, []), list):
             raise CheckpointError(f"{where}: {key!r} is not what a report holds there")
@@ -91,8 +95,8 @@ _SITE: dict[str, Kind] = {
     "site": _string,
     "rows": _counts,
     "error": _number,
-    "rounding_error": _number,
-    "strength": _number,
+    "rtn_error": _number,
+    "reg_lambda": _number,
 }
 _REPORT: dict[str, Kind] = {
     "model": _string,
@@ -102,7 +106,7 @@ _REPORT: dict[str, Kind] = {
     "targets": _targets,
     "size": _mapping,
     "error": _number,
-    "rounding_error": _number,
+    "rtn_error": _number,
     "fallbacks": _texts,
     "seconds": _numbers,
     "peak_memory_mib": _numbers,

@@ -16,7 +16,7 @@ from typing import Any
 STARVED = 0.1
 """An expert is starved below this share of the median tokens of its layer."""
 HARMED = 1.05
-"""A site is harmed where its error is more than this times that of plain rounding."""
+"""A site is harmed where its error is more than this times that of RTN."""
 
 Report = dict[str, Any]
 _SHARE = re.compile(r"^(.*)\[(\d+):(\d+)\]$")
@@ -25,16 +25,16 @@ _SHARE = re.compile(r"^(.*)\[(\d+):(\d+)\]$")
 @dataclass(frozen=True)
 class SiteFacts:
     """One site. block: index of its decoder block, None where its name has none. kind: its name inside the block.
-    loss: error / error of plain rounding, None where that is zero. carried, bits: 0 in reports that lack them."""
+    loss: error / error of RTN, None where that is zero. carried, bits: 0 in reports that lack them."""
 
     name: str
     block: int | None
     kind: str
     error: float
-    rounding_error: float
+    rtn_error: float
     loss: float | None
-    strength: float
-    carried: float
+    reg_lambda: float
+    correction_share: float
     bits: int
     rows: tuple[int, ...]
     record: dict[str, Any]
@@ -165,8 +165,8 @@ def calibrated(report: Report) -> bool:
 
 
 def gain(report: Report) -> float | None:
-    """How many times smaller than plain rounding's the error is; None where either is zero."""
-    error, plain = report["error"], report["rounding_error"]
+    """How many times smaller than RTN's the error is; None where either is zero."""
+    error, plain = report["error"], report["rtn_error"]
     return plain / error if error > 0 and plain > 0 else None
 
 
@@ -175,15 +175,15 @@ def verdict(report: Report) -> Verdict:
     concerns = _concerns(report)
     quant = report["quant"]
     what = f"{width(quant)} by {report['method']['method']}"
-    error, plain = share(report["error"]), share(report["rounding_error"])
+    error, plain = share(report["error"]), share(report["rtn_error"])
     if not calibrated(report):
         told = f"{what}, without calibration; weight error {error}"
     elif (times := gain(report)) is None:
-        told = f"{what}; output error {error}, plain rounding {plain}"
+        told = f"{what}; output error {error}, RTN {plain}"
     elif times >= 1:
-        told = f"{what}; output error {error}, {times:.1f} times smaller than plain rounding's {plain}"
+        told = f"{what}; output error {error}, {times:.1f} times smaller than RTN's {plain}"
     else:
-        told = f"{what}; output error {error}, larger than plain rounding's {plain}"
+        told = f"{what}; output error {error}, larger than RTN's {plain}"
     after = [entry for entry in report.get("quality", []) if entry.get("before")]
     if after:
         kept = max(after, key=lambda entry: entry["after"] / entry["before"])
@@ -195,12 +195,12 @@ def verdict(report: Report) -> Verdict:
 def _concerns(report: Report) -> list[str]:
     found = []
     if fallbacks := len(report["fallbacks"]):
-        found.append(f"{counted(fallbacks, 'site')} fell back to plain rounding")
+        found.append(f"{counted(fallbacks, 'site')} fell back to RTN")
     if calibrated(report):
         harmed = [s for s in sites(report) if s.loss is not None and s.loss > HARMED]
         if harmed:
             first = max(harmed, key=lambda site: site.loss or 0.0)
-            found.append(f"{counted(len(harmed), 'site')} lost more than plain rounding would, most {first.name}")
+            found.append(f"{counted(len(harmed), 'site')} lost more than RTN would, most {first.name}")
     unseen = sum(count == 0 for load in loads(report) for count in load.rows)
     if unseen:
         found.append(f"{counted(unseen, 'expert')} saw no token at all: more or other calibration text helps")
@@ -212,16 +212,16 @@ def _concerns(report: Report) -> list[str]:
 
 def _site(record: dict[str, Any]) -> SiteFacts:
     block, kind = place(record["site"])
-    plain = record["rounding_error"]
+    plain = record["rtn_error"]
     return SiteFacts(
         name=record["site"],
         block=block,
         kind=kind,
         error=record["error"],
-        rounding_error=plain,
+        rtn_error=plain,
         loss=record["error"] / plain if plain > 0 else None,
-        strength=record["strength"],
-        carried=record.get("carried", 0.0),
+        reg_lambda=record["reg_lambda"],
+        correction_share=record.get("correction_share", 0.0),
         bits=record.get("bits", 0),
         rows=tuple(record["rows"]),
         record=record,

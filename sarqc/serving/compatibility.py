@@ -1,4 +1,4 @@
-"""What a server meets in a model: one about to be quantized, or a checkpoint that is there."""
+"""Which runtimes support a model: one that will be quantized, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from sarqc.checkpoint.reader import Checkpoint
 from sarqc.config import QuantConfig
 from sarqc.model.layers import Target, targets_of
 from sarqc.model.lazy_model import Skeleton
-from sarqc.serving.rules import Outlook, Served, fused_layers, mixed_places, outlook
+from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support
 
 
-def served(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> Served:
-    """A model with these layers quantized and those left."""
-    config = skeleton.model.config
+def runtime_model(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
+    """A model with these layers quantized and those left unquantized."""
+    config = skeleton.text_config
     heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     linears = [
         (target.linear, target.shape, skeleton.model.get_parameter(target.parameter).dim() == 3) for target in quantized
     ]
     names = [target.linear for target in quantized]
-    return Served(fused_layers(linears, key_values), mixed_places(names, left), heads, key_values)
+    return RuntimeModel(fused_layers(linears, key_values), mixed_places(names, left), heads, key_values)
 
 
-def outlook_of(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Outlook]:
-    """Every server with every number of ranks, for a checkpoint as its headers describe it; layers that differ in bits,
-    groups or symmetry each by their own. Empty where nothing is quantized, or in groups that there are no rules for.
+def checkpoint_support(checkpoint: Checkpoint, skeleton: Skeleton) -> list[RuntimeSupport]:
+    """Every runtime with every number of ranks, for a checkpoint as its headers describe it.
+
+    Layers that differ in bits, group size or symmetry are checked separately. Empty where nothing is quantized, or
+    where there are no rules for the group size.
     """
     kinds = _kinds(checkpoint)
     if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
@@ -38,8 +40,8 @@ def outlook_of(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Outlook]:
         quantized = [target for target in found.selected if target.linear in linears]
         others = [target.linear for target in found.selected if target.linear not in linears]
         quant = QuantConfig(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
-        model = served(skeleton, quantized, [*found.untouched, *others])
-        told.append(outlook(model, quant, checkpoint.format.name))
+        model = runtime_model(skeleton, quantized, [*found.untouched, *others])
+        told.append(runtime_support(model, quant, checkpoint.format.name))
     return [_together(ones) for ones in zip(*told, strict=True)]
 
 
@@ -62,7 +64,7 @@ def _kinds(checkpoint: Checkpoint) -> dict[_Kind, set[str]]:
     return found
 
 
-def _together(ones: Sequence[Outlook]) -> Outlook:
+def _together(ones: Sequence[RuntimeSupport]) -> RuntimeSupport:
     """One server with so many ranks, for layers of several kinds."""
     kernels: Counter[str] = Counter()
     for one in ones:
@@ -94,8 +96,8 @@ class Server:
         return f"{self.name}: tp {', '.join(map(str, self.ranks))} ({kernels}){why}"
 
 
-def by_server(outlooks: Sequence[Outlook]) -> list[Server]:
-    """Outlooks summed up for each server."""
+def by_runtime(outlooks: Sequence[RuntimeSupport]) -> list[Server]:
+    """Support summed up for each runtime."""
     found = []
     for name in dict.fromkeys(one.server for one in outlooks):
         mine = sorted((one for one in outlooks if one.server == name and one.known), key=lambda one: one.ranks)
@@ -110,6 +112,6 @@ def by_server(outlooks: Sequence[Outlook]) -> list[Server]:
     return found
 
 
-def ranks_by_server(outlooks: Sequence[Outlook]) -> dict[str, list[int] | None]:
+def ranks_by_server(outlooks: Sequence[RuntimeSupport]) -> dict[str, list[int] | None]:
     """Numbers of ranks that each server runs on, none where it refuses; None where there are no rules."""
-    return {server.name: list(server.ranks) if server.known else None for server in by_server(outlooks)}
+    return {server.name: list(server.ranks) if server.known else None for server in by_runtime(outlooks)}

@@ -62,9 +62,10 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """One server with so many ranks. kernels: the layers each takes. failures: a line for each kind of layer that it
-    would refuse. known: whether there are rules for this case at all."""
+class RuntimeSupport:
+    """What one runtime with `ranks` ranks does with a checkpoint. kernels: layers that run in each kernel. failures: a
+    line for each kind of layer that it rejects. known: whether there are rules for this case.
+    """
 
     server: str
     ranks: int
@@ -154,9 +155,10 @@ EXPANDS = "transformers 5.23"
 
 
 @dataclass(frozen=True)
-class Served:
-    """A quantized model as a server sees it. mixed: places where only a part of what is fused is quantized. heads,
-    key_values: attention heads, where the configuration has them."""
+class RuntimeModel:
+    """A quantized model as a runtime loads it. mixed: places where only a part of a fused matrix is quantized. heads,
+    key_values: attention heads, where the configuration has them.
+    """
 
     layers: tuple[Layer, ...]
     mixed: tuple[str, ...]
@@ -164,14 +166,16 @@ class Served:
     key_values: int | None
 
 
-def outlook(model: Served, quant: QuantConfig, format: str, ranks: Sequence[int] = RANKS) -> list[Outlook]:
-    """Every server with every number of ranks; for a format without rules here nothing is known."""
+def runtime_support(
+    model: RuntimeModel, quant: QuantConfig, format: str, ranks: Sequence[int] = RANKS
+) -> list[RuntimeSupport]:
+    """Every runtime with every number of ranks; for a format without rules nothing is known."""
     return [_one(server, count, model, quant, format) for server in SERVERS for count in ranks]
 
 
-def _one(server: str, ranks: int, model: Served, quant: QuantConfig, format: str) -> Outlook:
+def _one(server: str, ranks: int, model: RuntimeModel, quant: QuantConfig, format: str) -> RuntimeSupport:
     if format != FORMAT or (server == EXPANDS and ranks > 1):
-        return Outlook(server, ranks, {}, (), known=False)
+        return RuntimeSupport(server, ranks, {}, (), known=False)
     kernels: dict[str, int] = {}
     failures = []
     if server != EXPANDS:
@@ -186,7 +190,7 @@ def _one(server: str, ranks: int, model: Served, quant: QuantConfig, format: str
             failures.append(f"{layer.name}: {reason}")
         else:
             kernels[kernel] = kernels.get(kernel, 0) + layer.count
-    return Outlook(server, ranks, kernels, tuple(failures))
+    return RuntimeSupport(server, ranks, kernels, tuple(failures))
 
 
 def _kernel(server: str, layer: Layer, ranks: int, quant: QuantConfig) -> tuple[str | None, str]:
@@ -242,7 +246,7 @@ def mixed_places(quantized: Sequence[str], left: Sequence[str]) -> tuple[str, ..
     return tuple(seen)
 
 
-def to_json(found: Sequence[Outlook]) -> list[dict[str, Any]]:
+def to_json(found: Sequence[RuntimeSupport]) -> list[dict[str, Any]]:
     """Outlooks as JSON values."""
     return [
         {

@@ -182,9 +182,9 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, b
 def quantize_columns(
     weight: Tensor,
     factor: Tensor,
-    order: Tensor | None,
-    scales: Tensor | None,
-    zeros: Tensor | None,
+    order: Tensor | None = None,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
     *,
     bits: int,
     group_size: int,

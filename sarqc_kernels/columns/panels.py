@@ -35,7 +35,7 @@ __all__ = ["Action", "Steps", "Work", "batches", "factors_of", "plan", "quantize
 
 ELEMENTS = 1 << 28  # weights in flight: 2.3 GB of buffers
 LEAST_ROWS = 4096  # of a batch: fewer would leave multiprocessors idle
-WIDEST = 46_340  # columns: inside one expert, kernels count elements in 32 bits
+WIDEST = (1 << 31) // LEAST_ROWS - 1  # columns: of a batch's matrix, kernels count elements in 32 bits
 LAUNCH = 65_535  # programs on the second and third axis of a launch
 
 Action = Literal["round", "fit", "free", "fit wide", "start"]
@@ -189,7 +189,7 @@ def too_large(columns: int) -> str | None:
     """Why the matrices of one expert are too large; None where they are not. `batches` sees to the other sizes."""
     if columns <= WIDEST:
         return None
-    return f"{columns} columns are more than {WIDEST}: elements of a factor are counted in 32 bits"
+    return f"{columns} columns are more than {WIDEST}: elements of {LEAST_ROWS} rows are counted in 32 bits"
 
 
 @functools.cache

@@ -54,10 +54,13 @@ SCALES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 @triton.jit
 def _add_pull(acc, factor, delta, begin, end, column, live_column, row, live_row, rows, stride, DEPTH: tl.constexpr):
     """acc [columns, rows] + sum over begin <= i < end of M[i, column] delta[i, row]."""
+    line = factor + tl.cast(begin, tl.int64) * stride  # a factor can have more than 2^31 elements
+    within = tl.arange(0, DEPTH)[:, None] * stride + column[None, :]
     for start in range(begin, end, DEPTH):
         i = start + tl.arange(0, DEPTH)
         live = (i < end)[:, None]
-        m = tl.load(factor + i[:, None] * stride + column[None, :], mask=live & live_column[None, :], other=0.0)
+        m = tl.load(line + within, mask=live & live_column[None, :], other=0.0)
+        line += DEPTH * stride
         d = tl.load(delta + i[:, None] * rows + row[None, :], mask=live & live_row[None, :], other=0.0)
         acc = tl.dot(tl.trans(m), d, acc, input_precision="tf32x3")
     return acc
@@ -147,7 +150,7 @@ def _columns(
     matrix, vector = (expert * columns + first) * rows, expert * columns + first
     weight, delta, codes = weight + matrix, delta + matrix, codes + matrix
     pull, ahead = pull + expert * PANEL * rows, ahead + expert * MICRO * rows
-    factor += expert * factor_expert + first * columns + first
+    factor += expert * factor_expert + tl.cast(first, tl.int64) * columns + first
     inverse, importance, group_of = inverse + vector, importance + vector, group_of + vector
     scales, zeros = scales + expert * groups * rows, zeros + expert * groups * rows
     for begin in range(0, last - first, stretch):

@@ -2,10 +2,10 @@
 
     y_t = sum over e in top-k(t) of  r_te * W2_e (silu(G_e x_t) * U_e x_t),    W1_e = [G_e; U_e]
 
-Tokens are not copied into the order of their experts: a `Routing` says which token stands behind each row. The Triton
-implementation is three launches (a fourth and a fifth where inputs are split): the gated first product, which reads x
-by index and never writes gate or up; the second product; and the sum, which multiplies by the router's weights on its
-way. Elsewhere it is the same steps, one after another, on whichever product runs there.
+Tokens are not copied into the order of their experts: a `Routing` says which token stands behind each row. On a GPU it
+is three launches (with Triton a fourth and a fifth where inputs are split): the gated first product, which reads x by
+index and never writes gate or up; the second product; and the sum, which multiplies by the router's weights on its
+way. Few rows are multiplied by csrc/gemv.cu, more of them by Triton. Elsewhere the same steps run one after another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_offsets, check_same_device
 from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.fast_path import takes_fast_path
-from sarqc_kernels.w4a16 import cpu, matmul, reference
+from sarqc_kernels.w4a16 import cpu, cuda, matmul, reference
 from sarqc_kernels.w4a16.layout import RepackedWeight, check_weight
 from sarqc_kernels.w4a16.routing import Routing
 
@@ -61,12 +61,13 @@ def _run_triton(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routin
 
 _REFERENCE = Implementation("reference", takes_all, partial(_step_by_step, reference.w4a16_matmul))
 _CPU = Implementation("cpu", _cpu_unsupported, partial(_step_by_step, cpu.w4a16_matmul))
+_CUDA = Implementation("cuda", cuda.unsupported_experts, cuda.w4a16_experts)
 _TRITON = Implementation("triton", _triton_unsupported, _run_triton)
 
 
 def implementations(x: Tensor) -> Sequence[Implementation]:
     """What can run where `x` lies, in the order in which to try; as for `w4a16_matmul`."""
-    return (_CPU, _REFERENCE, _TRITON) if x.is_cpu else (_TRITON, _CPU, _REFERENCE)
+    return (_CPU, _REFERENCE, _TRITON, _CUDA) if x.is_cpu else (_CUDA, _TRITON, _CPU, _REFERENCE)
 
 
 def w4a16_experts(

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from sarqc.checkpoint import shards
-from sarqc.checkpoint.state import Parts, State, write_state
+from sarqc.checkpoint.state import ChunkedTensor, State, write_state
 from sarqc.errors import CheckpointError, ResourceError
 
 
@@ -24,7 +24,7 @@ def in_parts(tensor, lengths):
             part.zero_()
             start += length
 
-    return Parts(tuple(tensor.shape), tensor.dtype, each), asked
+    return ChunkedTensor(tuple(tensor.shape), tensor.dtype, each), asked
 
 
 @pytest.fixture
@@ -85,5 +85,5 @@ def test_pieces_that_fail_leave_what_was_there(hidden, tmp_path, error, says):
         raise error
 
     with pytest.raises(ResourceError, match=says):
-        write_state(path, {"hidden": Parts(tuple(hidden.shape), hidden.dtype, failing)}, {})
+        write_state(path, {"hidden": ChunkedTensor(tuple(hidden.shape), hidden.dtype, failing)}, {})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -103,7 +103,7 @@ def refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
         (("--bits", 9), ("bits = 9", "2 to 8")),
         (("--group-size", 48), ("group_size = 48", "model.layers.0.self_attn.q_proj")),
         (("--group-size", "many"), ("group_size", "many")),
-        (("--reg-lambda", "-1"), ("strength", "-1")),
+        (("--reg-lambda", "-1"), ("reg_lambda", "-1")),
         (("--method", "magic"), ("magic", "sarqc-gptq")),
         (("--saliency", "magic"), ("saliency", "magic", "power:A")),
         (("--ignore", "no_such_layer"), ("no_such_layer",)),
@@ -196,7 +196,7 @@ def stage(self, block, name):
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
 
-terminal.RunWatcher.stage = stage
+terminal.RunProgress.stage = stage
 times = int(sys.argv.pop())
 main()
 """
@@ -228,7 +228,7 @@ def test_saliency_and_strength_reach_the_solver(source, tmp_path):
     done = sarqc("quantize", source, "-o", tmp_path / "out", *RUN, *options, "--json")
     report = json.loads(done.stdout)
     assert report["method"] == record(MethodConfig("sarqc-awq-gptq", saliency="power:0.5", reg_lambda=0.3))
-    assert all(site["strength"] == pytest.approx(0.3) for site in report["sites"])
+    assert all(site["reg_lambda"] == pytest.approx(0.3) for site in report["sites"])
 
 
 def test_a_report_is_made_again_and_quality_is_saved_into_it(source, quantized, tmp_path):

@@ -77,7 +77,7 @@ def test_every_method_runs_and_reports(source, tmp_path):
         assert report["method"]["method"] == method
         assert 0 < report["error"] < 1
         if sarqc.METHODS[method].calibrated:
-            assert report["error"] < report["rounding_error"]
+            assert report["error"] < report["rtn_error"]
         scaled = [site for site in report["sites"] if site["exponent"] > 0]
         assert bool(scaled) == sarqc.METHODS[method].channel_scales
 

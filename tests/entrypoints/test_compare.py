@@ -15,7 +15,7 @@ from sarqc.cli.comparison import comparison_tables
 from sarqc.comparison import experiment as module
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Other
-from sarqc.entrypoints.compare import Silent, compare
+from sarqc.entrypoints.compare import NoProgress, compare
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.model.dataset import Windows, windows
 from tests.support import tiny
@@ -51,7 +51,7 @@ def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
         # Micro-batches and folds add up in another order, so that a code at a tie may fall the other way.
         assert one["quality"]["builtin"]["perplexity"] == pytest.approx(judged.perplexity, rel=2e-4), method
         assert one["error"] == pytest.approx(run.report["error"], rel=0.02), method
-        assert one["rounding_error"] == pytest.approx(run.report["rounding_error"], rel=0.02), method
+        assert one["rtn_error"] == pytest.approx(run.report["rtn_error"], rel=0.02), method
     text = found.table["protocol"]["texts"][0]
     assert text["perplexity"] == pytest.approx(sarqc.evaluate(shallow, seqlen=48, max_windows=3).perplexity, rel=1e-4)
     also = [Other("the run", 3, 64, 4, 5, tmp_path / "gptq")]
@@ -85,7 +85,7 @@ class Stop(Exception):
     pass
 
 
-class StopAfter(Silent):
+class StopAfter(NoProgress):
     def __init__(self, steps):
         self.left = steps
         self.steps = []

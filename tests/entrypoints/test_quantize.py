@@ -10,13 +10,13 @@ import torch
 import sarqc
 from sarqc.entrypoints.convert import convert
 from sarqc.errors import ArgumentError, CheckpointError, SarqcError, TextError
-from sarqc.pipeline.progress import Silent
+from sarqc.pipeline.progress import NoProgress
 from tests.support import tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32}
 
 
-class Diary(Silent):
+class Diary(NoProgress):
     def __init__(self):
         self.lines = []
 
@@ -59,7 +59,7 @@ def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
     elsewhere.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(elsewhere)
-    sarqc.preflight(source, "~/run", work_dir="~/work", **SMALL)
+    sarqc.estimate(source, "~/run", work_dir="~/work", **SMALL)
     run = sarqc.quantize(source, "~/run", work_dir="~/work", method="rtn", group_size=32)
     converted = convert("~/run", "~/converted", format="gptq")
     compared = sarqc.compare(source, "~/compared", methods=["rtn"], bits=[4], seqlen=32, eval_seqlen=32, eval_windows=1)

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 import sarqc
 from sarqc.cli.preflight import show
-from sarqc.cli.terminal import RunWatcher
+from sarqc.cli.terminal import RunProgress
 from sarqc.entrypoints.estimate import preflight
 from sarqc.errors import ArgumentError, ModelError, ResourceError
 from sarqc.estimation.preflight import Preflight
@@ -49,7 +50,9 @@ def test_sizes_are_those_of_the_run(sources, tmp_path, kind, quant):
     assert found.bits_per_weight == pytest.approx(result.report["size"]["bits_per_weight"], abs=1e-3)
     assert found.quantized_linears == result.report["targets"]["quantized"]
     assert found.sites >= len(result.report["sites"])
-    stored = sum(path.stat().st_size for path in (tmp_path / ".out.work").rglob("*.safetensors"))
+    # the shards of the output were those of the work folder
+    folders = (result.out, tmp_path / ".out.work")
+    stored = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
     headers = 400 * found.quantized_linears * 3 + 50_000
     assert found.sizes.work - found.sizes.hidden <= stored <= found.sizes.work + headers
 
@@ -141,15 +144,26 @@ def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_
     assert ("*.safetensors" in asked) is not reachable
 
 
-def test_a_shard_that_is_written_needs_its_room_twice(sources, tmp_path, monkeypatch):
-    """The spool and the shard that is made of it are there together."""
+def test_disk_is_asked_for_what_will_be_written(sources, tmp_path, monkeypatch):
+    """Shards are renamed; copied into one file, converted by way of a spool, or copied to another file system."""
     module = sys.modules[Preflight.__module__]
-    (disk,) = preflight(sources["llama"], tmp_path / "out", **SMALL).disk
-    monkeypatch.setattr(module, "SHARD_BYTES", 0)
-    found = preflight(sources["llama"], tmp_path / "out", **SMALL)
-    assert disk.needed == found.disk[0].needed + found.sizes.output  # all of it is one shard
+
+    def needed(**how):
+        found = preflight(sources["llama"], tmp_path / "out", **SMALL | how)
+        return sum(one.needed for one in found.disk) - found.sizes.work - module._SPARE, found.sizes.output
+
+    merged, output = needed()
+    assert merged == output
+    monkeypatch.setattr(module, "MERGE_BYTES", 0)
+    assert needed()[0] == 0
+    converted, output = needed(format="gptq")
+    assert converted == 2 * output
     monkeypatch.setattr(module, "SHARD_BYTES", 1000)
-    assert preflight(sources["llama"], tmp_path / "out", **SMALL).disk[0].needed == found.disk[0].needed + 1000
+    assert needed(format="gptq")[0] == output + 1000
+    memory = Path("/dev/shm")
+    if memory.is_dir() and memory.stat().st_dev != tmp_path.stat().st_dev:
+        found, output = needed(work_dir=memory / "sarqc-test-work")
+        assert found == output
 
 
 def test_text_that_is_here_is_counted_and_text_that_is_not_refused(sources, tmp_path):
@@ -168,7 +182,7 @@ def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
     left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}
     assert left == {
         "model.layers.*.self_attn.o_proj": (2, "ignore o_proj$"),
-        "model.layers.*.mlp.gate": (2, "its outputs choose experts or positions"),
+        "model.layers.*.mlp.gate": (2, "router or no Linear"),
         "lm_head": (1, "outside the blocks"),
     }
 
@@ -193,9 +207,11 @@ def test_the_first_look_is_counted_where_there_is_one(sources, tmp_path):
         found = preflight(sources["qwen3_moe"], tmp_path / "out", **SMALL | {"method": "gptq"} | how).memory
         return {stage.stage: stage.host for stage in found}
 
-    assert "look" not in stages()
+    assert "sensitivity" not in stages()
     mixed = stages(avg_bits=4.5)
-    assert mixed["look"] >= mixed["solve"] - (1 << 20) and list(mixed).index("look") < list(mixed).index("forward")
+    assert mixed["sensitivity"] >= mixed["solve"] - (1 << 20) and list(mixed).index("sensitivity") < list(mixed).index(
+        "observe"
+    )
 
 
 def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
@@ -206,7 +222,7 @@ def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
 
 
 def test_unknown_settings_and_models_are_one_line(sources, tmp_path):
-    with pytest.raises(ArgumentError, match="bitz is not an option"):
+    with pytest.raises(ArgumentError, match="bitz"):
         preflight(sources["llama"], tmp_path / "out", bitz=4)
     with pytest.raises(ModelError, match="no such folder"):
         preflight("no/such/model", tmp_path / "out")
@@ -233,9 +249,9 @@ def test_brackets_in_names_and_patterns_are_shown_as_they_are(sources, tmp_path,
     show(Console(width=300), found)
     shown = capsys.readouterr().out
     assert "a[bold]b" in shown and "out[dim]" in shown and "ignore [ok]_proj[/]?$" in shown
-    with RunWatcher(Console()) as watcher:
-        watcher.note("work[/] in [dim]")
-        watcher.follow("tensors")(1, 1, "x[/]")
+    with RunProgress(Console()) as progress:
+        progress.note("work[/] in [dim]")
+        progress.follow("tensors")(1, 1, "x[/]")
     assert capsys.readouterr().out == "work[/] in [dim]\ntensors 1/1: x[/], 0:00 left\n"
 
 

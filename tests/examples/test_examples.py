@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -11,10 +12,8 @@ from types import ModuleType
 import pytest
 
 import sarqc
+import sarqc_kernels
 from sarqc.errors import ArgumentError
-from sarqc.method.layer import SOLVERS
-from sarqc.method.rtn import solve_round
-from sarqc.model.tokenizer import load_tokenizer
 from tests.support import tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -59,24 +58,35 @@ def test_chat_calibration(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(f"{json.dumps({'messages': chat})}\n\n{json.dumps({'messages': chat})}\n", encoding="utf-8")
     module = example("chat_calibration")
-    tokenizer = load_tokenizer(folder)
-    tokens = module.windows(tokenizer, module.conversations(str(path)), 32)
-    assert int((tokens == tokenizer.eos_token_id).sum()) == 4  # two turns of two conversations, nothing added to them
-    assert tokenizer.decode(tokens[0]).startswith("<end>user: What is a name<end>assistant: A binding.")
     result = module.main(str(folder), tmp_path / "out", str(path), seqlen=32, num_samples=8, group_size=32)
-    assert result.report["calibration"]["text"] == "given tokens"
+    assert result.report["calibration"]["text"] == "given conversations"
     assert next(iter(module.conversations(None)))[1]["role"] == "assistant"
 
 
 def test_a_new_solver(llama, tmp_path):
     module = example("a_new_solver")
     errors = module.main(str(llama), tmp_path, **SMALL)
-    rounding = json.loads((tmp_path / "rtn-search" / "report.json").read_text(encoding="utf-8"))["rounding_error"]
-    assert errors["sarqc-gptq"] < errors["least-squares"] < rounding
+    report = json.loads((tmp_path / "least-squares" / "report.json").read_text(encoding="utf-8"))
+    assert report["method"]["method"] == "least-squares"
+    assert errors["sarqc-gptq"] < errors["least-squares"] < report["rtn_error"]
     assert errors["least-squares"] != errors["rtn-search"]
-    assert SOLVERS["rtn"] is solve_round
     with pytest.raises(ArgumentError, match="symmetric"):
         module.main(str(llama), tmp_path / "asym", sym=False, **SMALL)
+
+
+def test_examples_use_public_names_only():
+    """What an example needs is the public interface: names of the two packages themselves, nothing below them."""
+    for path in EXAMPLES.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert all("." not in alias.name for alias in node.names if alias.name.startswith("sarqc")), path
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sarqc"):
+                package = {"sarqc": sarqc, "sarqc_kernels": sarqc_kernels}.get(node.module or "")
+                assert package is not None, f"{path.name}:{node.lineno}: from {node.module}"
+                assert {alias.name for alias in node.names} <= set(package.__all__), path
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sarqc":
+                assert node.attr in sarqc.__all__, f"{path.name}:{node.lineno}: sarqc.{node.attr}"
 
 
 def test_kernels_alone():
@@ -88,10 +98,10 @@ def test_starved_experts(tmp_path, capsys):
     result = example("starved_experts").main(tmp_path)
     starved = [site["rows"].count(0) for site in result.report["sites"] if len(site["rows"]) > 1]
     assert len(starved) == 4 and min(starved) > 0
-    assert all(site["error"] < site["rounding_error"] for site in result.report["sites"])
+    assert all(site["error"] < site["rtn_error"] for site in result.report["sites"])
     said = capsys.readouterr().out
     assert all(f" {count} " in said for count in starved) and "borrows from its layer: 16" in said  # of 64 inputs
-    assert "rounded plainly instead of solved: none" in said
+    assert "quantized by RTN instead of solved: none" in said
     assert sarqc.load(result.out)[0].config.num_experts == 16
 
 

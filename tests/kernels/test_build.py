@@ -180,7 +180,7 @@ def test_only_the_device_of_the_call_gets_a_context(monkeypatch: pytest.MonkeyPa
             return 0
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    monkeypatch.setattr(build, "library", functools.cache(lambda name, arch: Ready()))
+    monkeypatch.setattr(build, "library", functools.cache(lambda name, arch, defines: Ready()))
     assert build.why_not("columns", 90, torch.device("cuda", 3)) is None
     assert current == ["cuda:3"]
 

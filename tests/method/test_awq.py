@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.awq import EXPONENTS, SMALL_EXPONENTS, Reader, Scaling, search
-from sarqc.method.gptq import error_cost
+from sarqc.method.awq import EXPONENTS, SMALL_EXPONENTS, BalanceLayer, Scaling, search
+from sarqc.method.gptq import loss_weight
 from sarqc.method.gram import Gram, Statistics
 from sarqc.method.hessian import regularised_hessian, saliency
-from sarqc.method.lambda_search import Strengths
+from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import solve_site
-from sarqc.method.rtn import round_plainly
+from sarqc.method.rtn import quantize_rtn
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import fit_grid, round_to_grid
 
@@ -35,17 +35,17 @@ def seen(*parts):
     return gram
 
 
-def strength(gram, spec):
-    return Strengths().choose("", gram.rows, INPUTS, spec, None).strength
+def reg_lambda(gram, spec):
+    return LambdaSearch().choose("", gram.rows, INPUTS, spec, None).reg_lambda
 
 
-def reader(weight, gram, method="sarqc-awq"):
-    cost = error_cost("site", gram, strength(gram, MethodConfig(method)), QUANT, MethodConfig(method))
-    return Reader(weight, cost, gram, QUANT)
+def balance_layer(weight, gram, method="sarqc-awq"):
+    cost = loss_weight("site", gram, reg_lambda(gram, MethodConfig(method)), QUANT, MethodConfig(method))
+    return BalanceLayer(weight, cost, gram, QUANT)
 
 
-def find(readers, *, shared=False, **options):
-    return search(readers, torch.float32, shared=shared, binary=False, **options)
+def find(balance_layers, *, shared=False, **options):
+    return search(balance_layers, torch.float32, shared=shared, binary=False, **options)
 
 
 def scales_for(magnitude, exponent):
@@ -53,21 +53,21 @@ def scales_for(magnitude, exponent):
     return power / (power.max() * power.min()).sqrt()
 
 
-def loss_of(weight, scales, metric):
+def loss_of(weight, scales, hessian):
     """tr(E M E^T) for one matrix, E = W - Q(W S) S^-1, in float64 after the rounding itself."""
-    rounded = round_plainly((weight * scales)[None].float(), QUANT, "minmax", torch.float32).dequantize()[0].double()
+    rounded = quantize_rtn((weight * scales)[None].float(), QUANT, "minmax", torch.float32).dequantize()[0].double()
     error = weight.double() - rounded / scales
-    return float((error @ metric.double() @ error.T).trace())
+    return float((error @ hessian.double() @ error.T).trace())
 
 
 @pytest.mark.parametrize("method", ["awq", "rqc-awq", "sarqc-awq"])
 def test_the_choice_is_the_least_loss_of_all_exponents(method, generator):
     gram = seen(activations(200, generator))
     weight = torch.randn(1, 24, INPUTS, generator=generator)
-    metric = regularised_hessian(gram, strength(gram, MethodConfig(method)), MethodConfig(method))[0]
+    hessian = regularised_hessian(gram, reg_lambda(gram, MethodConfig(method)), MethodConfig(method))[0]
     magnitude = gram.abs_mean()[0]
-    losses = [loss_of(weight[0], scales_for(magnitude, exponent), metric) for exponent in EXPONENTS]
-    chosen = find([reader(weight, gram, method)])
+    losses = [loss_of(weight[0], scales_for(magnitude, exponent), hessian) for exponent in EXPONENTS]
+    chosen = find([balance_layer(weight, gram, method)])
     exponent = float(chosen.exponents[0])
     assert losses[EXPONENTS.index(exponent)] == pytest.approx(min(losses), rel=1e-5)
     assert min(losses) < 0.9 * losses[0]  # the case is one where scales help
@@ -77,7 +77,7 @@ def test_the_choice_is_the_least_loss_of_all_exponents(method, generator):
 def test_the_gram_solver_is_served_on_the_grids_it_will_use(generator):
     gram = seen(activations(200, generator))
     weight = torch.randn(1, 24, INPUTS, generator=generator)
-    only = reader(weight, gram, "sarqc-awq-gptq")
+    only = balance_layer(weight, gram, "sarqc-awq-gptq")
     price = only.cost[0].double()
     losses = []
     for exponent in SMALL_EXPONENTS:
@@ -96,12 +96,12 @@ def test_for_the_gram_solver_an_error_costs_what_the_later_columns_cannot_correc
     """M_jj^2 is the conditional energy of input j given those that come after it in the solver's order."""
     gram = seen(activations(400, generator))
     spec = MethodConfig("sarqc-awq-gptq", act_order="none")
-    cost = error_cost("site", gram, strength(gram, spec), QUANT, spec)[0].double()
-    metric = regularised_hessian(gram, strength(gram, spec), spec)[0].double()
+    cost = loss_weight("site", gram, reg_lambda(gram, spec), QUANT, spec)[0].double()
+    hessian = regularised_hessian(gram, reg_lambda(gram, spec), spec)[0].double()
     for column in range(INPUTS):
-        later = metric[column + 1 :, column + 1 :]
-        cross = metric[column, column + 1 :]
-        expected = metric[column, column] - cross @ torch.linalg.solve(later, cross)
+        later = hessian[column + 1 :, column + 1 :]
+        cross = hessian[column, column + 1 :]
+        expected = hessian[column, column] - cross @ torch.linalg.solve(later, cross)
         assert cost[column] == pytest.approx(float(expected), rel=1e-3)
 
 
@@ -109,7 +109,7 @@ def test_the_cost_stands_at_its_own_input_whatever_the_order(generator):
     gram = seen(activations(400, generator))
     gram.sum = torch.diag_embed(gram.sum.diagonal(dim1=1, dim2=2))  # independent inputs: order does not matter
     plain, grouped = (
-        error_cost("site", gram, torch.ones(1), QUANT, MethodConfig("sarqc-awq-gptq", act_order=order))
+        loss_weight("site", gram, torch.ones(1), QUANT, MethodConfig("sarqc-awq-gptq", act_order=order))
         for order in ("none", "group")
     )
     torch.testing.assert_close(plain, grouped)
@@ -118,16 +118,16 @@ def test_the_cost_stands_at_its_own_input_whatever_the_order(generator):
 def test_experts_of_one_call_choose_as_if_alone(generator):
     parts = [activations(rows, generator) for rows in (150, 90, 300)]
     weight = torch.randn(3, 24, INPUTS, generator=generator)
-    together = find([reader(weight, seen(*parts))])
+    together = find([balance_layer(weight, seen(*parts))])
     for expert, part in enumerate(parts):
-        alone = find([reader(weight[expert : expert + 1], seen(part))])
+        alone = find([balance_layer(weight[expert : expert + 1], seen(part))])
         assert together.exponents[expert] == alone.exponents[0]
         torch.testing.assert_close(together.scales[expert], alone.scales[0])
 
 
 def test_portions_of_experts_change_nothing(generator, monkeypatch):
     weight = torch.randn(3, 24, INPUTS, generator=generator)
-    only = reader(weight, seen(*(activations(100, generator) for _ in range(3))))
+    only = balance_layer(weight, seen(*(activations(100, generator) for _ in range(3))))
     whole = find([only])
     monkeypatch.setattr("sarqc.method.awq.ELEMENTS", 1)
     assert torch.equal(find([only]).scales, whole.scales)
@@ -136,8 +136,8 @@ def test_portions_of_experts_change_nothing(generator, monkeypatch):
 def test_shared_scales_weigh_each_expert_by_its_rows(generator):
     x = activations(300, generator)
     weight = torch.randn(2, 24, INPUTS, generator=generator)
-    halves = reader(weight, seen(x[:200], x[200:]))
-    other = reader(torch.randn(1, 8, INPUTS, generator=generator), seen(x))
+    halves = balance_layer(weight, seen(x[:200], x[200:]))
+    other = balance_layer(torch.randn(1, 8, INPUTS, generator=generator), seen(x))
     chosen = find([halves, other], shared=True)
     magnitude = x.abs().mean(0)
     metrics = [*halves.cost, other.cost[0]]
@@ -145,7 +145,7 @@ def test_shared_scales_weigh_each_expert_by_its_rows(generator):
     losses = []
     for exponent in EXPONENTS:
         scales = scales_for(magnitude, exponent)
-        each = [loss_of(matrix, scales, metric) for matrix, metric in zip(matrices, metrics)]
+        each = [loss_of(matrix, scales, hessian) for matrix, hessian in zip(matrices, metrics)]
         losses.append(sum(loss * rows for loss, rows in zip(each, (200, 100, 300))))
     assert chosen.scales.shape == (1, INPUTS)
     assert losses[EXPONENTS.index(float(chosen.exponents[0]))] == pytest.approx(min(losses), rel=1e-5)
@@ -155,25 +155,25 @@ def test_shared_scales_weigh_each_expert_by_its_rows(generator):
 def test_an_expert_without_rows_is_left_alone_and_disturbs_nobody(method, generator):
     x = activations(120, generator)
     weight = torch.randn(2, 24, INPUTS, generator=generator)
-    both = find([reader(weight, seen(x, x[:0]), method)])
+    both = find([balance_layer(weight, seen(x, x[:0]), method)])
     assert torch.equal(both.scales[1], torch.ones(INPUTS)) and both.exponents[1] == 0
-    alone = find([reader(weight[:1], seen(x), method)])
+    alone = find([balance_layer(weight[:1], seen(x), method)])
     torch.testing.assert_close(both.scales[0], alone.scales[0])
-    none = find([reader(weight, seen(x[:0], x[:0]), method)], shared=True)
+    none = find([balance_layer(weight, seen(x[:0], x[:0]), method)], shared=True)
     assert torch.equal(none.scales, torch.ones(1, INPUTS))
 
 
 def test_an_input_that_was_never_excited_keeps_weights_that_count(generator):
     x = activations(200, generator)
     x[:, 3] = 0
-    chosen = find([reader(torch.randn(1, 24, INPUTS, generator=generator), seen(x))])
+    chosen = find([balance_layer(torch.randn(1, 24, INPUTS, generator=generator), seen(x))])
     assert chosen.exponents[0] > 0 and chosen.scales.isfinite().all()
     relative = chosen.scales[0, 3] / chosen.scales[0].amax()
     assert relative > 1e-3
 
 
 def test_powers_of_two_where_they_are_asked_for(generator):
-    only = reader(torch.randn(1, 24, INPUTS, generator=generator), seen(activations(200, generator)))
+    only = balance_layer(torch.randn(1, 24, INPUTS, generator=generator), seen(activations(200, generator)))
     chosen = search([only], torch.float32, shared=True, binary=True)
     assert chosen.exponents[0] > 0 and chosen.scales.unique().numel() > 2
     assert torch.equal(chosen.scales, chosen.scales.log2().round().exp2())
@@ -181,7 +181,7 @@ def test_powers_of_two_where_they_are_asked_for(generator):
 
 def test_inputs_of_one_channel_share_its_scale(generator):
     gram = seen(activations(200, generator))
-    only = reader(torch.randn(1, 24, INPUTS, generator=generator), gram)
+    only = balance_layer(torch.randn(1, 24, INPUTS, generator=generator), gram)
     source = torch.arange(INPUTS) % 8
     chosen = find([only], source=source, channels=9)  # the last has no input
     magnitude = gram.abs_mean().view(4, 8).mean(0)
@@ -196,14 +196,14 @@ def test_the_regulariser_stays_where_the_original_weights_are(generator):
     gram = seen(activations(100, generator))
     scales = torch.rand(1, INPUTS, generator=generator) + 0.5
     scaling = Scaling(scales, torch.ones(1, 4))
-    chosen = strength(gram, MethodConfig("rqc-awq"))
-    metric = regularised_hessian(gram, chosen, MethodConfig("rqc-awq"))
-    hessian = gram.hessian()
+    chosen = reg_lambda(gram, MethodConfig("rqc-awq"))
+    hessian = regularised_hessian(gram, chosen, MethodConfig("rqc-awq"))
+    moment = gram.second_moment()
     even = saliency(gram.diagonal(), gram.abs_mean(), "iso")
     inverse = torch.diag_embed(1 / scales)
-    by_hand = inverse @ hessian @ inverse + torch.diag_embed(chosen[:, None] * even / scales**2)
+    by_hand = inverse @ moment @ inverse + torch.diag_embed(chosen[:, None] * even / scales**2)
     floor = inverse @ (MethodConfig("rqc-awq").damp * gram.diagonal().mean() * torch.eye(INPUTS)) @ inverse
-    torch.testing.assert_close(scaling.metric(metric), by_hand + floor)
+    torch.testing.assert_close(scaling.hessian(hessian), by_hand + floor)
 
 
 @pytest.mark.parametrize("method", ["awq", "sarqc-awq", "sarqc-awq-gptq"])
@@ -236,5 +236,5 @@ def test_what_is_scaled_comes_back(generator):
 
 
 def test_same_input_same_scales(generator):
-    only = reader(torch.randn(1, 24, INPUTS, generator=generator), seen(activations(100, generator)))
+    only = balance_layer(torch.randn(1, 24, INPUTS, generator=generator), seen(activations(100, generator)))
     assert torch.equal(find([only]).scales, find([only]).scales)

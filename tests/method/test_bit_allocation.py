@@ -1,4 +1,4 @@
-"""Widths within a budget: against every possible choice, and what the budget counts."""
+"""BitAllocation within a budget: against every possible choice, and what the budget counts."""
 
 from __future__ import annotations
 

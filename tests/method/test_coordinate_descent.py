@@ -20,23 +20,23 @@ def metric_of(experts: int, size: int, generator: torch.Generator) -> Tensor:
     return mix.mT @ mix / 2 + 0.01 * torch.eye(size)
 
 
-def greedy(weight: Tensor, metric: Tensor, quant: QuantConfig, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+def greedy(weight: Tensor, hessian: Tensor, quant: QuantConfig, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
     codes, scales, zeros = quantize_columns(
-        weight, factor(metric, "site").matrix, None, None, None,
+        weight, factor(hessian, "site").matrix, None, None, None,
         bits=quant.bits, group_size=quant.group_size, sym=quant.sym, search=True, scale_dtype=dtype,
     )  # fmt: skip
     return QuantizedWeight(codes, scales, zeros, quant.bits)
 
 
-def loss(weight: Tensor, quantized: QuantizedWeight, metric: Tensor) -> Tensor:
+def loss(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Tensor:
     """e H e^T of each row, float64 [E, N]."""
     error = (weight - quantized.dequantize()).double()
-    return ((error @ metric.double()) * error).sum(-1)
+    return ((error @ hessian.double()) * error).sum(-1)
 
 
-def by_the_book(weight: Tensor, start: QuantizedWeight, metric: Tensor, sweeps: int) -> QuantizedWeight:
+def by_the_book(weight: Tensor, start: QuantizedWeight, hessian: Tensor, sweeps: int) -> QuantizedWeight:
     """One unknown of one row at a time, in float64."""
-    weight, metric = weight.double(), metric.double()
+    weight, hessian = weight.double(), hessian.double()
     codes, scales, zeros = start.codes.clone(), start.scales.clone(), start.zeros
     size, top = start.group_size, (1 << start.bits) - 1
 
@@ -51,10 +51,10 @@ def by_the_book(weight: Tensor, start: QuantizedWeight, metric: Tensor, sweeps: 
             for column in range(at.start, at.stop):
                 others = error(row)
                 others[column] = 0
-                best = weight[0, row, column] + others @ metric[0, :, column] / metric[0, column, column]
+                best = weight[0, row, column] + others @ hessian[0, :, column] / hessian[0, column, column]
                 codes[0, row, column] = int((best / scale + zero).round().clamp(0, top))
             levels = codes[0, row, at].double() - zero
-            new = scale + (error(row) @ metric[0])[at] @ levels / (levels @ metric[0, at, at] @ levels)
+            new = scale + (error(row) @ hessian[0])[at] @ levels / (levels @ hessian[0, at, at] @ levels)
             if 1 / REACH < new / scale < REACH:
                 scales[0, row, group] = new
     return QuantizedWeight(codes, scales, zeros, start.bits)
@@ -62,9 +62,9 @@ def by_the_book(weight: Tensor, start: QuantizedWeight, metric: Tensor, sweeps: 
 
 @pytest.mark.parametrize("quant", [QuantConfig(2, 16), QuantConfig(3, 32), QuantConfig(2, 16, sym=False)])
 def test_it_is_coordinate_descent_by_the_book(quant, generator):
-    weight, metric = torch.randn(1, 12, 64, generator=generator), metric_of(1, 64, generator)
-    start = greedy(weight, metric, quant, torch.float32)
-    found, wanted = descend(weight, start, metric, 2), by_the_book(weight, start, metric, 2)
+    weight, hessian = torch.randn(1, 12, 64, generator=generator), metric_of(1, 64, generator)
+    start = greedy(weight, hessian, quant, torch.float32)
+    found, wanted = descend(weight, start, hessian, 2), by_the_book(weight, start, hessian, 2)
     assert torch.equal(found.codes, wanted.codes)
     torch.testing.assert_close(found.scales, wanted.scales, rtol=1e-4, atol=0)
     assert not torch.equal(found.codes, start.codes) and torch.equal(found.zeros, start.zeros)
@@ -75,48 +75,48 @@ def test_it_is_coordinate_descent_by_the_book(quant, generator):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_row_becomes_worse_and_each_sweep_helps(quant, dtype, generator):
-    weight, metric = torch.randn(3, 40, 64, generator=generator), metric_of(3, 64, generator)
-    start = greedy(weight, metric, quant, dtype)
-    losses = [loss(weight, start, metric)]
+    weight, hessian = torch.randn(3, 40, 64, generator=generator), metric_of(3, 64, generator)
+    start = greedy(weight, hessian, quant, dtype)
+    losses = [loss(weight, start, hessian)]
     for sweeps in (1, 2, 4):
-        found = descend(weight, start, metric, sweeps)
+        found = descend(weight, start, hessian, sweeps)
         assert found.scales.dtype == dtype and int(found.codes.max()) < 1 << quant.bits
-        losses.append(loss(weight, found, metric))
+        losses.append(loss(weight, found, hessian))
         assert (losses[-1] <= losses[0] * (1 + 1e-5)).all()
     totals = [float(each.sum()) for each in losses]
     assert totals == sorted(totals, reverse=True) and totals[1] < 0.99 * totals[0]
 
 
 def test_in_the_end_no_code_can_be_bettered_by_itself(generator):
-    weight, metric = torch.randn(1, 6, 16, generator=generator), metric_of(1, 16, generator)
-    found = descend(weight, greedy(weight, metric, QuantConfig(2, 8)), metric, 50)
-    least = loss(weight, found, metric)
+    weight, hessian = torch.randn(1, 6, 16, generator=generator), metric_of(1, 16, generator)
+    found = descend(weight, greedy(weight, hessian, QuantConfig(2, 8)), hessian, 50)
+    least = loss(weight, found, hessian)
     for column in range(16):
         for code in range(4):
             codes = found.codes.clone()
             codes[..., column] = code
             other = QuantizedWeight(codes, found.scales, found.zeros, 2)
-            assert (loss(weight, other, metric) >= least * (1 - 1e-5)).all()
+            assert (loss(weight, other, hessian) >= least * (1 - 1e-5)).all()
 
 
 @pytest.mark.parametrize("spoiled", [0.0, float("inf"), float("nan")])
 def test_an_expert_without_a_metric_stays_and_disturbs_nobody(spoiled, generator):
-    weight, metric = torch.randn(3, 8, 32, generator=generator), metric_of(3, 32, generator)
-    start = greedy(weight, metric, QuantConfig(2, 16))
-    alone = [descend(weight[e : e + 1], start.expert(e), metric[e : e + 1], 2) for e in (0, 2)]
-    metric[1] = spoiled
-    found = descend(weight, start, metric, 2)
+    weight, hessian = torch.randn(3, 8, 32, generator=generator), metric_of(3, 32, generator)
+    start = greedy(weight, hessian, QuantConfig(2, 16))
+    alone = [descend(weight[e : e + 1], start.expert(e), hessian[e : e + 1], 2) for e in (0, 2)]
+    hessian[1] = spoiled
+    found = descend(weight, start, hessian, 2)
     for expert, wanted in ((0, alone[0]), (1, start.expert(1)), (2, alone[1])):
         assert torch.equal(found.expert(expert).codes, wanted.codes)
         assert torch.equal(found.expert(expert).scales, wanted.scales)
 
 
 def test_a_group_of_zeros_keeps_its_scale(generator):
-    weight, metric = torch.randn(1, 4, 32, generator=generator), metric_of(1, 32, generator)
-    metric[:, :16, 16:] = metric[:, 16:, :16] = 0
+    weight, hessian = torch.randn(1, 4, 32, generator=generator), metric_of(1, 32, generator)
+    hessian[:, :16, 16:] = hessian[:, 16:, :16] = 0
     weight[..., :16] = 0
-    start = greedy(weight, metric, QuantConfig(3, 16))
-    found = descend(weight, start, metric, 2)
+    start = greedy(weight, hessian, QuantConfig(3, 16))
+    found = descend(weight, start, hessian, 2)
     assert torch.equal(found.scales[..., 0], start.scales[..., 0])
     assert (found.dequantize()[..., :16] == 0).all()
 
@@ -144,10 +144,10 @@ def test_what_cannot_be_swept_is_refused():
 @pytest.mark.parametrize("rows", [(1, 2, 13), (64, 100, 31)], ids=str)
 def test_rows_do_not_depend_on_those_beside(rows: tuple[int, ...], generator: torch.Generator) -> None:
     parts = [torch.randn(1, n, 96, generator=generator) * 0.02 for n in rows]
-    metric = metric_of(1, 96, generator)
+    hessian = metric_of(1, 96, generator)
     quant = QuantConfig(bits=3, group_size=32)
     whole = torch.cat(parts, 1)
-    whole_solved = descend(whole, greedy(whole, metric, quant), metric, 2)
+    whole_solved = descend(whole, greedy(whole, hessian, quant), hessian, 2)
     for part, codes, scales in zip(parts, whole_solved.codes.split(rows, 1), whole_solved.scales.split(rows, 1)):
-        alone = descend(part, greedy(part, metric, quant), metric, 2)
+        alone = descend(part, greedy(part, hessian, quant), hessian, 2)
         assert torch.equal(alone.codes, codes) and torch.equal(alone.scales, scales)

@@ -1,4 +1,4 @@
-"""Targets that make up for earlier errors: the algebra in fp64, the share's closed form, and that it helps."""
+"""Targets that correct the error of earlier layers: the algebra in fp64, the share's closed form, and that it helps."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ def drifted(
 
 
 def seen(*folds: tuple[Tensor, Tensor]) -> Statistics:
-    x, wish = folds[0]
-    statistics = Statistics.zeros(1, x.shape[1], len(folds), wishes=wish.shape[1])
-    for fold, (x, wish) in enumerate(folds):
-        statistics.add(x, fold=fold, wish=wish)
+    x, cross_gram = folds[0]
+    statistics = Statistics.zeros(1, x.shape[1], len(folds), cross_rows=cross_gram.shape[1])
+    for fold, (x, cross_gram) in enumerate(folds):
+        statistics.add(x, fold=fold, cross_gram=cross_gram)
     return statistics
 
 
 def test_wishes_add_up_like_everything_else(generator):
-    x, wish = drifted(30, 8, 5, generator)
-    first, second, whole = (Gram.zeros(1, 8, wishes=5) for _ in range(3))
-    first.add(x[:11], wish=wish[:11])
-    second.add(x[11:], wish=wish[11:])
-    whole.add(x, wish=wish)
-    expected = wish.double().T @ x.double() / 30
+    x, cross_gram = drifted(30, 8, 5, generator)
+    first, second, whole = (Gram.zeros(1, 8, cross_rows=5) for _ in range(3))
+    first.add(x[:11], cross_gram=cross_gram[:11])
+    second.add(x[11:], cross_gram=cross_gram[11:])
+    whole.add(x, cross_gram=cross_gram)
+    expected = cross_gram.double().T @ x.double() / 30
     for total in (Statistics((first, second)).total(), whole, Statistics((whole,)).total()):
-        torch.testing.assert_close(total.wished()[0].double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(total.cross_mean()[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_completing_the_square(generator):
     """For any Q, F(Q) and tr[(Q - T) H (Q - T)^T] differ by the same constant, in fp64, at any share."""
-    x, wish = drifted(40, 12, 5, generator)
+    x, cross_gram = drifted(40, 12, 5, generator)
     weight = torch.randn(1, 5, 12, generator=generator)
-    gram = seen((x, wish)).total()
+    gram = seen((x, cross_gram)).total()
     full = shift("s", gram, STRENGTH, SPEC)[0].double()
-    metric = regularised_hessian(gram, STRENGTH, SPEC)[0].double()
-    anchor = metric - gram.hessian()[0].double()
-    w, r, y = weight[0].double(), wish.double(), x.double()
+    hessian = regularised_hessian(gram, STRENGTH, SPEC)[0].double()
+    anchor = hessian - gram.second_moment()[0].double()
+    w, r, y = weight[0].double(), cross_gram.double(), x.double()
     for share in (0.3, 1.0):
         target, constants = w + share * full, []
         for seed in range(3):
             q = w + torch.randn(w.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             output = (y @ q.T - y @ w.T - share * r).pow(2).sum() / 40
             direct = output + ((q - w) @ anchor * (q - w)).sum()
-            constants.append(float(direct - ((q - target) @ metric * (q - target)).sum()))
+            constants.append(float(direct - ((q - target) @ hessian * (q - target)).sum()))
         assert constants == pytest.approx(
             [constants[0]] * 3, rel=1e-3
         )  # H is fp32, and the constants are what is left of terms a hundred times as large
@@ -72,9 +72,9 @@ def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
 
     def loss(a: float) -> float:
         total = 0.0
-        for (x, wish), fitted in zip(reversed(folds), statistics.folds):
+        for (x, cross_gram), fitted in zip(reversed(folds), statistics.folds):
             gained = a * shift("s", fitted, STRENGTH, SPEC)[0].double()
-            total += float((x.double() @ gained.T - wish.double()).pow(2).sum() / 60)
+            total += float((x.double() @ gained.T - cross_gram.double()).pow(2).sum() / 60)
         return total
 
     assert 0 < share < 1
@@ -94,16 +94,16 @@ def test_no_drift_no_shift(generator):
 
 def test_unrelated_errors_are_left_alone(generator):
     """Folds that drift in opposite directions: what one teaches is wrong on the other."""
-    x, wish = drifted(80, 12, 6, generator)
+    x, cross_gram = drifted(80, 12, 6, generator)
     weight = torch.randn(1, 6, 12, generator=generator)
-    target, share = shifted("s", weight, seen((x[:40], wish[:40]), (x[40:], -wish[40:])), STRENGTH, SPEC)
+    target, share = shifted("s", weight, seen((x[:40], cross_gram[:40]), (x[40:], -cross_gram[40:])), STRENGTH, SPEC)
     assert share == 0.0 and target is weight
 
 
 def test_the_output_comes_nearer_to_what_it_should_be_on_new_text(generator):
     folds = [drifted(200, 32, 24, generator) for _ in range(3)]
     weight = torch.randn(1, 24, 32, generator=generator)
-    x, wish = folds[2]
+    x, cross_gram = folds[2]
     errors = {}
     for carry in (False, True):
         statistics = seen(*folds[:2]) if carry else seen(*((rows, rows.new_zeros(200, 24)) for rows, _ in folds[:2]))
@@ -111,6 +111,8 @@ def test_the_output_comes_nearer_to_what_it_should_be_on_new_text(generator):
         quantized, report = solve_site(
             "s", weight, statistics, QuantConfig(bits=4, group_size=32), spec, scale_dtype=torch.bfloat16
         )
-        errors[carry] = float((x @ quantized.dequantize()[0].T - x @ weight[0].T - wish).pow(2).sum())
-        assert (report.carried > 0.4) is carry
-    assert errors[True] < errors[False] - 0.4 * float(wish.pow(2).sum())  # half a share leaves a quarter of a wish
+        errors[carry] = float((x @ quantized.dequantize()[0].T - x @ weight[0].T - cross_gram).pow(2).sum())
+        assert (report.correction_share > 0.4) is carry
+    assert errors[True] < errors[False] - 0.4 * float(
+        cross_gram.pow(2).sum()
+    )  # half a share leaves a quarter of a wish

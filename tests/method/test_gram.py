@@ -14,7 +14,7 @@ def test_hessian_is_the_mean_outer_product_of_each_expert(generator):
     x = torch.randn(17, 24, generator=generator)
     gram = Gram.zeros(3, 24)
     gram.add(x, OFFSETS)
-    hessian = gram.hessian()
+    hessian = gram.second_moment()
     assert torch.equal(hessian, hessian.mT)
     assert torch.equal(gram.rows, torch.tensor([5, 0, 12]))
     assert not hessian[1].any() and not gram.abs_mean()[1].any()
@@ -26,7 +26,7 @@ def test_reading_does_not_change_what_is_remembered(generator):
     gram = Gram.zeros(1, 8)
     gram.add(torch.randn(6, 8, generator=generator))
     before = gram.sum.clone()
-    gram.hessian()
+    gram.second_moment()
     assert torch.equal(gram.sum, before)
 
 
@@ -38,7 +38,7 @@ def test_merged_halves_are_the_whole(generator):
     left.add(x[:11])
     right.add(x[11:])
     left.merge(right)
-    assert torch.equal(left.hessian(), whole.hessian())
+    assert torch.equal(left.second_moment(), whole.second_moment())
     assert torch.equal(left.rows, whole.rows)
     assert torch.equal(left.abs_sum, whole.abs_sum)
 
@@ -51,4 +51,4 @@ def test_folds_stay_apart_and_total_leaves_them_alone(generator):
     total = statistics.total()
     assert total.rows.item() == 20
     assert [fold.rows.item() for fold in statistics.folds] == [8, 12]
-    assert torch.equal(total.hessian()[0], (x.T @ x) / 20)
+    assert torch.equal(total.second_moment()[0], (x.T @ x) / 20)

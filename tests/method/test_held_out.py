@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.gptq import solve_gram
+from sarqc.method.gptq import solve_gptq
 from sarqc.method.gram import Statistics
-from sarqc.method.lambda_search import EXPERTS, ROWS, Judge, Strengths
-from sarqc.method.layer import SOLVERS, choose_strength, solve_site
+from sarqc.method.lambda_search import EXPERTS, ROWS, HeldOutValidation, LambdaSearch
+from sarqc.method.layer import SOLVERS, choose_lambda, solve_site
 
 QUANT = QuantConfig(bits=3, group_size=16)
 BF16 = torch.bfloat16
@@ -37,16 +37,18 @@ def test_losses_are_those_of_the_text_that_was_not_fitted(generator):
     weight = torch.randn(1, 8, 16, generator=generator)
     scale = []
 
-    def trial(rows: Tensor, gram, strength: Tensor) -> Tensor:
+    def quantize_rows(rows: Tensor, gram, reg_lambda: Tensor) -> Tensor:
         scale.append(gram.rows.tolist())
-        return rows * (1 - strength[:, None, None] / 100)
+        return rows * (1 - reg_lambda[:, None, None] / 100)
 
-    judge = Judge(weight, two_folds(first, second), 0.0, 0, trial, lambda rows: torch.zeros_like(rows))
-    for turn, unseen in enumerate((second, first, second)):
+    validation = HeldOutValidation(
+        weight, two_folds(first, second), 0.0, 0, quantize_rows, lambda rows: torch.zeros_like(rows)
+    )
+    for fit_fold, unseen in enumerate((second, first, second)):
         output = float((unseen.double() @ weight[0].double().T).pow(2).sum())
-        assert abs(judge.rounding_loss(turn) / output - 1) < 1e-5
-        for strength, loss in zip((1.0, 10.0), judge.losses([1.0, 10.0], turn)):
-            assert abs(loss / (output * (strength / 100) ** 2) - 1) < 1e-5
+        assert abs(validation.rtn_loss(fit_fold) / output - 1) < 1e-5
+        for reg_lambda, loss in zip((1.0, 10.0), validation.losses([1.0, 10.0], fit_fold)):
+            assert abs(loss / (output * (reg_lambda / 100) ** 2) - 1) < 1e-5
     assert scale == [[30, 30], [20, 20], [30, 30]]
 
 
@@ -56,9 +58,9 @@ def test_of_three_folds_two_judge(generator):
     for fold, rows in enumerate(x):
         statistics.add(rows, fold=fold)
     weight = torch.randn(1, 8, 16, generator=generator)
-    judge = Judge(weight, statistics, 0.0, 0, by_rounding_down, lambda rows: torch.zeros_like(rows))
+    validation = HeldOutValidation(weight, statistics, 0.0, 0, by_rounding_down, lambda rows: torch.zeros_like(rows))
     output = float((torch.cat([x[0], x[2]]).double() @ weight[0].double().T).pow(2).sum())
-    assert abs(judge.rounding_loss(1) / output - 1) < 1e-5
+    assert abs(validation.rtn_loss(1) / output - 1) < 1e-5
 
 
 def test_trials_side_by_side_are_trials_one_by_one(generator, monkeypatch):
@@ -66,15 +68,15 @@ def test_trials_side_by_side_are_trials_one_by_one(generator, monkeypatch):
     offsets = (torch.tensor([0, 20, 20, 60]), torch.tensor([0, 10, 30, 60]))
     weight = torch.randn(3, 24, 32, generator=generator)
 
-    def trial(rows: Tensor, gram, strength: Tensor) -> Tensor:
-        return solve_gram("s", rows, gram, strength, QUANT, MethodConfig("sarqc-gptq"), BF16).weight.dequantize()
+    def quantize_rows(rows: Tensor, gram, reg_lambda: Tensor) -> Tensor:
+        return solve_gptq("s", rows, gram, reg_lambda, QUANT, MethodConfig("sarqc-gptq"), BF16).weight.dequantize()
 
-    for borrow in (0.0, 0.5):
-        judge = Judge(weight, two_folds(*x, offsets), borrow, 0, trial, by_rounding_down)
-        together = judge.losses([0.1, 1.0, 10.0], 0)
-        assert together == [judge.losses([s], 0)[0] for s in (0.1, 1.0, 10.0)]
+    for shrinkage in (0.0, 0.5):
+        validation = HeldOutValidation(weight, two_folds(*x, offsets), shrinkage, 0, quantize_rows, by_rounding_down)
+        together = validation.losses([0.1, 1.0, 10.0], 0)
+        assert together == [validation.losses([s], 0)[0] for s in (0.1, 1.0, 10.0)]
         monkeypatch.setattr("sarqc.method.lambda_search.TRIAL_BYTES", 1)
-        assert together == judge.losses([0.1, 1.0, 10.0], 0)
+        assert together == validation.losses([0.1, 1.0, 10.0], 0)
         monkeypatch.undo()
 
 
@@ -82,12 +84,14 @@ def test_only_some_rows_and_experts_are_tried(generator):
     weight = torch.randn(3 * EXPERTS, 4 * ROWS, 8, generator=generator)
     x = torch.randn(60, 8, generator=generator)
     offsets = torch.linspace(0, 60, 3 * EXPERTS + 1).long()
-    judge = Judge(weight, two_folds(x, x, (offsets, offsets)), 0.0, 0, by_rounding_down, by_rounding_down)
-    assert judge.weight.shape == (EXPERTS, ROWS, 8)
-    again = Judge(weight, two_folds(x, x, (offsets, offsets)), 0.0, 0, by_rounding_down, by_rounding_down)
-    assert torch.equal(judge.weight, again.weight)
-    other = Judge(weight, two_folds(x, x, (offsets, offsets)), 0.0, 1, by_rounding_down, by_rounding_down)
-    assert not torch.equal(judge.weight, other.weight)
+    validation = HeldOutValidation(
+        weight, two_folds(x, x, (offsets, offsets)), 0.0, 0, by_rounding_down, by_rounding_down
+    )
+    assert validation.weight.shape == (EXPERTS, ROWS, 8)
+    again = HeldOutValidation(weight, two_folds(x, x, (offsets, offsets)), 0.0, 0, by_rounding_down, by_rounding_down)
+    assert torch.equal(validation.weight, again.weight)
+    other = HeldOutValidation(weight, two_folds(x, x, (offsets, offsets)), 0.0, 1, by_rounding_down, by_rounding_down)
+    assert not torch.equal(validation.weight, other.weight)
 
 
 def test_auto_does_better_on_new_text_than_no_regulariser(generator):
@@ -104,7 +108,7 @@ def test_auto_does_better_on_new_text_than_no_regulariser(generator):
         )
         new[method] = float(((weight - quantized.dequantize())[0] @ text[48:].T).pow(2).sum())
     assert new["sarqc-gptq"] < 0.9 * min(new["rtn"], new["gptq"])
-    assert report.strength >= 0.3 and report.held_out["curve"]
+    assert report.reg_lambda >= 0.3 and report.held_out["curve"]
 
 
 def test_hopeless_statistics_end_in_plain_rounding_and_say_so(generator, monkeypatch):
@@ -113,14 +117,14 @@ def test_hopeless_statistics_end_in_plain_rounding_and_say_so(generator, monkeyp
     statistics = two_folds(torch.ones(8, 16), torch.ones(8, 16))
 
     def harmful(site, weight, *rest):
-        return solve_gram(site, -weight, *rest)
+        return solve_gptq(site, -weight, *rest)
 
     monkeypatch.setitem(SOLVERS, "gptq", harmful)
 
     quantized, report = solve_site("s", weight, statistics, QUANT, MethodConfig("sarqc-gptq"), scale_dtype=BF16)
     plain, _ = solve_site("s", weight, None, QUANT, MethodConfig("rtn"), scale_dtype=BF16)
     assert torch.equal(quantized.codes, plain.codes) and torch.equal(quantized.scales, plain.scales)
-    assert "plain rounding" in report.fallback and report.strength == 0.0
+    assert "RTN" in report.fallback and report.reg_lambda == 0.0
 
 
 def test_choosing_is_deterministic_and_leaves_the_statistics_alone(generator):
@@ -128,8 +132,8 @@ def test_choosing_is_deterministic_and_leaves_the_statistics_alone(generator):
     before = [fold.sum.clone() for fold in statistics.folds]
     weight = torch.randn(1, 16, 32, generator=generator)
     first, second = (
-        choose_strength(
-            "s", "k", weight, statistics, QUANT, MethodConfig(), scale_dtype=BF16, strengths=Strengths()
+        choose_lambda(
+            "s", "k", weight, statistics, QUANT, MethodConfig(), scale_dtype=BF16, search=LambdaSearch()
         ).record()
         for _ in range(2)
     )

@@ -40,22 +40,22 @@ def test_an_input_never_seen_still_holds_its_weights(generator):
 
 
 def test_an_expert_without_rows_is_held_evenly():
-    metric = regularised_hessian(gram_of(torch.zeros(1, 8, 8), rows=0), torch.tensor([3.0]), MethodConfig(damp=1e-4))
-    assert torch.allclose(metric, (3 + 1e-4) * torch.eye(8))
+    hessian = regularised_hessian(gram_of(torch.zeros(1, 8, 8), rows=0), torch.tensor([3.0]), MethodConfig(damp=1e-4))
+    assert torch.allclose(hessian, (3 + 1e-4) * torch.eye(8))
 
 
 def test_the_metric_is_the_mean_the_pull_and_the_floor(generator):
-    hessian, strength = spd(2, 10, generator), torch.tensor([0.5, 2.0])
-    found = regularised_hessian(gram_of(hessian, rows=7), strength, MethodConfig(saliency="energy", damp=1e-2))
+    hessian, reg_lambda = spd(2, 10, generator), torch.tensor([0.5, 2.0])
+    found = regularised_hessian(gram_of(hessian, rows=7), reg_lambda, MethodConfig(saliency="energy", damp=1e-2))
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    added = strength[:, None] * diagonal + 1e-2 * diagonal.mean(-1, keepdim=True)
+    added = reg_lambda[:, None] * diagonal + 1e-2 * diagonal.mean(-1, keepdim=True)
     torch.testing.assert_close(found, hessian + torch.diag_embed(added), rtol=1e-3, atol=1e-6)
 
 
 def test_strength_is_free_of_scale(generator):
-    hessian, strength = spd(1, 12, generator), torch.tensor([0.3])
+    hessian, reg_lambda = spd(1, 12, generator), torch.tensor([0.3])
     spec = MethodConfig(saliency="rms", damp=1e-3)
-    small, large = (regularised_hessian(gram_of(scale * hessian), strength, spec) for scale in (1, 1024))
+    small, large = (regularised_hessian(gram_of(scale * hessian), reg_lambda, spec) for scale in (1, 1024))
     torch.testing.assert_close(1024 * small, large, rtol=1e-5, atol=0)
 
 

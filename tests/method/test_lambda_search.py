@@ -1,4 +1,4 @@
-"""The choice of a strength: the arithmetic of the pool exactly, then what it must bring about."""
+"""The choice of a reg_lambda: the arithmetic of the pool exactly, then what it must bring about."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sarqc.config import MethodConfig
-from sarqc.method.lambda_search import GRID, Strengths, ask, pool, rule
+from sarqc.method.lambda_search import GRID, LambdaSearch, pool, prior_lambda, validation_curve
 
 ROWS = torch.tensor([2048])
 AUTO = MethodConfig()
@@ -19,50 +19,54 @@ AUTO = MethodConfig()
 class Bowl:
     """A judge whose answers are a parabola in log lambda, and who counts what it is asked."""
 
-    def __init__(self, best: float, level: float = 0.5, rounding: float = 2.0, bend: float = 0.2) -> None:
-        self.best, self.level, self.rounding, self.bend = best, level, rounding, bend
+    def __init__(self, best: float, level: float = 0.5, rtn_rows: float = 2.0, bend: float = 0.2) -> None:
+        self.best, self.level, self.rtn_rows, self.bend = best, level, rtn_rows, bend
         self.asked: list[float] = []
         self.turns: list[int] = []
 
-    def rounding_loss(self, turn: int) -> float:
-        return self.rounding
+    def rtn_loss(self, fit_fold: int) -> float:
+        return self.rtn_rows
 
-    def losses(self, strengths: Sequence[float], turn: int) -> list[float]:
-        self.asked += strengths
-        self.turns.append(turn)
-        return [self.rounding * self.level * exp(self.bend * log(s / self.best) ** 2) for s in strengths]
+    def losses(self, lambdas: Sequence[float], fit_fold: int) -> list[float]:
+        self.asked += lambdas
+        self.turns.append(fit_fold)
+        return [self.rtn_rows * self.level * exp(self.bend * log(s / self.best) ** 2) for s in lambdas]
 
 
-def choose(strengths, judge, spec=AUTO, kind="down", rows=ROWS):
-    return strengths.choose(kind, rows, 512, spec, judge)
+def choose(lambdas, validation, spec=AUTO, kind="down", rows=ROWS):
+    return lambdas.choose(kind, rows, 512, spec, validation)
 
 
 def test_a_given_strength_is_taken_as_it_is_and_nobody_is_asked():
-    judge = Bowl(1.0)
-    choice = choose(Strengths(), judge, MethodConfig(reg_lambda=0.7), rows=torch.tensor([5, 0]))
-    assert torch.equal(choice.strength, torch.tensor([0.7, 0.7])) and not judge.asked and choice.why == "given"
+    validation = Bowl(1.0)
+    choice = choose(LambdaSearch(), validation, MethodConfig(reg_lambda=0.7), rows=torch.tensor([5, 0]))
+    assert torch.equal(choice.reg_lambda, torch.tensor([0.7, 0.7])) and not validation.asked and choice.why == "given"
 
 
 def test_the_rule_pulls_harder_with_fewer_rows_within_bounds():
-    chosen = rule(torch.tensor([0, 64, 512, 4096, 10**9]), 512, MethodConfig())
+    chosen = prior_lambda(torch.tensor([0, 64, 512, 4096, 10**9]), 512, MethodConfig())
     assert chosen[0] == 3.0 and chosen[-1] == pytest.approx(0.03)
     assert (chosen[:-1] >= chosen[1:]).all() and chosen[1] > chosen[3]
-    energy, iso = (rule(ROWS, 512, MethodConfig(saliency=s)) for s in ("energy", "iso"))
+    energy, iso = (prior_lambda(ROWS, 512, MethodConfig(saliency=s)) for s in ("energy", "iso"))
     assert energy == pytest.approx(3 * iso)
 
 
 def test_without_a_second_stretch_of_text_the_rule_decides():
-    choice = choose(Strengths(), None)
-    assert torch.equal(choice.strength, rule(ROWS, 512, MethodConfig())) and "rule" in choice.why and not choice.curve
+    choice = choose(LambdaSearch(), None)
+    assert (
+        torch.equal(choice.reg_lambda, prior_lambda(ROWS, 512, MethodConfig()))
+        and "prior" in choice.why
+        and not choice.curve
+    )
 
 
 @pytest.mark.parametrize("best", GRID)
 def test_the_least_is_found_from_wherever_the_rule_starts(best):
     """Five sites that agree outvote the rule, and the least lies between two points that were asked."""
     for rows in (10, 10**6):
-        strengths = Strengths()
-        choices = [choose(strengths, Bowl(best), rows=torch.tensor([rows])) for _ in range(5)]
-        assert float(choices[-1].strength) == pytest.approx(best)
+        lambdas = LambdaSearch()
+        choices = [choose(lambdas, Bowl(best), rows=torch.tensor([rows])) for _ in range(5)]
+        assert float(choices[-1].reg_lambda) == pytest.approx(best)
         known = {s for choice in choices for s in choice.curve}
         at = GRID.index(best)
         assert known.issuperset(GRID[max(at - 1, 0) : at + 2])
@@ -70,16 +74,16 @@ def test_the_least_is_found_from_wherever_the_rule_starts(best):
 
 def test_of_equals_the_strongest_is_taken():
     """A valley so flat that its floor is wider than a step of the grid."""
-    strengths = Strengths()
+    lambdas = LambdaSearch()
     for _ in range(5):
-        choice = choose(strengths, Bowl(0.3, bend=0.02))
-    assert float(choice.strength) == 1.0 and "strongest" in choice.why
+        choice = choose(lambdas, Bowl(0.3, bend=0.02))
+    assert float(choice.reg_lambda) == 1.0 and "largest" in choice.why
 
 
 def test_few_strengths_are_tried_and_each_once():
-    judge = Bowl(0.3)
-    curve = ask([], 0.3, judge)
-    assert list(curve) == [0.1, 0.3, 1.0] == judge.asked
+    validation = Bowl(0.3)
+    curve = validation_curve([], 0.3, validation)
+    assert list(curve) == [0.1, 0.3, 1.0] == validation.asked
     assert curve[0.3] == pytest.approx(0.5)
 
 
@@ -96,56 +100,56 @@ def test_the_pool_chains_what_curves_have_in_common():
 
 
 def test_kinds_do_not_know_of_each_other_and_scales_do_not_matter():
-    strengths = Strengths()
+    lambdas = LambdaSearch()
     for _ in range(4):
-        choose(strengths, Bowl(0.1), kind="qkv")
-        last = choose(strengths, Bowl(3.0, level=0.01, rounding=1e6), kind="down")
-    assert float(last.strength) == 3.0
-    assert float(choose(strengths, Bowl(0.1), kind="qkv").strength) == pytest.approx(0.1)
+        choose(lambdas, Bowl(0.1), kind="qkv")
+        last = choose(lambdas, Bowl(3.0, level=0.01, rtn_rows=1e6), kind="down")
+    assert float(last.reg_lambda) == 3.0
+    assert float(choose(lambdas, Bowl(0.1), kind="qkv").reg_lambda) == pytest.approx(0.1)
 
 
 def test_plain_rounding_wins_where_no_strength_beats_it():
-    strengths = Strengths()
-    assert choose(strengths, Bowl(0.3, level=1.2)).rounded
-    assert not choose(strengths, Bowl(0.3, level=0.2)).rounded  # the pool has seen better since
+    lambdas = LambdaSearch()
+    assert choose(lambdas, Bowl(0.3, level=1.2)).rounded
+    assert not choose(lambdas, Bowl(0.3, level=0.2)).rounded  # the pool has seen better since
 
 
 def test_a_site_that_held_out_text_never_excites_says_nothing():
-    strengths = Strengths()
-    assert not choose(strengths, Bowl(0.3, rounding=0.0)).curve
-    assert not strengths.tracks["down"].curves and strengths.tracks["down"].seen == 1
+    lambdas = LambdaSearch()
+    assert not choose(lambdas, Bowl(0.3, rtn_rows=0.0)).curve
+    assert not lambdas.tracks["down"].curves and lambdas.tracks["down"].seen == 1
 
 
 def test_other_experts_of_a_layer_take_its_choice_or_the_same_rule():
     few = torch.tensor([16, 4096])
-    asked = choose(Strengths(), Bowl(0.3))
-    assert torch.equal(asked.of_others(few, 512, AUTO).strength, asked.strength.expand(2))
-    ruled = choose(Strengths(), None)
-    assert torch.equal(ruled.of_others(few, 512, AUTO).strength, rule(few, 512, AUTO))
-    assert ruled.by_rule and not asked.by_rule and ruled.strength != rule(few, 512, AUTO)[0]
+    asked = choose(LambdaSearch(), Bowl(0.3))
+    assert torch.equal(asked.of_others(few, 512, AUTO).reg_lambda, asked.reg_lambda.expand(2))
+    ruled = choose(LambdaSearch(), None)
+    assert torch.equal(ruled.of_others(few, 512, AUTO).reg_lambda, prior_lambda(few, 512, AUTO))
+    assert ruled.by_prior and not asked.by_prior and ruled.reg_lambda != prior_lambda(few, 512, AUTO)[0]
 
 
 def test_later_sites_are_asked_now_and_then():
-    strengths = Strengths()
-    asked = [bool(choose(strengths, Bowl(0.3)).curve) for _ in range(12)]
+    lambdas = LambdaSearch()
+    asked = [bool(choose(lambdas, Bowl(0.3)).curve) for _ in range(12)]
     assert asked == [True, True, True, True, False, False, True, False, False, True, False, False]
 
 
 def test_sites_take_turns_in_which_fold_they_fit_on():
-    strengths, bowls = Strengths(), [Bowl(0.3) for _ in range(7)]
+    lambdas, bowls = LambdaSearch(), [Bowl(0.3) for _ in range(7)]
     for bowl in bowls:
-        choose(strengths, bowl)
+        choose(lambdas, bowl)
     assert [set(bowl.turns) for bowl in bowls] == [{0}, {1}, {2}, {3}, set(), set(), {4}]
 
 
 def test_an_interrupted_run_remembers_from_its_reports():
     """The same choices, whether the sites before were solved in this process or are read from JSON."""
-    whole, choices = Strengths(), []
+    whole, choices = LambdaSearch(), []
     bowls = [Bowl(best) for best in (0.1, 3.0, 1.0, 0.3, 0.3, 10.0, 0.03, 1.0)]
     choices = [choose(whole, bowl) for bowl in bowls]
     records = [choice.record() for choice in choices]
-    again = Strengths.restored([{}, *json.loads(json.dumps(records[:4]))])
+    again = LambdaSearch.restored([{}, *json.loads(json.dumps(records[:4]))])
     for bowl, before in zip(bowls[4:], choices[4:]):
         after = choose(again, bowl)
-        assert after.record() == before.record() and torch.equal(after.strength, before.strength)
+        assert after.record() == before.record() and torch.equal(after.reg_lambda, before.reg_lambda)
     assert again == whole

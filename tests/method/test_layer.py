@@ -40,12 +40,12 @@ def test_every_gram_method_beats_rounding_on_what_it_saw_and_says_so_truly(metho
     signal = output_error(weight[0], torch.zeros(48, 64), x)
     measured = output_error(weight[0], quantized.dequantize()[0], x) / signal
     assert report.error == pytest.approx(measured, rel=1e-3)
-    assert report.error < 0.9 * report.rounding_error
+    assert report.error < 0.9 * report.rtn_error
     assert report.rows == (512,) and report.fallback is None
 
 
 def test_independent_inputs_leave_nothing_to_correct():
-    """H = I on a min-max grid is plain rounding, code for code."""
+    """H = I on a min-max grid is RTN, code for code."""
     weight = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(1))
     spec = MethodConfig("gptq", act_order="none")
     by_gram, _ = solve(weight, seen(torch.eye(32)), spec)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.bit_allocation import WidthLosses, tried, tried_width, width_losses
+from sarqc.method.bit_allocation import LossByBits, loss_by_bits, probe_bits, probe_weight
 from sarqc.method.gram import Statistics
 
 QUANT = QuantConfig(group_size=32, avg_bits=4)
@@ -26,27 +26,27 @@ def site(experts=1, rows=200, seed=0):
 @pytest.mark.parametrize("experts", [1, 3])
 def test_each_bit_helps_by_about_four(method, experts):
     weight, statistics = site(experts)
-    losses = width_losses("site", weight, statistics, QUANT, MethodConfig(method), torch.bfloat16).relative(4)
+    losses = loss_by_bits("site", weight, statistics, QUANT, MethodConfig(method), torch.bfloat16).relative(4)
     assert list(losses) == list(QUANT.bit_options)
     for before, after in zip(QUANT.bit_options, QUANT.bit_options[1:]):
         assert 2.5 < (losses[before] / losses[after]) ** (1 / (after - before)) < 6
 
 
 def test_parts_add_up():
-    one, other = WidthLosses({3: 4.0, 4: 1.0}), WidthLosses({3: 12.0, 4: 1.0})
-    assert one + other == WidthLosses({3: 16.0, 4: 2.0}) and (one + other).relative(4) == {3: 8.0, 4: 1.0}
+    one, other = LossByBits({3: 4.0, 4: 1.0}), LossByBits({3: 12.0, 4: 1.0})
+    assert one + other == LossByBits({3: 16.0, 4: 2.0}) and (one + other).relative(4) == {3: 8.0, 4: 1.0}
 
 
 def test_what_is_tried_lies_within_the_average():
     for average, width in ((3.5, 3), (4.0, 4), (2.3, 2), (9, 8), (7.9, 6)):
-        assert tried_width(QuantConfig(avg_bits=average)) == width
-    assert tried_width(QuantConfig(avg_bits=4.1, bit_options=(5, 8))) == 5
+        assert probe_bits(QuantConfig(avg_bits=average)) == width
+    assert probe_bits(QuantConfig(avg_bits=4.1, bit_options=(5, 8))) == 5
     weight, statistics = site(2)
-    found = tried("site", weight, statistics, QUANT, MethodConfig(), torch.bfloat16)
+    found = probe_weight("site", weight, statistics, QUANT, MethodConfig(), torch.bfloat16)
     assert found.bits == 4 and float((found.dequantize() - weight).norm() / weight.norm()) < 0.2
 
 
 def test_a_site_that_saw_nothing_loses_nothing():
     weight, _ = site(2)
-    found = width_losses("site", weight, Statistics.zeros(2, 64, 2), QUANT, MethodConfig(), torch.bfloat16)
+    found = loss_by_bits("site", weight, Statistics.zeros(2, 64, 2), QUANT, MethodConfig(), torch.bfloat16)
     assert set(found.by_width.values()) == set(found.relative(4).values()) == {0.0}

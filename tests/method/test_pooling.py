@@ -1,4 +1,4 @@
-"""Experts that borrow: the formula in fp64, its two ends, and that a layer cut in parts is the layer."""
+"""Experts that shrinkage: the formula in fp64, its two ends, and that a layer cut in parts is the layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.gram import Gram, Statistics, kappa, shrunk
+from sarqc.method.gram import Gram, Statistics, prior_rows, shrunk
 from sarqc.method.layer import solve_site
 
 OFFSETS = torch.tensor([0, 9, 9, 10, 40])
@@ -22,21 +22,21 @@ def routed(generator: torch.Generator, size: int = 16) -> tuple[Gram, torch.Tens
 
 def test_each_expert_is_a_weighted_mean_of_its_own_and_the_pool(generator):
     gram, x = routed(generator)
-    borrowing = shrunk(gram, 0.5)
+    shrink_experts = shrunk(gram, 0.5)
     double = x.double()
     pool = double.T @ double / 40
     for expert, (start, stop) in enumerate(pairwise(OFFSETS.tolist())):
         own = double[start:stop]
         expected = (own.T @ own + 8 * pool) / (len(own) + 8)
-        torch.testing.assert_close(borrowing.hessian()[expert].double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shrink_experts.second_moment()[expert].double(), expected, rtol=1e-5, atol=1e-6)
         magnitudes = (own.abs().sum(0) + 8 * double.abs().mean(0)) / (len(own) + 8)
-        torch.testing.assert_close(borrowing.abs_mean()[expert].double(), magnitudes, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(borrowing.hessian()[1].double(), pool, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shrink_experts.abs_mean()[expert].double(), magnitudes, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shrink_experts.second_moment()[1].double(), pool, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_borrowed_is_the_gram_itself(generator):
     gram, _ = routed(generator)
-    assert shrunk(gram, 0.0) is gram and kappa(16, 0.5) == 8
+    assert shrunk(gram, 0.0) is gram and prior_rows(16, 0.5) == 8
     dense = Gram.zeros(1, 16)
     dense.add(torch.randn(5, 16, generator=generator))
     assert shrunk(dense, 0.5) is dense
@@ -53,7 +53,7 @@ def test_part_of_a_layer_borrows_from_the_whole(generator):
     rest.add(x[:9])
     rest.add(x[10:])
     whole, part = shrunk(gram, 0.25), shrunk(some, 0.25, rest)
-    assert torch.equal(whole.hessian()[1:3], part.hessian())
+    assert torch.equal(whole.second_moment()[1:3], part.second_moment())
     assert torch.equal(whole.abs_mean()[1:3], part.abs_mean())
 
 
@@ -66,4 +66,4 @@ def test_an_expert_without_tokens_is_solved_in_the_metric_of_the_pool(generator)
     solved, report = solve_site("s", weight, statistics, quant, spec, scale_dtype=torch.bfloat16)
     alone, _ = solve_site("s", weight[1:2], pooled, quant, spec, scale_dtype=torch.bfloat16)
     assert (solved.codes[1] != alone.codes[0]).float().mean() < 0.05  # the pool is summed in another order
-    assert report.rows == (9, 0, 1, 30) and report.borrowed_rows == 8
+    assert report.rows == (9, 0, 1, 30) and report.prior_rows == 8

@@ -9,7 +9,7 @@ import torch
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import CheckpointError
-from sarqc.model.source import Ahead, StateDictSource
+from sarqc.model.source import PrefetchingSource, StateDictSource
 from sarqc.pipeline import driver
 
 QUANT = QuantConfig(bits=4, group_size=32)
@@ -38,34 +38,34 @@ def readers():
 
 def test_what_was_announced_is_read_in_another_thread_and_once():
     source = Slow(TENSORS)
-    with Ahead(source) as ahead:
-        ahead.read(["a", "c"])
+    with PrefetchingSource(source) as prefetched:
+        prefetched.read(["a", "c"])
         for name, tensor in TENSORS.items():
-            assert torch.equal(ahead.load(name), tensor)
+            assert torch.equal(prefetched.load(name), tensor)
         assert sorted(source.loaded) == [("a", False), ("b", True), ("c", False)]
-        assert torch.equal(ahead.load("a"), TENSORS["a"]) and source.loaded[-1] == ("a", True)
-        assert (ahead.names(), ahead.shape("a"), ahead.dtype("a"), ahead.quantized("a")) == (
+        assert torch.equal(prefetched.load("a"), TENSORS["a"]) and source.loaded[-1] == ("a", True)
+        assert (prefetched.names(), prefetched.shape("a"), prefetched.dtype("a"), prefetched.quantized("a")) == (
             ["a", "b", "c"], (4,), torch.float32, None,
         )  # fmt: skip
     assert readers() == []
 
 
 def test_an_error_is_raised_where_the_tensor_is_used():
-    with Ahead(Slow(TENSORS, bad="b")) as ahead:
-        ahead.read("abc")
-        assert torch.equal(ahead.load("c"), TENSORS["c"])
+    with PrefetchingSource(Slow(TENSORS, bad="b")) as prefetched:
+        prefetched.read("abc")
+        assert torch.equal(prefetched.load("c"), TENSORS["c"])
         with pytest.raises(CheckpointError, match="'b' cannot be read"):
-            ahead.load("b")
+            prefetched.load("b")
 
 
 def test_what_nobody_wants_any_more_is_not_read():
     source = Slow(TENSORS)
     source.go.clear()
-    with Ahead(source) as ahead:
-        ahead.read("ab")  # one of them has begun and waits
-        ahead.read("c")
+    with PrefetchingSource(source) as prefetched:
+        prefetched.read("ab")  # one of them has begun and waits
+        prefetched.read("c")
         source.go.set()
-        assert torch.equal(ahead.load("c"), TENSORS["c"])
+        assert torch.equal(prefetched.load("c"), TENSORS["c"])
     assert [name for name, _ in source.loaded] in (["a", "c"], ["c"])
     assert readers() == []
 
@@ -93,13 +93,13 @@ def test_a_run_that_reads_ahead_is_the_same_run(tiny, method):
         return weights(driver.run(case.skeleton(), case.source, tokens, QUANT, MethodConfig(method), **options))
 
     plain, reads = run(), sorted(case.source.reads)
-    assert equal(run(read_ahead=True), plain) and sorted(case.source.reads) == reads
+    assert equal(run(prefetch=True), plain) and sorted(case.source.reads) == reads
     assert readers() == []
 
 
 def test_no_more_than_the_next_block_is_read(tiny):
     case = tiny("llama", num_hidden_layers=4)
-    running = driver.run(case.skeleton(), case.source, None, QUANT, MethodConfig("rtn"), read_ahead=True)
+    running = driver.run(case.skeleton(), case.source, None, QUANT, MethodConfig("rtn"), prefetch=True)
     next(running)
     running.close()
     assert readers() == []
@@ -117,7 +117,7 @@ def test_the_thread_ends_with_the_run_however_that_ends(tiny, error):
     with pytest.raises(error):
         next(
             driver.run(
-                case.skeleton(), case.source, None, QUANT, MethodConfig("rtn"), read_ahead=True, on_progress=raising
+                case.skeleton(), case.source, None, QUANT, MethodConfig("rtn"), prefetch=True, on_progress=raising
             )
         )
     assert readers() == []
@@ -126,7 +126,7 @@ def test_the_thread_ends_with_the_run_however_that_ends(tiny, error):
 def test_a_block_that_cannot_be_read_fails_when_its_turn_comes(tiny):
     case = tiny("llama")
     source = Slow(case.tensors(), bad=["model.layers.1.mlp.up_proj.weight"])
-    running = driver.run(case.skeleton(), source, None, QUANT, MethodConfig("rtn"), read_ahead=True)
+    running = driver.run(case.skeleton(), source, None, QUANT, MethodConfig("rtn"), prefetch=True)
     assert next(running).index == 0
     with pytest.raises(CheckpointError, match="up_proj"):
         next(running)

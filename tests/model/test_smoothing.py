@@ -55,7 +55,11 @@ EXPECTED = {
     },
 }
 for _name in (("mixtral", 0), ("qwen3_moe", 1)):
-    EXPECTED[_name] = {giver: readers for giver, readers in EXPECTED[_name].items() if giver != "up_proj"}
+    EXPECTED[_name] = {
+        smooth_layer: balance_layers
+        for smooth_layer, balance_layers in EXPECTED[_name].items()
+        if smooth_layer != "up_proj"
+    }
 del EXPECTED["gemma3", 1]["post_attention_layernorm"]
 
 
@@ -78,10 +82,13 @@ def leaf(name):
 def test_givers_and_readers_are_found_and_nothing_is_left_changed(tiny, name, index, dtype):
     skeleton, sites, run = loaded(tiny(name, dtype), index)
     before = {name: tensor.clone() for name, tensor in skeleton.blocks[index].state_dict().items()}
-    folds, reasons = smoothing.find_folds(skeleton, index, sites, run)
-    found = {leaf(fold.giver): [leaf(reader) for reader in fold.readers] for fold in folds}
+    mappings, reasons = smoothing.find_mappings(skeleton, index, sites, run)
+    found = {
+        leaf(mapping.smooth_layer): [leaf(balance_layer) for balance_layer in mapping.balance_layers]
+        for mapping in mappings
+    }
     assert found == EXPECTED[name, index]
-    unscaled = {leaf(site.name) for site in sites} - {leaf(site.name) for fold in folds for site in fold.sites}
+    unscaled = {leaf(site.name) for site in sites} - {leaf(site.name) for mapping in mappings for site in mapping.sites}
     assert {leaf(site) for site in reasons} == unscaled == ({"o_proj"} if name == "deepseek_v3" else set())
     after = skeleton.blocks[index].state_dict()
     assert all(
@@ -91,16 +98,22 @@ def test_givers_and_readers_are_found_and_nothing_is_left_changed(tiny, name, in
 
 def test_grouped_heads_follow_the_head_they_share(tiny):
     skeleton, sites, run = loaded(tiny("llama"), 0)  # 4 heads of 16 on 2 of keys and values
-    fold = next(fold for fold in smoothing.find_folds(skeleton, 0, sites, run)[0] if leaf(fold.giver) == "v_proj")
+    mapping = next(
+        mapping
+        for mapping in smoothing.find_mappings(skeleton, 0, sites, run)[0]
+        if leaf(mapping.smooth_layer) == "v_proj"
+    )
     heads = torch.arange(32).view(2, 16).repeat_interleave(2, 0)
-    assert torch.equal(fold.source, heads.flatten()) and fold.channels == 32
+    assert torch.equal(mapping.source, heads.flatten()) and mapping.channels == 32
 
 
 @pytest.mark.parametrize(("name", "offset"), [("llama", 0.0), ("gemma3", 1.0)])
 def test_norms_that_store_their_weight_around_zero_are_told_apart(tiny, name, offset):
     skeleton, sites, run = loaded(tiny(name), 0)
-    norms = [fold for fold in smoothing.find_folds(skeleton, 0, sites, run)[0] if "norm" in fold.giver]
-    assert len(norms) == 2 and all(fold.offset == offset for fold in norms)
+    norms = [
+        mapping for mapping in smoothing.find_mappings(skeleton, 0, sites, run)[0] if "norm" in mapping.smooth_layer
+    ]
+    assert len(norms) == 2 and all(mapping.offset == offset for mapping in norms)
 
 
 def test_the_offset_of_a_norm_with_a_bias_is_not_its_bias():
@@ -112,14 +125,14 @@ def test_the_offset_of_a_norm_with_a_bias_is_not_its_bias():
 def test_a_reader_that_was_missed_is_noticed(tiny, monkeypatch):
     """The proof does not lean on what was seen: without the router among the readers, the fold must fall."""
     skeleton, sites, run = loaded(tiny("mixtral"), 0)
-    seen = smoothing._Sight.readers
+    seen = smoothing._Sight.balance_layers
 
     def blind(self, model, norm):
         return [name for name in seen(self, model, norm) if not name.endswith(".gate.weight")]
 
     monkeypatch.setattr(smoothing._Sight, "readers", blind)
-    folds, reasons = smoothing.find_folds(skeleton, 0, sites, run)
-    assert {leaf(fold.giver) for fold in folds} == {"input_layernorm", "v_proj", "gate_up_proj"}
+    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
+    assert {leaf(mapping.smooth_layer) for mapping in mappings} == {"input_layernorm", "v_proj", "gate_up_proj"}
     (site, reason), *others = reasons.items()
     assert not others and "experts" in site and "something else reads" in reason
 
@@ -129,8 +142,8 @@ def test_what_leaves_no_trace_is_not_scaled(tiny):
     case = tiny("llama")
     skeleton, sites, run = loaded(case, 0)
     skeleton.blocks[0].mlp.down_proj.weight.data.zero_()
-    folds, reasons = smoothing.find_folds(skeleton, 0, sites, run)
-    assert {leaf(fold.giver) for fold in folds} == {"input_layernorm", "v_proj"}
+    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
+    assert {leaf(mapping.smooth_layer) for mapping in mappings} == {"input_layernorm", "v_proj"}
     assert len(reasons) == 2 and all("no effect" in reason for reason in reasons.values())
 
 
@@ -140,10 +153,12 @@ def test_an_activation_in_between_is_no_plain_scaling(tiny):
     skeleton.blocks[0].mlp.act_fn = nn.SiLU()
     mlp = skeleton.blocks[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))
-    folds, _ = smoothing.find_folds(skeleton, 0, sites, run)
-    assert {leaf(fold.giver) for fold in folds if leaf(fold.readers[0]) == "down_proj"} == {"gate_proj"}
+    mappings, _ = smoothing.find_mappings(skeleton, 0, sites, run)
+    assert {leaf(mapping.smooth_layer) for mapping in mappings if leaf(mapping.balance_layers[0]) == "down_proj"} == {
+        "gate_proj"
+    }
     mlp.forward = lambda x: mlp.down_proj((mlp.up_proj(x) * mlp.gate_proj(x)).square())
-    folds, reasons = smoothing.find_folds(skeleton, 0, sites, run)
+    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
     assert [leaf(site) for site in reasons] == ["down_proj"]
 
 
@@ -154,11 +169,11 @@ def folded(case, quant=QUANT, seed=0):
     everything = {}
     for index in range(len(case.skeleton().blocks)):
         skeleton, sites, run = loaded(case, index, quant)
-        folds, reasons = smoothing.find_folds(skeleton, index, sites, run)
-        scales = BlockScales(skeleton, case.source, sites, folds, reasons)
+        mappings, reasons = smoothing.find_mappings(skeleton, index, sites, run)
+        scales = BlockScales(skeleton, case.source, sites, mappings, reasons)
 
-        def draw(readers, *_, shared, binary, source, channels):
-            experts = 1 if shared else len(readers[0].weight)
+        def draw(balance_layers, *_, shared, binary, source, channels):
+            experts = 1 if shared else len(balance_layers[0].weight)
             found = torch.exp(0.5 * torch.randn(experts, channels, generator=generator))
             found = found.log2().round().exp2() if binary else found
             return ChannelScales(found, torch.ones(experts, dtype=torch.float64))

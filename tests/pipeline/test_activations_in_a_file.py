@@ -88,7 +88,7 @@ def test_the_reference_waits_in_a_file_too(tmp_path, files, kind, budget):
     """Also where the run was stopped in between."""
     source, run = tiny.save(kind, tmp_path / "model", num_hidden_layers=3), SMALL | {"error_correction": True}
     report = sarqc.quantize(source, tmp_path / "straight", **run).report
-    assert files == [] and any(site["carried"] > 0 for site in report["sites"])
+    assert files == [] and any(site["correction_share"] > 0 for site in report["sites"])
     with pytest.raises(Interrupted):
         sarqc.quantize(source, tmp_path / "stopped", activation_budget=budget, progress=Stopping(2), **run)
     for name in ("stopped", "at once"):
@@ -168,7 +168,7 @@ def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
     assert sum(one.needed for one in outside.disk) == sum(one.needed for one in inside.disk) + HELD - 1000
     assert outside.to_json()["waiting"]["mapped"] == HELD - 1000
     block = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 3
-    assert 0.5 * block < inside.waiting.ahead < block
+    assert 0.5 * block < inside.waiting.prefetched < block
     for found, says in ((inside, "in memory"), (outside, "in a file (over --activation-budget)")):
         show(Console(width=160), found)
         shown = " ".join(capsys.readouterr().out.split())
@@ -177,7 +177,7 @@ def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
 
 def test_text_that_nobody_looks_at_waits_nowhere(source, tmp_path):
     found = preflight(source, tmp_path / "out", method="rtn", activation_budget=0)
-    assert (found.waiting.states, found.waiting.mapped) == (0, 0) and found.waiting.ahead > 0
+    assert (found.waiting.states, found.waiting.mapped) == (0, 0) and found.waiting.prefetched > 0
 
 
 def test_nothing_is_read_ahead_without_memory_for_it(source, straight, tmp_path, monkeypatch):
@@ -188,16 +188,16 @@ def test_nothing_is_read_ahead_without_memory_for_it(source, straight, tmp_path,
     assert preflight(source, tmp_path / "out", **SMALL).waiting == found.waiting
     monkeypatch.setattr(memory, "host_memory", lambda: peak - 1)
     tight = preflight(source, tmp_path / "out", **SMALL)
-    assert tight.waiting == replace(found.waiting, ahead=0)
+    assert tight.waiting == replace(found.waiting, prefetched=0)
     assert max(stage.host for stage in tight.memory) < peak
-    monkeypatch.setattr("sarqc.pipeline.driver.Ahead", None)  # whoever would use it fails
+    monkeypatch.setattr("sarqc.pipeline.driver.PrefetchingSource", None)  # whoever would use it fails
     sarqc.quantize(source, tmp_path / "out", **SMALL)
     assert contents(tmp_path / "out") == straight
 
 
 def test_a_single_block_has_no_next_one(tmp_path):
     source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    assert preflight(source, tmp_path / "out", **SMALL).waiting.ahead == 0
+    assert preflight(source, tmp_path / "out", **SMALL).waiting.prefetched == 0
 
 
 def test_the_reference_beside_takes_its_part(tmp_path):

@@ -17,7 +17,7 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import Interrupted, NumericError
 from sarqc.pipeline import block, block_scales, distributed, grams, quantize_site
 from sarqc.pipeline.channel_scales import BlockScales
-from sarqc.pipeline.progress import Silent
+from sarqc.pipeline.progress import NoProgress
 from sarqc.pipeline.resume import default_work
 from tests.support import tiny
 from tests.support.ranks import in_ranks
@@ -70,7 +70,7 @@ def test_ranks_agree_on_the_layer_that_makes_up_for_errors(models, tmp_path, mon
     """Also where one of them finds none on its own window, as where activations there are not finite."""
     options = SMALL | {"method": "sarqc-gptq", "num_samples": 4}
     one = sarqc.quantize(models["llama"], tmp_path / "one", **options)
-    assert any(site["carried"] > 0 for site in one.report["sites"])
+    assert any(site["correction_share"] > 0 for site in one.report["sites"])
 
     def action(rank):
         if rank == 1:
@@ -96,11 +96,11 @@ def test_plain_rounding_is_shared_out_too(models, tmp_path):
     assert ended == [(0, "")] * 2 and weights(tmp_path / "two") == weights(one.out)
 
 
-class Stopping(Silent):
+class Stopping(NoProgress):
     def __init__(self, stops):
         self.stops = stops
 
-    def stop_asked(self):
+    def stop_requested(self):
         return self.stops
 
 
@@ -179,8 +179,15 @@ def test_memory_that_runs_out_on_one_rank_makes_all_take_less(models, straight, 
 
 @pytest.mark.parametrize(
     ("room", "name"),
-    [(block_scales, "find_folds"), (block_scales, "borrowing"), (grams, "_finite"), (BlockScales, "_take")],
-    ids=["folds", "Grams", "finite", "scales"],
+    [
+        (block_scales, "find_mappings"),
+        (block_scales, "shrink_experts"),
+        (grams, "_finite"),
+        (BlockScales, "_take"),
+        (block, "residual_writes"),
+        (block, "write_back"),
+    ],
+    ids=["mappings", "Grams", "finite", "scales", "residual writes", "weights"],
 )
 def test_memory_that_runs_out_between_two_meetings_keeps_ranks_in_step(models, tmp_path, room, name):
     """On one rank alone, where no other waits: none of them may take its next word for another one's."""
@@ -189,11 +196,11 @@ def test_memory_that_runs_out_between_two_meetings_keeps_ranks_in_step(models, t
     def failing(rank):
         left = [1]
 
-        def full(*args):
+        def full(*args, **options):
             if rank == 1 and left:
                 left.clear()
                 raise torch.OutOfMemoryError("tried to allocate 2 GB")
-            return call(*args)
+            return call(*args, **options)
 
         setattr(room, name, full)
         result = sarqc.quantize(models["qwen3_moe"], tmp_path / "out", **SMALL | {"micro_batch": 2})
@@ -257,5 +264,5 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert distributed.world() == 1 and distributed.leads()
-    with distributed.joined("cpu", ordered=True) as (group, device):
-        assert (group.rank, group.size, group.ordered, device) == (0, 1, False, "cpu")
+    with distributed.joined("cpu", ordered=True) as (comm, device):
+        assert (comm.rank, comm.size, comm.ordered, device) == (0, 1, False, "cpu")

@@ -74,7 +74,7 @@ def test_later_blocks_are_calibrated_on_the_quantized_ones(tiny, monkeypatch):
     solve_site = quantize_site.solve_site
 
     def spy(name, weight, statistics, *rest, **options):
-        grams[name] = statistics.total().hessian()
+        grams[name] = statistics.total().second_moment()
         return solve_site(name, weight, statistics, *rest, **options)
 
     monkeypatch.setattr(quantize_site, "solve_site", spy)
@@ -100,7 +100,9 @@ def test_a_small_gram_budget_only_means_more_passes(tiny):
         parts = run(case, gram_budget=budget)
         assert same(weights_of(whole), weights_of(parts))
         for one, other in zip(whole, parts):
-            told = [[(report.site, report.rows, report.strength) for report in block.reports] for block in (one, other)]
+            told = [
+                [(report.site, report.rows, report.reg_lambda) for report in block.reports] for block in (one, other)
+            ]
             assert told[0] == told[1]  # however many passes a site took, it is told of as one
 
 
@@ -115,13 +117,13 @@ def test_micro_batches_do_not_matter_beyond_rounding_of_sums(tiny):
 def test_folds_are_stretches_of_windows_kept_apart(tiny, monkeypatch):
     case = tiny("llama")
     seen = []
-    choose_strength = quantize_site.choose_strength
+    choose_lambda = quantize_site.choose_lambda
 
     def spy(name, kind, weight, statistics, *rest, **options):
         seen.append([int(gram.rows.sum()) for gram in statistics.folds])
-        return choose_strength(name, kind, weight, statistics, *rest, **options)
+        return choose_lambda(name, kind, weight, statistics, *rest, **options)
 
-    monkeypatch.setattr(quantize_site, "choose_strength", spy)
+    monkeypatch.setattr(quantize_site, "choose_lambda", spy)
     run(case, folds=2, micro_batch=2)
     assert seen and all(rows == [2 * 20, 3 * 20] for rows in seen)
 
@@ -222,8 +224,8 @@ def test_however_micro_batches_are_held_the_codes_are_the_same(tiny, tmp_path, m
 DEEP = textwrap.dedent(
     """
     import torch, transformers
-    from sarqc.method.layer import SolveReport
-    from sarqc.method.rtn import round_plainly
+    from sarqc.method.layer import LayerReport
+    from sarqc.method.rtn import quantize_rtn
     from sarqc.pipeline import driver, quantize_site
     from sarqc.model.lazy_model import Skeleton
     from sarqc.config import MethodConfig, QuantConfig
@@ -238,8 +240,8 @@ DEEP = textwrap.dedent(
         def quantized(self, linear): return None
 
     def quickly(name, weight, statistics, quant, method, *, scale_dtype, scaling, choice, experts):
-        report = SolveReport(name, tuple(statistics.total().rows.tolist()), 0.0, 0.0, 0.0, 0.0, None, 0.0)
-        return round_plainly(weight, quant, "minmax", scale_dtype), report
+        report = LayerReport(name, tuple(statistics.total().rows.tolist()), 0.0, 0.0, 0.0, 0.0, None, 0.0)
+        return quantize_rtn(weight, quant, "minmax", scale_dtype), report
 
     quantize_site.solve_site = quickly
     torch.set_num_threads(1)

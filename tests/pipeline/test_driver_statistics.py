@@ -9,9 +9,9 @@ from itertools import islice
 import pytest
 import torch
 
-from sarqc.checkpoint.state import Parts
+from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.lambda_search import GRID, Strengths
+from sarqc.method.lambda_search import GRID, LambdaSearch
 from sarqc.model.layers import targets
 from sarqc.model.sites import write_back
 from sarqc.model.source import Overlay
@@ -72,7 +72,7 @@ def handed_over(monkeypatch):
 
 def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over, monkeypatch):
     """Two of them to choose by, and what is solved has seen both as one."""
-    strengths, folds, choose = Strengths(), [], quantize_site.choose_strength
+    strengths, folds, choose = LambdaSearch(), [], quantize_site.choose_strength
 
     def spy(site, kind, weight, statistics, *rest, **options):
         folds.append((len(statistics.folds), statistics.total().sum))
@@ -87,7 +87,7 @@ def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny,
     assert strengths.tracks.keys() == kinds
     assert all(track.seen == len(results) == 2 for track in strengths.tracks.values())
     for report in (report for result in results for report in result.reports):
-        assert report.strength in [pytest.approx(s) for s in GRID]
+        assert report.reg_lambda in [pytest.approx(s) for s in GRID]
         assert report.held_out["kind"] in kinds and len(report.held_out["curve"]) >= 3
 
 
@@ -101,10 +101,10 @@ def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, ha
 
 def test_reports_hold_all_that_was_learnt_about_strengths(tiny):
     """What a run that is taken up again restores from the reports of a block is what was known when it was done."""
-    strengths = Strengths()
+    strengths = LambdaSearch()
     first = next(run(tiny("llama"), start=from_the_first(strengths)))
     records = json.loads(json.dumps([dict(report.held_out) for report in first.reports]))
-    assert Strengths.restored(records) == strengths and len(strengths.tracks) == 4
+    assert LambdaSearch.restored(records) == strengths and len(strengths.tracks) == 4
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
@@ -126,11 +126,11 @@ def test_a_layer_of_experts_answers_once_however_it_is_cut(tiny, monkeypatch, me
     monkeypatch.setattr(Collector, "collect", lambda *args: portions.append(args[1][0].site.name) or collect(*args))
     answers = []
     for budget in (1 << 30, 1):
-        strengths = Strengths()
+        strengths = LambdaSearch()
         found = list(run(tiny("qwen3_moe"), MethodConfig(method), gram_budget=budget, start=from_the_first(strengths)))
         answers.append({kind: (track.seen, len(track.curves)) for kind, track in strengths.tracks.items()})
         records = [report.held_out for block in found for report in block.reports]
-        assert Strengths.restored(json.loads(json.dumps(records))) == strengths
+        assert LambdaSearch.restored(json.loads(json.dumps(records))) == strengths
         for block in found:
             asked = [report for report in block.reports if len(report.rows) > 1]
             assert len(asked) == 2 and all(len(report.rows) == 4 for report in asked)
@@ -150,7 +150,7 @@ def test_experts_that_are_solved_a_few_at_a_time_get_the_same_codes(tiny, monkey
                 for pair in ((weight.codes, other.codes), (weight.scales, other.scales), (weight.zeros, other.zeros))
             )
         for one, two in zip(a.reports, b.reports, strict=True):
-            assert (one.site, one.rows, one.strength) == (two.site, two.rows, two.strength)
+            assert (one.site, one.rows, one.reg_lambda) == (two.site, two.rows, two.reg_lambda)
             assert one.error == pytest.approx(two.error, rel=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_the_last_layer_is_asked_for_what_the_stream_lacks(tiny, handed_over):
     """R^T X with R = what leaves the original block less what leaves the block in which all others are quantized."""
     case = tiny("llama")
     results = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
-    asked = [name for name, statistics in handed_over.items() if statistics.folds[0].wish is not None]
+    asked = [name for name, statistics in handed_over.items() if statistics.folds[0].cross_gram is not None]
     names = ("self_attn.o_proj", "mlp.down_proj")
     assert asked == [f"model.layers.{index}.{name}" for index in range(len(results)) for name in names]
     skeleton = entered(case)
@@ -178,7 +178,7 @@ def test_the_last_layer_is_asked_for_what_the_stream_lacks(tiny, handed_over):
     hook.remove()
     lacking[:, 0] = 0
     expected = asked_of(inputs[0], lacking)
-    found = handed_over[asked[1]].total().wish[0].double()
+    found = handed_over[asked[1]].total().cross_gram[0].double()
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
@@ -205,7 +205,7 @@ def test_a_layer_inside_the_block_is_asked_for_what_its_stream_lacks(tiny, hande
     lacking = read["post_attention_layernorm", False] - read["post_attention_layernorm", True]
     lacking[:, 0] = 0
     expected = asked_of(read["self_attn.o_proj", True], lacking)
-    found = handed_over["model.layers.0.self_attn.o_proj"].total().wish[0].double()
+    found = handed_over["model.layers.0.self_attn.o_proj"].total().cross_gram[0].double()
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
@@ -244,7 +244,7 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
     stand behind all of them: the reference is let go."""
     case = tiny(kind)
     results = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
-    asked = [name for name, statistics in handed_over.items() if statistics.folds[0].wish is not None]
+    asked = [name for name, statistics in handed_over.items() if statistics.folds[0].cross_gram is not None]
     assert asked == [f"model.layers.{name}" for name in asking]
     told = [note for result in results for note in result.notes if "earlier errors are not made up for" in note]
     assert len(told) == (0 if asking else 1)
@@ -255,7 +255,7 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
 def test_a_first_block_that_is_left_alone_says_nothing_of_the_others(tiny, handed_over):
     case, quant = tiny("llama"), QuantConfig(bits=3, group_size=32, ignore=(r"layers\.0\.",))
     results = list(driver.run(case.skeleton(), case.source, case.tokens, quant, CARRY))
-    assert [name for name, seen in handed_over.items() if seen.folds[0].wish is not None] == [
+    assert [name for name, seen in handed_over.items() if seen.folds[0].cross_gram is not None] == [
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
     ]
@@ -266,7 +266,7 @@ def kept(handover):
     """The same in memory of its own, as if it had been stored."""
     if handover is None:
         return None
-    return replace(handover, hidden=Parts.of(torch.stack([row.clone() for row in handover.hidden.rows()])))
+    return replace(handover, hidden=ChunkedTensor.of(torch.stack([row.clone() for row in handover.hidden.rows()])))
 
 
 @pytest.mark.parametrize("handed", [True, False])
@@ -279,7 +279,7 @@ def test_going_on_carries_the_same_errors(tiny, kind, handed):
         handovers.append(kept(result.handover))
     assert all(any(report.carried > 0 for report in result.reports) for result in whole[1:])
     *_, last = whole
-    strengths = Strengths.restored(report.held_out for result in whole[:-1] for report in result.reports)
+    strengths = LambdaSearch.restored(report.held_out for result in whole[:-1] for report in result.reports)
     start = driver.Start(
         last.index,
         handovers[last.index - 1] if handed else None,
@@ -301,7 +301,7 @@ def test_states_that_are_not_all_that_a_block_needs_are_made_again(tiny):
         asked.append(index)
         return whole[index].weights, whole[index].changed
 
-    strengths = Strengths.restored(report.held_out for report in whole[0].reports)
+    strengths = LambdaSearch.restored(report.held_out for report in whole[0].reports)
     start = driver.Start(1, replace(handovers[0], fingerprint="of another model"), stored, strengths)
     (again,) = run(case, CARRY, micro_batch=2, start=start)
     assert asked == [0] and same(again, whole[1])
@@ -340,7 +340,7 @@ def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_o
     hook.remove()
     lacking[:, 0] = 0
     expected = asked_of(inputs[0], lacking)
-    found = handed_over[last.site].total().wish[0].double()
+    found = handed_over[last.site].total().cross_gram[0].double()
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 

@@ -27,7 +27,7 @@ from sarqc.method import gptq
 from sarqc.method.hessian import regularised_hessian
 from sarqc.pipeline import quantize_site
 from sarqc.pipeline.resume import default_work
-from sarqc.pipeline.streams import SCOUTED, Streams
+from sarqc.pipeline.streams import PROBE_TOKENS, Streams
 from sarqc.pipeline.task import Task
 from tests.support import tiny
 from tests.support.killing import in_child
@@ -172,7 +172,7 @@ def in_block(case, index, change):
         return block(self, *args, **options)
 
     def hook(_, args, kwargs):
-        if isinstance(getcurrent(), Task) and kwargs["hidden_states"].shape[1] > SCOUTED:
+        if isinstance(getcurrent(), Task) and kwargs["hidden_states"].shape[1] > PROBE_TOKENS:
             kwargs = kwargs | {"hidden_states": change(kwargs["hidden_states"])}
         return args, kwargs
 

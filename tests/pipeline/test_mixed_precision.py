@@ -23,10 +23,10 @@ from sarqc.entrypoints.verify import verify
 from sarqc.errors import ArgumentError, CheckpointError, Interrupted
 from sarqc.model.packed_linear import PackedWeight
 from sarqc.pipeline import bit_allocation
-from sarqc.pipeline.bit_allocation import UnitWidth, Widths, choose
-from sarqc.pipeline.progress import Silent
+from sarqc.pipeline.bit_allocation import BitAllocation, UnitBits, choose
+from sarqc.pipeline.progress import NoProgress
 from sarqc.pipeline.resume import default_work
-from sarqc.pipeline.sensitivity import SiteLosses
+from sarqc.pipeline.sensitivity import SiteSensitivity
 from sarqc.report import report as reports
 from tests.support import kept, tiny
 from tests.support.ranks import in_ranks
@@ -85,7 +85,7 @@ def test_verify_says_which_server_runs_layers_of_each_width(runs):
 def test_what_loses_more_gets_more():
     def site(name, loss, module):
         losses = {2: 16 * loss, 3: 4 * loss, 4: loss}
-        return SiteLosses(name, (name,), ((64, 64),), (module,), loss, losses)
+        return SiteSensitivity(name, (name,), ((64, 64),), (module,), loss, losses)
 
     sites = [site("b.0.q_proj", 1.0, "q"), site("b.0.o_proj", 0.1, "o"), site("b.0.gate_proj", 0.01, "gate")]
     sites += [site("b.0.experts.0.a", 0.01, "e"), site("b.0.experts.0.b", 50.0, "e"), site("b.0.up_proj", 9.0, "up")]
@@ -93,7 +93,7 @@ def test_what_loses_more_gets_more():
     bits = found.by_linear()
     assert bits["b.0.experts.0.a"] == bits["b.0.experts.0.b"] == 4  # one module
     assert bits["b.0.gate_proj"] == bits["b.0.up_proj"] > bits["b.0.o_proj"]  # one matrix, by their names
-    assert found.average <= 3.7 and Widths.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert found.average <= 3.7 and BitAllocation.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def logits_and_expanded(out, **how):
@@ -130,10 +130,10 @@ def test_transformers_alone_never_takes_experts_for_another_width(tmp_path, monk
 
     def by_layer(sites, quant, seconds=0.0):
         units = [
-            UnitWidth(site.site, 3 + int(".1." in site.site.partition(".experts.")[0]), 1, {}, site.linears)
+            UnitBits(site.site, 3 + int(".1." in site.site.partition(".experts.")[0]), 1, {}, site.linears)
             for site in sites
         ]
-        return Widths(3.5, 0.0, tuple(units))
+        return BitAllocation(3.5, 0.0, tuple(units))
 
     monkeypatch.setattr(bit_allocation, "choose", by_layer)
     out = sarqc.quantize(source, tmp_path / "out", **SMALL).out
@@ -149,7 +149,7 @@ def test_the_report_shows_who_got_what(runs):
     assert report["quant"]["avg_bits"] == 4.0 and "linears" not in report["widths"]["units"][0]
     by_site = {site["site"]: site["bits"] for site in report["sites"]}
     assert {unit["name"]: unit["bits"] for unit in report["widths"]["units"]} == by_site
-    assert report["seconds"]["look"] > 0
+    assert report["seconds"]["sensitivity"] > 0
     assert "Who got how many bits" in (run.out / "report.html").read_text()
     card = (run.out / "README.md").read_text()
     assert (
@@ -159,22 +159,22 @@ def test_the_report_shows_who_got_what(runs):
     )
 
 
-class Stopping(Silent):
+class Stopping(NoProgress):
     def __init__(self):
         self.stages = []
 
     def stage(self, block, name):
         self.stages.append((block, name))
 
-    def stop_asked(self):
+    def stop_requested(self):
         return True
 
 
 def test_a_stopped_run_goes_on_with_its_widths(models, runs, tmp_path):
-    watcher = Stopping()
+    progress = Stopping()
     with pytest.raises(Interrupted):
-        sarqc.quantize(models["llama"], tmp_path / "out", progress=watcher, **SMALL)
-    assert [stage for stage in watcher.stages if stage[1] == "look"] == [(0, "look"), (1, "look")]
+        sarqc.quantize(models["llama"], tmp_path / "out", progress=progress, **SMALL)
+    assert [stage for stage in progress.stages if stage[1] == "sensitivity"] == [(0, "sensitivity"), (1, "sensitivity")]
     with pytest.raises(ArgumentError, match=r"begun with avg_bits = 4\.0, now it is 3\.5"):
         sarqc.quantize(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 3.5})
     work = default_work(tmp_path / "out")
@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_with_its_widths(models, runs, tmp_path):
     shutil.copytree(work, kept)
     again = Stopping()
     sarqc.quantize(models["llama"], tmp_path / "out", progress=again, **SMALL)
-    assert "look" not in {name for _, name in again.stages}
+    assert "sensitivity" not in {name for _, name in again.stages}
     theirs, ours = (folder / "model.safetensors" for folder in (runs["llama"].out, tmp_path / "out"))
     assert theirs.read_bytes() == ours.read_bytes()
     (kept / "bit_allocation.json").unlink()
@@ -201,10 +201,10 @@ def test_a_choice_outlives_a_run_that_ends_before_its_first_block(models, tmp_pa
         patched.setattr(job.driver, "run", fail)
         with pytest.raises(RuntimeError, match="gone"):
             sarqc.quantize(models["llama"], tmp_path / "out", **SMALL)
-    watcher = Stopping()
+    progress = Stopping()
     with pytest.raises(Interrupted):
-        sarqc.quantize(models["llama"], tmp_path / "out", progress=watcher, **SMALL)
-    assert "look" not in {name for _, name in watcher.stages}
+        sarqc.quantize(models["llama"], tmp_path / "out", progress=progress, **SMALL)
+    assert "sensitivity" not in {name for _, name in progress.stages}
 
 
 def test_convert_keeps_every_width(runs, tmp_path):
@@ -260,13 +260,13 @@ def test_what_cannot_be_is_refused_before_anything_is_read(models, tmp_path, set
 
 
 def test_a_dry_run_says_what_is_known(models, tmp_path):
-    found = sarqc.preflight(models["qwen3_moe"], tmp_path / "out", **SMALL)
-    assert found.bits_per_weight == pytest.approx(4.0) and "look" in found.time.seconds
+    found = sarqc.estimate(models["qwen3_moe"], tmp_path / "out", **SMALL)
+    assert found.bits_per_weight == pytest.approx(4.0) and "sensitivity" in found.time.seconds
     assert any("chosen after the first pass, out of 2, 3, 4, 5, 6, 8; 4 on average" in note for note in found.notes)
     kernels = {kernel for one in found.serve for kernel in one.kernels}
     assert "Humming or Marlin" in kernels or "Humming" in kernels
     assert all(one.failures for one in found.serve if one.server.startswith("SGLang"))
-    marlin = sarqc.preflight(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bit_options": (4, 8)})
+    marlin = sarqc.estimate(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bit_options": (4, 8)})
     assert not any(one.failures for one in marlin.serve if one.server.startswith("SGLang") and one.ranks == 1)
 
 

@@ -55,19 +55,19 @@ def weights(out):
 
 def go_on(source, out, straight, **changes):
     """Finish a run; the bytes must be those of the straight one."""
-    watcher = Stopping()
-    sarqc.quantize(source, out, progress=watcher, **SMALL | changes)
+    progress = Stopping()
+    sarqc.quantize(source, out, progress=progress, **SMALL | changes)
     assert weights(out) == weights(straight.out)
     assert not default_work(out).exists()
-    return watcher
+    return progress
 
 
 def test_a_stopped_run_goes_on_where_it_was(source, stopped, straight):
-    watcher = go_on(source, stopped, straight)
-    assert watcher.done == 2 and watcher.solved == [2]
-    assert any("resuming at block 3 of 3" in note for note in watcher.notes)
+    progress = go_on(source, stopped, straight)
+    assert progress.done == 2 and progress.solved == [2]
+    assert any("resuming at block 3 of 3" in note for note in progress.notes)
     report = json.loads((stopped / "report.json").read_text())
-    for key in ("model", "quant", "method", "calibration", "targets", "size", "error", "rounding_error", "notes"):
+    for key in ("model", "quant", "method", "calibration", "targets", "size", "error", "rtn_error", "notes"):
         assert report[key] == straight.report[key]
     timeless = [[site | {"seconds": 0} for site in one["sites"]] for one in (report, straight.report)]
     assert timeless[0] == json.loads(json.dumps(timeless[1]))
@@ -117,8 +117,8 @@ def test_versions_and_the_model_count_as_settings(source, stopped, tmp_path, mon
 
 
 def test_what_may_change_may(source, stopped, straight):
-    watcher = go_on(source, stopped, straight, gram_budget=4 * 64 * 64)
-    assert watcher.solved == [2]
+    progress = go_on(source, stopped, straight, gram_budget=4 * 64 * 64)
+    assert progress.solved == [2]
 
 
 def test_restart_begins_again(source, stopped, straight, tmp_path):
@@ -145,10 +145,10 @@ def truncate(path):
 def test_what_is_damaged_is_made_again(source, stopped, straight, outcomes, hurt, name, done):
     """Hidden states are made again from the sound blocks before them, to the same bit."""
     hurt(default_work(stopped) / name)
-    watcher = go_on(source, stopped, straight)
+    progress = go_on(source, stopped, straight)
     outcomes.recovered(weights(stopped), weights(straight.out))
-    assert watcher.done == done and watcher.solved == list(range(done, 3))
-    assert any("going on from what is sound" in note for note in watcher.notes) or "unlink" in hurt.__code__.co_names
+    assert progress.done == done and progress.solved == list(range(done, 3))
+    assert any("going on from what is sound" in note for note in progress.notes) or "unlink" in hurt.__code__.co_names
 
 
 def test_channel_scales_outlive_a_stop_and_lost_hidden_states(tmp_path):
@@ -170,8 +170,8 @@ def test_hidden_states_of_the_block_before_redo_one_block(source, stopped, strai
     with pytest.raises(Interrupted):
         sarqc.quantize(source, older, progress=Stopping(1), **SMALL)
     shutil.copy(default_work(older) / "hidden.safetensors", default_work(stopped) / "hidden.safetensors")
-    watcher = go_on(source, stopped, straight)
-    assert watcher.done == 1 and watcher.solved == [1, 2]
+    progress = go_on(source, stopped, straight)
+    assert progress.done == 1 and progress.solved == [1, 2]
 
 
 @pytest.mark.fault("a damaged plan of the work folder")
@@ -243,5 +243,5 @@ def test_a_work_folder_of_an_earlier_version_is_refused_with_the_way_out(source,
         sarqc.quantize(source, stopped, **SMALL)
     outcomes.clear_error(caught.value)
     assert (work / "blocks" / "00001.safetensors").exists()
-    watcher = go_on(source, stopped, straight, resume=False)
-    assert watcher.solved == [0, 1, 2]
+    progress = go_on(source, stopped, straight, resume=False)
+    assert progress.solved == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""The first look: every site once, in the unit it says, and nothing of the model is changed by it."""
+"""The first measure_sensitivity: every site once, in the unit it says, and nothing of the model is changed by it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ResourceError
-from sarqc.method.rtn import round_plainly
+from sarqc.method.rtn import quantize_rtn
 from sarqc.model.layers import targets
 from sarqc.pipeline import sensitivity, work_split
 
 QUANT = QuantConfig(group_size=16, avg_bits=4, bit_options=(2, 4, 8))
 
 
-def look(case, tokens=None, skeleton=None, **options):
+def measure_sensitivity(case, tokens=None, skeleton=None, **options):
     skeleton = skeleton or case.skeleton()
     settings = (
         dict(device=torch.device("cpu"), dtype=torch.float32, micro_batch=lambda length: 2, gram_budget=1 << 30)
@@ -24,14 +24,16 @@ def look(case, tokens=None, skeleton=None, **options):
     )
     found = targets(skeleton, QUANT)
     tokens = case.tokens if tokens is None else tokens
-    return list(sensitivity.look(skeleton, case.source, found, tokens, QUANT, MethodConfig(), **settings))
+    return list(
+        sensitivity.measure_sensitivity(skeleton, case.source, found, tokens, QUANT, MethodConfig(), **settings)
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_every_linear_is_looked_at_once(tiny, kind):
     case = tiny(kind)
     skeleton = case.skeleton()
-    losses = look(case, skeleton=skeleton)
+    losses = measure_sensitivity(case, skeleton=skeleton)
     assert sorted(linear for _, site in losses for linear in site.linears) == sorted(targets(skeleton, QUANT).linears)
     for _, site in losses:
         assert list(site.losses) == [2, 4, 8] and site.losses[2] > site.losses[4] > site.losses[8] > 0
@@ -43,10 +45,10 @@ def test_the_divergence_is_that_of_the_whole_model(tiny, monkeypatch):
     case = tiny("llama")
 
     def rounded(site, weight, statistics, quant, method, scale_dtype, experts=slice(None)):
-        return round_plainly(weight, quant.at(4), "minmax", scale_dtype)
+        return quantize_rtn(weight, quant.at(4), "minmax", scale_dtype)
 
     monkeypatch.setattr(sensitivity, "tried", rounded)
-    known = next(site for _, site in look(case) if site.site.endswith("0.mlp.down_proj"))
+    known = next(site for _, site in measure_sensitivity(case) if site.site.endswith("0.mlp.down_proj"))
     with torch.no_grad():
         changed = copy.deepcopy(case.model)
         weight = changed.get_submodule(known.site).weight
@@ -59,33 +61,35 @@ def test_the_divergence_is_that_of_the_whole_model(tiny, monkeypatch):
 
 def test_shared_out_it_is_the_same(tiny):
     case = tiny("qwen3_moe")
-    whole = look(case)
-    parts = [one for rank in range(2) for one in look(case, mine=lambda index, rank=rank: index % 2 == rank)]
+    whole = measure_sensitivity(case)
+    parts = [
+        one for rank in range(2) for one in measure_sensitivity(case, mine=lambda index, rank=rank: index % 2 == rank)
+    ]
     assert sorted(parts, key=lambda one: one[0]) == whole
 
 
 def test_experts_in_portions_lose_as_much(tiny):
     """A budget of one Gram changes which experts are solved, not what the site is told to lose by much."""
     case = tiny("qwen3_moe")
-    for (_, one), (_, other) in zip(look(case), look(case, gram_budget=1)):
+    for (_, one), (_, other) in zip(measure_sensitivity(case), measure_sensitivity(case, gram_budget=1)):
         assert one.divergence == other.divergence
         assert all(0.3 < one.losses[width] / other.losses[width] < 3 for width in one.losses)
 
 
 def test_experts_are_solved_in_pieces_as_in_a_run_and_lose_the_same(tiny, monkeypatch):
-    case, most, tried = tiny("qwen3_moe"), [], sensitivity.tried
-    whole = look(case)
+    case, most, probe_weight = tiny("qwen3_moe"), [], sensitivity.probe_weight
+    whole = measure_sensitivity(case)
 
     def watched(site, weight, *rest):
         most.append(len(weight))
-        return tried(site, weight, *rest)
+        return probe_weight(site, weight, *rest)
 
     monkeypatch.setattr(sensitivity, "tried", watched)
     monkeypatch.setitem(work_split.SOLVE_BYTES, "cpu", 1)
-    assert look(case) == whole and max(most) == 1
+    assert measure_sensitivity(case) == whole and max(most) == 1
 
 
-@pytest.mark.parametrize("where", ["tried", "width_losses"])
+@pytest.mark.parametrize("where", ["tried", "loss_by_bits"])
 def test_memory_that_runs_out_while_solving_costs_only_time(tiny, monkeypatch, where):
     """Fewer Grams at a time, in as many tries as it takes."""
     case, held, call = tiny("qwen3_moe"), [], getattr(sensitivity, where)
@@ -96,9 +100,9 @@ def test_memory_that_runs_out_while_solving_costs_only_time(tiny, monkeypatch, w
             raise torch.OutOfMemoryError("tried to allocate 2 GB")
         return call(site, weight, statistics, *rest)
 
-    whole = look(case)
+    whole = measure_sensitivity(case)
     monkeypatch.setattr(sensitivity, where, full)
-    again = look(case)
+    again = measure_sensitivity(case)
     assert [site.divergence for _, site in again] == [site.divergence for _, site in whole] and 1 <= held.count(4) < 4
 
 
@@ -108,19 +112,19 @@ def test_a_device_too_small_for_one_gram_is_said(tiny, monkeypatch):
 
     monkeypatch.setattr(sensitivity, "tried", full)
     with pytest.raises(ResourceError, match="one Gram at a time"):
-        look(tiny("qwen3_moe"))
+        measure_sensitivity(tiny("qwen3_moe"))
 
 
 def test_one_window_is_cut_in_two(tiny):
     case = tiny("llama")
-    assert len(look(case, case.tokens[:1])) == len(look(case))
+    assert len(measure_sensitivity(case, case.tokens[:1])) == len(measure_sensitivity(case))
     with pytest.raises(ArgumentError, match="3 tokens are too few to measure losses on"):
-        look(case, case.tokens[:1, :3])
+        measure_sensitivity(case, case.tokens[:1, :3])
 
 
 def test_the_blocks_are_left_as_they_were(tiny):
     case = tiny("mixtral")
     skeleton = case.skeleton()
-    first = look(case, skeleton=skeleton)
-    assert look(case, skeleton=skeleton) == first
+    first = measure_sensitivity(case, skeleton=skeleton)
+    assert measure_sensitivity(case, skeleton=skeleton) == first
     assert all(parameter.is_meta for parameter in skeleton.blocks[0].parameters())

@@ -98,7 +98,7 @@ def test_who_slept_blames_nobody(hearts):
 def quick(monkeypatch):
     """Ranks are forked from here, and take these numbers along."""
     monkeypatch.setattr(watchdog, "BEAT", 0.1)
-    monkeypatch.setattr(watchdog, "SILENCE", 3.0)
+    monkeypatch.setattr(watchdog, "WATCHDOG_TIMEOUT", 3.0)
 
 
 @pytest.fixture(scope="module")

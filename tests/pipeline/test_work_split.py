@@ -8,13 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarqc.errors import ArgumentError, ResourceError
-from sarqc.method.layer import SolveReport, joined
+from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
 from sarqc.model.sites import Share, Site
-from sarqc.pipeline.comm import ALONE, all_or_none, in_turn
+from sarqc.pipeline.comm import SINGLE_PROCESS, in_turn, synchronize_oom
 from sarqc.pipeline.grams import portions
 from sarqc.pipeline.streams import cut
-from sarqc.pipeline.work_split import SOLVE_BYTES, cost, deal, pieces, positions, renumbered, share_out, solving_bytes
+from sarqc.pipeline.work_split import (
+    SOLVE_BYTES,
+    cost,
+    partition,
+    partition_batches,
+    pieces,
+    positions,
+    renumbered,
+    solving_bytes,
+)
 
 
 def site(name, experts, rows, columns):
@@ -26,7 +35,7 @@ def site(name, experts, rows, columns):
 def test_every_window_goes_to_one_rank_in_whole_micro_batches_of_every_fold(size, folds, micro_batch, more):
     count = folds * size * micro_batch + more
     batches = cut(count, micro_batch, folds)
-    dealt = deal(batches, folds, size)
+    dealt = partition_batches(batches, folds, size)
     assert sorted((batch for part in dealt for batch in part), key=lambda one: one[0].start) == batches
     assert all({fold for _, fold in part} == set(range(folds)) for part in dealt)
     for fold in range(folds):  # in the order of ranks, so that sums can be handed on
@@ -40,13 +49,13 @@ def test_every_window_goes_to_one_rank_in_whole_micro_batches_of_every_fold(size
 
 def test_too_few_windows_for_all_ranks_are_refused():
     with pytest.raises(ArgumentError, match="4 ranks cannot share 3 micro-batches"):
-        deal(cut(12, 2, 2), 2, 4)
+        partition_batches(cut(12, 2, 2), 2, 4)
 
 
 def test_the_dearest_go_first_to_whoever_has_least():
-    assert share_out([1.0, 5.0, 2.0, 2.0], 2) == [1, 0, 1, 1]
-    assert share_out([3.0, 3.0, 3.0], 3) == [0, 1, 2]
-    assert share_out([], 2) == []
+    assert partition([1.0, 5.0, 2.0, 2.0], 2) == [1, 0, 1, 1]
+    assert partition([3.0, 3.0, 3.0], 3) == [0, 1, 2]
+    assert partition([], 2) == []
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([8, 64, 96])), min_size=1, max_size=6), st.integers(1, 8))
@@ -92,14 +101,14 @@ def test_no_portion_holds_more_than_one_gram_where_none_fits_the_budget():
 
 def test_reports_of_parts_join_to_that_of_the_whole():
     parts = [
-        SolveReport("s", (3, 4), 0.1, 0.2, 1.0, 0.5, None, 2.0, exponent=0.5, signal=10.0),
-        SolveReport("s", (5,), 0.4, 0.8, 1.0, 0.7, "why", 1.0, exponent=0.2, signal=20.0),
+        LayerReport("s", (3, 4), 0.1, 0.2, 1.0, 0.5, None, 2.0, exponent=0.5, signal=10.0),
+        LayerReport("s", (5,), 0.4, 0.8, 1.0, 0.7, "why", 1.0, exponent=0.2, signal=20.0),
     ]
-    whole = joined(parts)
+    whole = merge_reports(parts)
     assert whole.rows == (3, 4, 5) and whole.fallback == "why" and whole.damping == 0.7 and whole.seconds == 3.0
-    assert (whole.error, whole.rounding_error, whole.signal) == pytest.approx((0.3, 0.6, 30.0))
+    assert (whole.error, whole.rtn_error, whole.signal) == pytest.approx((0.3, 0.6, 30.0))
     assert whole.exponent == pytest.approx(0.4)
-    assert joined(parts[:1]) is parts[0]
+    assert merge_reports(parts[:1]) is parts[0]
 
 
 def test_memory_that_runs_out_is_everybodys():
@@ -107,8 +116,8 @@ def test_memory_that_runs_out_is_everybodys():
         raise torch.OutOfMemoryError("tried to allocate 2 GB\nmore")
 
     with pytest.raises(torch.OutOfMemoryError, match=r"^tried to allocate 2 GB$"):
-        all_or_none(ALONE, full)
-    assert all_or_none(ALONE, lambda: 3) == 3
+        synchronize_oom(SINGLE_PROCESS, full)
+    assert synchronize_oom(SINGLE_PROCESS, lambda: 3) == 3
 
 
 def test_memory_that_runs_out_while_ranks_wait_in_turn_ends_the_run(monkeypatch):
@@ -116,11 +125,11 @@ def test_memory_that_runs_out_while_ranks_wait_in_turn_ends_the_run(monkeypatch)
         raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")
 
     with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED when calling") as told:
-        in_turn(ALONE, full)
+        in_turn(SINGLE_PROCESS, full)
     assert not isinstance(told.value, ResourceError)
-    monkeypatch.setattr(type(ALONE), "size", 2)
+    monkeypatch.setattr(type(SINGLE_PROCESS), "size", 2)
     with pytest.raises(ResourceError, match="while ranks wait for each other, in ordered sums"):
-        in_turn(ALONE, full)
+        in_turn(SINGLE_PROCESS, full)
 
 
 def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_error_is():
@@ -128,11 +137,12 @@ def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_err
         raise RuntimeError(words)
 
     with pytest.raises(torch.OutOfMemoryError, match="CUBLAS_STATUS_ALLOC_FAILED"):
-        all_or_none(
-            ALONE, lambda: failing("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        synchronize_oom(
+            SINGLE_PROCESS,
+            lambda: failing("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         )
     with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
-        all_or_none(ALONE, lambda: failing("DefaultCPUAllocator: can't allocate memory"))
+        synchronize_oom(SINGLE_PROCESS, lambda: failing("DefaultCPUAllocator: can't allocate memory"))
     with pytest.raises(RuntimeError, match="an illegal access") as told:
-        all_or_none(ALONE, lambda: failing("an illegal access"))
+        synchronize_oom(SINGLE_PROCESS, lambda: failing("an illegal access"))
     assert not isinstance(told.value, torch.OutOfMemoryError)

@@ -68,8 +68,8 @@ def found(out):
     return copy.deepcopy(report.load(out))
 
 
-def site(name, rows=(100,), error=0.01, plain=0.02, strength=0.3):
-    return dict(site=name, rows=list(rows), error=error, rounding_error=plain, strength=strength, damping=0.0)
+def site(name, rows=(100,), error=0.01, plain=0.02, reg_lambda=0.3):
+    return dict(site=name, rows=list(rows), error=error, rtn_error=plain, reg_lambda=reg_lambda, damping=0.0)
 
 
 def test_a_run_leaves_a_page_and_a_card(out, found):
@@ -130,13 +130,13 @@ def test_the_command_repeats_the_run(source, found, tmp_path):
         ("/data/my/calib.txt", "calib.txt"),
         ("Salesforce/wikitext:wikitext-2-raw-v1:train", "Salesforce/wikitext:wikitext-2-raw-v1:train"),
         ("builtin", "builtin"),
-        ("given tokens", "YOUR_TOKENS"),
+        ("given tokens", "YOUR_DATA"),
     ):
         found["calibration"]["text"] = text
         assert f" --dataset {shown} " in model_card.command(found)
         written = model_card.card(found)
-        assert ("Tokens were given in place of a text: YOUR_TOKENS" in written) is (text == "given tokens")
-        assert f"tokens of {text if shown == 'YOUR_TOKENS' else shown} (sha256" in written
+        assert ("YOUR_DATA stands for given tokens" in written) is (text == "given tokens")
+        assert f"tokens of {text if shown == 'YOUR_DATA' else shown} (sha256" in written
 
 
 def test_what_calls_for_a_look_is_said_where_the_run_ends(found, out):
@@ -147,7 +147,7 @@ def test_what_calls_for_a_look_is_said_where_the_run_ends(found, out):
 
     assert "look closer" not in shown()
     found["fallbacks"] = {"model.layers.0.mlp.down_proj": "no factor"}
-    assert re.search(r"look closer +1 site fell back to plain rounding", shown())
+    assert re.search(r"look closer +1 site fell back to RTN", shown())
 
 
 def test_the_card_loads_with_what_transformers_needs(found):
@@ -206,7 +206,7 @@ def test_tokens_per_expert_join_the_parts_of_a_layer(found):
 def test_the_verdict_names_what_calls_for_a_look(found):
     assert summary.verdict(found).good
     found["fallbacks"] = {"a": "why"}
-    found["sites"][0] |= {"error": 0.5, "rounding_error": 0.1}
+    found["sites"][0] |= {"error": 0.5, "rtn_error": 0.1}
     found["quality"] = [{"text": "t", "before": 10.0, "after": 20.0}]
     verdict = summary.verdict(found)
     assert not verdict.good and len(verdict.concerns) == 3
@@ -225,9 +225,11 @@ def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypa
 
 
 def test_who_made_up_for_earlier_errors_is_drawn_where_layers_did(found):
-    found["sites"] = [site | {"carried": 0.0} for site in found["sites"]]
+    found["sites"] = [site | {"correction_share": 0.0} for site in found["sites"]]
     assert "Who made up for earlier errors" not in page(found)
-    found["sites"] = [site(f"model.layers.{index}.mlp.down_proj") | {"carried": index / 10} for index in range(4)]
+    found["sites"] = [
+        site(f"model.layers.{index}.mlp.down_proj") | {"correction_share": index / 10} for index in range(4)
+    ]
     shown = " ".join(Outline(page(found)).text)
     assert "Who made up for earlier errors" in shown and "layers.3.mlp.down_proj: share 0.30" in shown
     assert "layers.0.mlp.down_proj: share" not in shown
@@ -236,7 +238,7 @@ def test_who_made_up_for_earlier_errors_is_drawn_where_layers_did(found):
 def test_an_older_report_and_one_without_text_are_shown(found):
     for key in ("blocks", "source"):
         found.pop(key)
-    found |= {"calibration": None, "sites": [site("model.layers.0.x", rows=(), strength=0.0)]}
+    found |= {"calibration": None, "sites": [site("model.layers.0.x", rows=(), reg_lambda=0.0)]}
     shown = " ".join(Outline(page(found)).text)
     assert "without calibration" in shown and "How strongly" not in shown
     assert "no calibration text" in model_card.card(found)
@@ -253,7 +255,7 @@ def test_the_page_is_made_again_from_the_json_alone(out, tmp_path):
         (lambda r: r.pop("sites"), "'sites'"),
         (lambda r: r["size"].pop("bytes"), "'bytes'"),
         (lambda r: r["sites"][1].update(error="much"), r"sites\[1\].*'error'"),
-        (lambda r: r["sites"][1].update(carried="half"), r"sites\[1\].*'carried'"),
+        (lambda r: r["sites"][1].update(correction_share="half"), r"sites\[1\].*'correction_share'"),
         (lambda r: r["sites"].append(3), "no mapping"),
         (lambda r: r.update(error=float("nan")), "'error'"),
         (lambda r: r.update(quality=[{"text": "t", "after": -1}]), "'after'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sarqc.config import QuantConfig
-from sarqc.serving.rules import SERVERS, Layer, Served, fused_layers, mixed_places, outlook, star
+from sarqc.serving.rules import SERVERS, Layer, RuntimeModel, fused_layers, mixed_places, runtime_support, star
 
 AMPERE, HOPPER, SGLANG = "vLLM 0.33, sm_80", "vLLM 0.33, sm_90", "SGLang 0.5.23"
 TRANSFORMERS = "transformers 5.23"
@@ -83,18 +83,22 @@ def test_key_value_heads_are_repeated_rather_than_split():
 def test_a_group_that_a_rank_cannot_hold_is_named():
     """Qwen3-235B-A22B: 1536 inputs of each expert's down_proj, in groups of 128, over 8 ranks."""
     linears = [(f"model.layers.{i}.mlp.experts.0.down_proj", (4096, 1536), True) for i in range(2)]
-    served = Served(fused_layers(linears, 4), (), 64, 4)
-    found = {(one.server, one.ranks): one for one in outlook(served, QuantConfig(group_size=128), "compressed-tensors")}
+    runtime_model = RuntimeModel(fused_layers(linears, 4), (), 64, 4)
+    found = {
+        (one.server, one.ranks): one
+        for one in runtime_support(runtime_model, QuantConfig(group_size=128), "compressed-tensors")
+    }
     assert found[AMPERE, 4].failures == () and found[AMPERE, 4].kernels == {"Marlin MoE": 2}
     reason = "192 inputs on each rank are no multiple of the group size 128"
     assert found[AMPERE, 8].failures == (f"model.layers.*.mlp.experts.*.down_proj: {reason}",)
-    assert outlook(served, QuantConfig(group_size=64), "compressed-tensors", (8,))[0].failures == ()
+    assert runtime_support(runtime_model, QuantConfig(group_size=64), "compressed-tensors", (8,))[0].failures == ()
 
 
 def test_heads_and_mixed_layers_fail_whatever_the_kernel():
-    served = Served((Layer("a", (64,), 64, "outputs", False, count=1),), ("b.gate_proj+up_proj",), 6, 4)
+    runtime_model = RuntimeModel((Layer("a", (64,), 64, "outputs", False, count=1),), ("b.gate_proj+up_proj",), 6, 4)
     by_ranks = {
-        one.ranks: one.failures for one in outlook(served, QuantConfig(group_size=32), "compressed-tensors")[:4]
+        one.ranks: one.failures
+        for one in runtime_support(runtime_model, QuantConfig(group_size=32), "compressed-tensors")[:4]
     }
     assert by_ranks[1] == ("b.gate_proj+up_proj: only a part of what is fused here is quantized",)
     assert "6 attention heads cannot be split over 4 ranks" in by_ranks[4]
@@ -102,7 +106,9 @@ def test_heads_and_mixed_layers_fail_whatever_the_kernel():
 
 
 def test_an_unknown_format_is_not_known():
-    assert not any(one.known for one in outlook(Served((), (), None, None), QuantConfig(group_size=128), "other"))
+    assert not any(
+        one.known for one in runtime_support(RuntimeModel((), (), None, None), QuantConfig(group_size=128), "other")
+    )
 
 
 def test_numbers_become_stars():

@@ -16,7 +16,7 @@ def _entry(skeleton: Skeleton, index: int, tokens: Tensor) -> Arrival:
     def run() -> object:
         return skeleton.model.base_model(input_ids=tokens.to(skeleton.device), use_cache=False)
 
-    nothing = torch.zeros(*tokens.shape, skeleton.model.config.hidden_size, dtype=skeleton.dtype)
+    nothing = torch.zeros(*tokens.shape, skeleton.text_config.hidden_size, dtype=skeleton.dtype)
     with Hooks(skeleton.blocks), Forward([run], skeleton.blocks, first=index) as forward:
         with handing_on(skeleton.layers, index, "tensor", lambda _: nothing):
             (entry,) = forward.at(Point("enter", index))

@@ -29,7 +29,7 @@ def skeleton(folder: Path) -> Skeleton:
 
 
 def rounded(folder: Path, out: Path, **settings: Any) -> Path:
-    """The folder's model, plainly rounded to 4 bits."""
+    """The folder's model, RTN to 4 bits."""
     return sarqc.quantize(folder, out, **{"method": "rtn", "bits": 4, "group_size": 32} | settings).out
 
 

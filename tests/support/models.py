@@ -160,7 +160,7 @@ Make = Callable[..., Tiny]
 
 @pytest.fixture
 def rounded() -> Callable[..., StateDictSource]:
-    """rounded(case, quant, dtype): the checkpoint of a tiny model with its targets plainly rounded."""
+    """rounded(case, quant, dtype): the checkpoint of a tiny model with its targets RTN."""
 
     def quantize(case: Tiny, quant: QuantConfig, dtype: torch.dtype = torch.float32) -> StateDictSource:
         results = driver.run(case.skeleton(), case.source, None, quant, MethodConfig("rtn"))

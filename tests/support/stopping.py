@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sarqc.pipeline.driver import BlockResult
-from sarqc.pipeline.progress import Silent
+from sarqc.pipeline.progress import NoProgress
 
 
-class Stopping(Silent):
+class Stopping(NoProgress):
     """Stops after so many blocks, and remembers what it was told."""
 
     def __init__(self, after: int = 99) -> None:
@@ -25,5 +25,5 @@ class Stopping(Silent):
         self.solved.append(result.index)
         self.left -= 1
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.left <= 0

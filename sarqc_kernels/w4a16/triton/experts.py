@@ -17,7 +17,7 @@ from sarqc_kernels.w4a16.routing import Routing
 from sarqc_kernels.w4a16.triton.launch import SUM_COLUMNS, product, product_job, sum_job, summed
 from sarqc_kernels.w4a16.triton.reduce import combine_kernel
 
-__all__ = ["aot_jobs", "w4a16_experts"]
+__all__ = ["aot_jobs", "combined", "w4a16_experts"]
 
 
 def w4a16_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing) -> Tensor:
@@ -28,10 +28,10 @@ def w4a16_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, rout
     with on_device(x):
         parts = product(first, x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True, covered=True)
         hidden = summed(parts, gate_up, routing.offsets, x.dtype, gated=True)
-        return _combined(product(second, hidden, down, routing.offsets, covered=True), x, routing)
+        return combined(product(second, hidden, down, routing.offsets, covered=True), x, routing)
 
 
-def _combined(parts: Tensor, x: Tensor, routing: Routing) -> Tensor:
+def combined(parts: Tensor, x: Tensor, routing: Routing) -> Tensor:
     """parts [splits, R, N] -> [T, N]: the sum over splits and the sum over a token's experts are one kernel."""
     splits, rows, outputs = parts.shape
     out = x.new_empty((x.shape[0], outputs))
