@@ -214,7 +214,7 @@ def test_however_micro_batches_are_held_the_codes_are_the_same(tiny, tmp_path, m
     monkeypatch.setattr(Parking.__init__, "__defaults__", (1,))
     case, method = tiny(kind), MethodConfig()
     whole = run(case, method=method, micro_batch=2)
-    assert any(report.carried > 0 for result in whole for report in result.reports)
+    assert any(report.correction_share > 0 for result in whole for report in result.reports)
     store = FileStore(tmp_path) if "parked" in how else None
     memory = Memory(100_000 if "some" in how else 0, store, recompute="recomputed" in how)
     assert same(weights_of(whole), weights_of(run(case, method=method, micro_batch=2, memory=memory)))

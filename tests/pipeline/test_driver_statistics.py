@@ -72,13 +72,13 @@ def handed_over(monkeypatch):
 
 def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over, monkeypatch):
     """Two of them to choose by, and what is solved has seen both as one."""
-    strengths, folds, choose = LambdaSearch(), [], quantize_site.choose_strength
+    strengths, folds, choose = LambdaSearch(), [], quantize_site.choose_lambda
 
     def spy(site, kind, weight, statistics, *rest, **options):
         folds.append((len(statistics.folds), statistics.total().sum))
         return choose(site, kind, weight, statistics, *rest, **options)
 
-    monkeypatch.setattr(quantize_site, "choose_strength", spy)
+    monkeypatch.setattr(quantize_site, "choose_lambda", spy)
     results = list(run(tiny("llama"), start=from_the_first(strengths)))
     assert {count for count, _ in folds} == {2}
     for (_, before), after in zip(folds, handed_over.values(), strict=True):
@@ -114,7 +114,7 @@ def test_experts_borrow_the_same_however_the_layer_is_cut(tiny, kind):
     for a, b in zip(whole, cut):
         differing = sum(int((a.weights[n].codes != b.weights[n].codes).sum()) for n in a.weights)
         assert differing <= 0.01 * sum(w.codes.numel() for w in a.weights.values())
-    borrowed = {report.borrowed_rows for report in whole[1].reports if len(report.rows) > 1}
+    borrowed = {report.prior_rows for report in whole[1].reports if len(report.rows) > 1}
     assert borrowed and min(borrowed) > 0
     assert not same(whole[1], next(islice(run(case, MethodConfig(reg_lambda=0.3)), 1, None)))
 
@@ -216,7 +216,7 @@ def test_what_leaves_the_blocks_is_nearer_to_the_original(tiny, kind, method):
     lacking = {}
     for carry in (False, True):
         results = list(run(case, MethodConfig(method, error_correction=carry), folds=2, micro_batch=2))
-        assert any(report.carried > 0 for result in results for report in result.reports) is carry
+        assert any(report.correction_share > 0 for result in results for report in result.reports) is carry
         skeleton = entered(case)
         hidden = original = embed(skeleton, case.tokens)
         for result in results:
@@ -246,7 +246,7 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
     results = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
     asked = [name for name, statistics in handed_over.items() if statistics.folds[0].cross_gram is not None]
     assert asked == [f"model.layers.{name}" for name in asking]
-    told = [note for result in results for note in result.notes if "earlier errors are not made up for" in note]
+    told = [note for result in results for note in result.notes if "the error of earlier layers is not corrected" in note]
     assert len(told) == (0 if asking else 1)
     without = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=False), micro_batch=2, folds=2))
     assert all(same(*pair) for pair in zip(results, without, strict=True)) is not bool(asking)
@@ -277,7 +277,7 @@ def test_going_on_carries_the_same_errors(tiny, kind, handed):
     for result in run(case, CARRY, micro_batch=2):
         whole.append(result)
         handovers.append(kept(result.handover))
-    assert all(any(report.carried > 0 for report in result.reports) for result in whole[1:])
+    assert all(any(report.correction_share > 0 for report in result.reports) for result in whole[1:])
     *_, last = whole
     strengths = LambdaSearch.restored(report.held_out for result in whole[:-1] for report in result.reports)
     start = driver.Start(
@@ -328,7 +328,7 @@ def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_o
     case = tiny("llama")
     result = next(run(case, MethodConfig("sarqc-awq-gptq", reg_lambda=0.3), micro_batch=2))
     *others, last = result.reports
-    assert last.site.endswith("down_proj") and last.exponent == 0.0 and last.carried > 0
+    assert last.site.endswith("down_proj") and last.exponent == 0.0 and last.correction_share > 0
     assert any(report.exponent > 0 for report in others) and any("norm" in name for name in result.changed)
     skeleton = entered(case)
     entering = embed(skeleton, case.tokens)
@@ -404,5 +404,5 @@ def test_a_row_that_leaves_the_block_infinite_is_left_out_though_what_enters_the
     monkeypatch.setattr(skeleton.blocks[1].mlp, "forward", overflowing)
     *_, last = driver.run(skeleton, case.source, case.tokens, QUANT, CARRY, micro_batch=2)
     assert any(f"1 of {case.tokens.numel()} rows" in note and "down_proj" in note for note in last.notes)
-    assert last.reports[-1].carried > 0
+    assert last.reports[-1].correction_share > 0
     assert all(bool(torch.isfinite(weight.scales).all()) for weight in last.weights.values())
