@@ -69,7 +69,8 @@ _HOME = {
     "verify": "sarqc.entrypoints.verify",
 }
 """Public name -> its module, and its name there where that is another one."""
-_OLD = {"preflight": "estimate"}
+_OLD = {"QuantSpec": "QuantConfig", "SolveSpec": "MethodConfig", "preflight": "estimate"}
+"""Earlier names, which still work in this minor version."""
 
 __all__ = [
     "METHODS",

@@ -201,5 +201,9 @@ def test_what_is_no_solver_is_refused(own_methods, name, solver, own, says):
 def test_an_earlier_name_still_works():
     with pytest.warns(RenamedWarning, match=r"sarqc.preflight is now sarqc.estimate"):
         assert sarqc.preflight is sarqc.estimate
+    with pytest.warns(RenamedWarning, match=r"sarqc.QuantSpec is now sarqc.QuantConfig"):
+        assert sarqc.QuantSpec is sarqc.QuantConfig
+    with pytest.warns(RenamedWarning, match="watcher is now progress"), pytest.raises(ArgumentError, match="bits = 9"):
+        sarqc.quantize("m", "o", watcher=None, bits=9)
     with pytest.warns(RenamedWarning, match="calib is now dataset"), pytest.raises(ArgumentError, match="bits = 9"):
         sarqc.quantize("m", "o", calib="x", bits=9)
