@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sarqc.config_compare import ComparisonConfig, MeasureConfig
     from sarqc.entrypoints.compare import Comparison, compare
     from sarqc.entrypoints.convert import convert
-    from sarqc.entrypoints.estimate import preflight as estimate
+    from sarqc.entrypoints.estimate import estimate as estimate
     from sarqc.entrypoints.evaluate import evaluate
     from sarqc.entrypoints.generate import generate
     from sarqc.entrypoints.load import load
@@ -59,7 +59,7 @@ _HOME = {
     "Solver": "sarqc.method.layer",
     "compare": "sarqc.entrypoints.compare",
     "convert": "sarqc.entrypoints.convert",
-    "estimate": "sarqc.entrypoints.estimate:preflight",
+    "estimate": "sarqc.entrypoints.estimate",
     "evaluate": "sarqc.entrypoints.evaluate",
     "generate": "sarqc.entrypoints.generate",
     "load": "sarqc.entrypoints.load",
@@ -68,7 +68,7 @@ _HOME = {
     "register_solver": "sarqc.method.register",
     "verify": "sarqc.entrypoints.verify",
 }
-"""Public name -> its module, and its name there where that is another one."""
+"""Public name -> its module."""
 _OLD = {"QuantSpec": "QuantConfig", "SolveSpec": "MethodConfig", "preflight": "estimate"}
 """Earlier names, which still work in this minor version."""
 
@@ -114,8 +114,7 @@ def __getattr__(name: str) -> Any:
         name = _OLD[name]
     if name not in _HOME:
         raise AttributeError(f"module 'sarqc' has no attribute {name!r}")
-    module, _, inside = _HOME[name].partition(":")
-    return getattr(importlib.import_module(module), inside or name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
