@@ -21,7 +21,7 @@ from sarqc.integrations.register import register, unregister
 if TYPE_CHECKING:
     from sarqc.cli.bar import progress_bar
     from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
-    from sarqc.config_compare import ComparisonConfig, MeasureConfig
+    from sarqc.config_compare import ComparisonConfig, EvaluationConfig, MeasureConfig
     from sarqc.entrypoints.compare import Comparison, compare
     from sarqc.entrypoints.convert import convert
     from sarqc.entrypoints.estimate import estimate as estimate
@@ -45,6 +45,7 @@ _HOME = {
     "CalibrationConfig": "sarqc.config",
     "Comparison": "sarqc.entrypoints.compare",
     "ComparisonConfig": "sarqc.config_compare",
+    "EvaluationConfig": "sarqc.config_compare",
     "Gram": "sarqc.method.gram",
     "LayerResult": "sarqc.report.result",
     "MeasureConfig": "sarqc.config_compare",
@@ -78,6 +79,7 @@ __all__ = [
     "CalibrationConfig",
     "Comparison",
     "ComparisonConfig",
+    "EvaluationConfig",
     "Gram",
     "LayerResult",
     "MeasureConfig",

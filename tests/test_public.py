@@ -15,7 +15,7 @@ import torch
 import sarqc
 import sarqc_kernels
 from sarqc.config import QUANTIZE
-from sarqc.config_compare import COMPARE
+from sarqc.config_compare import COMPARE, EVALUATE
 from sarqc.errors import ArgumentError, Interrupted, ModelError
 from sarqc.method.layer import SOLVERS
 from sarqc.methods import METHODS
@@ -37,7 +37,8 @@ def test_every_public_name_is_there_and_documented(package):
 
 
 @pytest.mark.parametrize(
-    ("function", "kinds"), [(sarqc.quantize, QUANTIZE), (sarqc.estimate, QUANTIZE), (sarqc.compare, COMPARE)]
+    ("function", "kinds"),
+    [(sarqc.quantize, QUANTIZE), (sarqc.estimate, QUANTIZE), (sarqc.compare, COMPARE), (sarqc.evaluate, EVALUATE)],
 )
 def test_signature_and_docstring_hold_every_option(function, kinds):
     shown, doc = inspect.signature(function), function.__doc__ or ""
@@ -61,6 +62,7 @@ def test_a_type_checker_knows_every_keyword(tmp_path):
             name: str = result.layers[0].name
             sarqc.compare("m", "o", methods=("rtn",), bits=(3, 4))
             sarqc.estimate("m", avg_bits=3.5)
+            sarqc.evaluate("m", text="x", packed=False)
             """
         )
     )
