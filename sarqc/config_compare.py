@@ -83,7 +83,7 @@ class EvaluationConfig(Config):
     text: str = option(
         BUILTIN,
         kinds.text("a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin"),
-        "Evaluation data: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin (other topics than for calibration).",
+        "Evaluation data: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin (not the calibration topics).",
     )
     seqlen: int = option(512, kinds.whole(MIN_SEQLEN), "Tokens per sequence; sequences do not overlap.")
     max_windows: int | None = option(None, kinds.whole(1), "Sequences: the last of the text.", default_text="all")

@@ -154,8 +154,8 @@ class EvaluationKeywords(TypedDict, total=False):
     """Fields of `EvaluationConfig`."""
 
     text: str
-    """Evaluation data: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin (other topics than for
-    calibration). Default: builtin."""
+    """Evaluation data: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin (not the calibration topics).
+    Default: builtin."""
     seqlen: int
     """Tokens per sequence; sequences do not overlap. Default: 512."""
     max_windows: int | None
