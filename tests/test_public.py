@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -167,12 +166,12 @@ def test_what_is_no_model_is_one_line(source, tmp_path):
 
 @pytest.fixture
 def own_methods():
-    tables: tuple[dict[str, Any], ...] = (METHODS, SOLVERS)
-    before = [dict(table) for table in tables]
+    methods, solvers = dict(METHODS), dict(SOLVERS)
     yield
-    for table, old in zip(tables, before):
-        table.clear()
-        table.update(old)
+    for name in METHODS.keys() - methods.keys():
+        del METHODS[name]
+    for name in SOLVERS.keys() - solvers.keys():
+        del SOLVERS[name]
 
 
 def test_a_registered_solver_is_a_method(own_methods, source, result, tmp_path):

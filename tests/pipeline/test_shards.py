@@ -159,9 +159,9 @@ def test_a_kill_while_shards_are_moved_loses_no_block(source, finished, sharded,
         assert in_child(lambda: sarqc.quantize(**run), kill_at=kill_at) == -9
         if (tmp_path / "out").exists():
             continue
-        watcher = Stopping()
-        sarqc.quantize(**run, progress=watcher)
-        assert watcher.done == BLOCKS and watcher.solved == []
+        progress = Stopping()
+        sarqc.quantize(**run, progress=progress)
+        assert progress.done == BLOCKS and progress.solved == []
         outcomes.recovered(contents(tmp_path / "out"), expected)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -222,9 +222,9 @@ def test_a_bad_disk_is_found_and_the_block_made_again(source, merged, sharded, t
         sarqc.quantize(source, out, progress=Rot(out), **SMALL)
     outcomes.clear_error(caught.value)
     assert not out.exists()
-    watcher = Stopping()
-    sarqc.quantize(source, out, progress=watcher, **SMALL)
-    assert watcher.done == 1 and watcher.solved == [1, 2]
+    progress = Stopping()
+    sarqc.quantize(source, out, progress=progress, **SMALL)
+    assert progress.done == 1 and progress.solved == [1, 2]
     outcomes.recovered(contents(out), contents(merged) if limit else sharded)
 
 
@@ -239,6 +239,6 @@ def test_a_conversion_that_fails_keeps_the_blocks(source, finished, tmp_path, mo
         patched.setattr(Conversion, "write", fail)
         sarqc.quantize(**run)
     assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
-    watcher = Stopping()
-    sarqc.quantize(**run, progress=watcher)
-    assert watcher.solved == [] and verify(run["out"], against=source).sound
+    progress = Stopping()
+    sarqc.quantize(**run, progress=progress)
+    assert progress.solved == [] and verify(run["out"], against=source).sound
