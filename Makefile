@@ -52,6 +52,7 @@ soak: $(READY)
 
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0
+	$(BIN)/python -m benchmarks.aot.counts
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/micro/bench_references.py -p no:xdist --benchmark-max-time=0.5 --benchmark-columns=min,median,stddev,rounds
