@@ -13,7 +13,7 @@ from rich.console import Console
 
 import sarqc
 from sarqc.cli.preflight import show
-from sarqc.entrypoints.estimate import estimate
+from sarqc.entrypoints.estimate import preflight
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.estimation import memory
 from sarqc.pipeline import offload
@@ -160,8 +160,8 @@ def test_ranks_keep_their_own_states_in_files_of_their_own(source, straight, tmp
 
 
 def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
-    inside = estimate(source, tmp_path / "out", **SMALL)
-    outside = estimate(source, tmp_path / "out", activation_budget=STATES - 1, **SMALL)
+    inside = preflight(source, tmp_path / "out", **SMALL)
+    outside = preflight(source, tmp_path / "out", activation_budget=STATES - 1, **SMALL)
     assert (inside.waiting.states, inside.waiting.mapped) == (STATES, 0)
     assert (outside.waiting.states, outside.waiting.mapped) == (0, STATES)
     assert sum(one.needed for one in outside.disk) == sum(one.needed for one in inside.disk) + STATES
@@ -175,41 +175,43 @@ def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
 
 
 def test_text_that_nobody_looks_at_waits_nowhere(source, tmp_path):
-    found = estimate(source, tmp_path / "out", method="rtn", activation_budget=0)
+    found = preflight(source, tmp_path / "out", method="rtn", activation_budget=0)
     assert (found.waiting.states, found.waiting.mapped) == (0, 0) and found.waiting.prefetched > 0
 
 
 def test_nothing_is_read_ahead_without_memory_for_it(source, straight, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "peak_memory_mib", lambda: {"host": 100})  # it grows from test to test
-    found = estimate(source, tmp_path / "out", **SMALL)
+    found = preflight(source, tmp_path / "out", **SMALL)
     peak = max(stage.host for stage in found.memory)
     monkeypatch.setattr(memory, "host_memory", lambda: peak)
-    assert estimate(source, tmp_path / "out", **SMALL).waiting == found.waiting
+    assert preflight(source, tmp_path / "out", **SMALL).waiting == found.waiting
     monkeypatch.setattr(memory, "host_memory", lambda: peak - 1)
-    tight = estimate(source, tmp_path / "out", **SMALL)
+    tight = preflight(source, tmp_path / "out", **SMALL)
     assert tight.waiting == replace(found.waiting, prefetched=0)
     assert max(stage.host for stage in tight.memory) < peak
-    monkeypatch.setattr("sarqc.pipeline.driver.Ahead", None)  # whoever would use it fails
+    monkeypatch.setattr("sarqc.pipeline.driver.PrefetchingSource", None)  # whoever would use it fails
     sarqc.quantize(source, tmp_path / "out", **SMALL)
     assert contents(tmp_path / "out") == straight
 
 
 def test_a_single_block_has_no_next_one(tmp_path):
     source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    assert estimate(source, tmp_path / "out", **SMALL).waiting.prefetched == 0
+    assert preflight(source, tmp_path / "out", **SMALL).waiting.prefetched == 0
 
 
 @pytest.mark.parametrize(("kind", "sets"), [("llama", 2), ("deepseek_v3", 2), ("qwen3_moe", 3)])
 def test_the_original_beside_takes_as_much_again(tmp_path, kind, sets):
     """Twice as much where experts are all routed: what is wanted inside a block is not what leaves it."""
     source, options = tiny.save(kind, tmp_path / "model"), SMALL | {"error_correction": True}
-    assert estimate(source, tmp_path / "out", **options).waiting.states == sets * STATES
-    assert estimate(source, tmp_path / "out", activation_budget=STATES, **options).waiting.mapped == (sets - 1) * STATES
+    assert preflight(source, tmp_path / "out", **options).waiting.states == sets * STATES
+    assert (
+        preflight(source, tmp_path / "out", activation_budget=STATES, **options).waiting.mapped == (sets - 1) * STATES
+    )
 
 
 def test_a_budget_below_nothing_is_refused(source, tmp_path):
-    with pytest.raises(ArgumentError, match=r"activation_budget = -1 is too small: use 0 or more"):
-        estimate(source, tmp_path / "out", activation_budget=-1, **SMALL)
+    with pytest.raises(ArgumentError, match=r"activation_budget = -1"):
+        preflight(source, tmp_path / "out", activation_budget=-1, **SMALL)
 
 
 def test_the_command_line_takes_gigabytes(source, tmp_path, monkeypatch):
