@@ -51,7 +51,9 @@ def picture() -> str:
         f"{bits} bits: {rows[bits]['sarqc-gptq']['perplexity']:.1f} against {value:,.1f} ({name})"
         for bits, (value, name) in sorted(best.items(), reverse=True)
     )
-    groups = ", ".join(f"{each['rtn']['group_size']} at {bits} bits" for bits, each in sorted(rows.items()))
+    usual = rows[max(rows)]["rtn"]["group_size"]
+    others = {bits: each["rtn"]["group_size"] for bits, each in rows.items() if each["rtn"]["group_size"] != usual}
+    groups = ", ".join([str(usual), *(f"{size} at {bits} bits" for bits, size in others.items())])
     return (
         f"*Perplexity on held-out WikiText-2 articles, SmolLM2-135M (unquantized {unquantized:.1f}), on a CPU. "
         f"SARQC and the best other tool at {against}. Symmetric groups of {groups}; {WHOLE_WINDOWS} calibration "

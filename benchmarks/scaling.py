@@ -120,7 +120,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
         spent["network"] += (summed + (weights + hidden) * (ranks > 1)) / rates.network
     size = sizes(plan, windows, seqlen)
-    spent["disk"] += (2 * size.blocks + 2 * size.output + len(plan.skeleton.blocks) * hidden) / rates.disk
+    spent["disk"] += (2 * size.output + len(plan.skeleton.blocks) * hidden) / rates.disk
     return Prediction(spent, most)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 import sarqc
 from sarqc.pipeline.distributed import leads
-from sarqc.pipeline.progress import Silent
+from sarqc.pipeline.progress import NoProgress
 
 _COMMON = dict(vocab_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -33,7 +33,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 WINDOWS, SEQLEN = 32, 256
 
 
-class Stopwatch(Silent):
+class Stopwatch(NoProgress):
     """Seconds from the first block's first stage to the end of the last block."""
 
     began = ended = 0.0

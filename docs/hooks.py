@@ -18,7 +18,7 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).parent.parent
 INCLUDED = {
     "contributing.md": "CONTRIBUTING.md",
-    "measured/ablations.md": "benchmarks/quality/STRENGTH.md",
+    "measured/ablations.md": "benchmarks/quality/ABLATIONS.md",
     "measured/mixed.md": "benchmarks/quality/MIXED.md",
     "measured/goals.md": "benchmarks/quality/GOALS.md",
     "measured/scaling.md": "benchmarks/SCALING.md",
@@ -28,6 +28,7 @@ INCLUDED = {
 """Page -> file whose text it has."""
 
 MARKED = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+SOURCE = '<details class="mkdocstrings-source">'
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)(#[^)]*)?\)")
 
 
@@ -58,9 +59,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
     A formula with an error ends the build.
     """
-    html = html.replace(
-        '<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" data-search-exclude>'
-    )
+    html = html.replace(SOURCE, SOURCE.replace(">", " data-search-exclude>"))
     return MARKED.sub(_typeset, html)
 
 

@@ -166,11 +166,12 @@ def test_what_is_no_model_is_one_line(source, tmp_path):
 
 @pytest.fixture
 def own_methods():
-    before = dict(METHODS), dict(SOLVERS)
+    methods, solvers = dict(METHODS), dict(SOLVERS)
     yield
-    for table, old in zip((METHODS, SOLVERS), before):
-        table.clear()
-        table.update(old)
+    for name in METHODS.keys() - methods.keys():
+        del METHODS[name]
+    for name in SOLVERS.keys() - solvers.keys():
+        del SOLVERS[name]
 
 
 def test_a_registered_solver_is_a_method(own_methods, source, result, tmp_path):

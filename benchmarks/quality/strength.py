@@ -35,7 +35,7 @@ from sarqc.options import options
 from sarqc.pipeline import driver
 from sarqc.pipeline.activations import windows_at_once
 from sarqc.pipeline.bit_allocation import choose
-from sarqc.pipeline.sensitivity import look
+from sarqc.pipeline.sensitivity import measure_sensitivity
 
 
 def fields(text: str) -> MethodConfig:
@@ -64,7 +64,7 @@ def quantized(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     results = []
     given = tokens if method.calibrated else None
-    bit_widths = first_look(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
+    bit_widths = allocated(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
     run = driver.run(skeleton, checkpoint, given, quant, method, dtype=torch.float32, bit_widths=bit_widths)
     for result in islice(run, stop):
         for linear, weight in result.weights.items():
@@ -74,11 +74,11 @@ def quantized(
     return model, results
 
 
-def first_look(
+def allocated(
     skeleton: Skeleton, checkpoint: Checkpoint, tokens: torch.Tensor, quant: QuantConfig, method: MethodConfig
 ) -> dict[str, int]:
     """Bits of each Linear, as a run chooses them."""
-    sites = look(
+    sites = measure_sensitivity(
         skeleton,
         checkpoint,
         targets(skeleton, quant),

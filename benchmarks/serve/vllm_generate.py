@@ -113,16 +113,19 @@ def section(name: str, folder: str, args: argparse.Namespace) -> tuple[str, str 
         packed = sum(isinstance(module, PackedWeight) for module in stored.modules())
         dtype = str(stored.dtype).removeprefix("torch.")
         lines += [
-            f"Tokens of vLLM's that are our likeliest too ({packed} packed modules), and how far the worst other one"
+            f"vLLM's tokens that are also SARQC's most likely ones ({packed} packed modules), and how far the worst",
+            "other token is behind SARQC's:",
+            "",
+            f"| prompt | vLLM's continuation | {dtype} | float32 |",
+            "|---|---|---|---|",
         ]
-        lines += ["is behind ours:", "", f"| prompt | vLLM goes on | {dtype} | float32 |", "|---|---|---|---|"]
         for text, prompt, said in zip(PROMPTS, prompts, found["said"]):
             shown = json.dumps(tokenizer.decode(said), ensure_ascii=False).replace("|", "\\|")
             cells = [agreement(model, prompt, said) for model in (stored, exact)]
             lines.append(f"| {text} | `{shown}` | {' | '.join(cells)} |")
     else:
         lines.append("vLLM refuses it.")
-    lines += ["", "Its own words:", "", "```", *found["log"][-12:], "```", ""]
+    lines += ["", "Its log:", "", "```", *found["log"][-12:], "```", ""]
     return "\n".join(lines), found.get("version")
 
 
@@ -161,8 +164,8 @@ def main() -> None:
         "Made by `python -m benchmarks.serve.vllm_generate PYTHON NAME=FOLDER ...` "
         f"with `--device {args.device}`{''.join(f' --set {one}' for one in args.set)}; that file says how to read it.",
         "",
-        f"Machine: {os.cpu_count()} cores, {processor()}. vLLM {', '.join(sorted(served)) or 'did not run'}; "
-        f"ours: {here}.",
+        f"Machine: {os.cpu_count()} cores, {processor()}. vLLM {', '.join(sorted(served)) or 'did not run'}. "
+        f"SARQC: {here}.",
         "",
     ]
     args.results.write_text("\n".join([*lines, *parts]), encoding="utf-8")

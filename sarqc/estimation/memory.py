@@ -96,7 +96,8 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
             "observe": (block + grams + flow, states + prefetched),
             "solve": (block + grams + solving, states + prefetched + codes),
             "replay": (block + flow, states + prefetched + codes),
-            "write": (0, 2 * tensor + 6 * max((prod(target.shape) for target in members), default=0)),
+            # a block's codes beside what they are packed to; in the end a weight beside what it was
+            "write": (0, max(states + 2 * codes, 2 * tensor + 6 * _widest(members))),
         }
         for stage, need in needs.items():
             peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
@@ -109,6 +110,11 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
     return [
         Memory(stage, base + beside + (0 if gpu else on), on if gpu else 0) for stage, (on, beside) in peaks.items()
     ]
+
+
+def _widest(members: list[Target]) -> int:
+    """Elements of the largest Linear."""
+    return max((prod(target.shape) for target in members), default=0)
 
 
 def _outer(plan: Plan) -> int:

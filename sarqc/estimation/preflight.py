@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sarqc.checkpoint.assemble import MERGE_BYTES
+from sarqc.checkpoint.formats import NEUTRAL
 from sarqc.checkpoint.writer import SHARD_BYTES
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.estimation import shapes
@@ -109,7 +111,7 @@ def estimate_run(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) 
     ranks = world()
     size = sizes(plan, windows, seqlen)
     waiting, stages = estimate_memory(plan, windows, seqlen, ranks)
-    disk = tuple(_disk(size, waiting, out, work))
+    disk = tuple(_disk(plan, size, waiting, out, work))
     model, tp = runtime_model(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.quant.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
@@ -154,19 +156,37 @@ def _kinds(plan: Plan) -> list[LayerSummary]:
     return [LayerSummary(name, shape, count, left) for (name, shape, left), count in counted.items()]
 
 
-def _disk(size: Sizes, waiting: HostBuffers, out: Path, work: Path) -> list[Disk]:
+def _disk(plan: Plan, size: Sizes, waiting: HostBuffers, out: Path, work: Path) -> list[Disk]:
     """Needs by file system; what the work folder holds already is counted as free. Ranks of this machine have their
-    hidden states beside each other, and a shard that is being written is there twice."""
+    hidden states beside each other."""
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
+    here = size.work + ranks_here() * waiting.mapped + _SPARE
+    places = [_existing(path) for path in (work, out)]
+    apart = places[0].stat().st_dev != places[1].stat().st_dev
     found: dict[int, Disk] = {}
-    here = size.work + ranks_here() * waiting.mapped
-    written = size.output + min(size.output, SHARD_BYTES) + _SPARE
-    for path, needed, freed in ((work, here, there), (out, written, 0)):
-        place = next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
+    for path, place, needed, freed in zip(
+        (work, out), places, (here, _beside_work(plan, size, apart)), (there, 0), strict=True
+    ):
         system = place.stat().st_dev
         before = found.get(system, Disk((), 0, shutil.disk_usage(place).free))
         found[system] = Disk((*before.paths, str(path)), before.needed + needed, before.free + freed)
     return list(found.values())
+
+
+def _beside_work(plan: Plan, size: Sizes, apart: bool) -> int:
+    """Bytes that the output takes beside the shards of the work folder. apart: it is on another file system.
+
+    Shards are renamed. They are copied to another file system and into the one file of a small model, and converted to
+    another format by way of a spool as large as a shard.
+    """
+    if plan.format is not NEUTRAL:
+        return size.output + min(size.output, SHARD_BYTES)
+    return size.output if apart or size.output <= MERGE_BYTES else 0
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the first above it that is there."""
+    return next(one for one in (path.resolve(), *path.resolve().parents) if one.exists())
 
 
 def _too_little_disk(disk: Sequence[Disk]) -> list[str]:

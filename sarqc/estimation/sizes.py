@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sarqc.checkpoint.formats import Format
+from sarqc.checkpoint.formats import NEUTRAL, Format
 from sarqc.config import QuantConfig
 from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS
@@ -25,17 +25,16 @@ from sarqc.pipeline.plan import Plan
 from sarqc.pipeline.sensitivity import TOKENS as LOOKED
 from sarqc.pipeline.sensitivity import TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.pipeline.work_split import cost, pieces
-from sarqc_kernels.packing import words_per_row
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes. quantized: of the Linears that are, as they will be stored. left: of all other tensors. blocks: of the
-    work folder's blocks. hidden: of hidden states of all windows."""
+    """Bytes. quantized: of the quantized Linears in the output. left: of all other tensors. neutral: of the quantized
+    Linears in the format of finished blocks. hidden: of hidden states of all windows."""
 
     quantized: int
     left: int
-    blocks: int
+    neutral: int
     hidden: int
 
     @property
@@ -45,13 +44,13 @@ class Sizes:
 
     @property
     def work(self) -> int:
-        """Bytes of the work folder at most: hidden states are written anew beside the old ones."""
-        return self.blocks + 2 * self.hidden
+        """Bytes of the work folder at most: the finished checkpoint, and hidden states beside those before them."""
+        return self.neutral + self.left + 2 * self.hidden
 
 
 def sizes(plan: Plan, windows: int, seqlen: int) -> Sizes:
     """Bytes on disk of a run over `windows` windows of `seqlen` tokens."""
-    bits, quantized, blocks = plan.quant.bits, 0, 0
+    quantized = neutral = 0
     names = set(plan.source.names())
     kinds: dict[tuple[int, int, torch.dtype], int] = {}
     for target in plan.targets.selected:
@@ -60,12 +59,12 @@ def sizes(plan: Plan, windows: int, seqlen: int) -> Sizes:
         kinds[kind] = kinds.get(kind, 0) + 1
     for (rows, columns, dtype), count in kinds.items():
         quantized += count * _packed_bytes(plan.format, plan.quant, rows, columns, dtype)
-        groups = plan.quant.groups(columns)
-        blocks += count * rows * (4 * words_per_row(columns, bits) + groups * (dtype.itemsize + 1))
+        neutral += count * _packed_bytes(NEUTRAL, plan.quant, rows, columns, dtype)
     if plan.quant.avg_bits is not None:
         quantized = round(plan.quant.avg_bits * sum(prod(target.shape) for target in plan.targets.selected) / 8)
+        neutral = quantized
     left = sum(shapes.stored_bytes(plan, name) for name in names)
-    return Sizes(quantized, left, blocks, shapes.states_bytes(plan, windows, seqlen))
+    return Sizes(quantized, left, neutral, shapes.states_bytes(plan, windows, seqlen))
 
 
 @dataclass(frozen=True)

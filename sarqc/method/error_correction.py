@@ -28,7 +28,7 @@ from sarqc.method.hessian import factor, regularised_hessian
 CAUTION = 0.5
 """Part of the best share that is used. The loss is a parabola in a: half of the best share has three quarters of the
 gain on text like the folds; on other text, whose best share is smaller, the second half does harm (measured in
-`benchmarks/quality/STRENGTH.md`).
+`benchmarks/quality/ABLATIONS.md`).
 """
 
 

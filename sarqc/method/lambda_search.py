@@ -7,7 +7,7 @@ largest is taken, because both folds come from one text and the text at inferenc
 
 The validation curve of one site is noisy. Sites of one kind (all q/k/v, all down_proj, ...) have about the same
 optimum, so their curves are pooled over depth. Blocks are quantized in order, so the pool holds the blocks so far. To
-save time only some sites are measured. `benchmarks/quality/STRENGTH.md` has the measurements behind the constants.
+save time only some sites are measured. `benchmarks/quality/ABLATIONS.md` has the measurements behind the constants.
 
 `HeldOutValidation` uses a random sample of rows: rows of a weight are independent. Several lambdas are stacked on the
 expert axis and cost one call.

@@ -6,8 +6,8 @@ for it. Left alone are
 - whatever stands outside the blocks (embeddings, `lm_head`, norms), or is no part of the model that transformers
   builds;
 - selectors: weights whose outputs choose experts or positions, see `sarqc.model.usage`. Where a model's code does not
-  run without data, a router is told by its name (`gate`, `router`) and its width (one output, or one per expert);
-- a gate with one output for each token: its name says so, and servers keep it in 16 bits;
+  run without data, a router is told by its name (`gate`, `router`) and its width (one output per expert);
+- a Linear with one output, which scales or gates a token: servers keep it in 16 bits;
 - Linears whose weight is multiplied by other code than their own, and Linears with fewer than 32 inputs;
 - what a regular expression of `QuantConfig.ignore` finds, in the checkpoint's names or in the model's; one that finds
   no matrix of the model is an error.

@@ -30,7 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from sarqc.checkpoint.assemble import shard_number
-from sarqc.checkpoint.formats import FORMATS
+from sarqc.checkpoint.formats import NEUTRAL
 from sarqc.checkpoint.manifest import Fingerprint, fingerprints
 from sarqc.checkpoint.state import (
     PARTIAL,
@@ -56,8 +56,6 @@ from sarqc.pipeline.quantize_site import Weights
 
 LAYOUT = 2
 """Of the work folder. 1 held codes, scales and zeros in a form of its own."""
-NEUTRAL = FORMATS["compressed-tensors"]
-"""The format of finished blocks: it holds whatever a run can make."""
 _PLAN, _BITS, _BLOCKS = "plan.json", "bit_allocation.json", "blocks"
 _HIDDEN, _BUILT = "hidden.safetensors", "checkpoint"
 _OURS = {name + end for name in (LOCK, _PLAN, _BITS, _BLOCKS, _HIDDEN, _BUILT) for end in ("", PARTIAL)}

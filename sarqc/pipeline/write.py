@@ -17,7 +17,7 @@ from torch import Tensor
 from sarqc.checkpoint.assemble import assemble
 from sarqc.checkpoint.convert import Conversion
 from sarqc.checkpoint.folders import atomic_folder
-from sarqc.checkpoint.formats import Format
+from sarqc.checkpoint.formats import NEUTRAL, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.state import ChunkedTensor
@@ -25,7 +25,7 @@ from sarqc.config import AUTO, MethodConfig
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.options import from_record
-from sarqc.pipeline.resume import NEUTRAL, BlockRecord, Work
+from sarqc.pipeline.resume import BlockRecord, Work
 from sarqc.pipeline.verify import Verified, check
 from sarqc.report import report as reports
 from sarqc.report.result import Result

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sarqc
-from sarqc.checkpoint import convert as lossless
+from sarqc.checkpoint.convert import ignored, spec_of
 from sarqc.checkpoint.differences import differences
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.reader import open_checkpoint
@@ -101,10 +101,10 @@ def test_quantize_and_convert_name_alike_what_transformers_has_no_use_for(tmp_pa
     assert all(kind.left != "router or no Linear" or kind.name.endswith("mlp.gate") for kind in kinds)
     out = sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32).out
     with open_checkpoint(out) as written:
-        ignored = set(written.config["quantization_config"]["ignore"])
-        assert ignored == set(lossless.ignored(written))
+        named = set(written.config["quantization_config"]["ignore"])
+        assert named == set(ignored(written))
     more = {name.removesuffix(".weight") for name, one in extra.items() if one.dim() == 2}
-    assert len(more) > 10 and {name for name in ignored if ".layers.2." in name} == more
+    assert len(more) > 10 and {name for name in named if ".layers.2." in name} == more
 
 
 def test_three_bits_in_old_padded_words_become_dense(tmp_path):
@@ -237,7 +237,7 @@ def test_spec_of_reads_no_further_than_it_must(asymmetric):
         asked: list[str] = []
         load = checkpoint.quantized
         checkpoint.quantized = lambda linear: (asked.append(linear), load(linear))[1]
-        assert not lossless.spec_of(checkpoint)[0].sym and len(asked) == 1
+        assert not spec_of(checkpoint)[0].sym and len(asked) == 1
 
 
 @pytest.mark.parametrize("changes", [None, {"blocks": [5]}, {"size": []}], ids=["no JSON", "blocks", "size"])

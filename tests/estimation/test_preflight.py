@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,9 @@ def test_sizes_are_those_of_the_run(sources, tmp_path, kind, quant):
     assert found.bits_per_weight == pytest.approx(result.report["size"]["bits_per_weight"], abs=1e-3)
     assert found.quantized_linears == result.report["targets"]["quantized"]
     assert found.sites >= len(result.report["sites"])
-    stored = sum(path.stat().st_size for path in (tmp_path / ".out.work").rglob("*.safetensors"))
+    # the shards of the output were those of the work folder
+    folders = (result.out, tmp_path / ".out.work")
+    stored = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
     headers = 400 * found.quantized_linears * 3 + 50_000
     assert found.sizes.work - found.sizes.hidden <= stored <= found.sizes.work + headers
 
@@ -141,15 +144,26 @@ def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_
     assert ("*.safetensors" in asked) is not reachable
 
 
-def test_a_shard_that_is_written_needs_its_room_twice(sources, tmp_path, monkeypatch):
-    """The spool and the shard that is made of it are there together."""
+def test_disk_is_asked_for_what_will_be_written(sources, tmp_path, monkeypatch):
+    """Shards are renamed; copied into one file, converted by way of a spool, or copied to another file system."""
     module = sys.modules[Preflight.__module__]
-    (disk,) = preflight(sources["llama"], tmp_path / "out", **SMALL).disk
-    monkeypatch.setattr(module, "SHARD_BYTES", 0)
-    found = preflight(sources["llama"], tmp_path / "out", **SMALL)
-    assert disk.needed == found.disk[0].needed + found.sizes.output  # all of it is one shard
+
+    def needed(**how):
+        found = preflight(sources["llama"], tmp_path / "out", **SMALL | how)
+        return sum(one.needed for one in found.disk) - found.sizes.work - module._SPARE, found.sizes.output
+
+    merged, output = needed()
+    assert merged == output
+    monkeypatch.setattr(module, "MERGE_BYTES", 0)
+    assert needed()[0] == 0
+    converted, output = needed(format="gptq")
+    assert converted == 2 * output
     monkeypatch.setattr(module, "SHARD_BYTES", 1000)
-    assert preflight(sources["llama"], tmp_path / "out", **SMALL).disk[0].needed == found.disk[0].needed + 1000
+    assert needed(format="gptq")[0] == output + 1000
+    memory = Path("/dev/shm")
+    if memory.is_dir() and memory.stat().st_dev != tmp_path.stat().st_dev:
+        found, output = needed(work_dir=memory / "sarqc-test-work")
+        assert found == output
 
 
 def test_text_that_is_here_is_counted_and_text_that_is_not_refused(sources, tmp_path):

@@ -14,12 +14,14 @@ from sarqc.checkpoint.formats.compressed_tensors import CompressedTensors
 from sarqc.checkpoint.formats.gptq import Gptq
 from sarqc.errors import CheckpointError
 
-__all__ = ["FORMATS", "DenseInfo", "Format", "detect", "quantization_of"]
+__all__ = ["FORMATS", "NEUTRAL", "DenseInfo", "Format", "detect", "quantization_of"]
 
 _TABLE: tuple[Format, ...] = (CompressedTensors(), Gptq("gptq"), Gptq("gptq_v2"), Awq())
 
 FORMATS: dict[str, Format] = {known.name: known for known in _TABLE}
 """Formats by the name that --format gives them. `gptq` writes version 1 for symmetric weights and 2 for others."""
+NEUTRAL = FORMATS["compressed-tensors"]
+"""The format of finished blocks: it holds whatever a run can make."""
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
