@@ -222,7 +222,7 @@ def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> di
 
 
 def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> Iterator[driver.BlockResult]:
-    tokens, size, borrows = None, cell.windows, cell.method.expert_shrinkage > 0
+    tokens, size, shrinks = None, cell.windows, cell.method.expert_shrinkage > 0
     folds = min(FOLDS, bench.sizes[0])
     recall: Recall | None = None
     if grams is not None and size is not None:
@@ -231,7 +231,7 @@ def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> It
         ]  # a window for each fold: Grams are counted with all of them
 
         def recall(index: int, shares: Sequence[Share]) -> list[Any]:
-            return [grams.load(index, size, share, bench.device, rest=borrows) for share in shares]
+            return [grams.load(index, size, share, bench.device, rest=shrinks) for share in shares]
 
     return driver.run(
         bench.solver,

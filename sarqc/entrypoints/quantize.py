@@ -218,7 +218,7 @@ class _Run:
     def _begin(self, work: Work) -> Start:
         start, trouble = work.start(self.plan.method.calibrated)
         if trouble:
-            self.progress.note(f"{trouble}; going on from what is sound")
+            self.progress.note(f"{trouble}; resuming from the last valid block")
         if start.block:
             self.progress.note(f"resuming at block {start.block + 1} of {work.blocks}, from {work.folder}")
         self.progress.begin_blocks(work.blocks, start.block)
@@ -280,5 +280,5 @@ class _Run:
                 if result.index + 1 < count and any(self.comm.all_gather_object(self.progress.stop_requested())):
                     raise Interrupted(
                         f"stopped after block {result.index + 1} of {count}, which is saved"
-                        f"{f' in {work.folder}' if work else ''}: the same command goes on from there"
+                        f"{f' in {work.folder}' if work else ''}: rerun the command to resume"
                     )

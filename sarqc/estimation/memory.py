@@ -56,12 +56,12 @@ def estimate_memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tu
 def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
     """As `pipeline.offload` does it: as many sets of states as fit are in memory.
 
-    The original's sets are counted also where the first block will show that no layer has a joint, and they are let go:
-    they are there until then, and shapes do not tell.
+    The original's sets are counted also where the first block will show that no layer writes to the residual stream,
+    and they are released: they are there until then, and shapes do not tell.
     """
     one = shapes.states_bytes(plan, -(-windows // ranks), seqlen)
-    joints = [site.residual_write for _, sites in shapes.blocks(plan) for site in sites if site.residual_write]
-    sets = 0 if not one else 1 + bool(joints) + any(residual_write.reader for residual_write in joints)
+    writes = [site.residual_write for _, sites in shapes.blocks(plan) for site in sites if site.residual_write]
+    sets = 0 if not one else 1 + bool(writes) + any(residual_write.reader for residual_write in writes)
     fitting = min(sets, plan.activation_budget // one) if one else 0
     prefetched = [_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))]
     return HostBuffers(fitting * one, (sets - fitting) * one, max(prefetched, default=0))

@@ -62,11 +62,12 @@ PROBE_TOKENS = 8
 
 @dataclass
 class States:
-    """hidden: [S, L, H] on the host. batches: the windows of each micro-batch and the fold they belong to.
-    original: the same of the unquantized model, or None. wanted: what its stream was at the joint of the block that it
-    was last moved through; where that is the end of the block, this is `original`. passed: windows that are through the
-    block that moves them on right now. places: which windows of the text each rank of the group has; here are those of
-    one of them. room: makes these tensors."""
+    """hidden: [S, L, H] on the host. batches: the windows of each micro-batch and the fold they belong to. original:
+    the same of the unquantized model, or None. wanted: what its stream was at the residual write of the block that
+    it was last moved through; where that is the end of the block, this is `original`. passed: windows that are
+    through the block that moves them on right now. places: which windows of the text each rank of the group has;
+    here are those of one of them. room: makes these tensors.
+    """
 
     hidden: Tensor
     batches: Batches
@@ -98,7 +99,9 @@ class States:
         return self.hidden[:1, :PROBE_TOKENS]
 
     def of_fold(self, fold: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each micro-batch of a fold: its hidden states, and what is wanted at the joint of the block, if known."""
+        """Each micro-batch of a fold: its hidden states, and what is wanted at the residual write of the block, if
+        known.
+        """
         for windows, of in self.batches:
             if of == fold:
                 own, other = self.hidden[windows], None if self.wanted is None else self.wanted[windows]
@@ -117,7 +120,7 @@ class States:
 
     def move_original_on(self, call: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device) -> None:
         """The same for those of the unquantized model, if they are kept: call(original) is what leaves the block, and
-        what is wanted at its joint, the very same tensor where that is the end of the block."""
+        the reference at its residual write, the very same tensor where that is the end of the block."""
         if self.original is None:
             return
         for windows in self._left():

@@ -171,7 +171,7 @@ def _run_block(work: Workbench, index: int, found: Targets, states: States | Non
 
 
 def _find_sites(work: Workbench, index: int, found: Targets, states: States) -> list[Site]:
-    """The sites of a block that is loaded; where errors are corrected, one of them has a joint.
+    """The sites of a block that is loaded; where errors are corrected, one of them writes to the residual stream.
 
     The original's states are let go where the first block that is quantized has none, as in models with a norm behind
     every layer: to find that out for every block would cost them a second model's forward passes. Ranks take rank 0's
@@ -218,7 +218,7 @@ def _solve(
 def _solve_in_two(
     work: Workbench, index: int, sites: Sequence[Site], states: States
 ) -> tuple[Weights, list[LayerReport], dict[str, Tensor]]:
-    """The layer with the joint after all others, so that it can make up for what they did, and those before. Its inputs
+    """The layer that writes to the residual stream after all others, so that it can correct their errors. Its inputs
     are not rescaled: what would take up their scales is quantized by then."""
     others, last = ([site for site in sites if bool(site.residual_write) is joined] for joined in (False, True))
     reader = next((site.residual_write.reader for site in last if site.residual_write), None)
@@ -279,14 +279,14 @@ def _scale(
         collected = _observe(work, index, shares, states)
         with work.stage(index, "scale"):
             work.solving.choose(index, shares, collected)
-            grams = synchronize_oom(work.comm, partial(_borrowing, collected, work.method.expert_shrinkage))
+            grams = synchronize_oom(work.comm, partial(_shrunk, collected, work.method.expert_shrinkage))
             dtype = work.solving.scale_dtype(shares[0].site)
             scales.decide(shares, grams, work.solving.cost, work.solving.quant_of, dtype)
     return scales, collected if len(portions) == 1 else None
 
 
-def _borrowing(collected: Sequence[Statistics], borrow: float) -> list[Gram]:
-    return [shrink_experts(statistics, borrow) for statistics in collected]
+def _shrunk(collected: Sequence[Statistics], shrinkage: float) -> list[Gram]:
+    return [shrink_experts(statistics, shrinkage) for statistics in collected]
 
 
 def _check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:

@@ -1,8 +1,8 @@
 """Statistics of a block's sites, in as many passes of the text as their Grams need room for.
 
 A Gram takes K^2 floats for every expert and fold. What does not fit the byte budget at once waits for a further pass;
-sites are cut between experts, so one expert of one site is the least that must fit. A site with a joint also sees the
-stream there, and what the original's was there.
+sites are cut between experts, so one expert of one site is the least that must fit. A site that writes to the residual
+stream also sees the stream there, and what the original's was there.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _each_finite(kept: Sequence[Statistics], comm: Comm) -> list[bool]:
 
 def _finite(statistics: Statistics) -> bool:
     # A sum of magnitudes is finite exactly if everything in it is: no pass over the activations is needed. What is
-    # wished for can overflow where they do not.
+    # the residual error can overflow where they do not.
     grams = (*statistics.folds, *statistics.rest)
     sums = [gram.abs_sum for gram in grams] + [gram.cross_gram for gram in grams if gram.cross_gram is not None]
     return all(bool(torch.isfinite(each).all()) for each in sums)
@@ -146,18 +146,18 @@ def _one_pass(
         for number, (share, statistics) in enumerate(zip(shares, kept)):
             if share.site is not site:
                 continue
-            own, bounds, wished = x, offsets, cross_gram
+            own, bounds, residual = x, offsets, cross_gram
             if lost is not None:
-                # A row and its wish are stacked, so that they go or stay together.
+                # A row and its residual error are stacked, so that they go or stay together.
                 stacked, bounds = finite_rows(own if cross_gram is None else torch.cat([own, cross_gram], -1), bounds)
                 lost[number] += len(own) - len(stacked)
-                own, wished = stacked[:, : own.shape[-1]], None if cross_gram is None else stacked[:, own.shape[-1] :]
+                own, residual = stacked[:, : own.shape[-1]], None if cross_gram is None else stacked[:, own.shape[-1] :]
             if bounds is not None and not share.whole:
                 first, last = bounds[share.first], bounds[share.stop]
                 statistics.add_rest(own[:first], fold)
                 statistics.add_rest(own[last:], fold)
                 own, bounds = own[first:last], bounds[share.first : share.stop + 1] - first
-            statistics.add(own, bounds, fold, cross_gram=wished)
+            statistics.add(own, bounds, fold, cross_gram=residual)
 
     sites = list(dict.fromkeys(share.site for share in shares))
     reader = next((site.residual_write.reader for site in sites if site.residual_write), None)
