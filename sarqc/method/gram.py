@@ -184,7 +184,7 @@ def together(folds: Iterable[Gram]) -> Gram:
 
 
 def prior_rows(in_features: int, shrinkage: float) -> int:
-    """kappa: rows of the pooled Gram to add; `shrinkage` is a fraction of a row for each input."""
+    """prior_rows: rows of the pooled Gram to add; `shrinkage` is a fraction of a row for each input."""
     return round(shrinkage * in_features)
 
 

@@ -118,17 +118,22 @@ def use_sorted_experts(model: Any) -> None:
 
 @contextmanager
 def observed(module: nn.Module, observer: Observer, power: int = 0) -> Iterator[None]:
-    """Report what enters the projections of one experts module to `observer`, for the time of the context.
+    """Report what enters the projections of one experts module to `observer`, and to no other one, for the time of the
+    context.
 
     power: p, of the router weight w by which a row counts. Rows are reported times |w|^(p/2), so that
     sums of their squares and products, as a Gram is, weigh each by |w|^p. The output of the layer is sum_e w_e y_e:
     with p = 2 what is least squares for each expert is so for the layer, as far as its experts err independently.
     """
+    before = getattr(module, _OBSERVER, None)
     setattr(module, _OBSERVER, (observer, power))
     try:
         yield
     finally:
-        delattr(module, _OBSERVER)
+        if before is None:
+            delattr(module, _OBSERVER)
+        else:
+            setattr(module, _OBSERVER, before)
 
 
 def why_not(module: Any, per_expert_names: bool) -> str | None:

@@ -35,7 +35,7 @@ from sarqc.model.layers import Targets, auto_group_size, check_group_size, targe
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import load_tokenizer
-from sarqc.pipeline.activations import windows_at_once
+from sarqc.pipeline.streams import windows_at_once
 from sarqc.system import host_memory, ranks_here, resolve_device, resolve_dtype
 
 

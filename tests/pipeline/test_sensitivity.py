@@ -11,7 +11,6 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.rtn import quantize_rtn
 from sarqc.model.layers import targets
-from sarqc.model.lazy_model import Skeleton
 from sarqc.pipeline import sensitivity, work_split
 
 QUANT = QuantConfig(group_size=16, avg_bits=4, bit_options=(2, 4, 8))
@@ -104,24 +103,7 @@ def test_memory_that_runs_out_while_solving_costs_only_time(tiny, monkeypatch, w
     whole = measure_sensitivity(case)
     monkeypatch.setattr(sensitivity, where, full)
     again = measure_sensitivity(case)
-    assert [site.divergence for _, site in again] == [site.divergence for _, site in whole] and held.count(4) == 1
-
-
-def test_memory_that_runs_out_while_observing_or_moving_on_halves_the_windows(tiny, monkeypatch):
-    case, calls, call_block = tiny("llama"), [], Skeleton.call_block
-
-    def full(self, index, hidden):
-        calls.append(len(hidden))
-        if index == 0 and len(hidden) > 2:
-            raise torch.OutOfMemoryError("tried to allocate 2 GB")
-        return call_block(self, index, hidden)
-
-    whole = measure_sensitivity(case)
-    monkeypatch.setattr(Skeleton, "call_block", full)
-    again = measure_sensitivity(case, micro_batch=lambda length: 4)
-    assert 3 in calls and max(calls[calls.index(3) + 1 :]) <= 2
-    for (_, one), (_, other) in zip(whole, again, strict=True):
-        assert one.divergence == pytest.approx(other.divergence, rel=0.1)
+    assert [site.divergence for _, site in again] == [site.divergence for _, site in whole] and 1 <= held.count(4) < 4
 
 
 def test_a_device_too_small_for_one_gram_is_said(tiny, monkeypatch):
@@ -129,7 +111,7 @@ def test_a_device_too_small_for_one_gram_is_said(tiny, monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 2 GB")
 
     monkeypatch.setattr(sensitivity, "tried", full)
-    with pytest.raises(ResourceError, match="one window and one Gram at a time"):
+    with pytest.raises(ResourceError, match="one Gram at a time"):
         measure_sensitivity(tiny("qwen3_moe"))
 
 
