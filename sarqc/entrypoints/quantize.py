@@ -26,7 +26,7 @@ from sarqc.estimation.memory import estimate_memory
 from sarqc.keywords import QuantizeKeywords
 from sarqc.model import dataset
 from sarqc.model.in_memory import is_name, model_name, saved
-from sarqc.options import documented
+from sarqc.options import also_named, documented
 from sarqc.pipeline import driver
 from sarqc.pipeline.bit_allocation import BitAllocation, allocate_bits
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@also_named(watcher="progress")
 @documented(*QUANTIZE)
 def quantize(
     model: str | Path | PreTrainedModel,

@@ -127,7 +127,7 @@ def test_a_reader_that_was_missed_is_noticed(tiny, monkeypatch):
     def blind(self, model, norm):
         return [name for name in seen(self, model, norm) if not name.endswith(".gate.weight")]
 
-    monkeypatch.setattr(smoothing._Sight, "readers", blind)
+    monkeypatch.setattr(smoothing._Sight, "balance_layers", blind)
     mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, hidden)
     assert {leaf(mapping.smooth_layer) for mapping in mappings} == {"input_layernorm", "v_proj", "gate_up_proj"}
     (site, reason), *others = reasons.items()

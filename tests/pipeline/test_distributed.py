@@ -179,7 +179,13 @@ def test_memory_that_runs_out_on_one_rank_makes_all_take_less(models, straight, 
 
 @pytest.mark.parametrize(
     ("room", "name"),
-    [(driver, "find_mappings"), (driver, "borrowing"), (driver, "_put"), (passes, "_finite"), (BlockScales, "_take")],
+    [
+        (driver, "find_mappings"),
+        (driver, "shrink_experts"),
+        (driver, "_put"),
+        (passes, "_finite"),
+        (BlockScales, "_take"),
+    ],
     ids=["folds", "Grams", "weights before", "finite", "scales"],
 )
 def test_memory_that_runs_out_between_two_meetings_keeps_ranks_in_step(models, tmp_path, room, name):
