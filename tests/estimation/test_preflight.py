@@ -182,7 +182,7 @@ def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
     left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}
     assert left == {
         "model.layers.*.self_attn.o_proj": (2, "ignore o_proj$"),
-        "model.layers.*.mlp.gate": (2, "router or no Linear"),
+        "model.layers.*.mlp.gate": (2, "its outputs choose experts or positions"),
         "lm_head": (1, "outside the blocks"),
     }
 
