@@ -37,9 +37,9 @@ class Tile(NamedTuple):
 
 
 LARGE, NARROW, SMALL = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 16, 4, 2)
-"""The large one takes 72 KiB of shared memory with halves, which every GPU from sm_80 on has; before sm_90 it spills,
-and the narrow one does not. The small one is for rows that are read element by element, whose addresses need registers, and
-for fp32, whose products are three."""
+"""The large one takes 72 KiB of shared memory with halves, which every GPU from sm_80 on has. Before sm_90 it spills,
+and the narrow one does not. The small one is for rows that are read element by element, whose addresses need
+registers, and for fp32, whose products are three."""
 
 
 def tile_of_call(dtype: torch.dtype, even: bool, arch: int) -> Tile:
