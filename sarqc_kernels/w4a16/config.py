@@ -46,6 +46,7 @@ __all__ = [
     "other_widths",
     "persistent",
     "rule",
+    "splittable",
     "takes_group",
 ]
 
@@ -151,7 +152,8 @@ def _plans(shape: tuple[int, int, int, int], groups: int, device: Device, bits: 
         plans = [dot(size, splits, device, bits) for size in sizes]
         if splits > 1:
             fewer = [programs_of(dot(plan.tokens, 1, device, bits), shape) for plan in plans]
-            plans = [plan for plan, count in zip(plans, fewer) if count <= 4 * device.multiprocessors]
+            few = [plan for plan, count in zip(plans, fewer) if count <= 4 * device.multiprocessors]
+            plans = [plan for plan in few if splittable(plan.tokens, device, bits)]
         if splits == 1 or splits * LEAST_TILES <= -(-inputs // TILE_K):
             yield from plans
     if FOLDED_TOKENS in sizes:
@@ -219,6 +221,11 @@ def dot_sizes(groups: int, device: Device, bits: int = 4) -> tuple[int, ...]:
     return tuple(sorted((*sizes, *TAILED))) if device.arch == 90 and bits == 4 and most == FOLDED_TOKENS else sizes
 
 
+def splittable(tokens: int, device: Device, bits: int) -> bool:
+    """Whether inputs can be split: on sm_100 partial sums of 128 tokens spill where codes are not of 4 bits."""
+    return not (device.arch >= 100 and bits != 4 and tokens >= FOLDED_TOKENS)
+
+
 def configurations(device: Device) -> list[tuple[Plan, int]]:
     """(plan, groups to a tile): every block that `choose` can return for 4 bits; splits of 2 stand for more."""
     return [(plan, groups) for groups in GROUPS for plan in _checked(device, 4, groups)]
@@ -236,5 +243,6 @@ def other_widths(device: Device) -> list[tuple[int, Plan]]:
 def _checked(device: Device, bits: int, groups: int) -> list[Plan]:
     """What `rule` and `candidates` take plans from, each block with splits and without."""
     sizes = dot_sizes(groups, device, bits)
-    plans = [EXPAND, *(dot(size, splits, device, bits) for splits in (2, 1) for size in sizes)]
+    split = [dot(size, 2, device, bits) for size in sizes if splittable(size, device, bits)]
+    plans = [EXPAND, *split, *(dot(size, 1, device, bits) for size in sizes)]
     return [*plans, persistent(device, bits)] if FOLDED_TOKENS in sizes else plans
