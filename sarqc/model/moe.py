@@ -64,13 +64,12 @@ def route(top_k_index: Tensor, num_experts: int) -> Routing:
 
 def sorted_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of one layer on hidden_states [T, H], as transformers calls them; see the file's first lines."""
-    routing = route(top_k_index, module.num_experts)
     first, second = projections(module)
     if is_fused(module):
-        weights = top_k_weights[routing.tokens, routing.choices]
-        rows = w4a16.Routing(routing.offsets, routing.tokens, routing.slots, weights)
+        rows = w4a16.route(top_k_index, top_k_weights, module.num_experts)
         gate_up, down = (getattr(module, name).prepared() for name in (first, second))
         return w4a16.w4a16_experts(hidden_states, gate_up, down, rows)
+    routing = route(top_k_index, module.num_experts)
     x = hidden_states[routing.tokens]
     weights = top_k_weights[routing.tokens, routing.choices]
     _report(module, first, x, routing.offsets, weights)
