@@ -2,12 +2,13 @@
 
 Opening reads every header and no tensor. In the dense view of a quantized checkpoint the tensors that make up a
 Linear's packed weight (`P.weight_packed`, `P.weight_scale`, ...) appear as the one tensor they stand for, `P.weight`,
-so that whoever reads weights need not know that they were quantized. The `raw_` methods show what is on disk.
+so that whoever reads weights need not know that they were quantized. So do weights in low precision (`low_precision`),
+which are no quantized Linears: they have no codes that are read. The `raw_` methods show what is on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor
 from sarqc.checkpoint.files import file_in, read_json
 from sarqc.checkpoint.formats import FORMATS, DenseInfo, detect, quantization_of
 from sarqc.checkpoint.headers import Entry
+from sarqc.checkpoint.low_precision import Expanded, dense_view, is_low_precision
 from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
@@ -61,20 +63,28 @@ class Storage:
 class Checkpoint:
     """An open checkpoint; made by `open_checkpoint`. Safe to load from in several threads.
 
-    folder: where it lies. config: its config.json. format: the `Format` it is quantized in, or None.
+    folder: where it lies. config: its config.json. format: the `Format` it is quantized in, or None. expanded: its
+    weights in low precision.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], shards: list[Shard]) -> None:
         self.folder = folder
         self.config = config
-        self.format = detect(config)
         self._quantization = quantization_of(config)
+        low = is_low_precision(self._quantization)
+        self.format = None if low else detect(config)
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
-        self._linears = self._quantized_linears()
+        self.expanded: Mapping[str, Expanded] = {}
+        hidden: frozenset[str] = frozenset()
+        if low:
+            with self._named():
+                view = dense_view({name: self.raw_entry(name) for name in self._home}, self._quantization, config)
+            self.expanded, hidden = view.weights, view.hidden
+        self._linears = {} if low else self._quantized_linears()
         packed = {name for names in self._linears.values() for name in names}
         dense = {f"{linear}.weight" for linear in self._linears}
-        self._names = sorted((self._home.keys() - packed) | dense)
+        self._names = sorted((self._home.keys() - packed - hidden) | dense | self.expanded.keys())
 
     def _quantized_linears(self) -> dict[str, tuple[str, ...]]:
         """Names of the tensors on disk of each quantized Linear; refuses what no format explains."""
@@ -105,16 +115,22 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of dense tensor `name`; reads no weights."""
+        if name in self.expanded:
+            return self.expanded[name].shape
         linear = self.linear(name)
         return self.describe(linear).shape if linear else self.raw_entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of dense tensor `name`; that of its scales where it is quantized."""
+        if name in self.expanded:
+            return self.expanded[name].dtype
         linear = self.linear(name)
         return self.describe(linear).dtype if linear else self.raw_entry(name).dtype
 
     def load(self, name: str) -> Tensor:
         """Dense tensor `name` on the CPU in memory of its own, dequantized where need be."""
+        if name in self.expanded:
+            return self.expanded[name].load(self.raw_load)
         linear = self.linear(name)
         weight = self.quantized(linear) if linear else None
         return self.raw_load(name) if weight is None else weight.dequantize(weight.scales.dtype)[0]

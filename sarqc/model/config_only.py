@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from sarqc.conventions import SOURCE_METHODS
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.architecture import build_on_meta, language_model, read_config
@@ -60,10 +61,11 @@ def outline(folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
 
 def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration in `folder`; `ModelError` where that alone says that the model is none we take: it has more
-    than a text decoder, or its weights are quantized, as those of models that are trained in fp8 are."""
+    no text decoder, or its weights are quantized in a way that is not read."""
     config = read_config(folder, trust_remote_code)
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        how = f", with quant_method {method!r}" if method else ""
-        raise ModelError(f"{folder} is quantized already{how}: give the original model, its weights in bf16 or fp16")
+        if method not in SOURCE_METHODS:
+            how = f", with quant_method {method!r}" if method else ""
+            raise ModelError(f"{folder} is quantized already{how}, which is not read: give the original model")
     return language_model(config)

@@ -134,23 +134,19 @@ def _follow(model: Any, first: str, converter: Any, names: Named, source: Tensor
     tags: dict[str, Any] = {}
     with suppress(Exception):  # an operation that cannot take a 2 x 3 matrix fails in its own way
         tags = _convert(converter, model, first, order, lambda name: _TAG + _TAG.numel() * number[name])
+    landed = {
+        parameter: _read_tags(value[0] if isinstance(value, list) else value, [name for _, name in order], source)
+        for parameter, value in tags.items()
+    }
+    if sorted(piece.name for pieces in landed.values() for piece in pieces or ()) == sorted(number):
+        return {parameter: pieces for parameter, pieces in landed.items() if pieces}
     try:
         shapes = _convert(converter, model, first, order, lambda name: torch.empty(source.shape(name), device="meta"))
     except Exception as error:  # so does one that is given tensors that do not go together
         lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in number]
         what = f"lacks tensor {lost[0]!r}" if lost else f"has {_odd_one(names, source)}: {first_line(error)}"
         raise ModelError(f"the checkpoint {what}; {first!r} is made of {len(order)} tensors") from error
-    landed: dict[str, tuple[Piece, ...] | None] = {}
-    for parameter in shapes:
-        value = tags.get(parameter)
-        tag = value[0] if isinstance(value, list) else value
-        landed[parameter] = None if tag is None else _read_tags(tag, [name for _, name in order], source)
-    if sorted(piece.name for pieces in landed.values() for piece in pieces or ()) != sorted(number):
-        landed = dict.fromkeys(landed)  # a tensor came out nowhere, or twice
-    return {
-        parameter: pieces or _made(Conversion(converter, model, first, parameter, order))
-        for parameter, pieces in landed.items()
-    }
+    return {parameter: _made(Conversion(converter, model, first, parameter, order)) for parameter in shapes}
 
 
 def _odd_one(names: Named, source: TensorSource) -> str:

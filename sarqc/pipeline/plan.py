@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.formats import FORMATS, Format
+from sarqc.checkpoint.low_precision import dense_headers
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.config import (
     AUTO,
@@ -25,7 +27,7 @@ from sarqc.config import (
     QuantConfig,
     RunConfig,
 )
-from sarqc.errors import ArgumentError, CheckpointError, ModelError
+from sarqc.errors import ArgumentError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
 from sarqc.model.calibration_data import calibration_windows, counts_at_once
@@ -113,7 +115,7 @@ def _refuse_unfetched(model: str | Path, configs: Configs) -> None:
     except ModelError:
         return
     if tensors:
-        _fitted(model, configs, folder, Outline(tensors))
+        _fitted(model, configs, folder, _headers(folder, tensors))
 
 
 def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSource) -> Plan:
@@ -121,10 +123,10 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     quant, method, run = configs.quant, configs.method, configs.run
     skeleton = Skeleton.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
     found = targets(skeleton, quant)
-    notes: tuple[str, ...] = ()
+    notes = _expansion(source)
     if quant.group_size == AUTO:
         quant = replace(quant, group_size=auto_group_size(found))
-        notes = (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
+        notes += (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
     check_group_size(found, quant)
     if quant.avg_bits is not None:
         _check_average(quant, method, found)
@@ -161,14 +163,29 @@ def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tup
     if headers_only and not is_local(model):
         folder = hub_configuration(str(model), trust_remote_code=trust_remote_code)
         tensors = hub_headers(str(model))
-        return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+        here = _headers(folder, tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+        return folder, here
     folder = locate(model, trust_remote_code=trust_remote_code)
     if headers_only and not any(folder.glob("*.safetensors")):
         return folder, outline(folder, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.format is not None:
-        raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
-    return folder, checkpoint
+    return folder, open_checkpoint(folder)
+
+
+def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Outline:
+    """Names and shapes of a model's dense tensors, where its headers are all there is."""
+    return Outline(dense_headers(tensors, read_json(folder / "config.json")))
+
+
+def _expansion(source: TensorSource) -> tuple[str, ...]:
+    """A note where the source's weights are not stored as what they are calibrated with."""
+    if not isinstance(source, Checkpoint):
+        return ()
+    if source.format is not None:
+        return (
+            f"the model is quantized already ({source.format.name}): its weights are expanded, rounded as they are",
+        )
+    kinds = {str(weight.dtype).removeprefix("torch.") for weight in source.expanded.values()}
+    return (f"weights in low precision are expanded to {', '.join(sorted(kinds))}",) if kinds else ()
 
 
 def read_windows(plan: Plan) -> dataset.Windows | None:
