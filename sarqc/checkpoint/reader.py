@@ -15,7 +15,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +60,35 @@ class Storage:
         }
 
 
+class Slab(Protocol):
+    """Where a matrix lies in a tensor of several: rows start, start + step, ... of matrix `expert`, of its transpose
+    where `transposed`."""
+
+    @property
+    def tensor(self) -> str:
+        """The tensor's name."""
+
+    @property
+    def expert(self) -> int:
+        """Which matrix of it."""
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+
+    @property
+    def step(self) -> int:
+        """Rows from one to the next."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the tensor holds the transpose."""
+
+
 class Checkpoint:
     """An open checkpoint; made by `open_checkpoint`. Safe to load from in several threads.
 
@@ -75,6 +104,7 @@ class Checkpoint:
         self.format = None if low else detect(config)
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
+        self._slabs: dict[str, Slab] = {}
         self.expanded: Mapping[str, Expanded] = {}
         hidden: frozenset[str] = frozenset()
         if low:
@@ -109,12 +139,34 @@ class Checkpoint:
         """The safetensors files."""
         return [shard.path for shard in self._shards]
 
+    def split(self, slabs: Mapping[str, Slab]) -> Checkpoint:
+        """Show single matrices, by name, in the place of the tensors that they lie in; this checkpoint, changed."""
+        whole = {slab.tensor for slab in slabs.values()}
+        self._names = sorted((set(self._names) - whole) | slabs.keys())
+        self._slabs = dict(slabs)
+        return self
+
+    def _expert(self, tensor: str, expert: int) -> Tensor:
+        """One matrix of a tensor of several, reading no other where that is possible."""
+
+        def one(name: str) -> Tensor:
+            return self._shard(name).load_row(name, expert)[None]
+
+        expanded = self.expanded.get(tensor)
+        if expanded is None:
+            return one(tensor)[0]
+        if all(self.raw_entry(name).shape[:1] == expanded.shape[:1] for name in expanded.members):
+            return expanded.load(one)[0]
+        return expanded.load(self.raw_load)[expert]
+
     def names(self) -> list[str]:
         """Names of the dense view, sorted."""
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of dense tensor `name`; reads no weights."""
+        if name in self._slabs:
+            return self._slabs[name].shape
         if name in self.expanded:
             return self.expanded[name].shape
         linear = self.linear(name)
@@ -122,6 +174,8 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of dense tensor `name`; that of its scales where it is quantized."""
+        if name in self._slabs:
+            return self.dtype(self._slabs[name].tensor)
         if name in self.expanded:
             return self.expanded[name].dtype
         linear = self.linear(name)
@@ -129,6 +183,10 @@ class Checkpoint:
 
     def load(self, name: str) -> Tensor:
         """Dense tensor `name` on the CPU in memory of its own, dequantized where need be."""
+        if (slab := self._slabs.get(name)) is not None:
+            matrix = self._expert(slab.tensor, slab.expert)
+            rows = (matrix.mT if slab.transposed else matrix)[slab.start :: slab.step][: slab.shape[0]]
+            return rows.clone(memory_format=torch.contiguous_format)
         if name in self.expanded:
             return self.expanded[name].load(self.raw_load)
         linear = self.linear(name)

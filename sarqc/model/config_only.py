@@ -19,6 +19,7 @@ from sarqc.conventions import SOURCE_METHODS
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.architecture import build_on_meta, language_model, read_config
+from sarqc.model.expert_names import Slab
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Outline:
     """A `TensorSource` without tensors. tensors: (shape, dtype) by the checkpoint's names."""
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def split(self, slabs: Mapping[str, Slab]) -> Outline:
+        """The outline with single experts in the place of tensors of all experts."""
+        whole = {slab.tensor for slab in slabs.values()}
+        plain = {name: header for name, header in self.tensors.items() if name not in whole}
+        return Outline(plain | {name: (slab.shape, self.tensors[slab.tensor][1]) for name, slab in slabs.items()})
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""

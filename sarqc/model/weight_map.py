@@ -28,7 +28,9 @@ from transformers.core_model_loading import (
 )
 
 from sarqc.errors import ModelError, first_line
-from sarqc.model.source import TensorSource
+from sarqc.model import moe
+from sarqc.model.expert_names import Slab, single_experts, stored_names
+from sarqc.model.source import StateDictSource, TensorSource
 
 _TAG = torch.arange(6).view(2, 3)
 _WEIGHT = ".weight"
@@ -73,6 +75,11 @@ class Piece:
     conversion: Conversion | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the parameter is this tensor as it is stored."""
+        return self.expert is None and self.conversion is None
+
+    @property
     def linear(self) -> str | None:
         """The linear layer this is the weight of, as the checkpoint calls it; None for any other tensor."""
         whole = self.conversion is None and self.name.endswith(_WEIGHT)
@@ -90,6 +97,8 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
     found: dict[str, tuple[Piece, ...]] = {p: (Piece(name, None, 0, 0),) for p, name in whole.items()}
     for first, (converter, names) in stacked.items():
         found |= _follow(model, first, converter, names, source)
+    found |= _one_by_one(model, source, [parameter for parameter in wanted if parameter not in found])
+    wanted = model.state_dict()
     for parameter, tensor in wanted.items():
         if parameter in found:
             _check_shape(model, parameter, tensor, found[parameter], source)
@@ -97,6 +106,44 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
             missing = _missing(model, parameter, tensor, source)
             raise ModelError(f"the checkpoint lacks tensor {missing!r}, which {type(model).__name__} needs")
     return found
+
+
+def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dict[str, tuple[Piece, ...]]:
+    """Experts that the checkpoint has one by one where transformers reads them all in one tensor: as we write them."""
+    present, found = set(source.names()), {}
+    for parameter in lacking:
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        if not moe.is_experts(module) or parameter.rpartition(".")[2] not in moe.projections(module):
+            continue
+        stored = list(stored_names(model, parameter))
+        single = single_experts(model, parameter, stored[0]) if len(stored) == 1 else {}
+        if single and single.keys() <= present:
+            found[parameter] = pieces_of(single)
+    for path in dict.fromkeys(parameter.rpartition(".")[0] for parameter in found):
+        moe.take_apart(model.get_submodule(path))
+    return found
+
+
+def pieces_of(single: Mapping[str, Slab]) -> tuple[Piece, ...]:
+    """Pieces of an experts module's parameter whose matrices lie in slabs, once it is taken apart."""
+    return tuple(
+        Piece(name, slab.expert, slab.start * (slab.shape[0] if slab.step > 1 else 1), slab.shape[0])
+        for name, slab in single.items()
+    )
+
+
+def own_names(model: Any, parameter: str) -> tuple[Piece, ...] | None:
+    """Pieces under which transformers reads the experts of a parameter one by one; None where it does not."""
+    stored = stored_names(model, parameter)
+    source = StateDictSource(dict(stored))
+    whole, stacked = _sort_names(model, source, {parameter: model.get_parameter(parameter)})
+    if whole or len(stored) == 1:
+        return None
+    found: dict[str, tuple[Piece, ...]] = {}
+    for first, (converter, names) in stacked.items():
+        found |= _follow(model, first, converter, names, source)
+    pieces = found.get(parameter, ())
+    return pieces if pieces and all(piece.expert is not None and piece.linear for piece in pieces) else None
 
 
 Named = dict[str, list[str]]

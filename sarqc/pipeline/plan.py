@@ -6,6 +6,7 @@ are on another machine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,9 @@ from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
 from sarqc.model.calibration_data import calibration_windows, counts_at_once
 from sarqc.model.config_only import Outline, outline
+from sarqc.model.expert_names import Slab
 from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
-from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
+from sarqc.model.layers import Targets, auto_group_size, check_group_size, is_wanted, targets
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import load_tokenizer
@@ -122,8 +124,11 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     """The plan, with options that fit the tensors of the model."""
     quant, method, run = configs.quant, configs.method, configs.run
     skeleton = Skeleton.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
+    if slabs := skeleton.split_experts(partial(is_wanted, quant)):
+        assert isinstance(source, Checkpoint | Outline)
+        source = source.split(slabs)
     found = targets(skeleton, quant)
-    notes = _expansion(source)
+    notes = (*_expansion(source), *_renamed(skeleton, slabs))
     if quant.group_size == AUTO:
         quant = replace(quant, group_size=auto_group_size(found))
         notes += (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
@@ -174,6 +179,18 @@ def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tup
 def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Outline:
     """Names and shapes of a model's dense tensors, where its headers are all there is."""
     return Outline(dense_headers(tensors, read_json(folder / "config.json")))
+
+
+def _renamed(skeleton: Skeleton, slabs: Mapping[str, Slab]) -> tuple[str, ...]:
+    """A note where experts get names that transformers itself has not."""
+    alone = [name for name in slabs if name in skeleton.own_expert_names]
+    if len(alone) == len(slabs):
+        return ()
+    first = next(name for name in slabs if name not in skeleton.own_expert_names)
+    return (
+        f"experts that the model stores in one tensor are written one by one, as {first.removesuffix('.weight')}: "
+        "transformers loads them when sarqc is imported, and not without it",
+    )
 
 
 def _expansion(source: TensorSource) -> tuple[str, ...]:

@@ -97,7 +97,9 @@ def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(so
     """Weights may be hundreds of GB."""
     config = json.loads((sources["llama"] / "config.json").read_text())
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "exl2"}}))
+    (tmp_path / "hub" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "exl2"}})
+    )
     asked = []
 
     def snapshot_download(hub_id, allow_patterns, ignore_patterns):
