@@ -25,7 +25,7 @@ NAMES = {  # row: the first matrix by its own name, and where it is
         "block_sparse_moe.input_linear.weight",
         lambda t: t[0][: t.shape[1] // 2],
     ),
-    "aria_text": ("mlp.experts.0.w1", "mlp.experts.fc1", lambda t: t[0].mT[: t.shape[2] // 2]),
+    "aria_text": ("mlp.experts.0.w1", "mlp.experts.fc1.weight", lambda t: t[0].mT[: t.shape[2] // 2]),
     "qwen3_5_moe_text@fused": ("mlp.experts.0.gate_proj", "mlp.experts.gate_up_proj", lambda t: t[0][:64]),
 }
 
