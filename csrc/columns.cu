@@ -2,11 +2,15 @@
 //
 // One launch takes a panel of columns (at most 128) of all rows and experts, as `_columns` in
 // sarqc_kernels/columns/triton_impl.py does; sarqc_kernels/columns/panels.py says what the buffers hold. A thread owns
-// its row from the first column to the last, so what it reads of weight, delta and grids only it has written, and the
-// only thing that threads share is M: the strip of 16 columns that is needed next, in shared memory (8 KB), read by all
-// lanes at one address. Those 16 columns' sums live in registers. Memory is [column][row]: neighbours read neighbours.
+// its row from the first column to the last, so what it reads of weight, delta and grids only it has written. Memory is
+// [column][row]: neighbours read neighbours.
 //
-// Per row and column of a panel of P: P flops on average and P / 32 + 5 words, mostly from the first-level cache.
+// Threads share M alone: the strip of the 16 columns that are needed next, [rows of M up to them][16], read by all lanes
+// at one address. While these columns are taken, asynchronous copies bring the strip after it, and the thread's own
+// loads (weight, sums, grid) of the next 16 columns are under way. Deltas of the panel stay in shared memory, as do
+// 1 / diag(M) and diag(M)^2: nothing in the chain from column to column waits for memory.
+//
+// Per row and column of a panel of P: P flops on average, 5 words of memory, P / 2 words of shared memory.
 //
 // Every rounding is spelled: __fmul_rn, __fsub_rn and __fdiv_rn round once and are never contracted, fmaf is one fused
 // operation. No flag of the compiler changes a code.
@@ -49,14 +53,28 @@ struct Row {
     uint8_t* codes;
     const float* pull;
     const float* factor;
-    const float* inverse;
-    const float* importance;
     const int32_t* group_of;
     float* scales;
     float* zeros;
-    int rows, columns;
-    bool live, good;  // the row exists; the expert has a factor
+    int rows, columns, width;  // width: columns of the panel
+    bool live, good, whole;    // the row exists; the expert has a factor; M can be copied 16 bytes at a time
 };
+
+// Shared memory of a block of T threads: two strips [kPanel][kMicro], 1 / diag(M) and diag(M)^2 [kPanel], and for each
+// thread a column of what it keeps [kPanel][T]: deltas, or between free pass and fit the group. Always named from the
+// array itself: through a pointer that was stored, the compiler would not know that it is shared memory.
+__host__ __device__ constexpr int shared_floats(int threads) { return 2 * kPanel * kMicro + 2 * kPanel + kPanel * threads; }
+
+#ifdef __CUDACC__
+extern __shared__ __align__(16) float shared_memory[];
+#else
+alignas(16) static float shared_memory[shared_floats(8)];  // a block on a host has up to 8 threads
+#endif
+
+__device__ float* strip_row(int which, int i) { return shared_memory + (which * kPanel + i) * kMicro; }
+__device__ float* inverses() { return shared_memory + 2 * kPanel * kMicro; }
+__device__ float* importances() { return inverses() + kPanel; }
+__device__ float& kept(int j) { return importances()[kPanel + j * blockDim.x + threadIdx.x]; }
 
 struct Grid {
     float scale, zero;
@@ -64,63 +82,116 @@ struct Grid {
 
 __device__ float clamped(float value, float low, float high) { return fminf(fmaxf(value, low), high); }
 
-// M from row 0 of the panel to the micro-panel start .. start + 15, which ends before `end`; zero elsewhere.
-__device__ void load_strip(const Row& row, float (*strip)[kMicro], int start, int end) {
-    __syncthreads();  // everyone has done with the strip before
-    const int height = min(start + kMicro, end);
-    for (int at = threadIdx.x; at < height * kMicro; at += blockDim.x) {
-        const int i = at / kMicro, j = start + at % kMicro;
-        strip[i][j - start] = row.good && i < j && j < end ? row.factor[static_cast<int64_t>(i) * row.columns + j] : 0.f;
+#ifdef __CUDACC__
+__device__ void copy_async(float* to, const float* from, int bytes) {
+    const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    if (bytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(place), "l"(from) : "memory");
+}
+__device__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ void copies_done() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// The compiler may not compute `value` again where it is used: it would put a division into a loop.
+__device__ float pinned(float value) {
+    asm volatile("" : "+f"(value));
+    return value;
+}
+#else
+static void copy_async(float* to, const float* from, int bytes) { std::memcpy(to, from, bytes); }
+static void copies_issued() {}
+static void copies_done() {}
+static float pinned(float value) { return value; }
+#endif
+
+// Begin to bring M from row 0 of the panel to the micro-panel start .. start + 15. What lies on and below the diagonal
+// comes along and is not used; columns from the panel's end on are zero, and all is where the expert has no factor.
+__device__ void fetch_strip(const Row& row, int which, int start) {
+    const int height = min(start + kMicro, row.width);
+    if (!row.good) {
+        for (int at = threadIdx.x; at < height * kMicro; at += blockDim.x) strip_row(which, at / kMicro)[at % kMicro] = 0.f;
+    } else if (row.whole && start + kMicro <= row.width) {
+        for (int at = threadIdx.x; at < height * (kMicro / 4); at += blockDim.x) {
+            const int i = at / (kMicro / 4), k = at % (kMicro / 4) * 4;
+            copy_async(strip_row(which, i) + k, row.factor + static_cast<int64_t>(i) * row.columns + start + k, 16);
+        }
+    } else {
+        for (int at = threadIdx.x; at < height * kMicro; at += blockDim.x) {
+            const int i = at / kMicro, k = at % kMicro;
+            if (start + k < row.width)
+                copy_async(strip_row(which, i) + k, row.factor + static_cast<int64_t>(i) * row.columns + start + k, 4);
+            else
+                strip_row(which, i)[k] = 0.f;
+        }
     }
-    __syncthreads();
+    copies_issued();
+}
+
+// What the thread itself needs of a micro-panel.
+struct Columns16 {
+    float asked[kMicro], value[kMicro], scale[kMicro], zero[kMicro];
+};
+
+template <bool kRound>
+__device__ void fetch_columns(const Row& row, Columns16& own, int start, int end) {
+#pragma unroll
+    for (int k = 0; k < kMicro; ++k) {
+        const bool inside = row.live && start + k < end;
+        const int at = (start + k) * row.rows;
+        own.asked[k] = inside ? row.pull[at] : 0.f;
+        if (kRound) {
+            const int group = inside ? row.group_of[start + k] * row.rows : 0;
+            own.value[k] = inside ? row.weight[at] : 0.f;
+            own.scale[k] = inside ? row.scales[group] : 1.f;
+            own.zero[k] = inside ? row.zeros[group] : 0.f;
+        }
+    }
 }
 
 // Columns start .. start + 15 of the panel, those from `end` on left out. kRound: write codes; otherwise a free pass.
 template <bool kRound>
-__device__ void micro_panel(const Row& row, const Columns& call, const float (*strip)[kMicro], int start, int end) {
-    float asked[kMicro], value[kMicro], scale[kMicro], zero[kMicro];
-#pragma unroll
-    for (int k = 0; k < kMicro; ++k) {  // all loads of the micro-panel fly together, ahead of the chain
-        const bool inside = row.live && start + k < end;
-        const int at = (start + k) * row.rows;
-        asked[k] = inside ? row.pull[at] : 0.f;
-        if (kRound) {
-            const int group = inside ? row.group_of[start + k] * row.rows : 0;
-            value[k] = inside ? row.weight[at] : 0.f;
-            scale[k] = inside ? row.scales[group] : 1.f;
-            zero[k] = inside ? row.zeros[group] : 0.f;
-        }
-    }
+__device__ void micro_panel(const Row& row, const Columns& call, Columns16& own, int which, int start, int end) {
     const int before = row.good ? start : 0;
 #pragma unroll 4
     for (int i = 0; i < before; ++i) {
-        const float delta = row.live ? row.delta[i * row.rows] : 0.f;
+        const float delta = kept(i);
 #pragma unroll
-        for (int k = 0; k < kMicro; ++k) asked[k] = fmaf(delta, strip[i][k], asked[k]);
+        for (int k = 0; k < kMicro; ++k) own.asked[k] = fmaf(delta, strip_row(which, i)[k], own.asked[k]);
     }
 #pragma unroll
     for (int k = 0; k < kMicro; ++k) {
         const int j = start + k;
         if (j >= end) break;
-        const float moved = __fmul_rn(asked[k], row.inverse[j]);
+        const float moved = __fmul_rn(own.asked[k], inverses()[j]);
         float error = -moved;
         if (kRound) {
-            const float level = clamped(rintf(__fdiv_rn(__fadd_rn(value[k], moved), scale[k])), -zero[k],
-                                        call.top - zero[k]);
-            error = __fsub_rn(value[k], __fmul_rn(level, scale[k]));
-            if (row.live) row.codes[j * row.rows] = static_cast<uint8_t>(level + zero[k]);
+            const float level = clamped(rintf(__fdiv_rn(__fadd_rn(own.value[k], moved), own.scale[k])), -own.zero[k],
+                                        call.top - own.zero[k]);
+            error = __fsub_rn(own.value[k], __fmul_rn(level, own.scale[k]));
+            if (row.live) row.codes[j * row.rows] = static_cast<uint8_t>(level + own.zero[k]);
         }
+        kept(j) = error;
         if (row.live) row.delta[j * row.rows] = error;
 #pragma unroll
-        for (int n = k + 1; n < kMicro; ++n) asked[n] = fmaf(error, strip[j][n], asked[n]);
+        for (int n = k + 1; n < kMicro; ++n) own.asked[n] = fmaf(error, strip_row(which, j)[n], own.asked[n]);
     }
 }
 
 template <bool kRound>
-__device__ void advance(const Row& row, const Columns& call, float (*strip)[kMicro], int begin, int end) {
-    for (int start = begin; start < end; start += kMicro) {
-        load_strip(row, strip, start, end);
-        micro_panel<kRound>(row, call, strip, start, end);
+__device__ void advance(const Row& row, const Columns& call, int begin, int end) {
+    Columns16 now, next;
+    __syncthreads();  // everyone has done with the strips of what went before
+    fetch_strip(row, 0, begin);
+    fetch_columns<kRound>(row, now, begin, end);
+    for (int start = begin, at = 0; start < end; start += kMicro, at ^= 1) {
+        copies_done();
+        __syncthreads();  // the strip of these columns is there, and everyone has done with the one before it
+        if (start + kMicro < end) {
+            fetch_strip(row, at ^ 1, start + kMicro);
+            fetch_columns<kRound>(row, next, start + kMicro, end);
+        }
+        micro_panel<kRound>(row, call, now, at, start, end);
+        now = next;
     }
 }
 
@@ -141,8 +212,10 @@ __device__ Grid grid_of(const Columns& call, float span, float low, int trial) {
 // The grid of the group begin .. end - 1 from what a free pass left: sarqc_kernels/columns/grid.py says what and why.
 __device__ Grid fitted(const Row& row, const Columns& call, int begin, int end) {
     float low = INFINITY, high = -INFINITY;
+#pragma unroll 4
     for (int j = begin; j < end; ++j) {
-        const float value = row.live ? __fsub_rn(row.weight[j * row.rows], row.delta[j * row.rows]) : 0.f;
+        const float value = row.live ? __fsub_rn(row.weight[j * row.rows], kept(j)) : 0.f;
+        kept(j) = value;
         low = fminf(low, value);
         high = fmaxf(high, value);
     }
@@ -160,12 +233,11 @@ __device__ Grid fitted(const Row& row, const Columns& call, int begin, int end) 
 #pragma unroll
         for (int t = 0; t < kTogether; ++t) {
             grid[t] = grid_of(call, trial + t ? turned : span, low, min(trial + t, call.trials - 1));
-            per_scale[t] = __fdiv_rn(1.f, grid[t].scale);
+            per_scale[t] = pinned(__fdiv_rn(1.f, grid[t].scale));
             total[t] = 0.f;
         }
         for (int j = begin; j < end; ++j) {
-            const float value = row.live ? __fsub_rn(row.weight[j * row.rows], row.delta[j * row.rows]) : 0.f;
-            const float count = row.importance[j];
+            const float value = kept(j), count = importances()[j];
 #pragma unroll
             for (int t = 0; t < kTogether; ++t) {
                 const float steps = __fmul_rn(value, per_scale[t]);
@@ -188,31 +260,35 @@ __device__ Grid fitted(const Row& row, const Columns& call, int begin, int end) 
 
 template <bool kRound, bool kFit>
 __global__ void __launch_bounds__(kThreads) columns(const Columns call) {
-    __shared__ __align__(16) float strip[kPanel][kMicro];
     const int64_t expert = blockIdx.y;
-    const int own = blockIdx.x * blockDim.x + threadIdx.x;
+    const int own = blockIdx.x * blockDim.x + threadIdx.x, width = call.last - call.first;
     const int64_t vector = expert * call.columns + call.first, matrix = vector * call.rows + own;
     const int64_t grids = expert * call.groups * call.rows + own;
+    const float* factor = call.factor + expert * call.factor_expert + static_cast<int64_t>(call.first) * (call.columns + 1);
     const Row row = {
         call.weight + matrix,
         call.delta + matrix,
         call.codes + matrix,
         call.pull + expert * call.pull_columns * call.rows + own,
-        call.factor + expert * call.factor_expert + static_cast<int64_t>(call.first) * (call.columns + 1),
-        call.inverse + vector,
-        call.importance + vector,
+        factor,
         call.group_of + vector,
         call.scales + grids,
         call.zeros + grids,
         call.rows,
         call.columns,
+        width,
         own < call.rows,
         call.usable[expert] != 0,
+        call.columns % 4 == 0 && call.stretch % 4 == 0 && reinterpret_cast<uintptr_t>(factor) % 16 == 0,
     };
-    for (int begin = 0; begin < call.last - call.first; begin += call.stretch) {
-        const int end = min(begin + call.stretch, call.last - call.first);
+    for (int j = threadIdx.x; j < width; j += blockDim.x) {
+        inverses()[j] = call.inverse[vector + j];
+        importances()[j] = call.importance[vector + j];
+    }
+    for (int begin = 0; begin < width; begin += call.stretch) {
+        const int end = min(begin + call.stretch, width);
         if (kFit) {
-            advance<false>(row, call, strip, begin, end);
+            advance<false>(row, call, begin, end);
             const Grid grid = fitted(row, call, begin, end);
             const int group = row.group_of[begin] * row.rows;
             if (row.live) {
@@ -220,7 +296,7 @@ __global__ void __launch_bounds__(kThreads) columns(const Columns call) {
                 row.zeros[group] = grid.zero;
             }
         }
-        advance<kRound>(row, call, strip, begin, end);
+        advance<kRound>(row, call, begin, end);
     }
 }
 
@@ -241,7 +317,12 @@ extern "C" int sarqc_ready(int* versions) {
 extern "C" int sarqc_columns(const Columns* call, int threads, void* stream) {
     const dim3 blocks((call->rows + threads - 1) / threads, call->experts);
     const auto kernel = call->fit ? columns<true, true> : call->round ? columns<true, false> : columns<false, false>;
-    kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(*call);
+    const int bytes = shared_floats(threads) * static_cast<int>(sizeof(float));
+    if (bytes > 48 * 1024) {  // more than a kernel has without being asked for
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (error) return error;
+    }
+    kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(*call);
     return cudaGetLastError();
 }
 #endif

@@ -64,7 +64,7 @@ def quantized(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     results = []
     given = tokens if method.calibrated else None
-    bit_widths = sensitivity(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
+    bit_widths = allocated(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
     run = driver.run(skeleton, checkpoint, given, quant, method, dtype=torch.float32, bit_widths=bit_widths)
     for result in islice(run, stop):
         for linear, weight in result.weights.items():
@@ -74,7 +74,7 @@ def quantized(
     return model, results
 
 
-def sensitivity(
+def allocated(
     skeleton: Skeleton, checkpoint: Checkpoint, tokens: torch.Tensor, quant: QuantConfig, method: MethodConfig
 ) -> dict[str, int]:
     """Bits of each Linear, as a run chooses them."""

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sarqc.checkpoint.differences import differences
+from torch import Tensor
+
+from sarqc.checkpoint.differences import difference, other_names
 from sarqc.checkpoint.formats import Format, quantization_of
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
@@ -64,12 +67,12 @@ class Conversion:
         names = self.checkpoint.names()
         with ShardWriter(folder) as writer:
             for done, name in enumerate(names, 1):
-                linear = name.removesuffix(".weight")
-                weight = self.checkpoint.quantized(linear) if linear != name else None
-                if weight is None:
-                    tensors = {name: self.checkpoint.load(name)}
+                stored, tensors = self.checkpoint.stored(name), {}
+                if isinstance(stored, Tensor):
+                    tensors[name] = stored
                 else:
-                    tensors = self.target.pack(linear, weight, self.quant.at(weight.bits))
+                    linear = name.removesuffix(".weight")
+                    tensors = self.target.pack(linear, stored, self.quant.at(stored.bits))
                 for full, tensor in tensors.items():
                     writer.add(full, tensor)
                 if progress is not None:
@@ -78,8 +81,10 @@ class Conversion:
     def _checked(self, folder: Path) -> dict[str, Any]:
         """Read all of it back; what it is in numbers, or `CheckpointError`."""
         with closing(open_checkpoint(folder)) as written:
-            for problem in (*problems(written), *differences(written, self.checkpoint)):
-                raise CheckpointError(f"the converted checkpoint is not the one it was made of: {problem}")
+            found = other_names(written, self.checkpoint)
+            found = found or next(problems(written, beside=partial(difference, written, self.checkpoint)), None)
+            if found is not None:
+                raise CheckpointError(f"the converted checkpoint is not the one it was made of: {found}")
             stored = written.storage()
             assert written.format is not None and self.checkpoint.format is not None
             return {

@@ -10,7 +10,7 @@ its share of the original, <W, Q> / <W, W>: near 1 in whatever was rounded from 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sarqc.checkpoint.headers import bytes_of
 from sarqc.checkpoint.reader import Checkpoint
+from sarqc.method.weight import QuantizedWeight
 
 WORST_ERROR = 1.2
 LEAST_SHARE = 0.5
@@ -34,26 +35,22 @@ class Compared:
     problem: str | None
 
 
-def compare(checkpoint: Checkpoint, source: Checkpoint, changed: Collection[str] = ()) -> Iterator[Compared]:
-    """Every tensor of both, sorted by name; one at a time in memory.
-
-    changed: names of tensors that were rescaled on purpose, whose values say nothing beside the source's.
-    """
+def lacking(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
+    """Names of the dense view that only one of the two has, a line each."""
     ours, theirs = set(checkpoint.names()), set(source.names())
-    quantized = {f"{linear}.weight" for linear in checkpoint.linears()}
-    for name in sorted(ours | theirs):
-        if name not in ours or name not in theirs:
-            lacking = checkpoint if name not in ours else source
-            yield Compared(name, None, f"{lacking.folder} lacks tensor {name!r}")
-        elif checkpoint.shape(name) != source.shape(name):
-            shapes = f"{list(checkpoint.shape(name))}, where {source.folder} has {list(source.shape(name))}"
-            yield Compared(name, None, f"{checkpoint.folder}: tensor {name!r} is {shapes}")
-        elif name in changed:
-            yield Compared(name, None, None)
-        elif name in quantized:
-            yield _weight(checkpoint, source, name)
-        else:
-            yield _copy(checkpoint, source, name)
+    for name in sorted(ours ^ theirs):
+        yield f"{(checkpoint if name not in ours else source).folder} lacks tensor {name!r}"
+
+
+def compare(checkpoint: Checkpoint, source: Checkpoint, name: str, stored: Tensor | QuantizedWeight) -> Compared:
+    """Dense tensor `name`, which is `stored` in `checkpoint`, against the one in `source`, which must have it."""
+    shape = stored.shape if isinstance(stored, Tensor) else stored.codes.shape[1:]
+    if tuple(shape) != source.shape(name):
+        shapes = f"{list(shape)}, where {source.folder} has {list(source.shape(name))}"
+        return Compared(name, None, f"{checkpoint.folder}: tensor {name!r} is {shapes}")
+    if isinstance(stored, Tensor):
+        return Compared(name, None, _copy(checkpoint, source, name, stored))
+    return _weight(checkpoint, source, name, stored)
 
 
 def differences(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
@@ -61,27 +58,38 @@ def differences(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
 
     A line each; none where one is the other in another layout, bit for bit.
     """
-    if checkpoint.names() != source.names() or set(checkpoint.linears()) != set(source.linears()):
-        yield f"{checkpoint.folder} and {source.folder} hold tensors of other names"
+    if (other := other_names(checkpoint, source)) is not None:
+        yield other
         return
     for name in source.names():
-        ours, theirs = (side.quantized(name.removesuffix(".weight")) for side in (checkpoint, source))
-        if ours is None or theirs is None:
-            problem = _copy(checkpoint, source, name).problem
-            if problem is not None:
-                yield problem
-            continue
-        for part in ("codes", "scales", "zeros"):
-            mine, other = getattr(ours, part), getattr(theirs, part)
-            if mine.shape != other.shape or mine.dtype != other.dtype or bytes_of(mine) != bytes_of(other):
-                yield f"{checkpoint.folder}: {part} of {name!r} are not those in {source.folder}"
+        yield from difference(checkpoint, source, name, checkpoint.stored(name))
 
 
-def _weight(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
+def other_names(checkpoint: Checkpoint, source: Checkpoint) -> str | None:
+    """A line where two quantized checkpoints do not hold the same tensors and Linears."""
+    if checkpoint.names() != source.names() or set(checkpoint.linears()) != set(source.linears()):
+        return f"{checkpoint.folder} and {source.folder} hold tensors of other names"
+    return None
+
+
+def difference(
+    checkpoint: Checkpoint, source: Checkpoint, name: str, stored: Tensor | QuantizedWeight
+) -> Iterator[str]:
+    """What differs between the tensor `name` of two quantized checkpoints; it is `stored` in `checkpoint`."""
+    if isinstance(stored, Tensor):
+        problem = _copy(checkpoint, source, name, stored)
+        yield from () if problem is None else (problem,)
+        return
+    theirs = source.stored(name)
+    for part in ("codes", "scales", "zeros"):
+        mine, other = getattr(stored, part), getattr(theirs, part)
+        if mine.shape != other.shape or mine.dtype != other.dtype or bytes_of(mine) != bytes_of(other):
+            yield f"{checkpoint.folder}: {part} of {name!r} are not those in {source.folder}"
+
+
+def _weight(checkpoint: Checkpoint, source: Checkpoint, name: str, stored: QuantizedWeight) -> Compared:
     """A quantized weight against what it stands for."""
-    found = checkpoint.quantized(name.removesuffix(".weight"))
-    assert found is not None
-    weight, quantized = source.load(name).float(), found.dequantize()[0]
+    weight, quantized = source.load(name).float(), stored.dequantize()[0]
     size, distance = _norm(weight), _norm(quantized - weight)
     error = distance / size if size else 0.0 if not distance else math.inf
     kept = error <= WORST_ERROR  # False for NaN too
@@ -101,10 +109,9 @@ def _inner(one: Tensor, other: Tensor) -> float:
     return float((one * other).sum(-1).sum(dtype=torch.float64))
 
 
-def _copy(checkpoint: Checkpoint, source: Checkpoint, name: str) -> Compared:
-    """A tensor that was to be left as it was."""
-    ours, theirs = checkpoint.load(name), source.load(name)
-    same = ours.dtype == theirs.dtype and bytes_of(ours) == bytes_of(theirs)
-    return Compared(
-        name, None, None if same else f"{checkpoint.folder}: tensor {name!r} is not the one in {source.folder}"
-    )
+def _copy(checkpoint: Checkpoint, source: Checkpoint, name: str, ours: Tensor) -> str | None:
+    """A line for a tensor that was to be left as it was, and was not."""
+    theirs = source.load(name)
+    if ours.dtype == theirs.dtype and bytes_of(ours) == bytes_of(theirs):
+        return None
+    return f"{checkpoint.folder}: tensor {name!r} is not the one in {source.folder}"

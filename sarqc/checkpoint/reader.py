@@ -105,17 +105,17 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of dense tensor `name`; reads no weights."""
-        linear = self._linear(name)
+        linear = self.linear(name)
         return self.describe(linear).shape if linear else self.raw_entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of dense tensor `name`; that of its scales where it is quantized."""
-        linear = self._linear(name)
+        linear = self.linear(name)
         return self.describe(linear).dtype if linear else self.raw_entry(name).dtype
 
     def load(self, name: str) -> Tensor:
         """Dense tensor `name` on the CPU in memory of its own, dequantized where need be."""
-        linear = self._linear(name)
+        linear = self.linear(name)
         weight = self.quantized(linear) if linear else None
         return self.raw_load(name) if weight is None else weight.dequantize(weight.scales.dtype)[0]
 
@@ -132,10 +132,18 @@ class Checkpoint:
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
         """Codes, scales and zeros of `linear` (named without ".weight", E = 1); None where it is not quantized."""
-        if self.format is None or linear not in self._linears:
-            return None
+        return self.unpack(linear, self.raw_load) if linear in self._linears else None
+
+    def unpack(self, linear: str, load: Callable[[str], Tensor]) -> QuantizedWeight:
+        """The weight of the quantized Linear `linear`, of its tensors on disk as `load(name)` returns them."""
+        assert self.format is not None
         with self._named():
-            return self.format.unpack(linear, self._quantization, self.raw_load)
+            return self.format.unpack(linear, self._quantization, load)
+
+    def stored(self, name: str) -> Tensor | QuantizedWeight:
+        """Dense tensor `name` as it is stored: its codes, scales and zeros where it is quantized."""
+        linear = self.linear(name)
+        return self.unpack(linear, self.raw_load) if linear else self.raw_load(name)
 
     def packer(self, linear: str) -> Callable[[QuantizedWeight], dict[str, Tensor]]:
         """Makes the tensors on disk of the quantized Linear `linear` of a weight; works when the files are closed."""
@@ -182,7 +190,7 @@ class Checkpoint:
         except CheckpointError as error:
             raise error if str(self.folder) in str(error) else CheckpointError(f"{self.folder}: {error}") from error
 
-    def _linear(self, name: str) -> str | None:
+    def linear(self, name: str) -> str | None:
         """The quantized Linear whose weight is called `name`, if there is one."""
         linear = name.removesuffix(".weight")
         return linear if linear != name and linear in self._linears else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,9 @@ from sarqc.checkpoint.manifest import MANIFEST, Fingerprint, fingerprint, read_m
 from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.checkpoint.shards import INDEX
 from sarqc.errors import CheckpointError, NumericError
+from sarqc.method.weight import QuantizedWeight
 
+Beside = Callable[[str, Tensor | QuantizedWeight], Iterable[str]]
 _CHECKED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -39,34 +41,48 @@ def refuse_poison(checkpoint: Checkpoint, inside: str) -> None:
             raise NumericError(f"{name} holds NaN; repair the checkpoint before quantizing")
 
 
-def problems(checkpoint: Checkpoint, on_tensor: Callable[[str], None] | None = None) -> Iterator[str]:
-    """Everything that is wrong with an open checkpoint, a line each; `on_tensor(name)` after each tensor on disk.
+def problems(
+    checkpoint: Checkpoint, on_tensor: Callable[[str], None] | None = None, beside: Beside | None = None
+) -> Iterator[str]:
+    """Everything that is wrong with an open checkpoint, a line each. Every tensor is read once.
 
     Headers agree with the index (seen when it was opened), every promised byte can be read, every tensor is the one
     of the manifest bit for bit, packed tensors have the shapes that the config asks for and unpack to codes and zeros
     in range, what belongs to a packed weight is finite, and no other tensor holds a NaN.
+
+    Args:
+        checkpoint: The checkpoint.
+        on_tensor: Called with the name of each tensor on disk after it was read.
+        beside: Called with each dense tensor, or the codes it is stored as; what it finds wrong is added.
     """
     yield from _folder(checkpoint)
     manifest = read_manifest(checkpoint.folder)
     if manifest is not None:
         yield from _names(checkpoint, manifest)
-    packed = {name: linear for linear in checkpoint.linears() for name in checkpoint.raw_members(linear)}
-    for name in checkpoint.raw_names():
+    for name in checkpoint.names():
+        linear = checkpoint.linear(name)
+        read: dict[str, Tensor] = {}
+        members = checkpoint.raw_members(linear) if linear else (name,)
+        for member in members:
+            try:
+                read[member] = checkpoint.raw_load(member)
+            except CheckpointError as error:
+                yield str(error)
+                continue
+            if manifest is not None and member in manifest:
+                yield from _changed(checkpoint, member, read[member], manifest[member])
+            yield from _numbers(checkpoint, member, read[member], finite=linear is not None)
+            if on_tensor is not None:
+                on_tensor(member)
+        if len(read) < len(members):
+            continue
         try:
-            tensor = checkpoint.raw_load(name)
+            stored = checkpoint.unpack(linear, read.__getitem__) if linear else read[name]
         except CheckpointError as error:
             yield str(error)
             continue
-        if manifest is not None and name in manifest:
-            yield from _changed(checkpoint, name, tensor, manifest[name])
-        yield from _numbers(checkpoint, name, tensor, finite=name in packed)
-        if on_tensor is not None:
-            on_tensor(name)
-    for linear in checkpoint.linears():
-        try:
-            checkpoint.quantized(linear)
-        except CheckpointError as error:
-            yield str(error)
+        if beside is not None:
+            yield from beside(name, stored)
 
 
 def _folder(checkpoint: Checkpoint) -> Iterator[str]:

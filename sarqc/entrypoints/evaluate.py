@@ -44,7 +44,7 @@ def evaluate(
     """
     built, tokenizer = load(model, device=device, dtype=dtype, packed=packed, trust_remote_code=trust_remote_code)
     windows = dataset.windows(text, tokenizer, part="evaluation", seqlen=seqlen)
-    dataset.check_seqlen(seqlen, built.config, model)
+    dataset.check_seqlen(seqlen, built.config.get_text_config(), model)
     if max_windows is not None:
         windows = windows.last(max_windows)
     found = perplexity(built, windows, on_window=on_window)
@@ -106,7 +106,7 @@ def evaluate_and_save(
         if place is source and checkpoint.format is not None:
             raise ArgumentError(f"original = {str(source)!r} is quantized itself: give the model before that")
         skeleton = Skeleton.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
-        dataset.check_seqlen(seqlen, skeleton.model.config, place)
+        dataset.check_seqlen(seqlen, skeleton.text_config, place)
         kept, total = resolve_dtype(dtype, where, skeleton.dtype), 2 * len(skeleton.blocks)
         skeleton.load_outer(checkpoint, where, kept, head=True)
 

@@ -38,12 +38,12 @@ def _joined(plan: Plan, sites: list[Site]) -> list[Site]:
 
 def choices(plan: Plan) -> int:
     """Experts that a token passes through."""
-    return int(getattr(plan.skeleton.model.config, "num_experts_per_tok", None) or 1)
+    return int(getattr(plan.skeleton.text_config, "num_experts_per_tok", None) or 1)
 
 
 def hidden_size(plan: Plan) -> int:
     """Numbers in a hidden state."""
-    return int(plan.skeleton.model.config.hidden_size)
+    return int(plan.skeleton.text_config.hidden_size)
 
 
 def states_bytes(plan: Plan, windows: int, seqlen: int) -> int:

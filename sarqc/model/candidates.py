@@ -64,7 +64,7 @@ def candidates(skeleton: Skeleton) -> Iterator[Candidate]:
         for path, module in block.named_modules():
             name = f"{skeleton.prefix}.{index}.{path}"
             if isinstance(module, nn.Linear):
-                yield _linear(skeleton, index, name, module, outputs)
+                yield from _linear(skeleton, index, name, module, outputs)
             elif moe.is_experts(module):
                 for projection in moe.projections(module):
                     yield from _stacked(skeleton, index, name, module, projection)
@@ -72,18 +72,25 @@ def candidates(skeleton: Skeleton) -> Iterator[Candidate]:
                 yield from _bare(skeleton, index, name, module, outputs)
 
 
-def _linear(skeleton: Skeleton, index: int, name: str, module: nn.Linear, outputs: set[int]) -> Candidate:
+def _linear(skeleton: Skeleton, index: int, name: str, module: nn.Linear, outputs: set[int]) -> Iterator[Candidate]:
+    """A Linear, which is one matrix of the checkpoint, or several whose rows are concatenated."""
     parameter = f"{name}.weight"
     pieces = skeleton.pieces.get(parameter, ())
-    stored = pieces[0].linear if len(pieces) == 1 else None
-    target = Target(stored or name, (module.out_features, module.in_features), index, name, parameter)
-    rule = _rule(skeleton, target, outputs)
+    whole = Target(name, (module.out_features, module.in_features), index, name, parameter)
+    rule = _rule(skeleton, whole, outputs)
     if rule is None and (seen := skeleton.usage) and parameter in seen.multiplied and name not in seen.called:
         rule = "its weight is multiplied by other code than its own"
-    if stored is None:
-        return Candidate(target, rule, "its weight is not one tensor called *.weight in the checkpoint")
     strange = type(module).forward is not nn.Linear.forward and not _multiplies(module)
-    return Candidate(target, rule, f"{type(module).__name__} is not a plain Linear" if strange else None)
+    refusal = f"{type(module).__name__} is not a plain Linear" if strange else None
+    if not pieces or pieces[0].linear is None:
+        made = pieces[0].conversion if pieces else None
+        how = f"transformers makes it from {pieces[0].name} by {made}" if made else "its weight is shared or renamed"
+        yield Candidate(whole, rule, f"{how}, so the checkpoint has no name for it")
+        return
+    for piece in pieces:
+        rows = module.out_features if piece.expert is None else piece.rows
+        target = Target(piece.linear or piece.name, (rows, module.in_features), index, name, parameter, 0, piece.start)
+        yield Candidate(target, rule, refusal)
 
 
 def _stacked(skeleton: Skeleton, index: int, name: str, module: Any, projection: str) -> Iterator[Candidate]:
@@ -91,7 +98,7 @@ def _stacked(skeleton: Skeleton, index: int, name: str, module: Any, projection:
     weight: Tensor = getattr(module, projection)
     inputs = weight.shape[1 if module.is_transposed else 2]
     for piece in skeleton.pieces[parameter]:
-        rows = piece.rows or weight.numel() // inputs
+        rows = piece.rows or weight.numel() // inputs // len(skeleton.pieces[parameter])
         refusal = moe.why_not(module, per_expert_names=piece.expert is not None and piece.linear is not None)
         where = (piece.expert or 0, piece.start)
         yield Candidate(
@@ -120,12 +127,13 @@ def _rule(skeleton: Skeleton, target: Target, outputs: set[int]) -> str | None:
     rows, inputs = target.shape
     if rows == 1:
         return "it has one output"
-    if skeleton.usage is None:
-        path = target.module.split(".")
-        if rows in outputs and (_ROUTER.search(path[-1]) or "router" in path):
-            return "a router, by its name and width"
-    elif target.parameter in skeleton.usage.selectors:
+    if skeleton.usage is not None and target.parameter in skeleton.usage.selectors:
         return "its outputs choose experts or positions"
+    path = target.module.split(".")
+    if rows in outputs and (_ROUTER.search(path[-1]) or "router" in path):
+        return "it has a router's name and one output for each expert"
+    if skeleton.stays_in_fp32(target.parameter):
+        return "the model keeps it in fp32"
     return f"it has fewer than {NARROWEST} inputs" if inputs < NARROWEST else None
 
 

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.lazy_model import build_on_meta, read_config, text_decoder
+from sarqc.model.architecture import build_on_meta, language_model, read_config
 
 
 @dataclass(frozen=True)
@@ -66,4 +66,4 @@ def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) 
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         how = f", with quant_method {method!r}" if method else ""
         raise ModelError(f"{folder} is quantized already{how}: give the original model, its weights in bf16 or fp16")
-    return text_decoder(config)
+    return language_model(config)

@@ -8,7 +8,6 @@ handing out a tensor of ours, runs whatever comes after the blocks.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from sarqc.errors import ModelError, SarqcError, first_line, out_of_memory
 from sarqc.model import moe
-from sarqc.model.checks import check_config, check_layers
+from sarqc.model.architecture import build_on_meta, find_blocks, language_model, read_config
+from sarqc.model.checks import check_layers
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
 from sarqc.model.usage import Usage, usage
@@ -44,14 +43,14 @@ class Skeleton:
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
         warm_up_mkl()
-        self.dtype: torch.dtype = config.dtype or torch.float32
+        self.dtype: torch.dtype = config.dtype or config.get_text_config().dtype or torch.float32
         check_layers(config, len(source.names()))
         self._build = partial(build_on_meta, config, trust_remote_code)
         self.model = model = self._build(self.dtype)
         self.device = torch.device("cpu")
-        self.prefix, self._layers = _find_blocks(model)
-        self.blocks: list[nn.Module] = list(self._layers)
         moe.use_sorted_experts(model)
+        self.prefix, self._layers = find_blocks(model, lambda: self.usage)
+        self.blocks: list[nn.Module] = list(self._layers)
         self.pieces: dict[str, tuple[Piece, ...]] = trace(model, source)
         used = {piece.name for pieces in self.pieces.values() for piece in pieces}
         self.unused = _unused(source, used | set(model.all_tied_weights_keys))
@@ -63,9 +62,9 @@ class Skeleton:
     ) -> Skeleton:
         """Build from a configuration (copied); `source` is only asked for names and shapes.
 
-        Raises `ModelError` where this is not a decoder-only causal language model, or the names do not fit it.
+        Raises `ModelError` where this is no language model with a decoder alone, or the names do not fit it.
         """
-        return cls(text_decoder(config), source, trust_remote_code)
+        return cls(language_model(config), source, trust_remote_code)
 
     @classmethod
     def from_folder(cls, folder: str | Path, source: TensorSource, *, trust_remote_code: bool = False) -> Skeleton:
@@ -86,6 +85,11 @@ class Skeleton:
         self.model.config.dtype = dtype
         self.dtype = dtype
         self._calls.clear()
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the configuration that describes the text decoder; the whole of it for a text model."""
+        return self.model.config.get_text_config(decoder=True)
 
     @cached_property
     def usage(self) -> Usage | None:
@@ -109,9 +113,8 @@ class Skeleton:
         """Load what stands outside the blocks: embeddings and norms, with `head` also what turns hidden into logits."""
         self.use_dtype(dtype or self.dtype)
         self.device = torch.device(device)
-        body = f"{self.model.base_model_prefix}."
         for parameter in self._outer():
-            if head or parameter.startswith(body):
+            if head or self._is_body(parameter):
                 self._load(parameter, source, self.device)
         for target, origin in self.model.all_tied_weights_keys.items():
             if target not in self.pieces:
@@ -222,6 +225,16 @@ class Skeleton:
                 self._layers[index] = block
         return recorders
 
+    def _is_body(self, parameter: str) -> bool:
+        """Whether text needs this parameter before or between the blocks, or behind them for the last norm."""
+        if self.usage is not None and parameter not in self.usage.touched:
+            return False  # a tower
+        head = self.model.get_output_embeddings()
+        return head is None or all(tensor is not self._tensor(parameter) for tensor in head.parameters())
+
+    def _tensor(self, parameter: str) -> Tensor:
+        return _find(self.model, parameter)
+
     def _outer(self) -> list[str]:
         return [name for name in self.pieces if not name.startswith(f"{self.prefix}.")]
 
@@ -234,10 +247,14 @@ class Skeleton:
         """The dtype a tensor is loaded in: transformers names some that stay fp32 in a half-precision model."""
         if not like.is_floating_point():
             return like.dtype
+        return torch.float32 if self.stays_in_fp32(parameter) else self.dtype
+
+    def stays_in_fp32(self, parameter: str) -> bool:
+        """Whether transformers keeps this parameter in fp32 in a half-precision model of this dtype."""
         strict = self.model._keep_in_fp32_modules_strict or ()
         loose = self.model._keep_in_fp32_modules or ()
         names = {torch.bfloat16: tuple(strict), torch.float16: (*strict, *loose)}.get(self.dtype, ())
-        return torch.float32 if any(re.search(name.replace("*", ".*"), parameter) for name in names) else self.dtype
+        return any(re.search(name.replace("*", ".*"), parameter) for name in names)
 
     def _empty(self, parameter: str) -> None:
         tensor = _find(self.model, parameter)
@@ -260,11 +277,14 @@ def assemble(
     dtype: torch.dtype,
 ) -> Tensor:
     """A parameter of this shape out of its checkpoint tensors, which are read one at a time."""
+    if (made := pieces[0].conversion) is not None:
+        return made.run(source.load).to(device, dtype).contiguous()
     if pieces[0].expert is None:
         return source.load(pieces[0].name).to(device, dtype)
     filled = torch.empty(tuple(shape), dtype=dtype, device=device)
+    whole = filled.view(-1, *shape[-2:])  # a Linear is a stack of one
     for piece in pieces:
-        filled[piece.expert, piece.start : piece.start + piece.rows].copy_(source.load(piece.name))
+        whole[piece.expert, piece.start : piece.start + piece.rows].copy_(source.load(piece.name))
     return filled
 
 
@@ -296,61 +316,6 @@ class _Recorder(nn.Module):
 def _unused(source: TensorSource, used: set[str]) -> tuple[str, ...]:
     names = (name for name in source.names() if name.endswith(".weight") and name not in used)
     return tuple(name.removesuffix(".weight") for name in names if len(source.shape(name)) == 2)
-
-
-def read_config(folder: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration in a model's folder; `ModelError` where there is none that transformers knows."""
-    check_config(folder)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers checks a config with whatever its fields happen to raise
-        raise ModelError(f"no usable configuration in {folder}: {first_line(error)}") from error
-    return config
-
-
-def text_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of our own of a decoder-only text model's configuration, without the record of a quantizer."""
-    config = copy.deepcopy(config)
-    named = config.architectures or ["CausalLM"]
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ModelError(f"architectures = {str(named)[:80]!r} in the configuration is no list of names")
-    if not any(word in name for name in named for word in ("CausalLM", "LMHead")):
-        raise ModelError(f"{named[0]} is not a causal language model; give one that generates text")
-    if config.is_encoder_decoder:
-        raise ModelError(f"model type {config.model_type!r} has an encoder; use a decoder-only language model")
-    if config.get_text_config() is not config:
-        raise ModelError(
-            f"model type {config.model_type!r} has more than a text decoder; "
-            "use a checkpoint of the language model alone"
-        )
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the source gives dense tensors all the same
-    return config
-
-
-def build_on_meta(config: PreTrainedConfig, trust_remote_code: bool, dtype: torch.dtype) -> Any:
-    """The model in eval mode, parameters on meta, buffers as an ordinary model of this dtype has them."""
-    config = copy.deepcopy(config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:  # sizes that do not go together end in any kind of error
-        what = f"model type {config.model_type!r} is not a causal language model that can be built as configured"
-        raise ModelError(f"{what}: {first_line(error)}") from error
-    return model.eval()
-
-
-def _find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost list of modules in the body that has as many as the configuration has layers."""
-    count = getattr(model.config, "num_hidden_layers", None)
-    body = model.base_model
-    if body is not model and count:
-        lists = [(name, m) for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        depth = min((name.count(".") for name, _ in lists), default=0)
-        outermost = [(name, m) for name, m in lists if name.count(".") == depth]
-        if len(outermost) == 1:
-            return f"{model.base_model_prefix}.{outermost[0][0]}", outermost[0][1]
-    raise ModelError(f"{type(model).__name__} has no single list of num_hidden_layers = {count} decoder blocks")
 
 
 def _find(model: Any, name: str) -> Tensor:

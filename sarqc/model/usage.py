@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 TOKENS = 64
+_FOUND = 2
+"""As many positions are taken to be set in any mask."""
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "einsum", "convolution", "_grouped_mm", "dot", "mv")
 _ATTENTION = "_scaled_dot_product"
 _CHOICES = ("topk", "sort", "argsort", "argmax", "kthvalue", "multinomial", "max.dim")
@@ -124,7 +126,7 @@ class _Watch(TorchDispatchMode):
             answer = _without_data(func, args, kwargs)
             if answer is not None:
                 return answer
-            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, _to_meta, (_without_masks(func, args), kwargs))
         out = func(*args, **kwargs)
         if operands:
             self._note(func, operands, origins, out)
@@ -184,5 +186,17 @@ def _without_data(func: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> Any
     if name == "_to_copy" and kwargs.get("device") == torch.device("cpu"):  # .cpu(), .tolist()
         return torch.ones(first.shape, dtype=kwargs.get("dtype") or first.dtype)
     if name == "nonzero":
-        return torch.empty(2, first.dim(), dtype=torch.int64, device="meta")
+        return torch.empty(_FOUND, first.dim(), dtype=torch.int64, device="meta")
     return None
+
+
+def _without_masks(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an indexing operation with positions in the place of masks, whose count nobody knows."""
+    if not func.overloadpacket.__name__.startswith("index") or len(args) < 2 or not isinstance(args[1], list | tuple):
+        return args
+    positions: list[Any] = []
+    for index in args[1]:
+        mask = isinstance(index, Tensor) and index.dtype == torch.bool
+        found = torch.empty(_FOUND, dtype=torch.int64, device="meta")
+        positions += [found] * index.dim() if mask else [index]
+    return (args[0], positions, *args[2:])

@@ -3,13 +3,16 @@
 A checkpoint's names are not the model's names: transformers renames tensors and stacks those of the experts into one
 3-D parameter while it loads. It has the rules; this file has none. It sends small tagged tensors through the same
 conversion and reads off where each of them lands. A tag is a 2 x 3 matrix of numbers that no other tensor has, so a
-transposition, an interleaving or a missing expert cannot go unnoticed.
+transposition, an interleaving or a missing expert cannot go unnoticed. What is made in any other way (a concatenated
+convolution, a fused projection that is cut in three) is made by transformers' own conversion when it is loaded; such a
+parameter is right, and is no candidate for quantization.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,36 +27,63 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from sarqc.errors import ModelError
+from sarqc.errors import ModelError, first_line
 from sarqc.model.source import TensorSource
 
 _TAG = torch.arange(6).view(2, 3)
 _WEIGHT = ".weight"
 
 
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """How transformers makes `parameter` of several tensors, or of one, other than by stacking matrices.
+
+    rule: its converter, which is copied before it runs. first: the parameter that the rule is called for. names: the
+    tensors in their order, each with the rule's pattern that found it.
+    """
+
+    rule: Any
+    model: Any
+    first: str
+    parameter: str
+    names: tuple[tuple[str, str], ...]
+
+    def run(self, load: Callable[[str], Tensor]) -> Tensor:
+        """The parameter, of tensors that `load` gives by their names."""
+        value = _convert(self.rule, self.model, self.first, self.names, load)[self.parameter]
+        tensor: Tensor = value[0] if isinstance(value, list) else value
+        return tensor
+
+    def __str__(self) -> str:
+        """Its operations, for a message."""
+        return ", ".join(type(operation).__name__ for operation in self.rule.operations)
+
+
 @dataclass(frozen=True)
 class Piece:
     """The checkpoint tensor `name` fills rows start .. start + rows of matrix `expert` of a parameter.
 
-    expert None: it is the whole parameter, whatever its rank.
+    expert None: it is the whole parameter, whatever its rank; or one of the tensors that `conversion` makes it of.
     """
 
     name: str
     expert: int | None
     start: int
     rows: int
+    conversion: Conversion | None = None
 
     @property
     def linear(self) -> str | None:
         """The linear layer this is the weight of, as the checkpoint calls it; None for any other tensor."""
-        return self.name.removesuffix(_WEIGHT) if self.name.endswith(_WEIGHT) else None
+        whole = self.conversion is None and self.name.endswith(_WEIGHT)
+        return self.name.removesuffix(_WEIGHT) if whole else None
 
 
 def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
     """For every stored parameter and buffer of `model` (on meta), the checkpoint tensors that it is made of.
 
     Tied parameters that the checkpoint lacks are left out. Raises `ModelError`, naming the tensor, where the
-    checkpoint lacks one, has one of another shape, or is converted in a way that is not stacking whole matrices.
+    checkpoint lacks one, or has one of another shape.
     """
     wanted: dict[str, Tensor] = model.state_dict()
     whole, stacked = _sort_names(model, source, wanted)
@@ -98,42 +128,56 @@ def _sort_names(
 
 
 def _follow(model: Any, first: str, converter: Any, names: Named, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
-    """Send tags through one conversion; the result's parameters with their pieces."""
-    rule = copy.deepcopy(converter)
-    order: list[str] = []
-    for pattern, group in names.items():
-        for name in group:
-            rule.add_tensor(first, name, pattern, _TAG + _TAG.numel() * len(order))
-            order.append(name)
+    """Send tags through one conversion, and where they do not come out, shapes; the parameters with their pieces."""
+    order = tuple((pattern, name) for pattern, group in names.items() for name in group)
+    number = {name: at for at, (_, name) in enumerate(order)}
+    tags: dict[str, Any] = {}
+    with suppress(Exception):  # an operation that cannot take a 2 x 3 matrix fails in its own way
+        tags = _convert(converter, model, first, order, lambda name: _TAG + _TAG.numel() * number[name])
     try:
-        results = rule.convert(first, model=model, config=model.config)
-    except (RuntimeError, ValueError) as error:
-        present = set(order)
-        lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in present]
-        what = f"lacks tensor {lost[0]!r}" if lost else f"has tensors that do not combine ({error})"
+        shapes = _convert(converter, model, first, order, lambda name: torch.empty(source.shape(name), device="meta"))
+    except Exception as error:  # so does one that is given tensors that do not go together
+        lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in number]
+        what = f"lacks tensor {lost[0]!r}" if lost else f"has tensors that do not combine ({first_line(error)})"
         raise ModelError(f"the checkpoint {what}; {first!r} is made of {len(order)} tensors") from error
-    pieces = {}
-    for parameter, value in results.items():
-        tags = value[0] if isinstance(value, list) else value
-        landed = _read_tags(tags, order, source)
-        if landed is None:
-            how = ", ".join(type(operation).__name__ for operation in converter.operations)
-            raise ModelError(
-                f"parameter {parameter!r} is made from {order[0]!r} by {how}; only stacking of whole 2-D tensors "
-                "(one per expert, gate over up) can be followed back to the checkpoint's names"
-            )
-        pieces[parameter] = landed
-    return pieces
+    landed: dict[str, tuple[Piece, ...] | None] = {}
+    for parameter in shapes:
+        value = tags.get(parameter)
+        tag = value[0] if isinstance(value, list) else value
+        landed[parameter] = None if tag is None else _read_tags(tag, [name for _, name in order], source)
+    if sorted(piece.name for pieces in landed.values() for piece in pieces or ()) != sorted(number):
+        landed = dict.fromkeys(landed)  # a tensor came out nowhere, or twice
+    return {
+        parameter: pieces or _made(Conversion(converter, model, first, parameter, order))
+        for parameter, pieces in landed.items()
+    }
+
+
+def _made(conversion: Conversion) -> tuple[Piece, ...]:
+    return tuple(Piece(name, None, 0, 0, conversion) for _, name in conversion.names)
+
+
+def _convert(
+    rule: Any, model: Any, first: str, names: Iterable[tuple[str, str]], load: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """Run a copy of a converter over tensors that `load` gives."""
+    rule = copy.deepcopy(rule)
+    for pattern, name in names:
+        rule.add_tensor(first, name, pattern, load(name))
+    made: dict[str, Any] = rule.convert(first, model=model, config=model.config)
+    return made
 
 
 def _read_tags(tags: Tensor, order: list[str], source: TensorSource) -> tuple[Piece, ...] | None:
-    """Pieces behind a stack [E, parts * 2, 3] of tags; None where it is anything else."""
+    """Pieces behind a stack [E, parts * 2, 3] of tags, or a matrix of several; None where it is anything else."""
+    if tags.dim() == 2 and len(tags) > _TAG.shape[0]:
+        tags = tags[None]
     if tags.dim() != 3 or tags.shape[1] % _TAG.shape[0] or tags.shape[2] != _TAG.shape[1]:
         return None
     blocks = tags.reshape(len(tags), -1, *_TAG.shape)
     which = blocks[:, :, 0, 0] // _TAG.numel()
     intact = torch.equal(blocks, which[:, :, None, None] * _TAG.numel() + _TAG)
-    if not intact or sorted(which.flatten().tolist()) != list(range(len(order))):
+    if not intact or which.flatten().unique().numel() != which.numel():
         return None
     if any(len(source.shape(name)) != 2 for name in order):
         return None
@@ -150,12 +194,20 @@ def _read_tags(tags: Tensor, order: list[str], source: TensorSource) -> tuple[Pi
 def _check_shape(model: Any, parameter: str, tensor: Tensor, pieces: tuple[Piece, ...], source: TensorSource) -> None:
     """Whether the pieces fill the parameter exactly."""
     wanted = tuple(tensor.shape)
+    if (made := pieces[0].conversion) is not None:
+        shape = tuple(made.run(lambda name: torch.empty(source.shape(name), device="meta")).shape)
+        if shape != wanted:
+            raise ModelError(
+                f"{parameter!r} is made from {pieces[0].name!r} by {made} and becomes {list(shape)}; the configuration "
+                f"asks for {list(wanted)}"
+            )
+        return
     if pieces[0].expert is None:
         shape = tuple(source.shape(pieces[0].name))
         if shape != wanted:
             raise ModelError(f"tensor {pieces[0].name!r} is {list(shape)}; the configuration asks for {list(wanted)}")
         return
-    experts, rows, columns = wanted
+    experts, rows, columns = wanted if len(wanted) == 3 else (1, *wanted)
     parts = max(len(pieces) // experts, 1)
     for piece in pieces:
         shape = tuple(source.shape(piece.name))

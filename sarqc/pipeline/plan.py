@@ -75,7 +75,7 @@ class Plan:
     def seqlen(self) -> int:
         """Tokens per window of text: as asked, or 2048, or as many as the model has positions; `ArgumentError` for a
         longer one, which the model was never trained to read."""
-        asked, config = self.calibration.seqlen, self.skeleton.model.config
+        asked, config = self.calibration.seqlen, self.skeleton.text_config
         if asked is None:
             return min(DEFAULT_SEQLEN, dataset.positions(config) or DEFAULT_SEQLEN)
         dataset.check_seqlen(asked, config, self.model)

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sarqc.checkpoint import verify as files
-from sarqc.checkpoint.differences import Compared, compare
+from sarqc.checkpoint.differences import compare, lacking
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.errors import CheckpointError, ModelError
+from sarqc.method.weight import QuantizedWeight
 from sarqc.model.lazy_model import Skeleton
 from sarqc.report import report as reports
 from sarqc.serving.compatibility import checkpoint_support
@@ -95,14 +98,14 @@ def check(
     found = Verified(folder)
     try:
         with open_checkpoint(folder) as checkpoint:
-            steps = _Steps(progress, len(checkpoint.raw_names()) + (len(checkpoint.names()) if source else 0))
+            steps = _Steps(progress, len(checkpoint.raw_names()))
             found.manifest = (folder / MANIFEST).exists()
-            found.problems += files.problems(checkpoint, steps.step)
+            beside = None if source is None else _Beside(found, checkpoint, source, rescaled)
+            found.problems += lacking(checkpoint, source) if source else ()
+            found.problems += files.problems(checkpoint, steps.step, beside)
             found.stored = checkpoint.storage()
             found.facts = _facts(checkpoint, found.stored)
             _model(found, checkpoint, trust_remote_code)
-            if source is not None:
-                _beside(found, checkpoint, source, rescaled, steps)
     except CheckpointError as error:
         found.problems.append(str(error))
     return found
@@ -141,26 +144,30 @@ def _model(found: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> 
         found.problems.append(f"{checkpoint.folder} is no whole model: {error}")
 
 
-def _beside(
-    found: Verified, checkpoint: Checkpoint, source: Checkpoint, rescaled: Collection[str] | None, steps: _Steps
-) -> None:
-    """Adds what differs from the source, and each weight's error."""
-    report = reports.read(found.folder) or {}
-    recorded = report.get("weight_errors")
-    if rescaled is None:
-        named = report.get("rescaled")
-        rescaled = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    for tensor in compare(checkpoint, source, changed=frozenset(rescaled)):
-        found.problems += _judge(found, tensor, recorded if isinstance(recorded, dict) else {})
-        steps.step(tensor.name)
+class _Beside:
+    """Holds each tensor beside the source's, and each weight's error beside the one that the run recorded."""
 
+    def __init__(
+        self, found: Verified, checkpoint: Checkpoint, source: Checkpoint, rescaled: Collection[str] | None
+    ) -> None:
+        report = reports.read(found.folder) or {}
+        recorded, named = report.get("weight_errors"), report.get("rescaled")
+        self._recorded: Mapping[str, Any] = recorded if isinstance(recorded, dict) else {}
+        if rescaled is None:
+            rescaled = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+        self._compared = set(source.names()) - set(rescaled)
+        self._found, self._checkpoint, self._source = found, checkpoint, source
 
-def _judge(found: Verified, tensor: Compared, recorded: Mapping[str, Any]) -> list[str]:
-    if tensor.error is not None:
-        found.errors[tensor.name] = tensor.error
-    if tensor.problem is not None:
-        return [tensor.problem]
-    said = recorded.get(tensor.name)
-    if tensor.error is None or not isinstance(said, float) or math.isclose(said, tensor.error, rel_tol=_TOLERANCE):
-        return []
-    return [f"{found.folder}: {tensor.name!r} has an error of {tensor.error:.6g}, where the run recorded {said:.6g}"]
+    def __call__(self, name: str, stored: Tensor | QuantizedWeight) -> list[str]:
+        """What is wrong with a tensor, beside the source's of the same name."""
+        if name not in self._compared:
+            return []
+        tensor = compare(self._checkpoint, self._source, name, stored)
+        if tensor.error is not None:
+            self._found.errors[name] = tensor.error
+        if tensor.problem is not None:
+            return [tensor.problem]
+        said = self._recorded.get(name)
+        if tensor.error is None or not isinstance(said, float) or math.isclose(said, tensor.error, rel_tol=_TOLERANCE):
+            return []
+        return [f"{self._found.folder}: {name!r} has an error of {tensor.error:.6g}, where the run recorded {said:.6g}"]

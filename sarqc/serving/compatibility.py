@@ -16,7 +16,7 @@ from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixe
 
 def runtime_model(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
     """A model with these layers quantized and those left unquantized."""
-    config = skeleton.model.config
+    config = skeleton.text_config
     heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     linears = [
         (target.linear, target.shape, skeleton.model.get_parameter(target.parameter).dim() == 3) for target in quantized

@@ -23,7 +23,8 @@ from torch import Tensor
 from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_bits, check_same_device, check_tensor
 from sarqc_kernels.columns import descent_reference
-from sarqc_kernels.device import fastest_first
+from sarqc_kernels.columns.panels import too_large
+from sarqc_kernels.device import fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
 
 __all__ = ["coordinate_descent", "implementations"]
@@ -45,7 +46,25 @@ def _cpu(
     return cpu_impl.coordinate_descent(weight, codes, scales, zeros, hessian, bits, passes)
 
 
+def _triton_unsupported(weight: Tensor, codes: Tensor, scales: Tensor, *_: object) -> str | None:
+    columns = weight.shape[2]
+    if reason := triton_unsupported(weight) or too_large(columns):
+        return reason
+    if columns * columns // scales.shape[2] >= 1 << 31:
+        return f"a group of {columns // scales.shape[2]} by {columns} columns is beyond 32-bit indices"
+    return None
+
+
+def _triton(
+    weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, bits: int, passes: int
+) -> tuple[Tensor, Tensor]:
+    from sarqc_kernels.columns import descent_impl
+
+    return descent_impl.coordinate_descent(weight, codes, scales, zeros, hessian, bits, passes)
+
+
 _DESCENT = (
+    Implementation("triton", _triton_unsupported, _triton),
     Implementation("cpu", _cpu_unsupported, _cpu),
     Implementation("reference", takes_all, descent_reference.coordinate_descent),
 )

@@ -90,7 +90,6 @@ def _micro_panel(
     top, ROUND: tl.constexpr, MICRO: tl.constexpr,
 ):  # fmt: skip
     """Columns start .. min(start + MICRO, end) - 1, one by one; `ahead` holds what the columns before them ask."""
-    line = factor + tl.cast(start, tl.int64) * columns + start
     errors = ()
     for k in tl.static_range(MICRO):
         j = start + k
@@ -98,7 +97,7 @@ def _micro_panel(
         both = live & inside
         asked = tl.load(ahead + k * rows + row, mask=live, other=0.0)
         for i in tl.static_range(k):
-            m = tl.load(line + i * columns + k, mask=inside & good, other=0.0)
+            m = tl.load(factor + (start + i) * columns + j, mask=inside & good, other=0.0)
             asked = tl.fma(errors[i], m, asked)
         moved = asked * tl.load(inverse + j, mask=inside, other=0.0)
         if ROUND:

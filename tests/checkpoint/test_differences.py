@@ -27,7 +27,7 @@ def found(weight: Tensor, values: Tensor):
     scale = values.abs().max() / 127
     codes = (values / scale).round().clamp(-128, 127).add(128).to(torch.uint8)
     stored = QuantizedWeight(codes[None], scale.expand(1, len(codes), 1), torch.full((1, len(codes), 1), 128).byte(), 8)
-    return next(compare(side(values, stored), side(weight, None)))
+    return compare(side(values, stored), side(weight, None), "a.weight", stored)
 
 
 def test_a_weight_may_move_by_more_than_its_size_where_it_stays_in_it(generator):

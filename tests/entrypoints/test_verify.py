@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import sarqc
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.checkpoint.shards import Shard
 from sarqc.entrypoints.verify import verify
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.pipeline import verify as job
@@ -74,6 +76,22 @@ def test_a_sound_checkpoint(whole, source):
     assert record["weight_errors"] == json.loads((whole / "report.json").read_text())["weight_errors"]
     json.dumps(record, allow_nan=False)
     assert verify(whole).errors == {}
+
+
+def test_every_byte_is_read_once(whole, source, monkeypatch):
+    """But for the 16 bytes of a Linear's shape, which say what it is before it is read."""
+    found, read = Counter(), Shard._read
+
+    def counted(self, name, begin, count):
+        found[self.path.parent, name.endswith("weight_shape")] += count
+        return read(self, name, begin, count)
+
+    monkeypatch.setattr(Shard, "_read", counted)
+    assert verify(whole, against=source).sound
+    for folder in (whole, source):
+        with open_checkpoint(folder) as checkpoint:
+            entries = [checkpoint.raw_entry(name) for name in checkpoint.raw_names() if "weight_shape" not in name]
+        assert found[folder, False] == sum(entry.nbytes for entry in entries)
 
 
 def test_the_error_is_that_of_the_definition(whole, source):

@@ -1,7 +1,8 @@
-"""csrc/columns.cu on a CPU: compiled by the host's compiler with one thread to a block, held against the reference.
+"""csrc/columns.cu on a CPU: compiled by the host's compiler, held against the reference.
 
-The same source that nvcc compiles, through `tests/kernels/host_cuda`: what it computes is seen here, what nvcc makes of
-it in test_build.py, and that its threads agree on a GPU only (test_columns_backends.py).
+The same source that nvcc compiles, through `tests/kernels/host_cuda`. What it computes is seen here with one thread to
+a block, and that threads of a block agree with several, which run at once and meet at its barriers. What nvcc makes of
+it is in test_build.py, and the kernel itself runs on a GPU only (test_columns_backends.py).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ HOST = Path(__file__).parent / "host_cuda"
 
 
 class HostSteps(TorchProducts):
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
+    def __init__(self, library: ctypes.CDLL, threads: int = 1) -> None:
+        self.library, self.threads = library, threads
 
     def columns(self, work: panels.Work, first: int, last: int, action: panels.Action) -> None:
-        assert self.library.sarqc_columns(cuda_impl.filled(work, first, last, action), 1, None) == 0
+        assert self.library.sarqc_columns(cuda_impl.filled(work, first, last, action), self.threads, None) == 0
 
 
 def compiled(folder: Path) -> ctypes.CDLL:
@@ -38,7 +39,17 @@ def compiled(folder: Path) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     made = folder / "columns.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-ffp-contract=off",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Werror",
+    ]
     include = ["-I", str(HOST), "-I", str(sources())]
     subprocess.run([compiler, *flags, *include, "-o", str(made), str(HOST / "columns.cpp")], check=True)
     return cuda_impl.bind(ctypes.CDLL(str(made)))
@@ -89,3 +100,17 @@ def test_exact_sums_give_the_same_codes(bits: int, steps: HostSteps, generator: 
     rule = GridRule(bits, True, False, case.dtype)
     got = panels.quantize(steps, Problem(weight, factor, order, scales, zeros, case.group_size, rule))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[6]], ids=str)
+def test_threads_of_a_block_agree(case: Case, steps: HostSteps, generator: torch.Generator) -> None:
+    """The same bits by blocks of 7 threads, which share strips of M, as by blocks of one."""
+    weight = torch.randn(case.experts, case.rows, case.columns, generator=generator) * 0.02
+    factor = upper_factor(random_gram(generator, case.experts, case.columns)).float()
+    order = case.processing_order(generator)
+    grid = fit_grid(weight, None, **case.rule) if case.given else (None, None)
+    rule = GridRule(case.bits, case.sym, case.search, case.dtype)
+    problem = Problem(weight, factor, order, *grid, case.group_size, rule)
+    alone = panels.quantize(steps, problem)
+    together = panels.quantize(HostSteps(steps.library, 7), problem)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, alone))

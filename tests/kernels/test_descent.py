@@ -13,12 +13,14 @@ from sarqc_kernels import ArgumentError, coordinate_descent, quantize_columns
 from sarqc_kernels.columns import cpu_impl, descent
 from sarqc_kernels.testing import Quantized, dequantize, poisoned_empty, random_gram, upper_factor
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning:triton")
+
 CASES = [  # experts, rows, columns, group, bits, sym, dtype
     (1, 5, 32, 16, 4, True, torch.float16),
-    (2, 33, 40, 20, 3, False, torch.bfloat16),
-    (1, 70, 192, 96, 2, True, torch.float32),
-    (1, 9, 40, 1, 3, False, torch.float16),
+    (2, 33, 20, 10, 3, False, torch.bfloat16),
+    (1, 70, 64, 32, 2, True, torch.float32),
+    (1, 9, 6, 1, 3, False, torch.float16),
     (1, 3, 160, 160, 8, False, torch.float32),
 ]
 
@@ -91,7 +93,7 @@ def test_scales_at_the_ends_of_their_dtype(dtype: torch.dtype, generator: torch.
 
 
 def test_an_expert_without_a_hessian_keeps_what_it_has(backend: str, device: str, generator: torch.Generator) -> None:
-    case = (3, 6, 24, 12, 3, True, torch.float32)
+    case = (3, 6, 12, 6, 3, True, torch.float32)
     weight, start, hessian = problem(case, generator)
     alone = descended(case, backend, device, weight, start, hessian)
     for spoiled in (0.0, float("nan"), float("inf")):
@@ -103,13 +105,13 @@ def test_an_expert_without_a_hessian_keeps_what_it_has(backend: str, device: str
 
 
 def test_rows_and_threads_do_not_see_each_other(backend: str, device: str, generator: torch.Generator) -> None:
-    case = (2, 150, 32, 16, 3, False, torch.float16)
+    case = (2, 100, 16, 16, 3, False, torch.float16)
     weight, start, hessian = problem(case, generator)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     whole = descended(case, backend, device, weight, start, hessian)
     torch.set_num_threads(before)
-    for expert, rows in ((0, slice(3, 4)), (1, slice(70, 150))):
+    for expert, rows in ((0, slice(3, 4)), (1, slice(60, 100))):
         part = Quantized(*(each[expert, None, rows].contiguous() for each in start))
         alone = descended(case, backend, device, weight[expert, None, rows], part, hessian[expert, None])
         assert torch.equal(alone.codes[0], whole.codes[expert, rows])
