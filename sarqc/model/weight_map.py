@@ -138,7 +138,7 @@ def _follow(model: Any, first: str, converter: Any, names: Named, source: Tensor
         shapes = _convert(converter, model, first, order, lambda name: torch.empty(source.shape(name), device="meta"))
     except Exception as error:  # so does one that is given tensors that do not go together
         lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in number]
-        what = f"lacks tensor {lost[0]!r}" if lost else f"has tensors that do not combine ({first_line(error)})"
+        what = f"lacks tensor {lost[0]!r}" if lost else f"has {_odd_one(names, source)}: {first_line(error)}"
         raise ModelError(f"the checkpoint {what}; {first!r} is made of {len(order)} tensors") from error
     landed: dict[str, tuple[Piece, ...] | None] = {}
     for parameter in shapes:
@@ -151,6 +151,17 @@ def _follow(model: Any, first: str, converter: Any, names: Named, source: Tensor
         parameter: pieces or _made(Conversion(converter, model, first, parameter, order))
         for parameter, pieces in landed.items()
     }
+
+
+def _odd_one(names: Named, source: TensorSource) -> str:
+    """The first tensor whose shape differs from that of most others under its pattern."""
+    for group in names.values():
+        shapes = [tuple(source.shape(name)) for name in group]
+        usual = max(shapes, key=shapes.count)
+        for name, shape in zip(group, shapes):
+            if shape != usual:
+                return f"{name!r} in shape {list(shape)}, others like it in {list(usual)}"
+    return "tensors that do not combine"
 
 
 def _made(conversion: Conversion) -> tuple[Piece, ...]:
