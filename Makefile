@@ -18,7 +18,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: demo test test-fast quality lint typecheck docs format clean aot bench soak keywords
+.PHONY: gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak keywords
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -50,8 +50,12 @@ soak: $(READY)
 	SARQC_KILLS=60 $(BIN)/python -m pytest tests/pipeline/test_killed.py
 	SARQC_LARGE=1 $(BIN)/python -m pytest -rP tests/e2e/test_large.py
 
+gpu-cache: $(READY)
+	$(BIN)/python -m benchmarks.first_run.cache
+
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0
+	$(BIN)/python -m benchmarks.aot.counts
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/micro/bench_references.py -p no:xdist --benchmark-max-time=0.5 --benchmark-columns=min,median,stddev,rounds

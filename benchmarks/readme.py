@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import names, reliability
 from benchmarks.quality import proof
 from sarqc.comparison.table import Row, perplexity
-from sarqc.config import METHODS, MethodConfig, own_value
+from sarqc.config import METHODS, QUANTIZE, MethodConfig, own_value
 from sarqc.options import options
 
 ROOT = Path(__file__).parent.parent
@@ -199,6 +199,12 @@ def methods() -> str:
     return "\n".join(["| `--method` | what it is |", "|---|---|", *rows])
 
 
+def configs() -> str:
+    """The options, by the class that has them."""
+    rows = (f"| `{config.__name__}` | {', '.join(options(config))} |" for config in QUANTIZE)
+    return "\n".join(["| class | fields |", "|---|---|", *rows])
+
+
 def presets() -> str:
     """What each method is made of: its solver, and its own values of the options."""
     lines = ["| method | calibrated | channel scales | solver |", "|---|---|---|---|"]
@@ -233,6 +239,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "faults": faults,
     "methods": methods,
     "presets": presets,
+    "configs": configs,
 }
 README_HAS = frozenset({"picture", "methods", "demo", "whole", "speed", "inference", "reliability"})
 

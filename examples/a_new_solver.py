@@ -37,7 +37,7 @@ def least_squares(
         weight = scaling.apply(weight)
     count, middle = quant.groups(weight.shape[-1]), quant.levels // 2
     groups = weight.unflatten(-1, (count, -1))  # [E, N, G, K / G]
-    energy = gram.second_moment().diagonal(dim1=1, dim2=2).clamp(min=1e-8).unflatten(-1, (count, -1))[:, None]
+    energy = gram.diagonal().clamp(min=1e-8).unflatten(-1, (count, -1))[:, None]
     scales = groups.abs().amax(-1, keepdim=True) / (middle - 0.5)
     for _ in range(4):
         codes = (groups / scales.clamp(min=1e-12)).round().clamp(-middle, middle - 1)

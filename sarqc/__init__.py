@@ -21,10 +21,10 @@ from sarqc.integrations.register import register, unregister
 if TYPE_CHECKING:
     from sarqc.cli.bar import progress_bar
     from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
-    from sarqc.config_compare import ComparisonConfig, MeasureConfig
+    from sarqc.config_compare import ComparisonConfig, EvaluationConfig, MeasureConfig
     from sarqc.entrypoints.compare import Comparison, compare
     from sarqc.entrypoints.convert import convert
-    from sarqc.entrypoints.estimate import preflight as estimate
+    from sarqc.entrypoints.estimate import estimate as estimate
     from sarqc.entrypoints.evaluate import evaluate
     from sarqc.entrypoints.generate import generate
     from sarqc.entrypoints.load import load
@@ -45,6 +45,7 @@ _HOME = {
     "CalibrationConfig": "sarqc.config",
     "Comparison": "sarqc.entrypoints.compare",
     "ComparisonConfig": "sarqc.config_compare",
+    "EvaluationConfig": "sarqc.config_compare",
     "Gram": "sarqc.method.gram",
     "LayerResult": "sarqc.report.result",
     "MeasureConfig": "sarqc.config_compare",
@@ -59,7 +60,7 @@ _HOME = {
     "Solver": "sarqc.method.layer",
     "compare": "sarqc.entrypoints.compare",
     "convert": "sarqc.entrypoints.convert",
-    "estimate": "sarqc.entrypoints.estimate:preflight",
+    "estimate": "sarqc.entrypoints.estimate",
     "evaluate": "sarqc.entrypoints.evaluate",
     "generate": "sarqc.entrypoints.generate",
     "load": "sarqc.entrypoints.load",
@@ -68,8 +69,9 @@ _HOME = {
     "register_solver": "sarqc.method.register",
     "verify": "sarqc.entrypoints.verify",
 }
-"""Public name -> its module, and its name there where that is another one."""
-_OLD = {"preflight": "estimate"}
+"""Public name -> its module."""
+_OLD = {"QuantSpec": "QuantConfig", "SolveSpec": "MethodConfig", "preflight": "estimate"}
+"""Earlier names, which still work in this minor version."""
 
 __all__ = [
     "METHODS",
@@ -77,6 +79,7 @@ __all__ = [
     "CalibrationConfig",
     "Comparison",
     "ComparisonConfig",
+    "EvaluationConfig",
     "Gram",
     "LayerResult",
     "MeasureConfig",
@@ -113,8 +116,7 @@ def __getattr__(name: str) -> Any:
         name = _OLD[name]
     if name not in _HOME:
         raise AttributeError(f"module 'sarqc' has no attribute {name!r}")
-    module, _, inside = _HOME[name].partition(":")
-    return getattr(importlib.import_module(module), inside or name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

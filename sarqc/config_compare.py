@@ -1,4 +1,4 @@
-"""The options of a comparison, each once; those that `sarqc quantize` has too are its own."""
+"""The options of comparisons and evaluations, each once; those that `sarqc quantize` has too are its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sarqc import kinds
-from sarqc.config import BUILTIN, CalibrationConfig, QuantConfig, RunConfig
+from sarqc.config import BUILTIN, MIN_SEQLEN, CalibrationConfig, QuantConfig, RunConfig
 from sarqc.kinds import AUTO
 from sarqc.options import Config, option, options, same
 
@@ -63,7 +63,7 @@ class MeasureConfig(Config):
         "Evaluation data, as --dataset. Repeatable.",
         flag="--eval",
     )
-    eval_seqlen: int = option(512, kinds.whole(2), "Tokens per evaluation sequence.")
+    eval_seqlen: int = option(512, kinds.whole(MIN_SEQLEN), "Tokens per evaluation sequence.")
     eval_windows: int = option(
         16, kinds.whole(1), "Evaluation sequences: the last of each text, or all of a shorter one."
     )
@@ -74,5 +74,36 @@ class MeasureConfig(Config):
     )
 
 
+@dataclass(frozen=True)
+class EvaluationConfig(Config):
+    """How to measure one model."""
+
+    panel: ClassVar[str] = "Evaluation"
+
+    text: str = option(
+        BUILTIN,
+        kinds.text("a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin"),
+        "Evaluation data: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin (not the calibration topics).",
+    )
+    seqlen: int = option(512, kinds.whole(MIN_SEQLEN), "Tokens per sequence; sequences do not overlap.")
+    max_windows: int | None = option(None, kinds.whole(1), "Sequences: the last of the text.", default_text="all")
+    limit: int | None = option(None, kinds.whole(1), "Questions of each zero-shot task.", default_text="all")
+    packed: bool = option(
+        True,
+        kinds.switch(),
+        "Whether quantized weights stay packed, as they are served, or are expanded to dense ones first.",
+        flag="--packed/--expanded",
+    )
+    device: str = same(RunConfig, "device")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = same(
+        RunConfig,
+        "dtype",
+        help="Data type of activations. auto: the checkpoint's, or float32 on a CPU where no weights are packed.",
+    )
+    trust_remote_code: bool = same(RunConfig, "trust_remote_code")
+
+
 COMPARE: tuple[type[Config], ...] = (ComparisonConfig, MeasureConfig)
 """The configurations of `sarqc compare`."""
+EVALUATE: tuple[type[Config], ...] = (EvaluationConfig,)
+"""The configuration of `sarqc eval`."""

@@ -150,6 +150,30 @@ class MeasureKeywords(TypedDict, total=False):
     """Checkpoint of another tool, METHOD:BITS:GROUP:SEQUENCES:SEED=FOLDER. Repeatable. Default: none."""
 
 
+class EvaluationKeywords(TypedDict, total=False):
+    """Fields of `EvaluationConfig`."""
+
+    text: str
+    """Evaluation data: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin (not the calibration topics).
+    Default: builtin."""
+    seqlen: int
+    """Tokens per sequence; sequences do not overlap. Default: 512."""
+    max_windows: int | None
+    """Sequences: the last of the text. Default: all."""
+    limit: int | None
+    """Questions of each zero-shot task. Default: all."""
+    packed: bool
+    """Whether quantized weights stay packed, as they are served, or are expanded to dense ones first. Default:
+    on."""
+    device: str
+    """auto, cpu, cuda or cuda:N. Default: auto."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    """Data type of activations. auto: the checkpoint's, or float32 on a CPU where no weights are packed. Default:
+    auto."""
+    trust_remote_code: bool
+    """Run Python code that comes with the model. Off: such models are refused. Default: off."""
+
+
 class QuantizeKeywords(QuantKeywords, MethodKeywords, CalibrationKeywords, RunKeywords):
     """Keywords of `sarqc.quantize`."""
 

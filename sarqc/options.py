@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import reprlib
 import textwrap
@@ -322,6 +323,23 @@ def documented(*kinds: type[Config]) -> Callable[[F], F]:
         return function
 
     return with_signature
+
+
+def also_named(**names: str) -> Callable[[F], F]:
+    """Let a function take these earlier names of its own parameters (earlier -> present), with a warning."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def taking(*args: Any, **given: Any) -> Any:
+            for old, new in names.items():
+                if old in given:
+                    warn_renamed(old, new)
+                    given.setdefault(new, given.pop(old))
+            return function(*args, **given)
+
+        return cast(F, taking)
+
+    return decorate
 
 
 def annotations_of(kind: type[Config]) -> dict[str, str]:

@@ -58,3 +58,17 @@ def registered() -> Iterator[None]:
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A random generator seeded by the test's id: the same numbers on every run, others in every test."""
     return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def own_methods() -> Iterator[None]:
+    """Methods that the test registers are gone after it."""
+    from sarqc.method.layer import SOLVERS
+    from sarqc.methods import METHODS
+
+    methods, solvers = dict(METHODS), dict(SOLVERS)
+    yield
+    for name in METHODS.keys() - methods.keys():
+        del METHODS[name]
+    for name in SOLVERS.keys() - solvers.keys():
+        del SOLVERS[name]

@@ -17,7 +17,7 @@ from torch import Tensor
 from sarqc import config, keywords
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.config import QUANTIZE, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
-from sarqc.config_compare import COMPARE, ComparisonConfig, MeasureConfig
+from sarqc.config_compare import COMPARE, EVALUATE, ComparisonConfig, EvaluationConfig, MeasureConfig
 from sarqc.errors import ArgumentError
 from sarqc.methods import CALIBRATION, DEFAULT_METHOD, METHODS
 from sarqc.options import (
@@ -35,7 +35,7 @@ from sarqc.options import (
 from sarqc.quant_config import BIT_OPTIONS
 from tests.support import keywords as written
 
-EVERY = (*QUANTIZE, *COMPARE)
+EVERY = (*QUANTIZE, *COMPARE, *EVALUATE)
 
 
 @pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
@@ -49,7 +49,7 @@ def test_every_option_says_what_it_is(kind):
 
 
 def test_no_name_is_used_twice():
-    for kinds in (QUANTIZE, COMPARE):
+    for kinds in (QUANTIZE, COMPARE, EVALUATE):
         names = [name for kind in kinds for name in options(kind)]
         flags = [flag for kind in kinds for name, one in options(kind).items() for flag in one.flags(name)]
         old = [name for kind in kinds for one in options(kind).values() for name in (*one.old, *one.old_opposite)]
@@ -220,6 +220,8 @@ def test_the_earlier_name_of_a_method():
         (ComparisonConfig, {"methods": 3}, "methods = 3"),
         (ComparisonConfig, {"seqlen": None}, "seqlen = None"),
         (MeasureConfig, {"eval_windows": 0}, "eval_windows = 0"),
+        (EvaluationConfig, {"max_windows": 0}, "max_windows = 0"),
+        (EvaluationConfig, {"packed": 1}, "packed = 1"),
     ],
 )
 def test_the_rest_is_checked(kind, given, says):
@@ -248,7 +250,11 @@ def test_what_a_resumed_run_may_change():
 def test_the_keywords_that_editors_know_are_the_options():
     assert written.PLACE.read_text(encoding="utf-8") == written.source(), "run `make keywords`"
     names = {"Tensor": Tensor, "Path": Path, "Sequence": Sequence}
-    for whole, kinds in ((keywords.QuantizeKeywords, QUANTIZE), (keywords.CompareKeywords, COMPARE)):
+    for whole, kinds in (
+        (keywords.QuantizeKeywords, QUANTIZE),
+        (keywords.CompareKeywords, COMPARE),
+        (keywords.EvaluationKeywords, EVALUATE),
+    ):
         expected = {name for kind in kinds for name in options(kind)} - {"method"}
         assert get_type_hints(whole, localns=names).keys() == expected
 

@@ -15,7 +15,7 @@ import torch
 import sarqc
 import sarqc_kernels
 from sarqc.config import QUANTIZE
-from sarqc.config_compare import COMPARE
+from sarqc.config_compare import COMPARE, EVALUATE
 from sarqc.errors import ArgumentError, Interrupted, ModelError
 from sarqc.method.layer import SOLVERS
 from sarqc.methods import METHODS
@@ -37,7 +37,8 @@ def test_every_public_name_is_there_and_documented(package):
 
 
 @pytest.mark.parametrize(
-    ("function", "kinds"), [(sarqc.quantize, QUANTIZE), (sarqc.estimate, QUANTIZE), (sarqc.compare, COMPARE)]
+    ("function", "kinds"),
+    [(sarqc.quantize, QUANTIZE), (sarqc.estimate, QUANTIZE), (sarqc.compare, COMPARE), (sarqc.evaluate, EVALUATE)],
 )
 def test_signature_and_docstring_hold_every_option(function, kinds):
     shown, doc = inspect.signature(function), function.__doc__ or ""
@@ -61,6 +62,7 @@ def test_a_type_checker_knows_every_keyword(tmp_path):
             name: str = result.layers[0].name
             sarqc.compare("m", "o", methods=("rtn",), bits=(3, 4))
             sarqc.estimate("m", avg_bits=3.5)
+            sarqc.evaluate("m", text="x", packed=False)
             """
         )
     )
@@ -164,16 +166,6 @@ def test_what_is_no_model_is_one_line(source, tmp_path):
 # -- solvers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_methods():
-    methods, solvers = dict(METHODS), dict(SOLVERS)
-    yield
-    for name in METHODS.keys() - methods.keys():
-        del METHODS[name]
-    for name in SOLVERS.keys() - solvers.keys():
-        del SOLVERS[name]
-
-
 def test_a_registered_solver_is_a_method(own_methods, source, result, tmp_path):
     calls = []
 
@@ -211,5 +203,9 @@ def test_what_is_no_solver_is_refused(own_methods, name, solver, own, says):
 def test_an_earlier_name_still_works():
     with pytest.warns(RenamedWarning, match=r"sarqc.preflight is now sarqc.estimate"):
         assert sarqc.preflight is sarqc.estimate
+    with pytest.warns(RenamedWarning, match=r"sarqc.QuantSpec is now sarqc.QuantConfig"):
+        assert sarqc.QuantSpec is sarqc.QuantConfig
+    with pytest.warns(RenamedWarning, match="watcher is now progress"), pytest.raises(ArgumentError, match="bits = 9"):
+        sarqc.quantize("m", "o", watcher=None, bits=9)
     with pytest.warns(RenamedWarning, match="calib is now dataset"), pytest.raises(ArgumentError, match="bits = 9"):
         sarqc.quantize("m", "o", calib="x", bits=9)

@@ -31,8 +31,8 @@ class Built(NamedTuple):
     problems: tuple[str, ...]
 
 
-def build(job: AotJob) -> Built:
-    """Compile and check a job; a compiler that fails is a problem of the line, not the end of the run."""
+def compiled(job: AotJob):
+    """The kernel of a job as Triton compiles it. Raises what the compiler raises."""
     names = job.kernel.arg_names
     types = {name: "constexpr" if name in job.constants else job.signature[name] for name in names}
     source = ASTSource(
@@ -41,9 +41,14 @@ def build(job: AotJob) -> Built:
         constexprs={(names.index(name),): value for name, value in job.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job.divisible},
     )
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+
+
+def build(job: AotJob) -> Built:
+    """Compile and check a job; a compiler that fails is a problem of the line, not the end of the run."""
     warps = int(job.options["num_warps"])
     try:
-        kernel = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+        kernel = compiled(job)
     except Exception as error:  # noqa: BLE001  (whatever a compiler raises is what the table has to say)
         message = str(error.__cause__ or error).strip().splitlines() or ["no message"]
         reason = f"does not compile: {type(error).__name__}: {message[-1]}"

@@ -57,6 +57,16 @@ def compile_file(compiler: str, source: Path, card: str, macros: tuple[str, ...]
     return [_line(source, card, block, opcodes) for block in done.stderr.split("Compiling entry function ")[1:]]
 
 
+def listings(compiler: str, source: Path, card: str) -> dict[str, list[str]]:
+    """Machine code of each kernel of a file, by its readable name. Raises CalledProcessError where nvcc fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        architecture = f"-gencode=arch=compute_{card},code=sm_{card}"
+        subprocess.run([compiler, *FLAGS, architecture, "-o", str(cubin), str(source)], check=True, capture_output=True)
+        found = sass.listing_of(cubin.read_bytes(), TOOLS)
+    return {_readable(name): lines for name, lines in found.items()}
+
+
 def _line(source: Path, card: str, block: str, opcodes: dict[str, dict[str, int]]) -> Built:
     def number(pattern: str) -> int:
         found = re.search(pattern, block)

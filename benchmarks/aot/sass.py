@@ -57,6 +57,40 @@ def opcodes(lines: Iterable[str]) -> Counter[str]:
     return counts
 
 
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+_LABEL = re.compile(r"^\s*(\.L\w+):")
+_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s.*`\((\.L\w+)\)")
+
+
+def loops(listing: Iterable[str]) -> list[Counter[str]]:
+    """How often each opcode occurs in each loop of a disassembled kernel: from where a branch goes back to, to it.
+
+    An outer loop counts what its inner loops hold once.
+    """
+    labels: dict[str, int] = {}
+    found: list[str] = []
+    spans: list[tuple[int, int]] = []
+    for line in listing:
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(found)
+        elif instruction := _INSTRUCTION.search(line):
+            found.append(instruction[1])
+            back = _BRANCH.search(line)
+            if back and back[1] in labels:
+                spans.append((labels[back[1]], len(found)))
+    return [Counter(found[first:last]) for first, last in spans if last - first > 1]
+
+
+def listing_of(cubin: bytes, tools: Path) -> dict[str, list[str]]:
+    """The lines of each kernel of a cubin, by its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = _run(tools / "nvdisasm", "-c", path)
+    sections = re.split(r"\.section\s+\.text\.(\w+)", text)
+    return {name: body.splitlines() for name, body in zip(sections[1::2], sections[2::2])}
+
+
 def _run(tool: Path, *arguments: object) -> str:
     command = [str(tool), *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -6,7 +6,9 @@ shards    one open safetensors file; the list of them that makes a checkpoint
 reader    `open_checkpoint`: tensors by name, one at a time, also out of a quantized checkpoint
 writer    `ShardWriter`: tensors in, shards out, at most one tensor in memory
 manifest  the sum of every tensor that was written
-state     tensors and a record in one file, whole or absent, also piece by piece
+state     files that are whole or absent: shards with their sums, JSON with its own
+assemble  finished shards become a checkpoint
+convert   a checkpoint in another format
 folders   an output folder that appears whole or not at all
 side_files  tokenizer, templates, licence, config.json
 formats   how a quantized weight lies on disk

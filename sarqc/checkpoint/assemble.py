@@ -95,7 +95,10 @@ def _merge(
         for place, sums in shards:
             shard = opened.enter_context(SummedShard(place, sums))
             tensors |= {name: shard.parts(name) for name in shard.names()}
-        return write_shard(path, tensors)
+        try:
+            return write_shard(path, tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; the same command makes a damaged block again") from error
 
 
 def _groups(tensors: Mapping[str, ChunkedTensor]) -> list[dict[str, ChunkedTensor]]:

@@ -35,8 +35,11 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class ChunkedTensor:
-    """shape: of the whole, [S, ...]. each(): its pieces [n, ...] on the CPU in order, n >= 1; it may be asked again,
-    and a piece may be overwritten once the next one is asked for."""
+    """A tensor that is passed on in chunks, where two copies would take too much memory.
+
+    shape: of the whole, [S, ...]. each(): its chunks [n, ...] on the CPU in order, n >= 1; it may be called again, and
+    a chunk may be overwritten once the next one is requested.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -44,7 +47,7 @@ class ChunkedTensor:
 
     @classmethod
     def of(cls, whole: Tensor) -> ChunkedTensor:
-        """A tensor that is in memory, as its one piece."""
+        """A tensor in memory, as one chunk."""
         return cls(tuple(whole.shape), whole.dtype, lambda: iter([whole]))
 
     def rows(self) -> Iterator[Tensor]:

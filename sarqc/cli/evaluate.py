@@ -6,25 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from sarqc.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    ExpandedOption,
-    JsonOption,
-    ModelArgument,
-    TrustOption,
-    print_json,
-    sentence,
-    stderr,
-    stdout,
-)
+from sarqc.cli.flags import with_options
+from sarqc.cli.options import JsonOption, ModelArgument, print_json, sentence, stderr, stdout
+from sarqc.config_compare import EVALUATE
 
 
+@with_options(*EVALUATE)
 def evaluate(
     model: ModelArgument,
-    text: Annotated[str, typer.Option(help="A UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin.")] = "builtin",
-    seqlen: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
-    max_windows: Annotated[int | None, typer.Option(help="Only the last so many windows of the text.")] = None,
+    given: dict[str, Any],
     save: Annotated[
         bool,
         typer.Option("--save", help="Measure the original too, and put both into the checkpoint's report and card."),
@@ -33,13 +23,8 @@ def evaluate(
         str | None, typer.Option(help="With --save: where the original is now, if not where it was.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval's tasks instead, with commas between; `cloze` is made from --text.")
+        str | None, typer.Option(help="Tasks of lm-eval instead, with commas between; `cloze` is made from --text.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: only so many questions of each.")] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    expanded: ExpandedOption = False,
-    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a model, quantized or not, with the protocol it was measured by; or zero-shot tasks."""
@@ -49,16 +34,12 @@ def evaluate(
         raise ArgumentError(f"--tasks {tasks!r} names none: give names with commas between")
     if tasks and save:
         raise ArgumentError("--save puts perplexity into the report: leave out --tasks, or run twice")
-    where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    how = {"text": text, "seqlen": seqlen, "max_windows": max_windows} | where
-    packed = {"packed": not expanded}
     if tasks:
-        asked = [task for task in tasks.split(",") if task]
-        _ask(model, asked, {"text": text, "limit": limit} | where | packed, as_json)
+        _ask(model, [task for task in tasks.split(",") if task], given, as_json)
     elif save:  # beside the original, block by block, both expanded
-        _save(model, original, how, as_json)
+        _save(model, original, given, as_json)
     else:
-        _show(model, how | packed, as_json)
+        _show(model, given, as_json)
 
 
 def _ask(model: str, tasks: list[str], how: dict[str, Any], as_json: bool) -> None:
@@ -91,7 +72,7 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
         return
     windows, length = found.protocol["windows"], found.protocol["seqlen"]
     form = f"{'packed' if found.protocol['packed'] else 'dense'} weights, {found.protocol['dtype']}"
-    about = f"{windows} windows of {length} tokens of {how['text']}, {form}, {found.seconds:.0f} s"
+    about = f"{windows} windows of {length} tokens of {found.protocol['text']}, {form}, {found.seconds:.0f} s"
     sentence(stdout(), f"perplexity {found.perplexity:.3f}  ({about})")
 
 
@@ -114,7 +95,7 @@ def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) 
     sentence(
         stdout(),
         f"perplexity {entry['before']:.3f} -> {entry['after']:.3f}, next token agrees {entry['agreement']:.1%}, "
-        f"KL {entry['kl']:.4f}  ({entry['windows']} windows of {entry['seqlen']} tokens of {how['text']})",
+        f"KL {entry['kl']:.4f}  ({entry['windows']} windows of {entry['seqlen']} tokens of {entry['text']})",
     )
     card = "" if found.card else "; README.md was edited and is left as it is"
     print(f"saved in {model}/report.json and report.html{card}")

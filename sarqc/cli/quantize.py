@@ -71,10 +71,10 @@ def estimate_run(model: str, output: Path, given: dict[str, Any], as_json: bool)
     """Print the preflight; an error where the run could not begin."""
     from sarqc.checkpoint.folders import refuse_existing
     from sarqc.cli.preflight import show
-    from sarqc.entrypoints.estimate import preflight
+    from sarqc.entrypoints.estimate import estimate
 
     refuse_existing(output.expanduser(), given.get("overwrite", False))
-    found = preflight(model, output, **given)
+    found = estimate(model, output, **given)
     if as_json:
         print_json(found.to_json())
     else:

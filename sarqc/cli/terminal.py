@@ -105,7 +105,7 @@ class Ticker:
 
 
 class RunProgress(Ticker):
-    """Shows a run, and takes Ctrl-C while blocks are solved: the first time as a wish, then as an order."""
+    """Shows a run. The first Ctrl-C stops it after the current block, the second at once."""
 
     _asked = False
 

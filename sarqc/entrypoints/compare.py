@@ -26,7 +26,7 @@ from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.keywords import CompareKeywords
 from sarqc.model.hub import locate_source
 from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
-from sarqc.options import documented, sorted_out
+from sarqc.options import also_named, documented, sorted_out
 from sarqc.report.summary import figure
 from sarqc.system import versions
 
@@ -71,6 +71,7 @@ class Comparison:
     table: dict[str, Any]
 
 
+@also_named(progress="progress")
 @documented(*COMPARE)
 def compare(
     model: str | Path,

@@ -14,7 +14,7 @@ from sarqc.pipeline.resume import default_work
 
 
 @documented(*QUANTIZE)
-def preflight(
+def estimate(
     model: str | Path,
     out: str | Path = "out",
     *,

@@ -26,7 +26,7 @@ from sarqc.estimation.memory import estimate_memory
 from sarqc.keywords import QuantizeKeywords
 from sarqc.model import dataset
 from sarqc.model.in_memory import is_name, model_name, saved
-from sarqc.options import documented
+from sarqc.options import also_named, documented
 from sarqc.pipeline import driver
 from sarqc.pipeline.bit_allocation import BitAllocation, allocate_bits
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@also_named(progress="progress")
 @documented(*QUANTIZE)
 def quantize(
     model: str | Path | PreTrainedModel,
@@ -217,7 +218,7 @@ class _Run:
     def _begin(self, work: Work) -> Start:
         start, trouble = work.start(self.plan.method.calibrated)
         if trouble:
-            self.progress.note(f"{trouble}; going on from what is sound")
+            self.progress.note(f"{trouble}; resuming from the last valid block")
         if start.block:
             self.progress.note(f"resuming at block {start.block + 1} of {work.blocks}, from {work.folder}")
         self.progress.begin_blocks(work.blocks, start.block)
@@ -279,5 +280,5 @@ class _Run:
                 if result.index + 1 < count and any(self.comm.all_gather_object(self.progress.stop_requested())):
                     raise Interrupted(
                         f"stopped after block {result.index + 1} of {count}, which is saved"
-                        f"{f' in {work.folder}' if work else ''}: the same command goes on from there"
+                        f"{f' in {work.folder}' if work else ''}: rerun the command to resume"
                     )

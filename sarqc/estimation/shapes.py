@@ -20,8 +20,9 @@ def elements(plan: Plan, parameter: str) -> int:
 
 
 def blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
-    """Sites of every block as shapes tell them, at least as many as a forward will show; one has the joint that it is
-    likely to have."""
+    """Sites of every block as shapes tell them, at least as many as a forward will show; one has the residual write
+    that it is likely to have.
+    """
     return [
         (index, _joined(plan, separate_sites(plan.skeleton, plan.targets.of_block(index))))
         for index in range(len(plan.skeleton.blocks))

@@ -1,19 +1,18 @@
-"""Channel scales: inputs that matter get finer steps, by a search that needs nothing but the Gram (after AWQ).
+"""AWQ channel scales: salient inputs get finer steps, by a search that needs only the Gram.
 
-Multiplying input j of a weight by s_j and dividing what makes that input by s_j changes nothing before rounding. After
-it, a large s_j has made the steps of input j finer, at the cost of its group. The scales tried are powers of how large
-the input is,
+Multiplying input j of a weight by s_j and dividing the layer that makes that input by s_j changes nothing before
+quantization. After it, a large s_j makes the steps of input j finer, at the cost of its group. The candidates are
+powers of the mean magnitude of the input (arXiv 2306.00978):
 
     s_j = a_j^rho / sqrt(max a^rho * min a^rho),    a_j = E|x_j|,    rho = 0, 0.05 .. 0.95
 
-(arXiv 2306.00978), judged by the error E = W - Q(W S) S^-1 that RTN leaves. Errors are always measured in
-the original space: with E there, the regulariser needs no scales either, and rho = 0, the identity, is a candidate like
-any other, so the choice is never worse than no scales in the measure it is made by. That measure is
+They are compared by the error E = W - Q(W S) S^-1 of RTN. Errors are measured in the original space, so the regulariser
+needs no scales. rho = 0, the identity, is a candidate, so the choice is never worse than no scales in this measure:
 
-- tr(E (H + lambda D) E^T) on min-max grids, where every weight is then rounded to its nearest code: as AWQ does;
-- sum_j M_jj^2 |E_j|^2 with M M^T = H + lambda D, on grids searched with these prices, where GPTQ follows:
-  column j's error costs that much once the columns after it have corrected what they can. Searched grids leave scales
-  less to win, so rho = 0, 0.1 .. 0.5 will do; judged on min-max grids the choice goes too far and makes models worse.
+- tr(E (H + lambda D) E^T) with min-max scales, where RTN follows: AWQ; - sum_j M_jj^2 |E_j|^2 with M M^T = H + lambda D
+and searched scales, where GPTQ follows: the error of column j costs that much after the later columns have corrected
+what they can. Searched scales leave channel scales less to gain, so rho = 0, 0.1 .. 0.5 is enough; with min-max scales
+the choice goes too far and makes models worse.
 """
 
 from __future__ import annotations
@@ -32,20 +31,24 @@ from sarqc_kernels.columns.grid import GridRule
 EXPONENTS = tuple(step / 20 for step in range(20))
 SMALL_EXPONENTS = EXPONENTS[:11:2]
 VOTERS, PRICED_VOTERS = 1024, 256
-"""Rows of each matrix that a candidate is judged on, evenly spaced, by a metric and by prices; all of them would cost
-as much as solving does."""
+"""Rows of each matrix that a candidate is measured on, evenly spaced, with a Hessian and with loss weights; all rows
+would cost as much as quantizing.
+"""
 FLOOR = 1e-2
-"""Least a_j relative to the mean: an input that calibration never excited keeps weights that can be told from zero."""
+"""Least a_j relative to the mean, so that inputs that calibration never excited keep distinct weights."""
 ELEMENTS = 1 << 25
-"""Weights in flight: experts are taken in portions of about so many."""
+"""Weights in flight: experts are taken in chunks of about this many."""
 
 
 @dataclass(frozen=True)
 class BalanceLayer:
-    """A weight that reads the tensor to be scaled, and what an error in it costs.
+    """A weight that reads the tensor to be scaled.
 
-    weight: fp32 [E, N, K]. cost: fp32 [E, K, K], a metric, or [E, K], a price for each input. gram: of its inputs.
-    quant: what it will become.
+    Attributes:
+        weight: fp32 [E, N, K].
+        cost: A Hessian, fp32 [E, K, K], or a loss weight of each input, [E, K].
+        gram: Of its inputs.
+        quant: Its number format.
     """
 
     weight: Tensor
@@ -56,7 +59,7 @@ class BalanceLayer:
 
 @dataclass(frozen=True)
 class ChannelScales:
-    """scales: fp32 [E, C], one for each channel of what makes the inputs. exponents: fp64 [E]. E = 1 where shared."""
+    """scales: fp32 [E, C], one for each channel of the smooth layer. exponents: fp64 [E]. E = 1 where shared."""
 
     scales: Tensor
     exponents: Tensor
@@ -68,11 +71,13 @@ class ChannelScales:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What happens to the weight of one site: W' = W * inputs / rows.
+    """The scaling of the weight of one site: W' = W * inputs / rows.
 
-    inputs: fp32 [E, K], the scales of its inputs. rows: fp32 [E, N], the scales of what its outputs are read by; both
-    [1, ...] where all experts share them. exponent: rho, the mean over experts. unscaled: why the inputs stay as they
-    are, or None.
+    Attributes:
+        inputs: Scales of its inputs, fp32 [E, K], or [1, K] where all experts share them.
+        rows: Scales of the layers that read its outputs, fp32 [E, N] or [1, N].
+        exponent: rho, the mean over experts.
+        unscaled: Why the inputs are not scaled, or None.
     """
 
     inputs: Tensor
@@ -89,11 +94,11 @@ class Scaling:
         return weight * self.rows[:, :, None] / self.inputs[:, None, :]
 
     def rows_at(self, index: Tensor) -> Scaling:
-        """The scaling of the rows `index` (int64) alone."""
+        """The scaling of the rows `index` (int64) only."""
         return replace(self, rows=self.rows[:, index])
 
     def hessian(self, hessian: Tensor) -> Tensor:
-        """S^-1 metric S^-1: what the metric [E, K, K] of the original inputs is for the scaled ones."""
+        """S^-1 H S^-1: the Hessian [E, K, K] of the scaled inputs."""
         return hessian / self.inputs[:, :, None] / self.inputs[:, None, :]
 
 
@@ -106,12 +111,17 @@ def search(
     source: Tensor | None = None,
     channels: int = 0,
 ) -> ChannelScales:
-    """The best scales for a tensor that `balance_layers` read.
+    """The best scales for a tensor that `balance_layers` read. Ties go to the smaller exponent.
 
-    shared: one scale for all readers and their experts, chosen by the sum of their losses, each expert's times its
-    rows; otherwise there is one reader and each expert has its own. binary: scales are powers of two.
-    source: int64 [K], which of `channels` channels is behind each input, where inputs share channels and so scales;
-    None where each input is a channel. Losses that tie go to the smaller exponent.
+    Args:
+        balance_layers: Layers that read it.
+        scale_dtype: Dtype that quantization scales are stored in.
+        shared: One scale for all layers and their experts, chosen by the sum of their losses, each expert's times its
+            rows. Otherwise there is one layer and each expert has its own.
+        binary: Round scales to powers of two.
+        source: int64 [K], the channel behind each input, where inputs share channels and so scales; None where each
+            input is a channel.
+        channels: Number of channels where `source` is given.
     """
     sums = [(balance_layer.gram.abs_sum, balance_layer.gram.rows) for balance_layer in balance_layers]
     if shared:
@@ -151,7 +161,7 @@ def _scales(magnitude: Tensor, exponent: float, binary: bool) -> Tensor:
 
 
 def _losses(balance_layer: BalanceLayer, tried: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """The loss of every candidate [R, E or 1, K], fp64 [R, E]: summed over rows, a sample standing for all of them."""
+    """The loss of every candidate [R, E or 1, K], fp64 [R, E], on a sample of rows."""
     experts, rows, columns = balance_layer.weight.shape
     quant = balance_layer.quant
     group_size = quant.columns_per_group(columns)

@@ -12,16 +12,16 @@ from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import coordinate_descent
 
 
-def descend(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, sweeps: int) -> QuantizedWeight:
-    """`quantized` after `sweeps` passes over its groups; no row is worse in `hessian`.
+def descend(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, cd_passes: int) -> QuantizedWeight:
+    """`quantized` after `cd_passes` passes over its groups; no row is worse in `hessian`.
 
     Args:
         weight: fp32 [E, N, K].
         quantized: its codes, scales and zeros. Zeros stay what they are.
         hessian: fp32 [E, K, K], symmetric. An expert with a diagonal that is not finite and positive stays as it is.
-        sweeps: passes over all groups.
+        cd_passes: passes over all groups.
     """
     codes, scales = coordinate_descent(
-        weight, quantized.codes, quantized.scales, quantized.zeros, hessian, bits=quantized.bits, passes=sweeps
+        weight, quantized.codes, quantized.scales, quantized.zeros, hessian, bits=quantized.bits, passes=cd_passes
     )
     return QuantizedWeight(codes, scales, quantized.zeros, quantized.bits)

@@ -1,9 +1,9 @@
-"""Grids searched for the least output error: within a group, errors may cancel each other.
+"""Scales and zero-points with the least output error for RTN: errors within a group may cancel.
 
-The kernels' search weighs every squared error by itself, which is right where a solver corrects errors as it goes.
-RTN corrects nothing, so the error e of a group costs e H_gg e^T, with all of the group's block of the
-metric. The candidates are the kernels' own: the min-max span times every factor of `span_factors`, turned around where
-the largest weight is positive, the first of equals winning.
+The search in the kernels weights every squared error separately, which is right where a solver corrects errors later.
+RTN corrects nothing, so the error e of a group costs e H_gg e^T, with the group's block of the Hessian. The candidates
+are those of the kernels: the min-max span times every factor of `span_factors`, negative where the largest weight is
+positive; the first of equals wins.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from sarqc_kernels.columns import fit_grid
 from sarqc_kernels.columns.grid import GridRule, grid_of, levels_of, span_factors, span_of, turned
 
 ELEMENTS = 1 << 22
-"""Weights in flight: rows are taken in portions of about so many."""
+"""Weights in flight: rows are taken in chunks of about this many."""
 
 
 def search_scales(weight: Tensor, hessian: Tensor, rule: GridRule, group_size: int) -> tuple[Tensor, Tensor]:
-    """Scales [E, N, G] in the rule's scale_dtype and zeros uint8 [E, N, G] of the least e H_gg e^T in every group.
+    """Scales [E, N, G] in the rule's scale_dtype and zeros uint8 [E, N, G] with the least e H_gg e^T in every group.
 
     weight: fp32 [E, N, K]. hessian: fp32 [E, K, K], of which the G blocks on the diagonal are read. Never worse, in
-    that measure, than the min-max grid, which is among the candidates.
+    that measure, than min-max scales, which are a candidate.
     """
     experts, rows, columns = weight.shape
     groups = columns // group_size
@@ -40,17 +40,17 @@ def search_scales(weight: Tensor, hessian: Tensor, rule: GridRule, group_size: i
 
 
 def minmax_error(weight: Tensor, rule: GridRule, group_size: int) -> Tensor:
-    """What RTN on min-max grids takes away: W - Q, fp32 [E, N, K]."""
+    """The error W - Q, fp32 [E, N, K], of RTN with min-max scales."""
     part = weight.unflatten(-1, (-1, group_size))
     scale, zero = grid_of(*span_of(part.amin(-1), part.amax(-1), rule), 1.0, rule)
     return _error(part, scale, zero, rule, torch.empty_like(part)).flatten(-2)
 
 
-def searched_error(weight: Tensor, price: Tensor, rule: GridRule, group_size: int) -> Tensor:
-    """What rounding takes away, W - Q, fp32 [E, N, K], on the grids the kernels find where errors cost price [E, K]."""
+def searched_error(weight: Tensor, loss_weight: Tensor, rule: GridRule, group_size: int) -> Tensor:
+    """The error W - Q, fp32 [E, N, K], of RTN with the scales that the kernels find for loss weights [E, K]."""
     scales, zeros = fit_grid(
         weight,
-        price,
+        loss_weight,
         bits=rule.bits,
         group_size=group_size,
         sym=rule.sym,

@@ -60,6 +60,8 @@ def build_on_meta(config: PreTrainedConfig, trust_remote_code: bool, dtype: torc
     try:
         with init_empty_weights(include_buffers=False):
             model = _maker(config, trust_remote_code)(config, dtype=dtype)
+    except ModelError:
+        raise
     except Exception as error:  # sizes that do not go together end in any kind of error
         what = f"model type {config.model_type!r} is not a language model that can be built as configured"
         raise ModelError(f"{what}: {first_line(error)}") from error
@@ -80,7 +82,7 @@ def _maker(config: PreTrainedConfig, trust_remote_code: bool) -> Callable[..., A
         auto = getattr(transformers, name)
         if type(config) in auto._model_mapping:
             return _from_config(auto, trust_remote_code)
-    return _from_config(transformers.AutoModelForCausalLM, trust_remote_code)  # which says what it does not know
+    raise ModelError(f"model type {config.model_type!r} is not a language model; give one that generates text")
 
 
 def _from_config(auto: Any, trust_remote_code: bool) -> Callable[..., Any]:

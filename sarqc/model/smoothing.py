@@ -1,17 +1,19 @@
-"""Where channel scales can go so that the model computes what it did before: seen and proved, not looked up.
+"""Find smoothing mappings: where channel scales can go so that the model computes the same. Found by tests, not by
+name.
 
-Scaling the inputs of a site by s is free where whatever makes that tensor can be divided by s. That giver is
+Scaling the inputs of a site by s is free where the layer that makes that tensor can be divided by s. That smooth layer
+is
 
-- a norm (`y = n * (w + c) + b`, with c = 0, or 1 where weights are stored around zero): every reader of its output,
-  routers and shared experts among them, takes the same s;
-- rows of a Linear, or of an experts' stack, that pass straight through to the inputs: v_proj through the attention to
-  o_proj, up_proj through the product with the gate to down_proj. Several inputs may follow one row, as with grouped
-  heads.
+- a norm (`y = n * (w + c) + b`, with c = 0, or 1 where weights are stored around zero): all layers that read its
+output, routers and shared experts included, take the same s; - rows of a Linear, or of an experts' stack, that pass
+straight through to the inputs: v_proj through the attention to o_proj, up_proj through the product with the gate to
+down_proj. Several inputs may follow one row, as with grouped heads.
 
-One short forward shows which modules read a norm's output: they were handed its storage. Which row an input follows is
-found by scaling the rows by powers of two that spell their index, three bits at a time, and reading the digits off the
-inputs. In the end every fold is tried with random powers of two, exact in any floating dtype: without its readers' part
-it changes the block's output, with it it must not. What fails stays unscaled, with the reason.
+One short forward shows which modules read the output of a norm: they received its storage. Which row an input follows
+is found by scaling the rows by powers of two that encode their index, three bits at a time, and decoding the inputs.
+Finally every mapping is tested with random powers of two, exact in any floating dtype: applied to the smooth layer
+alone they must change the output of the block, applied to the balance layers too they must not. What fails stays
+unscaled, with the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from sarqc.model.lazy_model import Skeleton
 from sarqc.model.sites import Site, observe, stack
 
 DIGIT = 8
-"""Row indices are spelled in this base: powers of two from 1/16 to 8, which fp16 holds as well."""
+"""Row indices are encoded in this base: powers of two from 1/16 to 8, which fp16 holds as well."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 """Change of a block's output, relative to that of half a fold, up to which a fold is right. Most change nothing at all;
 into weights stored around zero a fold rounds once."""
@@ -38,12 +40,18 @@ into weights stored around zero a fold rounds once."""
 
 @dataclass(frozen=True)
 class SmoothingMapping:
-    """Inputs of `sites` times s, the giver divided by it.
+    """Inputs of `sites` times s, the smooth layer divided by it.
 
-    balance_layers: every parameter [.., rows, K] whose columns take s, those of the sites among them. smooth_layer: the
-    norm's weight, or a matrix or stack of which rows start .. start + channels make the inputs; bias: its bias, or
-    None. source: int64 [K], the channel behind each input, or None where input j is channel j. offset: c of a norm.
-    experts: how many have scales of their own; 1 where all share them.
+    Attributes:
+        sites: Sites whose inputs are scaled.
+        balance_layers: Every parameter [.., rows, K] whose columns take s, those of the sites included.
+        smooth_layer: The norm's weight, or the matrix or stack whose rows start .. start + channels make the inputs.
+        bias: Its bias, or None.
+        start: First row.
+        channels: Number of rows.
+        source: The channel behind each input, int64 [K], or None where input j is channel j.
+        offset: c of a norm.
+        experts: Number of experts with scales of their own; 1 where all share them.
     """
 
     sites: tuple[Site, ...]
@@ -65,7 +73,10 @@ class SmoothingMapping:
 def find_mappings(
     skeleton: Skeleton, index: int, sites: Sequence[Site], run: Callable[[], Tensor]
 ) -> tuple[list[SmoothingMapping], dict[str, str]]:
-    """The folds of block `index`, which is loaded, seen on hidden states [B, L, H]; and by site why it has none."""
+    """The mappings of block `index`, which is loaded, tested by running it; and the reason of each site without one.
+
+    run: calls the block on a few tokens and returns what leaves it.
+    """
     sight = _look(skeleton, index, run)
     mappings: list[SmoothingMapping] = []
     reasons: dict[str, str] = {}
@@ -77,7 +88,7 @@ def find_mappings(
         elif (mapping := _behind(skeleton, site, sight, run)) is not None:
             mappings.append(mapping)
         else:
-            reasons[site.name] = "nothing was found that makes its inputs and could be divided by scales"
+            reasons[site.name] = "no layer was found that makes its inputs and can be divided by scales"
     mappings += [_of_norm(skeleton.model, norm, members, sight) for norm, members in by_norm.items()]
     expected, proved = run(), []
     for mapping in mappings:

@@ -119,5 +119,5 @@ def in_turn(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
         reason = str(error).partition("\n")[0]
         raise ResourceError(
             f"out of memory ({reason}) while ranks wait for each other, in ordered sums: use a smaller --micro-batch "
-            "or --gram-budget; the run goes on from its last block"
+            "or --gram-budget; rerun the command to resume from the last block"
         ) from error

@@ -145,8 +145,8 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise ResourceError(
-                f"another rank ended or cannot be reached ({_line(error)}): see what it said; "
-                "the same command goes on from the last block, with as many ranks as you like"
+                f"another rank ended or cannot be reached ({_line(error)}): see its output; "
+                "rerun the command to resume from the last block, with any number of ranks"
             ) from error
 
 
@@ -183,7 +183,7 @@ def same_everywhere(comm: Comm, fingerprint: Mapping[str, Any]) -> None:
 
 
 class Following(NoProgress):
-    """What ranks other than 0 show: nothing. They pass on the wish to stop."""
+    """Progress of ranks other than 0: shows nothing, and passes on a request to stop."""
 
     def __init__(self, progress: Progress) -> None:
         self._watcher = progress

@@ -55,8 +55,8 @@ class Start:
     """Where a continued run begins: at `block`, which is entered with `handover`.
 
     Without one (and for the reference) the text is run through the blocks before once more, with the weights and the
-    changed tensors that `stored(index)` hands back: forward passes, no solving, and the same bits. strengths: what the
-    blocks before have said about strengths.
+    changed tensors that `stored(index)` hands back: forward passes, no solving, and the same bits. lambda_search: the
+    validation curves of the blocks before.
     """
 
     block: int = 0
@@ -93,8 +93,8 @@ def run(
     beyond it are summed in further portions. comm: the ranks of this run; each is given all tokens and the whole of
     `start`, takes windows of its own, solves some of the matrices, and yields the results of all. memory: how what
     waits is held. prefetch: read the next block's tensors from `source`, in a thread, while a block is at work;
-    close the generator if you do not go to its end. widths: bits of every linear layer by the checkpoint's name, where
-    `quant` lets them differ; those of a site are the same.
+    close the generator if you do not go to its end. bit_widths: bits of every linear layer by the checkpoint's name,
+    where `quant` lets them differ; those of a site are the same.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
@@ -106,12 +106,12 @@ def run(
     check_group_size(found, quant)
     start = start or Start()
     place = torch.device(device)
-    ahead = PrefetchingSource(source) if prefetch else None
-    source = ahead or source
+    prefetched = PrefetchingSource(source) if prefetch else None
+    source = prefetched or source
     solving = SiteQuantizer(skeleton, source, quant, method, place, start.lambda_search, comm, bit_widths)
     journal = Journal(on_progress, place)
-    driver = _Driver(solving, found, dtype, journal, Portions(gram_budget), ahead)
-    with ahead or nullcontext():
+    driver = _Driver(solving, found, dtype, journal, Portions(gram_budget), prefetched)
+    with prefetched or nullcontext():
         if not method.calibrated:
             yield from driver.without_text(start.block)
             return
@@ -149,7 +149,7 @@ class _Driver:
         dtype: torch.dtype | None,
         journal: Journal,
         portions: Portions,
-        ahead: PrefetchingSource | None,
+        prefetched: PrefetchingSource | None,
     ) -> None:
         self._solving = solving
         self._skeleton = solving.skeleton
@@ -158,7 +158,7 @@ class _Driver:
         self._dtype = dtype
         self._journal = journal
         self._portions = portions
-        self._ahead = ahead
+        self._ahead = prefetched
 
     def without_text(self, first: int) -> Generator[BlockResult, None, None]:
         """Every block from `first` on, by a method that looks at weights alone."""

@@ -1,4 +1,4 @@
-"""Whoever wants to follow a run, as the run sees him."""
+"""Progress of a run, as the run reports it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from sarqc.pipeline.driver import BlockResult
 
 
 class Progress(Protocol):
-    """All methods are called from the thread that runs the job."""
+    """Receives the progress of a run. All methods are called from the thread that runs it."""
 
     def note(self, text: str) -> None:
-        """Something worth one line: what was chosen, what is being read."""
+        """One line: a choice, a warning, what is being read."""
 
     def begin_blocks(self, blocks: int, done: int) -> None:
-        """The blocks start; there are so many, and the first `done` of them were finished by an earlier run."""
+        """The blocks start: their number, and how many an earlier run finished."""
 
     def stage(self, block: int, name: str) -> None:
         """Block number `block` (from 0) begins a stage: load, reference, scale, forward, solve."""
 
     def block(self, result: BlockResult) -> None:
-        """A block is solved and saved."""
+        """A block is quantized and saved."""
 
     def stop_requested(self) -> bool:
-        """Asked after every saved block: whether the run shall end here, to be continued another time."""
+        """Whether the run should stop; called after every saved block. The run can be resumed."""
 
 
 class NoProgress:
-    """The watcher that looks away."""
+    """Ignores the progress."""
 
     def note(self, text: str) -> None:
         """Nothing."""

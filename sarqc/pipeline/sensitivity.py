@@ -137,7 +137,7 @@ def measure_sensitivity(
 
 
 class _Looking:
-    """The streams of a look: the text, the few windows through the model as it is, and through each trial."""
+    """The streams of a measurement: the text, the few windows through the model as it is, and through each trial."""
 
     def __init__(self, solving: SiteQuantizer, streams: Streams, few: Tensor, portions: Portions) -> None:
         self._solving = solving

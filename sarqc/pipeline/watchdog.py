@@ -118,9 +118,8 @@ def _looks(watch: Watch, heart: Heart, done: threading.Event) -> None:
     while not done.wait(BEAT):
         if stuck := watch.look():
             _end(
-                f"rank {heart.rank} of {heart.size}: {stuck} for {WATCHDOG_TIMEOUT:g} seconds: check whether "
-                "it was stopped or its machine hangs; the same command resumes after the last block, with any number "
-                "of ranks"
+                f"rank {heart.rank} of {heart.size}: {stuck} for {WATCHDOG_TIMEOUT:g} seconds: see whether it "
+                "is stopped or its machine hangs; the same command resumes at the last block, with any number of ranks"
             )
 
 

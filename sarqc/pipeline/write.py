@@ -22,6 +22,7 @@ from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.config import AUTO, MethodConfig
+from sarqc.errors import CheckpointError, ResourceError
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.options import from_record
@@ -56,7 +57,10 @@ def write_checkpoint(
             report = finish.report(finish.fill(folder))
             reports.write(folder, report)
         return Result.of(out, report)
-    work.built.mkdir()
+    try:
+        work.built.mkdir()
+    except OSError as error:
+        raise ResourceError(f"{work.built} cannot be made: {error.strerror or error}") from error
     report = finish.report(finish.fill(work.built))
     code = work.about["code"]
     with open_checkpoint(work.built) as neutral, atomic_folder(out, overwrite=overwrite, token=token) as folder:
@@ -91,7 +95,10 @@ class _Finish:
         bits = self.chosen.by_linear() if self.chosen else None
         write_config(folder, checkpoint.config, NEUTRAL.config(work.quant, work.about["targets"]["unquantized"], bits))
         checked = check(folder, checkpoint, rescaled=self.rescaled, trust_remote_code=work.about["code"])
-        checked.require()
+        try:
+            checked.require()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; the same command makes damaged blocks again, --no-resume all") from error
         return checked
 
     def report(self, checked: Verified) -> dict[str, Any]:

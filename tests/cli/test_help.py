@@ -10,7 +10,7 @@ from typer.main import get_command
 import sarqc
 from sarqc import cli
 from sarqc.config import QUANTIZE
-from sarqc.config_compare import COMPARE
+from sarqc.config_compare import COMPARE, EVALUATE
 from sarqc.options import options
 
 PARAMS = {name: command.params for name, command in getattr(get_command(cli.app), "commands").items()}  # noqa: B009
@@ -37,7 +37,7 @@ def test_help_fits_80_columns_with_no_word_cut_off(name, monkeypatch, capsys):
     assert ("─ Calibration ─" in shown) == (name in ("quantize", "compare"))
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("quantize", QUANTIZE), ("compare", COMPARE)])
+@pytest.mark.parametrize(("name", "kinds"), [("quantize", QUANTIZE), ("compare", COMPARE), ("eval", EVALUATE)])
 def test_every_option_is_a_flag_with_its_help(name, kinds, monkeypatch, capsys):
     """In the order of the fields, and none of an earlier name."""
     shown = " ".join(said(monkeypatch, capsys, name, "--help").replace("│", " ").split())

@@ -16,7 +16,7 @@ import torch
 import sarqc
 from sarqc.cli.preflight import show
 from sarqc.cli.terminal import RunProgress
-from sarqc.entrypoints.estimate import preflight
+from sarqc.entrypoints.estimate import estimate
 from sarqc.errors import ArgumentError, ModelError, ResourceError
 from sarqc.estimation.preflight import Preflight
 from tests.support import kept, tiny
@@ -43,7 +43,7 @@ def sources(tmp_path_factory):
 )
 def test_sizes_are_those_of_the_run(sources, tmp_path, kind, quant):
     settings = SMALL | quant
-    found = preflight(sources[kind], tmp_path / "out", **settings)
+    found = estimate(sources[kind], tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
     result = kept.quantize(sources[kind], tmp_path / "out", **settings)
     assert found.sizes.output == result.report["size"]["bytes"]
@@ -62,7 +62,7 @@ def test_a_configuration_is_enough(sources, tmp_path):
         bare = tmp_path / kind
         bare.mkdir()
         shutil.copy(source / "config.json", bare)
-        whole, outline = preflight(source, tmp_path / "out", **SMALL), preflight(bare, tmp_path / "out", **SMALL)
+        whole, outline = estimate(source, tmp_path / "out", **SMALL), estimate(bare, tmp_path / "out", **SMALL)
         assert outline.kinds == whole.kinds and outline.serve == whole.serve and outline.sizes == whole.sizes
         with pytest.raises(sarqc.SarqcError, match="safetensors"):
             sarqc.quantize(bare, tmp_path / "out", **SMALL)
@@ -88,16 +88,18 @@ def test_a_model_on_a_hub_is_known_by_its_headers(sources, tmp_path, monkeypatch
     repo = SafetensorsRepoMetadata(None, False, dict.fromkeys(tensors, "a"), {"a": file})
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr(HfApi, "get_safetensors_metadata", lambda self, hub_id: repo)
-    found = preflight("owner/name", tmp_path / "out", **SMALL)
-    assert found.sizes == preflight(source, tmp_path / "out", **SMALL).sizes
+    found = estimate("owner/name", tmp_path / "out", **SMALL)
+    assert found.sizes == estimate(source, tmp_path / "out", **SMALL).sizes
     assert asked[0][0] == "owner/name" and "*.safetensors" not in asked[0][1]
 
 
 def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(sources, tmp_path, monkeypatch):
-    """Models that are trained in fp8 are hundreds of GB."""
+    """Weights may be hundreds of GB."""
     config = json.loads((sources["llama"] / "config.json").read_text())
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (tmp_path / "hub" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "exl2"}})
+    )
     asked = []
 
     def snapshot_download(hub_id, allow_patterns, ignore_patterns):
@@ -105,8 +107,8 @@ def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(so
         return tmp_path / "hub"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for ask in (partial(preflight, **SMALL), partial(sarqc.quantize, **SMALL), sarqc.compare):
-        with pytest.raises(sarqc.SarqcError, match=r"quantized already, with quant_method 'fp8': give the original"):
+    for ask in (partial(estimate, **SMALL), partial(sarqc.quantize, **SMALL), sarqc.compare):
+        with pytest.raises(sarqc.SarqcError, match=r"quantized already, with quant_method 'exl2', which is not read"):
             ask("owner/name", tmp_path / "out")
     assert "*.json" in asked and "*.safetensors" not in asked
 
@@ -149,7 +151,7 @@ def test_disk_is_asked_for_what_will_be_written(sources, tmp_path, monkeypatch):
     module = sys.modules[Preflight.__module__]
 
     def needed(**how):
-        found = preflight(sources["llama"], tmp_path / "out", **SMALL | how)
+        found = estimate(sources["llama"], tmp_path / "out", **SMALL | how)
         return sum(one.needed for one in found.disk) - found.sizes.work - module._SPARE, found.sizes.output
 
     merged, output = needed()
@@ -171,24 +173,24 @@ def test_text_that_is_here_is_counted_and_text_that_is_not_refused(sources, tmp_
     few = tmp_path / "few.txt"
     few.write_text("a few words of text " * 60)
     how = {key: value for key, value in SMALL.items() if key not in ("num_samples", "dataset")}
-    found = preflight(sources["llama"], tmp_path / "out", dataset=str(few), **how)
+    found = estimate(sources["llama"], tmp_path / "out", dataset=str(few), **how)
     assert 0 < found.windows < 128
     with pytest.raises(sarqc.SarqcError, match=r"gone\.txt.*no such file"):
-        preflight(sources["llama"], tmp_path / "out", dataset=str(tmp_path / "gone.txt"), **how)
+        estimate(sources["llama"], tmp_path / "out", dataset=str(tmp_path / "gone.txt"), **how)
 
 
 def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
-    found = preflight(sources["qwen3_moe"], tmp_path / "out", ignore=["o_proj$"], **SMALL)
+    found = estimate(sources["qwen3_moe"], tmp_path / "out", ignore=["o_proj$"], **SMALL)
     left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}
     assert left == {
         "model.layers.*.self_attn.o_proj": (2, "ignore o_proj$"),
-        "model.layers.*.mlp.gate": (2, "router or no Linear"),
+        "model.layers.*.mlp.gate": (2, "its outputs choose experts or positions"),
         "lm_head": (1, "outside the blocks"),
     }
 
 
 def test_half_of_a_fused_layer_is_seen(sources, tmp_path):
-    found = preflight(sources["llama"], tmp_path / "out", ignore=["up_proj$"], **SMALL)
+    found = estimate(sources["llama"], tmp_path / "out", ignore=["up_proj$"], **SMALL)
     vllm = next(one for one in found.serve if one.ranks == 1)
     assert vllm.failures == ("model.layers.*.mlp.gate_proj+up_proj: only a part of what is fused here is quantized",)
 
@@ -199,12 +201,12 @@ def test_ranks_that_no_server_takes_are_refused_before_the_run(sources, tmp_path
     assert list(tmp_path.iterdir()) == []
     sarqc.quantize(sources["llama"], tmp_path / "out", tp=2, **SMALL)
     with pytest.raises(ArgumentError, match="tp = 0"):
-        preflight(sources["llama"], tmp_path / "out", tp=0)
+        estimate(sources["llama"], tmp_path / "out", tp=0)
 
 
 def test_the_first_look_is_counted_where_there_is_one(sources, tmp_path):
     def stages(**how):
-        found = preflight(sources["qwen3_moe"], tmp_path / "out", **SMALL | {"method": "gptq"} | how).memory
+        found = estimate(sources["qwen3_moe"], tmp_path / "out", **SMALL | {"method": "gptq"} | how).memory
         return {stage.stage: stage.host for stage in found}
 
     assert "sensitivity" not in stages()
@@ -223,15 +225,15 @@ def test_too_little_memory_is_refused(sources, tmp_path, monkeypatch):
 
 def test_unknown_settings_and_models_are_one_line(sources, tmp_path):
     with pytest.raises(ArgumentError, match="bitz"):
-        preflight(sources["llama"], tmp_path / "out", bitz=4)
+        estimate(sources["llama"], tmp_path / "out", bitz=4)
     with pytest.raises(ModelError, match="no such folder"):
-        preflight("no/such/model", tmp_path / "out")
+        estimate("no/such/model", tmp_path / "out")
 
 
 def test_everything_is_json_and_fits_a_terminal(sources, tmp_path, capsys):
     from rich.console import Console
 
-    found = preflight(sources["qwen3_moe"], tmp_path / "out", **SMALL)
+    found = estimate(sources["qwen3_moe"], tmp_path / "out", **SMALL)
     again = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert again["output_bytes"] == found.sizes.output and again["time"]["basis"] == found.time.basis
     assert {one["server"] for one in again["serve"]} == {one.server for one in found.serve}
@@ -245,7 +247,7 @@ def test_brackets_in_names_and_patterns_are_shown_as_they_are(sources, tmp_path,
     from rich.console import Console
 
     model = shutil.copytree(sources["llama"], tmp_path / "a[bold]b")
-    found = preflight(model, tmp_path / "out[dim]", ignore=["[ok]_proj[/]?$"], **SMALL)
+    found = estimate(model, tmp_path / "out[dim]", ignore=["[ok]_proj[/]?$"], **SMALL)
     show(Console(width=300), found)
     shown = capsys.readouterr().out
     assert "a[bold]b" in shown and "out[dim]" in shown and "ignore [ok]_proj[/]?$" in shown
@@ -258,9 +260,9 @@ def test_brackets_in_names_and_patterns_are_shown_as_they_are(sources, tmp_path,
 MEASURE = """
 import json, sys
 import sarqc
-from sarqc.entrypoints.estimate import preflight
+from sarqc.entrypoints.estimate import estimate
 settings = dict(num_samples=8, seqlen=128, group_size=64)
-found = preflight(sys.argv[1], sys.argv[2], **settings)
+found = estimate(sys.argv[1], sys.argv[2], **settings)
 report = sarqc.quantize(sys.argv[1], sys.argv[2], **settings).report
 peak = report["peak_memory_mib"]["host"] << 20
 print(json.dumps([max(stage.host for stage in found.memory), peak, found.time.total, report["seconds"]["total"]]))

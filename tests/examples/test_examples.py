@@ -63,7 +63,7 @@ def test_chat_calibration(tmp_path):
     assert next(iter(module.conversations(None)))[1]["role"] == "assistant"
 
 
-def test_a_new_solver(llama, tmp_path):
+def test_a_new_solver(own_methods, llama, tmp_path):
     module = example("a_new_solver")
     errors = module.main(str(llama), tmp_path, **SMALL)
     report = json.loads((tmp_path / "least-squares" / "report.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import sarqc
 from sarqc.cli.preflight import show
-from sarqc.entrypoints.estimate import preflight
+from sarqc.entrypoints.estimate import estimate
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.estimation import memory
 from sarqc.pipeline.activation_store import PREFIX, FileStore
@@ -161,8 +161,8 @@ def test_ranks_keep_their_own_activations_in_files_of_their_own(source, straight
 
 
 def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
-    inside = preflight(source, tmp_path / "out", **SMALL)
-    outside = preflight(source, tmp_path / "out", activation_budget=1000, **SMALL)
+    inside = estimate(source, tmp_path / "out", **SMALL)
+    outside = estimate(source, tmp_path / "out", activation_budget=1000, **SMALL)
     assert (inside.waiting.states, inside.waiting.mapped) == (HELD, 0)
     assert (outside.waiting.states, outside.waiting.mapped) == (1000, HELD - 1000)
     assert sum(one.needed for one in outside.disk) == sum(one.needed for one in inside.disk) + HELD - 1000
@@ -176,18 +176,18 @@ def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
 
 
 def test_text_that_nobody_looks_at_waits_nowhere(source, tmp_path):
-    found = preflight(source, tmp_path / "out", method="rtn", activation_budget=0)
+    found = estimate(source, tmp_path / "out", method="rtn", activation_budget=0)
     assert (found.waiting.states, found.waiting.mapped) == (0, 0) and found.waiting.prefetched > 0
 
 
 def test_nothing_is_read_ahead_without_memory_for_it(source, straight, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "peak_memory_mib", lambda: {"host": 100})  # it grows from test to test
-    found = preflight(source, tmp_path / "out", **SMALL)
+    found = estimate(source, tmp_path / "out", **SMALL)
     peak = max(stage.host for stage in found.memory)
     monkeypatch.setattr(memory, "host_memory", lambda: peak)
-    assert preflight(source, tmp_path / "out", **SMALL).waiting == found.waiting
+    assert estimate(source, tmp_path / "out", **SMALL).waiting == found.waiting
     monkeypatch.setattr(memory, "host_memory", lambda: peak - 1)
-    tight = preflight(source, tmp_path / "out", **SMALL)
+    tight = estimate(source, tmp_path / "out", **SMALL)
     assert tight.waiting == replace(found.waiting, prefetched=0)
     assert max(stage.host for stage in tight.memory) < peak
     monkeypatch.setattr("sarqc.pipeline.driver.PrefetchingSource", None)  # whoever would use it fails
@@ -197,17 +197,17 @@ def test_nothing_is_read_ahead_without_memory_for_it(source, straight, tmp_path,
 
 def test_a_single_block_has_no_next_one(tmp_path):
     source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
-    assert preflight(source, tmp_path / "out", **SMALL).waiting.prefetched == 0
+    assert estimate(source, tmp_path / "out", **SMALL).waiting.prefetched == 0
 
 
 def test_the_reference_beside_takes_its_part(tmp_path):
     source, options = tiny.save("llama", tmp_path / "model"), SMALL | {"error_correction": True}
-    assert preflight(source, tmp_path / "out", **options).waiting.states == 4 * 32 * (128 + 6 * 64) * 4
+    assert estimate(source, tmp_path / "out", **options).waiting.states == 4 * 32 * (128 + 6 * 64) * 4
 
 
 def test_a_budget_below_nothing_is_refused(source, tmp_path):
     with pytest.raises(ArgumentError, match=r"activation_budget = -1"):
-        preflight(source, tmp_path / "out", activation_budget=-1, **SMALL)
+        estimate(source, tmp_path / "out", activation_budget=-1, **SMALL)
 
 
 def test_the_command_line_takes_gigabytes(source, tmp_path, monkeypatch):

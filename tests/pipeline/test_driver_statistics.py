@@ -30,9 +30,9 @@ def run(case, method=AUTO, **options):
     return driver.run(case.skeleton(), case.source, case.tokens, QUANT, method, **options)
 
 
-def from_the_first(strengths):
-    """From the first block on, adding to `strengths`."""
-    return driver.Start(0, None, lambda _: ({}, {}), strengths)
+def from_the_first(lambda_search):
+    """From the first block on, adding to `lambda_search`."""
+    return driver.Start(0, None, lambda _: ({}, {}), lambda_search)
 
 
 def same(a, b):
@@ -72,20 +72,20 @@ def handed_over(monkeypatch):
 
 def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over, monkeypatch):
     """Two of them to choose by, and what is solved has seen both as one."""
-    strengths, folds, choose = LambdaSearch(), [], quantize_site.choose_lambda
+    lambda_search, folds, choose = LambdaSearch(), [], quantize_site.choose_lambda
 
     def spy(site, kind, weight, statistics, *rest, **options):
         folds.append((len(statistics.folds), statistics.total().sum))
         return choose(site, kind, weight, statistics, *rest, **options)
 
     monkeypatch.setattr(quantize_site, "choose_lambda", spy)
-    results = list(run(tiny("llama"), start=from_the_first(strengths)))
+    results = list(run(tiny("llama"), start=from_the_first(lambda_search)))
     assert {count for count, _ in folds} == {2}
     for (_, before), after in zip(folds, handed_over.values(), strict=True):
         assert len(after.folds) == 1 and torch.equal(after.total().sum, before)
     kinds = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
-    assert strengths.tracks.keys() == kinds
-    assert all(track.seen == len(results) == 2 for track in strengths.tracks.values())
+    assert lambda_search.tracks.keys() == kinds
+    assert all(track.seen == len(results) == 2 for track in lambda_search.tracks.values())
     for report in (report for result in results for report in result.reports):
         assert report.reg_lambda in [pytest.approx(s) for s in GRID]
         assert report.held_out["kind"] in kinds and len(report.held_out["curve"]) >= 3
@@ -101,10 +101,10 @@ def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, ha
 
 def test_reports_hold_all_that_was_learnt_about_strengths(tiny):
     """What a run that is taken up again restores from the reports of a block is what was known when it was done."""
-    strengths = LambdaSearch()
-    first = next(run(tiny("llama"), start=from_the_first(strengths)))
+    lambda_search = LambdaSearch()
+    first = next(run(tiny("llama"), start=from_the_first(lambda_search)))
     records = json.loads(json.dumps([dict(report.held_out) for report in first.reports]))
-    assert LambdaSearch.restored(records) == strengths and len(strengths.tracks) == 4
+    assert LambdaSearch.restored(records) == lambda_search and len(lambda_search.tracks) == 4
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
@@ -126,11 +126,13 @@ def test_a_layer_of_experts_answers_once_however_it_is_cut(tiny, monkeypatch, me
     monkeypatch.setattr(Collector, "collect", lambda *args: portions.append(args[1][0].site.name) or collect(*args))
     answers = []
     for budget in (1 << 30, 1):
-        strengths = LambdaSearch()
-        found = list(run(tiny("qwen3_moe"), MethodConfig(method), gram_budget=budget, start=from_the_first(strengths)))
-        answers.append({kind: (track.seen, len(track.curves)) for kind, track in strengths.tracks.items()})
+        lambda_search = LambdaSearch()
+        found = list(
+            run(tiny("qwen3_moe"), MethodConfig(method), gram_budget=budget, start=from_the_first(lambda_search))
+        )
+        answers.append({kind: (track.seen, len(track.curves)) for kind, track in lambda_search.tracks.items()})
         records = [report.held_out for block in found for report in block.reports]
-        assert LambdaSearch.restored(json.loads(json.dumps(records))) == strengths
+        assert LambdaSearch.restored(json.loads(json.dumps(records))) == lambda_search
         for block in found:
             asked = [report for report in block.reports if len(report.rows) > 1]
             assert len(asked) == 2 and all(len(report.rows) == 4 for report in asked)
@@ -280,12 +282,12 @@ def test_going_on_carries_the_same_errors(tiny, kind, handed):
         handovers.append(kept(result.handover))
     assert all(any(report.correction_share > 0 for report in result.reports) for result in whole[1:])
     *_, last = whole
-    strengths = LambdaSearch.restored(report.held_out for result in whole[:-1] for report in result.reports)
+    lambda_search = LambdaSearch.restored(report.held_out for result in whole[:-1] for report in result.reports)
     start = driver.Start(
         last.index,
         handovers[last.index - 1] if handed else None,
         lambda index: (whole[index].weights, whole[index].changed),
-        strengths,
+        lambda_search,
     )
     (again,) = run(case, CARRY, micro_batch=2, start=start)
     assert same(again, last)
@@ -302,8 +304,8 @@ def test_states_that_are_not_all_that_a_block_needs_are_made_again(tiny):
         asked.append(index)
         return whole[index].weights, whole[index].changed
 
-    strengths = LambdaSearch.restored(report.held_out for report in whole[0].reports)
-    start = driver.Start(1, replace(handovers[0], fingerprint="of another model"), stored, strengths)
+    lambda_search = LambdaSearch.restored(report.held_out for report in whole[0].reports)
+    start = driver.Start(1, replace(handovers[0], fingerprint="of another model"), stored, lambda_search)
     (again,) = run(case, CARRY, micro_batch=2, start=start)
     assert asked == [0] and same(again, whole[1])
 

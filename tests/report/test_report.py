@@ -224,14 +224,14 @@ def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypa
     assert report.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
 
 
-def test_who_made_up_for_earlier_errors_is_drawn_where_layers_did(found):
+def test_error_correction_is_drawn_where_layers_did_it(found):
     found["sites"] = [site | {"correction_share": 0.0} for site in found["sites"]]
-    assert "Who made up for earlier errors" not in page(found)
+    assert "Residual error correction" not in page(found)
     found["sites"] = [
         site(f"model.layers.{index}.mlp.down_proj") | {"correction_share": index / 10} for index in range(4)
     ]
     shown = " ".join(Outline(page(found)).text)
-    assert "Who made up for earlier errors" in shown and "layers.3.mlp.down_proj: share 0.30" in shown
+    assert "Residual error correction" in shown and "layers.3.mlp.down_proj: share 0.30" in shown
     assert "layers.0.mlp.down_proj: share" not in shown
 
 

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 from sarqc.config import QUANTIZE
-from sarqc.config_compare import COMPARE
+from sarqc.config_compare import COMPARE, EVALUATE
 from sarqc.options import Config, annotations_of, options
 
 APART = ("method",)
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def source() -> str:
     """The text of the module."""
-    classes = [_class(kind) for kind in (*QUANTIZE, *COMPARE)]
+    classes = [_class(kind) for kind in (*QUANTIZE, *COMPARE, *EVALUATE)]
     unions = [
         f'class {name}({", ".join(map(_name, kinds))}):\n    """Keywords of `sarqc.{function}`."""\n'
         for name, function, kinds in (

@@ -1,0 +1,7 @@
+"""See `command`."""
+
+import sys
+
+from benchmarks.first_run.command import main
+
+sys.exit(main())
