@@ -24,11 +24,12 @@ def scales_of_block(block: Block, streams: Streams) -> BlockScales:
     take up their scales is quantized by then."""
     solving, journal = block.solving, block.journal
     scaled = [site for site in block.sites if not site.residual_write]
+    portions = block.portions.of(scaled, streams.text.folds)
     with journal.stage(block.index, "scale"):
         find = partial(find_mappings, solving.skeleton, block.index, scaled, streams.call(block.index))
         folds, reasons = synchronize_oom(solving.comm, find)
         scales = BlockScales(solving.skeleton, solving.source, scaled, folds, reasons, solving.comm)
-    for shares in block.portions.of(scaled, streams.text.folds):
+    for shares in portions:
         with journal.stage(block.index, "forward"):
             collected, notes = block.collector(streams).collect(shares, partial(_seen, block, shares, streams))
         journal.notes += notes

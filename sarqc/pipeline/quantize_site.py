@@ -124,25 +124,38 @@ class SiteQuantizer:
         )
         weights: Weights = {}
         reports: list[list[LayerReport]] = [[] for _ in shares]
+        rows: list[QuantizedWeight] = []
         for number, piece in enumerate(todo):
             layout, report = known[number]
             reports[piece.number].append(report)
             weight = solved.pop(number)[0] if number in solved else _blank(*layout)
             self.comm.broadcast((weight.codes, weight.scales, weight.zeros), piece.owner)
-            weights |= {target.linear: part for target, part in piece.share.site.split(weight, piece.share.first)}
-        return weights, list(map(merge_reports, reports))
+            if piece.rows is None:
+                weights |= {target.linear: part for target, part in piece.share.site.split(weight, piece.share.first)}
+            else:
+                rows.append(weight)
+        if not rows:
+            return weights, list(map(merge_reports, reports))
+        whole = {target.linear: part for target, part in shares[0].site.split(_stacked(rows), 0)}
+        return whole, [replace(merge_reports(reports[0]), rows=reports[0][0].rows)]
 
     def _solve(
         self, piece: Piece, share: Share, collected: Sequence[Statistics] | None, scales: BlockScales | None
     ) -> tuple[QuantizedWeight, LayerReport]:
+        weight = piece.share.weight(self.skeleton.model)
+        scaling = scales.of(piece.share) if scales else None
+        if piece.rows is not None:
+            weight = weight[:, piece.rows]
+            if scaling is not None:
+                scaling = scaling.rows_at(torch.arange(piece.rows.start, piece.rows.stop, device=weight.device))
         solved, report = solve_site(
             share.name,
-            piece.share.weight(self.skeleton.model),
+            weight,
             collected[piece.number] if collected is not None else None,
             self.quant_of(share.site),
             self.method,
             scale_dtype=self.scale_dtype(share.site),
-            scaling=scales.of(piece.share) if scales else None,
+            scaling=scaling,
             choice=self.choices[share.name] if collected is not None else None,
             experts=slice(piece.share.first - share.first, piece.share.stop - share.first),
         )
@@ -161,6 +174,12 @@ def scale_dtype(source: TensorSource, site: Site) -> torch.dtype:
     """What the scales of a site are stored in: bf16 where its weights are neither bf16 nor fp16."""
     stored = source.dtype(f"{site.members[0].linear}.weight")
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight of stretches of its rows."""
+    codes, scales, zeros = ([getattr(part, name) for part in parts] for name in ("codes", "scales", "zeros"))
+    return QuantizedWeight(torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1), parts[0].bits)
 
 
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int]

@@ -56,11 +56,13 @@ def renumbered(batches: Batches) -> Batches:
 
 @dataclass(frozen=True)
 class Piece:
-    """Experts of a share that one rank solves. number: of the share. owner: the rank. share: these experts alone."""
+    """What one rank solves. number: of the share. owner: the rank. share: these experts alone. rows: of a dense layer,
+    where ranks split it; rows do not depend on each other."""
 
     number: int
     share: Share
     owner: int
+    rows: slice | None = None
 
 
 def cost(share: Share) -> float:
@@ -85,8 +87,14 @@ def pieces(shares: Sequence[Share], size: int, device: torch.device, *, gram: bo
     """All shares, cut between experts where a share is too much for one of `size` ranks or takes more memory than there
     is for solving on such a device; each piece with its owner. One expert always fits; gram: as in `solving_bytes`.
 
-    Pieces of a share are of nearly equal length and follow each other.
+    Pieces of a share are of nearly equal length and follow each other. A dense layer that is alone at its site is cut
+    between rows, but for one that corrects the residual error: that is judged on all of them.
     """
+    if size > 1 and gram and len(shares) == 1 and shares[0].site.experts == 1 and not shares[0].site.residual_write:
+        count = sum(rows for _, _, rows in shares[0].site.slabs)
+        edges = [rank * count // size for rank in range(size + 1)]
+        stretches = [slice(first, stop) for first, stop in pairwise(edges)]
+        return [Piece(0, shares[0], owner, rows) for owner, rows in enumerate(stretches) if rows.start < rows.stop]
     least = sum(map(cost, shares)) / (2 * size)  # half of what is due to a rank, so that the rest can even out
     found: list[tuple[int, Share]] = []
     for number, share in enumerate(shares):
