@@ -7,7 +7,7 @@ What they are called with is the model's own business: it is run as it is (`sarq
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from transformers import PreTrainedConfig
 from sarqc.model import moe
 from sarqc.model.architecture import build_on_meta, find_blocks, language_model, read_config
 from sarqc.model.checks import check_layers
+from sarqc.model.expert_names import Slab, single_experts
 from sarqc.model.source import TensorSource
 from sarqc.model.usage import Usage, usage
-from sarqc.model.weight_map import Piece, trace
+from sarqc.model.weight_map import Piece, own_names, pieces_of, trace
 from sarqc.system import warm_up_mkl
 
 
@@ -48,6 +49,7 @@ class Skeleton:
         self.pieces: dict[str, tuple[Piece, ...]] = trace(model, source)
         used = {piece.name for pieces in self.pieces.values() for piece in pieces}
         self.unused = _unused(source, used | set(model.all_tied_weights_keys))
+        self.own_expert_names: set[str] = set()  # of those that split_experts gives, what transformers reads too
 
     @classmethod
     def from_config(
@@ -82,6 +84,36 @@ class Skeleton:
     def text_config(self) -> Any:
         """The part of the configuration that describes the text decoder; the whole of it for a text model."""
         return self.model.config.get_text_config(decoder=True)
+
+    def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, Slab]:
+        """Take apart the experts that the checkpoint stores in one tensor; where each matrix lies, by its own name.
+
+        The source has to give the matrices by these names from now on. wanted: whether the layer of these two
+        names is to be quantized; a module of which none is stays whole. It belongs before anything is loaded.
+        """
+        found: dict[str, Slab] = {}
+        for path, module in self.model.named_modules():
+            if not path.startswith(f"{self.prefix}.") or not moe.is_experts(module):
+                continue
+            parameters = [f"{path}.{projection}" for projection in moe.projections(module)]
+            if not all(len(self.pieces[p]) == 1 and self.pieces[p][0].is_whole for p in parameters):
+                continue
+            parts = {p: self._single(p) for p in parameters}
+            if any(wanted((name.removesuffix(".weight"), p)) for p, single in parts.items() for name in single):
+                for parameter, single in parts.items():
+                    self.pieces[parameter] = pieces_of(single)
+                    found |= single
+                moe.take_apart(module)
+        return found
+
+    def _single(self, parameter: str) -> dict[str, Slab]:
+        single = single_experts(self.model, parameter, self.pieces[parameter][0].name)
+        own = own_names(self.model, parameter)
+        if own is None or len(own) != len(single):
+            return single
+        at = {(piece.expert, piece.start): name for piece, name in zip(pieces_of(single), single)}
+        self.own_expert_names |= {piece.name for piece in own}
+        return {piece.name: single[at[piece.expert, piece.start]] for piece in own}
 
     @cached_property
     def usage(self) -> Usage | None:
