@@ -63,7 +63,7 @@ class LambdaChoice:
     curve: Curve
     why: str
     by_prior: bool = False
-    experts: slice = slice(None)
+    experts: slice = field(default_factory=lambda: slice(None))
 
     def of_others(self, rows: Tensor, in_features: int, method: MethodConfig) -> LambdaChoice:
         """The choice for other experts of the same layer, without measuring them: the same lambda, or the same prior.
