@@ -54,7 +54,7 @@ class Handing(nn.Module):
         stream = first_tensor(args) if args else first_tensor(kwargs)
         task = getcurrent()
         if self.hidden is not None and isinstance(task, Task):
-            stream = self.hidden(task.number)
+            stream = task.handed = self.hidden(task.number)
         kind, _, names = self.returns.partition(":")
         if kind == "tensor":
             return stream

@@ -128,8 +128,7 @@ class Walk:
                 self.kept[self.arrival.point] = self.arrival.x
             elif self.arrival.point.kind == "leave":
                 self.kept.clear()
-                self.left = self.arrival.tensor
-                self._left_version = 0 if self.left is None else self.left._version
+                self._leave(self.arrival.tensor)
         self.arrival, self._corrected = None, False
         found = self._resume(expected)
         if not isinstance(found, Arrival):
@@ -140,6 +139,13 @@ class Walk:
                 "model computes depends on its tokens; leave that layer with an ignore pattern"
             )
         self.arrival = found
+        if self._task.handed is not None:
+            self._leave(self._task.handed)
+            self._task.handed = None
+
+    def _leave(self, stream: Tensor | None) -> None:
+        self.left = stream
+        self._left_version = 0 if stream is None else stream._version
 
     def _resume(self, towards: Point) -> object:
         try:

@@ -63,7 +63,7 @@ def files(monkeypatch):
     return size
 
 
-@pytest.mark.parametrize("budget", [0, HELD - 1, HELD, None])
+@pytest.mark.parametrize("budget", [0, HELD, None])
 def test_where_activations_are_makes_no_difference(source, straight, tmp_path, files, budget):
     sarqc.quantize(source, tmp_path / "out", activation_budget=budget, **SMALL)
     assert bool(files) == (budget == 0) and contents(tmp_path / "out") == straight

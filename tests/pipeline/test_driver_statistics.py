@@ -96,7 +96,7 @@ def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, ha
     assert all(len(statistics.folds) == 1 for statistics in handed_over.values())
     case = tiny("llama")
     results = list(driver.run(case.skeleton(), case.source, case.tokens[:1], QUANT, AUTO))
-    assert all("rule" in report.held_out["why"] for result in results for report in result.reports)
+    assert all("prior" in report.held_out["why"] for result in results for report in result.reports)
 
 
 def test_reports_hold_all_that_was_learnt_about_strengths(tiny):
@@ -248,9 +248,8 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
     results = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
     asked = [name for name, statistics in handed_over.items() if statistics.folds[0].cross_gram is not None]
     assert asked == [f"model.layers.{name}" for name in asking]
-    told = [
-        note for result in results for note in result.notes if "the error of earlier layers is not corrected" in note
-    ]
+    notes = [note for result in results for note in result.notes]
+    told = [note for note in notes if "the error of earlier layers is not corrected" in note]
     assert len(told) == (0 if asking else 1)
     without = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=False), micro_batch=2, folds=2))
     assert all(same(*pair) for pair in zip(results, without, strict=True)) is not bool(asking)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import sarqc
+from sarqc.checkpoint import assemble
 from sarqc.cli.terminal import RunProgress
 from sarqc.entrypoints.verify import verify
 from sarqc.errors import CheckpointError, Interrupted, NumericError, ResourceError, SarqcError
@@ -74,46 +76,53 @@ def went_on(case):
     case.outcomes.recovered(verify(case.out, against=case.source).problems, [])
 
 
-def failing(number, error):
-    """A stand-in for a function of os that fails when it is called for the n-th time."""
-    calls = []
+def full_disk(case, name):
+    """The disk is full when a file whose path ends so is forced to it."""
+    fsync, struck = os.fsync, []
 
-    def call(*args):
-        calls.append(args)
-        if len(calls) == number:
-            raise error
+    def full(opened):
+        path = str(Path(f"/proc/self/fd/{opened}").readlink())
+        if path.removesuffix(".partial").endswith(name):
+            struck.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return fsync(opened)
 
-    return call
-
-
-def full_disk(case, number):
-    error = OSError(errno.ENOSPC, "No space left on device")
-    case.patch.setattr("os.fsync", failing(number, error))
+    case.patch.setattr("os.fsync", full)
     with pytest.raises((ResourceError, CheckpointError), match="No space left on device"):
         sarqc.quantize(case.source, case.out, **SMALL)
-    assert not case.out.exists()
+    assert len(struck) == 1 and not case.out.exists()
     assert not list(case.out.parent.rglob("*.partial"))
     recovered(case)
 
 
 @pytest.mark.fault("a full disk while the plan is written")
 def test_disk_full_at_the_plan(case):
-    full_disk(case, 1)
+    full_disk(case, "plan.json")
 
 
 @pytest.mark.fault("a full disk while a block is saved")
-def test_disk_full_at_a_block(case):
-    full_disk(case, 7)
+@pytest.mark.parametrize("name", ["blocks/00001.safetensors", "blocks/00001.json"])
+def test_disk_full_at_a_block(case, name):
+    full_disk(case, name)
 
 
 @pytest.mark.fault("a full disk while hidden states are saved")
 def test_disk_full_at_hidden_states(case):
-    full_disk(case, 5)
+    full_disk(case, "hidden.safetensors")
 
 
 @pytest.mark.fault("a full disk while the checkpoint is written")
-def test_disk_full_at_the_output(case):
-    full_disk(case, 13)
+@pytest.mark.parametrize("name", ["checkpoint/model.safetensors", "checkpoint/config.json", "checkpoint"])
+def test_disk_full_at_the_output(case, name):
+    full_disk(case, name)
+
+
+@pytest.mark.fault("a full disk while the checkpoint is written")
+@pytest.mark.parametrize("name", ["checkpoint/model-00004-of-00004.safetensors", "checkpoint/report.json"])
+def test_disk_full_at_an_output_of_several_files(case, name):
+    """Shards that were renamed before are moved back, not lost."""
+    case.patch.setattr(assemble, "MERGE_BYTES", 0)
+    full_disk(case, name)
 
 
 @pytest.mark.fault("a disk too small from the start")
@@ -343,7 +352,7 @@ def test_an_indefinite_gram_climbs_the_ladder(case):
 
 @pytest.mark.fault("a Gram that no damping makes positive definite")
 def test_a_hopeless_gram_is_rounded_plainly_and_named(case):
-    assert all("rounded" in site["fallback"] for site in indefinite(case, 0.9))
+    assert all("RTN" in site["fallback"] for site in indefinite(case, 0.9))
 
 
 class Pressed(RunProgress):
