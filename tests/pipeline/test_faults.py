@@ -343,7 +343,7 @@ def test_an_indefinite_gram_climbs_the_ladder(case):
 
 @pytest.mark.fault("a Gram that no damping makes positive definite")
 def test_a_hopeless_gram_is_rounded_plainly_and_named(case):
-    assert all("rounded" in site["fallback"] for site in indefinite(case, 0.9))
+    assert all("RTN" in site["fallback"] for site in indefinite(case, 0.9))
 
 
 class Pressed(RunProgress):
