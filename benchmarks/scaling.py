@@ -19,7 +19,7 @@ from sarqc.config import Configs
 from sarqc.estimation import shapes
 from sarqc.estimation.sizes import PASSES, PRODUCTS, busiest, sizes
 from sarqc.model.sites import Share, Site
-from sarqc.pipeline.passes import passes
+from sarqc.pipeline.grams import portions
 from sarqc.pipeline.plan import Plan, make_plan
 from sarqc.pipeline.work_split import cost
 
@@ -98,7 +98,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         flow = sum(2.0 * tokens * min(site.experts, chosen) * _rows(site) * site.in_features for site in sites)
         grams = sum(site.experts * site.in_features**2 for site in sites)
         parts = [[site for site in sites if not site.residual_write], [site for site in sites if site.residual_write]]
-        looks = sum(len(list(passes(part, FOLDS, plan.run.gram_budget))) for part in parts)
+        looks = sum(len(list(portions(part, FOLDS, plan.run.gram_budget))) for part in parts)
         forwards = looks + 2  # the original's, and once more when all is quantized
         most = max(most, looks)
         shares = [busiest(part, ranks, torch.device("cuda"), gram=True) if part else 0.0 for part in parts]

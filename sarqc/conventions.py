@@ -25,6 +25,12 @@ DTYPES: dict[str, torch.dtype] = {
 """Names of dtypes in a header, in the library's order. Those of less than a byte are not read: no torch dtype has
 their shapes."""
 
+LOW_PRECISION = ("fp8", "mxfp4", "modelopt", "fbgemm_fp8")
+"""`quant_method` of weights in low precision that are expanded when they are read."""
+
+SOURCE_METHODS = (*LOW_PRECISION, "compressed-tensors", "gptq", "awq")
+"""`quant_method` of models that can be quantized: what is quantized already is expanded first."""
+
 SIDE_FILES = (
     "tokenizer*",
     "vocab*",

@@ -60,6 +60,19 @@ def _accumulate_error(backend: str, device: torch.device) -> float:
     return max(counted, relative_error(total.cpu().tril(), exact.tril()), relative_error(abs_sum.cpu(), sums))
 
 
+def _cross_arguments(device: torch.device) -> tuple[Any, ...]:
+    x, _ = _rows()
+    residual = torch.randn(TOKENS, ROWS, generator=_generator())
+    return torch.zeros(ROWS, INPUTS, device=device), residual.to(device), x.to(device)
+
+
+def _cross_error(backend: str, device: torch.device) -> float:
+    """Of the residual 2^-16 may be lost, of the sums of 40 terms some units of the last place."""
+    total, residual, x = _cross_arguments(device)
+    gram.cross_gram_accumulate_(total, residual, x, backend=backend)
+    return relative_error(total.cpu(), residual.cpu().double().T @ x.cpu().double())
+
+
 def _finalize_arguments(device: torch.device) -> tuple[Any, ...]:
     total = random_gram(_generator(), EXPERTS, INPUTS).float().to(device)
     rows = torch.tensor([3, 5], device=device)
@@ -213,6 +226,7 @@ PROBES = (
     Probe("gram_accumulate_", _of(gram, "gram_accumulate_"),
           lambda device: (*_sums(device), *(each.to(device) for each in _rows())), _accumulate_error, 1e-5),
     Probe("gram_finalize", _of(gram, "gram_finalize"), _finalize_arguments, _finalize_error, 1e-6),
+    Probe("cross_gram_accumulate_", _of(gram, "cross_gram_accumulate_"), _cross_arguments, _cross_error, 2.0**-15),
     Probe("fit_grid", _of(columns, "fit_grid"),
           lambda device: (_weight(device), None, GROUP, columns.GridRule(**RULE)), _fit_error, 2.0**-8),
     Probe("round_to_grid", _of(columns, "round_to_grid"),

@@ -55,8 +55,7 @@ ROOMS = {
     "sarqc.integrations": ((*INSIDE, "sarqc.integrations"), ("transformers",)),
     "sarqc.pipeline": ((*INSIDE, "sarqc.serving", "sarqc.report", "sarqc.pipeline"), ("greenlet",)),
     "sarqc.estimation": ((*INSIDE, "sarqc.serving", "sarqc.report", "sarqc.pipeline", "sarqc.estimation"), ()),
-    # statistics wait on disk in files of its own, which are no checkpoint
-    "sarqc.comparison": ((*INSIDE, "sarqc.report", "sarqc.pipeline", "sarqc.comparison"), ("safetensors",)),
+    "sarqc.comparison": ((*INSIDE, "sarqc.report", "sarqc.pipeline", "sarqc.comparison"), ()),
     "sarqc.entrypoints": (
         (
             *INSIDE,

@@ -14,7 +14,7 @@ from sarqc.report import report as reports
 from tests.support import tiny
 
 OLD = {
-    "reg_lambda": "strength",
+    "reg_lambda": "reg_lambda",
     "cd_passes": "sweeps",
     "error_correction": "carry_error",
     "expert_shrinkage": "borrow",

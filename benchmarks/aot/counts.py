@@ -49,6 +49,22 @@ COUNTS = (
           {"HGMMA": 1}, room="columns"),
     Count("gram 128 x 128", "gram accumulate bf16 128x128x64 w8 s4 bulk", "64 rows", {"HGMMA": 4}, room="gram"),
     Count("gram 128 x 256", "gram accumulate bf16 128x256x64 w8 s4 bulk", "64 rows", {"HGMMA": 4}, room="gram"),
+    Count("gemv.cu, 1 to 8 tokens", "gemv<4, false, 1, true, false>", "2 tiles of 32 x 128: 256 weights of a lane",
+          {"HMMA": 32}, file="gemv.cu"),
+    Count("gemv.cu, 9 to 16 tokens", "gemv<4, false, 2, true, false>", "a tile of 32 x 128: 128 weights of a lane",
+          {"HMMA": 32}, file="gemv.cu"),
+    Count("gemv.cu, 1 to 8 tokens, zeros", "gemv<4, false, 1, true, true>", "a tile of 32 x 128: 128 weights of a lane",
+          {"HMMA": 16}, file="gemv.cu"),
+    Count("w4a16 dot, 16 tokens", "w4a16 dot 16x128 split2 bf16 g128s e0", "a tile of 128 x 128, a warp of 4",
+          {"HGMMA": 8}, room="w4a16"),
+    Count("w4a16 dot, 64 tokens", "w4a16 dot 64x128 split2 bf16 g128s e0", "a tile of 128 x 128, a warp of 8",
+          {"HGMMA": 8}, room="w4a16"),
+    Count("w4a16 dot, 128 tokens", "w4a16 dot 128x128 split2 bf16 g128s e0", "a tile of 128 x 128, a warp of 8",
+          {"HGMMA": 8}, room="w4a16"),
+    Count("w4a16 dot, 144 tokens", "w4a16 dot 144x128 split2 bf16 g128s e0", "a tile of 128 x 128, a warp of 8",
+          {"HGMMA": 8}, room="w4a16"),
+    Count("w4a16 persistent", "w4a16 dot 128x256 split1 persistent bf16 g128s e0", "a tile of 256 x 128, a warp of 8",
+          {"HGMMA": 8}, room="w4a16"),
 )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def install() -> None:
     driver.set_active(Driver())
     interpreter.prepare = lambda: "cpu"
     device.triton_unsupported = lambda tensor: None
-    device.device_info = lambda place: GPU
+    device.device_info = lambda device: GPU
 
 
 install()  # now: conftest files ask which device there is before any hook of a plugin runs

@@ -2,13 +2,13 @@
 
 Rows come sorted by expert, as `sarqc.model.moe` hands them over; routing is uniform and the same on every run. An
 expert that no token chose is not read, so the least traffic counts the experts that were hit. The contenders called
-"experts" do the whole layer by `w4a16_experts`: the rows' tokens by index, the gate between the products and the sum
-over each token's experts as well, for the same least work.
+"experts" do the whole layer, as a model calls it: the routing, the rows' tokens by index, the gate between the products
+and the sum over each token's experts as well, for the same least work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch.nn.functional import silu
 
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal, on_gpu_only
 from benchmarks.ops.w4a16 import GROUP, LAYOUT, weight_of, why_not
-from sarqc.model.moe import route
 from sarqc_kernels import RepackedWeight, repack, w4a16_matmul
-from sarqc_kernels.w4a16 import Routing, w4a16_experts
+from sarqc_kernels.w4a16 import route, w4a16_experts
+from sarqc_kernels.w4a16.gemv import MOST_GROUPED_ROWS
 
 MODELS = (  # name, experts, chosen, hidden, intermediate, goals by tokens
     ("Qwen3-30B-A3B", 128, 8, 2048, 768, {1: 0.38, 16: 0.55, 64: 0.58, 4096: 0.57}),
@@ -68,8 +68,8 @@ def make(point: Point, device: torch.device, generator: torch.Generator) -> Inpu
         point.sizes[n] for n in ("tokens", "experts", "chosen", "hidden", "inner")
     )
     choice, counts = choices(tokens, experts, chosen).to(device), routed(tokens, experts, chosen)
-    rows = route(choice, experts)
     share = torch.rand(tokens, chosen, generator=generator, device=device).softmax(-1).bfloat16()
+    rows = route(choice, share, experts)
     x = normal(generator, tokens, hidden)
     up = weight_of((experts, 2 * inner, hidden), generator, device)
     down = weight_of((experts, hidden, inner), generator, device)
@@ -80,7 +80,6 @@ def make(point: Point, device: torch.device, generator: torch.Generator) -> Inpu
         "x": x[rows.tokens],
         "h": normal(generator, tokens * chosen, inner),
         "offsets": rows.offsets,
-        "routing": Routing(rows.offsets, rows.tokens, rows.slots, share[rows.tokens, rows.choices]),
         "choice": choice,
         "share": share,
         "last": int(counts.nonzero().max()),
@@ -97,6 +96,19 @@ def _prepared(inputs: Inputs, backend: str) -> tuple[RepackedWeight, RepackedWei
     return up, down
 
 
+def _few_enough(backend: str) -> Callable[[Point, torch.device], str | None]:
+    """`why_not`, and of csrc/gemv.cu whether it takes so many rows."""
+
+    def unsupported(point: Point, device: torch.device) -> str | None:
+        rows, most = point.sizes["tokens"] * point.sizes["chosen"], min(MOST_GROUPED_ROWS, 8 * point.sizes["experts"])
+        if backend == "cuda" and rows > most:
+            return f"{rows} rows, it takes up to {most}"
+        reason: str | None = why_not(backend)(point, device)
+        return reason
+
+    return unsupported
+
+
 def _ours(backend: str) -> Contender:
     def bind(inputs: Inputs) -> Call:
         x, h, offsets = (inputs[name] for name in ("x", "h", "offsets"))
@@ -108,15 +120,21 @@ def _ours(backend: str) -> Contender:
 
         return call
 
-    return Contender(f"sarqc {backend}", True, why_not(backend), bind)
+    return Contender(f"sarqc {backend}", True, _few_enough(backend), bind)
 
 
 def _layer(backend: str) -> Contender:
     def bind(inputs: Inputs) -> Call:
         weights = _prepared(inputs, backend)
-        return lambda: w4a16_experts(inputs["tokens"], *weights, inputs["routing"], backend=backend)
+        x, choice, share, experts = inputs["tokens"], inputs["choice"], inputs["share"], len(inputs["offsets"]) - 1
+        router = "triton" if backend == "cuda" else backend if backend == "triton" else "reference"
 
-    return Contender(f"sarqc experts {backend}", True, why_not(backend), bind)
+        def call() -> Tensor:
+            return w4a16_experts(x, *weights, route(choice, share, experts, backend=router), backend=backend)
+
+        return call
+
+    return Contender(f"sarqc experts {backend}", True, _few_enough(backend), bind)
 
 
 def _dense(inputs: Inputs, side: str) -> Tensor:
@@ -177,11 +195,14 @@ OP = Op(
     tests=(
         "tests/kernels/test_w4a16.py",
         "tests/kernels/test_w4a16_experts.py",
+        "tests/kernels/test_w4a16_routing.py",
         "tests/kernels/test_w4a16_persistent.py",
     ),
     points=points,
     inputs=make,
     contenders=(
+        _ours("cuda"),
+        _layer("cuda"),
         _ours("triton"),
         _layer("triton"),
         _ours("cpu"),

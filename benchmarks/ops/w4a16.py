@@ -101,7 +101,7 @@ def why_not(backend: str) -> Any:
         bits = point.sizes.get("bits", 4)
         if backend == "cpu" and bits > 4:
             return f"torch's int4 product holds up to 4 bits, not {bits}"
-        x = torch.zeros(min(8, point.sizes["tokens"]), GROUP, dtype=torch.bfloat16, device=device)
+        x = torch.zeros(min(17, point.sizes["tokens"]), GROUP, dtype=torch.bfloat16, device=device)
         codes = torch.zeros(1, 64, GROUP, dtype=torch.uint8, device=device)
         scales = torch.ones(1, 64, 1, dtype=torch.bfloat16, device=device)
         weight = repack(codes, scales, None, bits=bits, dtype=x.dtype, device=device, layout=LAYOUT[backend])

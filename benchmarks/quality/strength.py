@@ -33,9 +33,9 @@ from sarqc.model.sites import write_back
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import options
 from sarqc.pipeline import driver
-from sarqc.pipeline.activations import windows_at_once
 from sarqc.pipeline.bit_allocation import choose
 from sarqc.pipeline.sensitivity import measure_sensitivity
+from sarqc.pipeline.streams import windows_at_once
 
 
 def fields(text: str) -> MethodConfig:

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.readme import picture_rows
-from docs.draw.canvas import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALE_BLUE, Canvas, Point
+from docs.draw.canvas import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALE_BLUE, PALE_ORANGE, Canvas, Point
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -85,28 +85,30 @@ def inside(points: list[Point]) -> list[list[Point]]:
 
 
 def flow() -> str:
-    """Load, calibrate, quantize, forward."""
-    picture = Canvas(720, 210, "one block at a time: load, calibrate, quantize, forward")
-    stages = (
-        ("load", "weights of block b", "prefetched"),
-        ("calibrate", "forward pass: one", "Gram per site"),
-        ("quantize", "lambda, Hessian,", "scales, codes"),
-        ("forward", "with the quantized", "weights"),
+    """One forward pass, suspended at each site of a block."""
+    picture = Canvas(720, 250, "micro-batches wait at a site, which is quantized from their inputs; then they continue")
+    picture.text((20, 26), "one block: q/k/v, o, gate/up, down are its sites", size=14)
+    sites = ("q, k, v", "o", "gate, up", "down")
+    for number, name in enumerate(sites):
+        left, done, here = 150 + 130 * number, number < 2, number == 2
+        fill = PALE_BLUE if done else PALE_ORANGE if here else GREY
+        picture.rect((left, 44), (92, 40), fill, ORANGE if here else FAINT, 2 if here else 1)
+        picture.text((left + 46, 69), name, BLUE if done else INK, "middle")
+        state = "quantized" if done else "being quantized" if here else "original weight"
+        picture.text((left + 46, 102), state, BLUE if done else ORANGE if here else FAINT, "middle", 12)
+    for row in range(3):
+        y = 132 + 22 * row
+        picture.text((20, y + 5), f"micro-batch {row + 1}", size=12)
+        picture.arrow((112, y), (406, y), BLUE)
+        picture.rect((406, y - 7), (5, 14), ORANGE, ORANGE)
+    picture.text((424, 142), "all wait here:", ORANGE)
+    picture.text((424, 159), "their inputs make the Gram,", ORANGE)
+    picture.text((424, 176), "the weight becomes the quantized one,", ORANGE)
+    picture.text((424, 193), "and they continue with it", ORANGE)
+    picture.text(
+        (20, 222), "after the block: one final shard is written; the next block's weights are prefetched", GREEN
     )
-    for number, (name, first, second) in enumerate(stages):
-        left = 30 + 172 * number
-        picture.rect((left, 40), (140, 76), PALE_BLUE if name == "quantize" else GREY, FAINT)
-        picture.text((left + 70, 62), name, BLUE, "middle", 15)
-        picture.text((left + 70, 84), first, anchor="middle")
-        picture.text((left + 70, 102), second, anchor="middle")
-        if number < 3:
-            picture.arrow((left + 142, 78), (left + 170, 78))
-    picture.lines([(616, 118), (616, 170), (100, 170), (100, 132)])
-    picture.arrow((100, 140), (100, 119))
-    picture.text((358, 162), "hidden states of all sequences, on the host: next block", anchor="middle")
-    picture.arrow((444, 118), (444, 142), GREEN)
-    picture.text((452, 138), "one final shard", GREEN)
-    picture.text((358, 26), "for each decoder block b, in order", FAINT, "middle")
+    picture.text((20, 240), "with error correction, a full-precision stream passes each block first", FAINT)
     return picture.svg()
 
 

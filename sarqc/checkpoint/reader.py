@@ -2,19 +2,20 @@
 
 Opening reads every header and no tensor. In the dense view of a quantized checkpoint the tensors that make up a
 Linear's packed weight (`P.weight_packed`, `P.weight_scale`, ...) appear as the one tensor they stand for, `P.weight`,
-so that whoever reads weights need not know that they were quantized. The `raw_` methods show what is on disk.
+so that whoever reads weights need not know that they were quantized. So do weights in low precision (`low_precision`),
+which are no quantized Linears: they have no codes that are read. The `raw_` methods show what is on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from sarqc.checkpoint.files import file_in, read_json
 from sarqc.checkpoint.formats import FORMATS, DenseInfo, detect, quantization_of
 from sarqc.checkpoint.headers import Entry
+from sarqc.checkpoint.low_precision import Expanded, dense_view, is_low_precision
 from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
@@ -58,23 +60,61 @@ class Storage:
         }
 
 
+class Slab(Protocol):
+    """Where a matrix lies in a tensor of several: rows start, start + step, ... of matrix `expert`, of its transpose
+    where `transposed`."""
+
+    @property
+    def tensor(self) -> str:
+        """The tensor's name."""
+
+    @property
+    def expert(self) -> int:
+        """Which matrix of it."""
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+
+    @property
+    def step(self) -> int:
+        """Rows from one to the next."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the tensor holds the transpose."""
+
+
 class Checkpoint:
     """An open checkpoint; made by `open_checkpoint`. Safe to load from in several threads.
 
-    folder: where it lies. config: its config.json. format: the `Format` it is quantized in, or None.
+    folder: where it lies. config: its config.json. format: the `Format` it is quantized in, or None. expanded: its
+    weights in low precision.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], shards: list[Shard]) -> None:
         self.folder = folder
         self.config = config
-        self.format = detect(config)
         self._quantization = quantization_of(config)
+        low = is_low_precision(self._quantization)
+        self.format = None if low else detect(config)
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
-        self._linears = self._quantized_linears()
+        self._slabs: dict[str, Slab] = {}
+        self.expanded: Mapping[str, Expanded] = {}
+        hidden: frozenset[str] = frozenset()
+        if low:
+            with self._named():
+                view = dense_view({name: self.raw_entry(name) for name in self._home}, self._quantization, config)
+            self.expanded, hidden = view.weights, view.hidden
+        self._linears = {} if low else self._quantized_linears()
         packed = {name for names in self._linears.values() for name in names}
         dense = {f"{linear}.weight" for linear in self._linears}
-        self._names = sorted((self._home.keys() - packed) | dense)
+        self._names = sorted((self._home.keys() - packed - hidden) | dense | self.expanded.keys())
 
     def _quantized_linears(self) -> dict[str, tuple[str, ...]]:
         """Names of the tensors on disk of each quantized Linear; refuses what no format explains."""
@@ -99,22 +139,56 @@ class Checkpoint:
         """The safetensors files."""
         return [shard.path for shard in self._shards]
 
+    def split(self, slabs: Mapping[str, Slab]) -> Checkpoint:
+        """Show single matrices, by name, in the place of the tensors that they lie in; this checkpoint, changed."""
+        whole = {slab.tensor for slab in slabs.values()}
+        self._names = sorted((set(self._names) - whole) | slabs.keys())
+        self._slabs = dict(slabs)
+        return self
+
+    def _expert(self, tensor: str, expert: int) -> Tensor:
+        """One matrix of a tensor of several, reading no other where that is possible."""
+
+        def one(name: str) -> Tensor:
+            return self._shard(name).load_row(name, expert)[None]
+
+        expanded = self.expanded.get(tensor)
+        if expanded is None:
+            return one(tensor)[0]
+        if all(self.raw_entry(name).shape[:1] == expanded.shape[:1] for name in expanded.members):
+            return expanded.load(one)[0]
+        return expanded.load(self.raw_load)[expert]
+
     def names(self) -> list[str]:
         """Names of the dense view, sorted."""
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of dense tensor `name`; reads no weights."""
+        if name in self._slabs:
+            return self._slabs[name].shape
+        if name in self.expanded:
+            return self.expanded[name].shape
         linear = self.linear(name)
         return self.describe(linear).shape if linear else self.raw_entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of dense tensor `name`; that of its scales where it is quantized."""
+        if name in self._slabs:
+            return self.dtype(self._slabs[name].tensor)
+        if name in self.expanded:
+            return self.expanded[name].dtype
         linear = self.linear(name)
         return self.describe(linear).dtype if linear else self.raw_entry(name).dtype
 
     def load(self, name: str) -> Tensor:
         """Dense tensor `name` on the CPU in memory of its own, dequantized where need be."""
+        if (slab := self._slabs.get(name)) is not None:
+            matrix = self._expert(slab.tensor, slab.expert)
+            rows = (matrix.mT if slab.transposed else matrix)[slab.start :: slab.step][: slab.shape[0]]
+            return rows.clone(memory_format=torch.contiguous_format)
+        if name in self.expanded:
+            return self.expanded[name].load(self.raw_load)
         linear = self.linear(name)
         weight = self.quantized(linear) if linear else None
         return self.raw_load(name) if weight is None else weight.dequantize(weight.scales.dtype)[0]

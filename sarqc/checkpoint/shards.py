@@ -36,6 +36,12 @@ class Shard:
         entry = self.entries[name]
         return self._read(name, entry.begin, entry.nbytes).view(entry.dtype).view(entry.shape)
 
+    def load_row(self, name: str, index: int) -> Tensor:
+        """Element `index` along the first dimension of a tensor, reading nothing else of it."""
+        entry = self.entries[name]
+        row = entry.nbytes // entry.shape[0]
+        return self._read(name, entry.begin + index * row, row).view(entry.dtype).view(entry.shape[1:])
+
     def parts(self, name: str) -> Iterator[Tensor]:
         """The same in pieces along its first dimension of about 16 MB; a tensor without dimensions is one piece."""
         entry = self.entries[name]

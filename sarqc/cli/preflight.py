@@ -50,9 +50,9 @@ def _waiting(found: Preflight) -> str:
 
     said = []
     if found.waiting.states:
-        said.append(f"{human(found.waiting.states)} of hidden states in memory")
+        said.append(f"{human(found.waiting.states)} of activations in memory")
     if found.waiting.mapped:
-        said.append(f"{human(found.waiting.mapped)} of hidden states in a file (over --activation-budget)")
+        said.append(f"{human(found.waiting.mapped)} of activations in a file (over --activation-budget)")
     if found.waiting.prefetched:
         said.append(f"the next block read ahead, {human(found.waiting.prefetched)}")
     elif found.blocks > 1:

@@ -1,4 +1,4 @@
-"""What a comparison is measured on: one model, its texts, and the ways to collect, solve and judge block by block.
+"""What a comparison is measured on: one model, its texts, and the ways to quantize and judge it block by block.
 
 Two skeletons of the model hold a block each, one that solves and one that judges, so that the codes of a block are
 tried on the texts before the next block is read; the model is never whole in memory, quantized or not.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.comparison import table as tables
-from sarqc.comparison.store import Grams, folder_fingerprint
+from sarqc.comparison.store import folder_fingerprint
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.config_compare import ComparisonConfig, MeasureConfig
 from sarqc.errors import ArgumentError, CheckpointError, NumericError
@@ -28,20 +29,13 @@ from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
 from sarqc.model.calibration_data import calibration_windows
-from sarqc.model.layers import Targets
 from sarqc.model.lazy_model import Skeleton
-from sarqc.model.sites import Share
 from sarqc.model.source import Overlay
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import record
-from sarqc.pipeline import driver, stream
-from sarqc.pipeline.activations import PROBE_TOKENS
-from sarqc.pipeline.collect import collect
-from sarqc.pipeline.workbench import Recall
+from sarqc.pipeline import driver, passage
+from sarqc.pipeline.passage import Left
 from sarqc.system import resolve_device, resolve_dtype, versions
-
-FOLDS = 2
-"""Stretches of the calibration text that are kept apart, for methods that judge on one what they fitted on another."""
 
 Detail = Callable[[str], None]
 
@@ -105,21 +99,17 @@ class Other:
 
 @dataclass
 class Text:
-    """A text to judge on. entering, reference: hidden states before block 0 and after the unquantized last one."""
+    """A text to judge on. reference: what leaves the last block of the unquantized model."""
 
     windows: dataset.Windows
-    entering: Tensor
-    reference: Tensor
+    reference: Left
     perplexity: float
 
 
 @dataclass
 class Bench:
-    """What all cells share. solver, judge: two skeletons, because solving and judging hold a block each.
-
-    sizes: calibration sizes, rising. Which windows are in which fold, and the order of sums, depend on all sizes up to
-    a cell's own, so they are part of what the cell is.
-    """
+    """What all cells share. solver, judge: two skeletons, because solving and judging hold a block each. drawn:
+    calibration windows by seed; those of a smaller size are the first of them."""
 
     fingerprint: str
     folder: Path
@@ -128,7 +118,6 @@ class Bench:
     judge: Skeleton
     device: torch.device
     dtype: torch.dtype
-    sizes: list[int]
     drawn: dict[int, Tensor]
     calibration: dataset.Windows
     texts: list[Text] = field(default_factory=list)
@@ -147,7 +136,7 @@ def make(folder: Path, what: ComparisonConfig) -> Bench:
     kept = resolve_dtype(what.dtype, where, solver.dtype)
     judge.load_outer(checkpoint, where, kept, head=True)
     drawn = {seed: text.nested(sizes, seed).tokens for seed in what.seeds}
-    return Bench(folder_fingerprint(folder), folder, checkpoint, solver, judge, where, kept, sizes, drawn, text)
+    return Bench(folder_fingerprint(folder), folder, checkpoint, solver, judge, where, kept, drawn, text)
 
 
 def add_texts(bench: Bench, measure: MeasureConfig, trust: bool) -> None:
@@ -156,10 +145,9 @@ def add_texts(bench: Bench, measure: MeasureConfig, trust: bool) -> None:
     for name in measure.texts:
         windows = dataset.windows(name, tokenizer, part="evaluation", seqlen=measure.eval_seqlen)
         windows = windows.last(measure.eval_windows)
-        entering = stream.enter(bench.judge, windows.tokens)
-        reference = stream.leave(bench.judge, bench.checkpoint, windows.tokens)
-        perplexity = stream.judge(bench.judge, windows, reference).perplexity
-        bench.texts.append(Text(windows, entering, reference, perplexity))
+        reference = passage.leave(bench.judge, bench.checkpoint, windows.tokens)
+        perplexity = passage.judge(bench.judge, windows, reference).perplexity
+        bench.texts.append(Text(windows, reference, perplexity))
 
 
 def identity(bench: Bench, cell: Cell | Other) -> str:
@@ -179,40 +167,31 @@ def identity(bench: Bench, cell: Cell | Other) -> str:
     if isinstance(cell, Cell) and cell.seed is not None and cell.windows is not None:
         tokens = bench.drawn[cell.seed][: cell.windows]
         known["calibration"] = dataset.Windows.of_tokens(tokens).fingerprint
-        known["sizes"] = [size for size in bench.sizes if size <= cell.windows]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 # -- the work -------------------------------------------------------------------------------------------------------
 
 
-def gather(bench: Bench, grams: Grams, found: Targets, tokens: Tensor, detail: Detail) -> None:
-    """Statistics of one seed for all sizes that are missing, to disk."""
-    sizes = [size for size in bench.sizes if size <= grams.sizes[-1]]
-    folds, count = min(FOLDS, sizes[0]), len(bench.judge.blocks)
-    grams.begin()
-    for index, size, statistics in collect(bench.judge, bench.checkpoint, found, tokens, sizes, folds=folds):
-        detail(f"block {index}: statistics of {size} windows")
-        if size in grams.sizes:
-            grams.save(index, size, statistics, blocks=count)
-
-
-def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> dict[str, Any]:
-    """Solve and judge one cell, block by block. Logits that are not finite are a result, and stand in the record."""
+def measure(bench: Bench, cell: Cell, detail: Detail) -> dict[str, Any]:
+    """Run one cell, and judge each block as it is quantized. Logits that are not finite are a result, and stand in the
+    record."""
     began = time.perf_counter()
-    hidden = [text.entering.clone() for text in bench.texts]
     reports: list[LayerReport] = []
     solving = 0.0
-    for result in _solved(bench, cell, grams, detail):
-        solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
-        reports += result.reports
-        after = Overlay(bench.checkpoint, result.weights, result.changed)
-        bench.judge.load_block(result.index, after, bench.device, bench.dtype)
-        for states in hidden:
-            stream.through(bench.judge, result.index, states)
-        bench.judge.unload_block(result.index)
+    with ExitStack() as stack:
+        passages = [stack.enter_context(passage.Passage(bench.judge, text.windows.tokens)) for text in bench.texts]
+        for result in _solved(bench, cell, detail):
+            solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
+            reports += result.reports
+            after = Overlay(bench.checkpoint, result.weights, result.changed)
+            bench.judge.load_block(result.index, after, bench.device, bench.dtype)
+            for each in passages:
+                each.through(result.index)
+            bench.judge.unload_block(result.index)
+        left = [each.left() for each in passages]
     return cell.record() | {
-        **_judged(bench, hidden),
+        **_judged(bench, left),
         "error": sum(report.error for report in reports) / len(reports),
         "rtn_error": sum(report.rtn_error for report in reports) / len(reports),
         "reg_lambda": [min(r.reg_lambda for r in reports), max(r.reg_lambda for r in reports)],
@@ -221,18 +200,8 @@ def measure(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> di
     }
 
 
-def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> Iterator[driver.BlockResult]:
-    tokens, size, shrinks = None, cell.windows, cell.method.expert_shrinkage > 0
-    folds = min(FOLDS, bench.sizes[0])
-    recall: Recall | None = None
-    if grams is not None and size is not None:
-        tokens = bench.calibration.tokens[
-            :folds, :PROBE_TOKENS
-        ]  # a window for each fold: Grams are counted with all of them
-
-        def recall(index: int, shares: Sequence[Share]) -> list[Any]:
-            return [grams.load(index, size, share, bench.device, rest=shrinks) for share in shares]
-
+def _solved(bench: Bench, cell: Cell, detail: Detail) -> Iterator[driver.BlockResult]:
+    tokens = None if cell.seed is None else bench.drawn[cell.seed][: cell.windows]
     return driver.run(
         bench.solver,
         bench.checkpoint,
@@ -241,9 +210,7 @@ def _solved(bench: Bench, cell: Cell, grams: Grams | None, detail: Detail) -> It
         cell.method,
         device=bench.device,
         dtype=bench.dtype,
-        folds=folds,
-        start=driver.Start(0, None, lambda _: ({}, {}), LambdaSearch(seed=cell.seed or 0)),
-        recall=recall,
+        start=driver.Start(lambda_search=LambdaSearch(seed=cell.seed or 0)),
         on_progress=lambda index, stage: detail(f"{cell.label} {cell.quant.bits} bits, block {index} {stage}"),
     )
 
@@ -258,21 +225,21 @@ def measure_other(bench: Bench, other: Other, detail: Detail) -> dict[str, Any]:
     def on_block(index: int) -> None:
         detail(f"{other.method}, block {index}")
 
-    hidden = [stream.leave(skeleton, checkpoint, text.windows.tokens, on_block) for text in bench.texts]
+    left = [passage.leave(skeleton, checkpoint, text.windows.tokens, on_block) for text in bench.texts]
     return other.record() | {
-        **_judged(bench, hidden),
+        **_judged(bench, left),
         "error": None,
         "seconds": {"solve": None, "total": round(time.perf_counter() - began, 3)},
     }
 
 
-def _judged(bench: Bench, hidden: Sequence[Tensor]) -> dict[str, Any]:
+def _judged(bench: Bench, left: Sequence[Left]) -> dict[str, Any]:
     """quality: numbers by text. failed: why there are none for some of them, or None."""
     found: dict[str, Any] = {}
     failed = None
-    for text, states in zip(bench.texts, hidden):
+    for text, own in zip(bench.texts, left):
         try:
-            tally = stream.judge(bench.judge, text.windows, states, text.reference)
+            tally = passage.judge(bench.judge, text.windows, own, text.reference)
         except NumericError as error:
             failed = str(error)
             continue

@@ -1,10 +1,7 @@
-"""Compare methods x bits x calibration sizes on one model, at the price of one calibration per seed.
+"""Compare methods x bits x calibration sizes on one model.
 
-Statistics are collected once per seed from the unquantized model, for all sizes in one pass, and wait on disk; every
-cell then solves from them in memory and is judged as it goes, block by block, without a checkpoint ever being written.
-That makes this a *one-shot* comparison: each block is solved as if the blocks before it were unquantized, whereas
-`quantize` calibrates each block on what the quantized ones before it put out. Methods are comparable with each other
-here; whoever wants a method's own best number runs `quantize`.
+Every cell is a whole run, block by block, that is judged as it goes: what `quantize` would make, without a checkpoint
+ever being written.
 
 Finished cells stand in cells.jsonl, one line each, under the fingerprint of everything that they depend on. A second
 run skips them, so that an interrupted comparison goes on where it was, and one with more methods adds to what is there.
@@ -13,7 +10,7 @@ run skips them, so that an interrupted comparison goes on where it was, and one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Unpack
@@ -22,7 +19,7 @@ from sarqc.checkpoint.folders import refuse_overlap, refuse_place
 from sarqc.comparison import experiment as benches
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Bench, Cell, Other
-from sarqc.comparison.store import CELLS, Cells, Grams
+from sarqc.comparison.store import CELLS, Cells
 from sarqc.config import AUTO, MethodConfig, QuantConfig
 from sarqc.config_compare import COMPARE, ComparisonConfig, MeasureConfig
 from sarqc.errors import ArgumentError, CheckpointError
@@ -41,7 +38,7 @@ class Progress(Protocol):
         """Something worth one line."""
 
     def begin(self, label: str, total: int) -> None:
-        """So many steps follow: a collection for each seed that needs one, and the cells that are not there yet."""
+        """So many steps follow: the cells that are not there yet."""
 
     def detail(self, text: str) -> None:
         """What is going on inside a step."""
@@ -74,7 +71,7 @@ class Comparison:
     table: dict[str, Any]
 
 
-@also_named(watcher="progress")
+@also_named(progress="progress")
 @documented(*COMPARE)
 def compare(
     model: str | Path,
@@ -89,7 +86,7 @@ def compare(
 
     For one seed a smaller number of sequences is part of a larger one. Every cell gets perplexity, agreement of the
     likeliest next token and mean KL divergence, the last two against the unquantized model on the same sequences.
-    Memory holds a block, its statistics and the hidden states of the texts; disk the statistics of one seed at a time.
+    Memory holds two blocks, the Gram matrices of a site and the hidden states of the texts.
 
     Args:
         model: Local folder, hub id, or "smollm2".
@@ -128,7 +125,7 @@ def compare(
     benches.add_texts(bench, measure, what.trust_remote_code)
     protocol = _protocol(bench, str(model))
     done = Cells(out, partial(benches.identity, bench))
-    _work(bench, [*also, *cells], done, found, protocol, progress)
+    _work(bench, [*also, *cells], done, protocol, progress)
     table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
     tables.write(out, table)
     return Comparison(out, table)
@@ -144,8 +141,7 @@ def parse_method(method: str) -> MethodConfig:
         given: dict[str, Any] = {"reg_lambda": float(fixed)} if at else {}
     except ValueError:
         raise ArgumentError(f"method = {method!r} is not accepted: after @ give a number, reg_lambda") from None
-    # in one shot there are no earlier errors to correct
-    return replace(MethodConfig(name, **given), error_correction=False)
+    return MethodConfig(name, **given)
 
 
 def _quants(found: Targets, what: ComparisonConfig) -> Iterator[QuantConfig]:
@@ -174,46 +170,26 @@ def _cells(what: ComparisonConfig, quants: Sequence[QuantConfig]) -> list[Cell]:
 
 
 def _work(
-    bench: Bench,
-    cells: Sequence[Cell | Other],
-    done: Cells,
-    found: Targets,
-    protocol: dict[str, Any],
-    progress: Progress,
+    bench: Bench, cells: Sequence[Cell | Other], done: Cells, protocol: dict[str, Any], progress: Progress
 ) -> None:
-    """Measure the cells that are not there yet, seed by seed."""
+    """Measure the cells that are not there yet."""
     for other in (cell for cell in cells if isinstance(cell, Other) and cell not in done):
         done.add(other, benches.measure_other(bench, other, progress.detail))
     missing = [cell for cell in cells if isinstance(cell, Cell) and cell not in done]
-    seeds = dict.fromkeys(cell.seed for cell in missing)
-    needed = {seed: _grams(done.folder, missing, seed) for seed in seeds if seed is not None}
     there = len(cells) - len(missing)
     progress.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
-    progress.begin("steps", len(missing) + len(needed))
-    for seed in seeds:
-        grams = needed.get(seed) if seed is not None else None
-        if grams is not None and seed is not None:
-            benches.gather(bench, grams, found, bench.drawn[seed], progress.detail)
-            progress.advance(f"seed {seed}: statistics collected")
-        for cell in (cell for cell in missing if cell.seed == seed):
-            record = benches.measure(bench, cell, grams, progress.detail)
-            done.add(cell, record)
-            tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
-            progress.advance(_told(record))
-        if grams is not None:
-            grams.remove()
-
-
-def _grams(folder: Path, missing: Sequence[Cell], seed: int) -> Grams:
-    sizes = {cell.windows for cell in missing if cell.seed == seed and cell.windows is not None}
-    return Grams(folder / "grams" / f"seed-{seed}", sorted(sizes))
+    progress.begin("cells", len(missing))
+    for cell in missing:
+        record = benches.measure(bench, cell, progress.detail)
+        done.add(cell, record)
+        tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
+        progress.advance(_told(record))
 
 
 def _protocol(bench: Bench, model: str) -> dict[str, Any]:
     return {
         "model": model,
-        "mode": "one-shot: every block is solved on what the unquantized blocks before it put out, without error "
-        "correction",
+        "mode": "whole runs: every layer is quantized on what the quantized ones before it put out",
         "calibration": {"text": bench.calibration.text, "seqlen": bench.calibration.tokens.shape[1]},
         "texts": [text.windows.record() | {"perplexity": text.perplexity} for text in bench.texts],
         "dtype": str(bench.dtype).removeprefix("torch."),

@@ -20,7 +20,7 @@ from sarqc.model.packed_linear import is_packed
 from sarqc.model.perplexity import Perplexity, perplexity
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import documented, sorted_out
-from sarqc.pipeline import stream
+from sarqc.pipeline import passage
 from sarqc.report import report as reports
 from sarqc.system import resolve_device, resolve_dtype
 
@@ -121,10 +121,10 @@ def evaluate_and_save(
             if on_block:
                 on_block(done + index, total)
 
-        left.append(stream.leave(skeleton, checkpoint, windows.tokens, told))
+        left.append(passage.leave(skeleton, checkpoint, windows.tokens, told))
     # What stands outside the blocks is the original's, byte for byte, so that one head serves both.
-    before = stream.judge(skeleton, windows, left[0]).perplexity
-    after = stream.judge(skeleton, windows, left[1], left[0])
+    before = passage.judge(skeleton, windows, left[0]).perplexity
+    after = passage.judge(skeleton, windows, left[1], left[0])
     entry = windows.record() | {
         "before": before,
         "after": after.perplexity,

@@ -33,7 +33,7 @@ from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
 from sarqc.pipeline.distributed import Following, joined, named, same_everywhere, start_everywhere
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import fingerprint
-from sarqc.pipeline.offload import Scratch
+from sarqc.pipeline.holding import hold
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
 from sarqc.pipeline.progress import NoProgress, Progress
 from sarqc.pipeline.resume import Work, begin, default_work
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@also_named(watcher="progress")
+@also_named(progress="progress")
 @documented(*QUANTIZE)
 def quantize(
     model: str | Path | PreTrainedModel,
@@ -261,7 +261,7 @@ class _Run:
             start=start,
             on_progress=self._stage,
             comm=self.comm,
-            room=Scratch(self.place, plan.activation_budget),
+            memory=hold(plan, -(-windows // self.comm.size) * seqlen, self.place),
             prefetch=waiting.prefetched > 0,
             bit_widths=bit_widths,
         )
@@ -270,8 +270,8 @@ class _Run:
                 now = time.perf_counter()
                 if work:
                     work.save(result, now - began, tensors_of_block(plan.skeleton, plan.checkpoint, result.index))
-                elif result.leaving:
-                    deque(result.leaving.each(), maxlen=0)  # they go to rank 0, which saves them
+                elif result.handover:
+                    deque(result.handover.hidden.each(), maxlen=0)  # they go to rank 0, which saves them
                 trim_host_memory()
                 began = now
                 for note in result.notes:

@@ -1,7 +1,7 @@
 """How much memory a run will take in each of its stages, and what waits on the host meanwhile. From shapes alone.
 
-Counted is what the loop holds at once. Two things wait beside the block at work: hidden states, in memory up to
-`--activation-budget` and in a file beyond it, and the next block, where it is read ahead.
+Counted is what the loop holds at once. Two things wait beside the block at work: activations of suspended
+micro-batches, in memory up to `--activation-budget` and in a file beyond it, and the next block, if it is prefetched.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS, TRIAL_BYTES
 from sarqc.model.layers import Target
 from sarqc.model.sites import Share, Site
-from sarqc.pipeline.passes import gram_bytes, passes
+from sarqc.pipeline.grams import gram_bytes, portions
+from sarqc.pipeline.holding import held
 from sarqc.pipeline.plan import Plan
 from sarqc.pipeline.sensitivity import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.pipeline.work_split import pieces, solving_bytes
 from sarqc.system import host_memory, peak_memory_mib, ranks_here
 
-STAGES = ("embed", "load", "sensitivity", "observe", "solve", "replay", "write")
+STAGES = ("embed", "load", "sensitivity", "reference", "forward", "solve", "write")
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class HostBuffers:
-    """Bytes that wait for their turn, of one rank. states: hidden states in memory. mapped: those in a file.
-    prefetched: the next block, read while one is solved; 0 where it is not.
+    """Bytes that wait for their turn, of one rank. states: activations of suspended micro-batches in the host's memory.
+    mapped: those in a file. prefetched: the next block, read while one is quantized; 0 where it is not. device:
+    activations on a GPU.
     """
 
     states: int
     mapped: int
     prefetched: int
+    device: int = 0
 
 
 def estimate_memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[HostBuffers, list[Memory]]:
@@ -54,17 +57,13 @@ def estimate_memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tu
 
 
 def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
-    """As `pipeline.offload` does it: as many sets of states as fit are in memory.
-
-    The original's sets are counted also where the first block will show that no layer writes to the residual stream,
-    and they are released: they are there until then, and shapes do not tell.
-    """
-    one = shapes.states_bytes(plan, -(-windows // ranks), seqlen)
-    writes = [site.residual_write for _, sites in shapes.blocks(plan) for site in sites if site.residual_write]
-    sets = 0 if not one else 1 + bool(writes) + any(residual_write.reader for residual_write in writes)
-    fitting = min(sets, plan.activation_budget // one) if one else 0
-    prefetched = [_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))]
-    return HostBuffers(fitting * one, (sets - fitting) * one, max(prefetched, default=0))
+    """As `pipeline.holding` does it. The reference is counted also where the first block will show that no layer writes
+    into the stream as it is, and it is let go: it is there until then, and shapes do not tell."""
+    found = held(plan, -(-windows // ranks) * seqlen)
+    prefetched = max((_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))), default=0)
+    if plan.device.type == "cpu":
+        return HostBuffers(found.in_place, found.file, prefetched)
+    return HostBuffers(found.host, found.file, prefetched, found.in_place)
 
 
 def _stored(plan: Plan, index: int) -> int:
@@ -91,11 +90,11 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
         flow = tokens * _flow(plan, members) * width
         needs = {
             "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),
-            "load": (block + tensor, states + tensor + prefetched),
+            "load": (block + tensor + waiting.device, states + tensor + prefetched),
             "sensitivity": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
-            "observe": (block + grams + flow, states + prefetched),
-            "solve": (block + grams + solving, states + prefetched + codes),
-            "replay": (block + flow, states + prefetched + codes),
+            "reference": (block + flow + waiting.device, states + prefetched),
+            "forward": (block + grams + flow + waiting.device, states + prefetched + codes),
+            "solve": (block + grams + solving + waiting.device, states + prefetched + codes),
             # a block's codes beside what they are packed to; in the end a weight beside what it was
             "write": (0, max(states + 2 * codes, 2 * tensor + 6 * _widest(members))),
         }
@@ -103,6 +102,8 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
             peaks[stage] = max(peaks[stage][0], need[0]), max(peaks[stage][1], need[1])
     if plan.quant.avg_bits is None:
         del peaks["sensitivity"]
+    if not plan.method.error_correction:
+        del peaks["reference"]
     if not windows:
         peaks = {stage: peak for stage, peak in peaks.items() if stage in ("load", "solve", "write")}
     base = peak_memory_mib()["host"] << 20
@@ -129,11 +130,11 @@ def _outer(plan: Plan) -> int:
 
 def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
     """Bytes of the Grams that are held at once, and of solving the largest share beside them."""
-    portions = list(passes(sites, folds, plan.run.gram_budget))
-    grams = max((sum(gram_bytes(share, folds) for share in shares) for shares in portions), default=0)
-    solved = [piece.share for shares in portions for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
+    found = list(portions(sites, folds, plan.run.gram_budget))
+    grams = max((sum(gram_bytes(share, folds) for share in shares) for shares in found), default=0)
+    solved = [piece.share for shares in found for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
     solving = max((solving_bytes(share, folds > 0) for share in solved), default=0)
-    choosing = max((_choosing(share) for shares in portions for share in shares), default=0) if folds > 1 else 0
+    choosing = max((_choosing(share) for shares in found for share in shares), default=0) if folds > 1 else 0
     return grams, max(solving, choosing)
 
 

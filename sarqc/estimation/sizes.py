@@ -96,7 +96,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     windows = -(-windows // ranks)  # of the busiest rank
     tokens = windows * seqlen
     batches = -(-windows // plan.micro_batch(seqlen)) if windows else 0
-    spent = dict.fromkeys(("observe", "solve", "replay"), 0.0)
+    spent = dict.fromkeys(("reference", "forward", "solve"), 0.0)
     looked = min(tokens * ranks, LOOKED) if plan.quant.avg_bits is not None else 0  # every rank runs all of it
     for _, sites in shapes.blocks(plan):
         forward = grams = solve = columns = passed = 0.0
@@ -111,11 +111,10 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             passed += PASSES * site.experts * rows * site.in_features
         share = busiest(sites, ranks, plan.device, gram=windows > 0)
         calls = CALLS * batches * latency
-        # The layer that makes up for errors is observed apart, and the original runs beside.
-        times = 2 if plan.method.error_correction else 1
+        times = 2 if plan.method.channel_scales else 1  # scales are searched for in a run of the block that is dropped
         if windows:
-            spent["observe"] += (times * forward + grams) / rate + times * calls
-            spent["replay"] += times * (forward / rate + calls)
+            spent["forward"] += (times * forward + grams) / rate + times * calls
+            spent["reference"] += plan.method.error_correction * (forward / rate + calls)
             spent["solve"] += share * (solve / rate + CALLS_A_COLUMN * columns * latency)
         spent["solve"] += share * (passed / stream + 100 * len(sites) * latency)
         if looked:

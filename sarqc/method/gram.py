@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarqc_kernels.gram import gram_accumulate_, symmetrize_
+from sarqc_kernels.gram import cross_gram_accumulate_, gram_accumulate_, symmetrize_
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Gram:
         """
         gram_accumulate_(self.sum, self.rows, self.abs_sum, x, offsets)
         if self.cross_gram is not None and cross_gram is not None:
-            self.cross_gram[0].addmm_(cross_gram.float().T, x.float())
+            cross_gram_accumulate_(self.cross_gram[0], cross_gram, x)
 
     def merge(self, other: Gram) -> None:
         """Add another Gram of the same site."""
@@ -184,7 +184,7 @@ def together(folds: Iterable[Gram]) -> Gram:
 
 
 def prior_rows(in_features: int, shrinkage: float) -> int:
-    """kappa: rows of the pooled Gram to add; `shrinkage` is a fraction of a row for each input."""
+    """prior_rows: rows of the pooled Gram to add; `shrinkage` is a fraction of a row for each input."""
     return round(shrinkage * in_features)
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from sarqc.conventions import SOURCE_METHODS
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.architecture import build_on_meta, language_model, read_config
+from sarqc.model.expert_names import Slab
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class Outline:
     """A `TensorSource` without tensors. tensors: (shape, dtype) by the checkpoint's names."""
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def split(self, slabs: Mapping[str, Slab]) -> Outline:
+        """The outline with single experts in the place of tensors of all experts."""
+        whole = {slab.tensor for slab in slabs.values()}
+        plain = {name: header for name, header in self.tensors.items() if name not in whole}
+        return Outline(plain | {name: (slab.shape, self.tensors[slab.tensor][1]) for name, slab in slabs.items()})
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -60,10 +68,11 @@ def outline(folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
 
 def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration in `folder`; `ModelError` where that alone says that the model is none we take: it has more
-    than a text decoder, or its weights are quantized, as those of models that are trained in fp8 are."""
+    no text decoder, or its weights are quantized in a way that is not read."""
     config = read_config(folder, trust_remote_code)
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        how = f", with quant_method {method!r}" if method else ""
-        raise ModelError(f"{folder} is quantized already{how}: give the original model, its weights in bf16 or fp16")
+        if method not in SOURCE_METHODS:
+            how = f", with quant_method {method!r}" if method else ""
+            raise ModelError(f"{folder} is quantized already{how}, which is not read: give the original model")
     return language_model(config)

@@ -32,7 +32,7 @@ from sarqc.model import moe
 from sarqc.model.candidates import Candidate, Target, candidates
 from sarqc.model.lazy_model import Skeleton
 
-__all__ = ["Target", "Targets", "auto_group_size", "check_group_size", "targets", "targets_of"]
+__all__ = ["Target", "Targets", "auto_group_size", "check_group_size", "is_wanted", "targets", "targets_of"]
 
 GROUP_SIZES = (128, 64, 32)
 MOST_LEFT = 0.01
@@ -134,6 +134,12 @@ def targets(skeleton: Skeleton, quant: QuantConfig) -> Targets:
     if not selected:
         raise ModelError(f"{type(skeleton.model).__name__} has no Linear left to quantize in its blocks")
     return Targets(tuple(selected), tuple(ignored), untouched, tuple(left), modules)
+
+
+def is_wanted(quant: QuantConfig, names: Iterable[str]) -> bool:
+    """Whether no ignore pattern finds any of a layer's names."""
+    patterns = [_compiled(pattern) for pattern in quant.ignore]
+    return not any(pattern.search(name) for pattern in patterns for name in names)
 
 
 def targets_of(skeleton: Skeleton, linears: Iterable[str]) -> Targets:

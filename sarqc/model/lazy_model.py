@@ -1,15 +1,13 @@
 """A model whose weights are elsewhere: built on the meta device, filled and emptied one decoder block at a time.
 
 Nothing here knows an architecture. The decoder blocks are the one list of modules as long as the configuration says.
-What each of them is called with (masks, rotary tables, a layer's own kind of attention) is learned by running the
-body once with every block replaced by a recorder that passes its input on; the same trick, with the last recorder
-handing out a tensor of ours, runs whatever comes after the blocks.
+What they are called with is the model's own business: it is run as it is (`sarqc.pipeline.forward`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from sarqc.errors import ModelError, SarqcError, first_line, out_of_memory
 from sarqc.model import moe
 from sarqc.model.architecture import build_on_meta, find_blocks, language_model, read_config
 from sarqc.model.checks import check_layers
+from sarqc.model.expert_names import Slab, single_experts
 from sarqc.model.source import TensorSource
-from sarqc.model.tokenizer import check_tokens
 from sarqc.model.usage import Usage, usage
-from sarqc.model.weight_map import Piece, trace
+from sarqc.model.weight_map import Piece, own_names, pieces_of, trace
 from sarqc.system import warm_up_mkl
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Skeleton:
@@ -54,7 +49,7 @@ class Skeleton:
         self.pieces: dict[str, tuple[Piece, ...]] = trace(model, source)
         used = {piece.name for pieces in self.pieces.values() for piece in pieces}
         self.unused = _unused(source, used | set(model.all_tied_weights_keys))
-        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self.own_expert_names: set[str] = set()  # of those that split_experts gives, what transformers reads too
 
     @classmethod
     def from_config(
@@ -75,7 +70,7 @@ class Skeleton:
     def use_dtype(self, dtype: torch.dtype) -> None:
         """Run in `dtype` instead of the checkpoint's; buffers become what a model built in it has.
 
-        Loading with a dtype does this by itself. It belongs before the first `prepare`: what was recorded is dropped.
+        Loading with a dtype does this by itself.
         """
         if dtype == self.dtype:
             return
@@ -84,12 +79,41 @@ class Skeleton:
                 self.model.get_submodule(path)._buffers[name] = module._buffers[name].to(self.device)
         self.model.config.dtype = dtype
         self.dtype = dtype
-        self._calls.clear()
 
     @property
     def text_config(self) -> Any:
         """The part of the configuration that describes the text decoder; the whole of it for a text model."""
         return self.model.config.get_text_config(decoder=True)
+
+    def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, Slab]:
+        """Take apart the experts that the checkpoint stores in one tensor; where each matrix lies, by its own name.
+
+        The source has to give the matrices by these names from now on. wanted: whether the layer of these two
+        names is to be quantized; a module of which none is stays whole. It belongs before anything is loaded.
+        """
+        found: dict[str, Slab] = {}
+        for path, module in self.model.named_modules():
+            if not path.startswith(f"{self.prefix}.") or not moe.is_experts(module):
+                continue
+            parameters = [f"{path}.{projection}" for projection in moe.projections(module)]
+            if not all(len(self.pieces[p]) == 1 and self.pieces[p][0].is_whole for p in parameters):
+                continue
+            parts = {p: self._single(p) for p in parameters}
+            if any(wanted((name.removesuffix(".weight"), p)) for p, single in parts.items() for name in single):
+                for parameter, single in parts.items():
+                    self.pieces[parameter] = pieces_of(single)
+                    found |= single
+                moe.take_apart(module)
+        return found
+
+    def _single(self, parameter: str) -> dict[str, Slab]:
+        single = single_experts(self.model, parameter, self.pieces[parameter][0].name)
+        own = own_names(self.model, parameter)
+        if own is None or len(own) != len(single):
+            return single
+        at = {(piece.expert, piece.start): name for piece, name in zip(pieces_of(single), single)}
+        self.own_expert_names |= {piece.name for piece in own}
+        return {piece.name: single[at[piece.expert, piece.start]] for piece in own}
 
     @cached_property
     def usage(self) -> Usage | None:
@@ -125,9 +149,17 @@ class Skeleton:
         self._move_buffers(self.model, self.device, skip=f"{self.prefix}.")
 
     def unload_outer(self) -> None:
-        """Give back the memory of what `load_outer` loaded; recorded calls stay usable."""
+        """Give back the memory of what `load_outer` loaded."""
         for parameter in {*self._outer(), *self.model.all_tied_weights_keys}:
             self._empty(parameter)
+
+    def unload_embeddings(self) -> None:
+        """Give back the memory of embeddings and of what is tied to them; what else stands outside the blocks (norms,
+        small projections) stays, because a model may use it between two blocks."""
+        for parameter in {*self._outer(), *self.model.all_tied_weights_keys}:
+            module = self.model.get_submodule(parameter.rpartition(".")[0])
+            if isinstance(module, nn.Embedding) or parameter in self.model.all_tied_weights_keys:
+                self._empty(parameter)
 
     def load_block(
         self, index: int, source: TensorSource, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -149,81 +181,12 @@ class Skeleton:
         present = self.blocks[index].state_dict().keys()
         return [name for name in self.pieces if name.startswith(start) and name.removeprefix(start) in present]
 
-    # -- running ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, L, H] entering block 0, for tokens int64 [B, L]; needs `load_outer`."""
-        check_tokens(tokens, self.model)
-        self.prepare(*tokens.shape)
-        return self._record(tokens)[0].hidden
-
-    @torch.no_grad()
-    def prepare(self, batch: int, length: int) -> None:
-        """Record what every block is called with for this shape; later calls of the shape need no outer weights.
-
-        Raises `ModelError` where that depends on the tokens, because blocks could then not be replayed one by one.
-        """
-        if (batch, length) in self._calls:
-            return
-        tokens = torch.zeros(batch, length, dtype=torch.int64, device=self.device)
-        calls = [recorder.call for recorder in self._record(tokens)]
-        others = [recorder.call for recorder in self._record(tokens + 1)]
-        for index, (call, other) in enumerate(zip(calls, others)):
-            if not _same(call, other):
-                raise ModelError(
-                    f"block {self.prefix}.{index} is given more than hidden states that depend on the tokens; "
-                    "such a model cannot be run block by block"
-                )
-        self._calls[batch, length] = calls
-
-    @torch.no_grad()
-    def call_block(self, index: int, hidden: Tensor) -> Tensor:
-        """Run block `index` on hidden states [B, L, H] with its own arguments and no cache.
-
-        `ModelError` where the model's own code fails on what its configuration says.
-        """
-        self.prepare(hidden.shape[0], hidden.shape[1])
-        args, kwargs = self._calls[hidden.shape[0], hidden.shape[1]][index]
-        try:
-            out = self.blocks[index](hidden, *args, **kwargs)
-        except (SarqcError, torch.OutOfMemoryError):
-            raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if out_of_memory(error):
-                raise torch.OutOfMemoryError(first_line(error)) from error
-            raise ModelError(
-                f"block {self.prefix}.{index} does not run as config.json says: {first_line(error)}"
-            ) from error
-        leaving: Tensor = out[0] if isinstance(out, tuple) else out
-        return leaving
-
-    @torch.no_grad()
-    def finish(self, hidden: Tensor) -> Tensor:
-        """Logits [B, L, V] from what leaves the last block; needs `load_outer(..., head=True)`."""
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-        logits: list[Tensor] = []
-        self._through(lambda: logits.append(self.model(input_ids=tokens, use_cache=False).logits), hidden)
-        return logits[0]
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder blocks as the list that the model holds."""
+        return self._layers
 
     # -- inside -------------------------------------------------------------------------------------------------
-
-    def _record(self, tokens: Tensor) -> list[_Recorder]:
-        body = self.model.base_model
-        return self._through(lambda: body(input_ids=tokens.to(self.device), use_cache=False), None)
-
-    def _through(self, run: Callable[[], Any], leaving: Tensor | None) -> list[_Recorder]:
-        """Call `run` with recorders in the blocks' places; the last passes `leaving` on where that is given."""
-        recorders = [_Recorder(block) for block in self.blocks]
-        recorders[-1].leaving = leaving
-        try:
-            for index, recorder in enumerate(recorders):
-                self._layers[index] = recorder
-            run()
-        finally:
-            for index, block in enumerate(self.blocks):
-                self._layers[index] = block
-        return recorders
 
     def _is_body(self, parameter: str) -> bool:
         """Whether text needs this parameter before or between the blocks, or behind them for the last norm."""
@@ -288,31 +251,6 @@ def assemble(
     return filled
 
 
-class _Recorder(nn.Module):
-    """Stands in a block's place: keeps what it is called with and passes its input on.
-
-    Every other attribute is the block's own, because bodies ask their blocks for things ("attention_type").
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # past nn.Module, which would register it as a child
-        self.leaving: Tensor | None = None
-        self.hidden = torch.empty(0)
-        self.call: Call = ((), {})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            self.hidden, args = args[0], args[1:]
-        else:
-            self.hidden = kwargs.pop("hidden_states")
-        self.call = (args, kwargs)
-        return self.hidden if self.leaving is None else self.leaving
-
-
 def _unused(source: TensorSource, used: set[str]) -> tuple[str, ...]:
     names = (name for name in source.names() if name.endswith(".weight") and name not in used)
     return tuple(name.removesuffix(".weight") for name in names if len(source.shape(name)) == 2)
@@ -333,14 +271,3 @@ def _assign(model: Any, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = tensor if own else nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two recorded arguments are equal; things that are neither tensors nor containers count by type."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
-    return type(a) is type(b)

@@ -33,6 +33,7 @@ scaled where `observed` was told so."""
 
 IMPLEMENTATION = "sarqc"
 _OBSERVER = "_sarqc_observer"
+_INTERLEAVED = "_sarqc_interleaved"
 _DECLARED = ("has_gate", "has_bias", "is_transposed", "num_experts", "down_proj")
 
 
@@ -64,17 +65,18 @@ def route(top_k_index: Tensor, num_experts: int) -> Routing:
 
 def sorted_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of one layer on hidden_states [T, H], as transformers calls them; see the file's first lines."""
-    routing = route(top_k_index, module.num_experts)
     first, second = projections(module)
     if is_fused(module):
-        weights = top_k_weights[routing.tokens, routing.choices]
-        rows = w4a16.Routing(routing.offsets, routing.tokens, routing.slots, weights)
+        rows = w4a16.route(top_k_index, top_k_weights, module.num_experts)
         gate_up, down = (getattr(module, name).prepared() for name in (first, second))
         return w4a16.w4a16_experts(hidden_states, gate_up, down, rows)
+    routing = route(top_k_index, module.num_experts)
     x = hidden_states[routing.tokens]
     weights = top_k_weights[routing.tokens, routing.choices]
     _report(module, first, x, routing.offsets, weights)
     y = _project(module, first, x, routing.offsets)
+    if getattr(module, _INTERLEAVED, False):
+        y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # as the module's own gate expects them
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     _report(module, second, y, routing.offsets, weights)
     y = _project(module, second, y, routing.offsets)
@@ -97,6 +99,7 @@ def is_fused(module: Any) -> bool:
         and type(module)._apply_gate is _default_apply_gate
         and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
         and not getattr(module, "has_post_expert_norm", False)
+        and not module.has_bias
     )
 
 
@@ -110,6 +113,21 @@ def is_experts(module: Any) -> bool:
     return all(hasattr(module, name) for name in _DECLARED) and hasattr(module, projections(module)[0])
 
 
+def take_apart(module: Any) -> None:
+    """Let an experts module on meta hold its matrices as [experts, outputs, inputs], with gate rows before up rows.
+
+    That is how they lie where each has a name of its own; `sorted_experts` computes the same with them. Biases stay as
+    they are stored.
+    """
+    for projection in projections(module) if module.is_transposed else ():
+        weight = getattr(module, projection)
+        setattr(module, projection, nn.Parameter(torch.empty_like(weight.mT, device="meta"), requires_grad=False))
+    module.is_transposed = False
+    if module.has_gate and not getattr(module, "is_concatenated", True):
+        module.is_concatenated = True
+        setattr(module, _INTERLEAVED, True)
+
+
 def use_sorted_experts(model: Any) -> None:
     """Let every experts module of this model run `sorted_experts`."""
     if any(is_experts(module) for module in model.modules()):
@@ -118,17 +136,22 @@ def use_sorted_experts(model: Any) -> None:
 
 @contextmanager
 def observed(module: nn.Module, observer: Observer, power: int = 0) -> Iterator[None]:
-    """Report what enters the projections of one experts module to `observer`, for the time of the context.
+    """Report what enters the projections of one experts module to `observer`, and to no other one, for the time of the
+    context.
 
     power: p, of the router weight w by which a row counts. Rows are reported times |w|^(p/2), so that
     sums of their squares and products, as a Gram is, weigh each by |w|^p. The output of the layer is sum_e w_e y_e:
     with p = 2 what is least squares for each expert is so for the layer, as far as its experts err independently.
     """
+    before = getattr(module, _OBSERVER, None)
     setattr(module, _OBSERVER, (observer, power))
     try:
         yield
     finally:
-        delattr(module, _OBSERVER)
+        if before is None:
+            delattr(module, _OBSERVER)
+        else:
+            setattr(module, _OBSERVER, before)
 
 
 def why_not(module: Any, per_expert_names: bool) -> str | None:
@@ -139,8 +162,6 @@ def why_not(module: Any, per_expert_names: bool) -> str | None:
     reasons: list[str] = []
     if module.is_transposed:
         reasons.append("they are stored transposed (inputs x outputs)")
-    if module.has_bias:
-        reasons.append("they have biases")
     if module.has_gate and not getattr(module, "is_concatenated", True):
         reasons.append("gate and up rows are interleaved")
     if not per_expert_names:
@@ -174,13 +195,24 @@ def _report(module: Any, projection: str, x: Tensor, offsets: Tensor, weights: T
     observer(projection, x, offsets)
 
 
+def _bias(module: Any, projection: str) -> Tensor:
+    """Biases [E, N] in the order of the weight's rows."""
+    bias: Tensor = getattr(module, f"{projection}_bias")
+    if getattr(module, _INTERLEAVED, False) and projection == projections(module)[0]:
+        bias = bias.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return bias
+
+
 def _project(module: Any, projection: str, x: Tensor, offsets: Tensor) -> Tensor:
     """x [T, K] sorted by expert through each expert's own matrix -> [T, N]."""
     weight = getattr(module, projection)
-    if isinstance(weight, nn.Module):  # packed weights, see inference.py
+    bias = _bias(module, projection) if module.has_bias else None
+    if isinstance(weight, nn.Module):  # packed weights, see packed_linear.py
         packed: Tensor = weight(x, offsets)
+        if bias is not None:
+            rows = torch.arange(len(x), device=x.device, dtype=offsets.dtype)
+            packed = packed + bias[torch.searchsorted(offsets[1:], rows, right=True)].to(packed.dtype)
         return packed
-    bias = getattr(module, f"{projection}_bias") if module.has_bias else None
     out = x.new_empty(len(x), weight.shape[2 if module.is_transposed else 1])
     if x.is_meta:  # without data nobody knows who goes where: all rows go to one expert
         return nn.functional.linear(x, weight[0].t() if module.is_transposed else weight[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,8 @@ class ResidualWrite:
 @dataclass(frozen=True)
 class Site:
     """Layers with one input tensor. name: of its first member. in_features: K. experts: E, 1 for Linears.
-    residual_write: where its outputs correct the residual error, if they do.
+    residual_write: where its outputs correct the residual error, if they do. entry: where its input is seen first: a
+    Linear's full name, or an experts module's with the projection; "" where nothing was run.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Site:
     experts: int
     in_features: int
     residual_write: ResidualWrite | None = None
+    entry: str = ""
 
     @property
     def cross_rows(self) -> int:
@@ -107,23 +109,39 @@ def separate_sites(skeleton: Skeleton, found: Sequence[Target]) -> list[Site]:
 
 
 @torch.no_grad()
-def find_sites(skeleton: Skeleton, index: int, found: Sequence[Target], hidden: Tensor) -> list[Site]:
-    """The sites of block `index`, which is loaded, seen in one forward over hidden states [B, L, H].
+def find_sites(skeleton: Skeleton, found: Sequence[Target], run: Callable[[], object]) -> list[Site]:
+    """The sites of a loaded block, seen in one run of it, in the order in which it first calls them.
 
-    Raises `ModelError` naming a targeted Linear that this forward does not call.
+    found: the block's targets. run: the block on a few tokens. Raises `ModelError` naming a targeted Linear that this
+    run does not call.
     """
     inputs: dict[str, list[Tensor]] = {}  # the tensors are kept, or their identities would be used again
+    order: dict[str, None] = {}
+
+    def called(name: str, x: Tensor) -> None:
+        order.setdefault(f"{name}.weight")
+        inputs[name].append(x)
+
+    def projected(name: str, projection: str, x: Tensor, offsets: Tensor) -> None:
+        order.setdefault(f"{name}.{projection}")
+
     with ExitStack() as hooks:
         for name in dict.fromkeys(target.module for target in found):
             module = skeleton.model.get_submodule(name)
-            if not moe.is_experts(module):
-                seen = inputs.setdefault(name, [])
-                hooks.enter_context(reading(module, seen.append))
-        skeleton.call_block(index, hidden)
+            if moe.is_experts(module):
+                hooks.enter_context(moe.observed(module, partial(projected, name)))
+            else:
+                inputs[name] = []
+                hooks.enter_context(reading(module, partial(called, name)))
+        run()
     for target in found:
-        if not inputs.get(target.module, [None]):
+        if target.parameter not in order:
             raise ModelError(f"{target.linear} is never called in its block's forward, so its inputs cannot be seen")
-    return _sites(skeleton, found, {name: tuple(map(id, seen)) for name, seen in inputs.items()})
+    sites = _sites(skeleton, found, {name: tuple(map(id, seen)) for name, seen in inputs.items()})
+    at = {parameter: number for number, parameter in enumerate(order)}
+    seen_at = [min((target.parameter for target in site.members), key=at.__getitem__) for site in sites]
+    ordered = sorted(zip(seen_at, sites), key=lambda pair: at[pair[0]])
+    return [replace(site, entry=parameter.removesuffix(".weight")) for parameter, site in ordered]
 
 
 @contextmanager

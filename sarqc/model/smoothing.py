@@ -71,13 +71,13 @@ class SmoothingMapping:
 
 @torch.no_grad()
 def find_mappings(
-    skeleton: Skeleton, index: int, sites: Sequence[Site], hidden: Tensor
+    skeleton: Skeleton, index: int, sites: Sequence[Site], run: Callable[[], Tensor]
 ) -> tuple[list[SmoothingMapping], dict[str, str]]:
-    """The mappings of block `index`, which is loaded, tested on hidden states [B, L, H]; and the reason of each site
-    without one.
+    """The mappings of block `index`, which is loaded, tested by running it; and the reason of each site without one.
+
+    run: calls the block on a few tokens and returns what leaves it.
     """
-    sight = _look(skeleton, index, hidden)
-    run = partial(skeleton.call_block, index, hidden)
+    sight = _look(skeleton, index, run)
     mappings: list[SmoothingMapping] = []
     reasons: dict[str, str] = {}
     by_norm: dict[str, list[Site]] = {}
@@ -131,7 +131,7 @@ class _Sight:
         return next((name for name, out in self.norms.items() if _same_storage(x, out)), None)
 
 
-def _look(skeleton: Skeleton, index: int, hidden: Tensor) -> _Sight:
+def _look(skeleton: Skeleton, index: int, run: Callable[[], Tensor]) -> _Sight:
     sight = _Sight({}, {})
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ def _look(skeleton: Skeleton, index: int, hidden: Tensor) -> _Sight:
                 hooks.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
             if own.keys() in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in own.values()):
                 hooks.callback(module.register_forward_hook(partial(after, name)).remove)
-        skeleton.call_block(index, hidden)
+        run()
     return sight
 
 

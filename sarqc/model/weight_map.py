@@ -28,7 +28,9 @@ from transformers.core_model_loading import (
 )
 
 from sarqc.errors import ModelError, first_line
-from sarqc.model.source import TensorSource
+from sarqc.model import moe
+from sarqc.model.expert_names import Slab, single_experts, stored_names
+from sarqc.model.source import StateDictSource, TensorSource
 
 _TAG = torch.arange(6).view(2, 3)
 _WEIGHT = ".weight"
@@ -73,6 +75,11 @@ class Piece:
     conversion: Conversion | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the parameter is this tensor as it is stored."""
+        return self.expert is None and self.conversion is None
+
+    @property
     def linear(self) -> str | None:
         """The linear layer this is the weight of, as the checkpoint calls it; None for any other tensor."""
         whole = self.conversion is None and self.name.endswith(_WEIGHT)
@@ -90,6 +97,8 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
     found: dict[str, tuple[Piece, ...]] = {p: (Piece(name, None, 0, 0),) for p, name in whole.items()}
     for first, (converter, names) in stacked.items():
         found |= _follow(model, first, converter, names, source)
+    found |= _one_by_one(model, source, [parameter for parameter in wanted if parameter not in found])
+    wanted = model.state_dict()
     for parameter, tensor in wanted.items():
         if parameter in found:
             _check_shape(model, parameter, tensor, found[parameter], source)
@@ -97,6 +106,44 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
             missing = _missing(model, parameter, tensor, source)
             raise ModelError(f"the checkpoint lacks tensor {missing!r}, which {type(model).__name__} needs")
     return found
+
+
+def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dict[str, tuple[Piece, ...]]:
+    """Experts that the checkpoint has one by one where transformers reads them all in one tensor: as we write them."""
+    present, found = set(source.names()), {}
+    for parameter in lacking:
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        if not moe.is_experts(module) or parameter.rpartition(".")[2] not in moe.projections(module):
+            continue
+        stored = list(stored_names(model, parameter))
+        single = single_experts(model, parameter, stored[0]) if len(stored) == 1 else {}
+        if single and single.keys() <= present:
+            found[parameter] = pieces_of(single)
+    for path in dict.fromkeys(parameter.rpartition(".")[0] for parameter in found):
+        moe.take_apart(model.get_submodule(path))
+    return found
+
+
+def pieces_of(single: Mapping[str, Slab]) -> tuple[Piece, ...]:
+    """Pieces of an experts module's parameter whose matrices lie in slabs, once it is taken apart."""
+    return tuple(
+        Piece(name, slab.expert, slab.start * (slab.shape[0] if slab.step > 1 else 1), slab.shape[0])
+        for name, slab in single.items()
+    )
+
+
+def own_names(model: Any, parameter: str) -> tuple[Piece, ...] | None:
+    """Pieces under which transformers reads the experts of a parameter one by one; None where it does not."""
+    stored = stored_names(model, parameter)
+    source = StateDictSource(dict(stored))
+    whole, stacked = _sort_names(model, source, {parameter: model.get_parameter(parameter)})
+    if whole or len(stored) == 1:
+        return None
+    found: dict[str, tuple[Piece, ...]] = {}
+    for first, (converter, names) in stacked.items():
+        found |= _follow(model, first, converter, names, source)
+    pieces = found.get(parameter, ())
+    return pieces if pieces and all(piece.expert is not None and piece.linear for piece in pieces) else None
 
 
 Named = dict[str, list[str]]
@@ -134,23 +181,19 @@ def _follow(model: Any, first: str, converter: Any, names: Named, source: Tensor
     tags: dict[str, Any] = {}
     with suppress(Exception):  # an operation that cannot take a 2 x 3 matrix fails in its own way
         tags = _convert(converter, model, first, order, lambda name: _TAG + _TAG.numel() * number[name])
+    landed = {
+        parameter: _read_tags(value[0] if isinstance(value, list) else value, [name for _, name in order], source)
+        for parameter, value in tags.items()
+    }
+    if sorted(piece.name for pieces in landed.values() for piece in pieces or ()) == sorted(number):
+        return {parameter: pieces for parameter, pieces in landed.items() if pieces}
     try:
         shapes = _convert(converter, model, first, order, lambda name: torch.empty(source.shape(name), device="meta"))
     except Exception as error:  # so does one that is given tensors that do not go together
         lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in number]
         what = f"lacks tensor {lost[0]!r}" if lost else f"has {_odd_one(names, source)}: {first_line(error)}"
         raise ModelError(f"the checkpoint {what}; {first!r} is made of {len(order)} tensors") from error
-    landed: dict[str, tuple[Piece, ...] | None] = {}
-    for parameter in shapes:
-        value = tags.get(parameter)
-        tag = value[0] if isinstance(value, list) else value
-        landed[parameter] = None if tag is None else _read_tags(tag, [name for _, name in order], source)
-    if sorted(piece.name for pieces in landed.values() for piece in pieces or ()) != sorted(number):
-        landed = dict.fromkeys(landed)  # a tensor came out nowhere, or twice
-    return {
-        parameter: pieces or _made(Conversion(converter, model, first, parameter, order))
-        for parameter, pieces in landed.items()
-    }
+    return {parameter: _made(Conversion(converter, model, first, parameter, order)) for parameter in shapes}
 
 
 def _odd_one(names: Named, source: TensorSource) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, UntypedStorage
 
 from sarqc.errors import ResourceError
 
+PREFIX = "activations-"
+"""Of the name that the file has for an instant."""
 _CHUNK = 1 << 24
 
 
@@ -60,7 +62,8 @@ class HostStore:
 
 
 class FileStore:
-    """An unnamed file in a folder, made when it is first needed; it is gone with the process, however that ends.
+    """An unnamed file in a folder, made when it is first needed; it is gone with the process, however that ends. Where
+    the folder is not there (as on another machine than the one that leads a run), in the first one above it that is.
 
     Freed ranges are used again, so the file is no larger than what was kept at once (and what is between).
     """
@@ -134,11 +137,12 @@ class FileStore:
 
     def _open(self) -> int:
         if self._file is None:
+            resolved = self._folder.resolve()
+            place = next(one for one in (resolved, *resolved.parents) if one.is_dir())
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                descriptor, name = tempfile.mkstemp(prefix="activations-", dir=self._folder)
+                descriptor, name = tempfile.mkstemp(prefix=PREFIX, dir=place)
             except OSError as error:
-                raise ResourceError(f"{self._folder} takes no file for activations: {error.strerror}") from error
+                raise ResourceError(f"{place} takes no file for activations: {error.strerror}") from error
             Path(name).unlink()
             self._file = descriptor
         return self._file

@@ -27,6 +27,7 @@ from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import first_difference
 from sarqc.pipeline.progress import NoProgress, Progress
 from sarqc.pipeline.quantize_site import Weights
+from sarqc.pipeline.streams import Handover
 from sarqc.pipeline.watchdog import beating
 from sarqc.system import from_torchrun
 
@@ -194,25 +195,26 @@ class Following(NoProgress):
 
 def start_everywhere(comm: Comm, start: Start | None) -> Start:
     """Rank 0's start on every rank; the others, which have no work folder, give None."""
-    told = None if start is None else (start.block, _shape(start.hidden), start.lambda_search)
+    handed = start.handover if start else None
+    told = None if start is None else (start.block, _told(handed), start.lambda_search)
     found = comm.all_gather_object(told)[0]
     assert found is not None
     block, kind, lambda_search = found
 
     def each() -> Iterator[Tensor]:
-        shape, dtype = kind
-        here = start.hidden.rows() if start and start.hidden else None
+        shape, dtype = kind[0]
+        here = handed.hidden.rows() if handed else None
         for _ in range(shape[0]):
             row = next(here) if here else torch.empty(shape[1:], dtype=dtype)
             comm.broadcast([row], 0)
             yield row[None]
 
-    hidden = ChunkedTensor(kind[0], kind[1], each) if kind else None
+    everywhere = Handover(ChunkedTensor(kind[0][0], kind[0][1], each), *kind[1:]) if kind else None
 
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(comm, start.stored(index) if start else ({}, {}))
 
-    return Start(block, hidden, stored, start.lambda_search if start else lambda_search)
+    return Start(block, everywhere, stored, start.lambda_search if start else lambda_search)
 
 
 def _stored_everywhere(comm: Comm, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:
@@ -235,5 +237,12 @@ def _stored_everywhere(comm: Comm, stored: tuple[Weights, dict[str, Tensor]]) ->
     return weights, changed
 
 
-def _shape(tensor: Tensor | ChunkedTensor | None) -> Any:
-    return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+def _told(handed: Handover | None) -> Any:
+    """All of it that is small: the hidden states' shape and dtype, and the rest as it is."""
+    if handed is None:
+        return None
+    return _shape(handed.hidden), handed.form, handed.fingerprint, handed.probe, handed.reference
+
+
+def _shape(tensor: Tensor | ChunkedTensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype

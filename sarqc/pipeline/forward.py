@@ -76,7 +76,7 @@ class Forward:
         """As `at`, with what the same micro-batch brought to a site before, which `begin_block` was told to keep."""
         inside = point.kind not in ("enter", "end")
         for walk in self._awake():
-            if self._recompute and inside:
+            if self._recompute and inside and not walk.waits_at(point):
                 walk.go(Point("enter", point.block))
                 with self._from_entry(walk) as again:
                     arrival = again.go(point)
@@ -84,6 +84,14 @@ class Forward:
             else:
                 arrival = walk.go(point)
                 yield arrival, None if site is None else walk.kept[site]
+
+    def look(self, block: int) -> Iterator[Iterator[Arrival]]:
+        """For every micro-batch that waits to enter a block what it brings to each point in it, in a run of the block
+        that is dropped; go through them in order."""
+        for walk in self._awake():
+            walk.go(Point("enter", block))
+            with self._from_entry(walk) as again:
+                yield (again.go(point) for point in self._route.inside)
 
     def leave(self, block: int) -> Iterator[Arrival]:
         """Bring every micro-batch to the end of a block for good, with all corrections made."""
@@ -96,6 +104,24 @@ class Forward:
         """Add x @ change^T to the stream at a point where all micro-batches are, or have been; x is what each brought
         to the site, change [N, K]."""
         self._route.corrections[at] = site, change
+
+    def left_whole(self) -> bool:
+        """Whether `dissolve` would have what has left the block before."""
+        return all(walk.left_whole for walk in self._walks)
+
+    def lefts(self) -> list[Tensor]:
+        """The stream of every micro-batch as it has left the block before; none in front of the first one."""
+        return [walk.left for walk in self._walks if walk.left is not None]
+
+    def dissolve(self) -> Iterator[Tensor]:
+        """End all forwards, one by one, and hand out the stream as it has left the block before."""
+        while self._walks:
+            walk = self._walks.pop(0)
+            walk.wake()
+            left = walk.left
+            walk.close()
+            assert left is not None
+            yield left
 
     def close(self) -> None:
         """End all forwards."""

@@ -21,11 +21,14 @@ from sarqc.pipeline.task import Task
 
 
 def returned(arrival: Arrival) -> str | None:
-    """How a block that is left returns the stream: "tensor", or "tuple:stream,none"; None where it returns more."""
+    """How a block that is left returns the stream: "tensor", or "tuple:stream,none"; None where it is in neither.
+
+    What else a block returns (attention weights, say) is left out: if another block needs it, its fingerprint differs.
+    """
     output, stream = arrival.output, arrival.tensor
     if isinstance(output, Tensor):
         return "tensor"
-    if isinstance(output, tuple | list) and all(value is stream or value is None for value in output):
+    if isinstance(output, tuple | list):
         kind = "tuple" if isinstance(output, tuple) else "list"
         return f"{kind}:" + ",".join("stream" if value is stream else "none" for value in output)
     return None

@@ -6,6 +6,7 @@ are on another machine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.formats import FORMATS, Format
+from sarqc.checkpoint.low_precision import dense_headers
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.config import (
     AUTO,
@@ -25,17 +28,18 @@ from sarqc.config import (
     QuantConfig,
     RunConfig,
 )
-from sarqc.errors import ArgumentError, CheckpointError, ModelError
+from sarqc.errors import ArgumentError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
 from sarqc.model.calibration_data import calibration_windows, counts_at_once
 from sarqc.model.config_only import Outline, outline
+from sarqc.model.expert_names import Slab
 from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
-from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
+from sarqc.model.layers import Targets, auto_group_size, check_group_size, is_wanted, targets
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import load_tokenizer
-from sarqc.pipeline.activations import windows_at_once
+from sarqc.pipeline.streams import windows_at_once
 from sarqc.system import host_memory, ranks_here, resolve_device, resolve_dtype
 
 
@@ -113,18 +117,21 @@ def _refuse_unfetched(model: str | Path, configs: Configs) -> None:
     except ModelError:
         return
     if tensors:
-        _fitted(model, configs, folder, Outline(tensors))
+        _fitted(model, configs, folder, _headers(folder, tensors))
 
 
 def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSource) -> Plan:
     """The plan, with options that fit the tensors of the model."""
     quant, method, run = configs.quant, configs.method, configs.run
     skeleton = Skeleton.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
+    if slabs := skeleton.split_experts(partial(is_wanted, quant)):
+        assert isinstance(source, Checkpoint | Outline)
+        source = source.split(slabs)
     found = targets(skeleton, quant)
-    notes: tuple[str, ...] = ()
+    notes = (*_expansion(source), *_renamed(skeleton, slabs))
     if quant.group_size == AUTO:
         quant = replace(quant, group_size=auto_group_size(found))
-        notes = (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
+        notes += (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
     check_group_size(found, quant)
     if quant.avg_bits is not None:
         _check_average(quant, method, found)
@@ -161,14 +168,41 @@ def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tup
     if headers_only and not is_local(model):
         folder = hub_configuration(str(model), trust_remote_code=trust_remote_code)
         tensors = hub_headers(str(model))
-        return folder, Outline(tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+        here = _headers(folder, tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+        return folder, here
     folder = locate(model, trust_remote_code=trust_remote_code)
     if headers_only and not any(folder.glob("*.safetensors")):
         return folder, outline(folder, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.format is not None:
-        raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
-    return folder, checkpoint
+    return folder, open_checkpoint(folder)
+
+
+def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Outline:
+    """Names and shapes of a model's dense tensors, where its headers are all there is."""
+    return Outline(dense_headers(tensors, read_json(folder / "config.json")))
+
+
+def _renamed(skeleton: Skeleton, slabs: Mapping[str, Slab]) -> tuple[str, ...]:
+    """A note where experts get names that transformers itself has not."""
+    alone = [name for name in slabs if name in skeleton.own_expert_names]
+    if len(alone) == len(slabs):
+        return ()
+    first = next(name for name in slabs if name not in skeleton.own_expert_names)
+    return (
+        f"experts that the model stores in one tensor are written one by one, as {first.removesuffix('.weight')}: "
+        "transformers loads them when sarqc is imported, and not without it",
+    )
+
+
+def _expansion(source: TensorSource) -> tuple[str, ...]:
+    """A note where the source's weights are not stored as what they are calibrated with."""
+    if not isinstance(source, Checkpoint):
+        return ()
+    if source.format is not None:
+        return (
+            f"the model is quantized already ({source.format.name}): its weights are expanded, rounded as they are",
+        )
+    kinds = {str(weight.dtype).removeprefix("torch.") for weight in source.expanded.values()}
+    return (f"weights in low precision are expanded to {', '.join(sorted(kinds))}",) if kinds else ()
 
 
 def read_windows(plan: Plan) -> dataset.Windows | None:

@@ -5,7 +5,7 @@ A point is reached by a task (`pipeline.task`) that runs the model; whoever else
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ class Point:
 
     kind: "enter" and "leave" are the block's own; "site" is where a Linear, or a projection of an experts module, is
     handed its input; "reader" is where a module is handed the residual stream; "end" is where the forward has ended.
-    name: full name of the module, with the projection for experts.
+    name: full name of the module, with the projection for experts (`Site.entry`).
     """
 
     kind: Kind
@@ -69,6 +69,17 @@ def first_tensor(values: Any) -> Tensor | None:
         return values
     inside = values.values() if isinstance(values, dict) else values if isinstance(values, tuple | list) else ()
     return next((value for value in inside if isinstance(value, Tensor)), None)
+
+
+def order_of(points: Iterable[Point], run: Callable[[], object]) -> list[Point]:
+    """Points in the order in which a run reaches them; hooks have to be there."""
+    wanted, found = set(points), []
+    task = Task(run, 0, wanted.__contains__)
+    while not task.ended:
+        arrival = task.resume()
+        if isinstance(arrival, Arrival):
+            found.append(arrival.point)
+    return found
 
 
 class Hooks:

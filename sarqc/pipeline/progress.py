@@ -17,7 +17,7 @@ class Progress(Protocol):
         """The blocks start: their number, and how many an earlier run finished."""
 
     def stage(self, block: int, name: str) -> None:
-        """Block number `block` (from 0) begins a stage."""
+        """Block number `block` (from 0) begins a stage: load, reference, scale, forward, solve."""
 
     def block(self, result: BlockResult) -> None:
         """A block is quantized and saved."""

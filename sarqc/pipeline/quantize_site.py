@@ -32,7 +32,8 @@ Weights = dict[str, QuantizedWeight]
 @dataclass
 class SiteQuantizer:
     """What solving a block needs beside its statistics. bit_widths: bits by linear, where layers have different ones.
-    choices: of the shares of the block at work, by name; by a site's name that of its first experts."""
+    choices: of the shares of the block at work, by name. search: of its sites, by name: what the first share that was
+    asked has said."""
 
     skeleton: Skeleton
     source: TensorSource
@@ -43,10 +44,11 @@ class SiteQuantizer:
     comm: Comm
     bit_widths: Mapping[str, int] | None = None
     choices: dict[str, LambdaChoice] = field(default_factory=dict)
+    search: dict[str, LambdaChoice] = field(default_factory=dict)
 
     def begin(self, lambda_search: LambdaSearch) -> None:
         """Begin a block, or begin it again, knowing so much of strengths."""
-        self.lambda_search.tracks, self.choices = lambda_search.copy().tracks, {}
+        self.lambda_search.tracks, self.choices, self.search = lambda_search.copy().tracks, {}, {}
 
     def choose(self, index: int, shares: Sequence[Share], collected: Sequence[Statistics]) -> None:
         """The strength of each share, chosen once in a block; sites of other blocks at the same place share their
@@ -54,9 +56,9 @@ class SiteQuantizer:
         later pass than the first of their layer take its choice: a layer answers once, however little memory there is.
         """
         for share, statistics in zip(shares, collected):
-            if share.first and share.name not in self.choices:
-                of_first = self.choices[share.site.name]
-                self.choices[share.name] = of_first.of_others(statistics.rows(), share.site.in_features, self.method)
+            answer = self.search.get(share.site.name)
+            if answer is not None and share.name not in self.choices:
+                self.choices[share.name] = answer.of_others(statistics.rows(), share.site.in_features, self.method)
         open_ = [number for number, share in enumerate(shares) if share.name not in self.choices]
         owners = partition([cost(shares[number]) for number in open_], self.comm.size)
 
@@ -75,7 +77,7 @@ class SiteQuantizer:
                 self.lambda_search.remember(choice.kind, choice.curve)
             device = collected[number].folds[0].rows.device
             choice = replace(choice, reg_lambda=choice.reg_lambda.to(device))
-            self.choices |= dict.fromkeys((shares[number].name, shares[number].site.name), choice)
+            self.choices[shares[number].name] = self.search[shares[number].site.name] = choice
 
     def _choice(self, index: int, share: Share, statistics: Statistics, search: LambdaSearch) -> LambdaChoice:
         choice = choose_lambda(

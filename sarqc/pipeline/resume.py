@@ -7,7 +7,7 @@
     blocks/00000.json ...          its record: reports, seconds, notes, and the sum of every tensor
     hidden.safetensors   the hidden states that enter the next block
     checkpoint/          at the end: the folder that becomes the output
-    states-*             for an instant: hidden states that are at work and have no room in memory
+    activations-*        for an instant: activations that are at work and have no room in memory
 
 Every file is whole or absent. A shard is on disk before its record, and the record before the hidden states that
 follow. So whenever a run ended, the blocks from 0 up to the first without a record are good, and so is the file of
@@ -47,12 +47,13 @@ from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import LayerReport
 from sarqc.options import from_record
+from sarqc.pipeline.activation_store import PREFIX as SCRATCH
 from sarqc.pipeline.bit_allocation import BitAllocation
 from sarqc.pipeline.driver import BlockResult, Start
 from sarqc.pipeline.fingerprint import MAY_CHANGE, first_difference
 from sarqc.pipeline.lock import LOCK, locked
-from sarqc.pipeline.offload import PREFIX as SCRATCH
 from sarqc.pipeline.quantize_site import Weights
+from sarqc.pipeline.streams import Handover
 
 LAYOUT = 2
 """Of the work folder. 1 held codes, scales and zeros in a form of its own."""
@@ -142,8 +143,11 @@ class Work:
         sums = write_shard(self.shard(result.index), left | packed | result.changed)
         record = BlockRecord(result.reports, result.seconds, result.notes, wall, bits, list(result.changed), sums)
         write_sealed(self._record_file(result.index), asdict(record) | {"block": result.index})
-        if result.leaving is not None:
-            write_state(self.folder / _HIDDEN, {"hidden": result.leaving}, {"block": result.index + 1})
+        handed = result.handover
+        if handed is not None:
+            told = {"block": result.index + 1, "form": handed.form, "entry": handed.fingerprint}
+            told["reference"] = handed.reference
+            write_state(self.folder / _HIDDEN, {"hidden": handed.hidden, "probe": handed.probe}, told)
 
     def start(self, gram: bool) -> tuple[Start, str | None]:
         """Where to go on, and a word on what was found damaged. gram: whether hidden states are needed."""
@@ -163,8 +167,10 @@ class Work:
                 entering = int(state.record["block"])
                 if entering <= finished:
                     state.check()
-                    whole = state.parts("hidden")
-                    return self._start(entering, ChunkedTensor(whole.shape, whole.dtype, self._hidden)), trouble
+                    whole, told = state.parts("hidden"), state.record
+                    hidden = ChunkedTensor(whole.shape, whole.dtype, self._hidden)
+                    handed = Handover(hidden, told["form"], told["entry"], state.load("probe"), told["reference"])
+                    return self._start(entering, handed), trouble
         except CheckpointError as error:
             trouble = trouble or str(error)
         return self._start(finished, None), trouble
@@ -174,9 +180,9 @@ class Work:
         with State(self.folder / _HIDDEN) as state:
             yield from state.parts("hidden").each()
 
-    def _start(self, block: int, hidden: ChunkedTensor | None) -> Start:
+    def _start(self, block: int, handed: Handover | None) -> Start:
         said = [report.held_out for index in range(block) for report in self.record(index).reports]
-        return Start(block, hidden, self.stored, LambdaSearch.restored(said, self.fingerprint["seed"]))
+        return Start(block, handed, self.stored, LambdaSearch.restored(said, self.fingerprint["seed"]))
 
     def stored(self, index: int) -> tuple[Weights, dict[str, Tensor]]:
         """The weights of a finished block (E = 1) and what it changed, as whoever loads the checkpoint will read them;

@@ -7,13 +7,15 @@ that one (`method.bit_allocation`), is the loss of the site. Divergences of inde
 small. `benchmarks/quality/MIXED.md` has the alternatives: RTN in place of the solver misjudges the sites that matter
 most.
 
-One block is in memory at a time. The hidden states of these few sequences wait between two blocks, one copy for every
-site so far, and all go through the next block: half the blocks for each site, on average.
+One block is in memory at a time. These few sequences go through the model as a stream of their own, one for every site
+so far beside that of the model as it is, which all go through the next block: half the blocks for each site, on
+average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.errors import ArgumentError
+from sarqc.errors import ArgumentError, ModelError, ResourceError, first_line, out_of_memory
 from sarqc.method.bit_allocation import LossByBits, loss_by_bits, probe_bits, probe_weight
 from sarqc.method.gram import Statistics
 from sarqc.method.lambda_search import LambdaSearch
@@ -31,12 +33,15 @@ from sarqc.model.lazy_model import Skeleton
 from sarqc.model.perplexity import Tally
 from sarqc.model.sites import Share, Site, find_sites, stack, write_back
 from sarqc.model.source import TensorSource
-from sarqc.pipeline.activations import States, cut, enter
+from sarqc.pipeline.block import Portions
 from sarqc.pipeline.comm import SINGLE_PROCESS
-from sarqc.pipeline.passes import collect
+from sarqc.pipeline.forward import Forward
+from sarqc.pipeline.grams import Collector, Rows
+from sarqc.pipeline.handed import fingerprint, handing_on
+from sarqc.pipeline.points import Point, order_of
 from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
+from sarqc.pipeline.streams import Memory, Streams, Text, cut
 from sarqc.pipeline.work_split import pieces
-from sarqc.pipeline.workbench import Workbench
 
 TOKENS = 1 << 14
 """Largest number of calibration tokens that sites are observed on."""
@@ -68,14 +73,12 @@ class SiteSensitivity:
 
 @dataclass
 class _Trial:
-    """A site that was probed in block `block`. solved: relative losses by bit-width. hidden: [B, L, H] on the host, the
-    probe sequences as they leave the last block so far.
-    """
+    """A site that was tried in block `block`. solved: relative losses by width. stream: the few windows, with it."""
 
     block: int
     site: Site
     solved: dict[int, float]
-    hidden: Tensor
+    stream: Forward
 
     def result(self, divergence: float) -> SiteSensitivity:
         return SiteSensitivity(
@@ -88,7 +91,6 @@ class _Trial:
         )
 
 
-@torch.no_grad()
 def measure_sensitivity(
     skeleton: Skeleton,
     source: TensorSource,
@@ -108,43 +110,165 @@ def measure_sensitivity(
     """(block, losses) of every site in the order of blocks; of blocks that are not `mine` nothing.
 
     tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are observed. micro_batch(L): windows at once.
-    gram_budget: bytes of Grams at once, as in `blocks.run`; where memory runs out there is less at once, as there.
+    gram_budget: bytes of Grams at once, as in `driver.run`; where memory runs out for them there are fewer at once.
     Beside a block there is at most a copy of one of its sites on the device.
     """
     windows = _evenly(tokens)
     batches = cut(len(windows), micro_batch(windows.shape[1]), FOLDS)
-    states = enter(skeleton, source, windows, batches, FOLDS, device=device, dtype=dtype)
+    text = Text.of(windows, batches, FOLDS, SINGLE_PROCESS)
     few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
-    skeleton.load_outer(source, device, dtype)
-    skeleton.prepare(*few.shape)
-    plain = skeleton.embed(few).cpu()
-    skeleton.unload_outer()
     solving = SiteQuantizer(skeleton, source, quant, method, device, LambdaSearch(seed=seed), SINGLE_PROCESS)
-    work = Workbench(
-        skeleton, source, method, device, dtype, gram_budget, lambda *_: None, None, solving, SINGLE_PROCESS, None
-    )
-    trials: list[_Trial] = []
-    for index in range(len(skeleton.blocks)):
-        on_block(index)
-        work.load(index)
-        trying = partial(_begin, work, index, found, states, plain)
-        begun = work.with_memory(index, states, trying) if mine(index) else []
-        for hidden in (plain, *(trial.hidden for trial in trials)):
-            hidden.copy_(skeleton.call_block(index, hidden.to(device)))
-        trials += begun
-        with work.stage(index, "replay"):
-            work.with_memory(index, states, partial(states.move_on, partial(skeleton.call_block, index), device))
-        skeleton.unload_block(index)
-    skeleton.load_outer(source, device, dtype, head=True)
-    expected = _logits(skeleton, plain)
-    results = []
-    for trial in trials:
-        tally = Tally()
-        for window, own, reference in zip(few, _logits(skeleton, trial.hidden), expected):
-            tally.add(own[:-1], window[1:].to(device), reference[:-1])
-        results.append((trial.block, trial.result(tally.kl)))
-    skeleton.unload_outer()
+    with ExitStack() as stack_, torch.no_grad():
+        streams = stack_.enter_context(Streams(skeleton, source, device, dtype, Memory()))
+        streams.begin(text, reference=False)
+        skeleton.load_outer(source, device, dtype)  # trials begin with the embeddings, too
+        looking = _Looking(solving, streams, few, Portions(gram_budget))
+        stack_.callback(looking.close)
+        for index in range(len(skeleton.blocks)):
+            on_block(index)
+            looking.enter(index)
+            skeleton.load_block(index, source, device, dtype)
+            looking.leave(index, found.of_block(index) if mine(index) else [])
+            skeleton.unload_block(index)
+        skeleton.load_outer(source, device, dtype, head=True)
+        results = list(looking.results())
+        skeleton.unload_outer()
     return results
+
+
+class _Looking:
+    """The streams of a measurement: the text, the few windows through the model as it is, and through each trial."""
+
+    def __init__(self, solving: SiteQuantizer, streams: Streams, few: Tensor, portions: Portions) -> None:
+        self._solving = solving
+        self._skeleton = solving.skeleton
+        self._streams = streams
+        self._few = few
+        self._portions = portions
+        self._collector = Collector(solving.method, FOLDS, solving.device, SINGLE_PROCESS)
+        self._plain = self._stream(0)
+        self._trials: list[_Trial] = []
+        self._arrive(self._plain, 0)
+
+    def enter(self, index: int) -> None:
+        """Bring all streams to a block."""
+        self._streams.enter(index)
+        for stream in (self._plain, *(trial.stream for trial in self._trials)):
+            self._arrive(stream, index)
+
+    def leave(self, index: int, members: Sequence[Target]) -> None:
+        """Try each site of a loaded block, and bring all streams through it with its own weights."""
+        found, form = self._losses(index, members) if members else [], self._streams.form
+        self._streams.leave_quantized(index)
+        self._streams.leave_probe(index)
+        begun = [self._begin(index, form, *one) for one in found]
+        for stream in (self._plain, *(trial.stream for trial in self._trials)):
+            for _ in stream.leave(index):
+                pass
+        self._trials += begun
+
+    def results(self) -> Iterator[tuple[int, SiteSensitivity]]:
+        """What each trial loses; needs the head."""
+        (expected,) = (arrival.output for arrival in self._plain.at(self._end))
+        for trial in self._trials:
+            tally = Tally()
+            (own,) = (arrival.output for arrival in trial.stream.at(self._end))
+            for window, mine, reference in zip(self._few, own, expected):
+                tally.add(mine[:-1], window[1:].to(mine.device), reference[:-1])
+            trial.stream.close()
+            yield trial.block, trial.result(tally.kl)
+
+    def close(self) -> None:
+        """End all streams."""
+        for stream in (self._plain, *(trial.stream for trial in self._trials)):
+            stream.close()
+
+    @property
+    def _end(self) -> Point:
+        return Point("end", len(self._skeleton.blocks))
+
+    def _stream(self, first: int) -> Forward:
+        return Forward([self._run], self._skeleton.blocks, first=first)
+
+    def _run(self) -> object:
+        return self._skeleton.model(input_ids=self._few.to(self._solving.device), use_cache=False).logits
+
+    def _arrive(self, stream: Forward, index: int) -> None:
+        for _ in stream.at(Point("enter", index)):
+            pass
+
+    def _losses(self, index: int, members: Sequence[Target]) -> list[tuple[Site, dict[int, float], _Weights]]:
+        """Of each site what it loses at each width, and its weights at the one that is tried."""
+        call = self._streams.call(index)
+        sites = find_sites(self._skeleton, members, call)
+        points = [Point("site", index, site.entry) for site in sites]
+        self._streams.hooks.watch(points, self._skeleton.model, self._solving.method.router_weight_power)
+        order, by_entry = order_of(points, call.run), {site.entry: site for site in sites}
+        self._streams.quantized.begin_block(order)
+        return [self._with_memory(index, by_entry[point.name], point) for point in order]
+
+    def _with_memory(self, index: int, site: Site, point: Point) -> tuple[Site, dict[int, float], _Weights]:
+        while True:
+            try:
+                return self._site(site, point)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            if self._portions.together == 1:
+                raise ResourceError(
+                    f"{self._solving.device} has no memory left at {self._skeleton.prefix}.{index} ({reason}), with "
+                    "one Gram at a time: use a device with more memory, a smaller --micro-batch or --device cpu"
+                )
+            self._portions.halve()
+
+    def _site(self, site: Site, point: Point) -> tuple[Site, dict[int, float], _Weights]:
+        losses: LossByBits | None = None
+        weights: _Weights = []
+        for (share,) in self._portions.of([site], FOLDS):
+            (statistics,), _ = self._collector.collect([share], partial(self._rows, site, point))
+            own, solved = _share(self._solving, share, statistics)
+            losses = own if losses is None else losses + own
+            weights += solved
+        assert losses is not None
+        return site, losses.relative(probe_bits(self._solving.quant)), weights
+
+    def _rows(self, site: Site, point: Point) -> Iterator[Rows]:
+        for arrival, (_, fold) in zip(self._streams.quantized.at(point), self._streams.text.batches):
+            yield Rows(site, fold, arrival.x.reshape(-1, site.in_features), arrival.offsets)
+
+    def _begin(self, index: int, form: str | None, site: Site, solved: dict[int, float], weights: _Weights) -> _Trial:
+        """A trial of a site through its block, with these weights in its place; its own are put back."""
+        model = self._skeleton.model
+        stream = self._handed(index, form)
+        originals = {name: stack(model, name).clone() for name, _, _ in site.slabs}
+        for target, weight in weights:
+            write_back(model, target, weight)
+        for _ in stream.leave(index):
+            pass
+        for name, original in originals.items():
+            stack(model, name).copy_(original)
+        return _Trial(index, site, solved, stream)
+
+    def _handed(self, index: int, form: str | None) -> Forward:
+        """The few windows, waiting to enter a block as they do in the model as it is. form: how the one before returns
+        them."""
+        stream = self._stream(index)
+        hidden = self._plain.lefts()
+        if index == 0:
+            self._arrive(stream, 0)
+            return stream
+        if form is None:
+            raise ModelError(f"{self._skeleton.prefix} hand on more than a tensor: give --bits in place of --avg-bits")
+        with handing_on(self._skeleton.layers, index, form, lambda number: hidden[number]):
+            (met,) = stream.at(Point("enter", index))
+        (entry,) = self._plain.at(Point("enter", index))
+        if fingerprint(met) != fingerprint(entry):
+            raise ModelError(
+                f"{self._skeleton.prefix}.{index} is entered with more than hidden states, so no site can be tried "
+                "from there: give --bits in place of --avg-bits"
+            )
+        return stream
 
 
 def _evenly(tokens: Tensor) -> Tensor:
@@ -159,61 +283,17 @@ def _evenly(tokens: Tensor) -> Tensor:
     return windows
 
 
-def _begin(work: Workbench, index: int, found: Targets, states: States, plain: Tensor) -> list[_Trial]:
-    """A trial of each site of a block that is loaded, through that block."""
-    skeleton, quant = work.skeleton, work.solving.quant
-    sites = find_sites(skeleton, index, found.of_block(index), states.probe().to(work.device))
-    losses: dict[str, LossByBits] = {}
-    weights: dict[str, list[tuple[Target, QuantizedWeight]]] = {site.name: [] for site in sites}
-    for shares in work.portions(sites, FOLDS):
-        for share, own, solved in _portion(work, index, shares, states):
-            name = share.site.name
-            losses[name] = losses[name] + own if name in losses else own
-            weights[name] += solved
-    width = probe_bits(quant)
-    return [
-        _Trial(index, site, losses[site.name].relative(width), _tried(skeleton, index, site, weights[site.name], plain))
-        for site in sites
-    ]
+_Weights = list[tuple[Target, QuantizedWeight]]
 
 
-_Solved = tuple[Share, LossByBits, list[tuple[Target, QuantizedWeight]]]
-
-
-def _portion(work: Workbench, index: int, shares: Sequence[Share], states: States) -> list[_Solved]:
-    """Losses of each share, and its probe weights; their Grams are freed when this returns."""
-    with work.stage(index, "observe"):
-        collected, _ = collect(work.skeleton, index, shares, states, work.method, work.device)
-    with work.stage(index, "solve"):
-        return [_share(work, share, statistics) for share, statistics in zip(shares, collected)]
-
-
-def _share(work: Workbench, share: Share, statistics: Statistics) -> _Solved:
+def _share(solving: SiteQuantizer, share: Share, statistics: Statistics) -> tuple[LossByBits, _Weights]:
     """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
-    model, how = work.skeleton.model, (work.solving.quant, work.method, scale_dtype(work.source, share.site))
-    losses = loss_by_bits(share.name, share.weight(model), statistics, *how, work.solving.lambda_search.seed)
+    model, how = solving.skeleton.model, (solving.quant, solving.method, scale_dtype(solving.source, share.site))
+    losses = loss_by_bits(share.name, share.weight(model), statistics, *how, solving.lambda_search.seed)
     statistics.merge_folds()
-    solved: list[tuple[Target, QuantizedWeight]] = []
-    for piece in pieces([share], 1, work.device, gram=True):
+    solved: _Weights = []
+    for piece in pieces([share], 1, solving.device, gram=True):
         own, experts = piece.share, slice(piece.share.first - share.first, piece.share.stop - share.first)
         weight = probe_weight(share.name, own.weight(model), statistics, *how, experts)
         solved += share.site.split(weight.to("cpu"), own.first)
-    return share, losses, solved
-
-
-def _tried(
-    skeleton: Skeleton, index: int, site: Site, weights: list[tuple[Target, QuantizedWeight]], plain: Tensor
-) -> Tensor:
-    """What leaves the block, on the host, with these weights in a site's place; its own are put back."""
-    originals = {name: stack(skeleton.model, name).clone() for name, _, _ in site.slabs}
-    for target, weight in weights:
-        write_back(skeleton.model, target, weight)
-    leaving = skeleton.call_block(index, plain.to(skeleton.device)).cpu()
-    for name, original in originals.items():
-        stack(skeleton.model, name).copy_(original)
-    return leaving
-
-
-def _logits(skeleton: Skeleton, hidden: Tensor) -> list[Tensor]:
-    """Logits [L, V] of each window."""
-    return [skeleton.finish(window[None].to(skeleton.device))[0] for window in hidden]
+    return losses, solved

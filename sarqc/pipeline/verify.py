@@ -100,6 +100,8 @@ def check(
         with open_checkpoint(folder) as checkpoint:
             steps = _Steps(progress, len(checkpoint.raw_names()))
             found.manifest = (folder / MANIFEST).exists()
+            if source is not None:
+                _split_alike(checkpoint, source, trust_remote_code)
             beside = None if source is None else _Beside(found, checkpoint, source, rescaled)
             found.problems += lacking(checkpoint, source) if source else ()
             found.problems += files.problems(checkpoint, steps.step, beside)
@@ -109,6 +111,18 @@ def check(
     except CheckpointError as error:
         found.problems.append(str(error))
     return found
+
+
+def _split_alike(checkpoint: Checkpoint, source: Checkpoint, trust_remote_code: bool) -> None:
+    """Show the source's experts one by one where the checkpoint has them so."""
+    ours = set(checkpoint.names())
+    if set(source.names()) <= ours:
+        return
+    try:
+        skeleton = Skeleton.from_folder(source.folder, source, trust_remote_code=trust_remote_code)
+    except ModelError:
+        return  # the names that differ are reported one by one
+    source.split(skeleton.split_experts(lambda names: any(f"{name}.weight" in ours for name in names)))
 
 
 @dataclass

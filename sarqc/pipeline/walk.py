@@ -48,7 +48,8 @@ class Route:
 
 class Walk:
     """A context: the forward is ended when it ends. arrival: where the micro-batch waits; None before it has begun.
-    kept: what it brought to sites whose inputs are needed later, in this block."""
+    kept: what it brought to sites whose inputs are needed later, in this block. left: the stream as it has left the
+    block before; None in the first one."""
 
     def __init__(
         self, call: Callable[[], object], number: int, route: Route, first: Point, parking: Parking | None = None
@@ -56,6 +57,8 @@ class Walk:
         self.number = number
         self.arrival: Arrival | None = None
         self.kept: dict[Point, Tensor] = {}
+        self.left: Tensor | None = None
+        self._left_version = 0
         self._route = route
         self._first = first
         self._parking = parking
@@ -67,6 +70,10 @@ class Walk:
         while self.arrival is None or self.arrival.point != target:
             self._step()
         return self.arrival
+
+    def waits_at(self, point: Point) -> bool:
+        """Whether the micro-batch is there."""
+        return self.arrival is not None and self.arrival.point == point
 
     def correct(self) -> None:
         """Make the correction of the stream that belongs to the point where the micro-batch waits, once."""
@@ -97,12 +104,17 @@ class Walk:
         self._parking.park()
         return held
 
+    @property
+    def left_whole(self) -> bool:
+        """Whether what has left the block before is still what it was: the model may have written into it."""
+        return self.left is not None and self.left._version == self._left_version
+
     def close(self) -> None:
         """End the forward."""
         try:
             self._task.close()
         finally:
-            self.arrival = None
+            self.arrival = self.left = None
             self.kept.clear()
             if self._parking is not None:
                 self._parking.discard()
@@ -116,6 +128,8 @@ class Walk:
                 self.kept[self.arrival.point] = self.arrival.x
             elif self.arrival.point.kind == "leave":
                 self.kept.clear()
+                self.left = self.arrival.tensor
+                self._left_version = 0 if self.left is None else self.left._version
         self.arrival, self._corrected = None, False
         found = self._resume(expected)
         if not isinstance(found, Arrival):

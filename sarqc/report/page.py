@@ -39,7 +39,7 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem } td, th { tex
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 details { margin: .4rem 0 } summary { cursor: pointer; color: var(--dim) }
 """
-_STAGES = ("load", "observe", "solve", "replay")
+_STAGES = ("load", "reference", "forward", "solve")
 _NAMED = 40
 
 

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ __all__ = ["coordinate_descent", "fit_grid", "quantize_columns", "unsupported", 
 
 _CUT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Bits of mantissa that a dtype has less than fp32."""
+
+
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Whatever the defaults are where the first call is made: models are built on other devices and in other dtypes."""
 
 
 class Stretch(ctypes.Structure):
@@ -212,11 +217,11 @@ def _equals_torch(steps: CppSteps) -> bool:
     """Whether the sums of a problem have torch's bits: deltas of columns, which hold every sum, and searched scales."""
     generator = torch.Generator().manual_seed(0)
     experts, rows, columns = 1, 70, reference.PANEL
-    weight = torch.randn(columns, experts, rows, generator=generator)
-    inside = (torch.randn(experts, columns, columns, generator=generator) / 4).triu(1)
-    inside += torch.eye(columns)
+    weight = torch.randn(columns, experts, rows, generator=generator, **_PLAIN)
+    inside = (torch.randn(experts, columns, columns, generator=generator, **_PLAIN) / 4).triu(1)
+    inside += torch.eye(columns, **_PLAIN)
     rule = GridRule(3, False, True, torch.float32)
-    scales, zeros = torch.full((1, experts, rows), 0.1), torch.full((1, experts, rows), 3.0)
+    scales, zeros = (torch.full((1, experts, rows), value, **_PLAIN) for value in (0.1, 3.0))
     results = []
     for own in (steps, reference.TorchSteps()):
         work = Work(
@@ -226,16 +231,16 @@ def _equals_torch(steps: CppSteps) -> bool:
             scales=scales,
             zeros=zeros,
             factor=inside,
-            diagonal=torch.ones(experts, columns),
-            usable=torch.ones(experts, dtype=torch.bool),
-            group_of=torch.zeros(experts, columns, dtype=torch.int64),
+            diagonal=torch.ones(experts, columns, **_PLAIN),
+            usable=torch.ones(experts, dtype=torch.bool, device="cpu"),
+            group_of=torch.zeros(experts, columns, dtype=torch.int64, device="cpu"),
             group_size=columns,
             given=True,
             rule=rule,
         )
-        pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), **_PLAIN)
         own.columns(work, inside, pull, 0, 0, 100)  # what the rest of the panel is asked stays in `pull`
-        grid_found = torch.empty(2, experts, rows)
+        grid_found = torch.empty(2, experts, rows, **_PLAIN)
         own.fit(weight, weight[:, :, 0].square(), rule, grid_found[0], grid_found[1])
         results.append((work.delta[:100], work.codes[:100], pull[100:], grid_found))
     return _keeps_order(generator) and all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
@@ -243,8 +248,8 @@ def _equals_torch(steps: CppSteps) -> bool:
 
 def _keeps_order(generator: torch.Generator) -> bool:
     """Whether BLAS adds a product of `DEPTH` columns in their order, each with one fused step."""
-    left, right = torch.randn(DEPTH, 96, generator=generator), torch.randn(DEPTH, 70, generator=generator)
-    total = torch.zeros(96, 70)
+    left, right = (torch.randn(DEPTH, width, generator=generator, **_PLAIN) for width in (96, 70))
+    total = torch.zeros(96, 70, **_PLAIN)
     for one, other in zip(left, right):
         total.addcmul_(one[:, None], other)
     return torch.equal(columns_product(left, right), total)

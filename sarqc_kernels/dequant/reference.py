@@ -76,7 +76,7 @@ def decoded_scales(scales: Tensor, kind: str, global_scale: Tensor | None, divid
 def _e2m1(codes: Tensor) -> Tensor:
     """fp32 [n, 2 w] of bytes [n, w], the low nibble first."""
     nibbles = torch.arange(256, device=codes.device)
-    signed = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
+    signed = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float32, device=codes.device)
     pairs = torch.stack([signed[nibbles & 15], signed[nibbles >> 4]], dim=-1)  # of every byte
     return pairs.index_select(0, codes.flatten().int()).view(codes.shape[0], -1)
 

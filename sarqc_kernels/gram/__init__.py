@@ -19,9 +19,10 @@ from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device, check_tensor
 from sarqc_kernels.device import fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
-from sarqc_kernels.gram import reference
+from sarqc_kernels.gram import cross, reference
+from sarqc_kernels.gram.cross import cross_gram_accumulate_
 
-__all__ = ["gram_accumulate_", "gram_finalize", "implementations", "symmetrize_"]
+__all__ = ["cross_gram_accumulate_", "gram_accumulate_", "gram_finalize", "implementations", "symmetrize_"]
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -79,7 +80,7 @@ _FINALIZE = (
 
 def implementations() -> dict[str, Sequence[Implementation]]:
     """What there is of each operation, fastest first on a card; for `backend.explain`."""
-    return {"gram_accumulate_": _ACCUMULATE, "gram_finalize": _FINALIZE}
+    return {"gram_accumulate_": _ACCUMULATE, "gram_finalize": _FINALIZE, **cross.implementations()}
 
 
 def gram_accumulate_(

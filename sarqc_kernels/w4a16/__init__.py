@@ -12,7 +12,7 @@ tokens the bytes are all that counts, and packed weights are read up to four tim
 from sarqc_kernels.w4a16.experts import w4a16_experts
 from sarqc_kernels.w4a16.layout import RepackedWeight, repack, unpack_weight
 from sarqc_kernels.w4a16.matmul import implementations, w4a16_matmul
-from sarqc_kernels.w4a16.routing import Routing
+from sarqc_kernels.w4a16.routing import Routing, route
 from sarqc_kernels.w4a16.warmup import warm_up
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Routing",
     "implementations",
     "repack",
+    "route",
     "unpack_weight",
     "w4a16_experts",
     "w4a16_matmul",

@@ -17,7 +17,7 @@ from sarqc_kernels.errors import ArgumentError
 from sarqc_kernels.w4a16.experts import w4a16_experts
 from sarqc_kernels.w4a16.layout import RepackedWeight
 from sarqc_kernels.w4a16.matmul import w4a16_matmul
-from sarqc_kernels.w4a16.routing import Routing
+from sarqc_kernels.w4a16.routing import route
 
 __all__ = ["DECODE_TOKENS", "warm_up"]
 
@@ -102,11 +102,10 @@ def _multiply(weight: RepackedWeight, tokens: int, dtype: torch.dtype, top_k: in
 
 def _run_experts(gate_up: RepackedWeight, down: RepackedWeight, tokens: int, dtype: torch.dtype, top_k: int) -> None:
     experts, device, rows = gate_up.words.shape[0], gate_up.words.device, tokens * top_k
-    slots = torch.arange(rows, device=device).view(top_k, tokens)
-    behind = torch.arange(tokens, device=device).repeat(top_k)
+    choices = torch.arange(rows, device=device).view(tokens, top_k) % experts
     x = torch.zeros(tokens, gate_up.in_features, dtype=dtype, device=device)
-    weights = torch.zeros(rows, dtype=dtype, device=device)
-    w4a16_experts(x, gate_up, down, Routing(_offsets(rows, experts, device), behind, slots, weights))
+    weights = torch.zeros(tokens, top_k, dtype=dtype, device=device)
+    w4a16_experts(x, gate_up, down, route(choices, weights, experts))
 
 
 def _offsets(rows: int, experts: int, device: torch.device) -> Tensor:

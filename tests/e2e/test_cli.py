@@ -130,7 +130,6 @@ def test_bad_models_and_texts_are_one_line(source, quantized, tmp_path):
     cases = [
         (("no/such/folder",), ("no/such/folder",)),
         ((encoder,), ("ViTModel",)),
-        ((quantized,), ("quantized already",)),
         ((source, "--dataset", empty), ("empty",)),
         ((nan, *RUN), ("model.layers.1.mlp.up_proj",)),
         ((inf, *RUN), ("model.layers.0",)),

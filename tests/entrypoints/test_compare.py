@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -13,27 +11,13 @@ import torch
 from rich.console import Console
 
 import sarqc
-from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.cli.comparison import comparison_tables
 from sarqc.comparison import experiment as module
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Other
-from sarqc.comparison.store import Grams, load_statistics, save_statistics
-from sarqc.config import MethodConfig, QuantConfig
 from sarqc.entrypoints.compare import NoProgress, compare
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
-from sarqc.method.gram import Statistics
-from sarqc.method.lambda_search import LambdaSearch
-from sarqc.model.build import build
 from sarqc.model.dataset import Windows, windows
-from sarqc.model.layers import targets
-from sarqc.model.lazy_model import Skeleton
-from sarqc.model.perplexity import perplexity
-from sarqc.model.sites import Share
-from sarqc.model.source import Overlay
-from sarqc.pipeline.collect import collect
-from sarqc.pipeline.driver import Start
-from sarqc.pipeline.passes import gram_bytes
 from tests.support import tiny
 
 CPU = torch.device("cpu")
@@ -78,28 +62,6 @@ def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
     )
     assert quality["kl"] == pytest.approx(cell(found, "gptq")["quality"]["builtin"]["kl"], rel=0.02)
     assert len(grown.table["cells"]) == len(methods) + 1
-
-
-def test_every_method_solves_from_what_was_collected_as_from_what_it_observes(shallow, tmp_path):
-    """Channel scales and chosen strengths included: against the block loop on the same windows, loaded whole."""
-    found = compare(shallow, tmp_path / "table", methods=tuple(sarqc.METHODS), bits=(3,), seeds=(5,), **HOW)
-    source = open_checkpoint(shallow)
-    text = windows("builtin", tiny.tokenizer(), part="calibration", seqlen=32).draw(4, 5)
-    judged_on = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(3)
-    for method in sarqc.METHODS:
-        config = replace(MethodConfig(method), error_correction=False)
-        skeleton, start = (
-            Skeleton.from_folder(shallow, source),
-            Start(0, None, lambda _: ({}, {}), LambdaSearch(seed=5)),
-        )
-        (block,) = module.driver.run(
-            skeleton, source, text.tokens, QuantConfig(3, 64), config, dtype=torch.float32, start=start
-        )
-        model = build(
-            Skeleton.from_folder(shallow, source), Overlay(source, block.weights, block.changed), dtype=torch.float32
-        )
-        quality = cell(found, method)["quality"]["builtin"]
-        assert quality["perplexity"] == pytest.approx(perplexity(model, judged_on).perplexity, rel=2e-4), method
 
 
 def test_agreement_and_divergence_are_those_of_the_two_models(deep, tmp_path):
@@ -153,21 +115,8 @@ def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_p
     again = compare(deep, out, progress=rest, **how)
     assert without_times(again) == without_times(straight)
     assert sum("perplexity" in step for step in rest.steps) == 9 - len(lines)
-    assert not (out / "grams").exists()
-    monkeypatch.setattr(module, "collect", None)
     monkeypatch.setattr(module.driver, "run", None)
     assert without_times(compare(deep, out, **how)) == without_times(straight)
-
-
-def test_statistics_are_collected_once_for_all_methods_bits_and_sizes(deep, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(module, "collect", lambda *a, **k: calls.append(a[4]) or collect(*a, **k))
-    monkeypatch.setattr("sarqc.pipeline.passes.observe", None)
-    how = HOW | dict(num_samples=(4, 2), group_sizes=(32, "auto"))
-    compare(deep, tmp_path / "a", methods=("gptq",), bits=(4, 3), **how)
-    assert calls == [[2, 4]]
-    found = compare(deep, tmp_path / "a", methods=("gptq", "gptq@0.1"), bits=(4, 3), **how)
-    assert calls == [[2, 4]] * 2 and len(found.table["cells"]) == 2 * 2 * 2 * 2
 
 
 def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
@@ -238,14 +187,6 @@ def test_other_checkpoints_are_written_in_one_word(tmp_path):
             Other.parsed(said)
 
 
-def test_a_disk_without_room_is_said_after_the_first_block(deep, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("sarqc.comparison.store.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"GB more for the statistics of 1 calibration"):
-        compare(deep, tmp_path / "out", methods=("gptq",), **HOW)
-    assert not (tmp_path / "out" / "grams").exists()
-
-
 def record(method, seed, perplexity, windows=16):
     quality = {} if perplexity is None else {"t": {"perplexity": perplexity, "agreement": 0.5, "kl": 0.1}}
     return dict(
@@ -308,76 +249,6 @@ def test_smaller_sizes_are_the_beginning_of_larger_ones(deep):
     for size in (3, 8, 20):
         assert torch.equal(nested[:size].sort(0).values, text.draw(size, 7).tokens.sort(0).values)
     assert torch.equal(nested[:3], text.draw(3, 7).tokens)
-
-
-def test_statistics_of_a_size_are_those_of_its_windows_alone(deep, tmp_path):
-    source = open_checkpoint(deep)
-    skeleton = Skeleton.from_folder(deep, source)
-    skeleton.load_outer(source, "cpu", torch.float32)
-    found = targets(skeleton, QuantConfig())
-    tokens = torch.arange(6 * 20).view(6, 20) % tiny.VOCABULARY
-    path = tmp_path / "x.safetensors"
-
-    def statistics(sizes, folds, budget):
-        kept: dict[tuple[int, int], dict[str, Statistics]] = {}
-        for block, size, shares in collect(skeleton, source, found, tokens, sizes, folds=folds, gram_budget=budget):
-            save_statistics(path, {(share.site.name, share.first): own for share, own in shares.items()})
-            read = {share.name: load_statistics([path], share.name, 0, 1, CPU, rest=True) for share in shares}
-            kept.setdefault((block, size), {}).update(read)
-        return kept
-
-    both, alone, apart = statistics([2, 6], 2, 1 << 30), statistics([2], 1, 1 << 30), statistics([6], 2, 1)
-    assert {key[1] for key in both} == {2, 6} and {len(sites) for sites in both.values()} == {4}
-    for (block, _), sites in alone.items():
-        for name, one in sites.items():
-            total = both[block, 2][name].total()
-            torch.testing.assert_close(total.second_moment(), one.total().second_moment())
-            assert total.rows.tolist() == [2 * 20] and len(both[block, 2][name].folds) == 2
-    for (block, size), sites in apart.items():
-        for name, one in sites.items():
-            torch.testing.assert_close(one.total().second_moment(), both[block, size][name].total().second_moment())
-    assert load_statistics([path], "no such site", 0, 1, CPU, rest=True) is None
-    assert not math.isnan(float(both[1, 6][next(iter(both[1, 6]))].total().sum.tril().sum()))
-
-
-def test_experts_are_collected_within_the_budget_and_read_in_any_portions(tmp_path):
-    """Each stretch with what all others of its layer saw, whichever portions they were collected in."""
-    folder = tiny.save("qwen3_moe", tmp_path / "model", num_hidden_layers=1)
-    source = open_checkpoint(folder)
-    skeleton = Skeleton.from_folder(folder, source)
-    skeleton.load_outer(source, "cpu", torch.float32)
-    found = targets(skeleton, QuantConfig())
-    tokens = torch.arange(4 * 20).view(4, 20) % tiny.VOCABULARY
-
-    def stored(name, budget):
-        grams, most = Grams(tmp_path / name, [4]), 0
-        grams.begin()
-        for block, size, shares in collect(skeleton, source, found, tokens, [4], folds=2, gram_budget=budget):
-            most = max(most, sum(gram_bytes(share, 2) for share in shares))
-            grams.save(block, size, shares, blocks=1)
-        return grams, most, next(share.site for share in shares if share.site.experts > 1)
-
-    budget = 3 * 2 * 4 * 64 * 64  # three experts of gate and up
-    whole, _, site = stored("whole", 1 << 30)
-    portions, most, _ = stored("portions", budget)
-    assert most <= budget
-    all_of_them = whole.load(0, 4, Share(site, 0, 4), CPU, rest=True)
-    assert not all_of_them.rest and not portions.load(0, 4, Share(site, 1, 4), CPU, rest=False).rest
-    for first, stop in ((0, 4), (0, 3), (1, 2), (2, 4)):
-        own = portions.load(0, 4, Share(site, first, stop), CPU, rest=True)
-        for expected, fold in zip(all_of_them.folds, own.folds, strict=True):
-            assert torch.equal(fold.sum, expected.sum[first:stop]) and torch.equal(fold.rows, expected.rows[first:stop])
-        others = [number for number in range(4) if not first <= number < stop]
-        for expected, fold in zip(all_of_them.folds, own.rest, strict=bool(others)):
-            torch.testing.assert_close(fold.sum[0], expected.sum[others].sum(0))
-            assert int(fold.rows) == int(expected.rows[others].sum())
-
-
-def test_grams_are_counted_with_every_fold_that_is_read(deep, tmp_path, monkeypatch):
-    folds, run = [], module.driver.run
-    monkeypatch.setattr(module.driver, "run", lambda *a, **k: folds.append((k["folds"], len(a[2]))) or run(*a, **k))
-    compare(deep, tmp_path / "a", methods=("gptq",), bits=(4,), **HOW)
-    assert folds == [(2, 2)]
 
 
 def test_a_folder_of_something_else_is_not_written_into(deep, tmp_path):

@@ -41,18 +41,16 @@ def source(tmp_path_factory):
 def test_a_watcher_sees_every_stage_of_every_block(source, tmp_path):
     diary = Diary()
     sarqc.quantize(source, tmp_path / "out", progress=diary, **SMALL)
-    # all layers but the last, the original on its way, the last layer, and what was quantized on its way
-    block = ["load", "observe", "solve", "replay", "observe", "solve"]
+    # the reference on its way, four sites in turn, and what is left of the block
+    block = ["load", "reference", *["forward", "solve"] * 4, "forward"]
     first, second = ([f"{index} {stage}" for stage in block] for index in range(2))
-    expected = ["note", "note", "begin 2 done 0", *first, "0 replay", "done 0", *second, "done 1", "note"]
-    assert diary.lines == expected
+    assert diary.lines == ["note", "note", "begin 2 done 0", *first, "done 0", *second, "done 1", "note"]
 
 
-def test_without_errors_to_make_up_for_the_original_stays_at_home(source, tmp_path):
+def test_without_errors_to_correct_there_is_no_reference(source, tmp_path):
     diary = Diary()
     sarqc.quantize(source, tmp_path / "out", progress=diary, error_correction=False, **SMALL)
-    expected = ["note", "note", "begin 2 done 0", "0 load", "0 observe", "0 solve", "0 replay", "done 0"]
-    assert diary.lines == [*expected, "1 load", "1 observe", "1 solve", "done 1", "note"]
+    assert not any("reference" in line for line in diary.lines) and "1 forward" in diary.lines
 
 
 def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
@@ -73,7 +71,7 @@ def test_rounding_reads_no_text(source, tmp_path):
     diary = Diary()
     report = sarqc.quantize(source, tmp_path / "out", method="rtn", dataset="nowhere.txt", progress=diary).report
     assert report["calibration"] is None
-    assert not any("observe" in line for line in diary.lines)
+    assert not any("forward" in line for line in diary.lines)
 
 
 def test_the_report_is_complete_json(source, tmp_path):
@@ -84,7 +82,7 @@ def test_the_report_is_complete_json(source, tmp_path):
     assert 3.5 <= report["size"]["bits_per_weight"] < 3.6
     stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert report["size"]["bytes"] == pytest.approx(stored, rel=0.1)
-    assert {"load", "observe", "solve", "replay", "write", "total"} == set(report["seconds"])
+    assert {"load", "reference", "forward", "solve", "write", "total"} == set(report["seconds"])
     assert {"sarqc", "torch", "transformers", "python"} <= set(report["versions"])
 
 

@@ -94,10 +94,12 @@ def test_a_model_on_a_hub_is_known_by_its_headers(sources, tmp_path, monkeypatch
 
 
 def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(sources, tmp_path, monkeypatch):
-    """Models that are trained in fp8 are hundreds of GB."""
+    """Weights may be hundreds of GB."""
     config = json.loads((sources["llama"] / "config.json").read_text())
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (tmp_path / "hub" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "exl2"}})
+    )
     asked = []
 
     def snapshot_download(hub_id, allow_patterns, ignore_patterns):
@@ -106,7 +108,7 @@ def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(so
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     for ask in (partial(estimate, **SMALL), partial(sarqc.quantize, **SMALL), sarqc.compare):
-        with pytest.raises(sarqc.SarqcError, match=r"quantized already, with quant_method 'fp8': give the original"):
+        with pytest.raises(sarqc.SarqcError, match=r"quantized already, with quant_method 'exl2', which is not read"):
             ask("owner/name", tmp_path / "out")
     assert "*.json" in asked and "*.safetensors" not in asked
 

@@ -102,6 +102,18 @@ def test_a_sum_in_another_order_is_refused(fresh, monkeypatch: pytest.MonkeyPatc
                          backend="cpu")  # fmt: skip
 
 
+def test_the_first_call_can_come_while_a_model_is_built(fresh) -> None:
+    """Another default dtype and device are set then."""
+    needed()
+    cpu_impl.why_not.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert cpu_impl.why_not() is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_no_compiler_is_a_reason(fresh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SARQC_CXX", raising=False)

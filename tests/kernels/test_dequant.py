@@ -159,6 +159,17 @@ def test_fp4_like_compressed_tensors(name: str, shape, backend: str, device: str
     assert same(got.cpu(), theirs)
 
 
+def test_the_default_dtype_does_not_matter(backend: str, device: str, generator: torch.Generator) -> None:
+    """Models are loaded while another one is set."""
+    packed, scales = octets(generator, 4, 32).to(device), fp8(generator, 4, 4).to(device)
+    want = dequantize_fp4(packed, scales, dtype=torch.float32, backend=backend)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert same(dequantize_fp4(packed, scales, dtype=torch.float32, backend=backend).cpu(), want.cpu())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_second_level_can_multiply(backend: str, device: str, generator: torch.Generator) -> None:
     packed, scales = octets(generator, 5, 24), fp8(generator, 5, 3)
     level = torch.tensor([0.00321])

@@ -19,8 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.aot import sass
+from sarqc_kernels import build
 from sarqc_kernels.build import sources
 from sarqc_kernels.device import Device
+from sarqc_kernels.errors import BackendError
 from sarqc_kernels.testing import Quantized, dequantize, random_quantized
 from sarqc_kernels.w4a16 import RepackedWeight, cuda, repack, w4a16_matmul
 from sarqc_kernels.w4a16.gemv import GemvPlan, gemv_plan
@@ -207,6 +210,54 @@ def test_gate_and_up_in_one(plan: dict[str, int], libraries: Libraries, generato
         gate, up = (values[expert] @ x[index[row]].double()).chunk(2)
         exact = torch.nn.functional.silu(gate) * up
         assert ((out[row].double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-4 * exact.abs().max()).all()
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The listing of each kernel of 4 bits in bf16 for sm_90a."""
+    tools = pytest.importorskip("benchmarks.aot.compiler").TOOLS
+    try:
+        nvcc = build.nvcc()
+    except BackendError as error:
+        pytest.skip(str(error))
+    cubin = tmp_path_factory.mktemp("sass") / "gemv.cubin"
+    target = ["-std=c++17", "-O3", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-o", str(cubin)]
+    subprocess.run([nvcc, *target, str(sources() / "gemv.cu")], check=True)
+    return sass.listing_of(cubin.read_bytes(), tools)
+
+
+@pytest.mark.parametrize(("columns", "asym", "most"), [(1, 0, 1.8), (1, 1, 2.3), (2, 0, 2.3), (2, 1, 2.6)])
+def test_instructions_of_a_weight(columns: int, asym: int, most: float, machine_code: dict[str, list[str]]) -> None:
+    """In the loop over tiles, groups of 128. An mma has 8 weights of a lane for each column of 8 tokens."""
+    name = f"gemvILi4ELb0ELi{columns}ELb1ELb{asym}E"
+    found = [loop for kernel, body in machine_code.items() if name in kernel for loop in sass.loops(body)]
+    counts = [loop.total() * columns / (8 * loop["HMMA"]) for loop in found if loop["HMMA"] and not loop["BAR"]]
+    assert counts and min(counts) <= most
+    assert not any("LDL" in line or "STL" in line for body in machine_code.values() for line in body)
+
+
+def test_eight_tokens_run_the_kernel_of_one() -> None:
+    """So they cost the same instructions a weight; nine take a second column."""
+    plans = [gemv_plan(tokens, 4096, 112, 4, 0, False, H200) for tokens in (1, 8, 9, 16)]
+    assert [plan.columns for plan in plans] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096), (4096, 14336), (28672, 4096), (8192, 28672), (1280, 8192), (768, 4096)]
+)
+def test_no_third_of_the_processors_is_idle(shape: tuple[int, int], tokens: int) -> None:
+    plan = gemv_plan(tokens, shape[0], shape[1] // 128, 4, 0, False, H200)
+    assert plan.programs * 3 >= 2 * H200.multiprocessors
+    assert plan.splits in (1, 2, 4, 8) and plan.chunk % (8 // plan.warps_n) == 0
+
+
+def test_one_block_of_a_cluster_before_sm_90() -> None:
+    """Only later devices have clusters, which add up what the inputs' shares give."""
+    for tokens in (1, 16):
+        plan = gemv_plan(tokens, 1024, 64, 4, 0, False, Device(80, 108))
+        room = Device(80, 108).shared_bytes // 2
+        assert plan.splits == 1 and 4 * tokens * (64 * plan.chunk + 16) + 16_400 <= room
 
 
 def test_fields_are_those_of_the_source() -> None:

@@ -15,19 +15,19 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from sarqc_kernels.w4a16.triton import launch  # noqa: E402
-from sarqc_kernels.w4a16.triton.kernels import grouped  # noqa: E402
+from sarqc_kernels.w4a16.triton.kernels import swizzled  # noqa: E402
 
 
 @triton.jit
 def places_kernel(out, blocks, row_tiles):
     number = tl.program_id(0)
-    block, tile = grouped(number, blocks, row_tiles)
+    block, tile = swizzled(number, blocks, row_tiles)
     tl.store(out + 2 * number, block)
     tl.store(out + 2 * number + 1, tile)
 
 
 # few rows and tokens, so that the interpreter has many tiles to walk
-WALKING = replace(config.persistent(Device(90, 132)), tokens=16, rows=64, warps=4)
+WALKING = replace(config.persistent(Device(90, 132)), block_m=16, block_n=64, warps=4)
 
 
 @pytest.mark.parametrize("experts", [0, 5])

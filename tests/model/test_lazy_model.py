@@ -10,18 +10,27 @@ from torch import Tensor
 from sarqc.errors import ModelError
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import StateDictSource
+from sarqc.pipeline.forward import Forward
+from sarqc.pipeline.points import Hooks, Point
 
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def run_by_block(skeleton: Skeleton, source, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Logits, in the model's own forward, with each block loaded when it is entered and given back behind it."""
     skeleton.load_outer(source, dtype=dtype, head=True)
-    hidden = skeleton.embed(tokens)
-    for index in range(len(skeleton.blocks)):
-        skeleton.load_block(index, source, dtype=dtype)
-        hidden = skeleton.call_block(index, hidden)
-        skeleton.unload_block(index)
-    return skeleton.finish(hidden)
+
+    def run() -> Tensor:
+        return skeleton.model(input_ids=tokens, use_cache=False).logits
+
+    with Hooks(skeleton.blocks), Forward([run], skeleton.blocks) as forward:
+        for index in range(len(skeleton.blocks)):
+            list(forward.at(Point("enter", index)))
+            skeleton.load_block(index, source, dtype=dtype)
+            list(forward.leave(index))
+            skeleton.unload_block(index)
+        (end,) = forward.at(Point("end", len(skeleton.blocks)))
+        return end.output
 
 
 @HALF
@@ -180,33 +189,3 @@ def test_nothing_global_is_touched_and_the_configuration_is_not_changed(tiny):
     assert torch.equal(state, torch.random.get_rng_state()) and dtype == torch.get_default_dtype()
     assert config.to_dict() == before
     assert not torch.nn.Linear(2, 2).weight.is_meta
-
-
-def test_memory_that_runs_out_in_a_block_is_no_fault_of_its_configuration(tiny, monkeypatch):
-    case = tiny("llama")
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source)
-    hidden = skeleton.embed(case.tokens)
-    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"):
-
-        def full(*args, words=words, **kwargs):
-            raise RuntimeError(words)
-
-        monkeypatch.setattr(skeleton.blocks[0], "forward", full)
-        with pytest.raises(torch.OutOfMemoryError, match=words):
-            skeleton.call_block(0, hidden)
-
-
-def test_blocks_given_something_of_the_tokens_are_refused(tiny):
-    case = tiny("llama")
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source)
-    body = skeleton.model.model
-    forward = body.forward
-
-    def with_tokens(input_ids, **kwargs):
-        return forward(input_ids, per_layer=input_ids.clone(), **kwargs)
-
-    body.forward = with_tokens
-    with pytest.raises(ModelError, match="depend on the tokens"):
-        skeleton.embed(case.tokens)

@@ -11,7 +11,6 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.model.source import PrefetchingSource, StateDictSource
 from sarqc.pipeline import driver
-from sarqc.pipeline.offload import Scratch
 
 QUANT = QuantConfig(bits=4, group_size=32)
 TENSORS = {name: torch.full((4,), float(number)) for number, name in enumerate("abc")}
@@ -132,24 +131,3 @@ def test_a_block_that_cannot_be_read_fails_when_its_turn_comes(tiny):
     with pytest.raises(CheckpointError, match="up_proj"):
         next(running)
     assert readers() == []
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-def test_states_in_a_file_give_the_codes_of_states_in_memory(tiny, tmp_path, kind):
-    """With both sets of states: one or both of them have no room in memory."""
-    case = tiny(kind)
-    method = MethodConfig(error_correction=True)
-    one = case.tokens.numel() * case.model.config.hidden_size * 4
-
-    def run(**options):
-        left = []
-        found = weights(
-            left.append(torch.cat([*result.leaving.each()]) if result.leaving else None) or result
-            for result in driver.run(case.skeleton(), case.source, case.tokens, QUANT, method, micro_batch=2, **options)
-        )
-        return found, left
-
-    plain, leaving = run()
-    for budget in (0, one, 2 * one):
-        found, left = run(room=Scratch(tmp_path, budget))
-        assert equal(found, plain) and torch.equal(left[0], leaving[0]) and left[-1] is None

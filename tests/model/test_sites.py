@@ -12,6 +12,7 @@ from sarqc.model.layers import auto_group_size, check_group_size, targets
 from sarqc.model.sites import find_sites, observe, separate_sites
 from sarqc.model.source import StateDictSource
 from sarqc.model.weight_map import Piece
+from tests.support.by_block import block_call, call_block, embed
 
 QUANT = QuantConfig(group_size=32)
 
@@ -22,7 +23,7 @@ def sites_of(case, index, quant=QUANT):
     skeleton.load_block(index, case.source)
     found = targets(skeleton, quant)
     hidden = torch.randn(1, 8, skeleton.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    return skeleton, find_sites(skeleton, index, found.of_block(index), hidden)
+    return skeleton, find_sites(skeleton, found.of_block(index), block_call(skeleton, index, hidden))
 
 
 def leaves(site):
@@ -162,10 +163,10 @@ def test_a_linear_that_is_never_called_is_named(tiny):
     mlp = skeleton.blocks[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj is never called"):
-        find_sites(skeleton, 0, found, torch.zeros(1, 4, 64))
+        find_sites(skeleton, found, block_call(skeleton, 0, torch.zeros(1, 4, 64)))
     sites = separate_sites(skeleton, found)
     with pytest.raises(ModelError, match=r"up_proj was never called"), observe(skeleton, sites, lambda *_: None):
-        skeleton.call_block(0, torch.zeros(1, 4, 64))
+        call_block(skeleton, 0, torch.zeros(1, 4, 64))
 
 
 def test_a_subclass_of_linear_with_its_own_forward_is_refused(tiny):
@@ -186,9 +187,9 @@ def test_observers_see_all_rows_and_leave_no_hooks(tiny, arch):
     index = len(skeleton.blocks) - 1
     skeleton.load_block(index, case.source)
     members = targets(skeleton, QUANT).of_block(index)
-    hidden = skeleton.embed(case.tokens)
-    sites = find_sites(skeleton, index, members, hidden[:1, :8])
-    plain = skeleton.call_block(index, hidden)
+    hidden = embed(skeleton, case.tokens)
+    sites = find_sites(skeleton, members, block_call(skeleton, index, hidden[:1, :8]))
+    plain = call_block(skeleton, index, hidden)
     rows = {}
 
     def sink(site, x, offsets):
@@ -196,7 +197,7 @@ def test_observers_see_all_rows_and_leave_no_hooks(tiny, arch):
         rows[site.name] = len(x)
 
     with observe(skeleton, sites, sink):
-        observed = skeleton.call_block(index, hidden)
+        observed = call_block(skeleton, index, hidden)
     assert torch.equal(plain, observed)
     top_k = getattr(case.model.config, "num_experts_per_tok", 1)
     assert rows == {site.name: hidden[..., 0].numel() * (top_k if site.experts > 1 else 1) for site in sites}

@@ -17,6 +17,7 @@ from sarqc.model.sites import Share, find_sites
 from sarqc.model.source import StateDictSource
 from sarqc.pipeline import channel_scales
 from sarqc.pipeline.channel_scales import BlockScales
+from tests.support.by_block import block_call, embed
 
 QUANT = QuantConfig(group_size=32)
 DENSE = {
@@ -65,9 +66,11 @@ del EXPECTED["gemma3", 1]["post_attention_layernorm"]
 def loaded(case, index, quant=QUANT):
     skeleton = case.skeleton()
     skeleton.load_outer(case.source)
-    hidden = skeleton.embed(case.tokens[:1, :8])
+    hidden = embed(skeleton, case.tokens[:1, :8])
     skeleton.load_block(index, case.source)
-    return skeleton, find_sites(skeleton, index, targets(skeleton, quant).of_block(index), hidden), hidden
+    run = block_call(skeleton, index, hidden)
+    with torch.no_grad():
+        return skeleton, find_sites(skeleton, targets(skeleton, quant).of_block(index), run), run
 
 
 def leaf(name):
@@ -77,9 +80,9 @@ def leaf(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "index"), list(EXPECTED))
 def test_givers_and_readers_are_found_and_nothing_is_left_changed(tiny, name, index, dtype):
-    skeleton, sites, hidden = loaded(tiny(name, dtype), index)
+    skeleton, sites, run = loaded(tiny(name, dtype), index)
     before = {name: tensor.clone() for name, tensor in skeleton.blocks[index].state_dict().items()}
-    mappings, reasons = smoothing.find_mappings(skeleton, index, sites, hidden)
+    mappings, reasons = smoothing.find_mappings(skeleton, index, sites, run)
     found = {
         leaf(mapping.smooth_layer): [leaf(balance_layer) for balance_layer in mapping.balance_layers]
         for mapping in mappings
@@ -94,10 +97,10 @@ def test_givers_and_readers_are_found_and_nothing_is_left_changed(tiny, name, in
 
 
 def test_grouped_heads_follow_the_head_they_share(tiny):
-    skeleton, sites, hidden = loaded(tiny("llama"), 0)  # 4 heads of 16 on 2 of keys and values
+    skeleton, sites, run = loaded(tiny("llama"), 0)  # 4 heads of 16 on 2 of keys and values
     mapping = next(
         mapping
-        for mapping in smoothing.find_mappings(skeleton, 0, sites, hidden)[0]
+        for mapping in smoothing.find_mappings(skeleton, 0, sites, run)[0]
         if leaf(mapping.smooth_layer) == "v_proj"
     )
     heads = torch.arange(32).view(2, 16).repeat_interleave(2, 0)
@@ -106,9 +109,9 @@ def test_grouped_heads_follow_the_head_they_share(tiny):
 
 @pytest.mark.parametrize(("name", "offset"), [("llama", 0.0), ("gemma3", 1.0)])
 def test_norms_that_store_their_weight_around_zero_are_told_apart(tiny, name, offset):
-    skeleton, sites, hidden = loaded(tiny(name), 0)
+    skeleton, sites, run = loaded(tiny(name), 0)
     norms = [
-        mapping for mapping in smoothing.find_mappings(skeleton, 0, sites, hidden)[0] if "norm" in mapping.smooth_layer
+        mapping for mapping in smoothing.find_mappings(skeleton, 0, sites, run)[0] if "norm" in mapping.smooth_layer
     ]
     assert len(norms) == 2 and all(mapping.offset == offset for mapping in norms)
 
@@ -121,14 +124,14 @@ def test_the_offset_of_a_norm_with_a_bias_is_not_its_bias():
 
 def test_a_reader_that_was_missed_is_noticed(tiny, monkeypatch):
     """The proof does not lean on what was seen: without the router among the readers, the fold must fall."""
-    skeleton, sites, hidden = loaded(tiny("mixtral"), 0)
+    skeleton, sites, run = loaded(tiny("mixtral"), 0)
     seen = smoothing._Sight.balance_layers
 
     def blind(self, model, norm):
         return [name for name in seen(self, model, norm) if not name.endswith(".gate.weight")]
 
     monkeypatch.setattr(smoothing._Sight, "balance_layers", blind)
-    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, hidden)
+    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
     assert {leaf(mapping.smooth_layer) for mapping in mappings} == {"input_layernorm", "v_proj", "gate_up_proj"}
     (site, reason), *others = reasons.items()
     assert not others and "experts" in site and "something else reads" in reason
@@ -137,25 +140,25 @@ def test_a_reader_that_was_missed_is_noticed(tiny, monkeypatch):
 def test_what_leaves_no_trace_is_not_scaled(tiny):
     """Output projections of zero, as freshly grown layers have them: nothing could be checked, so nothing is done."""
     case = tiny("llama")
-    skeleton, sites, hidden = loaded(case, 0)
+    skeleton, sites, run = loaded(case, 0)
     skeleton.blocks[0].mlp.down_proj.weight.data.zero_()
-    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, hidden)
+    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
     assert {leaf(mapping.smooth_layer) for mapping in mappings} == {"input_layernorm", "v_proj"}
     assert len(reasons) == 2 and all("no effect" in reason for reason in reasons.values())
 
 
 def test_an_activation_in_between_is_no_plain_scaling(tiny):
     """With relu^2 an output grows with the square of its row."""
-    skeleton, sites, hidden = loaded(tiny("llama"), 0)
+    skeleton, sites, run = loaded(tiny("llama"), 0)
     skeleton.blocks[0].mlp.act_fn = nn.SiLU()
     mlp = skeleton.blocks[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))
-    mappings, _ = smoothing.find_mappings(skeleton, 0, sites, hidden)
+    mappings, _ = smoothing.find_mappings(skeleton, 0, sites, run)
     assert {leaf(mapping.smooth_layer) for mapping in mappings if leaf(mapping.balance_layers[0]) == "down_proj"} == {
         "gate_proj"
     }
     mlp.forward = lambda x: mlp.down_proj((mlp.up_proj(x) * mlp.gate_proj(x)).square())
-    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, hidden)
+    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
     assert [leaf(site) for site in reasons] == ["down_proj"]
 
 
@@ -165,8 +168,8 @@ def folded(case, quant=QUANT, seed=0):
     tensors = case.tensors()
     everything = {}
     for index in range(len(case.skeleton().blocks)):
-        skeleton, sites, hidden = loaded(case, index, quant)
-        mappings, reasons = smoothing.find_mappings(skeleton, index, sites, hidden)
+        skeleton, sites, run = loaded(case, index, quant)
+        mappings, reasons = smoothing.find_mappings(skeleton, index, sites, run)
         scales = BlockScales(skeleton, case.source, sites, mappings, reasons)
 
         def draw(balance_layers, *_, shared, binary, source, channels):

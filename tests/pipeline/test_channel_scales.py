@@ -9,6 +9,8 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import EXPONENTS
 from sarqc.model.layers import targets
 from sarqc.pipeline import driver
+from sarqc.pipeline.streams import Streams
+from tests.support.by_block import embed
 
 QUANT = QuantConfig(bits=3, group_size=32)
 SARQC, AWQ = MethodConfig("sarqc-awq-gptq"), MethodConfig("awq")
@@ -60,19 +62,23 @@ def outliers(case):
 def test_the_next_block_sees_the_quantized_and_scaled_one(tiny, monkeypatch):
     """Nearly lossless at 8 bits, and far from it where norms are scaled and weights are not, or the other way round."""
     case = outliers(tiny("qwen2_moe"))
-    left = {}
-    replay = driver._replay
+    left = []
+    leave = Streams.leave_quantized
 
-    def keep(work, index, members, states, *rest):
-        before = states.hidden.clone()
-        replay(work, index, members, states, *rest)
-        left[work.method.method] = (before, states.hidden.clone())
+    def keep(streams, index):
+        lost = leave(streams, index)
+        if index == 0:
+            left.append(torch.cat([arrival.x.clone() for arrival in streams.quantized.leave(0)]))
+        return lost
 
-    monkeypatch.setattr(driver, "_replay", keep)
+    monkeypatch.setattr(Streams, "leave_quantized", keep)
     quant = QuantConfig(bits=8, group_size=32)
     results = run(case, AWQ, quant)
     run(case, MethodConfig("gptq"), QuantConfig(bits=8, group_size=32, ignore=(r"layers\.0\.(?!.*o_proj)",)))
-    (entering, found), (_, expected) = left["awq"], left["gptq"]
+    found, expected = left
+    skeleton = case.skeleton()
+    skeleton.load_outer(case.source, "cpu", torch.float32)
+    entering = embed(skeleton, case.tokens)
     assert results[0].changed
     assert (found - expected).norm() < 0.03 * (expected - entering).norm()
 
@@ -82,7 +88,7 @@ def test_a_small_gram_budget_means_more_passes_and_sound_scales(tiny):
     case = tiny("deepseek_v3")
     passes: list[str] = []
     whole, parts = run(case), run(case, gram_budget=5 * 4 * 64 * 64, on_progress=lambda _, stage: passes.append(stage))
-    assert passes.count("observe") > 2 * len(parts)
+    assert passes.count("forward") > 2 * len(parts)
     for one, other in zip(whole, parts):
         assert one.weights.keys() == other.weights.keys() and one.changed.keys() == other.changed.keys()
     down = "model.layers.1.mlp.experts.3.down_proj"
@@ -120,5 +126,5 @@ def test_scales_are_a_stage_of_their_own(tiny):
     told = []
     run(tiny("llama"), on_progress=lambda index, stage: told.append((index, stage)))
     stages = [stage for index, stage in told if index == 0]
-    # the original on its way, the layer that makes up for errors, and what was quantized on its way
-    assert stages == ["load", "scale", "observe", "scale", "solve", "replay", "observe", "solve", "replay"]
+    # the reference on its way, a look at all sites for their scales, and then site after site
+    assert stages == ["load", "reference", "scale", "forward", "scale", *["forward", "solve"] * 4, "forward"]

@@ -15,7 +15,7 @@ import torch
 import sarqc
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import Interrupted, NumericError
-from sarqc.pipeline import distributed, driver, passes, quantize_site
+from sarqc.pipeline import block, block_scales, distributed, grams, quantize_site
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.progress import NoProgress
 from sarqc.pipeline.resume import default_work
@@ -74,7 +74,7 @@ def test_ranks_agree_on_the_layer_that_makes_up_for_errors(models, tmp_path, mon
 
     def action(rank):
         if rank == 1:
-            monkeypatch.setattr(driver, "find_residual_write", lambda *_: None)
+            monkeypatch.setattr(block, "residual_writes", lambda *_, **__: {})
         sarqc.quantize(models["llama"], tmp_path / "two", **options, ordered=True)
 
     assert in_ranks(2, action, tmp_path / "log", seconds=30) == [(0, "")] * 2
@@ -180,13 +180,14 @@ def test_memory_that_runs_out_on_one_rank_makes_all_take_less(models, straight, 
 @pytest.mark.parametrize(
     ("room", "name"),
     [
-        (driver, "find_mappings"),
-        (driver, "shrink_experts"),
-        (driver, "_put"),
-        (passes, "_finite"),
+        (block_scales, "find_mappings"),
+        (block_scales, "shrink_experts"),
+        (grams, "_finite"),
         (BlockScales, "_take"),
+        (block, "residual_writes"),
+        (block, "write_back"),
     ],
-    ids=["folds", "Grams", "weights before", "finite", "scales"],
+    ids=["mappings", "Grams", "finite", "scales", "residual writes", "weights"],
 )
 def test_memory_that_runs_out_between_two_meetings_keeps_ranks_in_step(models, tmp_path, room, name):
     """On one rank alone, where no other waits: none of them may take its next word for another one's."""
@@ -195,11 +196,11 @@ def test_memory_that_runs_out_between_two_meetings_keeps_ranks_in_step(models, t
     def failing(rank):
         left = [1]
 
-        def full(*args):
+        def full(*args, **options):
             if rank == 1 and left:
                 left.clear()
                 raise torch.OutOfMemoryError("tried to allocate 2 GB")
-            return call(*args)
+            return call(*args, **options)
 
         setattr(room, name, full)
         result = sarqc.quantize(models["qwen3_moe"], tmp_path / "out", **SMALL | {"micro_batch": 2})

@@ -15,7 +15,10 @@ from sarqc.errors import ArgumentError, ModelError, NumericError
 from sarqc.model.build import build
 from sarqc.model.layers import targets
 from sarqc.model.source import StateDictSource
-from sarqc.pipeline import driver, quantize_site
+from sarqc.pipeline import block, driver, quantize_site
+from sarqc.pipeline.activation_store import FileStore
+from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.streams import Memory
 
 QUANT = QuantConfig(bits=4, group_size=32)
 GPTQ, RTN = MethodConfig("gptq"), MethodConfig("rtn")
@@ -59,8 +62,7 @@ def test_every_target_comes_out_once_in_its_shape(tiny, arch, method):
 
 def test_plain_rounding_runs_nothing_forward(tiny, monkeypatch):
     case = tiny("llama")
-    monkeypatch.setattr("sarqc.model.lazy_model.Skeleton.call_block", None)
-    monkeypatch.setattr("sarqc.model.lazy_model.Skeleton.embed", None)
+    monkeypatch.setattr(driver, "Streams", None)
     run(case, method=RTN)
     assert all(".layers." in name for name in case.source.reads)
 
@@ -135,7 +137,7 @@ def test_partly_ignored_sites_solve_the_rest_alike(tiny):
     assert same({name: whole[name] for name in part}, part)
 
 
-def test_an_ignored_layer_stays_as_it_is_in_the_replay(tiny):
+def test_an_ignored_layer_stays_as_it_is(tiny):
     """Quantize one layer of block 0 only; block 1 then sees exactly that change."""
     case = tiny("llama")
     skeleton = case.skeleton()
@@ -172,8 +174,8 @@ def test_activations_that_are_not_finite_are_named(tiny):
 
 
 def test_a_target_that_is_lost_is_an_error(tiny, monkeypatch):
-    find_sites = driver.find_sites
-    monkeypatch.setattr(driver, "find_sites", lambda *args: find_sites(*args)[:-1])
+    find_sites = block.find_sites
+    monkeypatch.setattr(block, "find_sites", lambda *args: find_sites(*args)[:-1])
     with pytest.raises(ModelError, match="came out unquantized"):
         run(tiny("llama"))
 
@@ -198,9 +200,25 @@ def test_scales_take_the_checkpoints_dtype(tiny, dtype, expected):
 def test_progress_and_seconds_name_the_stages(tiny):
     told = []
     results = run(tiny("llama"), on_progress=lambda index, stage: told.append((index, stage)))
-    stages = ["load", "observe", "solve", "replay"]
-    assert told == [(0, stage) for stage in stages] + [(1, stage) for stage in stages[:3]]
-    assert list(results[0].seconds) == stages and all(seconds >= 0 for seconds in results[0].seconds.values())
+    stages = ["load", *["forward", "solve"] * 4, "forward"]  # at four sites, and then to the end of the block
+    assert told == [(index, stage) for index in range(2) for stage in stages]
+    assert list(results[0].seconds) == ["load", "forward", "solve"] and all(
+        seconds >= 0 for seconds in results[0].seconds.values()
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("how", ["parked", "some parked", "recomputed", "recomputed and parked"])
+def test_however_micro_batches_are_held_the_codes_are_the_same(tiny, tmp_path, monkeypatch, kind, how):
+    """Error correction included: where a block is recomputed, what is corrected is the same to the bit."""
+    monkeypatch.setattr(Parking.__init__, "__defaults__", (1,))
+    case, method = tiny(kind), MethodConfig()
+    whole = run(case, method=method, micro_batch=2)
+    assert any(report.correction_share > 0 for result in whole for report in result.reports)
+    store = FileStore(tmp_path) if "parked" in how else None
+    memory = Memory(100_000 if "some" in how else 0, store, recompute="recomputed" in how)
+    assert same(weights_of(whole), weights_of(run(case, method=method, micro_batch=2, memory=memory)))
+    assert store is None or store.size > 0
 
 
 DEEP = textwrap.dedent(
@@ -210,7 +228,7 @@ DEEP = textwrap.dedent(
     from sarqc.method.rtn import quantize_rtn
     from sarqc.pipeline import driver, quantize_site
     from sarqc.model.lazy_model import Skeleton
-    from sarqc.config import QuantConfig, MethodConfig
+    from sarqc.config import MethodConfig, QuantConfig
 
     class Endless:
         "Weights made up when they are read: what stays in memory is what the loop keeps."

@@ -12,24 +12,23 @@ import shutil
 import signal
 import subprocess
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
+from greenlet import getcurrent
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import sarqc
-from sarqc.checkpoint import assemble
 from sarqc.cli.terminal import RunProgress
 from sarqc.entrypoints.verify import verify
 from sarqc.errors import CheckpointError, Interrupted, NumericError, ResourceError, SarqcError
 from sarqc.method import gptq
 from sarqc.method.hessian import regularised_hessian
-from sarqc.model.lazy_model import Skeleton
 from sarqc.pipeline import quantize_site
-from sarqc.pipeline.activations import PROBE_TOKENS
 from sarqc.pipeline.resume import default_work
+from sarqc.pipeline.streams import PROBE_TOKENS, Streams
+from sarqc.pipeline.task import Task
 from tests.support import tiny
 from tests.support.killing import in_child
 
@@ -75,53 +74,46 @@ def went_on(case):
     case.outcomes.recovered(verify(case.out, against=case.source).problems, [])
 
 
-def full_disk(case, name):
-    """The disk is full when a file whose path ends so is forced to it."""
-    fsync, struck = os.fsync, []
+def failing(number, error):
+    """A stand-in for a function of os that fails when it is called for the n-th time."""
+    calls = []
 
-    def full(opened):
-        path = str(Path(f"/proc/self/fd/{opened}").readlink())
-        if path.removesuffix(".partial").endswith(name):
-            struck.append(path)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return fsync(opened)
+    def call(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise error
 
-    case.patch.setattr("os.fsync", full)
+    return call
+
+
+def full_disk(case, number):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    case.patch.setattr("os.fsync", failing(number, error))
     with pytest.raises((ResourceError, CheckpointError), match="No space left on device"):
         sarqc.quantize(case.source, case.out, **SMALL)
-    assert len(struck) == 1 and not case.out.exists()
+    assert not case.out.exists()
     assert not list(case.out.parent.rglob("*.partial"))
     recovered(case)
 
 
 @pytest.mark.fault("a full disk while the plan is written")
 def test_disk_full_at_the_plan(case):
-    full_disk(case, "plan.json")
+    full_disk(case, 1)
 
 
 @pytest.mark.fault("a full disk while a block is saved")
-@pytest.mark.parametrize("name", ["blocks/00001.safetensors", "blocks/00001.json"])
-def test_disk_full_at_a_block(case, name):
-    full_disk(case, name)
+def test_disk_full_at_a_block(case):
+    full_disk(case, 7)
 
 
 @pytest.mark.fault("a full disk while hidden states are saved")
 def test_disk_full_at_hidden_states(case):
-    full_disk(case, "hidden.safetensors")
+    full_disk(case, 5)
 
 
 @pytest.mark.fault("a full disk while the checkpoint is written")
-@pytest.mark.parametrize("name", ["checkpoint/model.safetensors", "checkpoint/config.json", "checkpoint"])
-def test_disk_full_at_the_output(case, name):
-    full_disk(case, name)
-
-
-@pytest.mark.fault("a full disk while the checkpoint is written")
-@pytest.mark.parametrize("name", ["checkpoint/model-00004-of-00004.safetensors", "checkpoint/report.json"])
-def test_disk_full_at_an_output_of_several_files(case, name):
-    """Shards that were renamed before are moved back, not lost."""
-    case.patch.setattr(assemble, "MERGE_BYTES", 0)
-    full_disk(case, name)
+def test_disk_full_at_the_output(case):
+    full_disk(case, 13)
 
 
 @pytest.mark.fault("a disk too small from the start")
@@ -169,37 +161,55 @@ def test_small_tmpfs(case):
         subprocess.run(["umount", disk], check=True)
 
 
-def short_of_memory(case, failures, **options):
-    """A device that has no memory for the first so many calls of a block; the notes of the run that went on."""
-    calls, call_block = [], Skeleton.call_block
+def in_block(case, index, change):
+    """change(module, x) is called with what enters attention in a block, by micro-batches alone."""
+    block = Streams.begin
 
-    def full(self, index, hidden):
-        calls.append(hidden.shape[0])
-        if index == 1 and hidden.shape[1] > PROBE_TOKENS and len(calls) in failures:
+    def begin(self, *args, **options):
+        attention = self.skeleton.blocks[index].self_attn
+        if "changed" not in attention.__dict__:
+            attention.__dict__["changed"] = attention.register_forward_pre_hook(hook, with_kwargs=True)
+        return block(self, *args, **options)
+
+    def hook(_, args, kwargs):
+        if isinstance(getcurrent(), Task) and kwargs["hidden_states"].shape[1] > PROBE_TOKENS:
+            kwargs = kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+        return args, kwargs
+
+    case.patch.setattr(Streams, "begin", begin)
+
+
+@pytest.mark.fault("device out of memory in the forward")
+def test_device_full_in_the_forward(case):
+    """Twice in a row, in the second block."""
+    calls = []
+
+    def full(hidden):
+        calls.append(len(hidden))
+        if len(calls) in (1, 2):
             raise torch.OutOfMemoryError("tried to allocate 2 GB")
-        return call_block(self, index, hidden)
+        return hidden
 
-    case.patch.setattr(Skeleton, "call_block", full)
-    return sarqc.quantize(case.source, case.out, **SMALL, **options).report["notes"], calls
-
-
-@pytest.mark.fault("device out of memory while observing")
-def test_device_full_while_observing(case):
-    # Calls: glance, observe and replay of block 0 in one micro-batch each, then the glance of block 1.
-    notes, calls = short_of_memory(case, {5, 6})
-    assert ["micro-batch of 4 windows halved" in notes[0], "micro-batch of 2 windows halved" in notes[1]] == [
-        True,
-        True,
-    ]
+    in_block(case, 1, full)
+    notes = sarqc.quantize(case.source, case.out, **SMALL).report["notes"]
+    assert ["micro-batch of 4 windows halved" in notes[0], "micro-batch of 2 windows halved" in notes[1]] == [True] * 2
     assert len(notes) == 2 and calls[-1] == 1
     went_on(case)
 
 
-@pytest.mark.fault("device out of memory while replaying")
-def test_device_full_while_replaying(case):
-    notes, calls = short_of_memory(case, {7}, micro_batch=2)
-    assert notes and "micro-batch of 2 windows halved" in notes[0]
-    assert calls[-1] == 1
+@pytest.mark.fault("device out of memory in the first block")
+def test_device_full_in_the_first_block(case):
+    calls = []
+
+    def full(hidden):
+        calls.append(len(hidden))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return hidden
+
+    in_block(case, 0, full)
+    notes = sarqc.quantize(case.source, case.out, micro_batch=2, **SMALL).report["notes"]
+    assert notes and "micro-batch of 2 windows halved" in notes[0] and calls[-1] == 1
     went_on(case)
 
 
@@ -232,16 +242,14 @@ def test_device_too_small_for_anything(case):
 
 
 def poisoned(case, windows):
-    """NaN in one token of so many of 128 windows, on its way into block 1; attention spreads it over its window."""
-    call_block = Skeleton.call_block
+    """NaN in one token of so many of 128 windows, in front of the second block's attention."""
 
-    def poison(self, index, hidden):
-        if index == 1 and len(hidden) > 1:
-            hidden = hidden.clone()
-            hidden[:windows, 5, 3] = float("nan")
-        return call_block(self, index, hidden)
+    def poison(hidden):
+        hidden = hidden.clone()
+        hidden[:windows, 5, 3] = float("nan")
+        return hidden
 
-    case.patch.setattr(Skeleton, "call_block", poison)
+    in_block(case, 1, poison)
     return sarqc.quantize(
         case.source,
         case.out,
@@ -346,7 +354,7 @@ class Pressed(RunProgress):
         self.times = times
 
     def stage(self, block, name):
-        if (block, name) == (1, "observe"):
+        if (block, name) == (1, "forward"):
             for _ in range(self.times):
                 os.kill(os.getpid(), signal.SIGINT)
 

@@ -216,6 +216,20 @@ def test_errors_of_the_model_come_out_and_leave_nothing_behind(error):
     assert not torch.is_inference_mode_enabled() and torch._C._len_torch_dispatch_stack() == 0
 
 
+@pytest.mark.parametrize("words", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "CPUAllocator: can't allocate memory"])
+def test_memory_that_runs_out_is_no_fault_of_the_configuration(words):
+    model = build("llama")
+
+    def full(*_):
+        raise RuntimeError(words)
+
+    blocks = blocks_of(model)
+    blocks[0].register_forward_pre_hook(full)
+    out_of_memory = pytest.raises(torch.OutOfMemoryError, match=words)
+    with Hooks(blocks), Forward(calls_of(model, windows()), blocks) as forward, out_of_memory:
+        list(forward.leave(0))
+
+
 def test_a_correction_is_what_the_other_weight_would_have_given():
     """The last layer is let run as it is, and its outputs are changed where they have joined the stream."""
     for recompute in (False, True):

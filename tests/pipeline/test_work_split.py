@@ -11,9 +11,9 @@ from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
 from sarqc.model.sites import Share, Site
-from sarqc.pipeline.activations import cut
 from sarqc.pipeline.comm import SINGLE_PROCESS, in_turn, synchronize_oom
-from sarqc.pipeline.passes import passes
+from sarqc.pipeline.grams import portions
+from sarqc.pipeline.streams import cut
 from sarqc.pipeline.work_split import (
     SOLVE_BYTES,
     cost,
@@ -93,7 +93,7 @@ def test_many_like_experts_are_shared_evenly():
 
 def test_no_portion_holds_more_than_one_gram_where_none_fits_the_budget():
     sites = [site("a", 4, 16, 64), site("b", 2, 16, 64)]
-    found = list(passes(sites, 1, 1))
+    found = list(portions(sites, 1, 1))
     assert [[(share.site.name, share.first, share.stop) for share in portion] for portion in found] == [
         [(name, e, e + 1)] for name, experts in (("a", 4), ("b", 2)) for e in range(experts)
     ]

@@ -224,7 +224,7 @@ def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypa
     assert report.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
 
 
-def test_who_made_up_for_earlier_errors_is_drawn_where_layers_did(found):
+def test_error_correction_is_drawn_where_layers_did_it(found):
     found["sites"] = [site | {"correction_share": 0.0} for site in found["sites"]]
     assert "Residual error correction" not in page(found)
     found["sites"] = [

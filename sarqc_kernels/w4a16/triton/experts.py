@@ -22,9 +22,9 @@ __all__ = ["aot_jobs", "combined", "w4a16_experts"]
 
 def w4a16_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing) -> Tensor:
     """See `sarqc_kernels.w4a16.experts`; takes weights that `launch.product` takes."""
-    rows, experts, card = routing.tokens.shape[0], gate_up.words.shape[0], device_info(x.device)
-    first = choose(rows, gate_up.out_features, gate_up.in_features, gate_up.group_size, experts, card, gate_up.bits)
-    second = choose(rows, down.out_features, down.in_features, down.group_size, experts, card, down.bits)
+    rows, experts, device = routing.tokens.shape[0], gate_up.words.shape[0], device_info(x.device)
+    first = choose(rows, gate_up.out_features, gate_up.in_features, gate_up.group_size, experts, device, gate_up.bits)
+    second = choose(rows, down.out_features, down.in_features, down.group_size, experts, device, down.bits)
     with on_device(x):
         parts = product(first, x.contiguous(), gate_up, routing.offsets, index=routing.tokens, gated=True, covered=True)
         hidden = summed(parts, gate_up, routing.offsets, x.dtype, gated=True)
@@ -44,12 +44,12 @@ def combined(parts: Tensor, x: Tensor, routing: Routing) -> Tensor:
 
 
 def aot_jobs() -> list[AotJob]:
-    """The gated product on every tile that it can get, and the two sums."""
+    """The gated product on every block that it can get, and the two sums."""
     jobs = []
     for arch in ARCHS:
-        card = Device(arch, 132)
-        for plan, groups in configurations(card):
-            if plan.kernel != "expand" and groups <= 2 and not (plan.kernel == "gemv" and plan.tokens > 1):
+        device = Device(arch, 132)
+        for plan, groups in configurations(device):
+            if plan.kernel != "expand" and groups <= 2:
                 jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, 128, gated=True))
         jobs.append(sum_job(arch, gated=True))
         jobs.append(_combine_job(arch))

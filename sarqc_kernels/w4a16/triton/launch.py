@@ -1,8 +1,8 @@
-"""W4A16 on a GPU by Triton: launches of the kernels of `kernels`, and what to compile where no card is at hand.
+"""W4A16 on a GPU by Triton: launches of the kernels of `kernels`, and what to compile where no GPU is at hand.
 
 A call is one launch, or two where inputs are split or the weight is expanded for cuBLAS; it allocates its result (and
-fp32 partial sums), asks the device nothing and can be captured in a CUDA graph. Sums are added in an order that only
-the shape decides, so a call gives the same bits every time.
+fp32 partial sums), asks the device nothing and, once its kernels are compiled (`warm_up`), can be captured in a CUDA
+graph. Sums are added in an order that only the shape decides, so a call gives the same bits every time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sarqc_kernels.w4a16.config import (
     other_widths,
 )
 from sarqc_kernels.w4a16.layout import TILE_K, TILE_N, RepackedWeight
-from sarqc_kernels.w4a16.triton.kernels import dot_kernel, expand_kernel, gemv_kernel
+from sarqc_kernels.w4a16.triton.kernels import dot_kernel, expand_kernel
 from sarqc_kernels.w4a16.triton.reduce import sum_kernel
 
 __all__ = ["SUM_COLUMNS", "aot_jobs", "product", "product_job", "sum_job", "summed", "w4a16_matmul"]
@@ -81,25 +81,38 @@ def product(
     if rows == 0:
         return parts
     experts = 0 if offsets is None else weight.words.shape[0]
-    plan = plan.fitting(gated=gated, asymmetric=weight.zeros is not None, experts=experts)
-    # each expert has at most one tile that is not full, and none without a row
-    tiles = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
+    groups = groups_per_tile(weight.group_size, weight.in_features)
+    plan = plan.fitting(gated=gated, asymmetric=weight.zeros is not None, experts=experts, groups=groups)
+    device = device_info(x.device)
+    # each expert has at most one block that is not full, and none without a row
+    blocks = triton.cdiv(rows, plan.tokens) if experts == 0 else rows // plan.tokens + min(experts, rows)
     k_tiles, padded = weight.words.shape[2], weight.words.shape[1] * TILE_N
-    grid = (tiles, triton.cdiv(outputs, plan.rows // 2 if gated else plan.rows), plan.splits)
+    grid = (blocks, triton.cdiv(outputs, plan.block_n // 2 if gated else plan.block_n), plan.splits)
     if plan.resident:
-        grid = (min(tiles * grid[1], plan.resident * device_info(x.device).multiprocessors), 1, 1)
-    kernel = gemv_kernel if plan.kernel == "gemv" else dot_kernel
-    kernel[grid](
+        grid = (min(blocks * grid[1], plan.resident * device.multiprocessors), 1, 1)
+    dot_kernel[grid](
         x, weight.words, weight.scales, _or(weight.zeros, weight.words), _or(offsets, weight.words),
-        _or(index, weight.words), _or(bias, x), parts, rows, outputs, weight.in_features, k_tiles,
-        weight.scales.shape[1], _tiles_per_group(weight), padded, triton.cdiv(k_tiles, plan.splits),
-        BITS=weight.bits, EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)),
-        SUB=groups_per_tile(weight.group_size, weight.in_features), ASYMMETRIC=weight.zeros is not None,
-        BIASED=bias is not None, SPLIT=split, WHOLE=weight.in_features % TILE_K == 0,
-        INDEXED=index is not None, GATED=gated, TOKENS=plan.tokens, ROWS=plan.rows, INTERPRETED=interpreting(),
-        num_warps=plan.warps, num_stages=plan.stages, **_more(plan),
+        _or(index, weight.words), _or(bias, x), parts,
+        M=rows, N=outputs, K=weight.in_features, k_tiles=k_tiles, groups=weight.scales.shape[1],
+        tiles_per_group=_tiles_per_group(weight), padded=padded, tiles_per_split=triton.cdiv(k_tiles, plan.splits),
+        BITS=weight.bits, EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)), SUB=groups,
+        ASYMMETRIC=weight.zeros is not None, BIASED=bias is not None, SPLIT=split,
+        WHOLE=weight.in_features % TILE_K == 0, INDEXED=index is not None, GATED=gated, BLOCK_M=plan.block_m,
+        TAIL=plan.tail, BLOCK_N=plan.block_n, FOLDED=plan.folded, PERSISTENT=plan.resident > 0,
+        PDL=split and overlaps(device), INTERPRETED=interpreting(), **_options(plan),
     )  # fmt: skip
     return parts
+
+
+def overlaps(device: Device) -> bool:
+    """Whether the launch of a sum over splits may overlap with its product (programmatic dependent launch)."""
+    return device.arch >= 90 and not interpreting()
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    """What the compiler is told beside the kernel."""
+    own = {"maxnreg": plan.registers} if plan.registers else {}
+    return {"num_warps": plan.warps, "num_stages": plan.stages, **own}
 
 
 def summed(
@@ -113,18 +126,12 @@ def summed(
     out = parts.new_empty((rows, outputs), dtype=dtype)
     experts = 0 if offsets is None else weight.words.shape[0]
     if rows:
+        pdl = overlaps(device_info(parts.device))
         sum_kernel[(rows, triton.cdiv(outputs, SUM_COLUMNS))](
             parts, _or(offsets, weight.words), out, rows, outputs, splits, EXPERTS=experts, GATED=gated,
-            SIZE=SUM_COLUMNS,
+            SIZE=SUM_COLUMNS, PDL=pdl, launch_pdl=pdl,
         )  # fmt: skip
     return out
-
-
-def _more(plan: Plan) -> dict[str, Any]:
-    """Constants of one of the two kernels alone."""
-    if plan.kernel == "gemv":
-        return {"STAGES": plan.stages}
-    return {"FOLDED": plan.folded, "PERSISTENT": plan.resident > 0}
 
 
 def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
@@ -133,7 +140,7 @@ def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
 
 
 def _tiles_per_group(weight: RepackedWeight) -> int:
-    """Bricks that share a scale; beyond the last one where a scale is for a whole row."""
+    """Tiles that share a scale; beyond the last one where a scale is for a whole row."""
     whole = weight.group_size == weight.in_features
     return weight.words.shape[2] if whole else max(1, weight.group_size // TILE_K)
 
@@ -142,26 +149,26 @@ def _expanded(plan: Plan, x: Tensor, weight: RepackedWeight, bias: Tensor | None
     """Dense: write the weight to memory for the time of this call, and let cuBLAS multiply."""
     matrix = x.new_empty((weight.out_features, weight.in_features))
     k_tiles, padded = weight.words.shape[2], weight.words.shape[1] * TILE_N
-    expand_kernel[(k_tiles, padded // plan.rows)](
+    expand_kernel[(k_tiles, padded // plan.block_n)](
         weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.out_features, weight.in_features,
         k_tiles, _tiles_per_group(weight), padded, BITS=weight.bits,
         SUB=groups_per_tile(weight.group_size, weight.in_features),
-        ASYMMETRIC=weight.zeros is not None, ROWS=plan.rows, num_warps=plan.warps,
+        ASYMMETRIC=weight.zeros is not None, BLOCK_N=plan.block_n, num_warps=plan.warps,
     )  # fmt: skip
     return x @ matrix.T if bias is None else torch.addmm(bias[0].to(x.dtype), x, matrix.T)
 
 
 def aot_jobs() -> list[AotJob]:
-    """Every tile on every card; those with two groups to a k_tile stand for asymmetric codes and experts as well."""
+    """Every block on every device; those with two groups to a tile stand for asymmetric codes and experts as well."""
     jobs = []
     for arch in ARCHS:
-        card = Device(arch, 132)
-        for plan, groups in configurations(card):
+        device = Device(arch, 132)
+        for plan, groups in configurations(device):
             experts = 128 if groups == 2 and plan.kernel != "expand" else 0
             jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, experts))
-        jobs.append(product_job(configurations(card)[-1][0], arch, "fp16", 1, True, 0))
-        jobs.append(product_job(dot(16, 1, card), arch, "bf16", 2, False, 0, whole=False))
-        widths = other_widths(card)
+        jobs.append(product_job(configurations(device)[-1][0], arch, "fp16", 1, True, 0))
+        jobs.append(product_job(dot(16, 1, device), arch, "bf16", 2, False, 0, whole=False))
+        widths = other_widths(device)
         jobs += [product_job(plan, arch, "bf16", WIDTHS_GROUPS, True, 0, bits=bits) for bits, plan in widths]
         jobs.append(sum_job(arch))
     return jobs
@@ -172,36 +179,35 @@ def product_job(
     gated: bool = False, bits: int = 4,
 ) -> AotJob:  # fmt: skip
     """One product ahead of time; gated ones read their rows by index, as the experts' first product does."""
-    plan = plan.fitting(gated=gated, asymmetric=asymmetric, experts=experts)
+    plan = plan.fitting(gated=gated, asymmetric=asymmetric, experts=experts, groups=sub)
     grid = f"g{128 // sub}{'a' if asymmetric else 's'}"
     said = (("persistent", plan.resident), ("ragged", not whole), ("gated", gated))
     kinds = [word for word, true in said if true]
-    tile = " ".join([plan.kernel, f"{plan.tokens}x{plan.rows}", f"split{plan.splits}", *kinds])
-    name = f"w{bits}a16 {tile} {kind} {grid} e{experts}"
+    block = " ".join([plan.kernel, f"{plan.tokens}x{plan.block_n}", f"split{plan.splits}", *kinds])
+    name = f"w{bits}a16 {block} {kind} {grid} e{experts}"
     signature = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": f"*{kind}"}
-    sizes = ["outputs", "inputs", "k_tiles", "tiles_per_group", "padded"]
-    constants: dict[str, Any] = {"BITS": bits, "SUB": sub, "ASYMMETRIC": asymmetric, "ROWS": plan.rows}
+    sizes = ["N", "K", "k_tiles", "tiles_per_group", "padded"]
+    constants: dict[str, Any] = {"BITS": bits, "SUB": sub, "ASYMMETRIC": asymmetric, "BLOCK_N": plan.block_n}
     if plan.kernel == "expand":
-        kernel, divisible = expand_kernel, [*signature, "outputs", "inputs", "padded"]
+        kernel, divisible = expand_kernel, [*signature, "N", "K", "padded"]
     else:
-        kernel = dot_kernel if plan.kernel == "dot" else gemv_kernel
+        kernel, split = dot_kernel, plan.splits > 1
         signature |= {"x": f"*{kind}", "offsets": "*i64", "index": "*i64", "bias": f"*{kind}"}
-        signature["out"] = "*fp32" if plan.splits > 1 else signature["out"]
-        divisible = [*signature, "outputs", "inputs", "padded"]
-        sizes += ["tokens", "groups", "tiles_per_split"]
+        signature["out"] = "*fp32" if split else signature["out"]
+        divisible = [*signature, "N", "K", "padded"]
+        sizes += ["M", "groups", "tiles_per_split"]
         constants |= {
-            "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": plan.splits > 1, "WHOLE": whole,
-            "INDEXED": gated, "GATED": gated, "TOKENS": plan.tokens, "INTERPRETED": False,
-        } | _more(plan)  # fmt: skip
-    return AotJob(
-        name, kernel, arch, signature | dict.fromkeys(sizes, "i32"), constants,
-        {"num_warps": plan.warps, "num_stages": plan.stages}, divisible, _wanted(plan, arch),
-    )  # fmt: skip
+            "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": split, "WHOLE": whole,
+            "INDEXED": gated, "GATED": gated, "BLOCK_M": plan.block_m, "TAIL": plan.tail, "FOLDED": plan.folded,
+            "PERSISTENT": plan.resident > 0, "PDL": split and arch >= 90, "INTERPRETED": False,
+        }  # fmt: skip
+    types = signature | dict.fromkeys(sizes, "i32")
+    return AotJob(name, kernel, arch, types, constants, _options(plan), divisible, _wanted(plan, arch))
 
 
 def _wanted(plan: Plan, arch: int) -> tuple[str, ...]:
     """What a dot's machine code must show. On sm_90 weights go from the register that held the word into the tensor
-    core, words come 16 bytes at a time, and folded products are under way while the next k_tile is unpacked."""
+    core, words come 16 bytes at a time, and folded products are under way while the next tile is unpacked."""
     if plan.kernel != "dot":
         return ()
     if arch == 90:
@@ -213,7 +219,7 @@ def sum_job(arch: int, *, gated: bool = False) -> AotJob:
     """The sum over splits ahead of time."""
     signature = {"parts": "*fp32", "offsets": "*i64", "out": "*bf16"}
     sizes = {"tokens": "i32", "outputs": "i32", "splits": "i32"}
-    constants = {"EXPERTS": 128, "GATED": gated, "SIZE": SUM_COLUMNS}
+    constants = {"EXPERTS": 128, "GATED": gated, "SIZE": SUM_COLUMNS, "PDL": arch >= 90}
     options = {"num_warps": 4, "num_stages": 1}
     name = f"w4a16 sum{' gated' if gated else ''}"
     return AotJob(name, sum_kernel, arch, signature | sizes, constants, options, tuple(signature))

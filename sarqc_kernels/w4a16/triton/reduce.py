@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 __all__ = ["combine_kernel", "silu_times", "sum_kernel"]
 
@@ -30,11 +31,14 @@ def added(parts, row, column, keep, rows, width, splits, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def sum_kernel(parts, offsets, out, tokens, outputs, splits, EXPERTS: tl.constexpr, GATED: tl.constexpr,
-               SIZE: tl.constexpr):  # fmt: skip
-    """out [tokens, outputs] = the sum of parts [splits, tokens, width]; rows of no expert become 0.
+               SIZE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The split-K reduction: out [tokens, outputs] = the sum of parts [splits, tokens, width]; rows of no expert are 0.
 
-    width is outputs; GATED: 2 * outputs, gate before up, and out is silu(gate) * up of the sums.
+    width is outputs; GATED: 2 * outputs, gate before up, and out is silu(gate) * up of the sums. PDL (programmatic
+    dependent launch): the launch overlaps with the product, and the kernel waits for its end before it reads.
     """
+    if PDL:
+        gdc_wait()
     column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     token = tl.program_id(0)
     keep = column < outputs

@@ -1,4 +1,4 @@
-"""From the words of a k_tile to numbers, in Triton (see `layout` for k_tiles and their planes).
+"""From the words of a tile to numbers, in Triton (see `layout` for tiles and their planes).
 
 Codes become 16-bit floats without a conversion. A field OR-ed into the mantissa of a power of two is the power + field:
 0x4300 is 128 in bf16, 0x6400 is 1024 in fp16. The same is done to the zero, and the difference of the two is exact:
@@ -74,7 +74,7 @@ def interleaved(first, second):
 
 @triton.jit
 def plane_words(words, row, WIDTH: tl.constexpr, LOW: tl.constexpr):
-    """One plane of rows `row` [R] of a k_tile that begins at `words` [R]: int32 [R, 4 WIDTH]."""
+    """One plane of rows `row` [R] of a tile that begins at `words` [R]: int32 [R, 4 WIDTH]."""
     place = words + (256 * LOW + row * (4 * WIDTH))
     return tl.load(place[:, None] + tl.arange(0, 4 * WIDTH)[None, :])
 
@@ -94,7 +94,7 @@ def plane_fields(words, WIDTH: tl.constexpr, LOW: tl.constexpr, DTYPE: tl.conste
 
 @triton.jit
 def fields_of(words, row, BITS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Of each plane of rows `row` [R] of a k_tile that begins at `words` [R], what `plane_fields` makes of it."""
+    """Of each plane of rows `row` [R] of a tile that begins at `words` [R], what `plane_fields` makes of it."""
     PLANES: tl.constexpr = planes_of(BITS)
     found = ()
     for k in tl.static_range(len(PLANES)):
@@ -115,7 +115,7 @@ def field(fields, i: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, INTER
 
 @triton.jit
 def plane_slice(fields, i: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, INTERPRETED: tl.constexpr):
-    """[R, 16]: one plane of inputs 16 i .. of a k_tile."""
+    """[R, 16]: one plane of inputs 16 i .. of a tile."""
     if WIDTH == 4:
         out = field(fields, i, WIDTH, LOW, INTERPRETED)
     elif WIDTH == 2:
@@ -137,7 +137,7 @@ def plane_pairs(fields, i: tl.constexpr, LOW: tl.constexpr, INTERPRETED: tl.cons
 @triton.jit
 def plane_slices(fields, first: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr,
                  INTERPRETED: tl.constexpr):  # fmt: skip
-    """[R, 16 COUNT]: one plane of slices first .. of a k_tile."""
+    """[R, 16 COUNT]: one plane of slices first .. of a tile."""
     if COUNT == 1:
         out = plane_slice(fields, first, WIDTH, LOW, INTERPRETED)
     else:
@@ -177,7 +177,7 @@ def plane_weights(fields, zero, first: tl.constexpr, COUNT: tl.constexpr, BITS: 
 @triton.jit
 def weights_of(fields, zero, first: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
                DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """code - zero of slices first .. of a k_tile [R, 16 COUNT], exactly: in DTYPE, or in fp32 where interpreted.
+    """code - zero of slices first .. of a tile [R, 16 COUNT], exactly: in DTYPE, or in fp32 where interpreted.
 
     fields: see `fields_of`. zero: int32 [R, 1]; not looked at unless ASYMMETRIC.
     """
@@ -204,7 +204,7 @@ def lane(words, row, depth, WIDTH: tl.constexpr, LOW: tl.constexpr):
 @triton.jit
 def lanes_of(words, row, depth, BITS: tl.constexpr):
     """For input `depth` (below 16) of a slice, the word of each plane that holds it, so shifted that slice i begins at
-    bit 4 i. words: where k_tiles begin. row: of a k_tile."""
+    bit 4 i. words: where tiles begin. row: of a tile."""
     PLANES: tl.constexpr = planes_of(BITS)
     found = ()
     for k in tl.static_range(len(PLANES)):
@@ -214,7 +214,7 @@ def lanes_of(words, row, depth, BITS: tl.constexpr):
 
 @triton.jit
 def slice_of(lanes, i: tl.constexpr, BITS: tl.constexpr):
-    """Codes of inputs 16 i .. 16 i + 15 of a k_tile, of what `lanes_of` gave: a shift and a mask for each plane."""
+    """Codes of inputs 16 i .. 16 i + 15 of a tile, of what `lanes_of` gave: a shift and a mask for each plane."""
     PLANES: tl.constexpr = planes_of(BITS)
     codes = (lanes[0] >> (4 * i)) & ((1 << PLANES[0][0]) - 1)
     for k in tl.static_range(1, len(PLANES)):

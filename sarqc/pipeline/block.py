@@ -1,0 +1,260 @@
+"""One decoder block, quantized site by site while all micro-batches wait in it.
+
+A layer that writes into the residual stream also makes up for what the stream has drifted from the reference by the
+time it gets there. Its target is known only behind it, so it is let run with its original weight; where its outputs
+have joined the stream, all that is needed is at hand, and what leaves is set right by the difference of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import NumericError
+from sarqc.method.gram import shortening
+from sarqc.method.layer import LayerReport, merge_reports
+from sarqc.model.layers import Target
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.residual import residual_writes
+from sarqc.model.sites import ResidualWrite, Share, Site, find_sites, separate_sites, stack, write_back
+from sarqc.pipeline.block_scales import scales_of_block
+from sarqc.pipeline.channel_scales import BlockScales
+from sarqc.pipeline.comm import synchronize_oom
+from sarqc.pipeline.forward import Forward
+from sarqc.pipeline.grams import Collector, Rows, gram_bytes, portions
+from sarqc.pipeline.journal import Journal
+from sarqc.pipeline.points import Point, order_of
+from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
+from sarqc.pipeline.streams import Streams
+
+
+@dataclass
+class Portions:
+    """Bytes for Grams at a time. together: the most matrices whose Grams were held at once, in `bytes`."""
+
+    budget: int
+    together: int = 1
+    bytes: int = 0
+
+    def of(self, sites: Sequence[Site], folds: int) -> list[list[Share]]:
+        """The sites in portions whose Grams fit."""
+        found = list(portions(sites, folds, self.budget))
+        for shares in found:
+            self.together = max(self.together, sum(share.stop - share.first for share in shares))
+            self.bytes = max(self.bytes, sum(gram_bytes(share, folds) for share in shares))
+        return found
+
+    def halve(self) -> None:
+        """Half as many bytes from now on."""
+        self.budget = min(self.budget // 2, self.bytes // 2)
+        self.together, self.bytes = 1, 0
+
+
+@dataclass
+class Block:
+    """A loaded block at work. first: whether it is the first one with layers to quantize. weights, reports, changed: as
+    in `BlockResult`, as far as they are known."""
+
+    solving: SiteQuantizer
+    index: int
+    members: list[Target]
+    journal: Journal
+    portions: Portions
+    first: bool
+    weights: Weights = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    order: list[Point] = field(default_factory=list)
+    scales: BlockScales | None = None
+
+    def look(self, streams: Streams) -> None:
+        """Find the sites and where their outputs join the stream, and the points at which the streams are to suspend.
+
+        The reference is let go where the first block has no layer that writes into the stream as it is, as in models
+        with a norm behind every layer: to find that out for every block would cost a second stream. Ranks take rank 0's
+        word.
+        """
+        comm = self.solving.comm
+        self.sites, seen = synchronize_oom(comm, partial(self._see, streams))
+        if streams.reference is not None:
+            self._take_residual_writes(streams, comm.all_gather_object(seen)[0])
+        entries = [self._entry(site) for site in self.sites]
+        readers = [
+            Point("reader", self.index, site.residual_write.reader)
+            for site in self.sites
+            if site.residual_write and site.residual_write.reader
+        ]
+        streams.hooks.watch([*readers, *entries], self.solving.skeleton.model, self.solving.method.router_weight_power)
+        run = streams.call(self.index).run
+        self.order = synchronize_oom(comm, partial(order_of, [*readers, *entries], run))
+        streams.quantized.begin_block(self.order, [self._entry(site) for site in self.sites if site.residual_write])
+        streams.probe.begin_block()
+        if streams.reference is not None:
+            streams.reference.begin_block(readers, readers)
+
+    def quantize(self, streams: Streams) -> None:
+        """Quantize every site as the micro-batches reach it; they wait in front of the block, loaded and looked at."""
+        if self.solving.method.channel_scales and self.sites:
+            self.scales = scales_of_block(self, streams)
+            self.changed = synchronize_oom(self.solving.comm, self.scales.fold_in)
+        by_entry = {site.entry: site for site in self.sites}
+        by_reader = {site.residual_write.reader: site for site in self.sites if site.residual_write}
+        for point in self.order:
+            site = by_entry[point.name] if point.kind == "site" else by_reader[point.name]
+            if point.kind == "reader" or not site.residual_write:
+                self._quantize(site, point, streams)
+        if None in by_reader:
+            self._quantize(by_reader[None], Point("leave", self.index), streams)
+
+    def quantize_alone(self) -> None:
+        """Quantize every parameter by itself, by a method that looks at weights alone."""
+        self.sites = separate_sites(self.solving.skeleton, self.members)
+        for shares in self.portions.of(self.sites, 0):
+            with self.journal.stage(self.index, "solve"):
+                weights, reports = self.solving.quantize(self.index, shares, None, None)
+            self.weights |= weights
+            self.reports += reports
+
+    def put_corrected(self) -> None:
+        """Put the weights of layers whose outputs were corrected in place, for streams that are still to pass."""
+        for site in self.sites:
+            if site.residual_write:
+                self._put(site, self.weights)
+
+    def collector(self, streams: Streams) -> Collector:
+        """What sums statistics of this block."""
+        return Collector(self.solving.method, streams.text.folds, self.solving.device, self.solving.comm)
+
+    def _see(self, streams: Streams) -> tuple[list[Site], dict[str, ResidualWrite]]:
+        """The sites as the probe shows them, and where their outputs join the stream."""
+        call, solving = streams.call(self.index), self.solving
+        sites = find_sites(solving.skeleton, self.members, call) if self.members else []
+        if streams.reference is None:
+            return sites, {}
+        inside = not solving.method.channel_scales
+        return sites, residual_writes(solving.skeleton, self.index, sites, call.hidden, call, inside=inside)
+
+    def _take_residual_writes(self, streams: Streams, found: dict[str, ResidualWrite]) -> None:
+        if not found and self.first:
+            streams.drop_reference()
+            where = f"{self.solving.skeleton.prefix}.{self.index}"
+            self.journal.notes.append(
+                f"no layer of {where} writes into the stream as it is: the error of earlier layers is not corrected"
+            )
+        self.sites = [replace(site, residual_write=found.get(site.name)) for site in self.sites]
+
+    def _entry(self, site: Site) -> Point:
+        return Point("site", self.index, site.entry)
+
+    def _quantize(self, site: Site, point: Point, streams: Streams) -> None:
+        """Sum a site's Grams and solve it, in portions; put the weights in place, or correct what it has put out."""
+        collector, reports, comm = self.collector(streams), [], self.solving.comm
+        source = partial(self._lacking if site.residual_write else self._handed, site, point, streams)
+        for shares in self.portions.of([site], streams.text.folds):
+            with self.journal.stage(self.index, "forward"):
+                if comm.ordered:  # ranks run at once and only sum in turn
+                    synchronize_oom(comm, lambda: _go_through(streams.quantized, point))
+                collected, notes = collector.collect(shares, source)
+            self.journal.notes += notes
+            with self.journal.stage(self.index, "solve"):
+                weights, told = self.solving.quantize(self.index, shares, collected, self.scales)
+                del collected
+                self.weights |= weights
+                if not site.residual_write:
+                    synchronize_oom(comm, partial(self._put, site, weights))
+            reports += told
+        self.reports.append(replace(merge_reports(reports), site=site.name))
+        if site.residual_write:
+            streams.quantized.correct(point, self._entry(site), synchronize_oom(comm, partial(self._change, site)))
+
+    def _handed(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
+        """What the micro-batches bring to a site."""
+        inputs = self.scales.of(Share(site, 0, site.experts)).inputs if self.scales else None
+        for arrival, (_, fold) in zip(streams.quantized.at(point), streams.text.batches):
+            x = arrival.x.reshape(-1, site.in_features)
+            if inputs is not None:
+                x = unscaled(x, arrival.offsets, inputs)
+            yield Rows(site, fold, x, arrival.offsets)
+
+    def _lacking(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
+        """What the micro-batches brought to a site whose outputs have joined the stream, and what that lacks there."""
+        assert streams.reference is not None and site.residual_write
+        entry = self._entry(site)
+        reader = point if site.residual_write.reader else None
+        wanted = streams.reference.with_kept(Point("leave", self.index), reader)
+        found = streams.quantized.with_kept(point, entry)
+        for (arrival, x), (left, read), (_, fold) in zip(found, wanted, streams.text.batches):
+            assert x is not None
+            rows = x.reshape(-1, site.in_features)
+            held = shortening(rows, arrival.x.shape[1])
+            lacking = _drift(left.x if read is None else read, arrival.x).mul_(held)
+            yield Rows(site, fold, rows * held, None, lacking)
+
+    def _put(self, site: Site, weights: Weights) -> None:
+        """Put those of a site's members that are quantized in the place of their own."""
+        for target in site.members:
+            if target.linear in weights:
+                write_back(self.solving.skeleton.model, target, weights[target.linear])
+
+    def _change(self, site: Site) -> Tensor:
+        """What the weight of a site with one member became, less what it was, in the model's dtype."""
+        (target,) = site.members
+        original = stack(self.solving.skeleton.model, target.parameter)[0]
+        quantized = self.weights[target.linear].to(original.device).dequantize(original.dtype)[0]
+        return (quantized.float() - original.float()).to(original.dtype)
+
+
+def unscaled(x: Tensor, offsets: Tensor | None, inputs: Tensor) -> Tensor:
+    """Rows [T, K] as they were before scales [1 or E, K] were folded into what makes them."""
+    if len(inputs) == 1 or offsets is None:
+        return (x.float() * inputs[0]).to(x.dtype)
+    each = torch.repeat_interleave(inputs, offsets.diff(), dim=0, output_size=len(x))
+    return (x.float() * each).to(x.dtype)
+
+
+def check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
+    """`NumericError` naming the first targeted layer with a weight that is not finite."""
+    for parameter in dict.fromkeys(target.parameter for target in members):
+        matrices = stack(skeleton.model, parameter)
+        # One at a time: what says of each weight whether it is finite would take more memory than a layer of experts.
+        if bool(torch.stack([torch.isfinite(matrix).all() for matrix in matrices]).all()):
+            continue
+        for target in members:
+            rows = matrices[target.expert, target.start : target.start + target.shape[0]]
+            if target.parameter == parameter and not bool(torch.isfinite(rows).all()):
+                raise NumericError(f"{target.linear}.weight holds NaN or Inf; repair the checkpoint before quantizing")
+
+
+def put(
+    skeleton: Skeleton, index: int, members: Sequence[Target], weights: Weights, changed: Mapping[str, Tensor]
+) -> None:
+    """Put the quantized weights of these members, and what took up channel scales, in the place of the block's own."""
+    for target in members:
+        write_back(skeleton.model, target, weights[target.linear])
+    for parameter in skeleton.parameters(index) if changed else ():
+        for piece in skeleton.pieces[parameter]:
+            if piece.name in changed:
+                whole = skeleton.model.get_parameter(parameter)
+                part = whole if piece.expert is None else whole[piece.expert, piece.start : piece.start + piece.rows]
+                part.copy_(changed[piece.name])
+
+
+def _drift(reference: Tensor, stream: Tensor) -> Tensor:
+    """What each row of `stream` [B, L, H] lacks of the reference's, [B * L, H].
+
+    The first token of a window is asked for nothing: in most models it carries activations thousands of times those of
+    the others, so that its drift would drown theirs, and it is what all others rest their attention on.
+    """
+    lacking = reference - stream  # exact in their own dtype where they are within a factor of two of each other
+    lacking[:, 0] = 0
+    return lacking.flatten(0, 1)
+
+
+def _go_through(forward: Forward, point: Point) -> None:
+    for _ in forward.at(point):
+        pass

@@ -1,0 +1,37 @@
+"""What is told of a block at work: its stages with their seconds, and notes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+OnProgress = Callable[[int, str], None]
+
+
+class Journal:
+    """seconds: of each stage of the block at work. notes: what did not go as planned, in words. current: the stage."""
+
+    def __init__(self, on_progress: OnProgress | None, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.current = ""
+        self._announce = on_progress or (lambda *_: None)
+        self._device = device
+
+    def begin_block(self) -> None:
+        """Start with nothing told."""
+        self.seconds, self.notes = {}, []
+
+    @contextmanager
+    def stage(self, index: int, name: str) -> Iterator[None]:
+        """Announce a stage of block `index` and add its wall time to `seconds`."""
+        self.current = name
+        self._announce(index, name)
+        began = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

@@ -1,0 +1,130 @@
+"""A text on its way through a model that is loaded one block at a time: what waits is hidden states, not weights.
+
+So a model is judged that does not fit into memory, many quantized forms of it in turn, and no second copy of it is ever
+expanded. A reference is kept as what leaves its last block; its logits are made from that again, some positions at a
+time, whenever something is compared with it. That costs one product with the output embedding per comparison, a fifth
+of a small model's forward and less of a large one's. Keeping the logits would take tokens x vocabulary floats (100 MB
+for 512 tokens of SmolLM2), and of their top alone the divergence could only be bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sarqc.errors import ModelError
+from sarqc.model.dataset import Windows
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.perplexity import POSITIONS_AT_ONCE, Tally
+from sarqc.model.source import TensorSource
+from sarqc.model.tokenizer import check_tokens
+from sarqc.pipeline.forward import Forward
+from sarqc.pipeline.handed import handing_on, returned
+from sarqc.pipeline.points import Hooks, Point
+from sarqc.pipeline.streams import windows_at_once
+from sarqc.pipeline.task import Task
+
+
+@dataclass(frozen=True)
+class Left:
+    """What leaves the last block. hidden: [S, L, H] on the host. form: how that block returns it."""
+
+    hidden: Tensor
+    form: str
+
+
+class Passage:
+    """Windows of tokens int64 [S, L] in a model's own forward, block after block. A context. Needs `load_outer`."""
+
+    def __init__(self, skeleton: Skeleton, tokens: Tensor) -> None:
+        check_tokens(tokens, skeleton.model)
+        self._skeleton = skeleton
+        self._form: str | None = None
+        at_once = windows_at_once(skeleton.device, tokens.shape[1])
+        calls: list[Callable[[], object]] = [partial(self._run, part) for part in tokens.split(at_once)]
+        self._hooks = Hooks(skeleton.blocks)
+        self._forward = Forward(calls, skeleton.blocks)
+        self.enter(0)
+
+    def enter(self, index: int) -> None:
+        """Bring all windows to a block."""
+        for _ in self._forward.at(Point("enter", index)):
+            pass
+
+    def through(self, index: int) -> None:
+        """Bring all windows to the end of a block, which is loaded."""
+        for arrival in self._forward.leave(index):
+            self._form = returned(arrival)
+
+    def left(self) -> Left:
+        """What leaves the last block, which all windows are through."""
+        leaving = self._forward.leave(len(self._skeleton.blocks) - 1)
+        hidden = torch.cat([arrival.x.cpu() for arrival in leaving])
+        if self._form is None:
+            raise ModelError(
+                f"{self._skeleton.prefix} hand on more than a tensor, so they cannot be judged block by block"
+            )
+        return Left(hidden, self._form)
+
+    def close(self) -> None:
+        """End the forward."""
+        self._forward.close()
+        self._hooks.close()
+
+    def _run(self, tokens: Tensor) -> object:
+        return self._skeleton.model.base_model(input_ids=tokens.to(self._skeleton.device), use_cache=False)
+
+    def __enter__(self) -> Passage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def leave(
+    skeleton: Skeleton, source: TensorSource, tokens: Tensor, on_block: Callable[[int], None] | None = None
+) -> Left:
+    """Tokens int64 [S, L] through all blocks; needs `load_outer`. on_block(index) is called before each block."""
+    with Passage(skeleton, tokens) as passage:
+        for index in range(len(skeleton.blocks)):
+            if on_block:
+                on_block(index)
+            skeleton.load_block(index, source, skeleton.device, skeleton.dtype)
+            passage.through(index)
+            skeleton.unload_block(index)
+        return passage.left()
+
+
+def judge(skeleton: Skeleton, windows: Windows, left: Left, reference: Left | None = None) -> Tally:
+    """Sums over all positions of all windows, of what leaves the last block and of what left a reference's.
+
+    Needs `load_outer(..., head=True)`; both share that head.
+    """
+    tally = Tally()
+    for at, window in enumerate(windows.tokens):
+        for start in range(0, len(window) - 1, POSITIONS_AT_ONCE):
+            stop = min(start + POSITIONS_AT_ONCE, len(window) - 1)
+            own = logits(skeleton, left.form, left.hidden[at : at + 1, start:stop])
+            expected = None
+            if reference is not None:
+                expected = logits(skeleton, reference.form, reference.hidden[at : at + 1, start:stop])
+            tally.add(own, window[start + 1 : stop + 1].to(own.device), expected)
+    return tally
+
+
+def logits(skeleton: Skeleton, form: str, hidden: Tensor) -> Tensor:
+    """Logits [L, V] of what leaves the last block, [1, L, H]; needs `load_outer(..., head=True)`."""
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=skeleton.device)
+
+    def run() -> Tensor:
+        found: Tensor = skeleton.model(input_ids=tokens, use_cache=False).logits
+        return found
+
+    with handing_on(skeleton.layers, len(skeleton.blocks), form, lambda _: hidden.to(skeleton.device)):
+        found = Task(run, 0, lambda _: False).resume()
+    assert isinstance(found, Tensor)
+    return found[0]

@@ -1,0 +1,302 @@
+"""The streams of a run: a text through the quantized model, through the reference, and a few tokens as a probe.
+
+All are suspended in the model's own forward and go from block to block together. The quantized stream has the weights
+of the result in all blocks behind it; the reference, where errors are corrected, has the original ones. The probe is
+the first tokens of the first window, on the quantized side: what has to be found out about a block is tried on it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, pairwise
+
+import torch
+from torch import Tensor
+
+from sarqc.checkpoint.state import ChunkedTensor
+from sarqc.errors import NumericError
+from sarqc.method.gram import lost_rows
+from sarqc.model.lazy_model import Skeleton
+from sarqc.model.source import TensorSource
+from sarqc.model.tokenizer import check_tokens
+from sarqc.pipeline.activation_store import Store
+from sarqc.pipeline.comm import Comm
+from sarqc.pipeline.forward import BlockCall, Forward
+from sarqc.pipeline.handed import fingerprint, handing_on, returned
+from sarqc.pipeline.points import Arrival, Hooks, Point
+from sarqc.pipeline.work_split import Batches, partition_batches, positions, renumbered
+
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a micro-batch: few enough for a CPU's caches, enough to fill a GPU."""
+PROBE_TOKENS = 8
+"""Tokens of the probe."""
+
+
+def windows_at_once(device: torch.device, length: int) -> int:
+    """Windows of so many tokens in a micro-batch where nobody says otherwise."""
+    return max(1, TOKENS_AT_ONCE[device.type] // length)
+
+
+def cut(count: int, micro_batch: int, folds: int, first: int = 0) -> Batches:
+    """Micro-batches of the windows from `first` to `count`, none of them across two folds; folds are stretches of
+    nearly equal length."""
+    edges = [first + fold * (count - first) // folds for fold in range(folds + 1)]
+    return [
+        (slice(start, min(start + micro_batch, stop)), fold)
+        for fold, (begin, stop) in enumerate(pairwise(edges))
+        for start in range(begin, stop, micro_batch)
+    ]
+
+
+@dataclass(frozen=True)
+class Text:
+    """This rank's part of the calibration text. tokens: int64 [S, L], its windows. batches: windows of each
+    micro-batch, and its fold. places: which windows of the whole text each rank has. rank: whose part this is. probe:
+    int64 [1, n], the same on all ranks."""
+
+    tokens: Tensor
+    batches: Batches
+    folds: int
+    places: Sequence[Tensor]
+    rank: int
+    probe: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, batches: Batches, folds: int, comm: Comm) -> Text:
+        """A rank's part of all windows; `ArgumentError` where there are too few micro-batches for all ranks."""
+        dealt = partition_batches(batches, folds, comm.size)
+        places = [positions(part) for part in dealt]
+        probe = tokens[:1, :PROBE_TOKENS]
+        if comm.size > 1:
+            batches, tokens = renumbered(dealt[comm.rank]), tokens[places[comm.rank]]
+        return cls(tokens, batches, folds, places, comm.rank, probe)
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows in the largest micro-batch."""
+        return max(int(windows.stop - windows.start) for windows, _ in self.batches)
+
+    def halved(self) -> Text:
+        """The same with every micro-batch of more than one window cut in two."""
+        parts = []
+        for windows, fold in self.batches:
+            middle = (windows.start + windows.stop + 1) // 2
+            parts += [(part, fold) for part in (slice(windows.start, middle), slice(middle, windows.stop))]
+        return replace(self, batches=[(part, fold) for part, fold in parts if part.stop > part.start])
+
+    def grouped(self, windows: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The windows [L, ...] of all micro-batches in order, those of each micro-batch in one tensor of its own."""
+        for part, _ in self.batches:
+            yield torch.stack(list(islice(windows, part.stop - part.start)))
+
+    def own(self, hidden: ChunkedTensor) -> Iterator[Tensor]:
+        """This rank's windows [L, H] of those of all ranks."""
+        mine = set(self.places[self.rank].tolist())
+        return (window for number, window in enumerate(hidden.rows()) if number in mine)
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What is stored of a stream between two blocks, so that a run can go on there.
+
+    hidden: [S, L, H] of all windows of the text, as they leave a block; from all ranks to rank 0, every rank has to go
+    through them. form: how that block returns them. fingerprint: of what the next block is entered with beside them.
+    probe: the probe's, on the host. reference: whether there is a reference stream.
+    """
+
+    hidden: ChunkedTensor
+    form: str
+    fingerprint: str
+    probe: Tensor
+    reference: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How suspended micro-batches are held. budget: bytes of each stream that stay where they are. store: takes the
+    rest; None to keep all. recompute: whether they wait at a block's entry alone."""
+
+    budget: int = 0
+    store: Store | None = None
+    recompute: bool = False
+
+
+class Streams:
+    """A context. quantized, probe: streams; reference: one, or None. hooks: on the model's blocks."""
+
+    def __init__(
+        self, skeleton: Skeleton, source: TensorSource, device: torch.device, dtype: torch.dtype | None, memory: Memory
+    ) -> None:
+        self.skeleton = skeleton
+        self.hooks = Hooks(skeleton.blocks)
+        self.quantized = self.probe = Forward([], skeleton.blocks)
+        self.reference: Forward | None = None
+        self.form: str | None = None  # how the last block returned the stream
+        self._source = source
+        self._device = device
+        self._dtype = dtype
+        self._memory = memory
+
+    def begin(self, text: Text, *, reference: bool, stored: Handover | None = None, block: int = 0) -> bool:
+        """Bring all streams to a block: to the first one, or with `stored` the quantized stream and the probe to
+        `block`; whether that could be done. False: what is stored is not all that the block needs.
+
+        Raises `NumericError` where the embeddings are not finite, `ArgumentError` for tokens that are not the model's.
+        """
+        self.close()
+        self.hooks = Hooks(self.skeleton.blocks)
+        self.text = text
+        check_tokens(text.tokens, self.skeleton.model)
+        self.skeleton.load_outer(self._source, self._device, self._dtype)
+        if stored is None:
+            self.quantized, self.probe = self._forward(text), self._probe(text)
+            self._refuse_lost(self.quantized.at(Point("enter", 0)))
+            _arrive(self.probe, 0)
+        else:
+            self.quantized, self.probe = self._forward(text, block), self._probe(text, block)
+            own = text.own(stored.hidden)
+            self._hand(self.quantized, block, stored.form, text.grouped(own))
+            deque(own, maxlen=0)  # all ranks go through all windows
+            self._hand(self.probe, block, stored.form, iter([stored.probe]))
+            if fingerprint(self.entry(block)) != stored.fingerprint:
+                return False
+            self.form = stored.form
+        if reference:
+            self.reference = self._forward(text)
+            _arrive(self.reference, 0)
+        self.skeleton.unload_embeddings()
+        return True
+
+    def again(self, text: Text, block: int) -> bool:
+        """Bring all streams to a block behind the first anew, with other micro-batches of the same windows, from what
+        has left the block before; whether that could be done."""
+        if self.form is None or not all(forward.left_whole() for forward in self._all()):
+            return False
+        before = fingerprint(self.entry(block))
+        quantized, probe, reference = self.quantized, self.probe, self.reference
+        self.text = text
+        self.skeleton.load_outer(self._source, self._device, self._dtype)
+        self.quantized = self._forward(text, block)
+        self._hand(self.quantized, block, self.form, text.grouped(_windows(quantized.dissolve())))
+        self.probe = self._probe(text, block)
+        self._hand(self.probe, block, self.form, probe.dissolve())
+        if reference is not None:
+            self.reference = self._forward(text, block)
+            self._hand(self.reference, block, self.form, text.grouped(_windows(reference.dissolve())))
+        self.skeleton.unload_embeddings()
+        return fingerprint(self.entry(block)) == before
+
+    def entry(self, block: int) -> Arrival:
+        """What the probe brings to a block."""
+        (entry,) = self.probe.at(Point("enter", block))
+        return entry
+
+    def call(self, block: int) -> BlockCall:
+        """A block as the probe enters it."""
+        return BlockCall(self.skeleton.blocks[block], self.entry(block))
+
+    def enter(self, block: int) -> None:
+        """Bring all streams to a block."""
+        for forward in self._all():
+            _arrive(forward, block)
+
+    def leave_quantized(self, block: int) -> int:
+        """Bring the quantized stream to the end of a block; how many rows of it hold NaN or Inf."""
+        lost = 0
+        for arrival in self.quantized.leave(block):
+            self.form = returned(arrival) if arrival.x.dim() == 3 else None
+            lost += lost_rows(arrival.x)
+        return lost
+
+    def leave_probe(self, block: int) -> None:
+        """Bring the probe to the end of a block."""
+        _drain(self.probe.leave(block))
+
+    def leave_reference(self, block: int) -> None:
+        """Bring the reference, if there is one, to the end of a block, which has its original weights."""
+        if self.reference is not None:
+            _drain(self.reference.leave(block))
+
+    def drop_reference(self) -> None:
+        """Go on without one."""
+        if self.reference is not None:
+            self.reference.close()
+        self.reference = None
+
+    def handover(self, block: int, comm: Comm) -> Handover | None:
+        """What is to be stored where a block is left and another one follows; None where that would not be enough."""
+        if self.form is None:
+            return None
+        (left,) = self.probe.leave(block)
+        probe = left.x.cpu().clone()
+        shape = (sum(map(len, self.text.places)), *self.text.tokens.shape[1:], probe.shape[-1])
+        rows = partial(comm.gather_rows, places=self.text.places)
+        hidden = ChunkedTensor(shape, probe.dtype, lambda: rows(self._windows(block)))
+        return Handover(hidden, self.form, fingerprint(self.entry(block + 1)), probe, self.reference is not None)
+
+    def close(self) -> None:
+        """End all streams, and take the hooks off."""
+        for forward in self._all():
+            forward.close()
+        self.reference, self.form = None, None
+        self.hooks.close()
+
+    def _windows(self, block: int) -> Iterator[Tensor]:
+        for arrival in self.quantized.leave(block):
+            yield from arrival.x.cpu().split(1)
+
+    def _forward(self, text: Text, first: int = 0) -> Forward:
+        return self._make([text.tokens[windows] for windows, _ in text.batches], first, self._memory)
+
+    def _probe(self, text: Text, first: int = 0) -> Forward:
+        return self._make([text.probe], first, Memory())
+
+    def _make(self, batches: Sequence[Tensor], first: int, memory: Memory) -> Forward:
+        calls: list[Callable[[], object]] = [partial(self._run, tokens) for tokens in batches]
+        return Forward(
+            calls,
+            self.skeleton.blocks,
+            first=first,
+            recompute=memory.recompute,
+            store=memory.store,
+            budget=memory.budget,
+        )
+
+    def _run(self, tokens: Tensor) -> object:
+        body = self.skeleton.model.base_model
+        return body(input_ids=tokens.to(self._device), use_cache=False)
+
+    def _hand(self, forward: Forward, block: int, form: str, hidden: Iterator[Tensor]) -> None:
+        """Bring a stream to a block, with what each micro-batch has brought out of the one before."""
+        with handing_on(self.skeleton.layers, block, form, lambda _: next(hidden).to(self._device)):
+            _arrive(forward, block)
+
+    def _all(self) -> Iterator[Forward]:
+        return (forward for forward in (self.quantized, self.probe, self.reference) if forward is not None)
+
+    def _refuse_lost(self, entering: Iterator[Arrival]) -> None:
+        if sum(lost_rows(arrival.x) for arrival in entering):
+            raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
+
+    def __enter__(self) -> Streams:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _windows(micro_batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    for tensor in micro_batches:
+        yield from tensor
+
+
+def _arrive(forward: Forward, block: int) -> None:
+    _drain(forward.at(Point("enter", block)))
+
+
+def _drain(arrivals: Iterator[Arrival]) -> None:
+    for _ in arrivals:
+        pass
