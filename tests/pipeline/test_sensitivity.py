@@ -47,7 +47,7 @@ def test_the_divergence_is_that_of_the_whole_model(tiny, monkeypatch):
     def rounded(site, weight, statistics, quant, method, scale_dtype, experts=slice(None)):
         return quantize_rtn(weight, quant.at(4), "minmax", scale_dtype)
 
-    monkeypatch.setattr(sensitivity, "tried", rounded)
+    monkeypatch.setattr(sensitivity, "probe_weight", rounded)
     known = next(site for _, site in measure_sensitivity(case) if site.site.endswith("0.mlp.down_proj"))
     with torch.no_grad():
         changed = copy.deepcopy(case.model)
@@ -84,12 +84,12 @@ def test_experts_are_solved_in_pieces_as_in_a_run_and_lose_the_same(tiny, monkey
         most.append(len(weight))
         return probe_weight(site, weight, *rest)
 
-    monkeypatch.setattr(sensitivity, "tried", watched)
+    monkeypatch.setattr(sensitivity, "probe_weight", watched)
     monkeypatch.setitem(work_split.SOLVE_BYTES, "cpu", 1)
     assert measure_sensitivity(case) == whole and max(most) == 1
 
 
-@pytest.mark.parametrize("where", ["tried", "loss_by_bits"])
+@pytest.mark.parametrize("where", ["probe_weight", "loss_by_bits"])
 def test_memory_that_runs_out_while_solving_costs_only_time(tiny, monkeypatch, where):
     """Fewer Grams at a time, in as many tries as it takes."""
     case, held, call = tiny("qwen3_moe"), [], getattr(sensitivity, where)
@@ -110,7 +110,7 @@ def test_a_device_too_small_for_one_gram_is_said(tiny, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("tried to allocate 2 GB")
 
-    monkeypatch.setattr(sensitivity, "tried", full)
+    monkeypatch.setattr(sensitivity, "probe_weight", full)
     with pytest.raises(ResourceError, match="one Gram at a time"):
         measure_sensitivity(tiny("qwen3_moe"))
 
