@@ -135,6 +135,7 @@ class SiteQuantizer:
     def _solve(
         self, piece: Piece, share: Share, collected: Sequence[Statistics] | None, scales: BlockScales | None
     ) -> tuple[QuantizedWeight, LayerReport]:
+        experts = slice(piece.share.first - share.first, piece.share.stop - share.first)
         solved, report = solve_site(
             share.name,
             piece.share.weight(self.skeleton.model),
@@ -143,8 +144,7 @@ class SiteQuantizer:
             self.method,
             scale_dtype=self.scale_dtype(share.site),
             scaling=scales.of(piece.share) if scales else None,
-            choice=self.choices[share.name] if collected is not None else None,
-            experts=slice(piece.share.first - share.first, piece.share.stop - share.first),
+            choice=replace(self.choices[share.name], experts=experts) if collected is not None else None,
         )
         return solved.to("cpu"), report
 
