@@ -10,6 +10,7 @@
 #             memory, twice (an hour and 14 GB of disk)
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
+# make models   build, quantize and reload a tiny model of every architecture of transformers; then docs/models.md (an hour)
 # make keywords   write sarqc/keywords.py again, after a change to an option
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
 
@@ -18,7 +19,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak keywords
+.PHONY: gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak models keywords
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -45,6 +46,10 @@ typecheck: $(READY)
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	$(BIN)/python -m docs.check site
+
+models: $(READY)
+	$(BIN)/python -m benchmarks.models run --again
+	$(BIN)/python -m benchmarks.models page
 
 soak: $(READY)
 	SARQC_KILLS=60 $(BIN)/python -m pytest tests/pipeline/test_killed.py

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import records
 from benchmarks.budget import Budget
+from benchmarks.first_run import portable
 from benchmarks.machine import ROOT
 from benchmarks.ops import OPS
 
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cache.exists():
         cache = options.cache.resolve()
         environment |= {"TRITON_CACHE_DIR": str(cache / "triton"), "SARQC_CACHE": str(cache / "sarqc")}
-        print(f"compiled kernels from {cache}", flush=True)
+        print(f"{portable.relocate(cache / 'triton')} compiled kernels from {cache}", flush=True)
     outcomes = run(parts(out, options.quick, options.device), Budget(options.minutes), out, environment)
     lines = last_lines(outcomes, out)
     (out / "summary.txt").write_text("\n".join(lines) + "\n")

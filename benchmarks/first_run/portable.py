@@ -6,10 +6,12 @@ Pythons. What they compile does not. Here the key holds the version alone, for t
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
+from pathlib import Path
 
-__all__ = ["patch"]
+__all__ = ["patch", "relocate"]
 
 
 def patch() -> None:
@@ -23,6 +25,19 @@ def patch() -> None:
     for module in (compiler, cache):
         if hasattr(module, "triton_key"):
             module.triton_key = lambda: f"sarqc first run, triton {triton.__version__}"
+
+
+def relocate(folder: Path) -> int:
+    """Make a Triton cache that was carried to `folder` valid there; returns its number of kernels.
+
+    Triton writes down with whole paths which files belong to a kernel, and compiles again where they do not exist.
+    """
+    groups = sorted(folder.rglob("__grp__*.json"))
+    for group in groups:
+        found = json.loads(group.read_text())
+        found["child_paths"] = {name: str(group.parent / name) for name in found["child_paths"]}
+        group.write_text(json.dumps(found))
+    return len(groups)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 from sarqc.report.report import write_text
 from sarqc.report.summary import figure
-from sarqc.report.svg import Series, beside, line_chart, short, standalone
+from sarqc.report.svg import Axes, Series, beside, line_chart, short, standalone
 
 PROTOCOL = 1
 """Raised whenever cells measured before must not stand beside new ones."""
@@ -103,11 +103,13 @@ def plot(found: dict[str, Any]) -> str:
             charts.append(
                 line_chart(
                     [_series(method, [row for row in own if row["method"] == method]) for method in methods],
-                    x_label="calibration windows",
-                    y_label="perplexity",
-                    kind="log",
-                    x_kind="log",
-                    x_ticks=sorted({row["windows"] or 1 for row in own}),
+                    Axes(
+                        "calibration sequences",
+                        "perplexity",
+                        kind="log",
+                        x_kind="log",
+                        x_ticks=sorted({row["windows"] or 1 for row in own}),
+                    ),
                     mark=(entry["perplexity"], "unquantized"),
                     title=f"{entry['text'].rpartition('/')[2]}, {bits} bits, groups of {group_size}",
                     width=_PANEL[0],

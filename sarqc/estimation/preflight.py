@@ -1,6 +1,6 @@
-"""A look prefetched: what a run will do, what it takes, whether that is there, and who will serve the result.
+"""Estimate a run: the layers, memory, disk and time, and the runtimes that load the result.
 
-Made before every run, and all there is of a dry run. It reads a configuration and headers, and no weights.
+Made before every run; a dry run ends with it. It reads the configuration and the headers, and no weights.
 """
 
 from __future__ import annotations
@@ -51,11 +51,9 @@ class Disk:
     free: int
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """What is known before the first block. sites: as shapes tell them; a forward may show that some are one.
-    windows, seqlen: (0, 0) where no text is looked at. ranks: processes that share the work; memory and what is waiting
-    are those of one of them. problems: why the run must not begin."""
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary:
+    """A model and what it becomes. sites: as shapes tell them; a forward may show that some are one."""
 
     model: str
     architecture: str
@@ -63,13 +61,20 @@ class Preflight:
     sites: int
     quantized_linears: int
     kinds: tuple[LayerSummary, ...]
+    bits_per_weight: float
+    sizes: Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(ModelSummary):
+    """What is known before the first block. windows, seqlen: (0, 0) for methods without calibration. ranks: processes
+    that share the work; memory and what is waiting are those of one of them. problems: why the run cannot begin."""
+
     windows: int
     seqlen: int
     ranks: int
     device: str
     dtype: str
-    bits_per_weight: float
-    sizes: Sizes
     memory: tuple[Memory, ...]
     waiting: HostBuffers
     disk: tuple[Disk, ...]

@@ -54,6 +54,7 @@ class LambdaChoice:
         curve: Validation curve of this site; empty where it was not measured.
         why: The reason, in words.
         by_prior: Whether `reg_lambda` is the prior's, which depends on the rows of each expert.
+        experts: Experts to quantize with it; by default all that `reg_lambda` covers.
     """
 
     reg_lambda: Tensor
@@ -62,6 +63,7 @@ class LambdaChoice:
     curve: Curve
     why: str
     by_prior: bool = False
+    experts: slice = field(default_factory=lambda: slice(None))
 
     def of_others(self, rows: Tensor, in_features: int, method: MethodConfig) -> LambdaChoice:
         """The choice for other experts of the same layer, without measuring them: the same lambda, or the same prior.
@@ -73,7 +75,7 @@ class LambdaChoice:
         return replace(self, reg_lambda=reg_lambda)
 
     def record(self) -> Record:
-        """All but `reg_lambda`, as JSON values: what `LambdaSearch.restored` reads."""
+        """Kind, reason and curve, as JSON values: what `LambdaSearch.restored` reads."""
         return {"kind": self.kind, "why": self.why, "curve": [list(point) for point in self.curve.items()]}
 
 

@@ -102,7 +102,6 @@ def solve_site(
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
     choice: LambdaChoice | None = None,
-    experts: slice = slice(None),
 ) -> tuple[QuantizedWeight, LayerReport]:
     """Quantize one site's weight [E, N, K] and report the error.
 
@@ -114,8 +113,8 @@ def solve_site(
         method: The method.
         scale_dtype: Dtype that scales are stored in; they are rounded to it before any weight is quantized.
         scaling: Applied to the weight first. Statistics and errors stay those of the original weight.
-        choice: The lambda; chosen for this site alone by default.
-        experts: Experts that `weight` and `scaling` cover; statistics and choice cover all of them.
+        choice: The lambda, and the experts that `weight` and `scaling` cover; statistics cover all of them. Chosen for
+            this site alone by default.
 
     Returns:
         The quantized weight and its report.
@@ -134,26 +133,27 @@ def solve_site(
         solution = Solution(quantize_rtn(weight, quant, method.scales, scale_dtype), torch.zeros(1))
     else:
         whole = statistics.in_one()  # once: with two folds it is a copy of what can be most of the memory
-        gram = whole.folds[0].part(experts)
         choice = choice or choose_lambda(
             site, "", weight, statistics, quant, method, scale_dtype=scale_dtype, search=LambdaSearch()
         )
+        gram = whole.folds[0].part(choice.experts)
         if not choice.rounded:
             target, correction_share = shifted(site, weight, statistics, choice.reg_lambda, method)
-        solution = _solve_chosen(site, target, whole, choice, quant, method, scale_dtype, scaling, experts)
+        solution = _solve_chosen(site, target, whole, choice, quant, method, scale_dtype, scaling)
     sampled = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
     sample = target[:, sampled]
     rtn = quantize_rtn(sample, quant, "minmax", scale_dtype).dequantize()
     quantized = solution.weight.rows(sampled).dequantize()
     if scaling is not None:
         quantized = scaling.rows_at(sampled).undo(quantized)
-    signal, (error, rtn_error) = _relative_errors(sample, [quantized, rtn], gram)
+    errors = _errors(sample, quantized, rtn, gram)
     unfactored = torch.isinf(solution.damping)
     report = LayerReport(
         site=site,
         rows=() if gram is None else tuple(gram.rows.tolist()),
-        error=error,
-        rtn_error=rtn_error,
+        error=errors.error,
+        rtn_error=errors.rtn_error,
+        signal=errors.signal,
         reg_lambda=0.0 if choice is None or choice.rounded else float(choice.reg_lambda.max()),
         damping=float(solution.damping[~unfactored].max()) if bool((~unfactored).any()) else 0.0,
         fallback=_fallback(choice, unfactored),
@@ -165,7 +165,6 @@ def solve_site(
         else prior_rows(weight.shape[-1], method.expert_shrinkage),
         correction_share=correction_share,
         held_out=choice.record() if choice else {},
-        signal=signal,
         bits=quant.bits,
     )
     return solution.weight, report
@@ -180,15 +179,14 @@ def _solve_chosen(
     method: MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None,
-    experts: slice,
 ) -> Solution:
     """The solution at the chosen lambda, or RTN."""
     if choice.rounded:
         scaled = weight if scaling is None else scaling.apply(weight)
         return Solution(quantize_rtn(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight)))
-    gram = shrink_experts(statistics, method.expert_shrinkage, experts)
+    gram = shrink_experts(statistics, method.expert_shrinkage, choice.experts)
     solver = SOLVERS[method.solver]
-    return solver(site, weight, gram, choice.reg_lambda[experts], quant, method, scale_dtype, scaling)
+    return solver(site, weight, gram, choice.reg_lambda[choice.experts], quant, method, scale_dtype, scaling)
 
 
 def _fallback(choice: LambdaChoice | None, unfactored: Tensor) -> str | None:
@@ -199,8 +197,8 @@ def _fallback(choice: LambdaChoice | None, unfactored: Tensor) -> str | None:
     return f"{int(unfactored.sum())} of {unfactored.numel()} matrices have no factor at any damping: quantized by RTN"
 
 
-def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None) -> tuple[float, list[float]]:
-    """tr(W H W^T), and tr(E H E^T) over it for each candidate, in fp32 products summed in fp64."""
+def _errors(weight: Tensor, quantized: Tensor, rtn: Tensor, gram: Gram | None) -> LayerErrors:
+    """Errors of two candidates for a weight, in fp32 products summed in fp64."""
     moment = None if gram is None else gram.second_moment()
 
     def energy(rows: Tensor) -> float:
@@ -208,20 +206,35 @@ def _relative_errors(weight: Tensor, candidates: list[Tensor], gram: Gram | None
         return float((passed * rows).sum(-1).double().sum())
 
     signal = max(energy(weight), torch.finfo(torch.float64).tiny)
-    return signal, [energy(weight - candidate) / signal for candidate in candidates]
+    return LayerErrors(
+        error=energy(weight - quantized) / signal, rtn_error=energy(weight - rtn) / signal, signal=signal
+    )
 
 
-@dataclass(frozen=True)
-class LayerReport:
+@dataclass(frozen=True, kw_only=True)
+class LayerErrors:
+    """Output errors of one site.
+
+    Attributes:
+        error: tr(E H E^T) / tr(T H T^T) over all experts, E = T - Q, with H without the regulariser (H = I where there
+            is no Gram), on at most 256 evenly spaced rows of each matrix. The target T is the weight W, except where
+            `correction_share` is not 0.
+        rtn_error: The same for RTN of T with min-max scales.
+        signal: tr(T H T^T), the denominator of both errors.
+    """
+
+    error: float
+    rtn_error: float
+    signal: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport(LayerErrors):
     """Result of one site.
 
     Attributes:
         site: Name of the site.
         rows: Calibration rows of each expert.
-        error: tr(E H E^T) / tr(T H T^T) over all experts, E = T - Q, with H without the regulariser (H = I where there
-            is no Gram), on at most 256 evenly spaced rows of each matrix. The target T is the weight W, except where
-            `correction_share` is not 0.
-        rtn_error: The same for RTN of T with min-max scales.
         reg_lambda: Largest lambda over experts.
         damping: Largest damping over experts.
         fallback: Why some experts were quantized by RTN, or None.
@@ -231,14 +244,11 @@ class LayerReport:
         prior_rows: Rows of the pooled Gram added to each expert.
         correction_share: Share a of the residual error that T corrects (`method.error_correction`); 0 where T = W.
         held_out: How lambda was chosen, as `LambdaChoice.record` has it.
-        signal: The denominator of both errors.
         bits: Of the codes.
     """
 
     site: str
     rows: tuple[int, ...]
-    error: float
-    rtn_error: float
     reg_lambda: float
     damping: float
     fallback: str | None
@@ -248,7 +258,6 @@ class LayerReport:
     prior_rows: int = 0
     correction_share: float = 0.0
     held_out: Record = field(default_factory=dict)
-    signal: float = 1.0
     bits: int = 0
 
 

@@ -1,11 +1,11 @@
-"""Which layers write into the residual stream, and where: there they can make up for what it has drifted.
+"""Find the layers whose outputs are added to the residual stream unchanged: there the error of earlier layers is
+corrected.
 
-Which layers those are is seen and proved, not looked up. At the end of a block: whatever is added to such outputs
-leaves the block unchanged, which is tried with noise of the stream's own size. down_proj of a dense block passes, and
-so does a shared expert's; routed experts do not, whose outputs are weighted token by token, nor does a layer behind
-which a gate or a norm stands. Inside a block: some module reads the sum of what entered the block and of what a layer
-puts out, as the norm before the MLP does with o_proj's; changing the stream there in place has to be the same as
-changing what the layer puts out, to the bit.
+The layers are found by tests, not by name. At the end of a block: noise added to the outputs of such a layer leaves the
+block unchanged. down_proj of a dense block passes, and so does that of a shared expert. Routed experts do not, because
+their outputs are weighted per token, nor does a layer followed by a gate or a norm. Inside a block: some module reads
+the sum of the block's input and of the layer's output, as the norm before the MLP does after o_proj. Changing that sum
+in place must give the same bits as changing the output of the layer.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def scales_of_block(block: Block, streams: Streams) -> BlockScales:
         journal.notes += notes
         with journal.stage(block.index, "scale"):
             solving.choose(block.index, shares, collected)
-            grams = synchronize_oom(solving.comm, partial(_borrowing, collected, solving.method.expert_shrinkage))
+            grams = synchronize_oom(solving.comm, partial(_shrunk, collected, solving.method.expert_shrinkage))
             scales.decide(shares, grams, solving.cost, solving.quant_of, solving.scale_dtype(shares[0].site))
     return scales
 
@@ -50,5 +50,5 @@ def _seen(block: Block, shares: Sequence[Share], streams: Streams) -> Iterator[R
                 yield Rows(site, fold, arrival.x.reshape(-1, site.in_features), arrival.offsets)
 
 
-def _borrowing(collected: Sequence[Statistics], borrow: float) -> list[Gram]:
-    return [shrink_experts(statistics, borrow) for statistics in collected]
+def _shrunk(collected: Sequence[Statistics], shrinkage: float) -> list[Gram]:
+    return [shrink_experts(statistics, shrinkage) for statistics in collected]

@@ -148,6 +148,7 @@ class SiteQuantizer:
             weight = weight[:, piece.rows]
             if scaling is not None:
                 scaling = scaling.rows_at(torch.arange(piece.rows.start, piece.rows.stop, device=weight.device))
+        experts = slice(piece.share.first - share.first, piece.share.stop - share.first)
         solved, report = solve_site(
             share.name,
             weight,
@@ -156,8 +157,7 @@ class SiteQuantizer:
             self.method,
             scale_dtype=self.scale_dtype(share.site),
             scaling=scaling,
-            choice=self.choices[share.name] if collected is not None else None,
-            experts=slice(piece.share.first - share.first, piece.share.stop - share.first),
+            choice=replace(self.choices[share.name], experts=experts) if collected is not None else None,
         )
         return solved.to("cpu"), report
 

@@ -105,7 +105,7 @@ class _Finish:
         """What report.json will hold of the checkpoint that `fill` made."""
         assert checked.stored is not None
         work, records, chosen = self.work, self.records, self.chosen
-        report = reports.build(
+        report = reports.FinishedRun(
             model=work.about["model"],
             source=reports.source_record(self.checkpoint.folder, self.checkpoint),
             quant=work.quant,
@@ -113,12 +113,12 @@ class _Finish:
             calibration=work.about["calibration"],
             targets=work.about["targets"],
             sites=[site for record in records for site in record.reports],
-            blocks=[(index, record.seconds) for index, record in enumerate(records)],
+            blocks=[record.seconds for record in records],
             stages=self._stages(),
             size=checked.stored.record(),
             device=work.about["device"],
             notes=[note for record in records for note in record.notes],
-        )
+        ).report()
         if (dtype := work.about.get("dtype", AUTO)) != AUTO:
             report["dtype"] = dtype
         if work.about["code"]:

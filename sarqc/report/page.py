@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sarqc.report import summary
-from sarqc.report.svg import STYLE, Series, line_chart, range_chart, short, stacked_bars, text
+from sarqc.report.svg import STYLE, Axes, Series, line_chart, range_chart, short, stacked_bars, text
 
 _PAGE_STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --text: #1c2126; --dim: #68727c; --edge: #e3e6e9;
@@ -123,11 +123,11 @@ def _losses(report: summary.Report) -> str:
     found = summary.sites(report)
     plain = "weight error" if not summary.calibrated(report) else "output error"
     errors = _by_kind(found, lambda site: site.error, lambda v: f"{plain} {summary.share(v)}")
-    charts = [line_chart(errors, x_label="block", y_label=plain, kind="log", unit=lambda v: f"{100 * v:.3g} %")]
+    charts = [line_chart(errors, Axes("block", plain, "log", unit=lambda v: f"{100 * v:.3g} %"))]
     told = f"Each point is a site: the layers that read one input, named by the first. {plain.capitalize()} by depth."
     if summary.calibrated(report):
         losses = _by_kind(found, lambda site: site.loss, lambda v: f"{v:.3g} of RTN")
-        charts.insert(0, line_chart(losses, x_label="block", y_label="error / rounding", kind="log", mark=(1.0, "RTN")))
+        charts.insert(0, line_chart(losses, Axes("block", "error / RTN", "log"), mark=(1.0, "RTN")))
         told += " Above: as a share of what RTN loses; a point above the dashed line was harmed."
     return _section("Where it was lost", told, *(f"<figure>{chart}</figure>" for chart in charts if chart))
 
@@ -137,7 +137,7 @@ def _widths(report: summary.Report) -> str:
     if len({site.bits for site in found}) < 2:
         return ""
     series = _by_kind(found, lambda site: site.bits, lambda v: f"{v:.0f} bits")
-    chart = line_chart(series, x_label="block", y_label="bits")
+    chart = line_chart(series, Axes("block", "bits"))
     average = report["size"]["bits_per_weight"]
     told = (
         f"{average} bits per weight on average, scales included. Bit-widths were allocated "
@@ -149,7 +149,7 @@ def _widths(report: summary.Report) -> str:
 def _lambdas(report: summary.Report) -> str:
     found = [site for site in summary.sites(report) if site.reg_lambda > 0]
     series = _by_kind(found, lambda site: site.reg_lambda, lambda v: f"lambda {v:.3g}")
-    chart = line_chart(series, x_label="block", y_label="lambda", kind="log")
+    chart = line_chart(series, Axes("block", "lambda", "log"))
     told = "Weight of the regulariser relative to the output error. More calibration text needs a smaller lambda."
     return _section("Regularisation lambda", told, f"<figure>{chart}</figure>") if chart else ""
 
@@ -157,7 +157,7 @@ def _lambdas(report: summary.Report) -> str:
 def _corrections(report: summary.Report) -> str:
     found = [site for site in summary.sites(report) if site.correction_share > 0]
     series = _by_kind(found, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
-    chart = line_chart(series, x_label="block", y_label="share")
+    chart = line_chart(series, Axes("block", "share"))
     told = (
         "One layer of each block also corrects the drift of the hidden states from the original model, by this share: "
         "half of the share that is best on held-out text."

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,44 +30,63 @@ from sarqc.system import peak_memory_mib, versions
 REPORT, PAGE = "report.json", "report.html"
 
 
-def build(
-    *,
-    model: str,
-    quant: QuantConfig,
-    method: MethodConfig,
-    calibration: dict[str, Any] | None,
-    targets: dict[str, Any],
-    sites: Sequence[LayerReport],
-    blocks: Sequence[tuple[int, Mapping[str, float]]],
-    stages: dict[str, float],
-    source: dict[str, Any],
-    size: dict[str, Any],
-    device: str,
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The report as JSON values. blocks: index and seconds of each stage. source: as `source_record` gives it."""
-    return {
-        "model": model,
-        "source": source,
-        "quant": record(quant),
-        "method": record(method),
-        "calibration": calibration,
-        "targets": targets,
-        "size": size,
-        "error": _mean([site.error for site in sites]),
-        "rtn_error": _mean([site.rtn_error for site in sites]),
-        "notes": list(notes),
-        "fallbacks": {site.site: site.fallback for site in sites if site.fallback},
-        "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},
-        "blocks": [
-            {"index": index, "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()}}
-            for index, seconds in blocks
-        ],
-        "peak_memory_mib": peak_memory_mib(),
-        "device": device,
-        "versions": versions(),
-        "sites": [asdict(site) | {"rows": list(site.rows)} for site in sites],
-    }
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What a report says of a run.
+
+    Attributes:
+        model: As it was named.
+        source: As `source_record` gives it.
+        quant: The number format.
+        method: The method.
+        calibration: Where the calibration data is from; None without any.
+        targets: Which layers are quantized, and why others are not.
+        size: Bytes and bits per weight.
+        sites: Results of all sites.
+        blocks: Seconds of each stage, by block.
+        stages: The same of the whole run.
+        device: Where it ran.
+        notes: What did not go as planned.
+    """
+
+    model: str
+    source: dict[str, Any]
+    quant: QuantConfig
+    method: MethodConfig
+    calibration: dict[str, Any] | None
+    targets: dict[str, Any]
+    size: dict[str, Any]
+    sites: Sequence[LayerReport]
+    blocks: Sequence[Mapping[str, float]]
+    stages: Mapping[str, float]
+    device: str
+    notes: Sequence[str] = ()
+
+    def report(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "model": self.model,
+            "source": self.source,
+            "quant": record(self.quant),
+            "method": record(self.method),
+            "calibration": self.calibration,
+            "targets": self.targets,
+            "size": self.size,
+            "error": _mean([site.error for site in self.sites]),
+            "rtn_error": _mean([site.rtn_error for site in self.sites]),
+            "notes": list(self.notes),
+            "fallbacks": {site.site: site.fallback for site in self.sites if site.fallback},
+            "seconds": _rounded(self.stages),
+            "blocks": [{"index": index, "seconds": _rounded(spent)} for index, spent in enumerate(self.blocks)],
+            "peak_memory_mib": peak_memory_mib(),
+            "device": self.device,
+            "versions": versions(),
+            "sites": [asdict(site) | {"rows": list(site.rows)} for site in self.sites],
+        }
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {stage: round(spent, 3) for stage, spent in seconds.items()}
 
 
 def source_record(folder: Path, source: TensorSource) -> dict[str, Any]:

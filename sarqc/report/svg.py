@@ -88,30 +88,47 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+@dataclass(frozen=True)
+class Axes:
+    """Labels and scales of a line chart.
+
+    Attributes:
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        kind: Scale of the vertical axis.
+        x_kind: Scale of the horizontal axis.
+        x_ticks: Ticks of the horizontal axis; whole numbers by default.
+        unit: Writes a value of the vertical axis.
+    """
+
+    x_label: str
+    y_label: str
+    kind: Kind = "linear"
+    x_kind: Kind = "linear"
+    x_ticks: Sequence[float] | None = None
+    unit: Callable[[float], str] = short
+
+
 def line_chart(
     series: Sequence[Series],
+    axes: Axes,
     *,
-    x_label: str,
-    y_label: str,
-    kind: Kind = "linear",
-    x_kind: Kind = "linear",
-    x_ticks: Sequence[float] | None = None,
     mark: tuple[float, str] | None = None,
-    unit: Callable[[float], str] = short,
     title: str = "",
     width: int = 760,
     height: int = 270,
 ) -> str:
-    """Lines with points over a common x. mark: a horizontal line to compare with, and what it says."""
+    """Lines with points over a common x. mark: a horizontal line to compare with, and its label."""
+    kind = axes.kind
     ends = [[p[1] for p in s.points if _drawable(p[1], kind)] for s in series]
     xs = [x for s in series for x, at, _ in s.points if _drawable(at, kind)]
     ys = [at for found in ends for at in found]
     ys += [at for s in series for span in s.spans for at in span[1:] if _drawable(at, kind)]
     if not xs:
         return ""
-    x = Scale(min(xs), max(xs), _LEFT, width - _RIGHT, x_kind)
+    x = Scale(min(xs), max(xs), _LEFT, width - _RIGHT, axes.x_kind)
     y = _y_scale([*ys, mark[0]] if mark else ys, kind, height)
-    parts = [*_grid(x, y, x_label, y_label, unit, x_ticks or _whole(x.ticks()), title)]
+    parts = [*_grid(x, y, axes.x_label, axes.y_label, axes.unit, axes.x_ticks or _whole(x.ticks()), title)]
     if mark:
         at = y(mark[0])
         parts.append(f'<line class="mark" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -120,7 +137,7 @@ def line_chart(
         parts += _line(s, index, x, y, kind)
     order = sorted(range(len(series)), key=lambda i: y(ends[i][-1]) if ends[i] else math.inf)
     parts += _legend([(series[i].label, i) for i in order], width)
-    return _svg(parts, width, max(height, 18 * len(series) + 30), title or y_label)
+    return _svg(parts, width, max(height, 18 * len(series) + 30), title or axes.y_label)
 
 
 def range_chart(

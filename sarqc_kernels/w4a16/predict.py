@@ -35,7 +35,7 @@ RESIDENT = {16: 4, 32: 3, 64: 2, 80: 2, 96: 2}
 FILL = 1.0e-6  # until a program multiplies, and from its last product to its end
 WALK_FILL = 0.4e-6  # between two blocks of a persistent program
 REDUCE = 0.7e-6  # launch of the sum over splits, overlapped with the product
-CUBLAS = 0.85  # of the tensor cores' rate
+CUBLAS, OWN = 0.85, 0.75  # shares of the tensor cores' rate that cuBLAS and the loops here are taken to reach
 
 
 def seconds_of(plan: Plan, shape: tuple[int, int, int, int], device: Device, bits: int) -> float:
@@ -81,7 +81,7 @@ def _cycles(plan: Plan, together: int) -> float:
     """Of a processor for one tile of one program, where so many share it."""
     tall = plan.block_n > 128
     issue = TALL_ISSUE if tall else ISSUE[plan.tokens]
-    tensor = plan.tokens * plan.block_n * TILE_K / TENSOR
+    tensor = plan.tokens * plan.block_n * TILE_K / TENSOR / OWN
     return max(issue, tensor) if plan.folded or together > 1 else issue + tensor
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import records
 from benchmarks.budget import Budget
-from benchmarks.first_run import cache, command
+from benchmarks.first_run import cache, command, portable
 from benchmarks.first_run.command import Outcome, Part
 from benchmarks.ops import OPS
 
@@ -101,6 +101,20 @@ def test_only_what_a_launch_reads_is_packed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "c.tar.gz") as file:
         assert file.getnames() == ["gpu-cache/sarqc/gemv.so", "gpu-cache/triton/a/k.cubin", "gpu-cache/triton/a/k.json"]
     assert size == (tmp_path / "c.tar.gz").stat().st_size
+
+
+def test_a_cache_that_was_carried_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own cache, which writes whole paths down."""
+    cache_module = pytest.importorskip("triton.runtime.cache")
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "here"))
+    manager = cache_module.FileCacheManager("key")
+    manager.put_group("k.json", {"k.cubin": manager.put(b"code", "k.cubin"), "k.json": manager.put("{}", "k.json")})
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "there"))
+    assert cache_module.FileCacheManager("key").get_group("k.json") == {}
+    assert portable.relocate(tmp_path / "there") == 1
+    assert set(cache_module.FileCacheManager("key").get_group("k.json")) == {"k.cubin", "k.json"}
 
 
 def test_an_outcome_names_its_log(tmp_path: Path) -> None:

@@ -239,8 +239,11 @@ DEEP = textwrap.dedent(
         def load(self, name): return torch.full(self.shapes[name], 0.01)
         def quantized(self, linear): return None
 
-    def quickly(name, weight, statistics, quant, method, *, scale_dtype, scaling, choice, experts):
-        report = LayerReport(name, tuple(statistics.total().rows.tolist()), 0.0, 0.0, 0.0, 0.0, None, 0.0)
+    def quickly(name, weight, statistics, quant, method, *, scale_dtype, scaling, choice):
+        report = LayerReport(
+            site=name, rows=tuple(statistics.total().rows.tolist()), error=0.0, rtn_error=0.0,
+            reg_lambda=0.0, damping=0.0, fallback=None, seconds=0.0,
+        )
         return quantize_rtn(weight, quant, "minmax", scale_dtype), report
 
     quantize_site.solve_site = quickly

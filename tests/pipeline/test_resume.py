@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_what_is_damaged_is_made_again(source, stopped, straight, outcomes, hurt
     progress = go_on(source, stopped, straight)
     outcomes.recovered(weights(stopped), weights(straight.out))
     assert progress.done == done and progress.solved == list(range(done, 3))
-    assert any("going on from what is sound" in note for note in progress.notes) or "unlink" in hurt.__code__.co_names
+    assert any(Path(name).name in note for note in progress.notes) or "unlink" in hurt.__code__.co_names
 
 
 def test_channel_scales_outlive_a_stop_and_lost_hidden_states(tmp_path):

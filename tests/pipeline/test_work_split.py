@@ -101,8 +101,30 @@ def test_no_portion_holds_more_than_one_gram_where_none_fits_the_budget():
 
 def test_reports_of_parts_join_to_that_of_the_whole():
     parts = [
-        LayerReport("s", (3, 4), 0.1, 0.2, 1.0, 0.5, None, 2.0, exponent=0.5, signal=10.0),
-        LayerReport("s", (5,), 0.4, 0.8, 1.0, 0.7, "why", 1.0, exponent=0.2, signal=20.0),
+        LayerReport(
+            site="s",
+            rows=(3, 4),
+            error=0.1,
+            rtn_error=0.2,
+            reg_lambda=1.0,
+            damping=0.5,
+            fallback=None,
+            seconds=2.0,
+            exponent=0.5,
+            signal=10.0,
+        ),
+        LayerReport(
+            site="s",
+            rows=(5,),
+            error=0.4,
+            rtn_error=0.8,
+            reg_lambda=1.0,
+            damping=0.7,
+            fallback="why",
+            seconds=1.0,
+            exponent=0.2,
+            signal=20.0,
+        ),
     ]
     whole = merge_reports(parts)
     assert whole.rows == (3, 4, 5) and whole.fallback == "why" and whole.damping == 0.7 and whole.seconds == 3.0

@@ -81,7 +81,7 @@ def test_a_run_leaves_a_page_and_a_card(out, found):
     assert found["source"]["bytes"] > stored
     assert found["source"]["license_name"] == "qwen-research"
     assert [block["index"] for block in found["blocks"]] == [0, 1]
-    for stage in ("load", "observe", "solve"):
+    for stage in ("load", "forward", "solve"):
         spent = sum(block["seconds"][stage] for block in found["blocks"])
         assert spent == pytest.approx(found["seconds"][stage], abs=0.003)
 

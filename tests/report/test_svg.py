@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sarqc.report.svg import Scale, Series, beside, line_chart, range_chart, short, stacked_bars, standalone, text
+from sarqc.report.svg import Axes, Scale, Series, beside, line_chart, range_chart, short, stacked_bars, standalone, text
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '</svg><script>alert(1)</script> & "quoted" \x00\x1b[31m\ud800\u202e'
@@ -43,22 +43,22 @@ def test_short_numbers(value, said):
 
 def test_a_line_breaks_where_a_number_is_missing():
     points = tuple((x, y, f"at {x}") for x, y in enumerate((1.0, 2.0, math.nan, 0.0, 4.0, 8.0)))
-    chart = parsed(line_chart([Series("a", points)], x_label="x", y_label="y", kind="log"))
+    chart = parsed(line_chart([Series("a", points)], Axes("x", "y", "log")))
     assert [len(line.get("points").split()) for line in chart.iter(f"{SVG}polyline")] == [2, 2]
     circles = list(chart.iter(f"{SVG}circle"))
     assert [circle.find(f"{SVG}title").text for circle in circles] == ["at 0", "at 1", "at 4", "at 5"]
     heights = [float(circle.get("cy")) for circle in circles]
     # Equal factors are equal distances on a log axis, and larger is higher up.
     assert heights[0] - heights[1] == pytest.approx((heights[0] - heights[3]) / 3, abs=0.2)
-    assert line_chart([Series("a", ((0, math.inf, ""),))], x_label="x", y_label="y") == ""
+    assert line_chart([Series("a", ((0, math.inf, ""),))], Axes("x", "y")) == ""
 
 
 def test_marks_stay_inside_the_drawing():
     series = [Series(f"kind {i}", tuple((x, 10.0 ** (i - x), "") for x in range(9))) for i in range(11)]
     spans = [Series("s", ((0.0, 5.0, ""), (64.0, 6.0, "")), ((0.0, 1.0, 9.0),))]
     charts = [
-        line_chart(series, x_label="x", y_label="y", kind="log", mark=(1.0, "one")),
-        line_chart(spans, x_label="x", y_label="y"),
+        line_chart(series, Axes("x", "y", "log"), mark=(1.0, "one")),
+        line_chart(spans, Axes("x", "y")),
         range_chart([(0, 0, 5, 900, ""), (1, 3, 4, 5, "")], x_label="x", y_label="y"),
         stacked_bars([(0, (1.0, 2.0)), (1, (0.0, 9.0))], ("a", "b"), x_label="x", y_label="y"),
     ]
@@ -79,7 +79,7 @@ def test_stacked_parts_add_up():
 
 def test_foreign_text_is_text_and_files_are_xml():
     series = [Series(HOSTILE, ((0, 1.0, HOSTILE), (1, 2.0, HOSTILE)))]
-    chart = line_chart(series, x_label=HOSTILE, y_label=HOSTILE, mark=(1.0, HOSTILE), title=HOSTILE)
+    chart = line_chart(series, Axes(HOSTILE, HOSTILE), mark=(1.0, HOSTILE), title=HOSTILE)
     both = parsed(standalone(beside([chart, chart, chart], columns=2, width=760, height=270)))
     assert not any(element.tag.endswith("script") for element in both.iter())
     assert (both.get("width"), both.get("height")) == ("1520", "540")

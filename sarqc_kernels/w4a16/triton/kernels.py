@@ -30,7 +30,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from sarqc_kernels.w4a16.triton.reduce import silu_times
-from sarqc_kernels.w4a16.triton.unpack import fields_of, interleaved, lanes_of, slice_of, weights_of
+from sarqc_kernels.w4a16.triton.unpack import codes_at, fields_of, interleaved, weights_of, words_at
 
 __all__ = ["dot_kernel", "expand_kernel"]
 
@@ -268,13 +268,13 @@ def expand_kernel(
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, 16)
     word = words + ((rows // 64) * k_tiles + k_tile).to(tl.int64)[:, None] * (256 * BITS)
-    lanes = lanes_of(word, (rows % 64)[:, None], depth[None, :], BITS)
+    lanes = words_at(word, (rows % 64)[:, None], depth[None, :], BITS)
     target = out + rows.to(tl.int64)[:, None] * K + depth[None, :]
     for i in tl.static_range(8):
         group = (k_tile * SUB + i * SUB // 8 if SUB > 1 else k_tile // tiles_per_group) * padded
         scale = tl.load(scales + group + rows).to(tl.float32)[:, None]
         zero = tl.load(zeros + group + rows).to(tl.float32)[:, None] if ASYMMETRIC else float(1 << (BITS - 1))
-        weight = (slice_of(lanes, i, BITS).to(tl.float32) - zero) * scale
+        weight = (codes_at(lanes, i, BITS).to(tl.float32) - zero) * scale
         start = k_tile * 128 + i * 16
         keep = (rows < N)[:, None] & (start + depth < K)[None, :]
         tl.store(target + start, weight.to(out.dtype.element_ty), mask=keep)

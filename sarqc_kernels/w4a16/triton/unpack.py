@@ -12,7 +12,7 @@ the index that every thread holds for itself in the tensor core's first operand,
 That holds as long as nothing but loads, constants and elementwise steps lies between a word and the dot (an `arange`
 in between would send every weight through shared memory): the ahead-of-time check counts the barriers that it costs.
 
-For sums lane by lane (`lanes_of`, `slice_of`) every lane shifts its own word.
+For sums lane by lane (`words_at`, `codes_at`) every lane shifts its own word.
 """
 
 # Triton reads the annotations of a kernel: those of run-time arguments have to be absent.
@@ -26,13 +26,13 @@ import triton.language as tl
 
 from sarqc_kernels.w4a16.layout import planes
 
-__all__ = ["fields_of", "interleaved", "lanes_of", "slice_of", "weights_of"]
+__all__ = ["codes_at", "fields_of", "interleaved", "weights_of", "words_at"]
 
 planes_of = triton.constexpr_function(planes)
 
 
 @triton.constexpr_function
-def place_of(width, low, half):
+def magic_of(width, low, half):
     """(bits of the power of two, position of a field within it, the power) of a plane in fp16 (half) or bf16."""
     mantissa, exponent = (10, 15) if half else (7, 127)
     up = max(0, low + width - mantissa)
@@ -40,10 +40,17 @@ def place_of(width, low, half):
 
 
 @triton.constexpr_function
-def cut(width, low, half):
-    """PTX: of two words, 32 / width pairs of floats, field after field, lowest first."""
+def dequant_ptx(width, low, half):
+    """The PTX of dequantization: of two words, 32 / width pairs of floats, field after field, lowest first.
+
+    Of 4 bits in bf16, for each field i = 0 .. 7 of words $8 and $9 (see `magic_of` for the magic number 0x4300, 128):
+
+        prmt.b32 low, $8, $9, 0x5410;                             the low halves of both words, once; high: the others
+        shr.b32 part, low, 4 i;                                   the field into the last bits of both halves
+        lop3.b32 $i, part, 0x000f000f, 0x43004300, 0xEA;          (part & mask) | magic: 128 + code, twice
+    """
     fields = 32 // width
-    power, place, _ = place_of(width, low, half)
+    power, place, _ = magic_of(width, low, half)
     steps = [f"prmt.b32 low, ${fields}, ${fields + 1}, 0x5410;", f"prmt.b32 high, ${fields}, ${fields + 1}, 0x7632;"]
     for field in range(fields):
         shift = field * width % 16 - place
@@ -56,7 +63,7 @@ def cut(width, low, half):
 
 @triton.constexpr_function
 def registers(width):
-    """The operands of `cut`, as LLVM has them."""
+    """The operands of `dequant_ptx`, as LLVM has them."""
     return ",".join(["=r"] * (32 // width) + ["r", "r"])
 
 
@@ -86,8 +93,8 @@ def plane_fields(words, WIDTH: tl.constexpr, LOW: tl.constexpr, DTYPE: tl.conste
         out = words
     else:
         out = tl.inline_asm_elementwise(
-            cut(WIDTH, LOW, tl.float16 == DTYPE), registers(WIDTH), [words], dtype=repeated(DTYPE, WIDTH), is_pure=True,
-            pack=2,
+            dequant_ptx(WIDTH, LOW, tl.float16 == DTYPE), registers(WIDTH), [words], dtype=repeated(DTYPE, WIDTH),
+            is_pure=True, pack=2,
         )  # fmt: skip
     return out
 
@@ -153,7 +160,7 @@ def plane_zero(zero, BITS: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr,
                DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """What a plane's fields are above: its power of two (see `field`) plus its bits of the zero."""
     MASK: tl.constexpr = (1 << WIDTH) - 1
-    PLACE: tl.constexpr = place_of(WIDTH, LOW, tl.float16 == DTYPE)
+    PLACE: tl.constexpr = magic_of(WIDTH, LOW, tl.float16 == DTYPE)
     if not ASYMMETRIC:  # a constant, as only those and loads may stand before a dot
         POWER: tl.constexpr = 0.0 if INTERPRETED else PLACE[2]
         MIDDLE: tl.constexpr = (((1 << (BITS - 1)) >> LOW) & MASK) << LOW
@@ -190,8 +197,8 @@ def weights_of(fields, zero, first: tl.constexpr, COUNT: tl.constexpr, BITS: tl.
 
 
 @triton.jit
-def lane(words, row, depth, WIDTH: tl.constexpr, LOW: tl.constexpr):
-    """`lanes_of` for one plane."""
+def word_at(words, row, depth, WIDTH: tl.constexpr, LOW: tl.constexpr):
+    """`words_at` for one plane."""
     if WIDTH == 4:
         out = tl.load(words + (256 * LOW + row * 16 + depth))
     elif WIDTH == 2:
@@ -202,19 +209,19 @@ def lane(words, row, depth, WIDTH: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
-def lanes_of(words, row, depth, BITS: tl.constexpr):
+def words_at(words, row, depth, BITS: tl.constexpr):
     """For input `depth` (below 16) of a slice, the word of each plane that holds it, so shifted that slice i begins at
     bit 4 i. words: where tiles begin. row: of a tile."""
     PLANES: tl.constexpr = planes_of(BITS)
     found = ()
     for k in tl.static_range(len(PLANES)):
-        found = found + (lane(words, row, depth, PLANES[k][0], PLANES[k][1]),)
+        found = found + (word_at(words, row, depth, PLANES[k][0], PLANES[k][1]),)
     return found
 
 
 @triton.jit
-def slice_of(lanes, i: tl.constexpr, BITS: tl.constexpr):
-    """Codes of inputs 16 i .. 16 i + 15 of a tile, of what `lanes_of` gave: a shift and a mask for each plane."""
+def codes_at(lanes, i: tl.constexpr, BITS: tl.constexpr):
+    """Codes of inputs 16 i .. 16 i + 15 of a tile, of what `words_at` gave: a shift and a mask for each plane."""
     PLANES: tl.constexpr = planes_of(BITS)
     codes = (lanes[0] >> (4 * i)) & ((1 << PLANES[0][0]) - 1)
     for k in tl.static_range(1, len(PLANES)):

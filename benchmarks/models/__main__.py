@@ -1,0 +1,31 @@
+"""`python -m benchmarks.models run|page`: the sweep, and its page in the documentation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.models import page, rows, run
+
+RESULTS = Path(__file__).parents[1] / "results" / "models.json"
+
+
+def main() -> None:
+    """Run the rows that are asked for, or write docs/models.md from the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=main.__doc__)
+    parser.add_argument("what", choices=("run", "page"))
+    parser.add_argument("--only", default="", help="rows, with commas between them; by default all")
+    parser.add_argument("--first", action="store_true", help="the most used models and the published conditions")
+    parser.add_argument("--method", default="", help="instead of the default method")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are kept; rows that it has are kept")
+    parser.add_argument("--again", action="store_true", help="run rows that have a result too")
+    asked = parser.parse_args()
+    if asked.what == "page":
+        page.write(json.loads(asked.out.read_text()))
+        return
+    wanted = asked.only.split(",") if asked.only else rows.FIRST + rows.CONDITIONS if asked.first else rows.rows()
+    run.sweep(wanted, asked.out, asked.method, again=asked.again)
+
+
+main()

@@ -1,0 +1,110 @@
+"""What a quantized checkpoint computes, beside a dense model that compressed-tensors' own unpacking makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.model.lazy_model import Skeleton
+
+TOKENS = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(5))
+SAME = 0.05
+"""Largest difference of logits, in units of their spread, at the median position: a choice of experts may flip."""
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder."""
+    merged: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        merged |= load_file(path)
+    return merged
+
+
+def unpack(source: Path, out: Path, dense: Path) -> int:
+    """Write `out` as a dense fp32 checkpoint in the names of `source`; how many Linears were packed."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    tensors = tensors_of(out)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    (width,) = {group["weights"]["num_bits"] for group in config["config_groups"].values()}
+    packed = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    for linear in packed:
+        shape = torch.Size(tensors.pop(f"{linear}.weight_shape").tolist())
+        codes = unpack_from_int32(tensors.pop(f"{linear}.weight_packed"), width, shape).float()
+        scale = tensors.pop(f"{linear}.weight_scale").float()
+        tensors[f"{linear}.weight"] = (codes.view(shape[0], scale.shape[1], -1) * scale[..., None]).view(shape)
+    _fuse(source, tensors)
+    dense.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, dense / "model.safetensors")
+    original = json.loads((source / "config.json").read_text())
+    original.pop("quantization_config", None)
+    (dense / "config.json").write_text(json.dumps(original))
+    return len(packed)
+
+
+def _fuse(source: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Put experts that were written one by one back into the tensors that the source has."""
+    with open_checkpoint(source) as checkpoint:
+        slabs = Skeleton.from_folder(source, checkpoint).split_experts(lambda names: True)
+        for name, slab in slabs.items():
+            if name not in tensors:
+                continue
+            whole = tensors.setdefault(slab.tensor, checkpoint.load(slab.tensor).float())
+            matrix = whole[slab.expert].mT if slab.transposed else whole[slab.expert]
+            matrix[slab.start :: slab.step][: slab.shape[0]] = tensors.pop(name).float()
+
+
+def auto_class(row: str) -> Any:
+    """The automatic class of transformers that loads a row."""
+    import transformers
+
+    return transformers.AutoModelForMultimodalLM if row.endswith("+vl") else transformers.AutoModelForCausalLM
+
+
+def outputs(row: str, folder: Path) -> dict[str, Any]:
+    """fp32 logits of two rows of tokens, five greedy tokens, and what was not found when the folder was loaded."""
+    model, info = auto_class(row).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=TOKENS).logits.float()
+        try:
+            ids = model.generate(input_ids=TOKENS[:1], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        except Exception:  # noqa: BLE001  # some classes do not generate from text alone
+            ids = None
+    return {
+        "logits": logits,
+        "greedy": None if ids is None else ids[0, -5:].tolist(),
+        "missing": sorted(map(str, info["missing_keys"]))[:2],
+    }
+
+
+def reference(row: str, source: Path, out: Path, work: Path) -> dict[str, Any]:
+    """Outputs of the dense model that `out` stands for, as it is and rounded to bf16; saved in `work`."""
+    dense = work / "dense"
+    packed = unpack(source, out, dense)
+    found = {"fp32": outputs(row, dense)}
+    tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors_of(dense).items()}
+    save_file(tensors, dense / "model.safetensors")
+    found["bf16"] = outputs(row, dense)  # transformers expands to the scales' dtype
+    torch.save(found, work / "reference.pt")
+    shutil.rmtree(dense)
+    return {"packed": packed}
+
+
+def compared(row: str, out: Path, work: Path, with_sarqc: bool) -> dict[str, Any]:
+    """How `out` differs from the reference, loaded by transformers with or without sarqc."""
+    import sarqc
+
+    (sarqc.register if with_sarqc else sarqc.unregister)()
+    found = outputs(row, out)
+    wanted = torch.load(work / "reference.pt", weights_only=False)
+    apart = [(found["logits"] - one["logits"]).abs().amax(-1) / one["logits"].std() for one in wanted.values()]
+    median = min(one.median().item() for one in apart)
+    same = not found["missing"] and median < SAME
+    greedy = None if found["greedy"] is None else found["greedy"] in [one["greedy"] for one in wanted.values()]
+    return {"same": same, "difference": round(median, 4), "greedy": greedy, "missing": found["missing"]}

@@ -1,0 +1,161 @@
+"""One row after the other, each stage in a process of its own, so that what one does to transformers stays there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import re
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from benchmarks.models.build import build
+from benchmarks.models.conditions import CONDITION
+
+TIMEOUT = 300
+SETTINGS = {"bits": 4, "group_size": 32, "num_samples": 4, "seqlen": 32}
+
+
+def sweep(wanted: list[str], out: Path, method: str, *, again: bool) -> None:
+    """Run rows and keep each result in `out` as it comes."""
+    kept = json.loads(out.read_text()) if out.exists() else {"rows": {}}
+    kept |= {"versions": _versions(), "settings": SETTINGS}
+    for number, row in enumerate(wanted):
+        if row in kept["rows"] and not again:
+            continue
+        with tempfile.TemporaryDirectory(prefix="sarqc-models-") as place:
+            found = kept["rows"][row] = one(row, Path(place), method)
+        out.write_text(json.dumps(kept, indent=1) + "\n")
+        print(f"{number + 1}/{len(wanted)} {row}: {said(found)}", flush=True)
+
+
+def one(row: str, work: Path, method: str = "") -> dict[str, Any]:
+    """The result of a row: whether it builds, quantizes, and reloads to the same, without and with sarqc.
+
+    Where the run is refused with a pattern that leaves the rest, it is run again with that pattern.
+    """
+    source, out = work / "in", work / "out"
+    built = staged(_build, row, source)
+    if built["how"] != "ok":
+        return {"kind": "not built", "error": built["error"]}
+    found = staged(_quantize, source, out, method, ())
+    result: dict[str, Any] = {"class": built["value"], "quantize": found["how"], "error": found["error"]}
+    pattern = re.search(r"--ignore '(.*)'$", found["error"] or "")
+    if found["how"] == "refused" and pattern:
+        result["ignore"] = pattern[1]
+        found = staged(_quantize, source, out, method, (pattern[1],))
+        result["ignored"] = found["how"]
+    if found["how"] != "ok":
+        return result | {"kind": kind(result)}
+    result |= found["value"]
+    told = staged(_reference, row, source, out, work)
+    if told["how"] != "ok":
+        return result | {"kind": "no reference", "reference": told["error"]}
+    for key, with_sarqc in (("transformers", False), ("sarqc", True)):
+        told = staged(_compared, row, out, work, with_sarqc)
+        result[key] = told["value"] or {"same": False, "error": told["error"]}
+    shutil.rmtree(out)
+    return result | {"kind": kind(result)}
+
+
+def kind(result: dict[str, Any]) -> str:
+    """Works, works in part, refused, wrong: the row in two words."""
+    if result["quantize"] == "ok":
+        wrong = [key for key in ("transformers", "sarqc") if not result[key]["same"]]
+        return "works" if not wrong else f"reload in {' and '.join(wrong)} fails"
+    if result.get("ignored") == "ok":
+        return "works in part"
+    return result["quantize"]
+
+
+def said(result: dict[str, Any]) -> str:
+    """A row's result in a line."""
+    share = f", {result['share']:.1%} of the weights" if "share" in result else ""
+    return f"{result['kind']}{share}{': ' + result['error'][:200] if result.get('error') else ''}"
+
+
+def staged(work: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Call `work` in a forked process; how it ended (ok, refused, traceback, killed), its value and its error."""
+    context = multiprocessing.get_context("fork")
+    answers: Any = context.Queue()
+    child = context.Process(target=_answer, args=(answers, work, arguments))
+    child.start()
+    try:
+        found: dict[str, Any] = answers.get(timeout=TIMEOUT)
+    except Empty:
+        found = {"how": "timeout", "value": None, "error": f"longer than {TIMEOUT} s"}
+        child.kill()
+    child.join()
+    return found
+
+
+def _answer(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    from sarqc.errors import SarqcError
+
+    try:
+        answers.put({"how": "ok", "value": work(*arguments), "error": None})
+    except SarqcError as error:
+        answers.put({"how": "refused", "value": None, "error": str(error)})
+    except BaseException as error:  # noqa: BLE001  # the sweep counts these
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        answers.put({"how": "traceback", "value": None, "error": text, "traceback": traceback.format_exc()})
+
+
+def _build(row: str, folder: Path) -> str:
+    import torch
+
+    torch.set_num_threads(1)
+    model = build(row, folder)
+    if condition := row.removesuffix("+vl").partition("@")[2]:
+        CONDITION[condition](folder, model)
+    return type(model).__name__
+
+
+def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> dict[str, Any]:
+    import torch
+
+    import sarqc
+    from sarqc.checkpoint.reader import open_checkpoint
+
+    torch.set_num_threads(1)
+    more = {"method": method} if method else {}
+    told = sarqc.quantize(source, out, ignore=ignore, **SETTINGS, **more).report["targets"]
+    sizes = dict.fromkeys((*told["left"], *told["ignored"]), 0)
+    with open_checkpoint(source) as checkpoint:
+        for name in checkpoint.names():
+            if (linear := name.removesuffix(".weight")) in sizes:
+                shape = checkpoint.shape(name)
+                sizes[linear] = 1
+                for size in shape:
+                    sizes[linear] *= size
+    chosen = {name for name, reason in told["left"].items() if "choose" in reason or "router" in reason}
+    left = sum(size for name, size in sizes.items() if name not in chosen)
+    return {"linears": told["quantized"], "share": round(told["weights"] / (told["weights"] + left), 4)}
+
+
+def _reference(row: str, source: Path, out: Path, work: Path) -> dict[str, Any]:
+    from benchmarks.models import check
+
+    return check.reference(row, source, out, work)
+
+
+def _compared(row: str, out: Path, work: Path, with_sarqc: bool) -> dict[str, Any]:
+    from benchmarks.models import check
+
+    return check.compared(row, out, work, with_sarqc)
+
+
+def _versions() -> dict[str, str]:
+    import compressed_tensors
+    import torch
+    import transformers
+
+    import sarqc
+
+    modules = (sarqc, torch, transformers, compressed_tensors)
+    return {module.__name__: module.__version__ for module in modules} | {"python": platform.python_version()}

@@ -1,0 +1,38 @@
+"""The sweep in a small form: one row of each kind, which has to end as the committed results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.models import page, run
+
+RESULTS = json.loads((Path(__file__).parents[2] / "benchmarks/results/models.json").read_text())
+ROWS = ("qwen3_moe", "gemma3+vl", "gpt_oss@mxfp4", "qwen3@fp8", "deepseek_v32", "dbrx", "gpt_oss", "llama@bin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_ends_as_the_results_say(row, tmp_path):
+    found = run.one(row, tmp_path, "rtn")
+    wanted = RESULTS["rows"][row]
+    assert found["kind"] == wanted["kind"], found
+    assert found.get("share") == wanted.get("share")
+
+
+def test_no_row_ends_in_a_traceback_or_wrong_numbers():
+    kinds = {row: result["kind"] for row, result in RESULTS["rows"].items()}
+    assert not [row for row, kind in kinds.items() if kind in ("traceback", "timeout", "no reference")]
+    silent = [
+        row
+        for row, result in RESULTS["rows"].items()
+        for key in ("transformers", "sarqc")
+        if key in result and not result[key]["same"] and not result[key].get("error") and not result[key]["missing"]
+    ]
+    assert not silent
+
+
+def test_the_page_is_what_the_results_say():
+    assert page.PAGE.read_text() == page.text(RESULTS)
