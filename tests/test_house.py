@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sarqc_kernels", "sarqc")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+SARQC_FILES = [path for path in FILES if path.is_relative_to(ROOT / "sarqc")]
 MAX_FILE, MAX_FUNCTION = 400, 80
+MAX_PARAMETERS, MAX_FIELDS = 8, 12  # in sarqc/; a kernel has as many as it needs
 
 CONFIG = tuple(
     f"sarqc.{name}"
@@ -151,6 +153,24 @@ def test_files_and_functions_stay_small(path):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= MAX_FUNCTION, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if module_of(path).startswith("sarqc.")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_functions_and_records_stay_narrow(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len(arguments) - (arguments[:1] != [] and arguments[0].arg in ("self", "cls"))
+            assert count <= MAX_PARAMETERS, f"{path}:{node.lineno}: {node.name} has {count} parameters"
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(mark) for mark in node.decorator_list):
+            fields = [
+                each for each in node.body if isinstance(each, ast.AnnAssign) and "ClassVar" not in ast.unparse(each)
+            ]
+            assert len(fields) <= MAX_FIELDS, f"{path}:{node.lineno}: {node.name} has {len(fields)} fields"
 
 
 @pytest.mark.parametrize(

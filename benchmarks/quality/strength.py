@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import options
 from sarqc.pipeline import driver
 from sarqc.pipeline.bit_allocation import choose
+from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.sensitivity import measure_sensitivity
-from sarqc.pipeline.streams import windows_at_once
 
 
 def fields(text: str) -> MethodConfig:
@@ -65,7 +64,7 @@ def quantized(
     results = []
     given = tokens if method.calibrated else None
     bit_widths = allocated(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
-    run = driver.run(skeleton, checkpoint, given, quant, method, dtype=torch.float32, bit_widths=bit_widths)
+    run = driver.run(skeleton, checkpoint, given, quant, method, Execution(dtype=torch.float32, bit_widths=bit_widths))
     for result in islice(run, stop):
         for linear, weight in result.weights.items():
             write_back(model, by_name[linear], weight)
@@ -85,10 +84,7 @@ def allocated(
         tokens,
         quant,
         method,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        micro_batch=partial(windows_at_once, torch.device("cpu")),
-        gram_budget=driver.GRAM_BUDGET,
+        Execution(dtype=torch.float32),
     )
     chosen = choose([site for _, site in sites], quant)
     print(chosen.headline(), flush=True)

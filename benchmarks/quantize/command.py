@@ -25,6 +25,7 @@ from sarqc.checkpoint.writer import ShardWriter
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.model.lazy_model import Skeleton
 from sarqc.pipeline import driver
+from sarqc.pipeline.execution import Execution
 from sarqc.system import peak_memory_mib
 
 BY_DEVICE = {"cuda": (("llama-3-8b", "qwen3-30b-a3b"), 512, 2048), "cpu": (("small", "small-moe"), 4, 128)}
@@ -101,7 +102,7 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     began = time.perf_counter()
     try:
         with OpTimes(device) as ops, ShardWriter(target) as writer:
-            results = driver.run(skeleton, source, tokens, quant, MethodConfig(run.method), device=device, dtype=dtype)
+            results = driver.run(skeleton, source, tokens, quant, MethodConfig(run.method), Execution(device, dtype))
             while (run.blocks is None or spent.blocks < run.blocks) and budget.has_time():
                 with budget.step():
                     result = next(results, None)

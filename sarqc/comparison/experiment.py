@@ -34,6 +34,7 @@ from sarqc.model.source import Overlay
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import record
 from sarqc.pipeline import driver, passage
+from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.passage import Left
 from sarqc.system import resolve_device, resolve_dtype, versions
 
@@ -208,10 +209,12 @@ def _solved(bench: Bench, cell: Cell, detail: Detail) -> Iterator[driver.BlockRe
         tokens,
         cell.quant,
         cell.method,
-        device=bench.device,
-        dtype=bench.dtype,
-        start=driver.Start(lambda_search=LambdaSearch(seed=cell.seed or 0)),
-        on_progress=lambda index, stage: detail(f"{cell.label} {cell.quant.bits} bits, block {index} {stage}"),
+        Execution(
+            bench.device,
+            bench.dtype,
+            on_progress=lambda index, stage: detail(f"{cell.label} {cell.quant.bits} bits, block {index} {stage}"),
+        ),
+        driver.Start(lambda_search=LambdaSearch(seed=cell.seed or 0)),
     )
 
 

@@ -32,6 +32,7 @@ from sarqc.pipeline.bit_allocation import BitAllocation, allocate_bits
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
 from sarqc.pipeline.distributed import Following, joined, named, same_everywhere, start_everywhere
 from sarqc.pipeline.driver import Start
+from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.fingerprint import fingerprint
 from sarqc.pipeline.holding import hold
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
@@ -236,7 +237,7 @@ class _Run:
         if chosen is None:
             assert self.tokens is not None
             self.progress.note("measuring the sensitivity of every site, to allocate bits")
-            chosen = allocate_bits(self.plan, self.tokens, self.comm, lambda index: self._stage(index, "sensitivity"))
+            chosen = allocate_bits(self.plan, self.tokens, self.comm, self._stage)
             if work:
                 work.save_bit_allocation(chosen)
         self.progress.note(chosen.headline())
@@ -254,16 +255,18 @@ class _Run:
             self.tokens,
             plan.quant,
             plan.method,
-            device=plan.device,
-            dtype=plan.dtype,
-            micro_batch=plan.run.micro_batch,
-            gram_budget=plan.run.gram_budget,
-            start=start,
-            on_progress=self._stage,
-            comm=self.comm,
-            memory=hold(plan, -(-windows // self.comm.size) * seqlen, self.place),
-            prefetch=waiting.prefetched > 0,
-            bit_widths=bit_widths,
+            Execution(
+                device=plan.device,
+                dtype=plan.dtype,
+                micro_batch=plan.run.micro_batch,
+                gram_budget=plan.run.gram_budget,
+                comm=self.comm,
+                memory=hold(plan, -(-windows // self.comm.size) * seqlen, self.place),
+                prefetch=waiting.prefetched > 0,
+                bit_widths=bit_widths,
+                on_progress=self._stage,
+            ),
+            start,
         )
         with closing(running):  # its thread ends here, however this ends
             for result in running:

@@ -8,7 +8,7 @@ within the average is a knapsack (`method.bit_allocation`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from sarqc.conventions import FUSED
 from sarqc.errors import CheckpointError
 from sarqc.method.bit_allocation import Unit, allocate, stored_bits
 from sarqc.pipeline.comm import Comm, synchronize_oom
+from sarqc.pipeline.execution import Execution
+from sarqc.pipeline.journal import OnProgress
 from sarqc.pipeline.plan import Plan
 from sarqc.pipeline.sensitivity import SiteSensitivity, measure_sensitivity
 
@@ -74,7 +76,7 @@ class BitAllocation:
         return f"{self.average:.3f} bits on average: {told}"
 
 
-def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_block: Callable[[int], object]) -> BitAllocation:
+def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_progress: OnProgress) -> BitAllocation:
     """Measure the sensitivities and allocate; ranks take blocks in turn, and all return the same."""
     began = time.perf_counter()
 
@@ -86,13 +88,15 @@ def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_block: Callable[[in
             tokens,
             plan.quant,
             plan.method,
-            device=plan.device,
-            dtype=plan.dtype,
-            micro_batch=plan.micro_batch,
-            gram_budget=plan.run.gram_budget,
-            seed=plan.calibration.seed,
+            Execution(
+                device=plan.device,
+                dtype=plan.dtype,
+                micro_batch=plan.run.micro_batch,
+                gram_budget=plan.run.gram_budget,
+                seed=plan.calibration.seed,
+                on_progress=on_progress,
+            ),
             mine=lambda index: index % comm.size == comm.rank,
-            on_block=on_block,
         )
 
     told = [one for part in comm.all_gather_object(synchronize_oom(comm, own)) for one in part]

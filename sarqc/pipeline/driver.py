@@ -7,14 +7,14 @@ model is served: everything before is quantized already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sarqc.config import GRAM_BUDGET, MethodConfig, QuantConfig
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, NumericError, ResourceError, first_line, out_of_memory
 from sarqc.method.gram import MAX_LOST
 from sarqc.method.lambda_search import LambdaSearch
@@ -23,10 +23,11 @@ from sarqc.model.layers import Targets, check_group_size, targets
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import PrefetchingSource, TensorSource
 from sarqc.pipeline.block import Block, Portions, check_weights, put
-from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, synchronize_oom
-from sarqc.pipeline.journal import Journal, OnProgress
+from sarqc.pipeline.comm import synchronize_oom
+from sarqc.pipeline.execution import Execution
+from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
-from sarqc.pipeline.streams import Handover, Memory, Streams, Text, cut, windows_at_once
+from sarqc.pipeline.streams import Handover, Streams, Text, cut
 
 
 @dataclass(frozen=True)
@@ -71,69 +72,58 @@ def run(
     tokens: Tensor | None,
     quant: QuantConfig,
     method: MethodConfig,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    micro_batch: int | None = None,
-    folds: int | None = None,
-    gram_budget: int = GRAM_BUDGET,
+    execution: Execution | None = None,
     start: Start | None = None,
-    on_progress: OnProgress | None = None,
-    comm: Comm = SINGLE_PROCESS,
-    memory: Memory | None = None,
-    prefetch: bool = False,
-    bit_widths: Mapping[str, int] | None = None,
 ) -> Generator[BlockResult, None, None]:
-    """Quantize every block of `skeleton` in order, from `start` on.
-
-    tokens: int64 [S, L] windows to calibrate on; None only where `method.calibrated` is False, and then nothing is run
-    forward. dtype: of weights and hidden states on the way, the skeleton's by default. micro_batch: windows at once,
-    by default as many as hold 1024 tokens on a CPU, 8192 on a GPU. folds: stretches of the windows whose Grams are
-    kept apart, by default two halves where a strength has to be chosen. gram_budget: bytes for Grams at a time; experts
-    beyond it are summed in further portions. comm: the ranks of this run; each is given all tokens and the whole of
-    `start`, takes windows of its own, solves some of the matrices, and yields the results of all. memory: how what
-    waits is held. prefetch: read the next block's tensors from `source`, in a thread, while a block is at work;
-    close the generator if you do not go to its end. bit_widths: bits of every linear layer by the checkpoint's name,
-    where `quant` lets them differ; those of a site are the same.
+    """Quantize every block of a model in order.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
-    keeps fp32's range. Where the device runs out of memory the micro-batch or the Grams at a time are halved for the
+    keeps fp32's range. Where the device runs out of memory, the micro-batch or the Grams at a time are halved for the
     rest of the run, and the result notes it. Rows of activations that are not finite are left out and noted.
-    Raises `NumericError` naming the layer where weights, or more than 1 % of the rows of activations, are not finite,
-    and `ResourceError` where there is nothing left to halve.
+
+    Args:
+        skeleton: The model, without weights.
+        source: Its weights.
+        tokens: int64 [S, L] sequences to calibrate on; None for methods without calibration, which run no forward.
+        quant: The number format.
+        method: The method.
+        execution: Where and in which pieces.
+        start: Where a resumed run begins.
+
+    Yields:
+        A result for each block. Close the generator where it is not used to its end.
+
+    Raises:
+        NumericError: Weights, or more than 1 % of the rows of activations, are not finite; names the layer.
+        ResourceError: Memory runs out with one sequence and one Gram at a time.
     """
     found = targets(skeleton, quant)
     check_group_size(found, quant)
-    start = start or Start()
-    place = torch.device(device)
-    prefetched = PrefetchingSource(source) if prefetch else None
+    execution, start = execution or Execution(), start or Start()
+    prefetched = PrefetchingSource(source) if execution.prefetch else None
     source = prefetched or source
-    solving = SiteQuantizer(skeleton, source, quant, method, place, start.lambda_search, comm, bit_widths)
-    journal = Journal(on_progress, place)
-    driver = _Driver(solving, found, dtype, journal, Portions(gram_budget), prefetched)
+    solving = SiteQuantizer(
+        skeleton, source, quant, method, execution.place, start.lambda_search, execution.comm, execution.bit_widths
+    )
+    journal = Journal(execution.on_progress, execution.place)
+    driver = _Driver(solving, found, execution.dtype, journal, Portions(execution.gram_budget), prefetched)
     with prefetched or nullcontext():
         if not method.calibrated:
             yield from driver.without_text(start.block)
             return
-        text = _text(tokens, method, place, micro_batch, folds, comm)
-        with Streams(skeleton, source, place, dtype, memory or Memory()) as streams:
+        text = _text(tokens, method, execution)
+        with Streams(skeleton, source, execution.place, execution.dtype, execution.memory) as streams:
             yield from driver.with_text(streams, text, start)
 
 
-def _text(
-    tokens: Tensor | None,
-    method: MethodConfig,
-    device: torch.device,
-    micro_batch: int | None,
-    folds: int | None,
-    comm: Comm,
-) -> Text:
-    """This rank's windows, cut into micro-batches."""
-    folds = folds or (min(2, len(tokens)) if tokens is not None and method.needs_validation else 1)
+def _text(tokens: Tensor | None, method: MethodConfig, execution: Execution) -> Text:
+    """This rank's sequences, cut into micro-batches."""
+    comm = execution.comm
+    folds = execution.folds or (min(2, len(tokens)) if tokens is not None and method.needs_validation else 1)
     if tokens is None or tokens.dim() != 2 or not 1 <= folds <= len(tokens):
         shape = None if tokens is None else list(tokens.shape)
-        raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [windows, length], a window per fold")
-    micro_batch = micro_batch or windows_at_once(device, tokens.shape[1])
+        raise ArgumentError(f"tokens = {shape} with folds = {folds}: give [sequences, length], a sequence per fold")
+    micro_batch = execution.sequences_at_once(tokens.shape[1])
     if comm.size > 1 and not comm.ordered:  # where order counts they stay what they are in one process
         micro_batch = min(micro_batch, max(1, len(tokens) // folds // comm.size))
     return Text.of(tokens, cut(len(tokens), micro_batch, folds), folds, comm)

@@ -35,12 +35,13 @@ from sarqc.model.sites import Share, Site, find_sites, stack, write_back
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.block import Portions
 from sarqc.pipeline.comm import SINGLE_PROCESS
+from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.forward import Forward
 from sarqc.pipeline.grams import Collector, Rows
 from sarqc.pipeline.handed import fingerprint, handing_on
 from sarqc.pipeline.points import Point, order_of
 from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
-from sarqc.pipeline.streams import Memory, Streams, Text, cut
+from sarqc.pipeline.streams import Streams, Text, cut
 from sarqc.pipeline.work_split import pieces
 
 TOKENS = 1 << 14
@@ -98,34 +99,41 @@ def measure_sensitivity(
     tokens: Tensor,
     quant: QuantConfig,
     method: MethodConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    micro_batch: Callable[[int], int],
-    gram_budget: int,
-    seed: int = 0,
+    execution: Execution,
     mine: Callable[[int], bool] = lambda _: True,
-    on_block: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[int, SiteSensitivity]]:
-    """(block, losses) of every site in the order of blocks; of blocks that are not `mine` nothing.
+    """The sensitivity of every site.
 
-    tokens: int64 [S, L]; of windows evenly spaced, at most 2^14 tokens are observed. micro_batch(L): windows at once.
-    gram_budget: bytes of Grams at once, as in `driver.run`; where memory runs out for them there are fewer at once.
-    Beside a block there is at most a copy of one of its sites on the device.
+    Beside a block, at most a copy of one of its sites is on the device.
+
+    Args:
+        skeleton: The model, without weights.
+        source: Its weights.
+        found: The layers to quantize.
+        tokens: int64 [S, L]; at most 2^14 tokens of evenly spaced sequences are used.
+        quant: The number format, with the bit-widths to choose from.
+        method: The method.
+        execution: Where and in which pieces; ranks and bit-widths in it are not read.
+        mine: Blocks that this rank measures.
+
+    Returns:
+        (block, sensitivity) in the order of blocks.
     """
+    device, dtype = execution.place, execution.dtype
     windows = _evenly(tokens)
-    batches = cut(len(windows), micro_batch(windows.shape[1]), FOLDS)
+    batches = cut(len(windows), execution.sequences_at_once(windows.shape[1]), FOLDS)
     text = Text.of(windows, batches, FOLDS, SINGLE_PROCESS)
     few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
-    solving = SiteQuantizer(skeleton, source, quant, method, device, LambdaSearch(seed=seed), SINGLE_PROCESS)
+    solving = SiteQuantizer(skeleton, source, quant, method, device, LambdaSearch(seed=execution.seed), SINGLE_PROCESS)
+    announce = execution.on_progress or (lambda index, stage: None)
     with ExitStack() as stack_, torch.no_grad():
-        streams = stack_.enter_context(Streams(skeleton, source, device, dtype, Memory()))
+        streams = stack_.enter_context(Streams(skeleton, source, device, dtype, execution.memory))
         streams.begin(text, reference=False)
         skeleton.load_outer(source, device, dtype)  # trials begin with the embeddings, too
-        looking = _Looking(solving, streams, few, Portions(gram_budget))
+        looking = _Looking(solving, streams, few, Portions(execution.gram_budget))
         stack_.callback(looking.close)
         for index in range(len(skeleton.blocks)):
-            on_block(index)
+            announce(index, "sensitivity")
             looking.enter(index)
             skeleton.load_block(index, source, device, dtype)
             looking.leave(index, found.of_block(index) if mine(index) else [])

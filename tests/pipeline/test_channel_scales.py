@@ -8,8 +8,8 @@ import torch
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import EXPONENTS
 from sarqc.model.layers import targets
-from sarqc.pipeline import driver
 from sarqc.pipeline.streams import Streams
+from tests.support.blocks import run_blocks
 from tests.support.by_block import embed
 
 QUANT = QuantConfig(bits=3, group_size=32)
@@ -17,7 +17,7 @@ SARQC, AWQ = MethodConfig("sarqc-awq-gptq"), MethodConfig("awq")
 
 
 def run(case, method=SARQC, quant=QUANT, **options):
-    return list(driver.run(case.skeleton(), case.source, case.tokens, quant, method, **options))
+    return list(run_blocks(case.skeleton(), case.source, case.tokens, quant, method, **options))
 
 
 def leaves(names):

@@ -19,6 +19,7 @@ from sarqc.pipeline import block, driver, quantize_site
 from sarqc.pipeline.activation_store import FileStore
 from sarqc.pipeline.parking import Parking
 from sarqc.pipeline.streams import Memory
+from tests.support.blocks import run_blocks
 
 QUANT = QuantConfig(bits=4, group_size=32)
 GPTQ, RTN = MethodConfig("gptq"), MethodConfig("rtn")
@@ -27,7 +28,7 @@ GPTQ, RTN = MethodConfig("gptq"), MethodConfig("rtn")
 def run(case, quant=QUANT, method=GPTQ, source=None, **options):
     source = source or case.source
     tokens = None if not method.calibrated else options.pop("tokens", case.tokens)
-    return list(driver.run(case.skeleton(source), source, tokens, quant, method, **options))
+    return list(run_blocks(case.skeleton(source), source, tokens, quant, method, **options))
 
 
 def weights_of(results):
@@ -144,7 +145,7 @@ def test_an_ignored_layer_stays_as_it_is(tiny):
     quant = QuantConfig(
         bits=2, group_size=32, ignore=(r"layers\.0\.(?!mlp\.down_proj)", r"layers\.1\.(?!mlp\.down_proj)")
     )
-    iterator = driver.run(skeleton, case.source, case.tokens, quant, GPTQ)
+    iterator = run_blocks(skeleton, case.source, case.tokens, quant, GPTQ)
     first = next(iterator)
     assert list(first.weights) == ["model.layers.0.mlp.down_proj"]
     assert all(parameter.is_meta for parameter in skeleton.blocks[0].parameters())

@@ -19,6 +19,7 @@ from sarqc.pipeline import channel_scales, driver, quantize_site, work_split
 from sarqc.pipeline.grams import Collector
 from sarqc.pipeline.points import Point
 from sarqc.pipeline.streams import Streams
+from tests.support.blocks import run_blocks
 from tests.support.by_block import call_block, embed
 
 QUANT = QuantConfig(bits=3, group_size=32)
@@ -27,7 +28,7 @@ CARRY = MethodConfig("sarqc-gptq", error_correction=True)
 
 
 def run(case, method=AUTO, **options):
-    return driver.run(case.skeleton(), case.source, case.tokens, QUANT, method, **options)
+    return run_blocks(case.skeleton(), case.source, case.tokens, QUANT, method, **options)
 
 
 def from_the_first(lambda_search):
@@ -95,7 +96,7 @@ def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, ha
     list(run(tiny("llama"), MethodConfig(reg_lambda=0.5, error_correction=False)))
     assert all(len(statistics.folds) == 1 for statistics in handed_over.values())
     case = tiny("llama")
-    results = list(driver.run(case.skeleton(), case.source, case.tokens[:1], QUANT, AUTO))
+    results = list(run_blocks(case.skeleton(), case.source, case.tokens[:1], QUANT, AUTO))
     assert all("prior" in report.held_out["why"] for result in results for report in result.reports)
 
 
@@ -257,7 +258,7 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
 
 def test_a_first_block_that_is_left_alone_says_nothing_of_the_others(tiny, handed_over):
     case, quant = tiny("llama"), QuantConfig(bits=3, group_size=32, ignore=(r"layers\.0\.",))
-    results = list(driver.run(case.skeleton(), case.source, case.tokens, quant, CARRY))
+    results = list(run_blocks(case.skeleton(), case.source, case.tokens, quant, CARRY))
     assert [name for name, seen in handed_over.items() if seen.folds[0].cross_gram is not None] == [
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
@@ -366,7 +367,7 @@ def test_memory_that_runs_out_in_the_last_layer_costs_only_time(tiny, monkeypatc
     stages = []
     monkeypatch.setattr(layer, "forward", full)
     again = list(
-        driver.run(
+        run_blocks(
             skeleton, case.source, case.tokens, QUANT, method, micro_batch=2,
             on_progress=lambda index, name: stages.append((index, name)),
         )
@@ -405,7 +406,7 @@ def test_a_row_that_leaves_the_block_infinite_is_left_out_though_what_enters_the
         return leaving
 
     monkeypatch.setattr(skeleton.blocks[1].mlp, "forward", overflowing)
-    *_, last = driver.run(skeleton, case.source, case.tokens, QUANT, CARRY, micro_batch=2)
+    *_, last = run_blocks(skeleton, case.source, case.tokens, QUANT, CARRY, micro_batch=2)
     assert any(f"1 of {case.tokens.numel()} rows" in note and "down_proj" in note for note in last.notes)
     assert last.reports[-1].correction_share > 0
     assert all(bool(torch.isfinite(weight.scales).all()) for weight in last.weights.values())

@@ -12,20 +12,19 @@ from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.rtn import quantize_rtn
 from sarqc.model.layers import targets
 from sarqc.pipeline import sensitivity, work_split
+from sarqc.pipeline.execution import Execution
 
 QUANT = QuantConfig(group_size=16, avg_bits=4, bit_options=(2, 4, 8))
 
 
 def measure_sensitivity(case, tokens=None, skeleton=None, **options):
     skeleton = skeleton or case.skeleton()
-    settings = (
-        dict(device=torch.device("cpu"), dtype=torch.float32, micro_batch=lambda length: 2, gram_budget=1 << 30)
-        | options
-    )
+    mine = options.pop("mine", lambda _: True)
+    execution = Execution(**dict(dtype=torch.float32, micro_batch=2, gram_budget=1 << 30) | options)
     found = targets(skeleton, QUANT)
     tokens = case.tokens if tokens is None else tokens
     return list(
-        sensitivity.measure_sensitivity(skeleton, case.source, found, tokens, QUANT, MethodConfig(), **settings)
+        sensitivity.measure_sensitivity(skeleton, case.source, found, tokens, QUANT, MethodConfig(), execution, mine)
     )
 
 

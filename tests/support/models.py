@@ -18,7 +18,7 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.lazy_model import Skeleton
 from sarqc.model.source import StateDictSource, TensorSource
-from sarqc.pipeline import driver
+from tests.support.blocks import run_blocks
 
 BASE: dict[str, Any] = {
     "vocab_size": 64,
@@ -163,7 +163,7 @@ def rounded() -> Callable[..., StateDictSource]:
     """rounded(case, quant, dtype): the checkpoint of a tiny model with its targets RTN."""
 
     def quantize(case: Tiny, quant: QuantConfig, dtype: torch.dtype = torch.float32) -> StateDictSource:
-        results = driver.run(case.skeleton(), case.source, None, quant, MethodConfig("rtn"))
+        results = run_blocks(case.skeleton(), case.source, None, quant, MethodConfig("rtn"))
         weights = {name: weight for result in results for name, weight in result.weights.items()}
         dense = {name: t for name, t in case.tensors().items() if name.removesuffix(".weight") not in weights}
         return StateDictSource(dense, weights, dtype)
