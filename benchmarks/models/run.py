@@ -70,7 +70,7 @@ def kind(result: dict[str, Any]) -> str:
         return "works" if not wrong else f"reload in {' and '.join(wrong)} fails"
     if result.get("ignored") == "ok":
         return "works in part"
-    return result["quantize"]
+    return "traceback" if result.get("ignored") == "traceback" else result["quantize"]
 
 
 def said(result: dict[str, Any]) -> str:
