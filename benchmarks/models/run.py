@@ -44,7 +44,8 @@ def one(row: str, work: Path, method: str = "") -> dict[str, Any]:
     if built["how"] != "ok":
         return {"kind": "not built", "error": built["error"]}
     found = staged(_quantize, source, out, method, ())
-    result: dict[str, Any] = {"class": built["value"], "quantize": found["how"], "error": found["error"]}
+    error = found["error"] and found["error"].replace(str(source), "the folder")
+    result: dict[str, Any] = {"class": built["value"], "quantize": found["how"], "error": error}
     pattern = re.search(r"--ignore '(.*)'$", found["error"] or "")
     if found["how"] == "refused" and pattern:
         result["ignore"] = pattern[1]
@@ -70,7 +71,7 @@ def kind(result: dict[str, Any]) -> str:
         return "works" if not wrong else f"reload in {' and '.join(wrong)} fails"
     if result.get("ignored") == "ok":
         return "works in part"
-    return result["quantize"]
+    return "traceback" if result.get("ignored") == "traceback" else result["quantize"]
 
 
 def said(result: dict[str, Any]) -> str:
@@ -135,7 +136,9 @@ def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> 
                     sizes[linear] *= size
     chosen = {name for name, reason in told["left"].items() if "choose" in reason or "router" in reason}
     left = sum(size for name, size in sizes.items() if name not in chosen)
-    return {"linears": told["quantized"], "share": round(told["weights"] / (told["weights"] + left), 4)}
+    share = round(told["weights"] / (told["weights"] + left), 4)
+    known = all(sizes.values())  # a layer that is made of several tensors has no size of its own in the checkpoint
+    return {"linears": told["quantized"]} | ({"share": share} if known else {})
 
 
 def _reference(row: str, source: Path, out: Path, work: Path) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def residual_writes(
     sites: in the order of their calls. hidden: [B, L, H], what enters the block in `run`. inside: also look for places
     before the block's end; without it only where the end has none.
     """
+    if hidden.dim() > 3:  # several streams, as hyper-connections have: no layer writes into one of them
+        return {}
     dense = [site for site in reversed(sites) if site.experts == 1 and len(site.members) == 1]
     whole = [site for site in dense if site.members[0].shape[0] == hidden.shape[-1]]
     found: dict[str, ResidualWrite] = {}
