@@ -71,7 +71,7 @@ class Comparison:
     table: dict[str, Any]
 
 
-@also_named(progress="progress")
+@also_named(watcher="progress")
 @documented(*COMPARE)
 def compare(
     model: str | Path,

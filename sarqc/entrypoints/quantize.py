@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@also_named(progress="progress")
+@also_named(watcher="progress")
 @documented(*QUANTIZE)
 def quantize(
     model: str | Path | PreTrainedModel,

@@ -230,11 +230,12 @@ class _Driver:
         if self._solving.device.type == "cuda":
             torch.cuda.empty_cache()
         text, at_once = streams.text, max(self._comm.all_gather_object(streams.text.micro_batch))
-        if self._journal.current not in ("scale", "solve") and at_once > 1:  # windows have no part in these
-            text, what = text.halved(), f"micro-batch of {at_once} windows halved"
-        elif self._portions.together > 1:
+        matrices = self._journal.current in ("scale", "solve")  # which the size of a micro-batch hardly changes
+        if self._portions.together > 1 and (matrices or at_once == 1):
             what = f"{self._portions.together} Grams at a time halved"
             self._portions.halve()
+        elif at_once > 1:
+            text, what = text.halved(), f"micro-batch of {at_once} windows halved"
         else:
             raise self._no_memory(index, reason)
         self._journal.notes.append(f"{self._place(index)} ({reason}): {what}")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sarqc.pipeline.activation_store import Store
 from sarqc.pipeline.parking import Parking
 from sarqc.pipeline.points import Arrival, Point, first_tensor
-from sarqc.pipeline.walk import Route, Walk
+from sarqc.pipeline.walk import Route, Walk, model_errors
 
 
 class Forward:
@@ -172,7 +172,8 @@ class BlockCall:
         else:
             name = next(name for name, value in kwargs.items() if value is hidden)
             kwargs[name] = hidden.clone()
-        return self._block(*args, **kwargs)
+        with model_errors(f"in block {self._entry.point.block}"):
+            return self._block(*args, **kwargs)
 
     def __call__(self) -> Tensor:
         """What leaves the block: the first tensor of what it returns."""

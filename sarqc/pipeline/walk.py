@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -16,6 +17,19 @@ from sarqc.pipeline.task import Task
 
 FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model's own code raises on a configuration that it was not written for."""
+
+
+@contextmanager
+def model_errors(place: str) -> Iterator[None]:
+    """Raise an error of the model's own code as `ModelError` that names the place, and a lack of memory as torch does."""
+    try:
+        yield
+    except (SarqcError, torch.OutOfMemoryError):
+        raise
+    except FAULTS as error:
+        if out_of_memory(error):
+            raise torch.OutOfMemoryError(first_line(error)) from error
+        raise ModelError(f"the model does not run as config.json says, {place}: {first_line(error)}") from error
 
 
 @dataclass
@@ -148,16 +162,8 @@ class Walk:
         self._left_version = 0 if stream is None else stream._version
 
     def _resume(self, towards: Point) -> object:
-        try:
+        with model_errors(f"before {towards}"):
             return self._task.resume()
-        except (SarqcError, torch.OutOfMemoryError):
-            raise
-        except FAULTS as error:
-            if out_of_memory(error):
-                raise torch.OutOfMemoryError(first_line(error)) from error
-            raise ModelError(
-                f"the model does not run as config.json says, before {towards}: {first_line(error)}"
-            ) from error
 
     def __enter__(self) -> Walk:
         return self

@@ -61,7 +61,7 @@ def test_detect():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' is not read"),
+        ({"format": "marlin-24"}, "format 'marlin-24' is not read"),
         ({"format": None}, "format None is not read"),
         ({"quantization_status": "frozen"}, "quantization_status 'frozen'"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),

@@ -161,7 +161,7 @@ def test_a_configuration_that_builds_and_does_not_run(door, tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 400}))
     code, line = door("quantize", model, "-o", tmp_path / "out", *SHORT)
-    assert code == 2 and "block model.layers.0 does not run as config.json says: " in line, line
+    assert code == 2 and "does not run as config.json says" in line and "block 0" in line, line
 
 
 @pytest.mark.parametrize(

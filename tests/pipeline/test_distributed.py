@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(models, straight, tmp_path, 
 @pytest.mark.parametrize("ordered", [False, True], ids=["summed", "ordered"])
 @pytest.mark.parametrize("how", ["raises", "killed"])
 def test_a_rank_that_ends_early_ends_all(models, straight, tmp_path, outcomes, how, ordered):
-    out, source = tmp_path / "out", models["llama"]
+    out, source = tmp_path / "out", models["qwen3_moe"]
     solve_site = quantize_site.solve_site
 
     def failing(rank):
@@ -150,7 +150,7 @@ def test_a_rank_that_ends_early_ends_all(models, straight, tmp_path, outcomes, h
     assert not out.exists() and default_work(out).exists()
     if ordered:
         sarqc.quantize(source, out, **SMALL)
-        outcomes.recovered(weights(out), weights(straight["llama"].out))
+        outcomes.recovered(weights(out), weights(straight["qwen3_moe"].out))
     else:
         outcomes.clear_error(said)
 
