@@ -21,7 +21,7 @@ FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 
 @contextmanager
 def model_errors(place: str) -> Iterator[None]:
-    """Raise an error of the model's own code as `ModelError` that names the place, and a lack of memory as torch does."""
+    """Raise an error of the model's own code as `ModelError` with the place, and a lack of memory as torch does."""
     try:
         yield
     except (SarqcError, torch.OutOfMemoryError):

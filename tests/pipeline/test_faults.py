@@ -267,7 +267,7 @@ def poisoned(case, windows):
         micro_batch=128,
         group_size=32,
         reg_lambda=0.3,
-        carry_error=False,
+        error_correction=False,
     )
 
 
