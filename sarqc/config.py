@@ -92,8 +92,8 @@ class MethodConfig(Config):
     error_correction: bool = _own(
         False,
         kinds.switch(),
-        "Residual error correction: one layer of each block compensates the error of all layers before it, as far as "
-        "held-out data supports it. Doubles the forward passes.",
+        "Residual error correction: layers that write to the residual stream compensate the error before them, "
+        "as far as held-out data supports it. Doubles the forward passes.",
         FEEDBACK,
         old=("carry_error",),
     )

@@ -49,8 +49,8 @@ class MethodKeywords(TypedDict, total=False):
     """Passes of coordinate descent over codes and scales after GPTQ. Each takes about half as long as GPTQ.
     Default: 0; 2 for rqc-gptq, sarqc-gptq, sarqc-awq-gptq."""
     error_correction: bool
-    """Residual error correction: one layer of each block compensates the error of all layers before it, as far as
-    held-out data supports it. Doubles the forward passes. Default: off; on for sarqc-gptq, sarqc-awq-gptq."""
+    """Residual error correction: layers that write to the residual stream compensate the error before them, as far
+    as held-out data supports it. Doubles the forward passes. Default: off; on for sarqc-gptq, sarqc-awq-gptq."""
     expert_shrinkage: float
     """Shrinkage of each expert's Hessian to the pooled Hessian of its layer, in pooled rows per input channel.
     Default: 0.25; 0 for rtn-search, awq, gptq."""
