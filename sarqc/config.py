@@ -245,7 +245,7 @@ class RunConfig(Config):
     gram_budget: int = option(
         GRAM_BUDGET,
         kinds.size_in_bytes(1),
-        "Memory for Gram matrices. Experts beyond it take further passes.",
+        "Memory for Gram matrices. Experts beyond it are summed in further portions.",
         resume="free",
     )
     activation_budget: int | None = option(

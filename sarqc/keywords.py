@@ -91,7 +91,7 @@ class RunKeywords(TypedDict, total=False):
     micro_batch: int | None
     """Sequences in one forward pass. Default: as many as hold 1024 tokens on a CPU, 8192 on a GPU."""
     gram_budget: int
-    """Memory for Gram matrices. Experts beyond it take further passes. Default: 16 GB. In bytes."""
+    """Memory for Gram matrices. Experts beyond it are summed in further portions. Default: 16 GB. In bytes."""
     activation_budget: int | None
     """Memory for hidden states. Beyond it they are offloaded to a file in the work folder. Default: a quarter of
     this machine's memory. In bytes."""

@@ -54,6 +54,9 @@ LESS = {
 
 _SHOW = warnings.showwarning
 
+REMOVED = {"export": "`sarqc convert` writes a finished checkpoint in another format"}
+"""Commands of earlier versions, and what serves now."""
+
 app = typer.Typer(name="sarqc", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -143,6 +146,9 @@ def _usage(error: Exception) -> str:
     if not told:
         return f"no command: {', '.join(COMMANDS)} are known; `sarqc COMMAND --help` explains one"
     command = "sarqc" if context is None else context.command_path
+    for old, new in REMOVED.items():
+        if f"No such command {old!r}" in told:
+            return f"`sarqc {old}` is gone: {new}"
     return f"{told.rstrip('.')}; `{command} --help` lists what there is"
 
 

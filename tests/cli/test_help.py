@@ -72,3 +72,10 @@ def test_an_earlier_flag_is_one_line_that_names_the_new_one(words, says, monkeyp
 
 def test_the_version(monkeypatch, capsys):
     assert said(monkeypatch, capsys, "--version") == f"sarqc {sarqc.__version__}\n"
+
+
+def test_a_removed_command_names_what_serves_now(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sarqc", "export", "work"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "sarqc convert" in capsys.readouterr().err
