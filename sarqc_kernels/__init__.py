@@ -1,6 +1,6 @@
 """Kernels for post-training weight quantization: tensors in, tensors out.
 
-Four operations carry the work, and everything has an expert axis E (a dense layer is E = 1):
+Four operations do the work, and everything has an expert axis E (a dense layer is E = 1):
 
     gram_accumulate_    activations of a calibration batch -> running Gram X^T X, row counts, sums of |x|
     quantize_columns    weight + factor of the Gram -> codes, scales, zeros, by column rounding with error feedback

@@ -45,32 +45,32 @@ def pick(
 ) -> Implementation:
     """The implementation of `op` that takes a call with `args`.
 
-    implementations: fastest first. backend: a name from `BACKENDS`, or None for the environment's wish, and without
+    implementations: fastest first. backend: a name from `BACKENDS`, or None for the environment's choice, and without
     one for the first that can. Raises ArgumentError for an unknown name, BackendError with the reason where the one
     asked for cannot take the call or none can.
     """
-    wish, said_by = (backend, "backend") if backend else (_wish(), ENVIRONMENT)
-    if not wish:
+    wanted, said_by = (backend, "backend") if backend else (_from_environment(), ENVIRONMENT)
+    if not wanted:
         for implementation in implementations:
             if implementation.unsupported(*args) is None:
                 return implementation
         reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(op, implementations, args))
         raise BackendError(f"no implementation of {op} takes this call: {reasons}")
-    if wish not in BACKENDS:
-        raise ArgumentError(f"{said_by} = {wish!r} is not known: use one of {', '.join(BACKENDS)}, or leave it unset")
+    if wanted not in BACKENDS:
+        raise ArgumentError(f"{said_by} = {wanted!r} is not known: use one of {', '.join(BACKENDS)}, or leave it unset")
     for implementation in implementations:
-        if implementation.name == wish:
+        if implementation.name == wanted:
             reason = implementation.unsupported(*args)
             if reason is None:
                 return implementation
             raise BackendError(
-                f"{said_by} = {wish!r} cannot run {op}: {reason}; leave {said_by} unset to let it choose"
+                f"{said_by} = {wanted!r} cannot run {op}: {reason}; leave {said_by} unset to let it choose"
             )
     available = ", ".join(implementation.name for implementation in implementations)
-    raise BackendError(f"{said_by} = {wish!r} cannot run {op}: it is not implemented there; use one of {available}")
+    raise BackendError(f"{said_by} = {wanted!r} cannot run {op}: it is not implemented there; use one of {available}")
 
 
-def _wish() -> str | None:
+def _from_environment() -> str | None:
     # `get` raises and catches where there is none, which takes twice as long
     return os.environ[ENVIRONMENT] if ENVIRONMENT in os.environ else None  # noqa: SIM401
 

@@ -42,7 +42,7 @@ def quantize(
         if leads():
             estimate_run(model, output, given, as_json)
         return
-    result = carry_out(model, output, given)
+    result = execute(model, output, given)
     if not leads():
         return
     if as_json:
@@ -53,7 +53,7 @@ def quantize(
     stdout().print(run_summary(result.out, result.report))
 
 
-def carry_out(model: str, output: Path, given: dict[str, Any]) -> Result:
+def execute(model: str, output: Path, given: dict[str, Any]) -> Result:
     """Run with a progress bar; Ctrl-C twice becomes the error that says how to resume."""
     from sarqc.cli.terminal import RunProgress
     from sarqc.entrypoints.quantize import quantize as run

@@ -100,7 +100,7 @@ def quantize(
         refuse_existing(out, own.overwrite)
         configs, progress = replace(configs, run=replace(own, device=own_device)), progress or NoProgress()
         if named_model:
-            return _carry_out(make_plan(model, configs), out, comm, progress)
+            return _execute(make_plan(model, configs), out, comm, progress)
         if comm.size > 1:
             raise ArgumentError("model is in memory: with several ranks save it first, and give the folder")
         return _from_memory(model, tokenizer, out, configs, progress)
@@ -116,12 +116,12 @@ def _from_memory(
         configs = replace(configs, run=replace(configs.run, work_dir=work, resume=False))
         plan = replace(make_plan(folder, configs), model=model_name(model))
         try:
-            return _carry_out(plan, out, SINGLE_PROCESS, progress)
+            return _execute(plan, out, SINGLE_PROCESS, progress)
         except Interrupted as error:
             raise Interrupted("stopped; a run of a model in memory does not resume") from error
 
 
-def _carry_out(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
+def _execute(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
     """Run a plan on this rank."""
     place = _work_place(out, plan.run.work_dir, plan.folder)
     windows = read_windows(plan)

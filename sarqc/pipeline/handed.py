@@ -1,6 +1,6 @@
 """Entering a model in its middle: the blocks before are replaced by ones that hand stored hidden states on.
 
-That is right only where blocks carry nothing else between them. What a block is entered with apart from its hidden
+That is right only where blocks pass nothing else on. What a block is entered with apart from its hidden
 states (masks, rotary tables, what other blocks have left in a shared dictionary) therefore has a fingerprint, taken
 when hidden states are stored: where a forward that was handed them arrives with another one, the blocks have to be run.
 """
