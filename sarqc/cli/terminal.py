@@ -145,7 +145,7 @@ class RunProgress(Ticker):
         """A block is solved: its output error beside that of RTN."""
         errors = [report.error for report in result.reports]
         plain = [report.rtn_error for report in result.reports]
-        self.advance(f"error {_percent(errors)} (rounding {_percent(plain)})")
+        self.advance(f"error {_percent(errors)} (RTN {_percent(plain)})")
         for report in result.reports:
             if report.fallback:
                 self.note(f"{report.site}: {report.fallback}")

@@ -99,7 +99,7 @@ def _tiles(report: summary.Report) -> str:
         ),
         (
             summary.share(report["error"]),
-            f"{kind} error (rounding {summary.share(report['rtn_error'])})",
+            f"{kind} error (RTN {summary.share(report['rtn_error'])})",
         ),
     ]
     for entry in report.get("quality", [])[:1]:
