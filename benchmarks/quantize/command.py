@@ -133,11 +133,11 @@ def _write(result: driver.BlockResult, form: Any, quant: QuantConfig, writer: Sh
 
 def _record(run: Run, config: Any, spent: Spent, by_op: dict[str, float], total: float) -> dict[str, Any]:
     stages, done = spent.seconds, max(1, spent.blocks)
-    observed = stages.get("observe", 0.0) + stages.get("replay", 0.0)
+    passed = sum(stages.get(name, 0.0) for name in ("reference", "forward"))  # Grams are summed on the way
     inside = sum(by_op[name] for name in ("columns", "factor", "grids", "finalize"))
     seconds = {
         "load": stages.get("load", 0.0),
-        "forward": max(0.0, observed - by_op["gram"]),
+        "forward": max(0.0, passed - by_op["gram"]),
         **by_op,
         "solve, the rest": max(0.0, stages.get("solve", 0.0) - inside),
         "pack": stages.get("pack", 0.0),
