@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ class Rows:
 
 
 def tokenizer(template=TEMPLATE):
-    made = tiny.tokenizer()
+    made = copy.deepcopy(tiny.tokenizer())  # which other tests share
     made.chat_template = template
     return made
 
