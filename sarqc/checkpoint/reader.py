@@ -2,7 +2,7 @@
 
 Opening reads every header and no tensor. In the dense view of a quantized checkpoint the tensors that make up a
 Linear's packed weight (`P.weight_packed`, `P.weight_scale`, ...) appear as the one tensor they stand for, `P.weight`,
-so that whoever reads weights need not know that they were quantized. So do weights in low precision (`low_precision`),
+so that callers need not know that they were quantized. So do weights in low precision (`low_precision`),
 which are no quantized Linears: they have no codes that are read. The `raw_` methods show what is on disk.
 """
 

@@ -4,7 +4,7 @@ Every cell is a whole run, block by block, that is judged as it goes: what `quan
 ever being written.
 
 Finished cells stand in cells.jsonl, one line each, under the fingerprint of everything that they depend on. A second
-run skips them, so that an interrupted comparison goes on where it was, and one with more methods adds to what is there.
+run skips them. An interrupted comparison resumes, and one with more methods adds its cells.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sarqc.system import versions
 
 
 class Progress(Protocol):
-    """Whoever follows a comparison; called from the thread that runs it."""
+    """Receives the progress of a comparison; called from the thread that runs it."""
 
     def note(self, text: str) -> None:
         """Something worth one line."""
@@ -48,7 +48,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """The watcher that looks away."""
+    """Ignores the progress."""
 
     def note(self, text: str) -> None:
         """Nothing."""
