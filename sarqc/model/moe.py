@@ -176,15 +176,6 @@ def matrices(module: Any) -> int:
     return int(module.num_experts)
 
 
-def undeclared(root: nn.Module) -> str | None:
-    """A module below `root` with a 3-D parameter of its own that no experts function serves, or None."""
-    for name, module in root.named_modules():
-        known = is_experts(module) or type(module).__module__.startswith("torch.nn")
-        if not known and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-            return str(name)
-    return None
-
-
 def _report(module: Any, projection: str, x: Tensor, offsets: Tensor, weights: Tensor) -> None:
     watching: tuple[Observer, int] | None = getattr(module, _OBSERVER, None)
     if watching is None:

@@ -141,14 +141,3 @@ def test_gpt_oss_is_refused_with_all_reasons_as_it_is_stored(tiny):
 
 class Bank(nn.Module):
     """A module of somebody's own."""
-
-
-def test_undeclared_experts_are_found(tiny):
-    case = tiny("llama")
-    block = case.model.model.layers[0]
-    assert moe.undeclared(block) is None
-    block.mlp.bank = Bank()
-    block.mlp.bank.conv = nn.Conv1d(2, 2, 3)
-    assert moe.undeclared(block) is None
-    block.mlp.bank.weights = nn.Parameter(torch.zeros(2, 3, 4))
-    assert moe.undeclared(block) == "mlp.bank"
