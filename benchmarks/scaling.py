@@ -18,7 +18,7 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3M
 from sarqc.config import Configs
 from sarqc.estimation import shapes
 from sarqc.estimation.sizes import PASSES, PRODUCTS, busiest, sizes
-from sarqc.model.sites import Share, Site
+from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.grams import portions
 from sarqc.pipeline.plan import Plan, make_plan
 from sarqc.pipeline.work_split import cost
@@ -120,7 +120,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
         spent["network"] += (summed + (weights + hidden) * (ranks > 1)) / rates.network
     size = sizes(plan, windows, seqlen)
-    spent["disk"] += (2 * size.output + len(plan.skeleton.blocks) * hidden) / rates.disk
+    spent["disk"] += (2 * size.output + len(plan.lazy.blocks) * hidden) / rates.disk
     return Prediction(spent, most)
 
 
@@ -129,7 +129,7 @@ def _weights(sites: list[Site]) -> float:
 
 
 def _cost(sites: list[Site]) -> float:
-    return 2.0 * sum(cost(Share(site, 0, site.experts)) for site in sites)
+    return 2.0 * sum(cost(SiteChunk(site, 0, site.experts)) for site in sites)
 
 
 def _products(sites: list[Site]) -> float:

@@ -45,11 +45,11 @@ def test_each_function_is_called_alone_on_one_element(monkeypatch):
     assert [(one.numel(), one.dtype) for one in seen] == [(1, torch.float32), (1, torch.float64)]
 
 
-def test_a_skeleton_warms_them_up_before_it_computes(tmp_path, monkeypatch):
+def test_a_lazy_model_warms_them_up_before_it_computes(tmp_path, monkeypatch):
     folder = tiny.save("llama", tmp_path)
     calls = []
     monkeypatch.setattr(lazy_model, "warm_up_mkl", lambda: calls.append("warm up"))
     monkeypatch.setattr(lazy_model, "trace", lambda *_: calls.append("trace") or {})
     with open_checkpoint(folder) as checkpoint:
-        lazy_model.Skeleton.from_folder(folder, checkpoint)
+        lazy_model.LazyModel.from_folder(folder, checkpoint)
     assert calls == ["warm up", "trace"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 
 TOKENS = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(5))
 SAME = 0.05
@@ -51,7 +51,7 @@ def unpack(source: Path, out: Path, dense: Path) -> int:
 def _fuse(source: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Put experts that were written one by one back into the tensors that the source has."""
     with open_checkpoint(source) as checkpoint:
-        slabs = Skeleton.from_folder(source, checkpoint).split_experts(lambda names: True)
+        slabs = LazyModel.from_folder(source, checkpoint).split_experts(lambda names: True)
         for name, slab in slabs.items():
             if name not in tensors:
                 continue

@@ -26,7 +26,7 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.model import dataset
 from sarqc.model.hub import locate
 from sarqc.model.layers import targets
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.perplexity import perplexity
 from sarqc.model.sites import write_back
 from sarqc.model.tokenizer import load_tokenizer
@@ -58,13 +58,13 @@ def quantized(
 ) -> tuple[Any, list[Any]]:
     """The model with the weights of its first blocks replaced by what they dequantize to, in fp32, and the results."""
     checkpoint = open_checkpoint(folder)
-    skeleton = Skeleton.from_folder(folder, checkpoint)
-    by_name = {target.linear: target for target in targets(skeleton, quant).selected}
+    lazy = LazyModel.from_folder(folder, checkpoint)
+    by_name = {target.linear: target for target in targets(lazy, quant).selected}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     results = []
     given = tokens if method.calibrated else None
-    bit_widths = allocated(skeleton, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
-    run = driver.run(skeleton, checkpoint, given, quant, method, Execution(dtype=torch.float32, bit_widths=bit_widths))
+    bit_widths = allocated(lazy, checkpoint, tokens, quant, method) if quant.avg_bits is not None else None
+    run = driver.run(lazy, checkpoint, given, quant, method, Execution(dtype=torch.float32, bit_widths=bit_widths))
     for result in islice(run, stop):
         for linear, weight in result.weights.items():
             write_back(model, by_name[linear], weight)
@@ -74,13 +74,13 @@ def quantized(
 
 
 def allocated(
-    skeleton: Skeleton, checkpoint: Checkpoint, tokens: torch.Tensor, quant: QuantConfig, method: MethodConfig
+    lazy: LazyModel, checkpoint: Checkpoint, tokens: torch.Tensor, quant: QuantConfig, method: MethodConfig
 ) -> dict[str, int]:
     """Bits of each Linear, as a run chooses them."""
     sites = measure_sensitivity(
-        skeleton,
+        lazy,
         checkpoint,
-        targets(skeleton, quant),
+        targets(lazy, quant),
         tokens,
         quant,
         method,

@@ -23,7 +23,7 @@ from benchmarks.quantize.stopwatch import OpTimes
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.writer import ShardWriter
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.pipeline import driver
 from sarqc.pipeline.execution import Execution
 from sarqc.system import peak_memory_mib
@@ -91,7 +91,7 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     # One block more than is measured: the last of a model is not run forward through its quantized weights.
     config = config_of(run.model, None if run.blocks is None else run.blocks + 1)
     source = RandomSource(tensors_of(config))
-    skeleton = Skeleton.from_config(config, source)
+    lazy = LazyModel.from_config(config, source)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (run.windows, run.seqlen), generator=generator)
     quant, spent = QuantConfig(bits=run.bits, group_size=run.group_size), Spent()
@@ -102,7 +102,7 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     began = time.perf_counter()
     try:
         with OpTimes(device) as ops, ShardWriter(target) as writer:
-            results = driver.run(skeleton, source, tokens, quant, MethodConfig(run.method), Execution(device, dtype))
+            results = driver.run(lazy, source, tokens, quant, MethodConfig(run.method), Execution(device, dtype))
             while (run.blocks is None or spent.blocks < run.blocks) and budget.has_time():
                 with budget.step():
                     result = next(results, None)

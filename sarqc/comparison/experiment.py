@@ -1,6 +1,6 @@
 """What a comparison is measured on: one model, its texts, and the ways to quantize and judge it block by block.
 
-Two skeletons of the model hold a block each, one that solves and one that judges, so that the codes of a block are
+Two lazy models hold a block each, one that solves and one that judges, so that the codes of a block are
 tried on the texts before the next block is read; the model is never whole in memory, quantized or not.
 """
 
@@ -29,7 +29,7 @@ from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
 from sarqc.model.calibration_data import calibration_windows
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import Overlay
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import record
@@ -108,15 +108,15 @@ class Text:
 
 
 @dataclass
-class Bench:
-    """What all cells share. solver, judge: two skeletons, because solving and judging hold a block each. drawn:
+class Experiment:
+    """What all cells share. solver, judge: two models, because solving and judging hold a block each. drawn:
     calibration windows by seed; those of a smaller size are the first of them."""
 
     fingerprint: str
     folder: Path
     checkpoint: Checkpoint
-    solver: Skeleton
-    judge: Skeleton
+    solver: LazyModel
+    judge: LazyModel
     device: torch.device
     dtype: torch.dtype
     drawn: dict[int, Tensor]
@@ -124,7 +124,7 @@ class Bench:
     texts: list[Text] = field(default_factory=list)
 
 
-def make(folder: Path, what: ComparisonConfig) -> Bench:
+def make(folder: Path, what: ComparisonConfig) -> Experiment:
     """Read the model and draw the calibration windows of every seed; the largest size must fit into the text."""
     checkpoint = open_checkpoint(folder)
     if checkpoint.format is not None:
@@ -133,32 +133,32 @@ def make(folder: Path, what: ComparisonConfig) -> Bench:
     tokenizer = partial(load_tokenizer, folder, trust_remote_code=trust)
     text = calibration_windows(what.dataset, tokenizer, what.seqlen)
     where = resolve_device(what.device)
-    solver, judge = (Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
+    solver, judge = (LazyModel.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
     kept = resolve_dtype(what.dtype, where, solver.dtype)
     judge.load_outer(checkpoint, where, kept, head=True)
     drawn = {seed: text.nested(sizes, seed).tokens for seed in what.seeds}
-    return Bench(folder_fingerprint(folder), folder, checkpoint, solver, judge, where, kept, drawn, text)
+    return Experiment(folder_fingerprint(folder), folder, checkpoint, solver, judge, where, kept, drawn, text)
 
 
-def add_texts(bench: Bench, measure: MeasureConfig, trust: bool) -> None:
+def add_texts(experiment: Experiment, measure: MeasureConfig, trust: bool) -> None:
     """Take the last windows of each text, and run the unquantized model over them."""
-    tokenizer = load_tokenizer(bench.folder, trust_remote_code=trust)
+    tokenizer = load_tokenizer(experiment.folder, trust_remote_code=trust)
     for name in measure.texts:
         windows = dataset.windows(name, tokenizer, part="evaluation", seqlen=measure.eval_seqlen)
         windows = windows.last(measure.eval_windows)
-        reference = passage.leave(bench.judge, bench.checkpoint, windows.tokens)
-        perplexity = passage.judge(bench.judge, windows, reference).perplexity
-        bench.texts.append(Text(windows, reference, perplexity))
+        reference = passage.leave(experiment.judge, experiment.checkpoint, windows.tokens)
+        perplexity = passage.judge(experiment.judge, windows, reference).perplexity
+        experiment.texts.append(Text(windows, reference, perplexity))
 
 
-def identity(bench: Bench, cell: Cell | Other) -> str:
+def identity(experiment: Experiment, cell: Cell | Other) -> str:
     """Fingerprint of everything a cell's numbers depend on."""
     known = {
         "protocol": tables.PROTOCOL,
-        "model": bench.fingerprint,
-        "texts": [text.windows.fingerprint for text in bench.texts],
-        "dtype": str(bench.dtype),
-        "device": bench.device.type,
+        "model": experiment.fingerprint,
+        "texts": [text.windows.fingerprint for text in experiment.texts],
+        "dtype": str(experiment.dtype),
+        "device": experiment.device.type,
         "sarqc": versions()["sarqc"],
     }
     if isinstance(cell, Other):
@@ -166,7 +166,7 @@ def identity(bench: Bench, cell: Cell | Other) -> str:
     else:
         known |= {"quant": record(cell.quant), "method": record(cell.method), "seed": cell.seed}
     if isinstance(cell, Cell) and cell.seed is not None and cell.windows is not None:
-        tokens = bench.drawn[cell.seed][: cell.windows]
+        tokens = experiment.drawn[cell.seed][: cell.windows]
         known["calibration"] = dataset.Windows.of_tokens(tokens).fingerprint
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -174,25 +174,27 @@ def identity(bench: Bench, cell: Cell | Other) -> str:
 # -- the work -------------------------------------------------------------------------------------------------------
 
 
-def measure(bench: Bench, cell: Cell, detail: Detail) -> dict[str, Any]:
+def measure(experiment: Experiment, cell: Cell, detail: Detail) -> dict[str, Any]:
     """Run one cell, and judge each block as it is quantized. Logits that are not finite are a result, and stand in the
     record."""
     began = time.perf_counter()
     reports: list[LayerReport] = []
     solving = 0.0
     with ExitStack() as stack:
-        passages = [stack.enter_context(passage.Passage(bench.judge, text.windows.tokens)) for text in bench.texts]
-        for result in _solved(bench, cell, detail):
+        passages = [
+            stack.enter_context(passage.Passage(experiment.judge, text.windows.tokens)) for text in experiment.texts
+        ]
+        for result in _solved(experiment, cell, detail):
             solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
             reports += result.reports
-            after = Overlay(bench.checkpoint, result.weights, result.changed)
-            bench.judge.load_block(result.index, after, bench.device, bench.dtype)
+            after = Overlay(experiment.checkpoint, result.weights, result.changed)
+            experiment.judge.load_block(result.index, after, experiment.device, experiment.dtype)
             for each in passages:
                 each.through(result.index)
-            bench.judge.unload_block(result.index)
+            experiment.judge.unload_block(result.index)
         left = [each.left() for each in passages]
     return cell.record() | {
-        **_judged(bench, left),
+        **_judged(experiment, left),
         "error": sum(report.error for report in reports) / len(reports),
         "rtn_error": sum(report.rtn_error for report in reports) / len(reports),
         "reg_lambda": [min(r.reg_lambda for r in reports), max(r.reg_lambda for r in reports)],
@@ -201,48 +203,48 @@ def measure(bench: Bench, cell: Cell, detail: Detail) -> dict[str, Any]:
     }
 
 
-def _solved(bench: Bench, cell: Cell, detail: Detail) -> Iterator[driver.BlockResult]:
-    tokens = None if cell.seed is None else bench.drawn[cell.seed][: cell.windows]
+def _solved(experiment: Experiment, cell: Cell, detail: Detail) -> Iterator[driver.BlockResult]:
+    tokens = None if cell.seed is None else experiment.drawn[cell.seed][: cell.windows]
     return driver.run(
-        bench.solver,
-        bench.checkpoint,
+        experiment.solver,
+        experiment.checkpoint,
         tokens,
         cell.quant,
         cell.method,
         Execution(
-            bench.device,
-            bench.dtype,
+            experiment.device,
+            experiment.dtype,
             on_progress=lambda index, stage: detail(f"{cell.label} {cell.quant.bits} bits, block {index} {stage}"),
         ),
         driver.Start(lambda_search=LambdaSearch(seed=cell.seed or 0)),
     )
 
 
-def measure_other(bench: Bench, other: Other, detail: Detail) -> dict[str, Any]:
+def measure_other(experiment: Experiment, other: Other, detail: Detail) -> dict[str, Any]:
     """Judge a checkpoint as it is, by the same code. Its embeddings and head are taken to be the original's."""
     began = time.perf_counter()
     checkpoint = open_checkpoint(other.folder)
-    skeleton = Skeleton.from_folder(other.folder, checkpoint)
-    skeleton.load_outer(checkpoint, bench.device, bench.dtype)
+    lazy = LazyModel.from_folder(other.folder, checkpoint)
+    lazy.load_outer(checkpoint, experiment.device, experiment.dtype)
 
     def on_block(index: int) -> None:
         detail(f"{other.method}, block {index}")
 
-    left = [passage.leave(skeleton, checkpoint, text.windows.tokens, on_block) for text in bench.texts]
+    left = [passage.leave(lazy, checkpoint, text.windows.tokens, on_block) for text in experiment.texts]
     return other.record() | {
-        **_judged(bench, left),
+        **_judged(experiment, left),
         "error": None,
         "seconds": {"solve": None, "total": round(time.perf_counter() - began, 3)},
     }
 
 
-def _judged(bench: Bench, left: Sequence[Left]) -> dict[str, Any]:
+def _judged(experiment: Experiment, left: Sequence[Left]) -> dict[str, Any]:
     """quality: numbers by text. failed: why there are none for some of them, or None."""
     found: dict[str, Any] = {}
     failed = None
-    for text, own in zip(bench.texts, left):
+    for text, own in zip(experiment.texts, left):
         try:
-            tally = passage.judge(bench.judge, text.windows, own, text.reference)
+            tally = passage.judge(experiment.judge, text.windows, own, text.reference)
         except NumericError as error:
             failed = str(error)
             continue

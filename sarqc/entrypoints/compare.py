@@ -18,7 +18,7 @@ from typing import Any, Protocol, Unpack
 from sarqc.checkpoint.folders import refuse_overlap, refuse_place
 from sarqc.comparison import experiment as benches
 from sarqc.comparison import table as tables
-from sarqc.comparison.experiment import Bench, Cell, Other
+from sarqc.comparison.experiment import Cell, Experiment, Other
 from sarqc.comparison.store import CELLS, Cells
 from sarqc.config import AUTO, MethodConfig, QuantConfig
 from sarqc.config_compare import COMPARE, ComparisonConfig, MeasureConfig
@@ -118,14 +118,14 @@ def compare(
     ):  # fmt: skip
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
-    bench = benches.make(folder, what)
-    found = targets(bench.solver, QuantConfig(ignore=what.ignore))
+    experiment = benches.make(folder, what)
+    found = targets(experiment.solver, QuantConfig(ignore=what.ignore))
     cells = _cells(what, list(_quants(found, what)))
     progress.note("measuring the unquantized model")
-    benches.add_texts(bench, measure, what.trust_remote_code)
-    protocol = _protocol(bench, str(model))
-    done = Cells(out, partial(benches.identity, bench))
-    _work(bench, [*also, *cells], done, protocol, progress)
+    benches.add_texts(experiment, measure, what.trust_remote_code)
+    protocol = _protocol(experiment, str(model))
+    done = Cells(out, partial(benches.identity, experiment))
+    _work(experiment, [*also, *cells], done, protocol, progress)
     table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
     tables.write(out, table)
     return Comparison(out, table)
@@ -170,30 +170,30 @@ def _cells(what: ComparisonConfig, quants: Sequence[QuantConfig]) -> list[Cell]:
 
 
 def _work(
-    bench: Bench, cells: Sequence[Cell | Other], done: Cells, protocol: dict[str, Any], progress: Progress
+    experiment: Experiment, cells: Sequence[Cell | Other], done: Cells, protocol: dict[str, Any], progress: Progress
 ) -> None:
     """Measure the cells that are not there yet."""
     for other in (cell for cell in cells if isinstance(cell, Other) and cell not in done):
-        done.add(other, benches.measure_other(bench, other, progress.detail))
+        done.add(other, benches.measure_other(experiment, other, progress.detail))
     missing = [cell for cell in cells if isinstance(cell, Cell) and cell not in done]
     there = len(cells) - len(missing)
     progress.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
     progress.begin("cells", len(missing))
     for cell in missing:
-        record = benches.measure(bench, cell, progress.detail)
+        record = benches.measure(experiment, cell, progress.detail)
         done.add(cell, record)
         tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
         progress.advance(_told(record))
 
 
-def _protocol(bench: Bench, model: str) -> dict[str, Any]:
+def _protocol(experiment: Experiment, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "mode": "whole runs: every layer is quantized on what the quantized ones before it put out",
-        "calibration": {"text": bench.calibration.text, "seqlen": bench.calibration.tokens.shape[1]},
-        "texts": [text.windows.record() | {"perplexity": text.perplexity} for text in bench.texts],
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "device": str(bench.device),
+        "calibration": {"text": experiment.calibration.text, "seqlen": experiment.calibration.tokens.shape[1]},
+        "texts": [text.windows.record() | {"perplexity": text.perplexity} for text in experiment.texts],
+        "dtype": str(experiment.dtype).removeprefix("torch."),
+        "device": str(experiment.device),
         "versions": versions(),
     }
 

@@ -15,7 +15,7 @@ from sarqc.errors import ArgumentError
 from sarqc.keywords import EvaluationKeywords
 from sarqc.model import dataset, lm_eval
 from sarqc.model.hub import locate
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.packed_linear import is_packed
 from sarqc.model.perplexity import Perplexity, perplexity
 from sarqc.model.tokenizer import load_tokenizer
@@ -112,19 +112,19 @@ def evaluate_and_save(
         checkpoint = open_checkpoint(place)
         if place is source and checkpoint.format is not None:
             raise ArgumentError(f"original = {str(source)!r} is quantized itself: give the model before that")
-        skeleton = Skeleton.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
-        dataset.check_seqlen(how.seqlen, skeleton.text_config, place)
-        kept, total = resolve_dtype(how.dtype, where, skeleton.dtype), 2 * len(skeleton.blocks)
-        skeleton.load_outer(checkpoint, where, kept, head=True)
+        lazy = LazyModel.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
+        dataset.check_seqlen(how.seqlen, lazy.text_config, place)
+        kept, total = resolve_dtype(how.dtype, where, lazy.dtype), 2 * len(lazy.blocks)
+        lazy.load_outer(checkpoint, where, kept, head=True)
 
-        def told(index: int, done: int = number * len(skeleton.blocks), total: int = total) -> None:
+        def told(index: int, done: int = number * len(lazy.blocks), total: int = total) -> None:
             if on_block:
                 on_block(done + index, total)
 
-        left.append(passage.leave(skeleton, checkpoint, windows.tokens, told))
+        left.append(passage.leave(lazy, checkpoint, windows.tokens, told))
     # What stands outside the blocks is the original's, byte for byte, so that one head serves both.
-    before = passage.judge(skeleton, windows, left[0]).perplexity
-    after = passage.judge(skeleton, windows, left[1], left[0])
+    before = passage.judge(lazy, windows, left[0]).perplexity
+    after = passage.judge(lazy, windows, left[1], left[0])
     entry = windows.record() | {
         "before": before,
         "after": after.perplexity,

@@ -8,7 +8,7 @@ from typing import Any
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.model import build
 from sarqc.model.hub import locate
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.system import resolve_device, resolve_dtype
 
@@ -31,9 +31,9 @@ def load(
     """
     folder = locate(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
-    skeleton = Skeleton.from_folder(folder, checkpoint, trust_remote_code=trust_remote_code)
+    lazy = LazyModel.from_folder(folder, checkpoint, trust_remote_code=trust_remote_code)
     target = resolve_device(device)
     as_stored = dtype == "auto" and packed and checkpoint.format is not None
-    wanted = skeleton.dtype if as_stored else resolve_dtype(dtype, target, skeleton.dtype)
-    built = build.build(skeleton, checkpoint, device=target, dtype=wanted, packed=packed)
+    wanted = lazy.dtype if as_stored else resolve_dtype(dtype, target, lazy.dtype)
+    built = build.build(lazy, checkpoint, device=target, dtype=wanted, packed=packed)
     return built, load_tokenizer(folder, trust_remote_code=trust_remote_code)

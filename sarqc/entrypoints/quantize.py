@@ -37,7 +37,7 @@ from sarqc.pipeline.fingerprint import fingerprint
 from sarqc.pipeline.holding import hold
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
 from sarqc.pipeline.progress import NoProgress, Progress
-from sarqc.pipeline.resume import Work, begin, default_work
+from sarqc.pipeline.resume import WorkFolder, begin, default_work
 from sarqc.pipeline.write import tensors_of_block, write_checkpoint
 from sarqc.report.result import Result
 from sarqc.system import trim_host_memory
@@ -154,7 +154,7 @@ def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
     return {
         "model": plan.model,
         "folder": str(plan.folder.resolve()),
-        "blocks": len(plan.skeleton.blocks),
+        "blocks": len(plan.lazy.blocks),
         "targets": plan.targets.record(),
         "calibration": None if windows is None else windows.record() | {"seed": plan.calibration.seed},
         "device": str(plan.device),
@@ -180,13 +180,13 @@ class _Run:
     def estimate_run(self, out: Path) -> None:
         """The preflight: `SarqcError` where the run must not begin, or could not end."""
         side_files(self.plan.folder, self.plan.run.trust_remote_code)
-        refuse_poison(self.plan.checkpoint, f"{self.plan.skeleton.prefix}.")
+        refuse_poison(self.plan.checkpoint, f"{self.plan.lazy.prefix}.")
         found = preflight.estimate_run(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
         for note in (*self.plan.notes, found.headline()):
             self.progress.note(note)
         found.refuse()
 
-    def lead(self, work: Work, out: Path) -> Result:
+    def lead(self, work: WorkFolder, out: Path) -> Result:
         """What rank 0 does: all blocks, then the checkpoint, and then the work folder goes."""
         self.solve_blocks(work)
         self.progress.note("writing and checking the checkpoint")
@@ -201,11 +201,11 @@ class _Run:
         assert told is not None
         return told
 
-    def solve_blocks(self, work: Work | None) -> None:
+    def solve_blocks(self, work: WorkFolder | None) -> None:
         """Finish every block that is not finished yet; rank 0, which has the work folder, saves each."""
         with named(self.comm, lambda: f"block {self.at + 1}" if self.at >= 0 else "before the first block"):
             start = start_everywhere(self.comm, self._begin(work) if work else None)
-            if start.block == len(self.plan.skeleton.blocks):
+            if start.block == len(self.plan.lazy.blocks):
                 return
             try:
                 self._each_block(start, work)
@@ -216,7 +216,7 @@ class _Run:
                     "--device cpu; finished blocks are kept in the work folder"
                 ) from error
 
-    def _begin(self, work: Work) -> Start:
+    def _begin(self, work: WorkFolder) -> Start:
         start, trouble = work.start(self.plan.method.calibrated)
         if trouble:
             self.progress.note(f"{trouble}; resuming from the last valid block")
@@ -229,7 +229,7 @@ class _Run:
         self.at = block
         self.progress.stage(block, name)
 
-    def _widths(self, work: Work | None) -> dict[str, int] | None:
+    def _widths(self, work: WorkFolder | None) -> dict[str, int] | None:
         """Bits of every Linear where they differ: as the work folder has them, or chosen now."""
         if self.plan.quant.avg_bits is None:
             return None
@@ -243,14 +243,14 @@ class _Run:
         self.progress.note(chosen.headline())
         return chosen.by_linear()
 
-    def _each_block(self, start: Start, work: Work | None) -> None:
-        plan, count = self.plan, len(self.plan.skeleton.blocks)
+    def _each_block(self, start: Start, work: WorkFolder | None) -> None:
+        plan, count = self.plan, len(self.plan.lazy.blocks)
         bit_widths = self._widths(work)
         windows, seqlen = (0, 0) if self.tokens is None else self.tokens.shape
         waiting, _ = estimate_memory(plan, windows, seqlen, self.comm.size)
         began = time.perf_counter()
         running = driver.run(
-            plan.skeleton,
+            plan.lazy,
             plan.checkpoint,
             self.tokens,
             plan.quant,
@@ -272,7 +272,7 @@ class _Run:
             for result in running:
                 now = time.perf_counter()
                 if work:
-                    work.save(result, now - began, tensors_of_block(plan.skeleton, plan.checkpoint, result.index))
+                    work.save(result, now - began, tensors_of_block(plan.lazy, plan.checkpoint, result.index))
                 elif result.handover:
                     deque(result.handover.hidden.each(), maxlen=0)  # they go to rank 0, which saves them
                 trim_host_memory()

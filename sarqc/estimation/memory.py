@@ -12,12 +12,12 @@ from math import prod
 from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS, TRIAL_BYTES
 from sarqc.model.layers import Target
-from sarqc.model.sites import Share, Site
+from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.grams import gram_bytes, portions
 from sarqc.pipeline.holding import held
 from sarqc.pipeline.plan import Plan
 from sarqc.pipeline.sensitivity import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
-from sarqc.pipeline.work_split import pieces, solving_bytes
+from sarqc.pipeline.work_split import solving_bytes, work_items
 from sarqc.system import host_memory, peak_memory_mib, ranks_here
 
 STAGES = ("embed", "load", "sensitivity", "reference", "forward", "solve", "write")
@@ -60,7 +60,7 @@ def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
     """As `pipeline.holding` does it. The reference is counted also where the first block will show that no layer writes
     into the stream as it is, and it is let go: it is there until then, and shapes do not tell."""
     found = held(plan, -(-windows // ranks) * seqlen)
-    prefetched = max((_stored(plan, index) for index in range(1, len(plan.skeleton.blocks))), default=0)
+    prefetched = max((_stored(plan, index) for index in range(1, len(plan.lazy.blocks))), default=0)
     if plan.device.type == "cpu":
         return HostBuffers(found.in_place, found.file, prefetched)
     return HostBuffers(found.host, found.file, prefetched, found.in_place)
@@ -68,7 +68,7 @@ def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
 
 def _stored(plan: Plan, index: int) -> int:
     """Bytes of a block in the checkpoint."""
-    names = {piece.name for parameter in plan.skeleton.parameters(index) for piece in plan.skeleton.pieces[parameter]}
+    names = {stored.name for parameter in plan.lazy.parameters(index) for stored in plan.lazy.slices[parameter]}
     return sum(shapes.stored_bytes(plan, name) for name in names)
 
 
@@ -84,7 +84,7 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
     peaks: dict[str, tuple[int, int]] = dict.fromkeys(STAGES, (0, 0))  # on the device, and on the host beside it
     for index, sites in shapes.blocks(plan):
         members = plan.targets.of_block(index)
-        block = width * sum(shapes.elements(plan, name) for name in plan.skeleton.parameters(index))
+        block = width * sum(shapes.elements(plan, name) for name in plan.lazy.parameters(index))
         codes = sum(prod(target.shape) for target in members)
         grams, solving = _solved(plan, sites, folds)
         flow = tokens * _flow(plan, members) * width
@@ -120,21 +120,21 @@ def _widest(members: list[Target]) -> int:
 
 def _outer(plan: Plan) -> int:
     """Elements of the body outside its blocks."""
-    body = f"{plan.skeleton.model.base_model_prefix}."
+    body = f"{plan.lazy.model.base_model_prefix}."
     return sum(
         shapes.elements(plan, name)
-        for name in plan.skeleton.pieces
-        if name.startswith(body) and not name.startswith(f"{plan.skeleton.prefix}.")
+        for name in plan.lazy.slices
+        if name.startswith(body) and not name.startswith(f"{plan.lazy.prefix}.")
     )
 
 
 def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
-    """Bytes of the Grams that are held at once, and of solving the largest share beside them."""
+    """Bytes of the Grams that are held at once, and of solving the largest chunk beside them."""
     found = list(portions(sites, folds, plan.run.gram_budget))
-    grams = max((sum(gram_bytes(share, folds) for share in shares) for shares in found), default=0)
-    solved = [piece.share for shares in found for piece in pieces(shares, 1, plan.device, gram=folds > 0)]
-    solving = max((solving_bytes(share, folds > 0) for share in solved), default=0)
-    choosing = max((_choosing(share) for shares in found for share in shares), default=0) if folds > 1 else 0
+    grams = max((sum(gram_bytes(chunk, folds) for chunk in chunks) for chunks in found), default=0)
+    solved = [item.chunk for chunks in found for item in work_items(chunks, 1, plan.device, gram=folds > 0)]
+    solving = max((solving_bytes(chunk, folds > 0) for chunk in solved), default=0)
+    choosing = max((_choosing(chunk) for chunks in found for chunk in chunks), default=0) if folds > 1 else 0
     return grams, max(solving, choosing)
 
 
@@ -150,12 +150,12 @@ def _sites(plan: Plan) -> int:
     return sum(len(sites) for _, sites in shapes.blocks(plan))
 
 
-def _choosing(share: Share) -> int:
-    """Bytes that choosing a share's strength takes: up to three trials of some experts go through what solving takes,
-    together, beside the share's weight."""
-    count, one = share.stop - share.first, 4 * share.site.in_features**2
+def _choosing(chunk: SiteChunk) -> int:
+    """Bytes that choosing a chunk's strength takes: up to three trials of some experts go through what solving takes,
+    together, beside the chunk's weight."""
+    count, one = chunk.stop - chunk.first, 4 * chunk.site.in_features**2
     held = min(count, EXPERTS) * one
-    weight = 4 * count * share.site.in_features * sum(rows for _, _, rows in share.site.slabs)
+    weight = 4 * count * chunk.site.in_features * sum(rows for _, _, rows in chunk.site.slabs)
     return weight + 4 * held + 5 * min(3 * held, max(held, TRIAL_BYTES))
 
 

@@ -117,7 +117,7 @@ def estimate_run(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) 
     size = sizes(plan, windows, seqlen)
     waiting, stages = estimate_memory(plan, windows, seqlen, ranks)
     disk = tuple(_disk(plan, size, waiting, out, work))
-    model, tp = runtime_model(plan.skeleton, plan.targets.selected, plan.targets.untouched), plan.quant.tp
+    model, tp = runtime_model(plan.lazy, plan.targets.selected, plan.targets.untouched), plan.quant.tp
     if tp is not None and tp < 1:
         raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
     servers = sorted({*rules.RANKS, tp}) if tp else rules.RANKS
@@ -125,8 +125,8 @@ def estimate_run(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) 
     problems = [*_too_little_disk(disk), *_too_little_memory(plan, stages), *_no_server(runtime_support, tp)]
     return Preflight(
         model=plan.model,
-        architecture=type(plan.skeleton.model).__name__,
-        blocks=len(plan.skeleton.blocks),
+        architecture=type(plan.lazy.model).__name__,
+        blocks=len(plan.lazy.blocks),
         sites=sum(len(sites) for _, sites in shapes.blocks(plan)),
         quantized_linears=len(plan.targets.selected),
         kinds=tuple(_kinds(plan)),
@@ -155,7 +155,7 @@ def _kinds(plan: Plan) -> list[LayerSummary]:
     known = set(plan.source.names())
     for name in plan.targets.untouched:
         tensor = next((one for one in (f"{name}.weight", name) if one in known), None)
-        outside = "not used by transformers" if name in plan.skeleton.unused else "outside the blocks"
+        outside = "not used by transformers" if name in plan.lazy.unused else "outside the blocks"
         reason = f"ignore {patterns[name]}" if name in patterns else left.get(name, outside)
         counted[rules.star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
     return [LayerSummary(name, shape, count, left) for (name, shape, left), count in counted.items()]

@@ -16,7 +16,7 @@ def stored_bytes(plan: Plan, name: str) -> int:
 
 def elements(plan: Plan, parameter: str) -> int:
     """Elements of a parameter of the model."""
-    return int(plan.skeleton.model.get_parameter_or_buffer(parameter).numel())
+    return int(plan.lazy.model.get_parameter_or_buffer(parameter).numel())
 
 
 def blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
@@ -24,8 +24,8 @@ def blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
     that it is likely to have.
     """
     return [
-        (index, _joined(plan, separate_sites(plan.skeleton, plan.targets.of_block(index))))
-        for index in range(len(plan.skeleton.blocks))
+        (index, _joined(plan, separate_sites(plan.lazy, plan.targets.of_block(index))))
+        for index in range(len(plan.lazy.blocks))
     ]
 
 
@@ -39,12 +39,12 @@ def _joined(plan: Plan, sites: list[Site]) -> list[Site]:
 
 def choices(plan: Plan) -> int:
     """Experts that a token passes through."""
-    return int(getattr(plan.skeleton.text_config, "num_experts_per_tok", None) or 1)
+    return int(getattr(plan.lazy.text_config, "num_experts_per_tok", None) or 1)
 
 
 def hidden_size(plan: Plan) -> int:
     """Numbers in a hidden state."""
-    return int(plan.skeleton.text_config.hidden_size)
+    return int(plan.lazy.text_config.hidden_size)
 
 
 def states_bytes(plan: Plan, windows: int, seqlen: int) -> int:

@@ -20,11 +20,11 @@ from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.layers import Target
-from sarqc.model.sites import Share, Site
+from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.plan import Plan
 from sarqc.pipeline.sensitivity import TOKENS as LOOKED
 from sarqc.pipeline.sensitivity import TRIED_LENGTH, TRIED_WINDOWS
-from sarqc.pipeline.work_split import cost, pieces
+from sarqc.pipeline.work_split import cost, work_items
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             spent["solve"] += share * (solve / rate + CALLS_A_COLUMN * columns * latency)
         spent["solve"] += share * (passed / stream + 100 * len(sites) * latency)
         if looked:
-            trials = len(sites) * TRIED_WINDOWS * TRIED_LENGTH * len(plan.skeleton.blocks) / 2 / ranks
+            trials = len(sites) * TRIED_WINDOWS * TRIED_LENGTH * len(plan.lazy.blocks) / 2 / ranks
             solved = 3 * sum(min(site.experts, EXPERTS) * site.in_features**3 for site in sites)
             each = (2 * forward + grams) * looked / tokens + forward * trials / tokens + solved / ranks
             spent["sensitivity"] = spent.get("sensitivity", 0.0) + each / rate
@@ -131,10 +131,10 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
 
 
 def busiest(sites: list[Site], ranks: int, device: torch.device, *, gram: bool) -> float:
-    """Share of the solving of a block that falls to the rank that has most of it."""
+    """SiteChunk of the solving of a block that falls to the rank that has most of it."""
     loads = [0.0] * ranks
-    for piece in pieces([Share(site, 0, site.experts) for site in sites], ranks, device, gram=gram):
-        loads[piece.owner] += cost(piece.share)
+    for item in work_items([SiteChunk(site, 0, site.experts) for site in sites], ranks, device, gram=gram):
+        loads[item.owner] += cost(item.chunk)
     return max(loads) / max(sum(loads), 1.0)
 
 

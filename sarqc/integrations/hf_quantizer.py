@@ -31,7 +31,7 @@ from sarqc.model.build import Place, gather, places
 from sarqc.model.lazy_model import assemble
 from sarqc.model.packed_linear import PackedWeight, QuantLinear
 from sarqc.model.source import PackedSource
-from sarqc.model.weight_map import Piece, trace
+from sarqc.model.weight_map import TensorSlice, trace
 
 __all__ = ["Open", "PackedConfig", "PackedQuantizer"]
 
@@ -68,7 +68,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self._open = open_source
         self._folder = Path()
         self._places: list[Place] = []
-        self._dense: dict[str, tuple[Piece, ...]] = {}
+        self._dense: dict[str, tuple[TensorSlice, ...]] = {}
         self._packers: dict[str, Packer] = {}
         self._dtype = torch.float32
 
@@ -82,34 +82,34 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ModelError("a packed model is loaded from files: give from_pretrained a folder or a hub id")
         self._folder, self._dtype = Path(files[0]).parent, model.dtype
         with torch.device("cpu"), self._open(self._folder) as source:  # transformers calls this under meta
-            pieces = trace(model, source)
+            slices = trace(model, source)
             stored = set(source.linears())
             self._packers = {linear: source.packer(linear) for linear in stored}
-            self._reserve(model, pieces, partial(_described, source, stored))
+            self._reserve(model, slices, partial(_described, source, stored))
             model._keys_to_ignore_on_load_unexpected = {
                 *(model._keys_to_ignore_on_load_unexpected or ()),
                 *(_ending(linear, name) for linear in stored for name in source.raw_members(linear)),
             }
 
     def _reserve(
-        self, model: Any, pieces: dict[str, tuple[Piece, ...]], described: Callable[[str], QuantizedWeight | None]
+        self, model: Any, slices: dict[str, tuple[TensorSlice, ...]], described: Callable[[str], QuantizedWeight | None]
     ) -> None:
         """Put packed modules where every matrix is quantized and alike; note which parameters are to be expanded."""
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         taken = set()
-        for place in places(model, pieces):
-            weight = gather(place.pieces, described)
+        for place in places(model, slices):
+            weight = gather(place.slices, described)
             if weight is None or f"{place.path}.weight" in tied:
                 continue
             module = place.put(weight, "meta", self._dtype)
             if not isinstance(module, QuantLinear):  # its owner would fill parameters that it no longer has
                 setattr(place.owner, _INITIALIZED, True)
             self._places.append(place)
-            taken |= {piece.name for piece in place.pieces}
+            taken |= {stored.name for stored in place.slices}
         if any(moe.is_experts(place.owner) for place in self._places):
             moe.use_sorted_experts(model)
-        for parameter, found in pieces.items():
-            if any(piece.linear in self._packers and piece.name not in taken for piece in found):
+        for parameter, found in slices.items():
+            if any(stored.linear in self._packers and stored.name not in taken for stored in found):
                 if parameter in tied:
                     raise ModelError(
                         f"{parameter!r} is quantized and tied to another parameter; such models are not run"
@@ -124,12 +124,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         with self._open(self._folder) as source:
             for place in self._places:
-                weight = gather(place.pieces, source.quantized)
+                weight = gather(place.slices, source.quantized)
                 module = _packed(model, place)
                 assert weight is not None
                 module.fill(weight, module.words.device, self._dtype)
-            for parameter, pieces in self._dense.items():
-                _show(model, parameter, partial(assemble, pieces, source))
+            for parameter, slices in self._dense.items():
+                _show(model, parameter, partial(assemble, slices, source))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -137,9 +137,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         state: dict[str, Tensor] = dict(model.state_dict())
         for place in self._places:
             weight = _packed(model, place).codes()
-            for piece in place.pieces:
-                assert piece.linear is not None
-                state |= self._packers[piece.linear](_part(weight, piece))
+            for stored in place.slices:
+                assert stored.linear is not None
+                state |= self._packers[stored.linear](_part(weight, stored))
         return state, {}
 
 
@@ -166,12 +166,12 @@ def _packed(model: nn.Module, place: Place) -> PackedWeight:
     return module
 
 
-def _part(weight: QuantizedWeight, piece: Piece) -> QuantizedWeight:
+def _part(weight: QuantizedWeight, stored: TensorSlice) -> QuantizedWeight:
     """The matrix of a stack that a checkpoint tensor is."""
-    if piece.expert is None:
+    if stored.expert is None:
         return weight
-    rows = slice(piece.start, piece.start + piece.rows)
-    one = weight.expert(piece.expert)
+    rows = slice(stored.start, stored.start + stored.rows)
+    one = weight.expert(stored.expert)
     return QuantizedWeight(one.codes[:, rows], one.scales[:, rows], one.zeros[:, rows], one.bits)
 
 

@@ -16,16 +16,16 @@ from transformers import PreTrainedConfig
 
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import moe
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.packed_linear import PackedWeight, QuantExperts, QuantLinear
 from sarqc.model.source import TensorSource
-from sarqc.model.weight_map import Piece
+from sarqc.model.weight_map import TensorSlice
 
 __all__ = ["Place", "QuantExperts", "QuantLinear", "build", "gather", "places"]
 
 
 def build(
-    model: Skeleton | PreTrainedConfig,
+    model: LazyModel | PreTrainedConfig,
     source: TensorSource,
     *,
     device: torch.device | str = "cpu",
@@ -34,32 +34,32 @@ def build(
 ) -> Any:
     """A transformers model with all its weights, in eval mode, ready for `generate`.
 
-    model: a skeleton, which the result takes over, or a configuration. dtype: of activations and dense weights, the
+    model: a `LazyModel`, which the result takes over, or a configuration. dtype: of activations and dense weights, the
     checkpoint's by default. packed: quantized layers keep their codes; otherwise they are expanded to `dtype`.
     """
-    skeleton = model if isinstance(model, Skeleton) else Skeleton.from_config(model, source)
-    skeleton.load_outer(source, device, dtype, head=True)
-    for index in range(len(skeleton.blocks)):
+    lazy = model if isinstance(model, LazyModel) else LazyModel.from_config(model, source)
+    lazy.load_outer(source, device, dtype, head=True)
+    for index in range(len(lazy.blocks)):
         if packed:  # and what is left dense is loaded afterwards
-            for place in places(skeleton.blocks[index], skeleton.pieces, f"{skeleton.prefix}.{index}"):
-                weight = gather(place.pieces, source.quantized)
+            for place in places(lazy.blocks[index], lazy.slices, f"{lazy.prefix}.{index}"):
+                weight = gather(place.slices, source.quantized)
                 if weight is not None:
-                    place.put(weight, device, dtype or skeleton.dtype)
-        skeleton.load_block(index, source, device, dtype)
-    return skeleton.model
+                    place.put(weight, device, dtype or lazy.dtype)
+        lazy.load_block(index, source, device, dtype)
+    return lazy.model
 
 
 @dataclass(frozen=True)
 class Place:
     """A parameter that may be packed: `leaf` of module `owner`, which is a Linear's parent or an experts module.
 
-    path: full name of the packed module that would take it. pieces: the checkpoint tensors it is made of.
+    path: full name of the packed module that would take it. slices: the checkpoint tensors it is made of.
     """
 
     owner: nn.Module
     leaf: str
     path: str
-    pieces: tuple[Piece, ...]
+    slices: tuple[TensorSlice, ...]
 
     def put(self, weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> PackedWeight:
         """Replace what is there by a packed module."""
@@ -77,30 +77,30 @@ class Place:
         return module
 
 
-def places(root: nn.Module, pieces: Mapping[str, tuple[Piece, ...]], prefix: str = "") -> Iterator[Place]:
-    """Every parameter below `root` that could be packed; `prefix` is root's full name, under which `pieces` has it."""
+def places(root: nn.Module, slices: Mapping[str, tuple[TensorSlice, ...]], prefix: str = "") -> Iterator[Place]:
+    """Every parameter below `root` that could be packed; `prefix` is root's full name, under which `slices` has it."""
     modules = dict(root.named_modules(prefix=prefix))
     for path, module in modules.items():
         if isinstance(module, nn.Linear):
             parent, _, leaf = path.rpartition(".")
-            yield Place(modules[parent], leaf, path, pieces.get(f"{path}.weight", ()))
+            yield Place(modules[parent], leaf, path, slices.get(f"{path}.weight", ()))
         elif moe.is_experts(module):
             for projection in moe.projections(module):
                 name = f"{path}.{projection}"
-                yield Place(module, projection, name, pieces[name])
+                yield Place(module, projection, name, slices[name])
 
 
-def gather(pieces: Sequence[Piece], quantized: Callable[[str], QuantizedWeight | None]) -> QuantizedWeight | None:
+def gather(slices: Sequence[TensorSlice], quantized: Callable[[str], QuantizedWeight | None]) -> QuantizedWeight | None:
     """The codes of all matrices of a parameter, stacked; None where one of them is dense or they are not alike.
 
     quantized: the codes of a linear layer by the checkpoint's name, E = 1, or None.
     """
     found: dict[int, list[QuantizedWeight]] = {}
-    for piece in pieces:
-        weight = quantized(piece.linear) if piece.linear else None
+    for stored in slices:
+        weight = quantized(stored.linear) if stored.linear else None
         if weight is None:
             return None
-        found.setdefault(piece.expert or 0, []).append(weight)
+        found.setdefault(stored.expert or 0, []).append(weight)
     every = [weight for row in found.values() for weight in row]
     if not every or len({(weight.bits, weight.group_size, weight.scales.dtype) for weight in every}) > 1:
         return None

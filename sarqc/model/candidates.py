@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sarqc.model import moe
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 
 NARROWEST = 32
 """Inputs of the narrowest layer that is quantized: the smallest group size that servers take."""
@@ -57,82 +57,84 @@ class Candidate:
     refusal: str | None = None
 
 
-def candidates(skeleton: Skeleton) -> Iterator[Candidate]:
+def candidates(lazy: LazyModel) -> Iterator[Candidate]:
     """Every matrix of every block that multiplies activations, in the order of the model."""
-    for index, block in enumerate(skeleton.blocks):
+    for index, block in enumerate(lazy.blocks):
         outputs = {moe.matrices(module) for module in block.modules() if moe.is_experts(module)}
         for path, module in block.named_modules():
-            name = f"{skeleton.prefix}.{index}.{path}"
+            name = f"{lazy.prefix}.{index}.{path}"
             if isinstance(module, nn.Linear):
-                yield from _linear(skeleton, index, name, module, outputs)
+                yield from _linear(lazy, index, name, module, outputs)
             elif moe.is_experts(module):
                 for projection in moe.projections(module):
-                    yield from _stacked(skeleton, index, name, module, projection)
+                    yield from _stacked(lazy, index, name, module, projection)
             elif not isinstance(module, _NO_MATRICES):
-                yield from _bare(skeleton, index, name, module, outputs)
+                yield from _bare(lazy, index, name, module, outputs)
 
 
-def _linear(skeleton: Skeleton, index: int, name: str, module: nn.Linear, outputs: set[int]) -> Iterator[Candidate]:
+def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: set[int]) -> Iterator[Candidate]:
     """A Linear, which is one matrix of the checkpoint, or several whose rows are concatenated."""
     parameter = f"{name}.weight"
-    pieces = skeleton.pieces.get(parameter, ())
+    slices = lazy.slices.get(parameter, ())
     whole = Target(name, (module.out_features, module.in_features), index, name, parameter)
-    rule = _rule(skeleton, whole, outputs)
-    if rule is None and (seen := skeleton.usage) and parameter in seen.multiplied and name not in seen.called:
+    rule = _rule(lazy, whole, outputs)
+    if rule is None and (seen := lazy.usage) and parameter in seen.multiplied and name not in seen.called:
         rule = "its weight is multiplied by other code than its own"
     strange = type(module).forward is not nn.Linear.forward and not _multiplies(module)
     refusal = f"{type(module).__name__} is not a plain Linear" if strange else None
-    if not pieces or pieces[0].linear is None:
-        made = pieces[0].conversion if pieces else None
-        how = f"transformers makes it from {pieces[0].name} by {made}" if made else "its weight is shared or renamed"
+    if not slices or slices[0].linear is None:
+        made = slices[0].conversion if slices else None
+        how = f"transformers makes it from {slices[0].name} by {made}" if made else "its weight is shared or renamed"
         yield Candidate(whole, rule, f"{how}, so the checkpoint has no name for it")
         return
-    for piece in pieces:
-        rows = module.out_features if piece.expert is None else piece.rows
-        target = Target(piece.linear or piece.name, (rows, module.in_features), index, name, parameter, 0, piece.start)
+    for stored in slices:
+        rows = module.out_features if stored.expert is None else stored.rows
+        target = Target(
+            stored.linear or stored.name, (rows, module.in_features), index, name, parameter, 0, stored.start
+        )
         yield Candidate(target, rule, refusal)
 
 
-def _stacked(skeleton: Skeleton, index: int, name: str, module: Any, projection: str) -> Iterator[Candidate]:
+def _stacked(lazy: LazyModel, index: int, name: str, module: Any, projection: str) -> Iterator[Candidate]:
     parameter = f"{name}.{projection}"
     weight: Tensor = getattr(module, projection)
     inputs = weight.shape[1 if module.is_transposed else 2]
-    for piece in skeleton.pieces[parameter]:
-        rows = piece.rows or weight.numel() // inputs // len(skeleton.pieces[parameter])
-        refusal = moe.why_not(module, per_expert_names=piece.expert is not None and piece.linear is not None)
-        where = (piece.expert or 0, piece.start)
+    for stored in lazy.slices[parameter]:
+        rows = stored.rows or weight.numel() // inputs // len(lazy.slices[parameter])
+        refusal = moe.why_not(module, per_expert_names=stored.expert is not None and stored.linear is not None)
+        where = (stored.expert or 0, stored.start)
         yield Candidate(
-            Target(piece.linear or piece.name, (rows, inputs), index, name, parameter, *where), None, refusal
+            Target(stored.linear or stored.name, (rows, inputs), index, name, parameter, *where), None, refusal
         )
 
 
-def _bare(skeleton: Skeleton, index: int, name: str, module: nn.Module, outputs: set[int]) -> Iterator[Candidate]:
+def _bare(lazy: LazyModel, index: int, name: str, module: nn.Module, outputs: set[int]) -> Iterator[Candidate]:
     """Matrices that are parameters of a module which is neither a Linear nor a declared experts module."""
-    seen = skeleton.usage
+    seen = lazy.usage
     for leaf, weight in module.named_parameters(recurse=False):
         parameter = f"{name}.{leaf}"
         used = weight.dim() in (2, 3) and min(weight.shape) > 1 if seen is None else parameter in seen.multiplied
-        pieces = skeleton.pieces.get(parameter, ())
-        if weight.dim() < 2 or not used or not pieces:
+        slices = lazy.slices.get(parameter, ())
+        if weight.dim() < 2 or not used or not slices:
             continue
-        stored = (pieces[0].linear or pieces[0].name) if len(pieces) == 1 else parameter
+        stored = (slices[0].linear or slices[0].name) if len(slices) == 1 else parameter
         inputs = weight.shape[-1]
         target = Target(stored, (weight.numel() // inputs, inputs), index, name, parameter)
         refusal = f"it is a {weight.dim()}-D parameter of {type(module).__name__}, which is no Linear"
-        yield Candidate(target, _rule(skeleton, target, outputs), refusal)
+        yield Candidate(target, _rule(lazy, target, outputs), refusal)
 
 
-def _rule(skeleton: Skeleton, target: Target, outputs: set[int]) -> str | None:
+def _rule(lazy: LazyModel, target: Target, outputs: set[int]) -> str | None:
     """The rule that leaves a matrix outside the experts, or None."""
     rows, inputs = target.shape
     if rows == 1:
         return "it has one output"
-    if skeleton.usage is not None and target.parameter in skeleton.usage.selectors:
+    if lazy.usage is not None and target.parameter in lazy.usage.selectors:
         return "its outputs choose experts or positions"
     path = target.module.split(".")
     if rows in outputs and (_ROUTER.search(path[-1]) or "router" in path):
         return "it has a router's name and one output for each expert"
-    if skeleton.stays_in_fp32(target.parameter):
+    if lazy.stays_in_fp32(target.parameter):
         return "the model keeps it in fp32"
     return f"it has fewer than {NARROWEST} inputs" if inputs < NARROWEST else None
 

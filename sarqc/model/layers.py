@@ -30,7 +30,7 @@ from sarqc.config import QuantConfig
 from sarqc.errors import ArgumentError, ModelError
 from sarqc.model import moe
 from sarqc.model.candidates import Candidate, Target, candidates
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 
 __all__ = ["Target", "Targets", "auto_group_size", "check_group_size", "is_wanted", "targets", "targets_of"]
 
@@ -96,7 +96,7 @@ class Targets:
         }
 
 
-def targets(skeleton: Skeleton, quant: QuantConfig) -> Targets:
+def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
     """The layers that `quant` takes; its group size is not looked at.
 
     Raises:
@@ -110,7 +110,7 @@ def targets(skeleton: Skeleton, quant: QuantConfig) -> Targets:
     ruled: list[tuple[str, str]] = []
     refused: list[Candidate] = []
     found: set[str] = set()
-    for candidate in candidates(skeleton):
+    for candidate in candidates(lazy):
         target = candidate.target
         finders = [p.pattern for p in patterns if any(map(p.search, target.names))]
         found.update(finders)
@@ -124,7 +124,7 @@ def targets(skeleton: Skeleton, quant: QuantConfig) -> Targets:
             selected.append(target)
     _check_share(refused, selected)
     left = ruled + [(one.target.linear, str(one.refusal)) for one in refused]
-    untouched, modules = _others(skeleton, selected, (name for name, _ in (*ignored, *left)))
+    untouched, modules = _others(lazy, selected, (name for name, _ in (*ignored, *left)))
     for compiled in patterns:
         if compiled.pattern not in found and not any(map(compiled.search, (*untouched, *modules))):
             raise ArgumentError(
@@ -132,7 +132,7 @@ def targets(skeleton: Skeleton, quant: QuantConfig) -> Targets:
                 f"names look like {next((target.linear for target in selected), '?')!r}"
             )
     if not selected:
-        raise ModelError(f"{type(skeleton.model).__name__} has no Linear left to quantize in its blocks")
+        raise ModelError(f"{type(lazy.model).__name__} has no Linear left to quantize in its blocks")
     return Targets(tuple(selected), tuple(ignored), untouched, tuple(left), modules)
 
 
@@ -142,11 +142,11 @@ def is_wanted(quant: QuantConfig, names: Iterable[str]) -> bool:
     return not any(pattern.search(name) for pattern in patterns for name in names)
 
 
-def targets_of(skeleton: Skeleton, linears: Iterable[str]) -> Targets:
+def targets_of(lazy: LazyModel, linears: Iterable[str]) -> Targets:
     """The layers that a checkpoint has quantized, by its names; whatever else there is was left, for any reason."""
     wanted = set(linears)
-    selected = [one.target for one in candidates(skeleton) if one.target.linear in wanted]
-    untouched, modules = _others(skeleton, selected, ())
+    selected = [one.target for one in candidates(lazy) if one.target.linear in wanted]
+    untouched, modules = _others(lazy, selected, ())
     return Targets(tuple(selected), (), untouched, (), modules)
 
 
@@ -197,32 +197,32 @@ def check_group_size(found: Targets, quant: QuantConfig) -> None:
 
 
 def _others(
-    skeleton: Skeleton, selected: Sequence[Target], more: Iterable[str]
+    lazy: LazyModel, selected: Sequence[Target], more: Iterable[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Matrices that are not quantized by the checkpoint's names, and Linears among them by the model's other names.
 
     more: names that belong to the first, whatever they look like.
     """
     names, modules = {target.linear for target in selected}, {target.module for target in selected}
-    untouched = dict.fromkeys(name for name in (*_matrices(skeleton), *more) if name not in names)
-    linears = (path for path, module in skeleton.model.named_modules() if isinstance(module, nn.Linear))
+    untouched = dict.fromkeys(name for name in (*_matrices(lazy), *more) if name not in names)
+    linears = (path for path, module in lazy.model.named_modules() if isinstance(module, nn.Linear))
     return tuple(untouched), tuple(path for path in linears if path not in modules and path not in untouched)
 
 
-def _matrices(skeleton: Skeleton) -> list[str]:
+def _matrices(lazy: LazyModel) -> list[str]:
     """Names of all matrices of the checkpoint that are not embeddings, and of Linears that are tied to one; those that
     the model has no use for too: a server may have one."""
     names: dict[str, None] = {}
-    for parameter, pieces in skeleton.pieces.items():
+    for parameter, slices in lazy.slices.items():
         path, _, _ = parameter.rpartition(".")
-        module = skeleton.model.get_submodule(path)
-        matrix = skeleton.model.get_parameter_or_buffer(parameter).dim() == 2 or moe.is_experts(module)
+        module = lazy.model.get_submodule(path)
+        matrix = lazy.model.get_parameter_or_buffer(parameter).dim() == 2 or moe.is_experts(module)
         if matrix and not isinstance(module, nn.Embedding):
-            names |= dict.fromkeys(piece.linear or piece.name for piece in pieces)
-    for path, module in skeleton.model.named_modules():
-        if isinstance(module, nn.Linear) and f"{path}.weight" not in skeleton.pieces:
+            names |= dict.fromkeys(stored.linear or stored.name for stored in slices)
+    for path, module in lazy.model.named_modules():
+        if isinstance(module, nn.Linear) and f"{path}.weight" not in lazy.slices:
             names[path] = None
-    names |= dict.fromkeys(name for name in skeleton.unused if "embed" not in name.rpartition(".")[2])
+    names |= dict.fromkeys(name for name in lazy.unused if "embed" not in name.rpartition(".")[2])
     return list(names)
 
 

@@ -22,15 +22,15 @@ from sarqc.model.checks import check_layers
 from sarqc.model.expert_names import Slab, single_experts
 from sarqc.model.source import TensorSource
 from sarqc.model.usage import Usage, usage
-from sarqc.model.weight_map import Piece, own_names, pieces_of, trace
+from sarqc.model.weight_map import TensorSlice, own_names, slices_of, trace
 from sarqc.system import warm_up_mkl
 
 
-class Skeleton:
+class LazyModel:
     """A causal language model on meta, with the names of the checkpoint tensors its parameters are made of.
 
     model: the transformers model, in eval mode; non-persistent buffers (rotary tables, scales) are real. blocks: its
-    decoder blocks. prefix: their name in the model ("model.layers"). pieces: checkpoint tensors of each parameter.
+    decoder blocks. prefix: their name in the model ("model.layers"). slices: checkpoint tensors of each parameter.
     unused: matrices of the checkpoint that transformers makes nothing of, without ".weight" (layers that servers
     draft tokens with). dtype: what parameters become unless transformers keeps them in fp32. device: where the outer
     parameters are.
@@ -46,15 +46,15 @@ class Skeleton:
         moe.use_sorted_experts(model)
         self.prefix, self._layers = find_blocks(model, lambda: self.usage)
         self.blocks: list[nn.Module] = list(self._layers)
-        self.pieces: dict[str, tuple[Piece, ...]] = trace(model, source)
-        used = {piece.name for pieces in self.pieces.values() for piece in pieces}
+        self.slices: dict[str, tuple[TensorSlice, ...]] = trace(model, source)
+        used = {stored.name for slices in self.slices.values() for stored in slices}
         self.unused = _unused(source, used | set(model.all_tied_weights_keys))
         self.own_expert_names: set[str] = set()  # of those that split_experts gives, what transformers reads too
 
     @classmethod
     def from_config(
         cls, config: PreTrainedConfig, source: TensorSource, *, trust_remote_code: bool = False
-    ) -> Skeleton:
+    ) -> LazyModel:
         """Build from a configuration (copied); `source` is only asked for names and shapes.
 
         Raises `ModelError` where this is no language model with a decoder alone, or the names do not fit it.
@@ -62,7 +62,7 @@ class Skeleton:
         return cls(language_model(config), source, trust_remote_code)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, source: TensorSource, *, trust_remote_code: bool = False) -> Skeleton:
+    def from_folder(cls, folder: str | Path, source: TensorSource, *, trust_remote_code: bool = False) -> LazyModel:
         """Build from the folder that holds config.json; otherwise as `from_config`."""
         config = read_config(folder, trust_remote_code)
         return cls.from_config(config, source, trust_remote_code=trust_remote_code)
@@ -96,24 +96,24 @@ class Skeleton:
             if not path.startswith(f"{self.prefix}.") or not moe.is_experts(module):
                 continue
             parameters = [f"{path}.{projection}" for projection in moe.projections(module)]
-            if not all(len(self.pieces[p]) == 1 and self.pieces[p][0].is_whole for p in parameters):
+            if not all(len(self.slices[p]) == 1 and self.slices[p][0].is_whole for p in parameters):
                 continue
             parts = {p: self._single(p) for p in parameters}
             if any(wanted((name.removesuffix(".weight"), p)) for p, single in parts.items() for name in single):
                 for parameter, single in parts.items():
-                    self.pieces[parameter] = pieces_of(single)
+                    self.slices[parameter] = slices_of(single)
                     found |= single
                 moe.take_apart(module)
         return found
 
     def _single(self, parameter: str) -> dict[str, Slab]:
-        single = single_experts(self.model, parameter, self.pieces[parameter][0].name)
+        single = single_experts(self.model, parameter, self.slices[parameter][0].name)
         own = own_names(self.model, parameter)
         if own is None or len(own) != len(single):
             return single
-        at = {(piece.expert, piece.start): name for piece, name in zip(pieces_of(single), single)}
-        self.own_expert_names |= {piece.name for piece in own}
-        return {piece.name: single[at[piece.expert, piece.start]] for piece in own}
+        at = {(stored.expert, stored.start): name for stored, name in zip(slices_of(single), single)}
+        self.own_expert_names |= {stored.name for stored in own}
+        return {stored.name: single[at[stored.expert, stored.start]] for stored in own}
 
     @cached_property
     def usage(self) -> Usage | None:
@@ -141,9 +141,9 @@ class Skeleton:
             if head or self._is_body(parameter):
                 self._load(parameter, source, self.device)
         for target, origin in self.model.all_tied_weights_keys.items():
-            if target not in self.pieces:
+            if target not in self.slices:
                 _assign(self.model, target, self.model.get_parameter(origin))
-            elif origin not in self.pieces:
+            elif origin not in self.slices:
                 self._load(target, source, self.device)
                 _assign(self.model, origin, self.model.get_parameter(target))
         self._move_buffers(self.model, self.device, skip=f"{self.prefix}.")
@@ -179,7 +179,7 @@ class Skeleton:
         """Full names of the stored parameters and buffers of block `index` that the model has at the moment."""
         start = f"{self.prefix}.{index}."
         present = self.blocks[index].state_dict().keys()
-        return [name for name in self.pieces if name.startswith(start) and name.removeprefix(start) in present]
+        return [name for name in self.slices if name.startswith(start) and name.removeprefix(start) in present]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -199,12 +199,12 @@ class Skeleton:
         return _find(self.model, parameter)
 
     def _outer(self) -> list[str]:
-        return [name for name in self.pieces if not name.startswith(f"{self.prefix}.")]
+        return [name for name in self.slices if not name.startswith(f"{self.prefix}.")]
 
     def _load(self, parameter: str, source: TensorSource, device: torch.device) -> None:
         like = _find(self.model, parameter)
         kept = self._kept_dtype(parameter, like)
-        _assign(self.model, parameter, assemble(self.pieces[parameter], source, like.shape, device, kept))
+        _assign(self.model, parameter, assemble(self.slices[parameter], source, like.shape, device, kept))
 
     def _kept_dtype(self, parameter: str, like: Tensor) -> torch.dtype:
         """The dtype a tensor is loaded in: transformers names some that stay fp32 in a half-precision model."""
@@ -233,21 +233,21 @@ class Skeleton:
 
 
 def assemble(
-    pieces: Sequence[Piece],
+    slices: Sequence[TensorSlice],
     source: TensorSource,
     shape: Sequence[int],
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Tensor:
     """A parameter of this shape out of its checkpoint tensors, which are read one at a time."""
-    if (made := pieces[0].conversion) is not None:
+    if (made := slices[0].conversion) is not None:
         return made.run(source.load).to(device, dtype).contiguous()
-    if pieces[0].expert is None:
-        return source.load(pieces[0].name).to(device, dtype)
+    if slices[0].expert is None:
+        return source.load(slices[0].name).to(device, dtype)
     filled = torch.empty(tuple(shape), dtype=dtype, device=device)
     whole = filled.view(-1, *shape[-2:])  # a Linear is a stack of one
-    for piece in pieces:
-        whole[piece.expert, piece.start : piece.start + piece.rows].copy_(source.load(piece.name))
+    for stored in slices:
+        whole[stored.expert, stored.start : stored.start + stored.rows].copy_(source.load(stored.name))
     return filled
 
 

@@ -20,7 +20,7 @@ from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import moe
 from sarqc.model.layers import Target
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Share:
+class SiteChunk:
     """Experts first .. stop of a site: as much as fits into the byte budget at once."""
 
     site: Site
@@ -89,7 +89,7 @@ class Share:
         return self.site.name if self.whole else f"{self.site.name}[{self.first}:{self.stop}]"
 
     def weight(self, model: Any) -> Tensor:
-        """As `Site.weight`, of the share's experts."""
+        """As `Site.weight`, of the chunk's experts."""
         return self.site.weight(model, self.first, self.stop)
 
 
@@ -103,13 +103,13 @@ def write_back(model: Any, target: Target, weight: QuantizedWeight) -> None:
     rows.copy_(weight.to(rows.device).dequantize(rows.dtype)[0])  # codes move: a byte each
 
 
-def separate_sites(skeleton: Skeleton, found: Sequence[Target]) -> list[Site]:
+def separate_sites(lazy: LazyModel, found: Sequence[Target]) -> list[Site]:
     """Every parameter a site of its own: for methods that do not look at inputs, and need no forward."""
-    return _sites(skeleton, found, {})
+    return _sites(lazy, found, {})
 
 
 @torch.no_grad()
-def find_sites(skeleton: Skeleton, found: Sequence[Target], run: Callable[[], object]) -> list[Site]:
+def find_sites(lazy: LazyModel, found: Sequence[Target], run: Callable[[], object]) -> list[Site]:
     """The sites of a loaded block, seen in one run of it, in the order in which it first calls them.
 
     found: the block's targets. run: the block on a few tokens. Raises `ModelError` naming a targeted Linear that this
@@ -127,7 +127,7 @@ def find_sites(skeleton: Skeleton, found: Sequence[Target], run: Callable[[], ob
 
     with ExitStack() as hooks:
         for name in dict.fromkeys(target.module for target in found):
-            module = skeleton.model.get_submodule(name)
+            module = lazy.model.get_submodule(name)
             if moe.is_experts(module):
                 hooks.enter_context(moe.observed(module, partial(projected, name)))
             else:
@@ -137,7 +137,7 @@ def find_sites(skeleton: Skeleton, found: Sequence[Target], run: Callable[[], ob
     for target in found:
         if target.parameter not in order:
             raise ModelError(f"{target.linear} is never called in its block's forward, so its inputs cannot be seen")
-    sites = _sites(skeleton, found, {name: tuple(map(id, seen)) for name, seen in inputs.items()})
+    sites = _sites(lazy, found, {name: tuple(map(id, seen)) for name, seen in inputs.items()})
     at = {parameter: number for number, parameter in enumerate(order)}
     seen_at = [min((target.parameter for target in site.members), key=at.__getitem__) for site in sites]
     ordered = sorted(zip(seen_at, sites), key=lambda pair: at[pair[0]])
@@ -145,7 +145,7 @@ def find_sites(skeleton: Skeleton, found: Sequence[Target], run: Callable[[], ob
 
 
 @contextmanager
-def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, power: int = 0) -> Iterator[None]:
+def observe(lazy: LazyModel, sites: Sequence[Site], sink: Sink, power: int = 0) -> Iterator[None]:
     """Send what every site reads to `sink`, for the time of the context.
 
     power: rows of experts come scaled by their router weight, see `experts.observed`. Raises `ModelError` on
@@ -161,13 +161,13 @@ def observe(skeleton: Skeleton, sites: Sequence[Site], sink: Sink, power: int = 
         stacks: dict[str, dict[str, Site]] = {}
         for site in sites:
             first = site.members[0]
-            module = skeleton.model.get_submodule(first.module)
+            module = lazy.model.get_submodule(first.module)
             if moe.is_experts(module):
                 stacks.setdefault(first.module, {})[first.parameter.rpartition(".")[2]] = site
             else:
                 hooks.enter_context(reading(module, partial(pass_on, site, offsets=None)))
         for name, by_projection in stacks.items():
-            module = skeleton.model.get_submodule(name)
+            module = lazy.model.get_submodule(name)
             hooks.enter_context(moe.observed(module, partial(_dispatch, by_projection, pass_on), power))
         yield
     silent = next((site for site in sites if site.name not in called), None)
@@ -196,7 +196,7 @@ def reading(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[Non
         handle.remove()
 
 
-def _sites(skeleton: Skeleton, found: Sequence[Target], inputs: dict[str, tuple[int, ...]]) -> list[Site]:
+def _sites(lazy: LazyModel, found: Sequence[Target], inputs: dict[str, tuple[int, ...]]) -> list[Site]:
     """Group targets by what their module read, or by their parameter where that is not known."""
     groups: dict[object, list[Target]] = {}
     for target in found:
@@ -205,7 +205,7 @@ def _sites(skeleton: Skeleton, found: Sequence[Target], inputs: dict[str, tuple[
         Site(
             name=members[0].linear,
             members=tuple(members),
-            experts=len(stack(skeleton.model, members[0].parameter)),
+            experts=len(stack(lazy.model, members[0].parameter)),
             in_features=members[0].shape[1],
         )
         for members in groups.values()

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sarqc.model import moe
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.sites import Site, observe, stack
 
 DIGIT = 8
@@ -71,28 +71,28 @@ class SmoothingMapping:
 
 @torch.no_grad()
 def find_mappings(
-    skeleton: Skeleton, index: int, sites: Sequence[Site], run: Callable[[], Tensor]
+    lazy: LazyModel, index: int, sites: Sequence[Site], run: Callable[[], Tensor]
 ) -> tuple[list[SmoothingMapping], dict[str, str]]:
     """The mappings of block `index`, which is loaded, tested by running it; and the reason of each site without one.
 
     run: calls the block on a few tokens and returns what leaves it.
     """
-    sight = _look(skeleton, index, run)
+    sight = _look(lazy, index, run)
     mappings: list[SmoothingMapping] = []
     reasons: dict[str, str] = {}
     by_norm: dict[str, list[Site]] = {}
     for site in sites:
-        norm = sight.norm_behind(skeleton.model, site)
+        norm = sight.norm_behind(lazy.model, site)
         if norm is not None:
             by_norm.setdefault(norm, []).append(site)
-        elif (mapping := _behind(skeleton, site, sight, run)) is not None:
+        elif (mapping := _behind(lazy, site, sight, run)) is not None:
             mappings.append(mapping)
         else:
             reasons[site.name] = "no layer was found that makes its inputs and can be divided by scales"
-    mappings += [_of_norm(skeleton.model, norm, members, sight) for norm, members in by_norm.items()]
+    mappings += [_of_norm(lazy.model, norm, members, sight) for norm, members in by_norm.items()]
     expected, proved = run(), []
     for mapping in mappings:
-        reason = _why_not(skeleton.model, mapping, run, expected)
+        reason = _why_not(lazy.model, mapping, run, expected)
         if reason is None:
             proved.append(mapping)
         else:
@@ -131,7 +131,7 @@ class _Sight:
         return next((name for name, out in self.norms.items() if _same_storage(x, out)), None)
 
 
-def _look(skeleton: Skeleton, index: int, run: Callable[[], Tensor]) -> _Sight:
+def _look(lazy: LazyModel, index: int, run: Callable[[], Tensor]) -> _Sight:
     sight = _Sight({}, {})
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -144,8 +144,8 @@ def _look(skeleton: Skeleton, index: int, run: Callable[[], Tensor]) -> _Sight:
             sight.norms.setdefault(name, out)
 
     with ExitStack() as hooks:
-        for path, module in skeleton.blocks[index].named_modules():
-            name = f"{skeleton.prefix}.{index}.{path}"
+        for path, module in lazy.blocks[index].named_modules():
+            name = f"{lazy.prefix}.{index}.{path}"
             own = dict(module.named_parameters(recurse=False))
             if own:
                 hooks.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
@@ -202,9 +202,9 @@ def _offset(module: Any, x: Tensor) -> float:
     return float(((none * unit).sum() / unit.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).round())
 
 
-def _behind(skeleton: Skeleton, site: Site, sight: _Sight, run: Callable[[], Tensor]) -> SmoothingMapping | None:
+def _behind(lazy: LazyModel, site: Site, sight: _Sight, run: Callable[[], Tensor]) -> SmoothingMapping | None:
     """A fold into rows of the Linear called last before the site whose rows its inputs follow, or into its stack's."""
-    model, first = skeleton.model, site.members[0]
+    model, first = lazy.model, site.members[0]
     if _is_second_projection(model, site):
         name = first.module
         candidates = [(name, moe.projections(model.get_submodule(name))[0])]
@@ -224,20 +224,20 @@ def _behind(skeleton: Skeleton, site: Site, sight: _Sight, run: Callable[[], Ten
                 (site,), tuple(dict.fromkeys(t.parameter for t in site.members)),
                 smooth_layer, bias, rows - channels, channels, None, 0.0, len(stack(model, smooth_layer)),
             )  # fmt: skip
-            source = _follow(skeleton, mapping, run)
+            source = _follow(lazy, mapping, run)
             if source is not None:
                 identity = torch.equal(source, torch.arange(channels, device=source.device))
                 return replace(mapping, source=None if identity else source)
     return None
 
 
-def _follow(skeleton: Skeleton, mapping: SmoothingMapping, run: Callable[[], Tensor]) -> Tensor | None:
+def _follow(lazy: LazyModel, mapping: SmoothingMapping, run: Callable[[], Tensor]) -> Tensor | None:
     """The giver's row behind each input of the fold's one site, int64 [K]; None where that is no plain scaling."""
     site = mapping.sites[0]
 
     def inputs() -> Tensor:
         seen: list[Tensor] = []
-        with observe(skeleton, [site], lambda _, x, __: seen.append(x.float())):
+        with observe(lazy, [site], lambda _, x, __: seen.append(x.float())):
             run()
         return torch.cat(seen)
 
@@ -247,7 +247,7 @@ def _follow(skeleton: Skeleton, mapping: SmoothingMapping, run: Callable[[], Ten
     place = 1
     while place < mapping.channels or place == 1:
         spelled = torch.exp2((rows // place % DIGIT - DIGIT // 2).float())
-        with _divided(skeleton.model, mapping, spelled.reciprocal().expand(mapping.experts, -1)):
+        with _divided(lazy.model, mapping, spelled.reciprocal().expand(mapping.experts, -1)):
             after = inputs()
         power = (after.abs().amax(0) / before.abs().amax(0)).log2().round()
         off = (after - before * power.exp2()).abs().amax(0)

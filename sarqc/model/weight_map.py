@@ -62,7 +62,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """The checkpoint tensor `name` fills rows start .. start + rows of matrix `expert` of a parameter.
 
     expert None: it is the whole parameter, whatever its rank; or one of the tensors that `conversion` makes it of.
@@ -86,7 +86,7 @@ class Piece:
         return self.name.removesuffix(_WEIGHT) if whole else None
 
 
-def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
+def trace(model: Any, source: TensorSource) -> dict[str, tuple[TensorSlice, ...]]:
     """For every stored parameter and buffer of `model` (on meta), the checkpoint tensors that it is made of.
 
     Tied parameters that the checkpoint lacks are left out. Raises `ModelError`, naming the tensor, where the
@@ -94,7 +94,7 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
     """
     wanted: dict[str, Tensor] = model.state_dict()
     whole, stacked = _sort_names(model, source, wanted)
-    found: dict[str, tuple[Piece, ...]] = {p: (Piece(name, None, 0, 0),) for p, name in whole.items()}
+    found: dict[str, tuple[TensorSlice, ...]] = {p: (TensorSlice(name, None, 0, 0),) for p, name in whole.items()}
     for first, (converter, names) in stacked.items():
         found |= _follow(model, first, converter, names, source)
     found |= _one_by_one(model, source, [parameter for parameter in wanted if parameter not in found])
@@ -108,7 +108,7 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
     return found
 
 
-def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dict[str, tuple[Piece, ...]]:
+def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dict[str, tuple[TensorSlice, ...]]:
     """Experts that the checkpoint has one by one where transformers reads them all in one tensor: as we write them."""
     present, found = set(source.names()), {}
     for parameter in lacking:
@@ -118,32 +118,32 @@ def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dic
         stored = list(stored_names(model, parameter))
         single = single_experts(model, parameter, stored[0]) if len(stored) == 1 else {}
         if single and single.keys() <= present:
-            found[parameter] = pieces_of(single)
+            found[parameter] = slices_of(single)
     for path in dict.fromkeys(parameter.rpartition(".")[0] for parameter in found):
         moe.take_apart(model.get_submodule(path))
     return found
 
 
-def pieces_of(single: Mapping[str, Slab]) -> tuple[Piece, ...]:
+def slices_of(single: Mapping[str, Slab]) -> tuple[TensorSlice, ...]:
     """Pieces of an experts module's parameter whose matrices lie in slabs, once it is taken apart."""
     return tuple(
-        Piece(name, slab.expert, slab.start * (slab.shape[0] if slab.step > 1 else 1), slab.shape[0])
+        TensorSlice(name, slab.expert, slab.start * (slab.shape[0] if slab.step > 1 else 1), slab.shape[0])
         for name, slab in single.items()
     )
 
 
-def own_names(model: Any, parameter: str) -> tuple[Piece, ...] | None:
+def own_names(model: Any, parameter: str) -> tuple[TensorSlice, ...] | None:
     """Pieces under which transformers reads the experts of a parameter one by one; None where it does not."""
     stored = stored_names(model, parameter)
     source = StateDictSource(dict(stored))
     whole, stacked = _sort_names(model, source, {parameter: model.get_parameter(parameter)})
     if whole or len(stored) == 1:
         return None
-    found: dict[str, tuple[Piece, ...]] = {}
+    found: dict[str, tuple[TensorSlice, ...]] = {}
     for first, (converter, names) in stacked.items():
         found |= _follow(model, first, converter, names, source)
-    pieces = found.get(parameter, ())
-    return pieces if pieces and all(piece.expert is not None and piece.linear for piece in pieces) else None
+    slices = found.get(parameter, ())
+    return slices if slices and all(stored.expert is not None and stored.linear for stored in slices) else None
 
 
 Named = dict[str, list[str]]
@@ -174,8 +174,10 @@ def _sort_names(
     return whole, stacked
 
 
-def _follow(model: Any, first: str, converter: Any, names: Named, source: TensorSource) -> dict[str, tuple[Piece, ...]]:
-    """Send tags through one conversion, and where they do not come out, shapes; the parameters with their pieces."""
+def _follow(
+    model: Any, first: str, converter: Any, names: Named, source: TensorSource
+) -> dict[str, tuple[TensorSlice, ...]]:
+    """Send tags through one conversion, and where they do not come out, shapes; the parameters with their slices."""
     order = tuple((pattern, name) for pattern, group in names.items() for name in group)
     number = {name: at for at, (_, name) in enumerate(order)}
     tags: dict[str, Any] = {}
@@ -185,8 +187,8 @@ def _follow(model: Any, first: str, converter: Any, names: Named, source: Tensor
         parameter: _read_tags(value[0] if isinstance(value, list) else value, [name for _, name in order], source)
         for parameter, value in tags.items()
     }
-    if sorted(piece.name for pieces in landed.values() for piece in pieces or ()) == sorted(number):
-        return {parameter: pieces for parameter, pieces in landed.items() if pieces}
+    if sorted(stored.name for slices in landed.values() for stored in slices or ()) == sorted(number):
+        return {parameter: slices for parameter, slices in landed.items() if slices}
     try:
         shapes = _convert(converter, model, first, order, lambda name: torch.empty(source.shape(name), device="meta"))
     except Exception as error:  # so does one that is given tensors that do not go together
@@ -207,8 +209,8 @@ def _odd_one(names: Named, source: TensorSource) -> str:
     return "tensors that do not combine"
 
 
-def _made(conversion: Conversion) -> tuple[Piece, ...]:
-    return tuple(Piece(name, None, 0, 0, conversion) for _, name in conversion.names)
+def _made(conversion: Conversion) -> tuple[TensorSlice, ...]:
+    return tuple(TensorSlice(name, None, 0, 0, conversion) for _, name in conversion.names)
 
 
 def _convert(
@@ -222,7 +224,7 @@ def _convert(
     return made
 
 
-def _read_tags(tags: Tensor, order: list[str], source: TensorSource) -> tuple[Piece, ...] | None:
+def _read_tags(tags: Tensor, order: list[str], source: TensorSource) -> tuple[TensorSlice, ...] | None:
     """Pieces behind a stack [E, parts * 2, 3] of tags, or a matrix of several; None where it is anything else."""
     if tags.dim() == 2 and len(tags) > _TAG.shape[0]:
         tags = tags[None]
@@ -235,41 +237,43 @@ def _read_tags(tags: Tensor, order: list[str], source: TensorSource) -> tuple[Pi
         return None
     if any(len(source.shape(name)) != 2 for name in order):
         return None
-    pieces = []
+    slices = []
     for expert, parts in enumerate(which.tolist()):
         start = 0
         for part in parts:
             rows = source.shape(order[part])[0]
-            pieces.append(Piece(order[part], expert, start, rows))
+            slices.append(TensorSlice(order[part], expert, start, rows))
             start += rows
-    return tuple(pieces)
+    return tuple(slices)
 
 
-def _check_shape(model: Any, parameter: str, tensor: Tensor, pieces: tuple[Piece, ...], source: TensorSource) -> None:
-    """Whether the pieces fill the parameter exactly."""
+def _check_shape(
+    model: Any, parameter: str, tensor: Tensor, slices: tuple[TensorSlice, ...], source: TensorSource
+) -> None:
+    """Whether the slices fill the parameter exactly."""
     wanted = tuple(tensor.shape)
-    if (made := pieces[0].conversion) is not None:
+    if (made := slices[0].conversion) is not None:
         shape = tuple(made.run(lambda name: torch.empty(source.shape(name), device="meta")).shape)
         if shape != wanted:
             raise ModelError(
-                f"{parameter!r} is made from {pieces[0].name!r} by {made} and becomes {list(shape)}; the configuration "
+                f"{parameter!r} is made from {slices[0].name!r} by {made} and becomes {list(shape)}; the configuration "
                 f"asks for {list(wanted)}"
             )
         return
-    if pieces[0].expert is None:
-        shape = tuple(source.shape(pieces[0].name))
+    if slices[0].expert is None:
+        shape = tuple(source.shape(slices[0].name))
         if shape != wanted:
-            raise ModelError(f"tensor {pieces[0].name!r} is {list(shape)}; the configuration asks for {list(wanted)}")
+            raise ModelError(f"tensor {slices[0].name!r} is {list(shape)}; the configuration asks for {list(wanted)}")
         return
     experts, rows, columns = wanted if len(wanted) == 3 else (1, *wanted)
-    parts = max(len(pieces) // experts, 1)
-    for piece in pieces:
-        shape = tuple(source.shape(piece.name))
-        if shape[1] != columns or (len(pieces) == parts * experts and piece.rows * parts != rows):
-            raise ModelError(f"tensor {piece.name!r} is {list(shape)}; {parts} of it do not make {[rows, columns]}")
-    if len(pieces) != parts * experts:
-        lost = [name for name in _expected(model, parameter, tensor) if name not in {p.name for p in pieces}]
-        what = f"lacks tensor {lost[0]!r}" if lost else f"has {len(pieces)} tensors for it"
+    parts = max(len(slices) // experts, 1)
+    for stored in slices:
+        shape = tuple(source.shape(stored.name))
+        if shape[1] != columns or (len(slices) == parts * experts and stored.rows * parts != rows):
+            raise ModelError(f"tensor {stored.name!r} is {list(shape)}; {parts} of it do not make {[rows, columns]}")
+    if len(slices) != parts * experts:
+        lost = [name for name in _expected(model, parameter, tensor) if name not in {p.name for p in slices}]
+        what = f"lacks tensor {lost[0]!r}" if lost else f"has {len(slices)} tensors for it"
         raise ModelError(f"parameter {parameter!r} holds {experts} matrices, and the checkpoint {what}")
 
 

@@ -82,7 +82,7 @@ def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_progress: OnProgres
 
     def own() -> list[tuple[int, SiteSensitivity]]:
         return measure_sensitivity(
-            plan.skeleton,
+            plan.lazy,
             plan.checkpoint,
             plan.targets,
             tokens,

@@ -18,9 +18,9 @@ from sarqc.errors import NumericError
 from sarqc.method.gram import shortening
 from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.residual import residual_writes
-from sarqc.model.sites import ResidualWrite, Share, Site, find_sites, separate_sites, stack, write_back
+from sarqc.model.sites import ResidualWrite, Site, SiteChunk, find_sites, separate_sites, stack, write_back
 from sarqc.pipeline.block_scales import scales_of_block
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.comm import synchronize_oom
@@ -40,12 +40,12 @@ class Portions:
     together: int = 1
     bytes: int = 0
 
-    def of(self, sites: Sequence[Site], folds: int) -> list[list[Share]]:
+    def of(self, sites: Sequence[Site], folds: int) -> list[list[SiteChunk]]:
         """The sites in portions whose Grams fit."""
         found = list(portions(sites, folds, self.budget))
-        for shares in found:
-            self.together = max(self.together, sum(share.stop - share.first for share in shares))
-            self.bytes = max(self.bytes, sum(gram_bytes(share, folds) for share in shares))
+        for chunks in found:
+            self.together = max(self.together, sum(chunk.stop - chunk.first for chunk in chunks))
+            self.bytes = max(self.bytes, sum(gram_bytes(chunk, folds) for chunk in chunks))
         return found
 
     def halve(self) -> None:
@@ -89,7 +89,7 @@ class Block:
             for site in self.sites
             if site.residual_write and site.residual_write.reader
         ]
-        streams.hooks.watch([*readers, *entries], self.solving.skeleton.model, self.solving.method.router_weight_power)
+        streams.hooks.watch([*readers, *entries], self.solving.lazy.model, self.solving.method.router_weight_power)
         run = streams.call(self.index).run
         self.order = synchronize_oom(comm, partial(order_of, [*readers, *entries], run))
         streams.quantized.begin_block(self.order, [self._entry(site) for site in self.sites if site.residual_write])
@@ -113,10 +113,10 @@ class Block:
 
     def quantize_alone(self) -> None:
         """Quantize every parameter by itself, by a method that looks at weights alone."""
-        self.sites = separate_sites(self.solving.skeleton, self.members)
-        for shares in self.portions.of(self.sites, 0):
+        self.sites = separate_sites(self.solving.lazy, self.members)
+        for chunks in self.portions.of(self.sites, 0):
             with self.journal.stage(self.index, "solve"):
-                weights, reports = self.solving.quantize(self.index, shares, None, None)
+                weights, reports = self.solving.quantize(self.index, chunks, None, None)
             self.weights |= weights
             self.reports += reports
 
@@ -133,16 +133,16 @@ class Block:
     def _see(self, streams: Streams) -> tuple[list[Site], dict[str, ResidualWrite]]:
         """The sites as the probe shows them, and where their outputs join the stream."""
         call, solving = streams.call(self.index), self.solving
-        sites = find_sites(solving.skeleton, self.members, call) if self.members else []
+        sites = find_sites(solving.lazy, self.members, call) if self.members else []
         if streams.reference is None:
             return sites, {}
         inside = not solving.method.channel_scales
-        return sites, residual_writes(solving.skeleton, self.index, sites, call.hidden, call, inside=inside)
+        return sites, residual_writes(solving.lazy, self.index, sites, call.hidden, call, inside=inside)
 
     def _take_residual_writes(self, streams: Streams, found: dict[str, ResidualWrite]) -> None:
         if not found and self.first:
             streams.drop_reference()
-            where = f"{self.solving.skeleton.prefix}.{self.index}"
+            where = f"{self.solving.lazy.prefix}.{self.index}"
             self.journal.notes.append(
                 f"no layer of {where} writes into the stream as it is: the error of earlier layers is not corrected"
             )
@@ -155,14 +155,14 @@ class Block:
         """Sum a site's Grams and solve it, in portions; put the weights in place, or correct what it has put out."""
         collector, reports, comm = self.collector(streams), [], self.solving.comm
         source = partial(self._lacking if site.residual_write else self._handed, site, point, streams)
-        for shares in self.portions.of([site], streams.text.folds):
+        for chunks in self.portions.of([site], streams.text.folds):
             with self.journal.stage(self.index, "forward"):
                 if comm.ordered:  # ranks run at once and only sum in turn
                     synchronize_oom(comm, lambda: _go_through(streams.quantized, point))
-                collected, notes = collector.collect(shares, source)
+                collected, notes = collector.collect(chunks, source)
             self.journal.notes += notes
             with self.journal.stage(self.index, "solve"):
-                weights, told = self.solving.quantize(self.index, shares, collected, self.scales)
+                weights, told = self.solving.quantize(self.index, chunks, collected, self.scales)
                 del collected
                 self.weights |= weights
                 if not site.residual_write:
@@ -174,7 +174,7 @@ class Block:
 
     def _handed(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
         """What the micro-batches bring to a site."""
-        inputs = self.scales.of(Share(site, 0, site.experts)).inputs if self.scales else None
+        inputs = self.scales.of(SiteChunk(site, 0, site.experts)).inputs if self.scales else None
         for arrival, (_, fold) in zip(streams.quantized.at(point), streams.text.batches):
             x = arrival.x.reshape(-1, site.in_features)
             if inputs is not None:
@@ -199,12 +199,12 @@ class Block:
         """Put those of a site's members that are quantized in the place of their own."""
         for target in site.members:
             if target.linear in weights:
-                write_back(self.solving.skeleton.model, target, weights[target.linear])
+                write_back(self.solving.lazy.model, target, weights[target.linear])
 
     def _change(self, site: Site) -> Tensor:
         """What the weight of a site with one member became, less what it was, in the model's dtype."""
         (target,) = site.members
-        original = stack(self.solving.skeleton.model, target.parameter)[0]
+        original = stack(self.solving.lazy.model, target.parameter)[0]
         quantized = self.weights[target.linear].to(original.device).dequantize(original.dtype)[0]
         return (quantized.float() - original.float()).to(original.dtype)
 
@@ -217,10 +217,10 @@ def unscaled(x: Tensor, offsets: Tensor | None, inputs: Tensor) -> Tensor:
     return (x.float() * each).to(x.dtype)
 
 
-def check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
+def check_weights(lazy: LazyModel, members: Sequence[Target]) -> None:
     """`NumericError` naming the first targeted layer with a weight that is not finite."""
     for parameter in dict.fromkeys(target.parameter for target in members):
-        matrices = stack(skeleton.model, parameter)
+        matrices = stack(lazy.model, parameter)
         # One at a time: what says of each weight whether it is finite would take more memory than a layer of experts.
         if bool(torch.stack([torch.isfinite(matrix).all() for matrix in matrices]).all()):
             continue
@@ -231,17 +231,19 @@ def check_weights(skeleton: Skeleton, members: Sequence[Target]) -> None:
 
 
 def put(
-    skeleton: Skeleton, index: int, members: Sequence[Target], weights: Weights, changed: Mapping[str, Tensor]
+    lazy: LazyModel, index: int, members: Sequence[Target], weights: Weights, changed: Mapping[str, Tensor]
 ) -> None:
     """Put the quantized weights of these members, and what took up channel scales, in the place of the block's own."""
     for target in members:
-        write_back(skeleton.model, target, weights[target.linear])
-    for parameter in skeleton.parameters(index) if changed else ():
-        for piece in skeleton.pieces[parameter]:
-            if piece.name in changed:
-                whole = skeleton.model.get_parameter(parameter)
-                part = whole if piece.expert is None else whole[piece.expert, piece.start : piece.start + piece.rows]
-                part.copy_(changed[piece.name])
+        write_back(lazy.model, target, weights[target.linear])
+    for parameter in lazy.parameters(index) if changed else ():
+        for stored in lazy.slices[parameter]:
+            if stored.name in changed:
+                whole = lazy.model.get_parameter(parameter)
+                part = (
+                    whole if stored.expert is None else whole[stored.expert, stored.start : stored.start + stored.rows]
+                )
+                part.copy_(changed[stored.name])
 
 
 def _drift(reference: Tensor, stream: Tensor) -> Tensor:

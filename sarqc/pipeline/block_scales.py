@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sarqc.method.gram import Gram, Statistics, shrink_experts
-from sarqc.model.sites import Share, Site
+from sarqc.model.sites import Site, SiteChunk
 from sarqc.model.smoothing import find_mappings
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.comm import synchronize_oom
@@ -26,23 +26,23 @@ def scales_of_block(block: Block, streams: Streams) -> BlockScales:
     scaled = [site for site in block.sites if not site.residual_write]
     portions = block.portions.of(scaled, streams.text.folds)
     with journal.stage(block.index, "scale"):
-        find = partial(find_mappings, solving.skeleton, block.index, scaled, streams.call(block.index))
+        find = partial(find_mappings, solving.lazy, block.index, scaled, streams.call(block.index))
         folds, reasons = synchronize_oom(solving.comm, find)
-        scales = BlockScales(solving.skeleton, solving.source, scaled, folds, reasons, solving.comm)
-    for shares in portions:
+        scales = BlockScales(solving.lazy, solving.source, scaled, folds, reasons, solving.comm)
+    for chunks in portions:
         with journal.stage(block.index, "forward"):
-            collected, notes = block.collector(streams).collect(shares, partial(_seen, block, shares, streams))
+            collected, notes = block.collector(streams).collect(chunks, partial(_seen, block, chunks, streams))
         journal.notes += notes
         with journal.stage(block.index, "scale"):
-            solving.choose(block.index, shares, collected)
+            solving.choose(block.index, chunks, collected)
             grams = synchronize_oom(solving.comm, partial(_shrunk, collected, solving.method.expert_shrinkage))
-            scales.decide(shares, grams, solving.cost, solving.quant_of, solving.scale_dtype(shares[0].site))
+            scales.decide(chunks, grams, solving.cost, solving.quant_of, solving.scale_dtype(chunks[0].site))
     return scales
 
 
-def _seen(block: Block, shares: Sequence[Share], streams: Streams) -> Iterator[Rows]:
-    """What every site of these shares is handed, in a run of the block that is dropped."""
-    wanted: dict[str, Site] = {share.site.entry: share.site for share in shares}
+def _seen(block: Block, chunks: Sequence[SiteChunk], streams: Streams) -> Iterator[Rows]:
+    """What every site of these chunks is handed, in a run of the block that is dropped."""
+    wanted: dict[str, Site] = {chunk.site.entry: chunk.site for chunk in chunks}
     for arrivals, (_, fold) in zip(streams.quantized.look(block.index), streams.text.batches):
         for arrival in arrivals:
             site = wanted.get(arrival.point.name) if arrival.point.kind == "site" else None

@@ -16,11 +16,11 @@ from torch import Tensor
 from sarqc.config import QuantConfig
 from sarqc.method.awq import BalanceLayer, ChannelScales, Scaling, search
 from sarqc.method.gram import Gram
-from sarqc.model.lazy_model import Skeleton
-from sarqc.model.sites import Share, Site, stack
+from sarqc.model.lazy_model import LazyModel
+from sarqc.model.sites import Site, SiteChunk, stack
 from sarqc.model.smoothing import SmoothingMapping, divided_norm
 from sarqc.model.source import TensorSource
-from sarqc.model.weight_map import Piece
+from sarqc.model.weight_map import TensorSlice
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, synchronize_oom
 from sarqc.pipeline.work_split import cost as price
 from sarqc.pipeline.work_split import partition
@@ -31,14 +31,14 @@ class BlockScales:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        lazy: LazyModel,
         source: TensorSource,
         sites: Sequence[Site],
         mappings: Sequence[SmoothingMapping],
         reasons: dict[str, str],
         comm: Comm = SINGLE_PROCESS,
     ) -> None:
-        self._skeleton = skeleton
+        self._lazy = lazy
         self._source = source
         self._comm = comm
         self._quantized = {target.linear for site in sites for target in site.members}
@@ -55,33 +55,33 @@ class BlockScales:
 
     def decide(
         self,
-        shares: Sequence[Share],
+        chunks: Sequence[SiteChunk],
         grams: Sequence[Gram],
-        cost: Callable[[Share, Gram], Tensor],
+        cost: Callable[[SiteChunk, Gram], Tensor],
         quant: Callable[[Site], QuantConfig],
         scale_dtype: torch.dtype,
     ) -> None:
-        """Choose what these shares decide, given their Grams; cost: what errors in a share cost (`BalanceLayer.cost`).
+        """Choose what these chunks decide, given their Grams; cost: what errors in a chunk cost (`BalanceLayer.cost`).
         quant: what a site's weights become.
 
-        A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
-        their own decide each for themselves. Ranks share the search.
+        A scale that many experts chunk is decided by the first experts whose Grams are there; experts with scales of
+        their own decide each for themselves. Ranks chunk the search.
         """
-        model = self._skeleton.model
-        given = {share.site.name: (share, gram) for share, gram in zip(shares, grams)}
-        open_: list[tuple[SmoothingMapping, list[tuple[Share, Gram]]]] = []
+        model = self._lazy.model
+        given = {chunk.site.name: (chunk, gram) for chunk, gram in zip(chunks, grams)}
+        open_: list[tuple[SmoothingMapping, list[tuple[SiteChunk, Gram]]]] = []
         for mapping in self._mappings:
             found = [given[site.name] for site in mapping.sites if site.name in given]
             if found and not (mapping.experts == 1 and mapping.smooth_layer in self._chosen):
                 open_.append((mapping, found))
-        owners = partition([sum(price(share) for share, _ in found) for _, found in open_], self._comm.size)
+        owners = partition([sum(price(chunk) for chunk, _ in found) for _, found in open_], self._comm.size)
 
         def search_own() -> dict[int, ChannelScales]:
             return {
                 number: search(
                     [
-                        BalanceLayer(share.weight(model), cost(share, gram), gram, quant(share.site))
-                        for share, gram in found
+                        BalanceLayer(chunk.weight(model), cost(chunk, gram), gram, quant(chunk.site))
+                        for chunk, gram in found
                     ],
                     scale_dtype,
                     shared=mapping.experts == 1,
@@ -103,7 +103,7 @@ class BlockScales:
 
     def _take(self, mapping: SmoothingMapping, chosen: ChannelScales) -> None:
         """Keep what was chosen for a fold, behind what its experts before have."""
-        if self._skeleton.model.get_parameter(mapping.smooth_layer).dim() == 1:
+        if self._lazy.model.get_parameter(mapping.smooth_layer).dim() == 1:
             chosen = ChannelScales(self._storable(mapping, chosen.scales), chosen.exponents)
         before = self._chosen.get(mapping.smooth_layer)
         if before is not None:
@@ -112,14 +112,14 @@ class BlockScales:
             )
         self._chosen[mapping.smooth_layer] = chosen
 
-    def of(self, share: Share) -> Scaling:
-        """What happens to the weight of a share; ones where nothing does."""
-        site, device = share.site, stack(self._skeleton.model, share.site.members[0].parameter).device
+    def of(self, chunk: SiteChunk) -> Scaling:
+        """What happens to the weight of a chunk; ones where nothing does."""
+        site, device = chunk.site, stack(self._lazy.model, chunk.site.members[0].parameter).device
         inputs = torch.ones(1, site.in_features, device=device)
         rows = torch.ones(1, sum(count for _, _, count in site.slabs), device=device)
         exponent = 0.0
         for mapping, chosen in self._decided():
-            at = slice(None) if mapping.experts == 1 else slice(share.first, share.stop)
+            at = slice(None) if mapping.experts == 1 else slice(chunk.first, chunk.stop)
             own = chosen.scales[at]
             if site in mapping.sites:
                 inputs, exponent = mapping.inputs(own), float(chosen.exponents[at].mean())
@@ -136,32 +136,32 @@ class BlockScales:
         """Fold the scales into everything of the block that is not quantized, in the model; and the same tensors by
         the checkpoint's names, in its dtypes."""
         changed: dict[str, Tensor] = {}
-        at: dict[str, tuple[str, Piece]] = {}
+        at: dict[str, tuple[str, TensorSlice]] = {}
 
-        def take(parameter: str, piece: Piece) -> Tensor:
-            if piece.name not in changed:
-                changed[piece.name], at[piece.name] = self._source.load(piece.name), (parameter, piece)
-            return changed[piece.name]
+        def take(parameter: str, stored: TensorSlice) -> Tensor:
+            if stored.name not in changed:
+                changed[stored.name], at[stored.name] = self._source.load(stored.name), (parameter, stored)
+            return changed[stored.name]
 
         for mapping, chosen in self._decided():
-            for parameter, piece in self._dense(mapping.smooth_layer):
-                own = chosen.scales[(piece.expert or 0) if mapping.experts > 1 else 0].cpu()
-                tensor = take(parameter, piece)
+            for parameter, stored in self._dense(mapping.smooth_layer):
+                own = chosen.scales[(stored.expert or 0) if mapping.experts > 1 else 0].cpu()
+                tensor = take(parameter, stored)
                 if tensor.dim() == 1:
                     tensor.copy_(divided_norm(tensor, own, mapping.offset))
                 else:
-                    rows, scales = _overlap(tensor.T, own, mapping.start - piece.start)
+                    rows, scales = _overlap(tensor.T, own, mapping.start - stored.start)
                     rows.div_(scales)
-            for parameter, piece in self._dense(mapping.bias):
-                rows, scales = _overlap(take(parameter, piece), chosen.scales[0].cpu(), mapping.start)
+            for parameter, stored in self._dense(mapping.bias):
+                rows, scales = _overlap(take(parameter, stored), chosen.scales[0].cpu(), mapping.start)
                 rows.div_(scales)
             for balance_layer in mapping.balance_layers:
-                for parameter, piece in self._dense(balance_layer):
-                    own = mapping.inputs(chosen.scales)[(piece.expert or 0) if mapping.experts > 1 else 0].cpu()
-                    take(parameter, piece).mul_(own)
-        for name, (parameter, piece) in at.items():
-            whole = self._skeleton.model.get_parameter(parameter)
-            part = whole if piece.expert is None else whole[piece.expert, piece.start : piece.start + piece.rows]
+                for parameter, stored in self._dense(balance_layer):
+                    own = mapping.inputs(chosen.scales)[(stored.expert or 0) if mapping.experts > 1 else 0].cpu()
+                    take(parameter, stored).mul_(own)
+        for name, (parameter, stored) in at.items():
+            whole = self._lazy.model.get_parameter(parameter)
+            part = whole if stored.expert is None else whole[stored.expert, stored.start : stored.start + stored.rows]
             part.copy_(changed[name])
         return changed
 
@@ -172,14 +172,14 @@ class BlockScales:
             if mapping.smooth_layer in self._chosen
         ]
 
-    def _dense(self, parameter: str | None) -> list[tuple[str, Piece]]:
-        """The pieces of a parameter that will not be quantized."""
-        pieces = self._skeleton.pieces[parameter] if parameter else ()
-        return [(parameter or "", piece) for piece in pieces if piece.linear not in self._quantized]
+    def _dense(self, parameter: str | None) -> list[tuple[str, TensorSlice]]:
+        """The slices of a parameter that will not be quantized."""
+        slices = self._lazy.slices[parameter] if parameter else ()
+        return [(parameter or "", stored) for stored in slices if stored.linear not in self._quantized]
 
     def _is_binary(self, mapping: SmoothingMapping) -> bool:
         """Whether a tensor that is not quantized takes part, apart from a norm's weight."""
-        is_norm = self._skeleton.model.get_parameter(mapping.smooth_layer).dim() == 1
+        is_norm = self._lazy.model.get_parameter(mapping.smooth_layer).dim() == 1
         givers = () if is_norm else (mapping.smooth_layer,)
         return mapping.bias is not None or any(
             self._dense(parameter) for parameter in (*givers, *mapping.balance_layers)
@@ -187,7 +187,7 @@ class BlockScales:
 
     def _storable(self, mapping: SmoothingMapping, scales: Tensor) -> Tensor:
         """The scales [1, C] that a norm's weight can stand for in the dtype it is stored in; 1 where it is closed."""
-        name = self._skeleton.pieces[mapping.smooth_layer][0].name
+        name = self._lazy.slices[mapping.smooth_layer][0].name
         weight = self._source.load(name)
         kept = divided_norm(weight, scales[0].cpu(), mapping.offset).float() + mapping.offset
         opened = weight.float() + mapping.offset

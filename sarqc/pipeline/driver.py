@@ -20,7 +20,7 @@ from sarqc.method.gram import MAX_LOST
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import LayerReport
 from sarqc.model.layers import Targets, check_group_size, targets
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import PrefetchingSource, TensorSource
 from sarqc.pipeline.block import Block, Portions, check_weights, put
 from sarqc.pipeline.comm import synchronize_oom
@@ -67,7 +67,7 @@ class Start:
 
 
 def run(
-    skeleton: Skeleton,
+    lazy: LazyModel,
     source: TensorSource,
     tokens: Tensor | None,
     quant: QuantConfig,
@@ -82,7 +82,7 @@ def run(
     rest of the run, and the result notes it. Rows of activations that are not finite are left out and noted.
 
     Args:
-        skeleton: The model, without weights.
+        lazy: The model, without weights.
         source: Its weights.
         tokens: int64 [S, L] sequences to calibrate on; None for methods without calibration, which run no forward.
         quant: The number format.
@@ -97,13 +97,13 @@ def run(
         NumericError: Weights, or more than 1 % of the rows of activations, are not finite; names the layer.
         ResourceError: Memory runs out with one sequence and one Gram at a time.
     """
-    found = targets(skeleton, quant)
+    found = targets(lazy, quant)
     check_group_size(found, quant)
     execution, start = execution or Execution(), start or Start()
     prefetched = PrefetchingSource(source) if execution.prefetch else None
     source = prefetched or source
     solving = SiteQuantizer(
-        skeleton, source, quant, method, execution.place, start.lambda_search, execution.comm, execution.bit_widths
+        lazy, source, quant, method, execution.place, start.lambda_search, execution.comm, execution.bit_widths
     )
     journal = Journal(execution.on_progress, execution.place)
     driver = _Driver(solving, found, execution.dtype, journal, Portions(execution.gram_budget), prefetched)
@@ -112,7 +112,7 @@ def run(
             yield from driver.without_text(start.block)
             return
         text = _text(tokens, method, execution)
-        with Streams(skeleton, source, execution.place, execution.dtype, execution.memory) as streams:
+        with Streams(lazy, source, execution.place, execution.dtype, execution.memory) as streams:
             yield from driver.with_text(streams, text, start)
 
 
@@ -142,7 +142,7 @@ class _Driver:
         prefetched: PrefetchingSource | None,
     ) -> None:
         self._solving = solving
-        self._skeleton = solving.skeleton
+        self._lazy = solving.lazy
         self._comm = solving.comm
         self._found = found
         self._dtype = dtype
@@ -152,7 +152,7 @@ class _Driver:
 
     def without_text(self, first: int) -> Generator[BlockResult, None, None]:
         """Every block from `first` on, by a method that looks at weights alone."""
-        for index in range(first, len(self._skeleton.blocks)):
+        for index in range(first, len(self._lazy.blocks)):
             self._journal.begin_block()
             self._load(index)
             block = self._new_block(index)
@@ -162,18 +162,18 @@ class _Driver:
                 if not out_of_memory(error):
                     raise
                 raise self._no_memory(index, first_line(error)) from error
-            self._skeleton.unload_block(index)
+            self._lazy.unload_block(index)
             yield self._result(block, None)
 
     def with_text(self, streams: Streams, text: Text, start: Start) -> Generator[BlockResult, None, None]:
         """Every block from the start on, as the streams pass it."""
         self._go_to(streams, text, start)
-        for index in range(start.block, len(self._skeleton.blocks)):
+        for index in range(start.block, len(self._lazy.blocks)):
             self._journal.begin_block()
             streams.enter(index)
             block = self._with_memory(index, streams)
-            self._skeleton.unload_block(index)
-            last = index + 1 == len(self._skeleton.blocks)
+            self._lazy.unload_block(index)
+            last = index + 1 == len(self._lazy.blocks)
             yield self._result(block, None if last else streams.handover(index, self._comm))
 
     def _go_to(self, streams: Streams, text: Text, start: Start) -> None:
@@ -192,10 +192,10 @@ class _Driver:
             streams.leave_reference(index)
             if not handed:
                 weights, changed = start.stored(index)
-                put(self._skeleton, index, self._found.of_block(index), weights, changed)
+                put(self._lazy, index, self._found.of_block(index), weights, changed)
                 streams.leave_quantized(index)
                 streams.leave_probe(index)
-            self._skeleton.unload_block(index)
+            self._lazy.unload_block(index)
 
     def _with_memory(self, index: int, streams: Streams) -> Block:
         """A block quantized, begun again with less at once for as long as the device runs out of memory."""
@@ -226,7 +226,7 @@ class _Driver:
 
     def _take_less(self, index: int, streams: Streams, reason: str) -> None:
         """Halve the micro-batches or the Grams at a time, and bring the streams to the block again."""
-        self._skeleton.unload_block(index)
+        self._lazy.unload_block(index)
         if self._solving.device.type == "cuda":
             torch.cuda.empty_cache()
         text, at_once = streams.text, max(self._comm.all_gather_object(streams.text.micro_batch))
@@ -254,7 +254,7 @@ class _Driver:
         )
 
     def _place(self, index: int) -> str:
-        return f"{self._solving.device} has no memory left at {self._skeleton.prefix}.{index}"
+        return f"{self._solving.device} has no memory left at {self._lazy.prefix}.{index}"
 
     def _new_block(self, index: int) -> Block:
         first = index == self._found.first_block
@@ -269,20 +269,20 @@ class _Driver:
 
     def _load(self, index: int) -> None:
         """Load a block, and begin to read the one behind it."""
-        skeleton = self._skeleton
+        lazy = self._lazy
         with self._journal.stage(index, "load"):
-            skeleton.load_block(index, self._solving.source, self._solving.device, self._dtype)
-            check_weights(skeleton, self._found.of_block(index))
-            if self._ahead and index + 1 < len(skeleton.blocks):
-                parameters = skeleton.parameters(index + 1)
-                self._ahead.read(piece.name for name in parameters for piece in skeleton.pieces[name])
+            lazy.load_block(index, self._solving.source, self._solving.device, self._dtype)
+            check_weights(lazy, self._found.of_block(index))
+            if self._ahead and index + 1 < len(lazy.blocks):
+                parameters = lazy.parameters(index + 1)
+                self._ahead.read(stored.name for name in parameters for stored in lazy.slices[name])
 
     def _check_leaving(self, index: int, lost: int, streams: Streams) -> None:
         """`NumericError` where too much of what leaves a block, on all ranks, is not finite; a note where something
         is."""
         lost, rows = map(sum, zip(*self._comm.all_gather_object((lost, streams.text.tokens.numel()))))
         if lost:
-            where = f"{lost} of {rows} rows of what leaves {self._skeleton.prefix}.{index} hold NaN or Inf"
+            where = f"{lost} of {rows} rows of what leaves {self._lazy.prefix}.{index} hold NaN or Inf"
             if lost > MAX_LOST * rows:
                 raise NumericError(f"{where} on the calibration text; look at the model, its dtype or the text")
             self._journal.notes.append(where)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
 from sarqc.method.gram import MAX_LOST, Statistics, finite_rows
-from sarqc.model.sites import Share, Site
+from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.comm import Comm, in_turn, synchronize_oom
 
 
@@ -35,18 +35,18 @@ Source = Callable[[], Iterator[Rows]]
 """Goes through this rank's micro-batches, fold after fold; may be called again."""
 
 
-def gram_bytes(share: Share, folds: int) -> int:
-    """Bytes of the Grams of a share."""
-    return _each(share.site, folds) * (share.stop - share.first)
+def gram_bytes(chunk: SiteChunk, folds: int) -> int:
+    """Bytes of the Grams of a chunk."""
+    return _each(chunk.site, folds) * (chunk.stop - chunk.first)
 
 
 def _each(site: Site, folds: int) -> int:
     return 4 * folds * site.in_features * (site.in_features + site.cross_rows)
 
 
-def portions(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Share]]:
+def portions(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[SiteChunk]]:
     """Shares of the sites, as many at a time as have Grams that fit the budget; one expert always does."""
-    portion: list[Share] = []
+    portion: list[SiteChunk] = []
     room = budget
     for site in sites:
         each = _each(site, folds)
@@ -58,7 +58,7 @@ def portions(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Sh
                 portion, room = [], budget
                 continue
             stop = first + max(fitting, 1)
-            portion.append(Share(site, first, stop))
+            portion.append(SiteChunk(site, first, stop))
             room -= each * (stop - first)
             first = stop
     if portion:
@@ -74,23 +74,23 @@ class Collector:
         self._device = device
         self._comm = comm
 
-    def collect(self, shares: Sequence[Share], source: Source) -> tuple[list[Statistics], list[str]]:
-        """Statistics of every share over all ranks, and a line for each that is not of all rows.
+    def collect(self, chunks: Sequence[SiteChunk], source: Source) -> tuple[list[Statistics], list[str]]:
+        """Statistics of every chunk over all ranks, and a line for each that is not of all rows.
 
         The micro-batches are gone through once, and once more where rows hold NaN or Inf. Raises `NumericError` naming
-        the share where those are more than 1 %, `torch.OutOfMemoryError` on all ranks where one runs out.
+        the chunk where those are more than 1 %, `torch.OutOfMemoryError` on all ranks where one runs out.
         """
-        kept = self._all_ranks(shares, source, None)
+        kept = self._all_ranks(chunks, source, None)
         if all(self._each_finite(kept)):
             return kept, []
         del kept  # their memory is needed once more
-        lost = [0] * len(shares)
-        kept = self._all_ranks(shares, source, lost)
+        lost = [0] * len(chunks)
+        kept = self._all_ranks(chunks, source, lost)
         lost = [sum(counts) for counts in zip(*self._comm.all_gather_object(lost))]
         notes = []
-        for share, statistics, count, sound in zip(shares, kept, lost, self._each_finite(kept)):
+        for chunk, statistics, count, sound in zip(chunks, kept, lost, self._each_finite(kept)):
             rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
-            what = f"the inputs of {share.name}{' or the stream behind it' if share.site.residual_write else ''}"
+            what = f"the inputs of {chunk.name}{' or the stream behind it' if chunk.site.residual_write else ''}"
             where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
             if count > MAX_LOST * rows or not sound:
                 raise NumericError(
@@ -103,11 +103,11 @@ class Collector:
     def _each_finite(self, kept: Sequence[Statistics]) -> list[bool]:
         return synchronize_oom(self._comm, lambda: list(map(_finite, kept)))
 
-    def _all_ranks(self, shares: Sequence[Share], source: Source, lost: list[int] | None) -> list[Statistics]:
+    def _all_ranks(self, chunks: Sequence[SiteChunk], source: Source, lost: list[int] | None) -> list[Statistics]:
         """Sums of every rank, added up afterwards, or in order as they are made."""
 
         def attempt() -> list[Statistics]:
-            return self._own(shares, source, lost)
+            return self._own(chunks, source, lost)
 
         comm = self._comm
         kept = in_turn(comm, attempt) if comm.ordered else synchronize_oom(comm, attempt)
@@ -118,9 +118,9 @@ class Collector:
                 comm.all_reduce(sums)
         return kept
 
-    def _own(self, shares: Sequence[Share], source: Source, lost: list[int] | None) -> list[Statistics]:
-        """This rank's micro-batches; with `lost`, rows that are not finite are left out and counted there, by share."""
-        kept = [self._empty(share) for share in shares]
+    def _own(self, chunks: Sequence[SiteChunk], source: Source, lost: list[int] | None) -> list[Statistics]:
+        """This rank's micro-batches; with `lost`, rows that are not finite are left out and counted there, by chunk."""
+        kept = [self._empty(chunk) for chunk in chunks]
         sums = [[tensor for one in kept for tensor in one.tensors(fold)] for fold in range(self.folds)]
         fold = 0
         if self._comm.ordered:
@@ -128,9 +128,9 @@ class Collector:
         for rows in source():
             while fold < rows.fold:
                 fold = self._next_fold(sums, fold)
-            for number, (share, statistics) in enumerate(zip(shares, kept)):
-                if share.site is rows.site:
-                    left_out = _add(share, statistics, rows, finite=lost is not None)
+            for number, (chunk, statistics) in enumerate(zip(chunks, kept)):
+                if chunk.site is rows.site:
+                    left_out = _add(chunk, statistics, rows, finite=lost is not None)
                     if lost is not None:
                         lost[number] += left_out
         while fold < self.folds:
@@ -145,31 +145,31 @@ class Collector:
                 self._comm.recv_previous(sums[fold + 1])
         return fold + 1
 
-    def _empty(self, share: Share) -> Statistics:
-        """Statistics of a share that have seen nothing."""
+    def _empty(self, chunk: SiteChunk) -> Statistics:
+        """Statistics of a chunk that have seen nothing."""
         return Statistics.zeros(
-            share.stop - share.first,
-            share.site.in_features,
+            chunk.stop - chunk.first,
+            chunk.site.in_features,
             self.folds,
             self._device,
-            rest=self._method.expert_shrinkage > 0 and not share.whole,
-            cross_rows=share.site.cross_rows,
+            rest=self._method.expert_shrinkage > 0 and not chunk.whole,
+            cross_rows=chunk.site.cross_rows,
         )
 
 
-def _add(share: Share, statistics: Statistics, rows: Rows, *, finite: bool) -> int:
-    """Add rows to a share's statistics, with `finite` only those that are; how many were left out."""
+def _add(chunk: SiteChunk, statistics: Statistics, rows: Rows, *, finite: bool) -> int:
+    """Add rows to a chunk's statistics, with `finite` only those that are; how many were left out."""
     x, bounds, residual, left_out = rows.x, rows.offsets, rows.residual, 0
     if finite:
         # A row and its residual are stacked, so that they go or stay together.
         stacked, bounds = finite_rows(x if residual is None else torch.cat([x, residual], -1), bounds)
         left_out = len(x) - len(stacked)
         x, residual = stacked[:, : x.shape[-1]], None if residual is None else stacked[:, x.shape[-1] :]
-    if bounds is not None and not share.whole:
-        first, last = bounds[share.first], bounds[share.stop]
+    if bounds is not None and not chunk.whole:
+        first, last = bounds[chunk.first], bounds[chunk.stop]
         statistics.add_rest(x[:first], rows.fold)
         statistics.add_rest(x[last:], rows.fold)
-        x, bounds = x[first:last], bounds[share.first : share.stop + 1] - first
+        x, bounds = x[first:last], bounds[chunk.first : chunk.stop + 1] - first
     statistics.add(x, bounds, rows.fold, cross_gram=residual)
     return left_out
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sarqc.errors import ModelError
 from sarqc.model.dataset import Windows
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.perplexity import POSITIONS_AT_ONCE, Tally
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
@@ -40,14 +40,14 @@ class Left:
 class Passage:
     """Windows of tokens int64 [S, L] in a model's own forward, block after block. A context. Needs `load_outer`."""
 
-    def __init__(self, skeleton: Skeleton, tokens: Tensor) -> None:
-        check_tokens(tokens, skeleton.model)
-        self._skeleton = skeleton
+    def __init__(self, lazy: LazyModel, tokens: Tensor) -> None:
+        check_tokens(tokens, lazy.model)
+        self._lazy = lazy
         self._form: str | None = None
-        at_once = windows_at_once(skeleton.device, tokens.shape[1])
+        at_once = windows_at_once(lazy.device, tokens.shape[1])
         calls: list[Callable[[], object]] = [partial(self._run, part) for part in tokens.split(at_once)]
-        self._hooks = Hooks(skeleton.blocks)
-        self._forward = Forward(calls, skeleton.blocks)
+        self._hooks = Hooks(lazy.blocks)
+        self._forward = Forward(calls, lazy.blocks)
         self.enter(0)
 
     def enter(self, index: int) -> None:
@@ -62,12 +62,10 @@ class Passage:
 
     def left(self) -> Left:
         """What leaves the last block, which all windows are through."""
-        leaving = self._forward.leave(len(self._skeleton.blocks) - 1)
+        leaving = self._forward.leave(len(self._lazy.blocks) - 1)
         hidden = torch.cat([arrival.x.cpu() for arrival in leaving])
         if self._form is None:
-            raise ModelError(
-                f"{self._skeleton.prefix} hand on more than a tensor, so they cannot be judged block by block"
-            )
+            raise ModelError(f"{self._lazy.prefix} hand on more than a tensor, so they cannot be judged block by block")
         return Left(hidden, self._form)
 
     def close(self) -> None:
@@ -76,7 +74,7 @@ class Passage:
         self._hooks.close()
 
     def _run(self, tokens: Tensor) -> object:
-        return self._skeleton.model.base_model(input_ids=tokens.to(self._skeleton.device), use_cache=False)
+        return self._lazy.model.base_model(input_ids=tokens.to(self._lazy.device), use_cache=False)
 
     def __enter__(self) -> Passage:
         return self
@@ -85,21 +83,19 @@ class Passage:
         self.close()
 
 
-def leave(
-    skeleton: Skeleton, source: TensorSource, tokens: Tensor, on_block: Callable[[int], None] | None = None
-) -> Left:
+def leave(lazy: LazyModel, source: TensorSource, tokens: Tensor, on_block: Callable[[int], None] | None = None) -> Left:
     """Tokens int64 [S, L] through all blocks; needs `load_outer`. on_block(index) is called before each block."""
-    with Passage(skeleton, tokens) as passage:
-        for index in range(len(skeleton.blocks)):
+    with Passage(lazy, tokens) as passage:
+        for index in range(len(lazy.blocks)):
             if on_block:
                 on_block(index)
-            skeleton.load_block(index, source, skeleton.device, skeleton.dtype)
+            lazy.load_block(index, source, lazy.device, lazy.dtype)
             passage.through(index)
-            skeleton.unload_block(index)
+            lazy.unload_block(index)
         return passage.left()
 
 
-def judge(skeleton: Skeleton, windows: Windows, left: Left, reference: Left | None = None) -> Tally:
+def judge(lazy: LazyModel, windows: Windows, left: Left, reference: Left | None = None) -> Tally:
     """Sums over all positions of all windows, of what leaves the last block and of what left a reference's.
 
     Needs `load_outer(..., head=True)`; both share that head.
@@ -108,23 +104,23 @@ def judge(skeleton: Skeleton, windows: Windows, left: Left, reference: Left | No
     for at, window in enumerate(windows.tokens):
         for start in range(0, len(window) - 1, POSITIONS_AT_ONCE):
             stop = min(start + POSITIONS_AT_ONCE, len(window) - 1)
-            own = logits(skeleton, left.form, left.hidden[at : at + 1, start:stop])
+            own = logits(lazy, left.form, left.hidden[at : at + 1, start:stop])
             expected = None
             if reference is not None:
-                expected = logits(skeleton, reference.form, reference.hidden[at : at + 1, start:stop])
+                expected = logits(lazy, reference.form, reference.hidden[at : at + 1, start:stop])
             tally.add(own, window[start + 1 : stop + 1].to(own.device), expected)
     return tally
 
 
-def logits(skeleton: Skeleton, form: str, hidden: Tensor) -> Tensor:
+def logits(lazy: LazyModel, form: str, hidden: Tensor) -> Tensor:
     """Logits [L, V] of what leaves the last block, [1, L, H]; needs `load_outer(..., head=True)`."""
-    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=skeleton.device)
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=lazy.device)
 
     def run() -> Tensor:
-        found: Tensor = skeleton.model(input_ids=tokens, use_cache=False).logits
+        found: Tensor = lazy.model(input_ids=tokens, use_cache=False).logits
         return found
 
-    with handing_on(skeleton.layers, len(skeleton.blocks), form, lambda _: hidden.to(skeleton.device)):
+    with handing_on(lazy.layers, len(lazy.blocks), form, lambda _: hidden.to(lazy.device)):
         found = Task(run, 0, lambda _: False).resume()
     assert isinstance(found, Tensor)
     return found[0]

@@ -36,7 +36,7 @@ from sarqc.model.config_only import Outline, outline
 from sarqc.model.expert_names import Slab
 from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
 from sarqc.model.layers import Targets, auto_group_size, check_group_size, is_wanted, targets
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.pipeline.streams import windows_at_once
@@ -53,7 +53,7 @@ class Plan:
     model: str
     folder: Path
     source: TensorSource
-    skeleton: Skeleton
+    lazy: LazyModel
     targets: Targets
     quant: QuantConfig
     method: MethodConfig
@@ -79,7 +79,7 @@ class Plan:
     def seqlen(self) -> int:
         """Tokens per window of text: as asked, or 2048, or as many as the model has positions; `ArgumentError` for a
         longer one, which the model was never trained to read."""
-        asked, config = self.calibration.seqlen, self.skeleton.text_config
+        asked, config = self.calibration.seqlen, self.lazy.text_config
         if asked is None:
             return min(DEFAULT_SEQLEN, dataset.positions(config) or DEFAULT_SEQLEN)
         dataset.check_seqlen(asked, config, self.model)
@@ -123,12 +123,12 @@ def _refuse_unfetched(model: str | Path, configs: Configs) -> None:
 def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSource) -> Plan:
     """The plan, with options that fit the tensors of the model."""
     quant, method, run = configs.quant, configs.method, configs.run
-    skeleton = Skeleton.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
-    if slabs := skeleton.split_experts(partial(is_wanted, quant)):
+    lazy = LazyModel.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
+    if slabs := lazy.split_experts(partial(is_wanted, quant)):
         assert isinstance(source, Checkpoint | Outline)
         source = source.split(slabs)
-    found = targets(skeleton, quant)
-    notes = (*_expansion(source), *_renamed(skeleton, slabs))
+    found = targets(lazy, quant)
+    notes = (*_expansion(source), *_renamed(lazy, slabs))
     if quant.group_size == AUTO:
         quant = replace(quant, group_size=auto_group_size(found))
         notes += (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
@@ -141,10 +141,8 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     for target in found.selected:
         FORMATS[quant.format].check_layer(target.linear, target.shape, quant)
     device = resolve_device(run.device)
-    dtype = resolve_dtype(run.dtype, device, skeleton.dtype)
-    return Plan(
-        str(model), folder, source, skeleton, found, quant, method, configs.calibration, run, device, dtype, notes
-    )
+    dtype = resolve_dtype(run.dtype, device, lazy.dtype)
+    return Plan(str(model), folder, source, lazy, found, quant, method, configs.calibration, run, device, dtype, notes)
 
 
 def _check_average(quant: QuantConfig, method: MethodConfig, found: Targets) -> None:
@@ -181,12 +179,12 @@ def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype
     return Outline(dense_headers(tensors, read_json(folder / "config.json")))
 
 
-def _renamed(skeleton: Skeleton, slabs: Mapping[str, Slab]) -> tuple[str, ...]:
+def _renamed(lazy: LazyModel, slabs: Mapping[str, Slab]) -> tuple[str, ...]:
     """A note where experts get names that transformers itself has not."""
-    alone = [name for name in slabs if name in skeleton.own_expert_names]
+    alone = [name for name in slabs if name in lazy.own_expert_names]
     if len(alone) == len(slabs):
         return ()
-    first = next(name for name in slabs if name not in skeleton.own_expert_names)
+    first = next(name for name in slabs if name not in lazy.own_expert_names)
     return (
         f"experts that the model stores in one tensor are written one by one, as {first.removesuffix('.weight')}: "
         "transformers loads them when sarqc is imported, and not without it",

@@ -1,6 +1,6 @@
-"""Solving the shares of a block, each rank some of them: strengths first, then codes, and then everybody has all.
+"""Solving the chunks of a block, each rank some of them: strengths first, then codes, and then everybody has all.
 
-A share's strengths are chosen on one rank, and its experts' pool is summed over all of them on each, so that it makes
+A chunk's strengths are chosen on one rank, and its experts' pool is summed over all of them on each, so that it makes
 no difference to what comes out on which rank a matrix is solved, or beside how many others.
 """
 
@@ -19,12 +19,12 @@ from sarqc.method.gram import Gram, Statistics
 from sarqc.method.lambda_search import LambdaChoice, LambdaSearch
 from sarqc.method.layer import LayerReport, choose_lambda, merge_reports, solve_site
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.lazy_model import Skeleton
-from sarqc.model.sites import Share, Site
+from sarqc.model.lazy_model import LazyModel
+from sarqc.model.sites import Site, SiteChunk
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.comm import Comm, synchronize_oom
-from sarqc.pipeline.work_split import Piece, cost, partition, pieces
+from sarqc.pipeline.work_split import WorkItem, cost, partition, work_items
 
 Weights = dict[str, QuantizedWeight]
 
@@ -32,10 +32,10 @@ Weights = dict[str, QuantizedWeight]
 @dataclass
 class SiteQuantizer:
     """What solving a block needs beside its statistics. bit_widths: bits by linear, where layers have different ones.
-    choices: of the shares of the block at work, by name. search: of its sites, by name: what the first share that was
+    choices: of the chunks of the block at work, by name. search: of its sites, by name: what the first chunk that was
     asked has said."""
 
-    skeleton: Skeleton
+    lazy: LazyModel
     source: TensorSource
     quant: QuantConfig
     method: MethodConfig
@@ -50,22 +50,22 @@ class SiteQuantizer:
         """Begin a block, or begin it again, knowing so much of strengths."""
         self.lambda_search.tracks, self.choices, self.search = lambda_search.copy().tracks, {}, {}
 
-    def choose(self, index: int, shares: Sequence[Share], collected: Sequence[Statistics]) -> None:
-        """The strength of each share, chosen once in a block; sites of other blocks at the same place share their
-        answers. All shares are of different sites, so none waits for another's answer. Experts that are observed in a
+    def choose(self, index: int, chunks: Sequence[SiteChunk], collected: Sequence[Statistics]) -> None:
+        """The strength of each chunk, chosen once in a block; sites of other blocks at the same place share their
+        answers. All chunks are of different sites, so none waits for another's answer. Experts that are observed in a
         later pass than the first of their layer take its choice: a layer answers once, however little memory there is.
         """
-        for share, statistics in zip(shares, collected):
-            answer = self.search.get(share.site.name)
-            if answer is not None and share.name not in self.choices:
-                self.choices[share.name] = answer.of_others(statistics.rows(), share.site.in_features, self.method)
-        open_ = [number for number, share in enumerate(shares) if share.name not in self.choices]
-        owners = partition([cost(shares[number]) for number in open_], self.comm.size)
+        for chunk, statistics in zip(chunks, collected):
+            answer = self.search.get(chunk.site.name)
+            if answer is not None and chunk.name not in self.choices:
+                self.choices[chunk.name] = answer.of_others(statistics.rows(), chunk.site.in_features, self.method)
+        open_ = [number for number, chunk in enumerate(chunks) if chunk.name not in self.choices]
+        owners = partition([cost(chunks[number]) for number in open_], self.comm.size)
 
         def own() -> dict[int, LambdaChoice]:
             search = self.lambda_search.copy()
             return {
-                number: self._choice(index, shares[number], collected[number], search)
+                number: self._choice(index, chunks[number], collected[number], search)
                 for number, owner in zip(open_, owners)
                 if owner == self.comm.rank
             }
@@ -77,43 +77,47 @@ class SiteQuantizer:
                 self.lambda_search.remember(choice.kind, choice.curve)
             device = collected[number].folds[0].rows.device
             choice = replace(choice, reg_lambda=choice.reg_lambda.to(device))
-            self.choices[shares[number].name] = self.search[shares[number].site.name] = choice
+            self.choices[chunks[number].name] = self.search[chunks[number].site.name] = choice
 
-    def _choice(self, index: int, share: Share, statistics: Statistics, search: LambdaSearch) -> LambdaChoice:
+    def _choice(self, index: int, chunk: SiteChunk, statistics: Statistics, search: LambdaSearch) -> LambdaChoice:
         choice = choose_lambda(
-            share.name,
-            share.site.name.removeprefix(f"{self.skeleton.prefix}.{index}."),
-            share.weight(self.skeleton.model),
+            chunk.name,
+            chunk.site.name.removeprefix(f"{self.lazy.prefix}.{index}."),
+            chunk.weight(self.lazy.model),
             statistics,
-            self.quant_of(share.site),
+            self.quant_of(chunk.site),
             self.method,
-            scale_dtype=self.scale_dtype(share.site),
+            scale_dtype=self.scale_dtype(chunk.site),
             search=search,
         )
         return replace(choice, reg_lambda=choice.reg_lambda.cpu())
 
-    def cost(self, share: Share, gram: Gram) -> Tensor:
-        """What errors in a share's weight cost, for the scale search."""
+    def cost(self, chunk: SiteChunk, gram: Gram) -> Tensor:
+        """What errors in a chunk's weight cost, for the scale search."""
         return loss_weight(
-            share.name, gram, self.choices[share.name].reg_lambda, self.quant_of(share.site), self.method
+            chunk.name, gram, self.choices[chunk.name].reg_lambda, self.quant_of(chunk.site), self.method
         )
 
     def quantize(
-        self, index: int, shares: Sequence[Share], collected: Sequence[Statistics] | None, scales: BlockScales | None
+        self,
+        index: int,
+        chunks: Sequence[SiteChunk],
+        collected: Sequence[Statistics] | None,
+        scales: BlockScales | None,
     ) -> tuple[Weights, list[LayerReport]]:
-        """All members of these shares quantized, on the CPU of every rank, and a report of each share."""
+        """All members of these chunks quantized, on the CPU of every rank, and a report of each chunk."""
         if collected is not None:
-            self.choose(index, shares, collected)
+            self.choose(index, chunks, collected)
             for statistics in collected:
                 if statistics.folds[0].cross_gram is None:  # which alone is judged once more fold by fold
                     statistics.merge_folds()
-        todo = pieces(shares, self.comm.size, self.device, gram=collected is not None)
+        todo = work_items(chunks, self.comm.size, self.device, gram=collected is not None)
 
         def own() -> dict[int, tuple[QuantizedWeight, LayerReport]]:
             return {
-                number: self._solve(piece, shares[piece.number], collected, scales)
-                for number, piece in enumerate(todo)
-                if piece.owner == self.comm.rank
+                number: self._solve(item, chunks[item.number], collected, scales)
+                for number, item in enumerate(todo)
+                if item.owner == self.comm.rank
             }
 
         solved = synchronize_oom(self.comm, own)
@@ -123,41 +127,41 @@ class SiteQuantizer:
             )
         )
         weights: Weights = {}
-        reports: list[list[LayerReport]] = [[] for _ in shares]
+        reports: list[list[LayerReport]] = [[] for _ in chunks]
         rows: list[QuantizedWeight] = []
-        for number, piece in enumerate(todo):
+        for number, item in enumerate(todo):
             layout, report = known[number]
-            reports[piece.number].append(report)
+            reports[item.number].append(report)
             weight = solved.pop(number)[0] if number in solved else _blank(*layout)
-            self.comm.broadcast((weight.codes, weight.scales, weight.zeros), piece.owner)
-            if piece.rows is None:
-                weights |= {target.linear: part for target, part in piece.share.site.split(weight, piece.share.first)}
+            self.comm.broadcast((weight.codes, weight.scales, weight.zeros), item.owner)
+            if item.rows is None:
+                weights |= {target.linear: part for target, part in item.chunk.site.split(weight, item.chunk.first)}
             else:
                 rows.append(weight)
         if not rows:
             return weights, list(map(merge_reports, reports))
-        whole = {target.linear: part for target, part in shares[0].site.split(_stacked(rows), 0)}
+        whole = {target.linear: part for target, part in chunks[0].site.split(_stacked(rows), 0)}
         return whole, [replace(merge_reports(reports[0]), rows=reports[0][0].rows)]
 
     def _solve(
-        self, piece: Piece, share: Share, collected: Sequence[Statistics] | None, scales: BlockScales | None
+        self, item: WorkItem, chunk: SiteChunk, collected: Sequence[Statistics] | None, scales: BlockScales | None
     ) -> tuple[QuantizedWeight, LayerReport]:
-        weight = piece.share.weight(self.skeleton.model)
-        scaling = scales.of(piece.share) if scales else None
-        if piece.rows is not None:
-            weight = weight[:, piece.rows]
+        weight = item.chunk.weight(self.lazy.model)
+        scaling = scales.of(item.chunk) if scales else None
+        if item.rows is not None:
+            weight = weight[:, item.rows]
             if scaling is not None:
-                scaling = scaling.rows_at(torch.arange(piece.rows.start, piece.rows.stop, device=weight.device))
-        experts = slice(piece.share.first - share.first, piece.share.stop - share.first)
+                scaling = scaling.rows_at(torch.arange(item.rows.start, item.rows.stop, device=weight.device))
+        experts = slice(item.chunk.first - chunk.first, item.chunk.stop - chunk.first)
         solved, report = solve_site(
-            share.name,
+            chunk.name,
             weight,
-            collected[piece.number] if collected is not None else None,
-            self.quant_of(share.site),
+            collected[item.number] if collected is not None else None,
+            self.quant_of(chunk.site),
             self.method,
-            scale_dtype=self.scale_dtype(share.site),
+            scale_dtype=self.scale_dtype(chunk.site),
             scaling=scaling,
-            choice=replace(self.choices[share.name], experts=experts) if collected is not None else None,
+            choice=replace(self.choices[chunk.name], experts=experts) if collected is not None else None,
         )
         return solved.to("cpu"), report
 

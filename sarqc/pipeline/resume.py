@@ -87,7 +87,7 @@ class BlockRecord:
     sums: dict[str, Fingerprint]
 
 
-class Work:
+class WorkFolder:
     """An open work folder; made by `begin`. about: what `begin` was given."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -231,7 +231,7 @@ class Work:
 @contextmanager
 def begin(
     folder: Path, fingerprint: Mapping[str, Any], about: Mapping[str, Any], *, restart: bool = False
-) -> Iterator[Work]:
+) -> Iterator[WorkFolder]:
     """The work folder of a run, new or continued, locked for as long as the context lasts.
 
     It is removed again where an error ends the context before the first block was saved. `ArgumentError` for a folder
@@ -252,7 +252,7 @@ def begin(
             raise CheckpointError(
                 f"work folder {folder} was begun by another version of sarqc: finish the run with that one; {_AGAIN}"
             )
-        work = Work(folder, found)
+        work = WorkFolder(folder, found)
         if difference := first_difference(work.fingerprint, fingerprint):
             name, old, new = difference
             raise ArgumentError(
@@ -261,7 +261,7 @@ def begin(
             )
         if work.about != about:  # the same run, but the model moved, say
             write_sealed(folder / _PLAN, manifest)
-            work = Work(folder, manifest)
+            work = WorkFolder(folder, manifest)
         _take_back(work)
         try:
             yield work
@@ -271,7 +271,7 @@ def begin(
             raise
 
 
-def _take_back(work: Work) -> None:
+def _take_back(work: WorkFolder) -> None:
     """Undo what a run that ended before its output was whole had moved."""
     if not work.built.exists():
         return

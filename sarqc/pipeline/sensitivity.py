@@ -29,9 +29,9 @@ from sarqc.method.gram import Statistics
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.layers import Target, Targets
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.perplexity import Tally
-from sarqc.model.sites import Share, Site, find_sites, stack, write_back
+from sarqc.model.sites import Site, SiteChunk, find_sites, stack, write_back
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.block import Portions
 from sarqc.pipeline.comm import SINGLE_PROCESS
@@ -42,7 +42,7 @@ from sarqc.pipeline.handed import fingerprint, handing_on
 from sarqc.pipeline.points import Point, order_of
 from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
 from sarqc.pipeline.streams import Streams, Text, cut
-from sarqc.pipeline.work_split import pieces
+from sarqc.pipeline.work_split import work_items
 
 TOKENS = 1 << 14
 """Largest number of calibration tokens that sites are observed on."""
@@ -93,7 +93,7 @@ class _Trial:
 
 
 def measure_sensitivity(
-    skeleton: Skeleton,
+    lazy: LazyModel,
     source: TensorSource,
     found: Targets,
     tokens: Tensor,
@@ -107,7 +107,7 @@ def measure_sensitivity(
     Beside a block, at most a copy of one of its sites is on the device.
 
     Args:
-        skeleton: The model, without weights.
+        lazy: The model, without weights.
         source: Its weights.
         found: The layers to quantize.
         tokens: int64 [S, L]; at most 2^14 tokens of evenly spaced sequences are used.
@@ -124,23 +124,23 @@ def measure_sensitivity(
     batches = cut(len(windows), execution.sequences_at_once(windows.shape[1]), FOLDS)
     text = Text.of(windows, batches, FOLDS, SINGLE_PROCESS)
     few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
-    solving = SiteQuantizer(skeleton, source, quant, method, device, LambdaSearch(seed=execution.seed), SINGLE_PROCESS)
+    solving = SiteQuantizer(lazy, source, quant, method, device, LambdaSearch(seed=execution.seed), SINGLE_PROCESS)
     announce = execution.on_progress or (lambda index, stage: None)
     with ExitStack() as stack_, torch.no_grad():
-        streams = stack_.enter_context(Streams(skeleton, source, device, dtype, execution.memory))
+        streams = stack_.enter_context(Streams(lazy, source, device, dtype, execution.memory))
         streams.begin(text, reference=False)
-        skeleton.load_outer(source, device, dtype)  # trials begin with the embeddings, too
+        lazy.load_outer(source, device, dtype)  # trials begin with the embeddings, too
         looking = _Looking(solving, streams, few, Portions(execution.gram_budget))
         stack_.callback(looking.close)
-        for index in range(len(skeleton.blocks)):
+        for index in range(len(lazy.blocks)):
             announce(index, "sensitivity")
             looking.enter(index)
-            skeleton.load_block(index, source, device, dtype)
+            lazy.load_block(index, source, device, dtype)
             looking.leave(index, found.of_block(index) if mine(index) else [])
-            skeleton.unload_block(index)
-        skeleton.load_outer(source, device, dtype, head=True)
+            lazy.unload_block(index)
+        lazy.load_outer(source, device, dtype, head=True)
         results = list(looking.results())
-        skeleton.unload_outer()
+        lazy.unload_outer()
     return results
 
 
@@ -149,7 +149,7 @@ class _Looking:
 
     def __init__(self, solving: SiteQuantizer, streams: Streams, few: Tensor, portions: Portions) -> None:
         self._solving = solving
-        self._skeleton = solving.skeleton
+        self._lazy = solving.lazy
         self._streams = streams
         self._few = few
         self._portions = portions
@@ -193,13 +193,13 @@ class _Looking:
 
     @property
     def _end(self) -> Point:
-        return Point("end", len(self._skeleton.blocks))
+        return Point("end", len(self._lazy.blocks))
 
     def _stream(self, first: int) -> Forward:
-        return Forward([self._run], self._skeleton.blocks, first=first)
+        return Forward([self._run], self._lazy.blocks, first=first)
 
     def _run(self) -> object:
-        return self._skeleton.model(input_ids=self._few.to(self._solving.device), use_cache=False).logits
+        return self._lazy.model(input_ids=self._few.to(self._solving.device), use_cache=False).logits
 
     def _arrive(self, stream: Forward, index: int) -> None:
         for _ in stream.at(Point("enter", index)):
@@ -208,9 +208,9 @@ class _Looking:
     def _losses(self, index: int, members: Sequence[Target]) -> list[tuple[Site, dict[int, float], _Weights]]:
         """Of each site what it loses at each width, and its weights at the one that is tried."""
         call = self._streams.call(index)
-        sites = find_sites(self._skeleton, members, call)
+        sites = find_sites(self._lazy, members, call)
         points = [Point("site", index, site.entry) for site in sites]
-        self._streams.hooks.watch(points, self._skeleton.model, self._solving.method.router_weight_power)
+        self._streams.hooks.watch(points, self._lazy.model, self._solving.method.router_weight_power)
         order, by_entry = order_of(points, call.run), {site.entry: site for site in sites}
         self._streams.quantized.begin_block(order)
         return [self._with_memory(index, by_entry[point.name], point) for point in order]
@@ -225,7 +225,7 @@ class _Looking:
                 reason = first_line(error)
             if self._portions.together == 1:
                 raise ResourceError(
-                    f"{self._solving.device} has no memory left at {self._skeleton.prefix}.{index} ({reason}), with "
+                    f"{self._solving.device} has no memory left at {self._lazy.prefix}.{index} ({reason}), with "
                     "one Gram at a time: use a device with more memory, a smaller --micro-batch or --device cpu"
                 )
             self._portions.halve()
@@ -233,9 +233,9 @@ class _Looking:
     def _site(self, site: Site, point: Point) -> tuple[Site, dict[int, float], _Weights]:
         losses: LossByBits | None = None
         weights: _Weights = []
-        for (share,) in self._portions.of([site], FOLDS):
-            (statistics,), _ = self._collector.collect([share], partial(self._rows, site, point))
-            own, solved = _share(self._solving, share, statistics)
+        for (chunk,) in self._portions.of([site], FOLDS):
+            (statistics,), _ = self._collector.collect([chunk], partial(self._rows, site, point))
+            own, solved = _share(self._solving, chunk, statistics)
             losses = own if losses is None else losses + own
             weights += solved
         assert losses is not None
@@ -247,7 +247,7 @@ class _Looking:
 
     def _begin(self, index: int, form: str | None, site: Site, solved: dict[int, float], weights: _Weights) -> _Trial:
         """A trial of a site through its block, with these weights in its place; its own are put back."""
-        model = self._skeleton.model
+        model = self._lazy.model
         stream = self._handed(index, form)
         originals = {name: stack(model, name).clone() for name, _, _ in site.slabs}
         for target, weight in weights:
@@ -267,13 +267,13 @@ class _Looking:
             self._arrive(stream, 0)
             return stream
         if form is None:
-            raise ModelError(f"{self._skeleton.prefix} hand on more than a tensor: give --bits in place of --avg-bits")
-        with handing_on(self._skeleton.layers, index, form, lambda number: hidden[number]):
+            raise ModelError(f"{self._lazy.prefix} hand on more than a tensor: give --bits in place of --avg-bits")
+        with handing_on(self._lazy.layers, index, form, lambda number: hidden[number]):
             (met,) = stream.at(Point("enter", index))
         (entry,) = self._plain.at(Point("enter", index))
         if fingerprint(met) != fingerprint(entry):
             raise ModelError(
-                f"{self._skeleton.prefix}.{index} is entered with more than hidden states, so no site can be tried "
+                f"{self._lazy.prefix}.{index} is entered with more than hidden states, so no site can be tried "
                 "from there: give --bits in place of --avg-bits"
             )
         return stream
@@ -294,14 +294,14 @@ def _evenly(tokens: Tensor) -> Tensor:
 _Weights = list[tuple[Target, QuantizedWeight]]
 
 
-def _share(solving: SiteQuantizer, share: Share, statistics: Statistics) -> tuple[LossByBits, _Weights]:
-    """The losses of a share, and its members on the host, solved a piece at a time: as in a run."""
-    model, how = solving.skeleton.model, (solving.quant, solving.method, scale_dtype(solving.source, share.site))
-    losses = loss_by_bits(share.name, share.weight(model), statistics, *how, solving.lambda_search.seed)
+def _share(solving: SiteQuantizer, chunk: SiteChunk, statistics: Statistics) -> tuple[LossByBits, _Weights]:
+    """The losses of a chunk, and its members on the host, solved an item at a time: as in a run."""
+    model, how = solving.lazy.model, (solving.quant, solving.method, scale_dtype(solving.source, chunk.site))
+    losses = loss_by_bits(chunk.name, chunk.weight(model), statistics, *how, solving.lambda_search.seed)
     statistics.merge_folds()
     solved: _Weights = []
-    for piece in pieces([share], 1, solving.device, gram=True):
-        own, experts = piece.share, slice(piece.share.first - share.first, piece.share.stop - share.first)
-        weight = probe_weight(share.name, own.weight(model), statistics, *how, experts)
-        solved += share.site.split(weight.to("cpu"), own.first)
+    for item in work_items([chunk], 1, solving.device, gram=True):
+        own, experts = item.chunk, slice(item.chunk.first - chunk.first, item.chunk.stop - chunk.first)
+        weight = probe_weight(chunk.name, own.weight(model), statistics, *how, experts)
+        solved += chunk.site.split(weight.to("cpu"), own.first)
     return losses, solved

@@ -19,7 +19,7 @@ from torch import Tensor
 from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.errors import NumericError
 from sarqc.method.gram import lost_rows
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
 from sarqc.pipeline.activation_store import Store
@@ -128,11 +128,11 @@ class Streams:
     """A context. quantized, probe: streams; reference: one, or None. hooks: on the model's blocks."""
 
     def __init__(
-        self, skeleton: Skeleton, source: TensorSource, device: torch.device, dtype: torch.dtype | None, memory: Memory
+        self, lazy: LazyModel, source: TensorSource, device: torch.device, dtype: torch.dtype | None, memory: Memory
     ) -> None:
-        self.skeleton = skeleton
-        self.hooks = Hooks(skeleton.blocks)
-        self.quantized = self.probe = Forward([], skeleton.blocks)
+        self.lazy = lazy
+        self.hooks = Hooks(lazy.blocks)
+        self.quantized = self.probe = Forward([], lazy.blocks)
         self.reference: Forward | None = None
         self.form: str | None = None  # how the last block returned the stream
         self._source = source
@@ -147,10 +147,10 @@ class Streams:
         Raises `NumericError` where the embeddings are not finite, `ArgumentError` for tokens that are not the model's.
         """
         self.close()
-        self.hooks = Hooks(self.skeleton.blocks)
+        self.hooks = Hooks(self.lazy.blocks)
         self.text = text
-        check_tokens(text.tokens, self.skeleton.model)
-        self.skeleton.load_outer(self._source, self._device, self._dtype)
+        check_tokens(text.tokens, self.lazy.model)
+        self.lazy.load_outer(self._source, self._device, self._dtype)
         if stored is None:
             self.quantized, self.probe = self._forward(text), self._probe(text)
             self._refuse_lost(self.quantized.at(Point("enter", 0)))
@@ -167,7 +167,7 @@ class Streams:
         if reference:
             self.reference = self._forward(text)
             _arrive(self.reference, 0)
-        self.skeleton.unload_embeddings()
+        self.lazy.unload_embeddings()
         return True
 
     def again(self, text: Text, block: int) -> bool:
@@ -178,7 +178,7 @@ class Streams:
         before = fingerprint(self.entry(block))
         quantized, probe, reference = self.quantized, self.probe, self.reference
         self.text = text
-        self.skeleton.load_outer(self._source, self._device, self._dtype)
+        self.lazy.load_outer(self._source, self._device, self._dtype)
         self.quantized = self._forward(text, block)
         self._hand(self.quantized, block, self.form, text.grouped(_windows(quantized.dissolve())))
         self.probe = self._probe(text, block)
@@ -186,7 +186,7 @@ class Streams:
         if reference is not None:
             self.reference = self._forward(text, block)
             self._hand(self.reference, block, self.form, text.grouped(_windows(reference.dissolve())))
-        self.skeleton.unload_embeddings()
+        self.lazy.unload_embeddings()
         return fingerprint(self.entry(block)) == before
 
     def entry(self, block: int) -> Arrival:
@@ -196,7 +196,7 @@ class Streams:
 
     def call(self, block: int) -> BlockCall:
         """A block as the probe enters it."""
-        return BlockCall(self.skeleton.blocks[block], self.entry(block))
+        return BlockCall(self.lazy.blocks[block], self.entry(block))
 
     def enter(self, block: int) -> None:
         """Bring all streams to a block."""
@@ -258,7 +258,7 @@ class Streams:
         calls: list[Callable[[], object]] = [partial(self._run, tokens) for tokens in batches]
         return Forward(
             calls,
-            self.skeleton.blocks,
+            self.lazy.blocks,
             first=first,
             recompute=memory.recompute,
             store=memory.store,
@@ -266,12 +266,12 @@ class Streams:
         )
 
     def _run(self, tokens: Tensor) -> object:
-        body = self.skeleton.model.base_model
+        body = self.lazy.model.base_model
         return body(input_ids=tokens.to(self._device), use_cache=False)
 
     def _hand(self, forward: Forward, block: int, form: str, hidden: Iterator[Tensor]) -> None:
         """Bring a stream to a block, with what each micro-batch has brought out of the one before."""
-        with handing_on(self.skeleton.layers, block, form, lambda _: next(hidden).to(self._device)):
+        with handing_on(self.lazy.layers, block, form, lambda _: next(hidden).to(self._device)):
             _arrive(forward, block)
 
     def _all(self) -> Iterator[Forward]:

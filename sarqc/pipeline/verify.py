@@ -21,7 +21,7 @@ from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.errors import CheckpointError, ModelError
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.report import report as reports
 from sarqc.serving.compatibility import checkpoint_support
 from sarqc.serving.rules import RuntimeSupport, to_json
@@ -119,10 +119,10 @@ def _split_alike(checkpoint: Checkpoint, source: Checkpoint, trust_remote_code: 
     if set(source.names()) <= ours:
         return
     try:
-        skeleton = Skeleton.from_folder(source.folder, source, trust_remote_code=trust_remote_code)
+        lazy = LazyModel.from_folder(source.folder, source, trust_remote_code=trust_remote_code)
     except ModelError:
         return  # the names that differ are reported one by one
-    source.split(skeleton.split_experts(lambda names: any(f"{name}.weight" in ours for name in names)))
+    source.split(lazy.split_experts(lambda names: any(f"{name}.weight" in ours for name in names)))
 
 
 @dataclass
@@ -152,8 +152,8 @@ def _model(found: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> 
     """Adds what keeps transformers from finding every weight of the model, each once and of the right shape; or what
     servers make of the model."""
     try:
-        skeleton = Skeleton.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
-        found.serve = checkpoint_support(checkpoint, skeleton) if found.sound else []
+        lazy = LazyModel.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
+        found.serve = checkpoint_support(checkpoint, lazy) if found.sound else []
     except ModelError as error:
         found.problems.append(f"{checkpoint.folder} is no whole model: {error}")
 

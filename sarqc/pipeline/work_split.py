@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ArgumentError
-from sarqc.model.sites import Share
+from sarqc.model.sites import SiteChunk
 
 SOLVE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
 """Bytes that solving takes at a time: a CPU gains nothing by solving many matrices side by side."""
@@ -55,57 +55,57 @@ def renumbered(batches: Batches) -> Batches:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one rank solves. number: of the share. owner: the rank. share: these experts alone. rows: of a dense layer,
+class WorkItem:
+    """What one rank solves. number: of the chunk. owner: the rank. chunk: these experts alone. rows: of a dense layer,
     where ranks split it; rows do not depend on each other."""
 
     number: int
-    share: Share
+    chunk: SiteChunk
     owner: int
     rows: slice | None = None
 
 
-def cost(share: Share) -> float:
+def cost(chunk: SiteChunk) -> float:
     """What solving takes: K^3 / 3 for the factor and N K^2 for the columns, for each expert."""
-    columns, rows = share.site.in_features, sum(count for _, _, count in share.site.slabs)
-    return (share.stop - share.first) * (columns**3 / 3 + rows * columns**2)
+    columns, rows = chunk.site.in_features, sum(count for _, _, count in chunk.site.slabs)
+    return (chunk.stop - chunk.first) * (columns**3 / 3 + rows * columns**2)
 
 
-def solving_bytes(share: Share, gram: bool) -> int:
-    """Bytes that solving a share at once takes beside its block and its Grams; gram: whether it has any.
+def solving_bytes(chunk: SiteChunk, gram: bool) -> int:
+    """Bytes that solving a chunk at once takes beside its block and its Grams; gram: whether it has any.
 
     Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
     its workspace) and six of the weight's, of which RTN needs four.
     """
-    columns, rows = share.site.in_features, sum(count for _, _, count in share.site.slabs)
-    return (share.stop - share.first) * (
+    columns, rows = chunk.site.in_features, sum(count for _, _, count in chunk.site.slabs)
+    return (chunk.stop - chunk.first) * (
         5 * 4 * columns**2 + 6 * 4 * rows * columns if gram else 4 * 4 * rows * columns
     )
 
 
-def pieces(shares: Sequence[Share], size: int, device: torch.device, *, gram: bool) -> list[Piece]:
-    """All shares, cut between experts where a share is too much for one of `size` ranks or takes more memory than there
-    is for solving on such a device; each piece with its owner. One expert always fits; gram: as in `solving_bytes`.
+def work_items(chunks: Sequence[SiteChunk], size: int, device: torch.device, *, gram: bool) -> list[WorkItem]:
+    """All chunks, cut between experts where a chunk is too much for one of `size` ranks or takes more memory than there
+    is for solving on such a device; each item with its owner. One expert always fits; gram: as in `solving_bytes`.
 
-    Pieces of a share are of nearly equal length and follow each other. A dense layer that is alone at its site is cut
+    Pieces of a chunk are of nearly equal length and follow each other. A dense layer that is alone at its site is cut
     between rows, but for one that corrects the residual error: that is judged on all of them.
     """
-    if size > 1 and gram and len(shares) == 1 and shares[0].site.experts == 1 and not shares[0].site.residual_write:
-        count = sum(rows for _, _, rows in shares[0].site.slabs)
+    if size > 1 and gram and len(chunks) == 1 and chunks[0].site.experts == 1 and not chunks[0].site.residual_write:
+        count = sum(rows for _, _, rows in chunks[0].site.slabs)
         edges = [rank * count // size for rank in range(size + 1)]
         stretches = [slice(first, stop) for first, stop in pairwise(edges)]
-        return [Piece(0, shares[0], owner, rows) for owner, rows in enumerate(stretches) if rows.start < rows.stop]
-    least = sum(map(cost, shares)) / (2 * size)  # half of what is due to a rank, so that the rest can even out
-    found: list[tuple[int, Share]] = []
-    for number, share in enumerate(shares):
-        count = share.stop - share.first
-        due = round(cost(share) / least) if size > 1 else 1
-        fitting = max(1, SOLVE_BYTES[device.type] * count // solving_bytes(share, gram))
+        return [WorkItem(0, chunks[0], owner, rows) for owner, rows in enumerate(stretches) if rows.start < rows.stop]
+    least = sum(map(cost, chunks)) / (2 * size)  # half of what is due to a rank, so that the rest can even out
+    found: list[tuple[int, SiteChunk]] = []
+    for number, chunk in enumerate(chunks):
+        count = chunk.stop - chunk.first
+        due = round(cost(chunk) / least) if size > 1 else 1
+        fitting = max(1, SOLVE_BYTES[device.type] * count // solving_bytes(chunk, gram))
         parts = min(count, max(1, due, -(-count // fitting)))
-        edges = [share.first + part * count // parts for part in range(parts + 1)]
-        found += [(number, Share(share.site, first, stop)) for first, stop in pairwise(edges)]
-    owners = partition([cost(share) for _, share in found], size)
-    return [Piece(number, share, owner) for (number, share), owner in zip(found, owners)]
+        edges = [chunk.first + part * count // parts for part in range(parts + 1)]
+        found += [(number, SiteChunk(chunk.site, first, stop)) for first, stop in pairwise(edges)]
+    owners = partition([cost(chunk) for _, chunk in found], size)
+    return [WorkItem(number, chunk, owner) for (number, chunk), owner in zip(found, owners)]
 
 
 def partition(costs: Sequence[float], size: int) -> list[int]:

@@ -23,10 +23,10 @@ from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.config import AUTO, MethodConfig
 from sarqc.errors import CheckpointError, ResourceError
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
 from sarqc.options import from_record
-from sarqc.pipeline.resume import BlockRecord, Work
+from sarqc.pipeline.resume import BlockRecord, WorkFolder
 from sarqc.pipeline.verify import Verified, check
 from sarqc.report import report as reports
 from sarqc.report.result import Result
@@ -34,20 +34,20 @@ from sarqc.report.schema import SIZES
 from sarqc.serving.compatibility import checkpoint_support, ranks_by_server
 
 
-def tensors_of_block(skeleton: Skeleton, source: TensorSource, index: int) -> dict[str, ChunkedTensor]:
+def tensors_of_block(lazy: LazyModel, source: TensorSource, index: int) -> dict[str, ChunkedTensor]:
     """The checkpoint's tensors that block `index` is made of, each read when it is asked for.
 
     A tensor of several blocks belongs to the first of them.
     """
     before: set[str] = set()
     for block in range(index + 1):
-        names = _names(skeleton, block) - before
+        names = _names(lazy, block) - before
         before |= names
     return {name: _lazy(source, name) for name in sorted(names)}
 
 
 def write_checkpoint(
-    work: Work, checkpoint: Checkpoint, out: Path, format: Format, *, overwrite: bool = False
+    work: WorkFolder, checkpoint: Checkpoint, out: Path, format: Format, *, overwrite: bool = False
 ) -> Result:
     """Make the folder `out` of the finished blocks of `work`, and of whatever of `checkpoint` they leave alone."""
     finish = _Finish(work, checkpoint)
@@ -66,8 +66,8 @@ def write_checkpoint(
     with open_checkpoint(work.built) as neutral, atomic_folder(out, overwrite=overwrite, token=token) as folder:
         record = Conversion(neutral, format).write(folder, code=code)
         with open_checkpoint(folder) as written:
-            skeleton = Skeleton.from_folder(folder, written, trust_remote_code=code)
-            report["serve"] = ranks_by_server(checkpoint_support(written, skeleton))
+            lazy = LazyModel.from_folder(folder, written, trust_remote_code=code)
+            report["serve"] = ranks_by_server(checkpoint_support(written, lazy))
         report |= {"format": record["format"], "size": {name: record[name] for name in SIZES}}
         reports.write(folder, report)
     return Result.of(out, report)
@@ -76,7 +76,7 @@ def write_checkpoint(
 class _Finish:
     """The end of a run whose blocks are all finished."""
 
-    def __init__(self, work: Work, checkpoint: Checkpoint) -> None:
+    def __init__(self, work: WorkFolder, checkpoint: Checkpoint) -> None:
         self.work, self.checkpoint = work, checkpoint
         self.records = [work.record(index) for index in range(work.blocks)]
         self.chosen = work.bit_widths()
@@ -153,9 +153,9 @@ def _rescaled(record: BlockRecord) -> Sequence[str]:
     return [*record.changed, *(f"{linear}.weight" for linear in record.linears if scaled)]
 
 
-def _names(skeleton: Skeleton, index: int) -> set[str]:
-    start = f"{skeleton.prefix}.{index}."
-    return {piece.name for name, pieces in skeleton.pieces.items() if name.startswith(start) for piece in pieces}
+def _names(lazy: LazyModel, index: int) -> set[str]:
+    start = f"{lazy.prefix}.{index}."
+    return {stored.name for name, slices in lazy.slices.items() if name.startswith(start) for stored in slices}
 
 
 def _lazy(source: TensorSource, name: str) -> ChunkedTensor:

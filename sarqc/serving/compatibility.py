@@ -10,22 +10,22 @@ from typing import NamedTuple
 from sarqc.checkpoint.reader import Checkpoint
 from sarqc.config import QuantConfig
 from sarqc.model.layers import Target, targets_of
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support
 
 
-def runtime_model(skeleton: Skeleton, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
+def runtime_model(lazy: LazyModel, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
     """A model with these layers quantized and those left unquantized."""
-    config = skeleton.text_config
+    config = lazy.text_config
     heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     linears = [
-        (target.linear, target.shape, skeleton.model.get_parameter(target.parameter).dim() == 3) for target in quantized
+        (target.linear, target.shape, lazy.model.get_parameter(target.parameter).dim() == 3) for target in quantized
     ]
     names = [target.linear for target in quantized]
     return RuntimeModel(fused_layers(linears, key_values), mixed_places(names, left), heads, key_values)
 
 
-def checkpoint_support(checkpoint: Checkpoint, skeleton: Skeleton) -> list[RuntimeSupport]:
+def checkpoint_support(checkpoint: Checkpoint, lazy: LazyModel) -> list[RuntimeSupport]:
     """Every runtime with every number of ranks, for a checkpoint as its headers describe it.
 
     Layers that differ in bits, group size or symmetry are checked separately. Empty where nothing is quantized, or
@@ -34,13 +34,13 @@ def checkpoint_support(checkpoint: Checkpoint, skeleton: Skeleton) -> list[Runti
     kinds = _kinds(checkpoint)
     if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
         return []
-    found = targets_of(skeleton, checkpoint.linears())
+    found = targets_of(lazy, checkpoint.linears())
     told = []
     for kind, linears in kinds.items():
         quantized = [target for target in found.selected if target.linear in linears]
         others = [target.linear for target in found.selected if target.linear not in linears]
         quant = QuantConfig(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
-        model = runtime_model(skeleton, quantized, [*found.untouched, *others])
+        model = runtime_model(lazy, quantized, [*found.untouched, *others])
         told.append(runtime_support(model, quant, checkpoint.format.name))
     return [_together(ones) for ones in zip(*told, strict=True)]
 

@@ -39,24 +39,24 @@ def test_the_blocks_of_a_wrapper_are_those_of_its_text(row, tmp_path):
 
 
 def test_towers_projectors_and_heads_stay(tmp_path):
-    skeleton = families.skeleton(families.save("gemma3+vl", tmp_path))
-    found = targets(skeleton, QUANT)
-    assert isinstance(skeleton.model.config, Gemma3Config)
+    lazy = families.lazy(families.save("gemma3+vl", tmp_path))
+    found = targets(lazy, QUANT)
+    assert isinstance(lazy.model.config, Gemma3Config)
     assert all(".language_model." in target.module for target in found.selected)
     assert any("vision" in name for name in found.unquantized)
-    linears = {path for path, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {path for path, module in lazy.model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert linears <= {target.module for target in found.selected} | set(found.unquantized)
 
 
 def test_a_tower_is_not_loaded_for_text(tmp_path):
     from sarqc.checkpoint.reader import open_checkpoint
-    from sarqc.model.lazy_model import Skeleton
+    from sarqc.model.lazy_model import LazyModel
 
     folder = families.save("gemma3+vl", tmp_path)
     with open_checkpoint(folder) as source:
-        skeleton = Skeleton.from_folder(folder, source)
-        skeleton.load_outer(source)
-    there = [name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta]
+        lazy = LazyModel.from_folder(folder, source)
+        lazy.load_outer(source)
+    there = [name for name, parameter in lazy.model.named_parameters() if not parameter.is_meta]
     assert there and not any("vision" in name or "projector" in name for name in there)
     assert any("embed_tokens" in name for name in there)
 

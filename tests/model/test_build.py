@@ -23,20 +23,20 @@ def logits(model, tokens):
 
 def test_a_dense_checkpoint_is_the_model(tiny, any_arch):
     case = tiny(any_arch)
-    model = build(case.skeleton(), case.source)
+    model = build(case.lazy(), case.source)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    rounding = 2e-6 if any_arch == "gpt_oss" else 0.0  # its bias, see test_skeleton
+    rounding = 2e-6 if any_arch == "gpt_oss" else 0.0  # its bias, see test_lazy_model
     torch.testing.assert_close(logits(model, case.tokens), logits(case.model, case.tokens), rtol=0, atol=rounding)
 
 
 def test_packed_and_dense_agree(tiny, arch, rounded):
     case = tiny(arch)
     source = rounded(case, QUANT)
-    dense = build(case.skeleton(source), source)
-    packed = build(case.skeleton(source), source, packed=True)
+    dense = build(case.lazy(source), source)
+    packed = build(case.lazy(source), source, packed=True)
     linears = sum(isinstance(module, QuantLinear) for module in packed.modules())
     stacks = sum(isinstance(module, QuantExperts) for module in packed.modules())
-    found = targets(case.skeleton(), QUANT).selected
+    found = targets(case.lazy(), QUANT).selected
     assert linears + stacks == len({target.parameter for target in found})
     assert stacks == len({target.parameter for target in found if ".experts." in target.parameter})
     assert not any(tensor.is_meta for tensor in (*packed.parameters(), *packed.buffers()))
@@ -51,7 +51,7 @@ def test_packed_and_dense_agree(tiny, arch, rounded):
 def test_other_widths_and_asymmetric_grids(tiny, rounded, bits):
     case = tiny("mixtral")
     source = rounded(case, QuantConfig(bits=bits, group_size=32, sym=False))
-    dense, packed = (build(case.skeleton(source), source, packed=packed) for packed in (False, True))
+    dense, packed = (build(case.lazy(source), source, packed=packed) for packed in (False, True))
     assert any(isinstance(m, QuantExperts) and m.zeros is not None and m.bits == bits for m in packed.modules())
     torch.testing.assert_close(logits(packed, case.tokens), logits(dense, case.tokens), rtol=1e-4, atol=1e-4)
 
@@ -59,10 +59,10 @@ def test_other_widths_and_asymmetric_grids(tiny, rounded, bits):
 def test_bf16_on_a_cpu_takes_torchs_int4_product(tiny, rounded):
     case = tiny("llama", torch.bfloat16)
     source = rounded(case, QUANT)
-    dense, packed = (build(case.skeleton(source), source, packed=packed) for packed in (False, True))
+    dense, packed = (build(case.lazy(source), source, packed=packed) for packed in (False, True))
     layouts = {module.layout for module in packed.modules() if isinstance(module, QuantLinear)}
     assert layouts == {"int4pack"}
-    exact = logits(build(case.skeleton(source), source, dtype=torch.float32), case.tokens)
+    exact = logits(build(case.lazy(source), source, dtype=torch.float32), case.tokens)
     off = (logits(packed, case.tokens).float() - exact).norm()
     assert off < 1.25 * (logits(dense, case.tokens).float() - exact).norm()  # weights are not even rounded to bf16
 
@@ -70,7 +70,7 @@ def test_bf16_on_a_cpu_takes_torchs_int4_product(tiny, rounded):
 def test_packed_weights_are_small_and_give_their_codes_back(tiny, rounded):
     case = tiny("mixtral", torch.bfloat16)
     source = rounded(case, QUANT)
-    packed = build(case.skeleton(source), source, packed=True)
+    packed = build(case.lazy(source), source, packed=True)
     found = [module for module in packed.modules() if isinstance(module, (QuantLinear, QuantExperts))]
     for module in found:
         stored = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
@@ -86,7 +86,7 @@ def test_packed_weights_are_small_and_give_their_codes_back(tiny, rounded):
 def test_packed_experts_run_as_one_operation_and_as_two_products_alike(tiny, moe_arch, rounded, monkeypatch):
     case = tiny(moe_arch)
     source = rounded(case, QUANT)
-    packed = build(case.skeleton(source), source, packed=True)
+    packed = build(case.lazy(source), source, packed=True)
     layers = [module for module in packed.modules() if moe.is_experts(module)]
     assert layers and all(moe.is_fused(layer) for layer in layers)
     one = logits(packed, case.tokens)
@@ -101,7 +101,7 @@ def test_packed_experts_run_as_one_operation_and_as_two_products_alike(tiny, moe
 def test_compiles_into_one_graph(tiny, rounded, dtype):
     case = tiny("qwen2", dtype)
     source = rounded(case, QUANT)
-    linear = build(case.skeleton(source), source, packed=True).model.layers[0].self_attn.q_proj
+    linear = build(case.lazy(source), source, packed=True).model.layers[0].self_attn.q_proj
     x = torch.randn(2, 3, linear.in_features, dtype=dtype)
     with torch.no_grad():
         compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
@@ -112,7 +112,7 @@ def test_biases_are_added(tiny, rounded):
     case = tiny("qwen2")
     assert case.model.model.layers[0].self_attn.q_proj.bias.abs().min() > 0
     source = rounded(case, QUANT)
-    packed = build(case.skeleton(source), source, packed=True).model.layers[0].self_attn.q_proj
+    packed = build(case.lazy(source), source, packed=True).model.layers[0].self_attn.q_proj
     assert isinstance(packed, QuantLinear)
     assert torch.equal(packed(torch.zeros(2, 3, 64)), packed.bias.expand(2, 3, -1))
 
@@ -121,7 +121,7 @@ def test_biases_are_added(tiny, rounded):
 def test_it_generates(tiny, arch, rounded, packed):
     case = tiny(arch)
     source = rounded(case, QUANT)
-    model = build(case.skeleton(source), source, packed=packed)
+    model = build(case.lazy(source), source, packed=packed)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     out = model.generate(case.tokens[:1, :6], attention_mask=torch.ones(1, 6, dtype=torch.int64), **options)
     assert out.shape == (1, 10) and torch.equal(out[:, :6], case.tokens[:1, :6])
@@ -130,7 +130,7 @@ def test_it_generates(tiny, arch, rounded, packed):
 def test_what_a_checkpoint_leaves_dense_stays_dense(tiny, rounded):
     case = tiny("mixtral")
     source = rounded(case, QuantConfig(bits=4, group_size=32, ignore=("q_proj", r"layers\.0.*experts\.1\.w2")))
-    dense, packed = (build(case.skeleton(source), source, packed=packed) for packed in (False, True))
+    dense, packed = (build(case.lazy(source), source, packed=packed) for packed in (False, True))
     first, second = packed.model.layers
     assert isinstance(first.self_attn.q_proj, torch.nn.Linear) and isinstance(first.self_attn.k_proj, QuantLinear)
     assert isinstance(first.mlp.experts.gate_up_proj, QuantExperts)

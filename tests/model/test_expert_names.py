@@ -15,7 +15,7 @@ from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import QuantConfig
 from sarqc.model.build import build as load
 from sarqc.model.layers import targets
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from tests.support import families
 
 NAMES = {  # row: the first matrix by its own name, and where it is
@@ -37,13 +37,13 @@ def saved(row, folder):
 
 def opened(folder):
     source = open_checkpoint(folder)
-    skeleton = Skeleton.from_folder(folder, source)
-    return skeleton, source.split(skeleton.split_experts(lambda names: True))
+    lazy = LazyModel.from_folder(folder, source)
+    return lazy, source.split(lazy.split_experts(lambda names: True))
 
 
 @pytest.mark.parametrize("row", NAMES)
 def test_each_matrix_has_a_name_and_is_what_it_was(row, tmp_path):
-    skeleton, source = opened(saved(row, tmp_path))
+    lazy, source = opened(saved(row, tmp_path))
     single, whole, part = NAMES[row]
     stored = load_file(tmp_path / "model.safetensors")
     fused = next(name for name in stored if name.endswith(whole))
@@ -51,7 +51,7 @@ def test_each_matrix_has_a_name_and_is_what_it_was(row, tmp_path):
     assert name in source.names() and fused not in source.names()
     assert torch.equal(source.load(name), part(stored[fused]))
     assert source.shape(name) == tuple(part(stored[fused]).shape) and source.dtype(name) == stored[fused].dtype
-    found = targets(skeleton, QuantConfig(group_size=32))
+    found = targets(lazy, QuantConfig(group_size=32))
     assert name.removesuffix(".weight") in found.linears
     assert not any("experts" in left for left, _ in found.left)
 
@@ -60,8 +60,8 @@ def test_each_matrix_has_a_name_and_is_what_it_was(row, tmp_path):
 def test_taken_apart_they_compute_the_same(row, tmp_path):
     """Transposed, interleaved and biased: as transformers computes with the whole tensor."""
     wanted = families.logits(saved(row, tmp_path))
-    skeleton, source = opened(tmp_path)
-    model = load(skeleton, source, dtype=torch.float32)
+    lazy, source = opened(tmp_path)
+    model = load(lazy, source, dtype=torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(model(input_ids=families.TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
 

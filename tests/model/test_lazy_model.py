@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 from sarqc.errors import ModelError
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import StateDictSource
 from sarqc.pipeline.forward import Forward
 from sarqc.pipeline.points import Hooks, Point
@@ -16,20 +16,20 @@ from sarqc.pipeline.points import Hooks, Point
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-def run_by_block(skeleton: Skeleton, source, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def run_by_block(lazy: LazyModel, source, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Logits, in the model's own forward, with each block loaded when it is entered and given back behind it."""
-    skeleton.load_outer(source, dtype=dtype, head=True)
+    lazy.load_outer(source, dtype=dtype, head=True)
 
     def run() -> Tensor:
-        return skeleton.model(input_ids=tokens, use_cache=False).logits
+        return lazy.model(input_ids=tokens, use_cache=False).logits
 
-    with Hooks(skeleton.blocks), Forward([run], skeleton.blocks) as forward:
-        for index in range(len(skeleton.blocks)):
+    with Hooks(lazy.blocks), Forward([run], lazy.blocks) as forward:
+        for index in range(len(lazy.blocks)):
             list(forward.at(Point("enter", index)))
-            skeleton.load_block(index, source, dtype=dtype)
+            lazy.load_block(index, source, dtype=dtype)
             list(forward.leave(index))
-            skeleton.unload_block(index)
-        (end,) = forward.at(Point("end", len(skeleton.blocks)))
+            lazy.unload_block(index)
+        (end,) = forward.at(Point("end", len(lazy.blocks)))
         return end.output
 
 
@@ -38,7 +38,7 @@ def test_block_by_block_gives_the_models_own_logits(tiny, any_arch, dtype):
     case = tiny(any_arch, dtype)
     with torch.no_grad():
         expected = case.model(case.tokens, use_cache=False).logits
-    found = run_by_block(case.skeleton(), case.source, case.tokens)
+    found = run_by_block(case.lazy(), case.source, case.tokens)
     if any_arch == "gpt_oss":  # its eager adds the bias after the product, a Linear inside it: one rounding apart
         torch.testing.assert_close(found, expected, rtol=0, atol=2 * torch.finfo(dtype).eps * expected.abs().max())
     else:
@@ -49,7 +49,7 @@ def test_block_by_block_gives_the_models_own_logits(tiny, any_arch, dtype):
 def test_buffers_are_those_of_an_ordinary_model(tiny, any_arch, dtype):
     case = tiny(any_arch, dtype)
     expected = dict(case.model.named_non_persistent_buffers())
-    found = dict(case.skeleton().model.named_non_persistent_buffers())
+    found = dict(case.lazy().model.named_non_persistent_buffers())
     assert found.keys() == expected.keys() and found
     for name, buffer in expected.items():
         assert found[name].dtype == buffer.dtype and torch.equal(found[name], buffer)
@@ -57,41 +57,41 @@ def test_buffers_are_those_of_an_ordinary_model(tiny, any_arch, dtype):
 
 def test_every_checkpoint_name_is_used_exactly_once(tiny, any_arch):
     case = tiny(any_arch)
-    used = [piece.name for pieces in case.skeleton().pieces.values() for piece in pieces]
+    used = [stored.name for slices in case.lazy().slices.values() for stored in slices]
     assert sorted(used) == sorted(case.source.names())
 
 
 def test_a_checkpoint_in_bf16_runs_in_fp32_as_transformers_runs_it(tiny):
     case = tiny("gemma3", torch.bfloat16)  # its embedding scale is a buffer in the model's own dtype
     model = transformers.AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32).eval()
-    skeleton = case.skeleton()
-    assert skeleton.dtype == torch.bfloat16
+    lazy = case.lazy()
+    assert lazy.dtype == torch.bfloat16
     with torch.no_grad():
         expected = model(case.tokens, use_cache=False).logits
-    assert torch.equal(run_by_block(skeleton, case.source, case.tokens, torch.float32), expected)
-    assert skeleton.dtype == skeleton.model.dtype == torch.float32
+    assert torch.equal(run_by_block(lazy, case.source, case.tokens, torch.float32), expected)
+    assert lazy.dtype == lazy.model.dtype == torch.float32
 
 
 def test_only_the_asked_tensors_are_read(tiny):
     case = tiny("llama", tie_word_embeddings=False)
-    skeleton = case.skeleton()
-    assert not case.source.reads and all(parameter.is_meta for parameter in skeleton.model.parameters())
-    skeleton.load_outer(case.source)
+    lazy = case.lazy()
+    assert not case.source.reads and all(parameter.is_meta for parameter in lazy.model.parameters())
+    lazy.load_outer(case.source)
     assert sorted(case.source.reads) == ["model.embed_tokens.weight", "model.norm.weight"]
     case.source.reads.clear()
-    skeleton.load_block(1, case.source)
+    lazy.load_block(1, case.source)
     assert case.source.reads and all(name.startswith("model.layers.1.") for name in case.source.reads)
-    skeleton.unload_block(1)
-    skeleton.unload_outer()
-    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    lazy.unload_block(1)
+    lazy.unload_outer()
+    assert all(parameter.is_meta for parameter in lazy.model.parameters())
 
 
 def test_a_tied_head_is_the_embedding(tiny):
     case = tiny("llama")
     assert "lm_head.weight" not in case.source.names()
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source, head=True)
-    assert skeleton.model.lm_head.weight is skeleton.model.model.embed_tokens.weight
+    lazy = case.lazy()
+    lazy.load_outer(case.source, head=True)
+    assert lazy.model.lm_head.weight is lazy.model.model.embed_tokens.weight
 
 
 def test_a_checkpoint_with_only_the_head_of_a_tied_pair(tiny):
@@ -101,14 +101,14 @@ def test_a_checkpoint_with_only_the_head_of_a_tied_pair(tiny):
     source = StateDictSource(tensors)
     with torch.no_grad():
         expected = case.model(case.tokens, use_cache=False).logits
-    assert torch.equal(run_by_block(case.skeleton(source), source, case.tokens), expected)
+    assert torch.equal(run_by_block(case.lazy(source), source, case.tokens), expected)
 
 
 def test_what_transformers_keeps_in_fp32_stays_fp32(tiny):
     case = tiny("deepseek_v3", torch.bfloat16)
-    skeleton = case.skeleton()
-    skeleton.load_block(1, case.source)
-    bias = skeleton.model.model.layers[1].mlp.gate.e_score_correction_bias
+    lazy = case.lazy()
+    lazy.load_block(1, case.source)
+    bias = lazy.model.model.layers[1].mlp.gate.e_score_correction_bias
     assert bias.dtype == torch.float32
     assert torch.equal(bias, case.source.load("model.layers.1.mlp.gate.e_score_correction_bias").float())
 
@@ -127,14 +127,14 @@ def test_a_missing_tensor_is_named(tiny, name, lost):
     tensors = case.tensors()
     del tensors[lost]
     with pytest.raises(ModelError, match=f"lacks tensor '{lost}'"):
-        case.skeleton(StateDictSource(tensors))
+        case.lazy(StateDictSource(tensors))
 
 
 def test_a_whole_missing_expert_is_named(tiny):
     case = tiny("qwen3_moe")
     tensors = {name: tensor for name, tensor in case.tensors().items() if "layers.0.mlp.experts.3." not in name}
     with pytest.raises(ModelError, match=r"lacks tensor 'model\.layers\.0\.mlp\.experts\.3\."):
-        case.skeleton(StateDictSource(tensors))
+        case.lazy(StateDictSource(tensors))
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
@@ -143,7 +143,7 @@ def test_a_wrong_shape_is_named(tiny, name):
     tensors = case.tensors()
     tensors[name] = tensors[name][:-1]
     with pytest.raises(ModelError, match=name):
-        case.skeleton(StateDictSource(tensors))
+        case.lazy(StateDictSource(tensors))
 
 
 def test_a_wrong_shape_of_one_expert_is_named(tiny):
@@ -152,13 +152,13 @@ def test_a_wrong_shape_of_one_expert_is_named(tiny):
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     tensors[name] = tensors[name][:-1]
     with pytest.raises(ModelError, match=name):
-        case.skeleton(StateDictSource(tensors))
+        case.lazy(StateDictSource(tensors))
 
 
 def test_tensors_the_model_has_no_use_for_are_left_alone(tiny):
     case = tiny("llama")
     source = StateDictSource(case.tensors() | {"model.layers.2.eh_proj.weight": torch.zeros(3, 3)})
-    assert len(case.skeleton(source).blocks) == 2
+    assert len(case.lazy(source).blocks) == 2
 
 
 @pytest.mark.parametrize(
@@ -172,12 +172,12 @@ def test_tensors_the_model_has_no_use_for_are_left_alone(tiny):
 )
 def test_what_is_not_a_text_decoder_is_refused(config, reason):
     with pytest.raises(ModelError, match=reason):
-        Skeleton.from_config(config, StateDictSource({}))
+        LazyModel.from_config(config, StateDictSource({}))
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no usable configuration"):
-        Skeleton.from_folder(tmp_path, StateDictSource({}))
+        LazyModel.from_folder(tmp_path, StateDictSource({}))
 
 
 def test_nothing_global_is_touched_and_the_configuration_is_not_changed(tiny):
@@ -185,7 +185,7 @@ def test_nothing_global_is_touched_and_the_configuration_is_not_changed(tiny):
     config = transformers.AutoConfig.from_pretrained(case.folder)
     before = config.to_dict()
     state, dtype = torch.random.get_rng_state(), torch.get_default_dtype()
-    Skeleton.from_config(config, case.source).use_dtype(torch.float32)
+    LazyModel.from_config(config, case.source).use_dtype(torch.float32)
     assert torch.equal(state, torch.random.get_rng_state()) and dtype == torch.get_default_dtype()
     assert config.to_dict() == before
     assert not torch.nn.Linear(2, 2).weight.is_meta

@@ -63,7 +63,7 @@ def test_packed_layers_stand_in_their_place(row, tmp_path, registered):
 
 
 def test_routers_and_indexes_are_left_and_said(tmp_path):
-    found = targets(families.skeleton(families.save("deepseek_v32", tmp_path)), QUANT)
+    found = targets(families.lazy(families.save("deepseek_v32", tmp_path)), QUANT)
     left = {re.sub(r".*\.\d+\.", "", name): reason for name, reason in found.left}
     assert {"self_attn.indexer.weights_proj", "self_attn.indexer.wk", "self_attn.indexer.wq_b"} <= left.keys()
     assert all("choose" in reason for reason in left.values())
@@ -71,16 +71,16 @@ def test_routers_and_indexes_are_left_and_said(tmp_path):
 
 
 def test_narrow_layers_are_left_by_rule(tiny):
-    skeleton = tiny("llama").skeleton()
-    found = targets(skeleton, QUANT)
-    skeleton.blocks[0].mlp.down_proj = nn.Linear(16, 64, bias=False)
-    left = targets(skeleton, QUANT)
+    lazy = tiny("llama").lazy()
+    found = targets(lazy, QUANT)
+    lazy.blocks[0].mlp.down_proj = nn.Linear(16, 64, bias=False)
+    left = targets(lazy, QUANT)
     assert set(found.linears) - set(left.linears) == {"model.layers.0.mlp.down_proj"}
     assert dict(left.left) == {"model.layers.0.mlp.down_proj": "it has fewer than 32 inputs"}
 
 
 def test_patterns_find_either_name(tmp_path):
-    skeleton = families.skeleton(families.save("phimoe", tmp_path))
-    stored = targets(skeleton, QuantConfig(group_size=32, ignore=(r"block_sparse_moe\.experts",)))
-    own = targets(skeleton, QuantConfig(group_size=32, ignore=(r"mlp\.experts",)))
+    lazy = families.lazy(families.save("phimoe", tmp_path))
+    stored = targets(lazy, QuantConfig(group_size=32, ignore=(r"block_sparse_moe\.experts",)))
+    own = targets(lazy, QuantConfig(group_size=32, ignore=(r"mlp\.experts",)))
     assert [name for name, _ in own.ignored] == [name for name, _ in stored.ignored] != []

@@ -132,10 +132,10 @@ def test_declared_flags_are_honoured():
 
 def test_gpt_oss_is_refused_with_all_reasons_as_it_is_stored(tiny):
     """Taken apart (test_expert_names), it is quantized."""
-    skeleton = tiny("gpt_oss").skeleton()
+    lazy = tiny("gpt_oss").lazy()
     with pytest.raises(ModelError, match=r"layers\.0.*transposed.*interleaved.*one tensor"):
-        targets(skeleton, QuantConfig(group_size=32))
-    rest = targets(skeleton, QuantConfig(group_size=32, ignore=(r"\.experts\.",)))
+        targets(lazy, QuantConfig(group_size=32))
+    rest = targets(lazy, QuantConfig(group_size=32, ignore=(r"\.experts\.",)))
     assert {linear.rpartition(".")[2] for linear in rest.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 

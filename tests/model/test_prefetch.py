@@ -90,7 +90,7 @@ def test_a_run_that_reads_ahead_is_the_same_run(tiny, method):
     def run(**options):
         case.source.reads.clear()
         tokens = None if method == "rtn" else case.tokens
-        return weights(run_blocks(case.skeleton(), case.source, tokens, QUANT, MethodConfig(method), **options))
+        return weights(run_blocks(case.lazy(), case.source, tokens, QUANT, MethodConfig(method), **options))
 
     plain, reads = run(), sorted(case.source.reads)
     assert equal(run(prefetch=True), plain) and sorted(case.source.reads) == reads
@@ -99,7 +99,7 @@ def test_a_run_that_reads_ahead_is_the_same_run(tiny, method):
 
 def test_no_more_than_the_next_block_is_read(tiny):
     case = tiny("llama", num_hidden_layers=4)
-    running = run_blocks(case.skeleton(), case.source, None, QUANT, MethodConfig("rtn"), prefetch=True)
+    running = run_blocks(case.lazy(), case.source, None, QUANT, MethodConfig("rtn"), prefetch=True)
     next(running)
     running.close()
     assert readers() == []
@@ -115,18 +115,14 @@ def test_the_thread_ends_with_the_run_however_that_ends(tiny, error):
             raise error("now")
 
     with pytest.raises(error):
-        next(
-            run_blocks(
-                case.skeleton(), case.source, None, QUANT, MethodConfig("rtn"), prefetch=True, on_progress=raising
-            )
-        )
+        next(run_blocks(case.lazy(), case.source, None, QUANT, MethodConfig("rtn"), prefetch=True, on_progress=raising))
     assert readers() == []
 
 
 def test_a_block_that_cannot_be_read_fails_when_its_turn_comes(tiny):
     case = tiny("llama")
     source = Slow(case.tensors(), bad=["model.layers.1.mlp.up_proj.weight"])
-    running = run_blocks(case.skeleton(), source, None, QUANT, MethodConfig("rtn"), prefetch=True)
+    running = run_blocks(case.lazy(), source, None, QUANT, MethodConfig("rtn"), prefetch=True)
     assert next(running).index == 0
     with pytest.raises(CheckpointError, match="up_proj"):
         next(running)

@@ -11,19 +11,19 @@ from sarqc.errors import ArgumentError, ModelError
 from sarqc.model.layers import auto_group_size, check_group_size, targets
 from sarqc.model.sites import find_sites, observe, separate_sites
 from sarqc.model.source import StateDictSource
-from sarqc.model.weight_map import Piece
+from sarqc.model.weight_map import TensorSlice
 from tests.support.by_block import block_call, call_block, embed
 
 QUANT = QuantConfig(group_size=32)
 
 
 def sites_of(case, index, quant=QUANT):
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source)
-    skeleton.load_block(index, case.source)
-    found = targets(skeleton, quant)
-    hidden = torch.randn(1, 8, skeleton.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    return skeleton, find_sites(skeleton, found.of_block(index), block_call(skeleton, index, hidden))
+    lazy = case.lazy()
+    lazy.load_outer(case.source)
+    lazy.load_block(index, case.source)
+    found = targets(lazy, quant)
+    hidden = torch.randn(1, 8, lazy.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return lazy, find_sites(lazy, found.of_block(index), block_call(lazy, index, hidden))
 
 
 def leaves(site):
@@ -60,10 +60,10 @@ def test_layers_with_one_input_are_one_site(tiny, name, index, expected):
 
 def test_an_experts_site_has_all_experts_and_their_rows(tiny):
     case = tiny("qwen3_moe")
-    skeleton, sites = sites_of(case, 1)
+    lazy, sites = sites_of(case, 1)
     site = next(site for site in sites if site.experts > 1 and len(site.slabs) == 2)
     assert (site.experts, site.in_features, len(site.members)) == (4, 64, 8)
-    weight = site.weight(skeleton.model, 0, 4)
+    weight = site.weight(lazy.model, 0, 4)
     assert weight.shape == (4, 64, 64) and weight.dtype == torch.float32
     up = case.source.load("model.layers.1.mlp.experts.2.up_proj.weight")
     assert torch.equal(weight[2, 32:], up)
@@ -71,7 +71,7 @@ def test_an_experts_site_has_all_experts_and_their_rows(tiny):
 
 def test_targets_are_the_checkpoints_linears(tiny, arch):
     case = tiny(arch)
-    found = targets(case.skeleton(), QUANT)
+    found = targets(case.lazy(), QUANT)
     assert len(set(found.linears)) == len(found.linears)
     every = {
         n.removesuffix(".weight") for n in case.source.names() if ".layers." in n and len(case.source.shape(n)) == 2
@@ -95,8 +95,8 @@ def test_layers_that_the_model_has_no_use_for_are_left_by_name(tiny):
         f"{start}embed_tokens.weight": torch.zeros(256, 64),
         f"{start}enorm.weight": torch.zeros(64),
     }
-    before = targets(case.skeleton(), QUANT)
-    found = targets(case.skeleton(StateDictSource(case.tensors() | more)), QUANT)
+    before = targets(case.lazy(), QUANT)
+    found = targets(case.lazy(StateDictSource(case.tensors() | more)), QUANT)
     left = (f"{start}eh_proj", f"{start}mlp.experts.0.gate_proj", f"{start}shared_head.head")
     assert found.selected == before.selected and sorted(set(found.untouched) - set(before.untouched)) == sorted(left)
 
@@ -104,7 +104,7 @@ def test_layers_that_the_model_has_no_use_for_are_left_by_name(tiny):
 def test_ignored_layers_are_left_with_the_pattern_that_found_them(tiny):
     case = tiny("mixtral")
     quant = QuantConfig(group_size=32, ignore=(r"layers\.0\..*k_proj$", r"experts\.3\.w1", "lm_head"))
-    found = targets(case.skeleton(), quant)
+    found = targets(case.lazy(), quant)
     assert dict(found.ignored) == {
         "model.layers.0.self_attn.k_proj": r"layers\.0\..*k_proj$",
         "model.layers.0.block_sparse_moe.experts.3.w1": r"experts\.3\.w1",
@@ -118,22 +118,22 @@ def test_ignored_layers_are_left_with_the_pattern_that_found_them(tiny):
 @pytest.mark.parametrize("pattern", ["no_such_layer", "layers.7", "("])
 def test_a_pattern_that_finds_nothing_is_an_error(tiny, pattern):
     with pytest.raises(ArgumentError, match="ignore = "):
-        targets(tiny("llama").skeleton(), QuantConfig(ignore=(pattern,)))
+        targets(tiny("llama").lazy(), QuantConfig(ignore=(pattern,)))
 
 
 def test_ignoring_everything_is_an_error(tiny):
     with pytest.raises(ModelError, match="no Linear left"):
-        targets(tiny("llama").skeleton(), QuantConfig(ignore=(r"layers\.",)))
+        targets(tiny("llama").lazy(), QuantConfig(ignore=(r"layers\.",)))
 
 
 def test_a_group_size_that_does_not_fit_names_the_layer_and_what_would(tiny):
-    found = targets(tiny("llama").skeleton(), QUANT)
+    found = targets(tiny("llama").lazy(), QUANT)
     assert auto_group_size(found) == 32  # 96 inputs of down_proj
     check_group_size(found, QUANT)
     check_group_size(found, QuantConfig(group_size=-1))
     with pytest.raises(ArgumentError, match=r"64 does not divide the 96 inputs of .*down_proj: use 32 or -1"):
         check_group_size(found, QuantConfig(group_size=64))
-    found = targets(tiny("llama", intermediate_size=40).skeleton(), QUANT)
+    found = targets(tiny("llama", intermediate_size=40).lazy(), QUANT)
     with pytest.raises(ArgumentError, match=r"down_proj has 40 inputs"):
         auto_group_size(found)
     with pytest.raises(ArgumentError, match=r"down_proj: use -1"):
@@ -142,31 +142,31 @@ def test_a_group_size_that_does_not_fit_names_the_layer_and_what_would(tiny):
 
 def test_routers_are_told_by_name_and_width(tiny):
     case = tiny("qwen2_moe")
-    skeleton = case.skeleton()
-    found = targets(skeleton, QUANT)
+    lazy = case.lazy()
+    found = targets(lazy, QUANT)
     gate = "model.layers.0.mlp.shared_expert_gate"  # a Linear to one number
-    assert isinstance(skeleton.blocks[0].mlp.shared_expert_gate, nn.Linear)
+    assert isinstance(lazy.blocks[0].mlp.shared_expert_gate, nn.Linear)
     assert gate in found.untouched and gate not in found.linears
     assert "model.layers.0.mlp.shared_expert.gate_proj" in found.linears
     wide = "model.layers.0.self_attn.gate"  # the name of a router, and the width of none
-    skeleton.blocks[0].self_attn.gate = nn.Linear(64, 48, bias=False)
-    skeleton.pieces[f"{wide}.weight"] = (Piece(f"{wide}.weight", None, 0, 0),)
-    assert wide in targets(skeleton, QUANT).linears
+    lazy.blocks[0].self_attn.gate = nn.Linear(64, 48, bias=False)
+    lazy.slices[f"{wide}.weight"] = (TensorSlice(f"{wide}.weight", None, 0, 0),)
+    assert wide in targets(lazy, QUANT).linears
 
 
 def test_a_linear_that_is_never_called_is_named(tiny):
     case = tiny("llama")
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source)
-    skeleton.load_block(0, case.source)
-    found = targets(skeleton, QUANT).of_block(0)
-    mlp = skeleton.blocks[0].mlp
+    lazy = case.lazy()
+    lazy.load_outer(case.source)
+    lazy.load_block(0, case.source)
+    found = targets(lazy, QUANT).of_block(0)
+    mlp = lazy.blocks[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj is never called"):
-        find_sites(skeleton, found, block_call(skeleton, 0, torch.zeros(1, 4, 64)))
-    sites = separate_sites(skeleton, found)
-    with pytest.raises(ModelError, match=r"up_proj was never called"), observe(skeleton, sites, lambda *_: None):
-        call_block(skeleton, 0, torch.zeros(1, 4, 64))
+        find_sites(lazy, found, block_call(lazy, 0, torch.zeros(1, 4, 64)))
+    sites = separate_sites(lazy, found)
+    with pytest.raises(ModelError, match=r"up_proj was never called"), observe(lazy, sites, lambda *_: None):
+        call_block(lazy, 0, torch.zeros(1, 4, 64))
 
 
 def test_a_subclass_of_linear_with_its_own_forward_is_refused(tiny):
@@ -174,31 +174,31 @@ def test_a_subclass_of_linear_with_its_own_forward_is_refused(tiny):
         def forward(self, x):
             return super().forward(x.flip(-1))
 
-    skeleton = tiny("llama").skeleton()
-    skeleton.blocks[1].mlp.up_proj = Strange(64, 96, bias=False)
+    lazy = tiny("llama").lazy()
+    lazy.blocks[1].mlp.up_proj = Strange(64, 96, bias=False)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj cannot be quantized: Strange"):
-        targets(skeleton, QUANT)
+        targets(lazy, QUANT)
 
 
 def test_observers_see_all_rows_and_leave_no_hooks(tiny, arch):
     case = tiny(arch)
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source)
-    index = len(skeleton.blocks) - 1
-    skeleton.load_block(index, case.source)
-    members = targets(skeleton, QUANT).of_block(index)
-    hidden = embed(skeleton, case.tokens)
-    sites = find_sites(skeleton, members, block_call(skeleton, index, hidden[:1, :8]))
-    plain = call_block(skeleton, index, hidden)
+    lazy = case.lazy()
+    lazy.load_outer(case.source)
+    index = len(lazy.blocks) - 1
+    lazy.load_block(index, case.source)
+    members = targets(lazy, QUANT).of_block(index)
+    hidden = embed(lazy, case.tokens)
+    sites = find_sites(lazy, members, block_call(lazy, index, hidden[:1, :8]))
+    plain = call_block(lazy, index, hidden)
     rows = {}
 
     def sink(site, x, offsets):
         assert x.shape[1] == site.in_features and (offsets is None) == (site.experts == 1)
         rows[site.name] = len(x)
 
-    with observe(skeleton, sites, sink):
-        observed = call_block(skeleton, index, hidden)
+    with observe(lazy, sites, sink):
+        observed = call_block(lazy, index, hidden)
     assert torch.equal(plain, observed)
     top_k = getattr(case.model.config, "num_experts_per_tok", 1)
     assert rows == {site.name: hidden[..., 0].numel() * (top_k if site.experts > 1 else 1) for site in sites}
-    assert not any(module._forward_pre_hooks for module in skeleton.model.modules())
+    assert not any(module._forward_pre_hooks for module in lazy.model.modules())

@@ -13,7 +13,7 @@ from sarqc.method.awq import ChannelScales
 from sarqc.model import smoothing
 from sarqc.model.build import build
 from sarqc.model.layers import targets
-from sarqc.model.sites import Share, find_sites
+from sarqc.model.sites import SiteChunk, find_sites
 from sarqc.model.source import StateDictSource
 from sarqc.pipeline import channel_scales
 from sarqc.pipeline.channel_scales import BlockScales
@@ -64,13 +64,13 @@ del EXPECTED["gemma3", 1]["post_attention_layernorm"]
 
 
 def loaded(case, index, quant=QUANT):
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source)
-    hidden = embed(skeleton, case.tokens[:1, :8])
-    skeleton.load_block(index, case.source)
-    run = block_call(skeleton, index, hidden)
+    lazy = case.lazy()
+    lazy.load_outer(case.source)
+    hidden = embed(lazy, case.tokens[:1, :8])
+    lazy.load_block(index, case.source)
+    run = block_call(lazy, index, hidden)
     with torch.no_grad():
-        return skeleton, find_sites(skeleton, targets(skeleton, quant).of_block(index), run), run
+        return lazy, find_sites(lazy, targets(lazy, quant).of_block(index), run), run
 
 
 def leaf(name):
@@ -80,9 +80,9 @@ def leaf(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "index"), list(EXPECTED))
 def test_givers_and_readers_are_found_and_nothing_is_left_changed(tiny, name, index, dtype):
-    skeleton, sites, run = loaded(tiny(name, dtype), index)
-    before = {name: tensor.clone() for name, tensor in skeleton.blocks[index].state_dict().items()}
-    mappings, reasons = smoothing.find_mappings(skeleton, index, sites, run)
+    lazy, sites, run = loaded(tiny(name, dtype), index)
+    before = {name: tensor.clone() for name, tensor in lazy.blocks[index].state_dict().items()}
+    mappings, reasons = smoothing.find_mappings(lazy, index, sites, run)
     found = {
         leaf(mapping.smooth_layer): [leaf(balance_layer) for balance_layer in mapping.balance_layers]
         for mapping in mappings
@@ -90,18 +90,16 @@ def test_givers_and_readers_are_found_and_nothing_is_left_changed(tiny, name, in
     assert found == EXPECTED[name, index]
     unscaled = {leaf(site.name) for site in sites} - {leaf(site.name) for mapping in mappings for site in mapping.sites}
     assert {leaf(site) for site in reasons} == unscaled == ({"o_proj"} if name == "deepseek_v3" else set())
-    after = skeleton.blocks[index].state_dict()
+    after = lazy.blocks[index].state_dict()
     assert all(
         torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
     )
 
 
 def test_grouped_heads_follow_the_head_they_share(tiny):
-    skeleton, sites, run = loaded(tiny("llama"), 0)  # 4 heads of 16 on 2 of keys and values
+    lazy, sites, run = loaded(tiny("llama"), 0)  # 4 heads of 16 on 2 of keys and values
     mapping = next(
-        mapping
-        for mapping in smoothing.find_mappings(skeleton, 0, sites, run)[0]
-        if leaf(mapping.smooth_layer) == "v_proj"
+        mapping for mapping in smoothing.find_mappings(lazy, 0, sites, run)[0] if leaf(mapping.smooth_layer) == "v_proj"
     )
     heads = torch.arange(32).view(2, 16).repeat_interleave(2, 0)
     assert torch.equal(mapping.source, heads.flatten()) and mapping.channels == 32
@@ -109,10 +107,8 @@ def test_grouped_heads_follow_the_head_they_share(tiny):
 
 @pytest.mark.parametrize(("name", "offset"), [("llama", 0.0), ("gemma3", 1.0)])
 def test_norms_that_store_their_weight_around_zero_are_told_apart(tiny, name, offset):
-    skeleton, sites, run = loaded(tiny(name), 0)
-    norms = [
-        mapping for mapping in smoothing.find_mappings(skeleton, 0, sites, run)[0] if "norm" in mapping.smooth_layer
-    ]
+    lazy, sites, run = loaded(tiny(name), 0)
+    norms = [mapping for mapping in smoothing.find_mappings(lazy, 0, sites, run)[0] if "norm" in mapping.smooth_layer]
     assert len(norms) == 2 and all(mapping.offset == offset for mapping in norms)
 
 
@@ -124,14 +120,14 @@ def test_the_offset_of_a_norm_with_a_bias_is_not_its_bias():
 
 def test_a_reader_that_was_missed_is_noticed(tiny, monkeypatch):
     """The proof does not lean on what was seen: without the router among the readers, the fold must fall."""
-    skeleton, sites, run = loaded(tiny("mixtral"), 0)
+    lazy, sites, run = loaded(tiny("mixtral"), 0)
     seen = smoothing._Sight.balance_layers
 
     def blind(self, model, norm):
         return [name for name in seen(self, model, norm) if not name.endswith(".gate.weight")]
 
     monkeypatch.setattr(smoothing._Sight, "balance_layers", blind)
-    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
+    mappings, reasons = smoothing.find_mappings(lazy, 0, sites, run)
     assert {leaf(mapping.smooth_layer) for mapping in mappings} == {"input_layernorm", "v_proj", "gate_up_proj"}
     (site, reason), *others = reasons.items()
     assert not others and "experts" in site and "something else reads" in reason
@@ -140,25 +136,25 @@ def test_a_reader_that_was_missed_is_noticed(tiny, monkeypatch):
 def test_what_leaves_no_trace_is_not_scaled(tiny):
     """Output projections of zero, as freshly grown layers have them: nothing could be checked, so nothing is done."""
     case = tiny("llama")
-    skeleton, sites, run = loaded(case, 0)
-    skeleton.blocks[0].mlp.down_proj.weight.data.zero_()
-    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
+    lazy, sites, run = loaded(case, 0)
+    lazy.blocks[0].mlp.down_proj.weight.data.zero_()
+    mappings, reasons = smoothing.find_mappings(lazy, 0, sites, run)
     assert {leaf(mapping.smooth_layer) for mapping in mappings} == {"input_layernorm", "v_proj"}
     assert len(reasons) == 2 and all("no effect" in reason for reason in reasons.values())
 
 
 def test_an_activation_in_between_is_no_plain_scaling(tiny):
     """With relu^2 an output grows with the square of its row."""
-    skeleton, sites, run = loaded(tiny("llama"), 0)
-    skeleton.blocks[0].mlp.act_fn = nn.SiLU()
-    mlp = skeleton.blocks[0].mlp
+    lazy, sites, run = loaded(tiny("llama"), 0)
+    lazy.blocks[0].mlp.act_fn = nn.SiLU()
+    mlp = lazy.blocks[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))
-    mappings, _ = smoothing.find_mappings(skeleton, 0, sites, run)
+    mappings, _ = smoothing.find_mappings(lazy, 0, sites, run)
     assert {leaf(mapping.smooth_layer) for mapping in mappings if leaf(mapping.balance_layers[0]) == "down_proj"} == {
         "gate_proj"
     }
     mlp.forward = lambda x: mlp.down_proj((mlp.up_proj(x) * mlp.gate_proj(x)).square())
-    mappings, reasons = smoothing.find_mappings(skeleton, 0, sites, run)
+    mappings, reasons = smoothing.find_mappings(lazy, 0, sites, run)
     assert [leaf(site) for site in reasons] == ["down_proj"]
 
 
@@ -167,10 +163,10 @@ def folded(case, quant=QUANT, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tensors = case.tensors()
     everything = {}
-    for index in range(len(case.skeleton().blocks)):
-        skeleton, sites, run = loaded(case, index, quant)
-        mappings, reasons = smoothing.find_mappings(skeleton, index, sites, run)
-        scales = BlockScales(skeleton, case.source, sites, mappings, reasons)
+    for index in range(len(case.lazy().blocks)):
+        lazy, sites, run = loaded(case, index, quant)
+        mappings, reasons = smoothing.find_mappings(lazy, index, sites, run)
+        scales = BlockScales(lazy, case.source, sites, mappings, reasons)
 
         def draw(balance_layers, *_, shared, binary, source, channels):
             experts = 1 if shared else len(balance_layers[0].weight)
@@ -178,23 +174,23 @@ def folded(case, quant=QUANT, seed=0):
             found = found.log2().round().exp2() if binary else found
             return ChannelScales(found, torch.ones(experts, dtype=torch.float64))
 
-        shares = [Share(site, 0, site.experts) for site in sites]
+        chunks = [SiteChunk(site, 0, site.experts) for site in sites]
         gram = SimpleNamespace(rows=torch.ones(1, dtype=torch.int64))  # all that a choice drawn at random looks at
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(channel_scales, "search", draw)
             scales.decide(
-                shares,
-                [gram] * len(shares),
+                chunks,
+                [gram] * len(chunks),
                 lambda _, seen: seen,  # type: ignore[return-value]
                 lambda _: quant,
                 torch.bfloat16,
             )
-        for share in shares:
-            weight = scales.of(share).apply(share.weight(skeleton.model))
+        for chunk in chunks:
+            weight = scales.of(chunk).apply(chunk.weight(lazy.model))
             starts = dict(
-                zip(share.site.slabs, torch.tensor([0, *(s[2] for s in share.site.slabs)]).cumsum(0).tolist())
+                zip(chunk.site.slabs, torch.tensor([0, *(s[2] for s in chunk.site.slabs)]).cumsum(0).tolist())
             )
-            for target in share.site.members:
+            for target in chunk.site.members:
                 start = starts[target.parameter, target.start, target.shape[0]]
                 tensors[f"{target.linear}.weight"] = weight[target.expert, start : start + target.shape[0]].clone()
         changed = scales.fold_in()
@@ -211,8 +207,8 @@ def test_logits_of_the_unquantized_model_stay_the_same(tiny, arch, dtype):
     case = tiny(arch, dtype)
     tensors, changed = folded(case)
     source = StateDictSource(tensors)
-    before = build(case.skeleton(), case.source, dtype=torch.float32)
-    after = build(case.skeleton(source), source, dtype=torch.float32)
+    before = build(case.lazy(), case.source, dtype=torch.float32)
+    after = build(case.lazy(source), source, dtype=torch.float32)
     with torch.no_grad():
         expected, found = before(case.tokens).logits, after(case.tokens).logits
     assert any("norm" in name for name in changed)
@@ -230,8 +226,8 @@ def test_ignored_layers_take_their_part_exactly(tiny):
             ratio = (tensor.double() / case.source.load(name).double()).log2()
             assert torch.equal(ratio, ratio.round())
     source = StateDictSource(tensors)
-    before = build(case.skeleton(), case.source, dtype=torch.float32)
-    after = build(case.skeleton(source), source, dtype=torch.float32)
+    before = build(case.lazy(), case.source, dtype=torch.float32)
+    after = build(case.lazy(source), source, dtype=torch.float32)
     with torch.no_grad():
         expected, found = before(case.tokens).logits, after(case.tokens).logits
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()

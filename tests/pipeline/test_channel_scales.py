@@ -17,7 +17,7 @@ SARQC, AWQ = MethodConfig("sarqc-awq-gptq"), MethodConfig("awq")
 
 
 def run(case, method=SARQC, quant=QUANT, **options):
-    return list(run_blocks(case.skeleton(), case.source, case.tokens, quant, method, **options))
+    return list(run_blocks(case.lazy(), case.source, case.tokens, quant, method, **options))
 
 
 def leaves(names):
@@ -28,7 +28,7 @@ def leaves(names):
 def test_every_target_comes_out_once_and_norms_with_them(tiny, arch, method):
     case = tiny(arch, torch.bfloat16)
     results = run(case, method)
-    assert [name for result in results for name in result.weights] == list(targets(case.skeleton(), QUANT).linears)
+    assert [name for result in results for name in result.weights] == list(targets(case.lazy(), QUANT).linears)
     for result in results:
         norms = [name for name in result.changed if "norm" in name]
         assert norms and all(f".layers.{result.index}." in name for name in result.changed)
@@ -76,9 +76,9 @@ def test_the_next_block_sees_the_quantized_and_scaled_one(tiny, monkeypatch):
     results = run(case, AWQ, quant)
     run(case, MethodConfig("gptq"), QuantConfig(bits=8, group_size=32, ignore=(r"layers\.0\.(?!.*o_proj)",)))
     found, expected = left
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source, "cpu", torch.float32)
-    entering = embed(skeleton, case.tokens)
+    lazy = case.lazy()
+    lazy.load_outer(case.source, "cpu", torch.float32)
+    entering = embed(lazy, case.tokens)
     assert results[0].changed
     assert (found - expected).norm() < 0.03 * (expected - entering).norm()
 

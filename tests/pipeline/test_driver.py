@@ -28,7 +28,7 @@ GPTQ, RTN = MethodConfig("gptq"), MethodConfig("rtn")
 def run(case, quant=QUANT, method=GPTQ, source=None, **options):
     source = source or case.source
     tokens = None if not method.calibrated else options.pop("tokens", case.tokens)
-    return list(run_blocks(case.skeleton(source), source, tokens, quant, method, **options))
+    return list(run_blocks(case.lazy(source), source, tokens, quant, method, **options))
 
 
 def weights_of(results):
@@ -45,7 +45,7 @@ def same(a, b):
 def test_every_target_comes_out_once_in_its_shape(tiny, arch, method):
     case = tiny(arch, torch.bfloat16)
     results = run(case, method=method, micro_batch=2)
-    found = targets(case.skeleton(), QUANT)
+    found = targets(case.lazy(), QUANT)
     assert [result.index for result in results] == list(range(len(results)))
     names = [name for result in results for name in result.weights]
     assert names == list(found.linears)
@@ -82,7 +82,7 @@ def test_later_blocks_are_calibrated_on_the_quantized_ones(tiny, monkeypatch):
     weights = weights_of(run(case, micro_batch=2))
     dense = {name: t for name, t in case.tensors().items() if name.removesuffix(".weight") not in weights}
     source = StateDictSource(dense, weights, torch.float32)
-    model = build(case.skeleton(source), source)
+    model = build(case.lazy(source), source)
     seen = []
     projection = model.model.layers[1].self_attn.q_proj
     projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 64)))
@@ -141,14 +141,14 @@ def test_partly_ignored_sites_solve_the_rest_alike(tiny):
 def test_an_ignored_layer_stays_as_it_is(tiny):
     """Quantize one layer of block 0 only; block 1 then sees exactly that change."""
     case = tiny("llama")
-    skeleton = case.skeleton()
+    lazy = case.lazy()
     quant = QuantConfig(
         bits=2, group_size=32, ignore=(r"layers\.0\.(?!mlp\.down_proj)", r"layers\.1\.(?!mlp\.down_proj)")
     )
-    iterator = run_blocks(skeleton, case.source, case.tokens, quant, GPTQ)
+    iterator = run_blocks(lazy, case.source, case.tokens, quant, GPTQ)
     first = next(iterator)
     assert list(first.weights) == ["model.layers.0.mlp.down_proj"]
-    assert all(parameter.is_meta for parameter in skeleton.blocks[0].parameters())
+    assert all(parameter.is_meta for parameter in lazy.blocks[0].parameters())
     assert list(next(iterator).weights) == ["model.layers.1.mlp.down_proj"]
 
 
@@ -228,7 +228,7 @@ DEEP = textwrap.dedent(
     from sarqc.method.layer import LayerReport
     from sarqc.method.rtn import quantize_rtn
     from sarqc.pipeline import driver, quantize_site
-    from sarqc.model.lazy_model import Skeleton
+    from sarqc.model.lazy_model import LazyModel
     from sarqc.config import MethodConfig, QuantConfig
 
     class Endless:
@@ -256,8 +256,8 @@ DEEP = textwrap.dedent(
     shapes.pop("lm_head.weight")
     source = Endless(shapes)
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
-    skeleton = Skeleton.from_config(config, source)
-    for result in driver.run(skeleton, source, tokens, QuantConfig(group_size=128), MethodConfig("gptq")):
+    lazy = LazyModel.from_config(config, source)
+    for result in driver.run(lazy, source, tokens, QuantConfig(group_size=128), MethodConfig("gptq")):
         if result.index in (3, 23):
             print(int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) // 1024)
     """

@@ -28,7 +28,7 @@ CARRY = MethodConfig("sarqc-gptq", error_correction=True)
 
 
 def run(case, method=AUTO, **options):
-    return run_blocks(case.skeleton(), case.source, case.tokens, QUANT, method, **options)
+    return run_blocks(case.lazy(), case.source, case.tokens, QUANT, method, **options)
 
 
 def from_the_first(lambda_search):
@@ -41,20 +41,20 @@ def same(a, b):
 
 
 def entered(case):
-    """A skeleton that embeds the case's tokens and calls blocks on them."""
-    skeleton = case.skeleton()
-    skeleton.load_outer(case.source, torch.device("cpu"), torch.float32)
-    return skeleton
+    """A lazy model that embeds the case's tokens and calls blocks on them."""
+    lazy = case.lazy()
+    lazy.load_outer(case.source, torch.device("cpu"), torch.float32)
+    return lazy
 
 
-def block(case, skeleton, index, weights, changed=None):
+def block(case, lazy, index, weights, changed=None):
     """Block `index` of the original, with `weights` and what is `changed` in the place of its own, as a function of
     hidden states."""
-    skeleton.load_block(index, Overlay(case.source, {}, changed), torch.device("cpu"), torch.float32)
-    for target in targets(skeleton, QUANT).of_block(index):
+    lazy.load_block(index, Overlay(case.source, {}, changed), torch.device("cpu"), torch.float32)
+    for target in targets(lazy, QUANT).of_block(index):
         if target.linear in weights:
-            write_back(skeleton.model, target, weights[target.linear])
-    return lambda hidden: call_block(skeleton, index, hidden)
+            write_back(lazy.model, target, weights[target.linear])
+    return lambda hidden: call_block(lazy, index, hidden)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, ha
     list(run(tiny("llama"), MethodConfig(reg_lambda=0.5, error_correction=False)))
     assert all(len(statistics.folds) == 1 for statistics in handed_over.values())
     case = tiny("llama")
-    results = list(run_blocks(case.skeleton(), case.source, case.tokens[:1], QUANT, AUTO))
+    results = list(run_blocks(case.lazy(), case.source, case.tokens[:1], QUANT, AUTO))
     assert all("prior" in report.held_out["why"] for result in results for report in result.reports)
 
 
@@ -171,13 +171,13 @@ def test_the_last_layer_is_asked_for_what_the_stream_lacks(tiny, handed_over):
     asked = [name for name, statistics in handed_over.items() if statistics.folds[0].cross_gram is not None]
     names = ("self_attn.o_proj", "mlp.down_proj")
     assert asked == [f"model.layers.{index}.{name}" for index in range(len(results)) for name in names]
-    skeleton = entered(case)
-    entering = embed(skeleton, case.tokens)
-    original = block(case, skeleton, 0, {})(entering)
+    lazy = entered(case)
+    entering = embed(lazy, case.tokens)
+    original = block(case, lazy, 0, {})(entering)
     others = {name: weight for name, weight in results[0].weights.items() if "down_proj" not in name}
     inputs = []
-    hook = skeleton.model.get_submodule(asked[1]).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    lacking = original - block(case, skeleton, 0, others)(entering)
+    hook = lazy.model.get_submodule(asked[1]).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    lacking = original - block(case, lazy, 0, others)(entering)
     hook.remove()
     lacking[:, 0] = 0
     expected = asked_of(inputs[0], lacking)
@@ -189,15 +189,15 @@ def test_a_layer_inside_the_block_is_asked_for_what_its_stream_lacks(tiny, hande
     """Where all experts are routed: R is taken behind o_proj, with q, k and v quantized."""
     case = tiny("qwen3_moe")
     result = next(run(case, MethodConfig(reg_lambda=0.3, error_correction=True), micro_batch=2))
-    skeleton = entered(case)
-    entering = embed(skeleton, case.tokens)
+    lazy = entered(case)
+    entering = embed(lazy, case.tokens)
     before = {name: weight for name, weight in result.weights.items() if name[-6:] in ("q_proj", "k_proj", "v_proj")}
     read = {}
     for weights in ({}, before):
-        call = block(case, skeleton, 0, weights)
+        call = block(case, lazy, 0, weights)
         names = ("self_attn.o_proj", "post_attention_layernorm")
         hooks = [
-            skeleton.model.get_submodule(f"model.layers.0.{name}").register_forward_pre_hook(
+            lazy.model.get_submodule(f"model.layers.0.{name}").register_forward_pre_hook(
                 lambda _, args, at=(name, bool(weights)): read.setdefault(at, args[0])
             )
             for name in names
@@ -220,11 +220,11 @@ def test_what_leaves_the_blocks_is_nearer_to_the_original(tiny, kind, method):
     for carry in (False, True):
         results = list(run(case, MethodConfig(method, error_correction=carry), folds=2, micro_batch=2))
         assert any(report.correction_share > 0 for result in results for report in result.reports) is carry
-        skeleton = entered(case)
-        hidden = original = embed(skeleton, case.tokens)
+        lazy = entered(case)
+        hidden = original = embed(lazy, case.tokens)
         for result in results:
-            original = block(case, skeleton, result.index, {})(original)
-            hidden = block(case, skeleton, result.index, result.weights, result.changed)(hidden)
+            original = block(case, lazy, result.index, {})(original)
+            hidden = block(case, lazy, result.index, result.weights, result.changed)(hidden)
         lacking[carry] = float((hidden - original)[:, 1:].pow(2).sum())
     assert lacking[True] < lacking[False]
 
@@ -258,7 +258,7 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
 
 def test_a_first_block_that_is_left_alone_says_nothing_of_the_others(tiny, handed_over):
     case, quant = tiny("llama"), QuantConfig(bits=3, group_size=32, ignore=(r"layers\.0\.",))
-    results = list(run_blocks(case.skeleton(), case.source, case.tokens, quant, CARRY))
+    results = list(run_blocks(case.lazy(), case.source, case.tokens, quant, CARRY))
     assert [name for name, seen in handed_over.items() if seen.folds[0].cross_gram is not None] == [
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
@@ -334,13 +334,13 @@ def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_o
     *others, last = result.reports
     assert last.site.endswith("down_proj") and last.exponent == 0.0 and last.correction_share > 0
     assert any(report.exponent > 0 for report in others) and any("norm" in name for name in result.changed)
-    skeleton = entered(case)
-    entering = embed(skeleton, case.tokens)
-    original = block(case, skeleton, 0, {})(entering)
+    lazy = entered(case)
+    entering = embed(lazy, case.tokens)
+    original = block(case, lazy, 0, {})(entering)
     rest = {name: weight for name, weight in result.weights.items() if "down_proj" not in name}
     inputs = []
-    hook = skeleton.model.get_submodule(last.site).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    lacking = original - block(case, skeleton, 0, rest, result.changed)(entering)
+    hook = lazy.model.get_submodule(last.site).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    lacking = original - block(case, lazy, 0, rest, result.changed)(entering)
     hook.remove()
     lacking[:, 0] = 0
     expected = asked_of(inputs[0], lacking)
@@ -354,8 +354,8 @@ def test_memory_that_runs_out_in_the_last_layer_costs_only_time(tiny, monkeypatc
     """The block is loaded anew, and entered again by all streams, with smaller micro-batches."""
     case, method, failed = tiny("llama"), MethodConfig(method), []
     plain = list(run(case, method, micro_batch=2))
-    skeleton = case.skeleton()
-    layer = skeleton.blocks[index].mlp.down_proj
+    lazy = case.lazy()
+    layer = lazy.blocks[index].mlp.down_proj
     forward = layer.forward
 
     def full(x):
@@ -368,7 +368,7 @@ def test_memory_that_runs_out_in_the_last_layer_costs_only_time(tiny, monkeypatc
     monkeypatch.setattr(layer, "forward", full)
     again = list(
         run_blocks(
-            skeleton, case.source, case.tokens, QUANT, method, micro_batch=2,
+            lazy, case.source, case.tokens, QUANT, method, micro_batch=2,
             on_progress=lambda index, name: stages.append((index, name)),
         )
     )  # fmt: skip
@@ -396,8 +396,8 @@ def test_memory_that_runs_out_in_the_search_of_scales_leaves_the_windows_as_they
 def test_a_row_that_leaves_the_block_infinite_is_left_out_though_what_enters_the_layer_is_sound(tiny, monkeypatch):
     """As where fp16 overflows in the last layer's output: one row of five windows, in both streams."""
     case = tiny("llama")
-    skeleton = case.skeleton()
-    forward = skeleton.blocks[1].mlp.forward
+    lazy = case.lazy()
+    forward = lazy.blocks[1].mlp.forward
 
     def overflowing(x):
         leaving = forward(x)
@@ -405,8 +405,8 @@ def test_a_row_that_leaves_the_block_infinite_is_left_out_though_what_enters_the
             leaving[0, 5, 0] = float("inf")
         return leaving
 
-    monkeypatch.setattr(skeleton.blocks[1].mlp, "forward", overflowing)
-    *_, last = run_blocks(skeleton, case.source, case.tokens, QUANT, CARRY, micro_batch=2)
+    monkeypatch.setattr(lazy.blocks[1].mlp, "forward", overflowing)
+    *_, last = run_blocks(lazy, case.source, case.tokens, QUANT, CARRY, micro_batch=2)
     assert any(f"1 of {case.tokens.numel()} rows" in note and "down_proj" in note for note in last.notes)
     assert last.reports[-1].correction_share > 0
     assert all(bool(torch.isfinite(weight.scales).all()) for weight in last.weights.values())

@@ -175,7 +175,7 @@ def in_block(case, index, change):
     block = Streams.begin
 
     def begin(self, *args, **options):
-        attention = self.skeleton.blocks[index].self_attn
+        attention = self.lazy.blocks[index].self_attn
         if "changed" not in attention.__dict__:
             attention.__dict__["changed"] = attention.register_forward_pre_hook(hook, with_kwargs=True)
         return block(self, *args, **options)

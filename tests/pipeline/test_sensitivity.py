@@ -17,23 +17,23 @@ from sarqc.pipeline.execution import Execution
 QUANT = QuantConfig(group_size=16, avg_bits=4, bit_options=(2, 4, 8))
 
 
-def measure_sensitivity(case, tokens=None, skeleton=None, **options):
-    skeleton = skeleton or case.skeleton()
+def measure_sensitivity(case, tokens=None, lazy=None, **options):
+    lazy = lazy or case.lazy()
     mine = options.pop("mine", lambda _: True)
     execution = Execution(**dict(dtype=torch.float32, micro_batch=2, gram_budget=1 << 30) | options)
-    found = targets(skeleton, QUANT)
+    found = targets(lazy, QUANT)
     tokens = case.tokens if tokens is None else tokens
     return list(
-        sensitivity.measure_sensitivity(skeleton, case.source, found, tokens, QUANT, MethodConfig(), execution, mine)
+        sensitivity.measure_sensitivity(lazy, case.source, found, tokens, QUANT, MethodConfig(), execution, mine)
     )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_every_linear_is_looked_at_once(tiny, kind):
     case = tiny(kind)
-    skeleton = case.skeleton()
-    losses = measure_sensitivity(case, skeleton=skeleton)
-    assert sorted(linear for _, site in losses for linear in site.linears) == sorted(targets(skeleton, QUANT).linears)
+    lazy = case.lazy()
+    losses = measure_sensitivity(case, lazy=lazy)
+    assert sorted(linear for _, site in losses for linear in site.linears) == sorted(targets(lazy, QUANT).linears)
     for _, site in losses:
         assert list(site.losses) == [2, 4, 8] and site.losses[2] > site.losses[4] > site.losses[8] > 0
         assert 0 < site.divergence < 10 and len(site.shapes) == len(site.linears)
@@ -123,7 +123,7 @@ def test_one_window_is_cut_in_two(tiny):
 
 def test_the_blocks_are_left_as_they_were(tiny):
     case = tiny("mixtral")
-    skeleton = case.skeleton()
-    first = measure_sensitivity(case, skeleton=skeleton)
-    assert measure_sensitivity(case, skeleton=skeleton) == first
-    assert all(parameter.is_meta for parameter in skeleton.blocks[0].parameters())
+    lazy = case.lazy()
+    first = measure_sensitivity(case, lazy=lazy)
+    assert measure_sensitivity(case, lazy=lazy) == first
+    assert all(parameter.is_meta for parameter in lazy.blocks[0].parameters())

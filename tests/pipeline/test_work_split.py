@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
-from sarqc.model.sites import Share, Site
+from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.comm import SINGLE_PROCESS, in_turn, synchronize_oom
 from sarqc.pipeline.grams import portions
 from sarqc.pipeline.streams import cut
@@ -19,10 +19,10 @@ from sarqc.pipeline.work_split import (
     cost,
     partition,
     partition_batches,
-    pieces,
     positions,
     renumbered,
     solving_bytes,
+    work_items,
 )
 
 
@@ -60,41 +60,41 @@ def test_the_dearest_go_first_to_whoever_has_least():
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([8, 64, 96])), min_size=1, max_size=6), st.integers(1, 8))
 def test_pieces_are_all_experts_once(shapes, size):
-    shares = [Share(site(f"s{n}", experts, 16, k), 0, experts) for n, (experts, k) in enumerate(shapes)]
-    found = pieces(shares, size, torch.device("cpu"), gram=True)
-    for number, share in enumerate(shares):
-        own = [piece.share for piece in found if piece.number == number]
-        assert [e for piece in own for e in range(piece.first, piece.stop)] == list(range(share.stop))
-    loads = [sum(cost(piece.share) for piece in found if piece.owner == rank) for rank in range(size)]
-    assert max(loads) <= sum(loads) / size + max(cost(piece.share) for piece in found)
+    chunks = [SiteChunk(site(f"s{n}", experts, 16, k), 0, experts) for n, (experts, k) in enumerate(shapes)]
+    found = work_items(chunks, size, torch.device("cpu"), gram=True)
+    for number, chunk in enumerate(chunks):
+        own = [item.chunk for item in found if item.number == number]
+        assert [e for item in own for e in range(item.first, item.stop)] == list(range(chunk.stop))
+    loads = [sum(cost(item.chunk) for item in found if item.owner == rank) for rank in range(size)]
+    assert max(loads) <= sum(loads) / size + max(cost(item.chunk) for item in found)
     if size == 1:
-        assert [piece.share for piece in found] == shares
+        assert [item.chunk for item in found] == chunks
 
 
 @pytest.mark.parametrize(
     ("room", "lengths"), [(1, [1] * 5), (2, [1, 2, 2]), (3, [2, 3]), (4, [2, 3]), (5, [5]), (99, [5])]
 )
 def test_no_more_experts_are_solved_at_once_than_there_is_memory_for(monkeypatch, room, lengths):
-    share = Share(site("experts", 5, 16, 64), 0, 5)
-    one = solving_bytes(Share(share.site, 0, 1), gram=True)
-    assert one == 5 * 4 * 64 * 64 + 6 * 4 * 16 * 64 and solving_bytes(share, gram=False) == 5 * 16 * 16 * 64
+    chunk = SiteChunk(site("experts", 5, 16, 64), 0, 5)
+    one = solving_bytes(SiteChunk(chunk.site, 0, 1), gram=True)
+    assert one == 5 * 4 * 64 * 64 + 6 * 4 * 16 * 64 and solving_bytes(chunk, gram=False) == 5 * 16 * 16 * 64
     monkeypatch.setitem(SOLVE_BYTES, "cpu", room * one)
-    found = pieces([share], 1, torch.device("cpu"), gram=True)
-    assert [piece.share.stop - piece.share.first for piece in found] == lengths
+    found = work_items([chunk], 1, torch.device("cpu"), gram=True)
+    assert [item.chunk.stop - item.chunk.first for item in found] == lengths
 
 
 def test_many_like_experts_are_shared_evenly():
-    share = Share(site("experts", 128, 64, 96), 0, 128)
+    chunk = SiteChunk(site("experts", 128, 64, 96), 0, 128)
     loads = [0] * 8
-    for piece in pieces([share], 8, torch.device("cpu"), gram=True):
-        loads[piece.owner] += piece.share.stop - piece.share.first
+    for item in work_items([chunk], 8, torch.device("cpu"), gram=True):
+        loads[item.owner] += item.chunk.stop - item.chunk.first
     assert loads == [16] * 8
 
 
 def test_no_portion_holds_more_than_one_gram_where_none_fits_the_budget():
     sites = [site("a", 4, 16, 64), site("b", 2, 16, 64)]
     found = list(portions(sites, 1, 1))
-    assert [[(share.site.name, share.first, share.stop) for share in portion] for portion in found] == [
+    assert [[(chunk.site.name, chunk.first, chunk.stop) for chunk in portion] for portion in found] == [
         [(name, e, e + 1)] for name, experts in (("a", 4), ("b", 2)) for e in range(experts)
     ]
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 import sarqc
 from benchmarks.models.build import build
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 
 TOKENS = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(5))
 
@@ -22,10 +22,10 @@ def save(row: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def skeleton(folder: Path) -> Skeleton:
+def lazy(folder: Path) -> LazyModel:
     """What sarqc makes of a folder."""
     with open_checkpoint(folder) as source:
-        return Skeleton.from_folder(folder, source)
+        return LazyModel.from_folder(folder, source)
 
 
 def rounded(folder: Path, out: Path, **settings: Any) -> Path:

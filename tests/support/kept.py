@@ -10,13 +10,13 @@ from unittest.mock import patch
 
 import sarqc
 from sarqc.checkpoint.state import read_sealed
-from sarqc.pipeline.resume import Work, default_work
+from sarqc.pipeline.resume import WorkFolder, default_work
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Work folders are not removed."""
-    with patch.object(Work, "remove", lambda _: None):
+    """WorkFolder folders are not removed."""
+    with patch.object(WorkFolder, "remove", lambda _: None):
         yield
 
 
@@ -26,7 +26,7 @@ def quantize(*args: Any, **options: Any) -> sarqc.Result:
         return sarqc.quantize(*args, **options)
 
 
-def opened(out: Path) -> Work:
+def opened(out: Path) -> WorkFolder:
     """The work folder of an output folder."""
     folder = default_work(out)
-    return Work(folder, read_sealed(folder / "plan.json"))
+    return WorkFolder(folder, read_sealed(folder / "plan.json"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.lazy_model import Skeleton
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import StateDictSource, TensorSource
 from tests.support.blocks import run_blocks
 
@@ -147,8 +147,8 @@ class Tiny:
     source: FolderSource
     tokens: Tensor
 
-    def skeleton(self, source: TensorSource | None = None) -> Skeleton:
-        return Skeleton.from_folder(self.folder, source or self.source)
+    def lazy(self, source: TensorSource | None = None) -> LazyModel:
+        return LazyModel.from_folder(self.folder, source or self.source)
 
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint as a dictionary."""
@@ -163,7 +163,7 @@ def rounded() -> Callable[..., StateDictSource]:
     """rounded(case, quant, dtype): the checkpoint of a tiny model with its targets RTN."""
 
     def quantize(case: Tiny, quant: QuantConfig, dtype: torch.dtype = torch.float32) -> StateDictSource:
-        results = run_blocks(case.skeleton(), case.source, None, quant, MethodConfig("rtn"))
+        results = run_blocks(case.lazy(), case.source, None, quant, MethodConfig("rtn"))
         weights = {name: weight for result in results for name, weight in result.weights.items()}
         dense = {name: t for name, t in case.tensors().items() if name.removesuffix(".weight") not in weights}
         return StateDictSource(dense, weights, dtype)
