@@ -76,17 +76,17 @@ def _cross_error(backend: str, device: torch.device) -> float:
 def _finalize_arguments(device: torch.device) -> tuple[Any, ...]:
     total = random_gram(_generator(), EXPERTS, INPUTS).float().to(device)
     rows = torch.tensor([3, 5], device=device)
-    salience = torch.linspace(0.1, 1.0, INPUTS).expand(EXPERTS, -1).contiguous().to(device)
-    return total, rows, salience, torch.tensor([0.5, 0.1], device=device), 0.01
+    saliency = torch.linspace(0.1, 1.0, INPUTS).expand(EXPERTS, -1).contiguous().to(device)
+    return total, rows, saliency, torch.tensor([0.5, 0.1], device=device), 0.01
 
 
 def _finalize_error(backend: str, device: torch.device) -> float:
     """A division and two additions an element, each rounded once."""
-    total, rows, salience, strength, damp = _finalize_arguments(device)
-    found = gram.gram_finalize(total, rows, salience, strength, damp, backend=backend)
+    total, rows, saliency, reg_lambda, damp = _finalize_arguments(device)
+    found = gram.gram_finalize(total, rows, saliency, reg_lambda, damp, backend=backend)
     exact = total.double() / rows[:, None, None]
     diagonal = exact.diagonal(dim1=1, dim2=2)
-    diagonal += strength.double()[:, None] * salience + damp * diagonal.mean(1, keepdim=True)
+    diagonal += reg_lambda.double()[:, None] * saliency + damp * diagonal.mean(1, keepdim=True)
     return relative_error(found.cpu(), exact.cpu())
 
 

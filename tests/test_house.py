@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -103,13 +104,13 @@ def room_of(module: str) -> str:
     return max((room for room in ROOMS if module == room or module.startswith(room + ".")), key=len)
 
 
-def imports_of(path: Path) -> list[tuple[str, int]]:
-    """Modules a file imports, wherever in it, but for blocks that only a type checker reads."""
+def imports_of(path: Path, *, typing: bool = False) -> list[tuple[str, int]]:
+    """Modules a file imports, wherever in it; those that only a type checker reads with `typing` alone."""
     tree = ast.parse(path.read_text())
     unread = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing
         for inner in ast.walk(node)
     }
     found = []
@@ -143,6 +144,17 @@ def test_imports_stay_in_their_room(path):
             assert root in others, f"{path}:{line}: {module} imports {imported}"
         if room_of(module) in PURE_ROOMS:
             assert root not in IMPURE, f"{path}:{line}: {module} imports {imported}"
+
+
+def test_no_two_files_lean_on_each_other():
+    """Also where only a type checker reads the import. The packages' own front pages may show what lies inside."""
+    files = {module_of(path): path for path in FILES if module_of(path) not in PACKAGES}
+    needed = {}
+    for module, path in files.items():
+        names = [name for name, _ in imports_of(path, typing=True)]
+        needed[module] = {next((n for n in (name, name.rpartition(".")[0]) if n in files), module) for name in names}
+        needed[module].discard(module)
+    TopologicalSorter(needed).prepare()  # CycleError names the files
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -151,7 +151,7 @@ def _sites(plan: Plan) -> int:
 
 
 def _choosing(chunk: SiteChunk) -> int:
-    """Bytes that choosing a chunk's strength takes: up to three trials of some experts go through what solving takes,
+    """Bytes that choosing a chunk's lambda takes: up to three trials of some experts go through what solving takes,
     together, beside the chunk's weight."""
     count, one = chunk.stop - chunk.first, 4 * chunk.site.in_features**2
     held = min(count, EXPERTS) * one

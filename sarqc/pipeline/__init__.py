@@ -7,7 +7,7 @@ walk, task    one micro-batch on its way, in a greenlet       points       where
 thread_state  what torch keeps for a thread                   handed       a forward that enters a model in its middle
 parking       what suspended micro-batches hold, moved out    activation_store  where to; holding: whether at all
 grams         sums over micro-batches, folds and ranks        quantize_site     lambda, codes, on one rank or many
-channel_scales  the scales of one block (AWQ)                 block_scales      how they are chosen in the driver
+channel_scales  the scales of one block (AWQ)
 sensitivity   what each site costs at each bit-width          bit_allocation    which layer gets how many bits
 passage       a text through a model, block by block          journal      stages, seconds and notes of a block
 comm          the ranks of a run                              work_split   which rank does what

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import NumericError
-from sarqc.method.gram import shortening
+from sarqc.method.gram import Gram, Statistics, shortening, shrink_experts
 from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.residual import residual_writes
 from sarqc.model.sites import ResidualWrite, Site, SiteChunk, find_sites, separate_sites, stack, write_back
-from sarqc.pipeline.block_scales import scales_of_block
+from sarqc.model.smoothing import find_mappings
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.comm import synchronize_oom
 from sarqc.pipeline.forward import Forward
@@ -100,7 +100,7 @@ class Block:
     def quantize(self, streams: Streams) -> None:
         """Quantize every site as the micro-batches reach it; they wait in front of the block, loaded and looked at."""
         if self.solving.method.channel_scales and self.sites:
-            self.scales = scales_of_block(self, streams)
+            self.scales = self._choose_scales(streams)
             self.changed = synchronize_oom(self.solving.comm, self.scales.fold_in)
         by_entry = {site.entry: site for site in self.sites}
         by_reader = {site.residual_write.reader: site for site in self.sites if site.residual_write}
@@ -150,6 +150,36 @@ class Block:
 
     def _entry(self, site: Site) -> Point:
         return Point("site", self.index, site.entry)
+
+    def _choose_scales(self, streams: Streams) -> BlockScales:
+        """The channel scales (AWQ), from a run of the block that is dropped: they end up in weights of other sites, so
+        every site is observed before any is quantized. Sites whose outputs are corrected have none: what would take up
+        their scales is quantized by then."""
+        solving, comm = self.solving, self.solving.comm
+        scaled = [site for site in self.sites if not site.residual_write]
+        chunked = self.portions.of(scaled, streams.text.folds)
+        with self.journal.stage(self.index, "scale"):
+            find = partial(find_mappings, solving.lazy, self.index, scaled, streams.call(self.index))
+            mappings, reasons = synchronize_oom(comm, find)
+            scales = BlockScales(solving.lazy, solving.source, scaled, mappings, reasons, comm)
+        for chunks in chunked:
+            with self.journal.stage(self.index, "forward"):
+                collected, notes = self.collector(streams).collect(chunks, partial(self._observed, chunks, streams))
+            self.journal.notes += notes
+            with self.journal.stage(self.index, "scale"):
+                solving.choose(self.index, chunks, collected)
+                grams = synchronize_oom(comm, partial(_shrunk, collected, solving.method.expert_shrinkage))
+                scales.decide(chunks, grams, solving.cost, solving.quant_of, solving.scale_dtype(chunks[0].site))
+        return scales
+
+    def _observed(self, chunks: Sequence[SiteChunk], streams: Streams) -> Iterator[Rows]:
+        """The inputs of every site of these chunks, in a run of the block that is dropped."""
+        sites = {chunk.site.entry: chunk.site for chunk in chunks}
+        for arrivals, (_, fold) in zip(streams.quantized.look(self.index), streams.text.batches):
+            for arrival in arrivals:
+                site = sites.get(arrival.point.name) if arrival.point.kind == "site" else None
+                if site is not None:
+                    yield Rows(site, fold, arrival.x.reshape(-1, site.in_features), arrival.offsets)
 
     def _quantize(self, site: Site, point: Point, streams: Streams) -> None:
         """Sum a site's Grams and solve it, in portions; put the weights in place, or correct what it has put out."""
@@ -244,6 +274,10 @@ def put(
                     whole if stored.expert is None else whole[stored.expert, stored.start : stored.start + stored.rows]
                 )
                 part.copy_(changed[stored.name])
+
+
+def _shrunk(collected: Sequence[Statistics], shrinkage: float) -> list[Gram]:
+    return [shrink_experts(statistics, shrinkage) for statistics in collected]
 
 
 def _drift(reference: Tensor, stream: Tensor) -> Tensor:

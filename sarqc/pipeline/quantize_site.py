@@ -1,6 +1,6 @@
-"""Solving the chunks of a block, each rank some of them: strengths first, then codes, and then everybody has all.
+"""Solving the chunks of a block, each rank some of them: lambdas first, then codes, and then everybody has all.
 
-A chunk's strengths are chosen on one rank, and its experts' pool is summed over all of them on each, so that it makes
+A chunk's lambdas are chosen on one rank, and its experts' pool is summed over all of them on each, so that it makes
 no difference to what comes out on which rank a matrix is solved, or beside how many others.
 """
 
@@ -47,11 +47,11 @@ class SiteQuantizer:
     search: dict[str, LambdaChoice] = field(default_factory=dict)
 
     def begin(self, lambda_search: LambdaSearch) -> None:
-        """Begin a block, or begin it again, knowing so much of strengths."""
+        """Begin a block, or begin it again, with what earlier blocks say of lambdas."""
         self.lambda_search.tracks, self.choices, self.search = lambda_search.copy().tracks, {}, {}
 
     def choose(self, index: int, chunks: Sequence[SiteChunk], collected: Sequence[Statistics]) -> None:
-        """The strength of each chunk, chosen once in a block; sites of other blocks at the same place share their
+        """The lambda of each chunk, chosen once in a block; sites of other blocks at the same place share their
         answers. All chunks are of different sites, so none waits for another's answer. Experts that are observed in a
         later pass than the first of their layer take its choice: a layer answers once, however little memory there is.
         """

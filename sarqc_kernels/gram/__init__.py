@@ -113,12 +113,12 @@ def symmetrize_(gram: Tensor) -> Tensor:
 
 
 def gram_finalize(
-    gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float, *, backend: str | None = None
+    gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tensor, damp: float, *, backend: str | None = None
 ) -> Tensor:
-    """The matrix that is factored: H + diag(strength_e * salience_e) + damp * mean(diag H_e) I with H = gram / rows.
+    """The matrix that is factored: H + diag(lambda_e * saliency_e) + damp * mean(diag H_e) I with H = gram / rows.
 
     gram: fp32 [E, K, K], its lower triangle, as `gram_accumulate_` leaves it. rows: int64 [E]; no row counts as one.
-    salience: fp32 [E, K]. strength: fp32 [E]. damp: relative to the mean of H's diagonal, which counts as 1 where it
+    saliency: fp32 [E, K]. reg_lambda: fp32 [E]. damp: relative to the mean of H's diagonal, which counts as 1 where it
     is not above zero. Returns fp32 [E, K, K] in memory of its own, exactly symmetric. Nothing waits for the device.
     Raises ArgumentError for other shapes, dtypes or devices.
     """
@@ -126,10 +126,10 @@ def gram_finalize(
         raise ArgumentError(f"gram is {gram.dtype} {list(gram.shape)}: pass torch.float32 [experts, inputs, inputs]")
     experts, inputs = gram.shape[:2]
     check_tensor("rows", rows, (experts,), torch.int64)
-    check_tensor("salience", salience, (experts, inputs), torch.float32)
-    check_tensor("strength", strength, (experts,), torch.float32)
-    check_same_device(gram=gram, rows=rows, salience=salience, strength=strength)
-    out: Tensor = _gram_finalize(gram, rows, salience, strength, damp, backend)
+    check_tensor("saliency", saliency, (experts, inputs), torch.float32)
+    check_tensor("reg_lambda", reg_lambda, (experts,), torch.float32)
+    check_same_device(gram=gram, rows=rows, saliency=saliency, reg_lambda=reg_lambda)
+    out: Tensor = _gram_finalize(gram, rows, saliency, reg_lambda, damp, backend)
     return out
 
 
@@ -151,15 +151,15 @@ def _(
 
 @torch.library.custom_op("sarqc::gram_finalize", mutates_args=())
 def _gram_finalize(
-    gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float, backend: str | None = None
+    gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tensor, damp: float, backend: str | None = None
 ) -> Tensor:
-    args = (gram, rows, salience, strength, damp)
+    args = (gram, rows, saliency, reg_lambda, damp)
     out: Tensor = pick("gram_finalize", fastest_first(_FINALIZE, gram), args, backend).run(*args)
     return out
 
 
 @_gram_finalize.register_fake
 def _(
-    gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float, backend: str | None = None
+    gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tensor, damp: float, backend: str | None = None
 ) -> Tensor:
     return torch.empty_like(gram, memory_format=torch.contiguous_format)

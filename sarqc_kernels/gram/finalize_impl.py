@@ -44,7 +44,7 @@ def _mean_diagonal(gram, rows, mean, inputs, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["units"])
-def _finalize(gram, rows, salience, strength, mean, out, damp, inputs, units, SIZE: tl.constexpr):
+def _finalize(gram, rows, saliency, reg_lambda, mean, out, damp, inputs, units, SIZE: tl.constexpr):
     """One tile and its mirror image; on the diagonal what regularises is added."""
     item = tl.program_id(0)
     unit, expert = item % units, item // units
@@ -59,8 +59,8 @@ def _finalize(gram, rows, salience, strength, mean, out, damp, inputs, units, SI
     count = tl.maximum(tl.load(rows + expert), 1).to(tl.float32)
     tile = tl.div_rn(tile, tl.zeros_like(tile) + count)
     if tile_row == tile_column:
-        known = tl.load(salience + tl.cast(expert, tl.int64) * inputs + i, mask=i < inputs, other=0.0)
-        added = tl.load(strength + expert) * known + damp * tl.load(mean + expert)
+        known = tl.load(saliency + tl.cast(expert, tl.int64) * inputs + i, mask=i < inputs, other=0.0)
+        added = tl.load(reg_lambda + expert) * known + damp * tl.load(mean + expert)
         tile = tl.where(lower, tile, tl.trans(tile))
         tile = tl.where(i[:, None] == j[None, :], tile + added[:, None], tile)
     else:
@@ -68,9 +68,9 @@ def _finalize(gram, rows, salience, strength, mean, out, damp, inputs, units, SI
     tl.store(out + spot, tile, mask=inside)
 
 
-def gram_finalize(gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float) -> Tensor:
+def gram_finalize(gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tensor, damp: float) -> Tensor:
     """Triton implementation of `sarqc_kernels.gram.gram_finalize`; does not wait for the device."""
-    experts, inputs = salience.shape
+    experts, inputs = saliency.shape
     out, mean = torch.empty_like(gram), torch.empty(experts, dtype=torch.float32, device=gram.device)
     if experts and inputs:
         side = -(-inputs // SIZE)
@@ -78,14 +78,14 @@ def gram_finalize(gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor
         with on_device(gram):
             _mean_diagonal[(experts,)](gram, rows, mean, inputs, BLOCK=BLOCK, num_warps=WARPS)
             _finalize[(experts * units,)](
-                gram, rows, salience, strength, mean, out, damp, inputs, units, SIZE=SIZE, num_warps=WARPS
+                gram, rows, saliency, reg_lambda, mean, out, damp, inputs, units, SIZE=SIZE, num_warps=WARPS
             )
     return out
 
 
 def aot_jobs() -> Iterator[AotJob]:
     """The two kernels, for widths that 16 divides and for others."""
-    pointers = dict(gram="*fp32", rows="*i64", salience="*fp32", strength="*fp32", mean="*fp32", out="*fp32")
+    pointers = dict(gram="*fp32", rows="*i64", saliency="*fp32", reg_lambda="*fp32", mean="*fp32", out="*fp32")
     options = {"num_warps": WARPS}
     for arch in ARCHS:
         yield AotJob("gram mean of the diagonal", _mean_diagonal, arch,

@@ -52,10 +52,10 @@ def symmetrize_(gram: Tensor) -> Tensor:
     return gram
 
 
-def gram_finalize(gram: Tensor, rows: Tensor, salience: Tensor, strength: Tensor, damp: float) -> Tensor:
+def gram_finalize(gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tensor, damp: float) -> Tensor:
     """Reference of `sarqc_kernels.gram.gram_finalize`."""
     out = symmetrize_(gram / rows.clamp(min=1)[:, None, None])
     diagonal = out.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
-    diagonal += strength[:, None] * salience + damp * torch.where(mean > 0, mean, torch.ones_like(mean))
+    diagonal += reg_lambda[:, None] * saliency + damp * torch.where(mean > 0, mean, torch.ones_like(mean))
     return out

@@ -12,13 +12,9 @@ all processors share: bytes from memory, and bytes from the L2 cache, of which e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sarqc_kernels.device import Device
 from sarqc_kernels.w4a16.layout import TILE_K
-
-if TYPE_CHECKING:
-    from sarqc_kernels.w4a16.config import Plan
+from sarqc_kernels.w4a16.plan import Plan
 
 __all__ = ["RESIDENT", "programs_of", "seconds_of"]
 

@@ -222,7 +222,7 @@ def test_help_teaches_and_is_quick():
     assert all(f"{method} {about.about}" in lines for method, about in METHODS.items())
 
 
-def test_saliency_and_strength_reach_the_solver(source, tmp_path):
+def test_saliency_and_lambda_reach_the_solver(source, tmp_path):
     options = ("--method", "sarqc-awq-gptq", "--saliency", "power:0.5", "--reg-lambda", "0.3")
     done = sarqc("quantize", source, "-o", tmp_path / "out", *RUN, *options, "--json")
     report = json.loads(done.stdout)

@@ -22,8 +22,8 @@ import sys
 import sarqc
 from sarqc.system import peak_memory_mib
 model, out, method = sys.argv[1:]
-strength = None if method == "rtn" else 0.3
-sarqc.quantize(model, out, activation_budget=0, num_samples=4, seqlen=64, strength=strength, method=method)
+reg_lambda = None if method == "rtn" else 0.3
+sarqc.quantize(model, out, activation_budget=0, num_samples=4, seqlen=64, reg_lambda=reg_lambda, method=method)
 print(peak_memory_mib()["host"] << 20)
 """
 

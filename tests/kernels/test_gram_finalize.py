@@ -18,8 +18,8 @@ def sums(generator: torch.Generator, experts: int, inputs: int, device: str):
     gram.diagonal(dim1=1, dim2=2).abs_()
     gram += torch.full((inputs, inputs), float("nan")).triu(1)
     rows = torch.randint(1, 1000, (experts,), generator=generator)
-    salience, strength = torch.rand(experts, inputs, generator=generator), torch.rand(experts, generator=generator)
-    return tuple(each.to(device) for each in (gram, rows, salience, strength))
+    saliency, reg_lambda = torch.rand(experts, inputs, generator=generator), torch.rand(experts, generator=generator)
+    return tuple(each.to(device) for each in (gram, rows, saliency, reg_lambda))
 
 
 @pytest.mark.parametrize("inputs", [1, 5, 64, 130, 192])
@@ -27,16 +27,16 @@ def sums(generator: torch.Generator, experts: int, inputs: int, device: str):
 def test_against_the_definition(
     experts: int, inputs: int, backend: str, device: str, generator: torch.Generator
 ) -> None:
-    gram, rows, salience, strength = sums(generator, experts, inputs, device)
+    gram, rows, saliency, reg_lambda = sums(generator, experts, inputs, device)
     kept = gram.clone()
     with poisoned_empty():
-        out = gram_finalize(gram, rows, salience, strength, 0.01, backend=backend)
+        out = gram_finalize(gram, rows, saliency, reg_lambda, 0.01, backend=backend)
     assert torch.equal(gram.nan_to_num(7.0), kept.nan_to_num(7.0))
     assert torch.equal(out, out.mT)
     lower = gram.tril() / rows[:, None, None]
     assert torch.equal(out.tril(-1), lower.tril(-1))  # one rounding, so the same bits
     diagonal = lower.double().diagonal(dim1=1, dim2=2)
-    exact = diagonal + strength.double()[:, None] * salience.double() + 0.01 * diagonal.mean(1, keepdim=True)
+    exact = diagonal + reg_lambda.double()[:, None] * saliency.double() + 0.01 * diagonal.mean(1, keepdim=True)
     # every term is positive: the sum of K terms for the mean, a product or quotient, two additions round
     error = (out.diagonal(dim1=1, dim2=2) - exact).abs()
     assert (error <= (4 + 0.01 * inputs) * EPS * exact).all()
@@ -45,8 +45,8 @@ def test_against_the_definition(
 def test_an_expert_without_rows_gets_the_floor(backend: str, device: str) -> None:
     """No mean to be relative to: it counts as 1, so the matrix has a factor."""
     zero = torch.zeros(2, 40, 40, device=device)
-    rows, salience = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, 40, device=device)
-    out = gram_finalize(zero, rows, salience, torch.tensor([0.0, 2.0], device=device), 0.5, backend=backend)
+    rows, saliency = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, 40, device=device)
+    out = gram_finalize(zero, rows, saliency, torch.tensor([0.0, 2.0], device=device), 0.5, backend=backend)
     eye = torch.eye(40, device=device)
     assert torch.equal(out, torch.stack([0.5 * eye, 2.5 * eye]))
 
@@ -58,14 +58,14 @@ def test_backends_agree(backend: str, device: str, generator: torch.Generator) -
 
 
 def test_refuses_what_does_not_fit(generator: torch.Generator) -> None:
-    gram, rows, salience, strength = sums(generator, 2, 6, "cpu")
+    gram, rows, saliency, reg_lambda = sums(generator, 2, 6, "cpu")
     for broken, words in (
-        ((gram.half(), rows, salience, strength), "gram is torch.float16"),
-        ((gram[:, :5], rows, salience, strength), "gram is"),
-        ((gram, rows.int(), salience, strength), "rows is torch.int32"),
-        ((gram, rows, salience[:1], strength), "salience is"),
-        ((gram, rows, salience, strength[:, None]), "strength is"),
-        ((gram, rows, salience, strength.to("meta")), "strength is on meta"),
+        ((gram.half(), rows, saliency, reg_lambda), "gram is torch.float16"),
+        ((gram[:, :5], rows, saliency, reg_lambda), "gram is"),
+        ((gram, rows.int(), saliency, reg_lambda), "rows is torch.int32"),
+        ((gram, rows, saliency[:1], reg_lambda), "saliency is"),
+        ((gram, rows, saliency, reg_lambda[:, None]), "reg_lambda is"),
+        ((gram, rows, saliency, reg_lambda.to("meta")), "reg_lambda is on meta"),
     ):
         with pytest.raises(ArgumentError, match=words):
             gram_finalize(*broken, 0.0)

@@ -13,7 +13,7 @@ from sarqc.method.hessian import regularised_hessian
 from sarqc.method.layer import solve_site
 
 SPEC = MethodConfig(reg_lambda=0.3, error_correction=True)
-STRENGTH = torch.tensor([0.3])
+LAMBDA = torch.tensor([0.3])
 
 
 def drifted(
@@ -49,8 +49,8 @@ def test_completing_the_square(generator):
     x, cross_gram = drifted(40, 12, 5, generator)
     weight = torch.randn(1, 5, 12, generator=generator)
     gram = seen((x, cross_gram)).total()
-    full = shift("s", gram, STRENGTH, SPEC)[0].double()
-    hessian = regularised_hessian(gram, STRENGTH, SPEC)[0].double()
+    full = shift("s", gram, LAMBDA, SPEC)[0].double()
+    hessian = regularised_hessian(gram, LAMBDA, SPEC)[0].double()
     anchor = hessian - gram.second_moment()[0].double()
     w, r, y = weight[0].double(), cross_gram.double(), x.double()
     for share in (0.3, 1.0):
@@ -68,12 +68,12 @@ def test_completing_the_square(generator):
 def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
     folds = [drifted(60, 12, 6, generator, noise=1.0) for _ in range(2)]
     statistics = seen(*folds)
-    share = held_out_share("s", statistics, STRENGTH, SPEC)
+    share = held_out_share("s", statistics, LAMBDA, SPEC)
 
     def loss(a: float) -> float:
         total = 0.0
         for (x, cross_gram), fitted in zip(reversed(folds), statistics.folds):
-            gained = a * shift("s", fitted, STRENGTH, SPEC)[0].double()
+            gained = a * shift("s", fitted, LAMBDA, SPEC)[0].double()
             total += float((x.double() @ gained.T - cross_gram.double()).pow(2).sum() / 60)
         return total
 
@@ -84,19 +84,19 @@ def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
 def test_no_drift_no_shift(generator):
     x, weight = torch.randn(40, 12, generator=generator), torch.randn(1, 6, 12, generator=generator)
     none = torch.zeros(20, 6)
-    assert shifted("s", weight, seen((x[:20], none), (x[20:], none)), STRENGTH, SPEC) == (weight, 0.0)
-    assert shifted("s", weight, seen((x, x[:, :6])), STRENGTH, SPEC) == (weight, 0.0)  # one fold: no one to judge
+    assert shifted("s", weight, seen((x[:20], none), (x[20:], none)), LAMBDA, SPEC) == (weight, 0.0)
+    assert shifted("s", weight, seen((x, x[:, :6])), LAMBDA, SPEC) == (weight, 0.0)  # one fold: no one to judge
     plain = Statistics.zeros(1, 12, 2)
     plain.add(x[:20])
     plain.add(x[20:], fold=1)
-    assert shifted("s", weight, plain, STRENGTH, SPEC) == (weight, 0.0)  # not the last of its block
+    assert shifted("s", weight, plain, LAMBDA, SPEC) == (weight, 0.0)  # not the last of its block
 
 
 def test_unrelated_errors_are_left_alone(generator):
     """Folds that drift in opposite directions: what one teaches is wrong on the other."""
     x, cross_gram = drifted(80, 12, 6, generator)
     weight = torch.randn(1, 6, 12, generator=generator)
-    target, share = shifted("s", weight, seen((x[:40], cross_gram[:40]), (x[40:], -cross_gram[40:])), STRENGTH, SPEC)
+    target, share = shifted("s", weight, seen((x[:40], cross_gram[:40]), (x[40:], -cross_gram[40:])), LAMBDA, SPEC)
     assert share == 0.0 and target is weight
 
 

@@ -112,7 +112,7 @@ def test_auto_does_better_on_new_text_than_no_regulariser(generator):
 
 
 def test_hopeless_statistics_end_in_plain_rounding_and_say_so(generator, monkeypatch):
-    """Folds that contradict each other: what is learnt on one is wrong on the other, at every strength tried."""
+    """Folds that contradict each other: what is learnt on one is wrong on the other, at every lambda tried."""
     weight = torch.randn(1, 32, 16, generator=generator)
     statistics = two_folds(torch.ones(8, 16), torch.ones(8, 16))
 

@@ -52,7 +52,7 @@ def test_the_metric_is_the_mean_the_pull_and_the_floor(generator):
     torch.testing.assert_close(found, hessian + torch.diag_embed(added), rtol=1e-3, atol=1e-6)
 
 
-def test_strength_is_free_of_scale(generator):
+def test_lambda_is_free_of_scale(generator):
     hessian, reg_lambda = spd(1, 12, generator), torch.tensor([0.3])
     spec = MethodConfig(saliency="rms", damp=1e-3)
     small, large = (regularised_hessian(gram_of(scale * hessian), reg_lambda, spec) for scale in (1, 1024))

@@ -37,7 +37,7 @@ def choose(lambdas, validation, spec=AUTO, kind="down", rows=ROWS):
     return lambdas.choose(kind, rows, 512, spec, validation)
 
 
-def test_a_given_strength_is_taken_as_it_is_and_nobody_is_asked():
+def test_a_given_lambda_is_taken_as_it_is_and_nobody_is_asked():
     validation = Bowl(1.0)
     choice = choose(LambdaSearch(), validation, MethodConfig(reg_lambda=0.7), rows=torch.tensor([5, 0]))
     assert torch.equal(choice.reg_lambda, torch.tensor([0.7, 0.7])) and not validation.asked and choice.why == "given"
@@ -80,7 +80,7 @@ def test_of_equals_the_strongest_is_taken():
     assert float(choice.reg_lambda) == 1.0 and "largest" in choice.why
 
 
-def test_few_strengths_are_tried_and_each_once():
+def test_few_lambdas_are_tried_and_each_once():
     validation = Bowl(0.3)
     curve = validation_curve([], 0.3, validation)
     assert list(curve) == [0.1, 0.3, 1.0] == validation.asked
@@ -108,7 +108,7 @@ def test_kinds_do_not_know_of_each_other_and_scales_do_not_matter():
     assert float(choose(lambdas, Bowl(0.1), kind="qkv").reg_lambda) == pytest.approx(0.1)
 
 
-def test_plain_rounding_wins_where_no_strength_beats_it():
+def test_plain_rounding_wins_where_no_lambda_beats_it():
     lambdas = LambdaSearch()
     assert choose(lambdas, Bowl(0.3, level=1.2)).rounded
     assert not choose(lambdas, Bowl(0.3, level=0.2)).rounded  # the pool has seen better since

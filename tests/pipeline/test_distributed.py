@@ -15,7 +15,7 @@ import torch
 import sarqc
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import Interrupted, NumericError
-from sarqc.pipeline import block, block_scales, distributed, grams, quantize_site
+from sarqc.pipeline import block, distributed, grams, quantize_site
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.progress import NoProgress
 from sarqc.pipeline.resume import default_work
@@ -180,8 +180,8 @@ def test_memory_that_runs_out_on_one_rank_makes_all_take_less(models, straight, 
 @pytest.mark.parametrize(
     ("room", "name"),
     [
-        (block_scales, "find_mappings"),
-        (block_scales, "shrink_experts"),
+        (block, "find_mappings"),
+        (block, "shrink_experts"),
         (grams, "_finite"),
         (BlockScales, "_take"),
         (block, "residual_writes"),

@@ -1,4 +1,4 @@
-"""What the block loop gathers beyond plain Grams: folds to choose a strength on, the pool, the original's states."""
+"""What the block loop gathers beyond plain Grams: folds to choose a lambda on, the pool, the original's states."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def handed_over(monkeypatch):
     return found
 
 
-def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over, monkeypatch):
+def test_a_lambda_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny, handed_over, monkeypatch):
     """Two of them to choose by, and what is solved has seen both as one."""
     lambda_search, folds, choose = LambdaSearch(), [], quantize_site.choose_lambda
 
@@ -92,7 +92,7 @@ def test_a_strength_to_choose_means_two_folds_and_scores_pooled_over_depth(tiny,
         assert report.held_out["kind"] in kinds and len(report.held_out["curve"]) >= 3
 
 
-def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, handed_over):
+def test_a_given_lambda_needs_one_fold_and_one_window_leaves_the_rule(tiny, handed_over):
     list(run(tiny("llama"), MethodConfig(reg_lambda=0.5, error_correction=False)))
     assert all(len(statistics.folds) == 1 for statistics in handed_over.values())
     case = tiny("llama")
@@ -100,7 +100,7 @@ def test_a_given_strength_needs_one_fold_and_one_window_leaves_the_rule(tiny, ha
     assert all("prior" in report.held_out["why"] for result in results for report in result.reports)
 
 
-def test_reports_hold_all_that_was_learnt_about_strengths(tiny):
+def test_reports_hold_all_that_was_learnt_about_lambdas(tiny):
     """What a run that is taken up again restores from the reports of a block is what was known when it was done."""
     lambda_search = LambdaSearch()
     first = next(run(tiny("llama"), start=from_the_first(lambda_search)))

@@ -1,13 +1,13 @@
-"""Is the strength that a run chooses as good as the best one, chosen with the test text in hand?
+"""Is the lambda that a run chooses as good as the best one, chosen with the test text in hand?
 
-    python -m benchmarks.quality.strength MODEL results.jsonl --calibration wiki=calibration.txt \
+    python -m benchmarks.quality.lambda_search MODEL results.jsonl --calibration wiki=calibration.txt \
         --evaluation wiki=evaluation.txt --evaluation python=builtin \
         --case 3:4:0 --case 3:16:0 --set reg_lambda=auto --set reg_lambda=0.3 --set expert_shrinkage=0.25 ...
 
 A case is BITS:WINDOWS:SEED; with a decimal point in BITS layers get widths that average so many with scales. Windows of
 --seqlen tokens are drawn from the calibration text with the seed. Each --set is a run: fields of `MethodConfig`, with
 commas between them. Judged on --eval-windows windows of each text, evenly spaced. Every run adds a line of JSON:
-perplexities, seconds of each stage, strengths, widths and shares carried of each kind of site.
+perplexities, seconds of each stage, and of each kind of site its lambdas, bit-widths and correction shares.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def allocated(
 
 
 def record(results: list[Any]) -> dict[str, Any]:
-    """Seconds of the stages, and of each kind of site its strengths and shares over depth."""
+    """Seconds of the stages, and of each kind of site its lambdas, bit-widths and correction shares over depth."""
     found: dict[str, Any] = {"seconds": {}, "reg_lambda": {}, "correction_share": {}, "widths": {}, "error": 0.0}
     reports = [report for result in results for report in result.reports]
     for result in results:
