@@ -81,8 +81,13 @@ def said(result: dict[str, Any]) -> str:
 
 
 def staged(work: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Call `work` in a forked process; how it ended (ok, refused, traceback, killed), its value and its error."""
-    context = multiprocessing.get_context("fork")
+    """Call `work` in a process of its own; how it ended (ok, refused, traceback, timeout), its value and its error.
+
+    The process is forked from a server that only imported the libraries: a fork of this one would wait for ever
+    at its first parallel loop if an OpenMP pool ran here before, and would have what was registered here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.modeling_utils", "compressed_tensors", __name__])
     answers: Any = context.Queue()
     child = context.Process(target=_answer, args=(answers, work, arguments))
     child.start()
@@ -96,8 +101,11 @@ def staged(work: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
 
 
 def _answer(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch
+
     from sarqc.errors import SarqcError
 
+    torch.set_num_threads(1)
     try:
         answers.put({"how": "ok", "value": work(*arguments), "error": None})
     except SarqcError as error:
@@ -108,9 +116,6 @@ def _answer(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) 
 
 
 def _build(row: str, folder: Path) -> str:
-    import torch
-
-    torch.set_num_threads(1)
     model = build(row, folder)
     if condition := row.removesuffix("+vl").partition("@")[2]:
         CONDITION[condition](folder, model)
@@ -118,12 +123,9 @@ def _build(row: str, folder: Path) -> str:
 
 
 def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> dict[str, Any]:
-    import torch
-
     import sarqc
     from sarqc.checkpoint.reader import open_checkpoint
 
-    torch.set_num_threads(1)
     more = {"method": method} if method else {}
     told = sarqc.quantize(source, out, ignore=ignore, **SETTINGS, **more).report["targets"]
     sizes = dict.fromkeys((*told["left"], *told["ignored"]), 0)
