@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sarqc.errors import ArgumentError, ResourceError
@@ -59,12 +59,19 @@ def test_the_dearest_go_first_to_whoever_has_least():
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([8, 64, 96])), min_size=1, max_size=6), st.integers(1, 8))
-def test_pieces_are_all_experts_once(shapes, size):
+@example([(1, 8)], 2)
+def test_work_items_cover_every_row_of_every_expert_once(shapes, size):
     chunks = [SiteChunk(site(f"s{n}", experts, 16, k), 0, experts) for n, (experts, k) in enumerate(shapes)]
     found = work_items(chunks, size, torch.device("cpu"), gram=True)
     for number, chunk in enumerate(chunks):
-        own = [item.chunk for item in found if item.number == number]
-        assert [e for item in own for e in range(item.first, item.stop)] == list(range(chunk.stop))
+        own = [item for item in found if item.number == number]
+        covered = [
+            (expert, row)
+            for item in own
+            for expert in range(item.chunk.first, item.chunk.stop)
+            for row in range(16)[item.rows or slice(None)]
+        ]
+        assert covered == [(expert, row) for expert in range(chunk.stop) for row in range(16)]
     loads = [sum(cost(item.chunk) for item in found if item.owner == rank) for rank in range(size)]
     assert max(loads) <= sum(loads) / size + max(cost(item.chunk) for item in found)
     if size == 1:
