@@ -60,16 +60,24 @@ def _fuse(source: Path, tensors: dict[str, torch.Tensor]) -> None:
             matrix[slab.start :: slab.step][: slab.shape[0]] = tensors.pop(name).float()
 
 
-def auto_class(row: str) -> Any:
-    """The automatic class of transformers that loads a row."""
+def load(row: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The fp32 model of a row, by an automatic class or by the one it names if its type is unknown, and what lacks."""
     import transformers
 
-    return transformers.AutoModelForMultimodalLM if row.endswith("+vl") else transformers.AutoModelForCausalLM
+    named = json.loads((folder / "config.json").read_text())
+    cls = transformers.AutoModelForMultimodalLM if row.endswith("+vl") else transformers.AutoModelForCausalLM
+    how = {}
+    if named["model_type"] not in transformers.CONFIG_MAPPING:
+        cls = getattr(transformers, named["architectures"][0])
+        how["config"] = cls.config_class.from_pretrained(folder)
+        how["config"].model_type = cls.config_class.model_type
+    model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+    return model, info
 
 
 def outputs(row: str, folder: Path) -> dict[str, Any]:
     """fp32 logits of two rows of tokens, five greedy tokens, and what was not found when the folder was loaded."""
-    model, info = auto_class(row).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = load(row, folder)
     with torch.inference_mode():
         logits = model.eval()(input_ids=TOKENS).logits.float()
         try:
@@ -88,6 +96,8 @@ def reference(row: str, source: Path, out: Path, work: Path) -> dict[str, Any]:
     dense = work / "dense"
     packed = unpack(source, out, dense)
     found = {"fp32": outputs(row, dense)}
+    if found["fp32"]["missing"]:
+        raise ValueError(f"transformers does not load the dense model: it misses {found['fp32']['missing'][0]}")
     tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors_of(dense).items()}
     save_file(tensors, dense / "model.safetensors")
     found["bf16"] = outputs(row, dense)  # transformers expands to the scales' dtype

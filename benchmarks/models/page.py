@@ -28,8 +28,8 @@ def text(results: dict[str, Any]) -> str:
         "loaded again. No published weights are part of this test.",
         f"Versions: {versions}. Run `make models` to repeat it.",
         "*same*: the logits are those of a dense model that compressed-tensors unpacked. *share*: quantized weights of "
-        "the decoder blocks, routers not counted. `+vl` is a multimodal wrapper, `@` a condition of published "
-        "checkpoints.",
+        "the decoder blocks; routers and matrices that stay in fp32 are not counted. `+vl` is a multimodal wrapper, "
+        "`@` a condition of published checkpoints.",
         "## Most used models and published conditions",
         _table(first, rows),
     ]

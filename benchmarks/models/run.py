@@ -19,12 +19,14 @@ from benchmarks.models.conditions import CONDITION
 
 TIMEOUT = 300
 SETTINGS = {"bits": 4, "group_size": 32, "num_samples": 4, "seqlen": 32}
+UNCOUNTED = "choose|router|keeps it in fp32|is no Linear and has fewer"
+"""Reasons to leave a matrix that is not one of the decoder's Linears, or that servers keep in 16 bits."""
 
 
 def sweep(wanted: list[str], out: Path, method: str, *, again: bool) -> None:
     """Run rows and keep each result in `out` as it comes."""
     kept = json.loads(out.read_text()) if out.exists() else {"rows": {}}
-    kept |= {"versions": _versions(), "settings": SETTINGS}
+    kept |= {"versions": _versions(), "settings": SETTINGS | {"method": method or "the default"}}
     for number, row in enumerate(wanted):
         if row in kept["rows"] and not again:
             continue
@@ -87,7 +89,17 @@ def staged(work: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     at its first parallel loop if an OpenMP pool ran here before, and would have what was registered here.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.modeling_utils", "compressed_tensors", __name__])
+    context.set_forkserver_preload(
+        [
+            "torch",
+            "transformers.modeling_utils",
+            "compressed_tensors",
+            "sarqc.entrypoints.quantize",
+            "sarqc.pipeline.driver",
+            "benchmarks.models.check",
+            __name__,
+        ]
+    )
     answers: Any = context.Queue()
     child = context.Process(target=_answer, args=(answers, work, arguments))
     child.start()
@@ -136,11 +148,19 @@ def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> 
                 sizes[linear] = 1
                 for size in shape:
                     sizes[linear] *= size
-    chosen = {name for name, reason in told["left"].items() if "choose" in reason or "router" in reason}
-    left = sum(size for name, size in sizes.items() if name not in chosen)
-    share = round(told["weights"] / (told["weights"] + left), 4)
+    uncounted = {name for name, reason in told["left"].items() if re.search(UNCOUNTED, reason)}
+    unquantized = sum(size for name, size in sizes.items() if name not in uncounted)
+    share = round(told["weights"] / (told["weights"] + unquantized), 4)
     known = all(sizes.values())  # a layer that is made of several tensors has no size of its own in the checkpoint
-    return {"linears": told["quantized"]} | ({"share": share} if known else {})
+    with open_checkpoint(out) as checkpoint:
+        layers = sorted({_kind(linear) for linear in checkpoint.linears()})
+    left = {_kind(name): reason for name, reason in told["left"].items()}
+    return {"linears": told["quantized"], "layers": layers, "left": left} | ({"share": share} if known else {})
+
+
+def _kind(linear: str) -> str:
+    """A layer's name behind the number of its block, with stars for further numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", re.split(r"\.\d+\.", linear, maxsplit=1)[-1])
 
 
 def _reference(row: str, source: Path, out: Path, work: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from sarqc.model.build import Place, gather, places
 from sarqc.model.lazy_model import assemble
 from sarqc.model.packed_linear import PackedWeight, QuantLinear
 from sarqc.model.source import PackedSource
+from sarqc.model.undeclared_experts import adopt
 from sarqc.model.weight_map import TensorSlice, trace
 
 __all__ = ["Open", "PackedConfig", "PackedQuantizer"]
@@ -82,6 +83,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ModelError("a packed model is loaded from files: give from_pretrained a folder or a hub id")
         self._folder, self._dtype = Path(files[0]).parent, model.dtype
         with torch.device("cpu"), self._open(self._folder) as source:  # transformers calls this under meta
+            adopt(model)
             slices = trace(model, source)
             stored = set(source.linears())
             self._packers = {linear: source.packer(linear) for linear in stored}

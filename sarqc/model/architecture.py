@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sarqc.errors import ModelError, first_line
 from sarqc.model.checks import check_config
@@ -23,13 +23,31 @@ _AUTO = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageT
 
 
 def read_config(folder: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration in a model's folder; `ModelError` where there is none that transformers knows."""
-    check_config(folder)
+    """The configuration in a model's folder; `ModelError` where there is none that transformers knows.
+
+    A model type that transformers does not know is read as the class that the configuration names, if transformers has
+    that (Kimi-K2 is a DeepseekV3ForCausalLM), unless the folder's own code may run.
+    """
+    known = None if trust_remote_code else _named_class(check_config(folder))
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig
+        if known is not None:
+            config = known.config_class.from_pretrained(folder)
+            config.model_type = known.config_class.model_type  # by which transformers finds its conversions
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers checks a config with whatever its fields happen to raise
         raise ModelError(f"no usable configuration in {folder}: {first_line(error)}") from error
     return config
+
+
+def _named_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
+    """The class of transformers that a configuration of an unknown type names; None for known types and classes."""
+    named = config.get("architectures")
+    if config.get("model_type") in CONFIG_MAPPING or not isinstance(named, list) or not named:
+        return None
+    found = getattr(transformers, str(named[0]), None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def language_model(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -121,7 +121,10 @@ def _bare(lazy: LazyModel, index: int, name: str, module: nn.Module, outputs: se
         inputs = weight.shape[-1]
         target = Target(stored, (weight.numel() // inputs, inputs), index, name, parameter)
         refusal = f"it is a {weight.dim()}-D parameter of {type(module).__name__}, which is no Linear"
-        yield Candidate(target, _rule(lazy, target, outputs), refusal)
+        rule = _rule(lazy, target, outputs)
+        if rule is None and target.shape[0] < NARROWEST:  # weights that mix streams or heads
+            rule = f"it is no Linear and has fewer than {NARROWEST} outputs"
+        yield Candidate(target, rule, refusal)
 
 
 def _rule(lazy: LazyModel, target: Target, outputs: set[int]) -> str | None:

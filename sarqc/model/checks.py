@@ -23,8 +23,8 @@ _SIZE = re.compile(r".*_(size|dim|rank)|d_model|n_(embd|inner|positions|ctx)")
 _COUNT = re.compile(r"(num|n)_.*|.*_layers")
 
 
-def check_config(folder: str | Path) -> None:
-    """`ModelError` where config.json in `folder` is no JSON object or holds a number that no model has."""
+def check_config(folder: str | Path) -> dict[str, Any]:
+    """config.json in `folder`; `ModelError` where it is no JSON object or holds a number that no model has."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -36,6 +36,7 @@ def check_config(folder: str | Path) -> None:
         limit = LARGEST_SIZE if _SIZE.fullmatch(key) else LARGEST_COUNT if _COUNT.fullmatch(key) else LARGEST
         if abs(value) > limit:
             raise ModelError(f"{path} says {key} = {str(value)[:24]}, more than any model has ({limit}): it is damaged")
+    return config
 
 
 def check_layers(config: Any, tensors: int) -> None:

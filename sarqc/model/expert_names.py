@@ -8,7 +8,7 @@ have other names than `gate_up_proj` and `down_proj`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Slab:
     """Where a single matrix lies in the tensor of all experts.
 
     It is rows start, start + step, ... (rows of them) of matrix `expert` of `tensor`, which is transposed first where
-    that says so. shape: (rows, inputs).
+    that says so. shape: (rows, inputs). row: its first row in the parameter of the model, once that is taken apart.
     """
 
     tensor: str
@@ -35,6 +35,7 @@ class Slab:
     step: int
     shape: tuple[int, int]
     transposed: bool
+    row: int
 
 
 def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
@@ -45,25 +46,30 @@ def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
     return found
 
 
-def single_experts(model: Any, parameter: str, fused: str) -> dict[str, Slab]:
-    """Each matrix in the tensor `fused`, which is the whole parameter of an experts module, by a name of its own.
+def single_experts(model: Any, parameter: str, stored: Sequence[str], flipped: bool = False) -> dict[str, Slab]:
+    """Each matrix of an experts module's parameter by a name of its own; nothing where `stored` has other parts.
 
-    In the order of the parameter: experts ascending, gate before up.
+    stored: the tensor of all experts, or one for the gates and one for the rest. flipped: they lie there in the
+    transpose of what the parameter is. In the order of the parameter: experts ascending, gate before up.
     """
     path, _, projection = parameter.rpartition(".")
     module = model.get_submodule(path)
     weight: Tensor = getattr(module, projection)
     gated = module.has_gate and projection == moe.projections(module)[0]
     experts, outputs, inputs = weight.mT.shape if module.is_transposed else weight.shape
-    leaves = _leaves(fused, gated, projection)
-    rows = outputs // len(leaves)
-    interleaved = gated and not getattr(module, "is_concatenated", True)
+    leaves = _leaves(stored, gated, projection)
+    if len(stored) not in (1, len(leaves)):
+        return {}
+    rows, apart = outputs // len(leaves), len(stored) > 1
+    interleaved = gated and not apart and not getattr(module, "is_concatenated", True)
     found = {}
     for expert in range(experts):
         for part, leaf in enumerate(leaves):
-            start, step = (part, len(leaves)) if interleaved else (part * rows, 1)
-            name = f"{_parent(fused)}.{expert}.{leaf}.weight"
-            found[name] = Slab(fused, expert, start, step, (rows, inputs), module.is_transposed)
+            tensor = stored[part if apart else 0]
+            start, step = (part, len(leaves)) if interleaved else (0 if apart else part * rows, 1)
+            name = f"{_parent(tensor)}.{expert}.{leaf}.weight"
+            transposed = module.is_transposed != flipped
+            found[name] = Slab(tensor, expert, start, step, (rows, inputs), transposed, part * rows)
     return found
 
 
@@ -72,7 +78,9 @@ def _parent(fused: str) -> str:
     return parent if parent.endswith("experts") else f"{parent}.experts"
 
 
-def _leaves(fused: str, gated: bool, projection: str) -> tuple[str, ...]:
-    plain = fused.removesuffix(".weight").rpartition(".")[2] in ("gate_up_proj", "up_proj", "down_proj")
-    style = _PLAIN if plain else _NUMBERED
+def _leaves(stored: Sequence[str], gated: bool, projection: str) -> tuple[str, ...]:
+    ends = tuple(name.removesuffix(".weight").rpartition(".")[2] for name in stored)
+    if len(ends) > 1:
+        return ends
+    style = _PLAIN if ends[0] in ("gate_up_proj", "up_proj", "down_proj") else _NUMBERED
     return style[2] if projection == "down_proj" else style[0] if gated else style[1]

@@ -21,8 +21,9 @@ from sarqc.model.architecture import build_on_meta, find_blocks, language_model,
 from sarqc.model.checks import check_layers
 from sarqc.model.expert_names import Slab, single_experts
 from sarqc.model.source import TensorSource
+from sarqc.model.undeclared_experts import adopt
 from sarqc.model.usage import Usage, usage
-from sarqc.model.weight_map import TensorSlice, own_names, slices_of, trace
+from sarqc.model.weight_map import TensorSlice, own_names, slices_of, tensors_of_experts, trace
 from sarqc.system import warm_up_mkl
 
 
@@ -43,6 +44,7 @@ class LazyModel:
         self._build = partial(build_on_meta, config, trust_remote_code)
         self.model = model = self._build(self.dtype)
         self.device = torch.device("cpu")
+        adopt(model)
         moe.use_sorted_experts(model)
         self.prefix, self._layers = find_blocks(model, lambda: self.usage)
         self.blocks: list[nn.Module] = list(self._layers)
@@ -96,9 +98,10 @@ class LazyModel:
             if not path.startswith(f"{self.prefix}.") or not moe.is_experts(module):
                 continue
             parameters = [f"{path}.{projection}" for projection in moe.projections(module)]
-            if not all(len(self.slices[p]) == 1 and self.slices[p][0].is_whole for p in parameters):
+            stored = {p: tensors_of_experts(self.slices[p]) for p in parameters}
+            parts = {p: self._single(p, *tensors) for p, tensors in stored.items() if tensors}
+            if len(parts) < len(parameters) or not all(parts.values()):
                 continue
-            parts = {p: self._single(p) for p in parameters}
             if any(wanted((name.removesuffix(".weight"), p)) for p, single in parts.items() for name in single):
                 for parameter, single in parts.items():
                     self.slices[parameter] = slices_of(single)
@@ -106,8 +109,8 @@ class LazyModel:
                 moe.take_apart(module)
         return found
 
-    def _single(self, parameter: str) -> dict[str, Slab]:
-        single = single_experts(self.model, parameter, self.slices[parameter][0].name)
+    def _single(self, parameter: str, stored: tuple[str, ...], flipped: bool) -> dict[str, Slab]:
+        single = single_experts(self.model, parameter, stored, flipped)
         own = own_names(self.model, parameter)
         if own is None or len(own) != len(single):
             return single
@@ -121,6 +124,7 @@ class LazyModel:
         model = self.model
         if not all(parameter.is_meta for parameter in model.parameters()):
             model = self._build(self.dtype)
+            adopt(model)
             moe.use_sorted_experts(model)
         return usage(model)
 

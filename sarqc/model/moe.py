@@ -65,28 +65,44 @@ def route(top_k_index: Tensor, num_experts: int) -> Routing:
 
 def sorted_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of one layer on hidden_states [T, H], as transformers calls them; see the file's first lines."""
-    first, second = projections(module)
     if is_fused(module):
         rows = w4a16.route(top_k_index, top_k_weights, module.num_experts)
-        gate_up, down = (getattr(module, name).prepared() for name in (first, second))
+        gate_up, down = (getattr(module, name).prepared() for name in projections(module))
         return w4a16.w4a16_experts(hidden_states, gate_up, down, rows)
     routing = route(top_k_index, module.num_experts)
     x = hidden_states[routing.tokens]
     weights = top_k_weights[routing.tokens, routing.choices]
-    _report(module, first, x, routing.offsets, weights)
-    y = _project(module, first, x, routing.offsets)
-    if getattr(module, _INTERLEAVED, False):
-        y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # as the module's own gate expects them
-    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-    _report(module, second, y, routing.offsets, weights)
-    y = _project(module, second, y, routing.offsets)
-    if getattr(module, "has_post_expert_norm", False):
-        y = module.post_expert_norm(y)
-    y = (y * weights[:, None]).to(hidden_states.dtype)
+    y = (_through(module, x, routing.offsets, weights) * weights[:, None]).to(hidden_states.dtype)
     out = torch.zeros_like(hidden_states)
     for rows in routing.slots:
         out = out + y[rows]
     return out
+
+
+def all_experts(module: Any, hidden_states: Tensor) -> Tensor:
+    """Experts that are called with the tokens of each one after the other, [E * T, H], and weigh nothing.
+
+    Rows of zeros are tokens of other experts. They come out as zeros, and are not reported.
+    """
+    kept = hidden_states.any(-1)
+    offsets = nn.functional.pad(kept.view(module.num_experts, -1).sum(1).cumsum(0), (1, 0))
+    x = hidden_states[kept]
+    out = torch.zeros_like(hidden_states)
+    out[kept] = _through(module, x, offsets, x.new_ones(len(x))).to(hidden_states.dtype)
+    return out
+
+
+def _through(module: Any, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Rows x [T, H], sorted by expert, through both projections; weights [T] are for the observer only."""
+    first, second = projections(module)
+    _report(module, first, x, offsets, weights)
+    y = _project(module, first, x, offsets)
+    if getattr(module, _INTERLEAVED, False):
+        y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # as the module's own gate expects them
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    _report(module, second, y, offsets, weights)
+    y = _project(module, second, y, offsets)
+    return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
 def is_fused(module: Any) -> bool:
@@ -96,7 +112,7 @@ def is_fused(module: Any) -> bool:
         and getattr(module, _OBSERVER, None) is None
         and module.has_gate
         and getattr(module, "is_concatenated", True)
-        and type(module)._apply_gate is _default_apply_gate
+        and getattr(type(module), "_apply_gate", None) is _default_apply_gate
         and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
         and not getattr(module, "has_post_expert_norm", False)
         and not module.has_bias
@@ -130,7 +146,7 @@ def take_apart(module: Any) -> None:
 
 def use_sorted_experts(model: Any) -> None:
     """Let every experts module of this model run `sorted_experts`."""
-    if any(is_experts(module) for module in model.modules()):
+    if any(is_experts(module) and "forward" not in vars(module) for module in model.modules()):
         model.set_experts_implementation(IMPLEMENTATION)
 
 

@@ -11,7 +11,7 @@ parameter is right, and is no candidate for quantization.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -55,6 +57,17 @@ class Conversion:
         value = _convert(self.rule, self.model, self.first, self.names, load)[self.parameter]
         tensor: Tensor = value[0] if isinstance(value, list) else value
         return tensor
+
+    def of_experts(self) -> tuple[tuple[str, ...], bool] | None:
+        """The tensors of all experts that follow each other in the parameter's rows, and whether they are transposed;
+        None where the conversion does anything else."""
+        order = [name for wanted in self.rule.source_patterns for pattern, name in self.names if pattern == wanted]
+        match self.rule.operations:
+            case [Transpose(dim0=1, dim1=2)]:
+                return tuple(order), True
+            case [Concatenate(dim=1)]:
+                return tuple(order), False
+        return None
 
     def __str__(self) -> str:
         """Its operations, for a message."""
@@ -115,8 +128,7 @@ def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dic
         module = model.get_submodule(parameter.rpartition(".")[0])
         if not moe.is_experts(module) or parameter.rpartition(".")[2] not in moe.projections(module):
             continue
-        stored = list(stored_names(model, parameter))
-        single = single_experts(model, parameter, stored[0]) if len(stored) == 1 else {}
+        single = single_experts(model, parameter, list(stored_names(model, parameter)))
         if single and single.keys() <= present:
             found[parameter] = slices_of(single)
     for path in dict.fromkeys(parameter.rpartition(".")[0] for parameter in found):
@@ -125,11 +137,16 @@ def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dic
 
 
 def slices_of(single: Mapping[str, Slab]) -> tuple[TensorSlice, ...]:
-    """Pieces of an experts module's parameter whose matrices lie in slabs, once it is taken apart."""
-    return tuple(
-        TensorSlice(name, slab.expert, slab.start * (slab.shape[0] if slab.step > 1 else 1), slab.shape[0])
-        for name, slab in single.items()
-    )
+    """Slices of an experts module's parameter whose matrices lie in slabs, once it is taken apart."""
+    return tuple(TensorSlice(name, slab.expert, slab.row, slab.shape[0]) for name, slab in single.items())
+
+
+def tensors_of_experts(slices: Sequence[TensorSlice]) -> tuple[tuple[str, ...], bool] | None:
+    """The tensors of all experts that a parameter is made of, and whether they are its transpose; None for others."""
+    if len(slices) == 1 and slices[0].is_whole:
+        return (slices[0].name,), False
+    made = slices[0].conversion
+    return None if made is None else made.of_experts()
 
 
 def own_names(model: Any, parameter: str) -> tuple[TensorSlice, ...] | None:
@@ -180,6 +197,9 @@ def _follow(
     """Send tags through one conversion, and where they do not come out, shapes; the parameters with their slices."""
     order = tuple((pattern, name) for pattern, group in names.items() for name in group)
     number = {name: at for at, (_, name) in enumerate(order)}
+    match converter.operations:  # such a rule leaves what has the parameter's shape already
+        case [Transpose(check_dims=True)] if source.shape(order[0][1]) == tuple(model.get_parameter(first).shape):
+            return {first: (TensorSlice(order[0][1], None, 0, 0),)}
     tags: dict[str, Any] = {}
     with suppress(Exception):  # an operation that cannot take a 2 x 3 matrix fails in its own way
         tags = _convert(converter, model, first, order, lambda name: _TAG + _TAG.numel() * number[name])
