@@ -133,7 +133,7 @@ class Config:
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """The default of an option as help shows it."""
+        """The default of the option `name` as help shows it."""
         one, default = options(cls)[name], default_of(cls, name)
         if one.default_text is not None:
             return one.default_text
@@ -299,6 +299,12 @@ def arguments(kinds: Iterable[type[Config]], indent: str = "    ") -> str:
             said = f"{name}: {one.help}{unit} Default: {kind.default_text(name)}."
             lines += textwrap.wrap(said, 116 - len(indent), initial_indent=indent, subsequent_indent=f"{indent}    ")
     return "\n".join(lines)
+
+
+def described(kind: type[C]) -> type[C]:
+    """Add the options of a configuration to its docstring, as attributes."""
+    kind.__doc__ = f"{inspect.cleandoc(kind.__doc__ or '')}\n\nAttributes:\n{arguments([kind])}"
+    return kind
 
 
 def documented(*kinds: type[Config]) -> Callable[[F], F]:

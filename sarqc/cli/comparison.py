@@ -23,7 +23,7 @@ def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
     note = "≈: no further from the best than that distance varies over seeds" if several else "one seed: no spread"
     for text in protocol["texts"]:
         table = Table(
-            title=escape(f"{protocol['model']} on {text['text']}, one-shot"),
+            title=escape(f"{protocol['model']} on {text['text']}"),
             caption=escape(f"unquantized: {figure(text['perplexity'])}. {note}"),
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),

@@ -65,7 +65,12 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Comparison:
-    """out: the folder with compare.json, compare.csv, compare.svg and cells.jsonl. table: what compare.json holds."""
+    """A finished comparison.
+
+    Attributes:
+        out: Folder with compare.json, compare.csv, compare.svg and cells.jsonl.
+        table: What compare.json holds.
+    """
 
     out: Path
     table: dict[str, Any]

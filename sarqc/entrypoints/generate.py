@@ -100,7 +100,21 @@ def open_chat(
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 48, **how: Any) -> str:
-    """`prompt` and its greedy continuation by at most `max_new_tokens` tokens; `how` as in `load`."""
+    """A text and its greedy continuation.
+
+    Args:
+        model: As in `load`.
+        prompt: Text to continue.
+        max_new_tokens: Most tokens to add.
+        **how: Other arguments of `load`.
+
+    Returns:
+        `prompt` and its continuation.
+
+    Raises:
+        ArgumentError: An empty prompt, one that the model cannot read to its end, or `max_new_tokens` below 1.
+        SarqcError: What `load` raises.
+    """
     if not prompt:
         raise ArgumentError("prompt is empty: give at least one word to continue")
     if max_new_tokens < 1:

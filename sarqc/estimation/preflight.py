@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from sarqc.checkpoint.assemble import MERGE_BYTES
+from sarqc.checkpoint.assemble import MERGE_BYTES, SHARD_BYTES
 from sarqc.checkpoint.formats import NEUTRAL
-from sarqc.checkpoint.writer import SHARD_BYTES
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.estimation import shapes
 from sarqc.estimation.memory import HostBuffers, Memory, estimate_memory

@@ -50,11 +50,6 @@ class Parking(TorchDispatchMode):
                 self._made[key] = StorageWeakRef(tensor.untyped_storage())
         return out
 
-    @property
-    def parked_bytes(self) -> int:
-        """Bytes that are out of memory at the moment."""
-        return sum(size for _, size, _ in self._parked.values())
-
     def held(self) -> dict[int, UntypedStorage]:
         """Storages of at least so many bytes that the micro-batch made and that are alive, by their address."""
         self._made = {key: ref for key, ref in self._made.items() if not ref.expired()}

@@ -75,13 +75,22 @@ def w4a16_experts(
 ) -> Tensor:
     """The experts of a layer, for every token.
 
-    x: bf16, fp16 or fp32 [T, H]. gate_up: prepared weight [E, 2 I, H], gate rows first. down: prepared weight
-    [E, H', I]. routing: see `Routing`. backend: see `sarqc_kernels.backend`. Returns [T, H'] in x's dtype.
+    Rounding: products as in `w4a16_matmul`. Gate, up and the rows of the second product are rounded to x's dtype or
+    kept in fp32. silu(gate) * up is computed in fp32 and rounded once. The sum over a token's experts is fp32, in the
+    order of `slots`, rounded once. The same call gives the same bits. No gradient is defined.
 
-    Rounding: products as in `w4a16_matmul`; gate, up and the rows of the second product are rounded to x's dtype or
-    kept in fp32; silu(gate) * up, computed in fp32, is rounded once; the sum over a token's experts is fp32, in the
-    order of `slots`, rounded once. The same call gives the same bits. No gradient is defined. Raises ArgumentError for
-    shapes, dtypes or devices that do not fit; what `routing` holds is not checked.
+    Args:
+        x: bf16, fp16 or fp32 [T, H].
+        gate_up: Repacked weight [E, 2 I, H], gate rows first.
+        down: Repacked weight [E, H', I].
+        routing: See `Routing`; its values are not checked.
+        backend: See `sarqc_kernels.backend`.
+
+    Returns:
+        [T, H'] in x's dtype.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices that do not fit.
     """
     experts = gate_up.words.shape[0]
     if x.dim() != 2 or x.dtype not in matmul.ACTIVATION_DTYPES or x.shape[1] != gate_up.in_features:
