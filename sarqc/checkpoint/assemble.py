@@ -107,7 +107,7 @@ def _groups(tensors: Mapping[str, ChunkedTensor]) -> list[dict[str, ChunkedTenso
     groups: list[dict[str, ChunkedTensor]] = []
     room = 0
     for name, tensor in tensors.items():
-        if tensor.nbytes > room:
+        if not groups or tensor.nbytes > room:
             groups.append({})
             room = SHARD_BYTES
         groups[-1][name] = tensor
