@@ -167,6 +167,11 @@ def test_files_and_functions_stay_small(path):
             assert length <= MAX_FUNCTION, f"{path}:{node.lineno}: {node.name} has {length} lines"
 
 
+def test_files_of_tests_and_benchmarks_stay_small():
+    for path in (path for room in ("tests", "benchmarks", "examples") for path in (ROOT / room).rglob("*.py")):
+        assert len(path.read_text().splitlines()) <= MAX_FILE, f"{path} has more than {MAX_FILE} lines"
+
+
 @pytest.mark.parametrize(
     "path",
     [path for path in FILES if module_of(path).startswith("sarqc.")],
