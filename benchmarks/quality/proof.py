@@ -23,7 +23,7 @@ import sarqc
 from sarqc.cli.comparison import comparison_tables
 from sarqc.cli.terminal import RunProgress
 from sarqc.comparison.experiment import Other
-from sarqc.comparison.table import plot, table, with_spread
+from sarqc.comparison.table import perplexity, plot, table
 
 Setting = dict[str, Any]
 """What `sarqc.compare` is asked for."""
@@ -84,15 +84,9 @@ def as_markdown(found: dict[str, Any]) -> str:
             if (row["text"], row["bits"], row["group_size"], row["windows"]) == (text, bits, group_size, windows)
         }
         name = text.rpartition("/")[2].replace("|", "\\|")
-        cells = " | ".join(_perplexity(own[method]) if method in own else "" for method in methods)
+        cells = " | ".join(perplexity(own[method]) if method in own else "" for method in methods)
         lines.append(f"| {name} | {bits} | {group_size} | {'' if windows is None else windows} | {cells} |")
     return "\n".join(lines)
-
-
-def _perplexity(row: dict[str, Any]) -> str:
-    """A cell of the table: mean ± spread, bold where best, with a mark where tied with the best."""
-    shown = with_spread(row)
-    return f"**{shown}**" if row["best"] else f"{shown} ≈" if row["tied"] else shown
 
 
 def write_results(path: Path, protocol: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:

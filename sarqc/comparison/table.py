@@ -63,6 +63,12 @@ def as_csv(found: dict[str, Any]) -> str:
     return lines.getvalue()
 
 
+def perplexity(row: Row) -> str:
+    """A cell of a table: mean ± spread, bold where best, with a mark where tied with the best."""
+    shown = with_spread(row)
+    return f"**{shown}**" if row["best"] else f"{shown} ≈" if row["tied"] else shown
+
+
 def with_spread(row: Row) -> str:
     """Mean ± spread, as far as there are any."""
     return "not finite" if row["perplexity"] is None else figure(row["perplexity"], row["spread"])
