@@ -323,7 +323,7 @@ def documented(*kinds: type[Config]) -> Callable[[F], F]:
             for name, type_ in annotations_of(kind).items()
             if name not in names
         ]
-        function.__signature__ = shown.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        function.__signature__ = shown.replace(parameters=[*own, *more])  # type: ignore[attr-defined]  # for help()
         doc = inspect.cleandoc(function.__doc__ or "")
         function.__doc__ = doc.replace("    {options}", arguments(kinds))
         return function

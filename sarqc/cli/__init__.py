@@ -137,7 +137,7 @@ def _warn(message: Warning | str, category: type[Warning], *rest: object, **opti
     if issubclass(category, RenamedWarning):
         _said(str(message))
     else:
-        _SHOW(message, category, *rest, **options)  # type: ignore[arg-type]
+        _SHOW(message, category, *rest, **options)  # type: ignore[arg-type]  # passed on as they came
 
 
 def _usage(error: Exception) -> str:

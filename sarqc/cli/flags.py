@@ -44,10 +44,10 @@ def with_options(*kinds: type[Config]) -> Callable[[Command], Command]:
                 parameters += [one for kind in kinds for name in options(kind) for one in _parameters(kind, name)]
             else:
                 parameters.append(own.replace(annotation=hints[own.name], kind=inspect.Parameter.KEYWORD_ONLY))
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
         run.__annotations__ = {one.name: one.annotation for one in parameters}
         del run.__wrapped__
-        run.kinds = kinds  # type: ignore[attr-defined]
+        run.kinds = kinds  # type: ignore[attr-defined]  # what `command_class` reads
         return run
 
     return decorate

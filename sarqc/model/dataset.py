@@ -241,7 +241,7 @@ def _dataset_text(name: str, part: Part) -> str:
     split = split or ("train" if part == "calibration" else "test")
     try:
         data = datasets.load_dataset(path, config or None, split=split)
-    except Exception as error:
+    except Exception as error:  # of the hub's client, or of whatever reads the data set's files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TextError(f"text {name!r} is no file and did not load as a data set: {reason}") from error
     if "text" not in data.column_names:

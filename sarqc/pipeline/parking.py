@@ -31,7 +31,7 @@ class Parking(TorchDispatchMode):
     """
 
     def __init__(self, store: Store, owners: dict[int, Parking], least_bytes: int = LEAST_BYTES) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
         self._store = store
         self._owners = owners
         self._least = least_bytes

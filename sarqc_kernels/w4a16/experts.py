@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,15 +138,15 @@ _LIBRARY.define(
 _FIELDS = len(RepackedWeight._fields)
 
 
-def _run(x: Tensor, *fields: object) -> Tensor:
-    gate_up, down = RepackedWeight(*fields[:_FIELDS]), RepackedWeight(*fields[_FIELDS : 2 * _FIELDS])  # type: ignore[arg-type]
-    routing = Routing(*fields[2 * _FIELDS : 2 * _FIELDS + 4])  # type: ignore[arg-type]
+def _run(x: Tensor, *fields: Any) -> Tensor:
+    gate_up, down = RepackedWeight(*fields[:_FIELDS]), RepackedWeight(*fields[_FIELDS : 2 * _FIELDS])
+    routing = Routing(*fields[2 * _FIELDS : 2 * _FIELDS + 4])
     backend = fields[2 * _FIELDS + 4] if len(fields) > 2 * _FIELDS + 4 else None
-    return _dispatched((x, gate_up, down, routing), backend)  # type: ignore[arg-type]
+    return _dispatched((x, gate_up, down, routing), backend)
 
 
-def _fake(x: Tensor, *fields: object) -> Tensor:
-    return x.new_empty((x.shape[0], fields[_FIELDS + RepackedWeight._fields.index("out_features")]))  # type: ignore[arg-type]
+def _fake(x: Tensor, *fields: Any) -> Tensor:
+    return x.new_empty((x.shape[0], fields[_FIELDS + RepackedWeight._fields.index("out_features")]))
 
 
 _LIBRARY.impl("w4a16_experts", _run, "CPU")
