@@ -62,7 +62,7 @@ def _lines(aside: Console) -> Iterator[str]:
     """What the user says, until it ends: from a terminal with a prompt, from a pipe without."""
     if not sys.stdin.isatty():
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding is nothing to die of
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no text in this encoding
         yield from (line.strip() for line in sys.stdin)
         return
     while True:

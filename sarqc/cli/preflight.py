@@ -1,4 +1,4 @@
-"""A preflight on a terminal: what, how much, and who serves it."""
+"""An estimate on a terminal: layers, memory, time, disk, and which runtimes support the result."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def checkpoint_summary(found: dict[str, Any]) -> Table:
         return table
     try:
         rows = list(_report_rows(found["report"]))
-    except (KeyError, TypeError, ValueError, AttributeError):  # anybody may have edited the file
+    except (KeyError, TypeError, ValueError, AttributeError):  # the file may have been edited
         rows = [("run", "report.json does not hold what sarqc writes there")]
     for row in rows:
         table.add_row(*row)

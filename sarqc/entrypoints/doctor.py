@@ -163,7 +163,7 @@ def warnings(installed: dict[str, str]) -> list[str]:
         (
             interpreting(),
             "TRITON_INTERPRET is set: kernels run in the interpreter, thousands of times slower, and bf16 in tl.dot is "
-            "wrong there without the repair that the tests bring; unset it to work",
+            "wrong there without the patch of the tests; unset it",
         ),
         (
             interpreting() and before("triton", 3, 7) and since("numpy", 2, 4),

@@ -55,14 +55,14 @@ class Chat:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def reset(self) -> None:
-        """Forget what was said; the draws go on."""
+        """Clear the history; the random generator continues."""
         self.turns.clear()
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """The answer to `text` in pieces, as it comes.
+        """The answer to `text`, streamed in parts.
 
-        Whoever stops listening ends the answer; what was said up to there stays in the history. `ArgumentError` where
-        the conversation has become longer than the model can read; it is then as it was before.
+        Closing the generator ends the answer; what it has yielded stays in the history. `ArgumentError` where the
+        conversation exceeds the positions of the model; the history is then as before.
         """
         self.turns.append({"role": "user", "content": text})
         said, ids = "", []

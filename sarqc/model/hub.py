@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = "*.safetensors"
 _NEEDED = ["*.json", "*.txt", "*.jinja", *SIDE_FILES]
 _UNWANTED = ["consolidated*", "original/*", f"*/{_WEIGHTS}"]
-"""The same weights once more, in the layout of whoever trained them."""
+"""The same weights once more, in the layout of their authors."""
 
 
 def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:

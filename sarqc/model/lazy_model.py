@@ -55,7 +55,7 @@ class LazyModel:
     def from_config(
         cls, config: PreTrainedConfig, source: TensorSource, *, trust_remote_code: bool = False
     ) -> LazyModel:
-        """Build from a configuration (copied); `source` is only asked for names and shapes.
+        """Build from a configuration (copied); only names and shapes of `source` are read.
 
         Raises `ModelError` where this is no language model with a decoder alone, or the names do not fit it.
         """

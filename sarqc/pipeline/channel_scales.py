@@ -1,4 +1,4 @@
-"""The channel scales of one block: chosen fold by fold, then handed to the weights and tensors that take them up.
+"""The channel scales of one block: chosen mapping by mapping, then folded into weights and other tensors.
 
 Scales act on fp32 copies of the weights that will be quantized, so nothing is rounded on their way there. Two rules
 keep the rest exact. A norm's weight is stored in the checkpoint's dtype, so the scale that counts is the one that its

@@ -1,4 +1,4 @@
-"""A run before it runs: what was asked for, and what comes of it once names, shapes and options are checked.
+"""The plan of a run: its options, and what follows from them once names, shapes and options are checked.
 
 A plan needs a configuration and the headers of the weights, nothing more, so one can be made for a model whose weights
 are on another machine.

@@ -32,8 +32,8 @@ Weights = dict[str, QuantizedWeight]
 @dataclass
 class SiteQuantizer:
     """What solving a block needs beside its statistics. bit_widths: bits by linear, where layers have different ones.
-    choices: of the chunks of the block at work, by name. search: of its sites, by name: what the first chunk that was
-    asked has said."""
+    choices: of the chunks of the block at work, by name. search: of its sites, by name: the choice of
+    the first chunk."""
 
     lazy: LazyModel
     source: TensorSource

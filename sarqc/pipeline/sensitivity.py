@@ -165,7 +165,7 @@ class _Looking:
             self._arrive(stream, index)
 
     def leave(self, index: int, members: Sequence[Target]) -> None:
-        """Try each site of a loaded block, and bring all streams through it with its own weights."""
+        """Try each site of a loaded block, then run all streams through it with its own weights."""
         found, form = self._losses(index, members) if members else [], self._streams.form
         self._streams.leave_quantized(index)
         self._streams.leave_probe(index)
@@ -267,7 +267,7 @@ class _Looking:
             self._arrive(stream, 0)
             return stream
         if form is None:
-            raise ModelError(f"{self._lazy.prefix} hand on more than a tensor: give --bits in place of --avg-bits")
+            raise ModelError(f"{self._lazy.prefix} return more than one tensor: give --bits in place of --avg-bits")
         with handing_on(self._lazy.layers, index, form, lambda number: hidden[number]):
             (met,) = stream.at(Point("enter", index))
         (entry,) = self._plain.at(Point("enter", index))

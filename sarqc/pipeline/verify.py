@@ -1,8 +1,8 @@
-"""Is a checkpoint sound: every tensor as written, every weight of the model there once, and near what it was made of?
+"""Is a checkpoint sound: every tensor as written, every weight of the model there once, and near its original?
 
-Three looks, from the inside out: the files (`sarqc.checkpoint.verify`), the model that config.json describes, which
-must find each of its weights, and, where the source is at hand, every tensor beside the source's. The last one also
-compares the error of each weight with the one that the run wrote into report.json. Beside that: who serves it.
+Three checks: the files (`sarqc.checkpoint.verify`); the model that config.json describes, which must find each of its
+weights; and, given the source, every tensor against the source's. The last one also compares the error of each weight
+with the one in report.json. The result also lists the runtimes that support the checkpoint.
 """
 
 from __future__ import annotations

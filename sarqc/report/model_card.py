@@ -1,4 +1,4 @@
-"""The model card: README.md of a checkpoint, for whoever finds it on a hub.
+"""The model card: README.md of a checkpoint, for readers on a hub.
 
 It says what was done, with what, how to run it and how to do it again; numbers stand in it only where they were
 measured. The original's own card is not copied, because what it claims was measured on another model; of it only the
@@ -135,12 +135,12 @@ _SERVERS = {"vLLM": "vllm serve .", "SGLang": "python -m sglang.launch_server --
 
 
 def _readers(report: summary.Report) -> str:
-    """Who reads the folder, and what they need for it."""
+    """Runtimes that support the folder, and what they need for it."""
     quant, format = report["quant"], _format_name(report)
     said = ["Servers read the format from config.json."]
     for server in _SERVERS:
         if (taken := summary.serves(report, server)) is None:
-            said.append(f"Whether {server} has kernels for it was not looked at.")
+            said.append(f"Kernels of {server} were not checked.")
         elif not taken:
             said.append(f"{server} has no kernels for all of its layers.")
     if format != "compressed-tensors":

@@ -1,8 +1,7 @@
 """report.html: the whole run on one page that needs no network and no script.
 
-On top what a person grasps in ten seconds: a sentence, what calls for a look, six numbers. Below, in the order in which
-questions come up: where was it lost, how strongly was it held, who saw how much text, what did it cost, what was
-left alone, with which settings. A section that has nothing to show is not there.
+On top the summary: a sentence, concerns, six numbers. Below: errors by layer, quality, bit-widths, lambdas, error
+correction, tokens per expert, sizes, time, layers left unquantized, settings. Empty sections are left out.
 """
 
 from __future__ import annotations

@@ -293,9 +293,7 @@ def test_the_card_sends_nobody_to_a_server_that_refuses(found):
     assert "vllm serve ." in half and "vLLM has" not in half
     assert "sglang.launch_server" not in half and "SGLang has no kernels for all of its layers" in half
     found["serve"] = {"vLLM 0.33, sm_80": None}
-    assert "vllm serve ." in model_card.card(
-        found
-    ) and "Whether vLLM has kernels for it was not looked at" in model_card.card(found)
+    assert "vllm serve ." in model_card.card(found) and "Kernels of vLLM were not checked" in model_card.card(found)
     found["quant"]["sym"] = False
     assert "transformers needs `import sarqc`" in model_card.card(found)
     found["format"] = "gptq"
