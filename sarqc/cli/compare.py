@@ -22,8 +22,9 @@ def compare(
 ) -> None:
     """Methods x bits x calibration sizes on one model: a table and a plot.
 
-    Every cell is quantized as `sarqc quantize` does it and evaluated block by block; no checkpoint is written. Rerun
-    the command to resume or to add methods: finished cells are not measured twice.
+    Every cell is quantized as `sarqc quantize` does it and evaluated block by block; no checkpoint is written.
+
+    Rerun the command to resume or to add methods: finished cells are not measured twice.
 
     Example: sarqc compare smollm2 -o table --methods rtn,gptq,sarqc-gptq --bits 4,3 --seeds 0,1,2
     """

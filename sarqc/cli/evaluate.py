@@ -27,7 +27,7 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of a model, quantized or not, with the protocol it was measured by; or zero-shot tasks."""
+    """Measure perplexity or zero-shot tasks of a model, quantized or not."""
     from sarqc.errors import ArgumentError
 
     if tasks is not None and not tasks.strip(", "):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperCommand, TyperGroup
 
 from sarqc.errors import ArgumentError
 from sarqc.options import Config, Option, options, renamed, unknown, warn_removed, warn_renamed
@@ -102,8 +102,8 @@ class OptionCommand(TyperCommand):
 def plain_switches(group: TyperGroup) -> TyperGroup:
     """The same commands, with no type behind switches in help."""
     for command in (group, *group.commands.values()):
-        for option in (param for param in command.params if isinstance(param, TyperOption)):
-            if option.is_flag:
+        for option in command.get_params(command.context_class(command)):  # `--help` is not in `params`
+            if getattr(option, "is_flag", False):
                 option.metavar = ""
     return group
 
