@@ -247,7 +247,7 @@ def assemble(
     filled = torch.empty(tuple(shape), dtype=dtype, device=device)
     whole = filled.view(-1, *shape[-2:])  # a Linear is a stack of one
     for stored in slices:
-        whole[stored.expert, stored.start : stored.start + stored.rows].copy_(source.load(stored.name))
+        stored.of(whole).copy_(source.load(stored.name))
     return filled
 
 

@@ -74,6 +74,10 @@ class TensorSlice:
     rows: int
     conversion: Conversion | None = None
 
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view of a parameter that the tensor fills."""
+        return parameter if self.expert is None else parameter[self.expert, self.start : self.start + self.rows]
+
     @property
     def is_whole(self) -> bool:
         """Whether the parameter is this tensor as it is stored."""

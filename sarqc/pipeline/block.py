@@ -269,11 +269,7 @@ def put(
     for parameter in lazy.parameters(index) if changed else ():
         for stored in lazy.slices[parameter]:
             if stored.name in changed:
-                whole = lazy.model.get_parameter(parameter)
-                part = (
-                    whole if stored.expert is None else whole[stored.expert, stored.start : stored.start + stored.rows]
-                )
-                part.copy_(changed[stored.name])
+                stored.of(lazy.model.get_parameter(parameter)).copy_(changed[stored.name])
 
 
 def _shrunk(collected: Sequence[Statistics], shrinkage: float) -> list[Gram]:

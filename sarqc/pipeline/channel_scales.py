@@ -160,9 +160,7 @@ class BlockScales:
                     own = mapping.inputs(chosen.scales)[(stored.expert or 0) if mapping.experts > 1 else 0].cpu()
                     take(parameter, stored).mul_(own)
         for name, (parameter, stored) in at.items():
-            whole = self._lazy.model.get_parameter(parameter)
-            part = whole if stored.expert is None else whole[stored.expert, stored.start : stored.start + stored.rows]
-            part.copy_(changed[name])
+            stored.of(self._lazy.model.get_parameter(parameter)).copy_(changed[name])
         return changed
 
     def _decided(self) -> list[tuple[SmoothingMapping, ChannelScales]]:
