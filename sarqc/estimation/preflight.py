@@ -103,7 +103,6 @@ class Preflight(ModelSummary):
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
         found = asdict(self)
-        found["serve"] = rules.to_json(self.serve)
         found["output_bytes"], found["work_bytes"] = self.sizes.output, self.sizes.work
         found["time"]["total"] = self.time.total
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sarqc.method.weight import QuantizedWeight
 from sarqc.model.lazy_model import LazyModel
 from sarqc.report import report as reports
 from sarqc.serving.compatibility import checkpoint_support
-from sarqc.serving.rules import RuntimeSupport, to_json
+from sarqc.serving.rules import RuntimeSupport
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, name of the tensor)."""
@@ -71,7 +71,7 @@ class Verified:
             "problems": self.problems,
             "manifest": self.manifest,
             **self.facts,
-            "serve": to_json(self.serve),
+            "serve": [asdict(one) for one in self.serve],
             "weight_error": mean,
             "weight_errors": self.errors,
         }
