@@ -14,7 +14,7 @@ __all__ = ["takes_fast_path"]
 
 
 def takes_fast_path(x: Tensor) -> bool:
-    """Whether a call on `x` would mean the same without the dispatcher: plain, on a CPU or a card, nobody looking."""
+    """Whether a call on `x` means the same without the dispatcher: a plain tensor on a CPU or a GPU, no mode active."""
     return (
         type(x) is Tensor
         and (x.is_cpu or x.is_cuda)

@@ -20,7 +20,7 @@ so that no code moves there either. Scales and zeros of tiles lie [E, G', N'], r
 are read together.
 
 torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
-its low nibble and row j + B/2 in its high one. `int4pack_block` asks torch once which it is, and believes nothing else.
+its low nibble and row j + B/2 in its high one. `int4pack_block` finds out by running torch once.
 Its grid is bf16 [E, G, N', 2], (scale, (middle - zero) * scale), the middle code being 2^(b-1): the product computes
 (nibble - 8) * scale + offset, and a nibble is a code moved up by 8 - middle, so that middles meet.
 """
