@@ -111,7 +111,7 @@ def _dispatched(
 
 
 # Registered by hand: torch.library.custom_op wraps each call in Python of its own, tens of microseconds a call, which
-# a decode step pays hundreds of times. Without tracing or autograd even torch's dispatcher is skipped (see `fast_path`).
+# a decode step pays hundreds of times. Without tracing or autograd torch's dispatcher is skipped too (see `fast_path`).
 _LIBRARY = torch.library.Library("sarqc", "FRAGMENT")
 _LIBRARY.define(
     "w4a16_matmul(Tensor x, Tensor words, Tensor scales, Tensor? zeros, str layout, int bits, SymInt out_features, "
