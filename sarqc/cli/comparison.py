@@ -13,7 +13,7 @@ from rich.text import Text
 from sarqc.comparison.table import with_spread
 from sarqc.report.summary import figure
 
-_HEADINGS = ("format", "windows", "method", "perplexity", "", "agrees", "KL", "solve s")
+_HEADINGS = ("format", "sequences", "method", "perplexity", "", "agrees", "KL", "solve s")
 
 
 def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:

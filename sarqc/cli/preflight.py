@@ -23,7 +23,7 @@ def show(console: Console, found: Preflight) -> None:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
     console.print(_layers(found))
     facts = _plain()
-    text = f"{found.windows} windows of {found.seqlen} tokens" if found.windows else "none"
+    text = f"{found.windows} sequences of {found.seqlen} tokens" if found.windows else "none"
     facts.add_row("text", text)
     ranks = f" on {found.ranks} ranks" if found.ranks > 1 else ""
     facts.add_row("runs on", f"{found.device} in {found.dtype}{ranks}")

@@ -204,6 +204,6 @@ def _protocol(experiment: Experiment, model: str) -> dict[str, Any]:
 
 
 def _told(record: dict[str, Any]) -> str:
-    text = "" if record["windows"] is None else f", {record['windows']} windows, seed {record['seed']}"
+    text = "" if record["windows"] is None else f", {record['windows']} sequences, seed {record['seed']}"
     found = ", ".join(figure(entry["perplexity"]) for entry in record["quality"].values()) or record["failed"]
     return f"{record['method']} {record['bits']} bits g{record['group_size']}{text}: perplexity {found}"

@@ -235,7 +235,7 @@ class _Driver:
             what = f"{self._portions.together} Grams at a time halved"
             self._portions.halve()
         elif at_once > 1:
-            text, what = text.halved(), f"micro-batch of {at_once} windows halved"
+            text, what = text.halved(), f"micro-batch of {at_once} sequences halved"
         else:
             raise self._no_memory(index, reason)
         self._journal.notes.append(f"{self._place(index)} ({reason}): {what}")

@@ -184,7 +184,7 @@ def _quality(report: summary.Report) -> str:
         )
         for entry in report.get("quality", [])
     ]
-    head = ("text", "windows", "perplexity before", "after", "change", "next token agrees", "KL, nats")
+    head = ("text", "sequences", "perplexity before", "after", "change", "next token agrees", "KL, nats")
     told = "On text that stands beside the number, by the same code for the original and the result."
     return _section("Quality, measured", told, _table(head, rows, numbers=6)) if rows else ""
 

@@ -203,7 +203,7 @@ def _concerns(report: Report) -> list[str]:
             found.append(f"{counted(len(harmed), 'site')} lost more than RTN would, most {first.name}")
     unseen = sum(count == 0 for load in loads(report) for count in load.rows)
     if unseen:
-        found.append(f"{counted(unseen, 'expert')} saw no token at all: more or other calibration text helps")
+        found.append(f"{counted(unseen, 'expert')} received no token: use more or other calibration data")
     for entry in report.get("quality", []):
         if entry.get("before") and entry["after"] > 1.25 * entry["before"]:
             found.append(f"perplexity rose by {entry['after'] / entry['before'] - 1:.0%} on {entry['text']}")

@@ -233,7 +233,7 @@ def test_memory_that_runs_out_in_the_last_layer_costs_only_time(tiny, monkeypatc
             on_progress=lambda index, name: stages.append((index, name)),
         )
     )  # fmt: skip
-    assert failed == [2] and "micro-batch of 2 windows halved" in again[index].notes[0]
+    assert failed == [2] and "micro-batch of 2 sequences halved" in again[index].notes[0]
     for a, b in zip(plain, again, strict=True):
         differing = sum(int((a.weights[name].codes != b.weights[name].codes).sum()) for name in a.weights)
         assert differing <= 0.01 * sum(weight.codes.numel() for weight in a.weights.values())

@@ -60,7 +60,9 @@ def test_device_full_in_the_forward(case):
 
     in_block(case, 1, full)
     notes = sarqc.quantize(case.source, case.out, **SMALL).report["notes"]
-    assert ["micro-batch of 4 windows halved" in notes[0], "micro-batch of 2 windows halved" in notes[1]] == [True] * 2
+    assert ["micro-batch of 4 sequences halved" in notes[0], "micro-batch of 2 sequences halved" in notes[1]] == [
+        True
+    ] * 2
     assert len(notes) == 2 and calls[-1] == 1
     went_on(case)
 
@@ -77,7 +79,7 @@ def test_device_full_in_the_first_block(case):
 
     in_block(case, 0, full)
     notes = sarqc.quantize(case.source, case.out, micro_batch=2, **SMALL).report["notes"]
-    assert notes and "micro-batch of 2 windows halved" in notes[0] and calls[-1] == 1
+    assert notes and "micro-batch of 2 sequences halved" in notes[0] and calls[-1] == 1
     went_on(case)
 
 

@@ -199,7 +199,7 @@ def test_tokens_per_expert_join_the_parts_of_a_layer(found):
     first, second = summary.loads(found)
     assert first.rows == (0, 100, 9, 120) and first.median == 54.5 and first.starved == ((0, 0),)
     assert second.starved == ()
-    assert "saw no token" in " ".join(summary.verdict(found).concerns)
+    assert "received no token" in " ".join(summary.verdict(found).concerns)
     assert "block 0: expert 0 (0 tokens)" in page(found)
 
 
