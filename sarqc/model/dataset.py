@@ -85,8 +85,8 @@ class Windows:
             raise ArgumentError(f"num_samples = {count} is too small: use 1 or more")
         if count > len(self.tokens):
             raise TextError(
-                f"num_samples = {count} is more than the {len(self.tokens)} sequences of {self.tokens.shape[1]} tokens in "
-                f"text {self.text!r}: give more text, or lower --num-samples or --seqlen"
+                f"num_samples = {count} is more than the {len(self.tokens)} sequences of {self.tokens.shape[1]} tokens "
+                f"in text {self.text!r}: give more text, or lower --num-samples or --seqlen"
             )
         return torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))[:count]
 
