@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class ExpertSlice:
+    """A matrix of one expert in the tensor of all experts.
+
+    It is rows start, start + step, ... of matrix `expert` of `tensor`, of its transpose where `transposed`.
+    shape: (rows, inputs).
+    """
+
+    tensor: str
+    expert: int
+    start: int
+    step: int
+    shape: tuple[int, int]
+    transposed: bool
+
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

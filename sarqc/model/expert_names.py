@@ -9,32 +9,16 @@ have other names than `gate_up_proj` and `down_proj`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from sarqc.conventions import ExpertSlice
 from sarqc.model import moe
 
 _PLAIN = (("gate_proj", "up_proj"), ("up_proj",), ("down_proj",))
 _NUMBERED = (("w1", "w3"), ("w1",), ("w2",))
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Where a single matrix lies in the tensor of all experts.
-
-    It is rows start, start + step, ... (rows of them) of matrix `expert` of `tensor`, which is transposed first where
-    that says so. shape: (rows, inputs).
-    """
-
-    tensor: str
-    expert: int
-    start: int
-    step: int
-    shape: tuple[int, int]
-    transposed: bool
 
 
 def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
@@ -45,7 +29,7 @@ def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
     return found
 
 
-def single_experts(model: Any, parameter: str, fused: str) -> dict[str, Slab]:
+def single_experts(model: Any, parameter: str, fused: str) -> dict[str, ExpertSlice]:
     """Each matrix in the tensor `fused`, which is the whole parameter of an experts module, by a name of its own.
 
     In the order of the parameter: experts ascending, gate before up.
@@ -63,7 +47,7 @@ def single_experts(model: Any, parameter: str, fused: str) -> dict[str, Slab]:
         for part, leaf in enumerate(leaves):
             start, step = (part, len(leaves)) if interleaved else (part * rows, 1)
             name = f"{_parent(fused)}.{expert}.{leaf}.weight"
-            found[name] = Slab(fused, expert, start, step, (rows, inputs), module.is_transposed)
+            found[name] = ExpertSlice(fused, expert, start, step, (rows, inputs), module.is_transposed)
     return found
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from sarqc.conventions import ExpertSlice
 from sarqc.model import moe
 from sarqc.model.architecture import build_on_meta, find_blocks, language_model, read_config
 from sarqc.model.checks import check_layers
-from sarqc.model.expert_names import Slab, single_experts
+from sarqc.model.expert_names import single_experts
 from sarqc.model.source import TensorSource
 from sarqc.model.usage import Usage, usage
 from sarqc.model.weight_map import TensorSlice, own_names, slices_of, trace
@@ -85,13 +86,13 @@ class LazyModel:
         """The part of the configuration that describes the text decoder; the whole of it for a text model."""
         return self.model.config.get_text_config(decoder=True)
 
-    def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, Slab]:
+    def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, ExpertSlice]:
         """Take apart the experts that the checkpoint stores in one tensor; where each matrix lies, by its own name.
 
         The source has to give the matrices by these names from now on. wanted: whether the layer of these two
         names is to be quantized; a module of which none is stays whole. It belongs before anything is loaded.
         """
-        found: dict[str, Slab] = {}
+        found: dict[str, ExpertSlice] = {}
         for path, module in self.model.named_modules():
             if not path.startswith(f"{self.prefix}.") or not moe.is_experts(module):
                 continue
@@ -106,7 +107,7 @@ class LazyModel:
                 moe.take_apart(module)
         return found
 
-    def _single(self, parameter: str) -> dict[str, Slab]:
+    def _single(self, parameter: str) -> dict[str, ExpertSlice]:
         single = single_experts(self.model, parameter, self.slices[parameter][0].name)
         own = own_names(self.model, parameter)
         if own is None or len(own) != len(single):

@@ -27,9 +27,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from sarqc.conventions import ExpertSlice
 from sarqc.errors import ModelError, first_line
 from sarqc.model import moe
-from sarqc.model.expert_names import Slab, single_experts, stored_names
+from sarqc.model.expert_names import single_experts, stored_names
 from sarqc.model.source import StateDictSource, TensorSource
 
 _TAG = torch.arange(6).view(2, 3)
@@ -128,7 +129,7 @@ def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dic
     return found
 
 
-def slices_of(single: Mapping[str, Slab]) -> tuple[TensorSlice, ...]:
+def slices_of(single: Mapping[str, ExpertSlice]) -> tuple[TensorSlice, ...]:
     """Pieces of an experts module's parameter whose matrices lie in slabs, once it is taken apart."""
     return tuple(
         TensorSlice(name, slab.expert, slab.start * (slab.shape[0] if slab.step > 1 else 1), slab.shape[0])
