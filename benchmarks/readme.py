@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import names, reliability
 from benchmarks.quality import proof
 from sarqc.comparison.table import Row, perplexity
-from sarqc.config import METHODS, QUANTIZE, MethodConfig, own_value
+from sarqc.config import METHODS, QUANTIZE, MethodConfig
 from sarqc.options import options
 
 ROOT = Path(__file__).parent.parent
@@ -216,7 +216,7 @@ def presets() -> str:
         cells = [f"`{name}`", _mark(method.calibrated), _mark(method.channel_scales), method.solver.upper()]
         for option in shown:
             needs = options(MethodConfig)[option].needs
-            value = own_value(name, option) if method.offers(needs) else ""
+            value = MethodConfig(name).own(option) if method.offers(needs) else ""
             cells.append(_mark(value) if isinstance(value, bool) else str(value))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

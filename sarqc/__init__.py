@@ -39,36 +39,28 @@ if TYPE_CHECKING:
     from sarqc.method.weight import QuantizedWeight
     from sarqc.report.result import LayerResult, Result
 
-_HOME = {
-    "METHODS": "sarqc.config",
-    "ArgumentError": "sarqc.errors",
-    "CalibrationConfig": "sarqc.config",
-    "Comparison": "sarqc.entrypoints.compare",
-    "ComparisonConfig": "sarqc.config_compare",
-    "EvaluationConfig": "sarqc.config_compare",
-    "Gram": "sarqc.method.gram",
-    "LayerResult": "sarqc.report.result",
-    "MeasureConfig": "sarqc.config_compare",
-    "MethodConfig": "sarqc.config",
-    "QuantConfig": "sarqc.config",
-    "QuantizedWeight": "sarqc.method.weight",
-    "Result": "sarqc.report.result",
-    "RunConfig": "sarqc.config",
-    "SarqcError": "sarqc.errors",
-    "Scaling": "sarqc.method.awq",
-    "Solution": "sarqc.method.rtn",
-    "Solver": "sarqc.method.layer",
-    "compare": "sarqc.entrypoints.compare",
-    "convert": "sarqc.entrypoints.convert",
-    "estimate": "sarqc.entrypoints.estimate",
-    "evaluate": "sarqc.entrypoints.evaluate",
-    "generate": "sarqc.entrypoints.generate",
-    "load": "sarqc.entrypoints.load",
-    "progress_bar": "sarqc.cli.bar",
-    "quantize": "sarqc.entrypoints.quantize",
-    "register_solver": "sarqc.method.register",
-    "verify": "sarqc.entrypoints.verify",
+_ROOMS = {
+    "cli.bar": ("progress_bar",),
+    "config": ("METHODS", "CalibrationConfig", "MethodConfig", "QuantConfig", "RunConfig"),
+    "config_compare": ("ComparisonConfig", "EvaluationConfig", "MeasureConfig"),
+    "entrypoints.compare": ("Comparison", "compare"),
+    "entrypoints.convert": ("convert",),
+    "entrypoints.estimate": ("estimate",),
+    "entrypoints.evaluate": ("evaluate",),
+    "entrypoints.generate": ("generate",),
+    "entrypoints.load": ("load",),
+    "entrypoints.quantize": ("quantize",),
+    "entrypoints.verify": ("verify",),
+    "errors": ("ArgumentError", "SarqcError"),
+    "method.awq": ("Scaling",),
+    "method.gram": ("Gram",),
+    "method.layer": ("Solver",),
+    "method.register": ("register_solver",),
+    "method.rtn": ("Solution",),
+    "method.weight": ("QuantizedWeight",),
+    "report.result": ("LayerResult", "Result"),
 }
+_HOME = {name: f"sarqc.{module}" for module, names in _ROOMS.items() for name in names}
 """Public name -> its module."""
 _OLD = {"QuantSpec": "QuantConfig", "SolveSpec": "MethodConfig", "preflight": "estimate"}
 """Earlier names, which still work in this minor version."""

@@ -19,7 +19,7 @@ from sarqc import kinds
 from sarqc.errors import ArgumentError
 from sarqc.kinds import AUTO, Kind
 from sarqc.methods import CALIBRATION, DEFAULT_METHOD, FEEDBACK, METHODS, Method, method_name
-from sarqc.options import Config, option, options, shown, sorted_out
+from sarqc.options import Config, described, option, options, shown, sorted_out
 from sarqc.quant_config import QuantConfig
 
 if TYPE_CHECKING:
@@ -57,11 +57,7 @@ def _own(usual: Any, kind: Kind, help: str, needs: str = "", **rest: Any) -> Any
     return option(None, kind, help, usual=kind.check(usual), needs=needs, **rest)
 
 
-def own_value(method: str, name: str) -> Any:
-    """The value that an option has in a method, where it is not given."""
-    return METHODS[method].own.get(name, options(MethodConfig)[name].usual)
-
-
+@described
 @dataclass(frozen=True)
 class MethodConfig(Config):
     """A method with its options. One that is left out, or None, becomes the method's own when the object is made."""
@@ -148,18 +144,18 @@ class MethodConfig(Config):
         return METHODS[self.method]
 
     def own(self, name: str) -> Any:
-        """The method's own value of an option."""
-        return own_value(self.method, name)
+        """The method's own value of the option `name`."""
+        return self._row.own.get(name, options(MethodConfig)[name].usual)
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """The usual value, then methods whose own value is another one; no method in which the option has no effect."""
+        """The usual value of the option `name`, then methods that have another one, if it has an effect in them."""
         if name == "method":
             return DEFAULT_METHOD
         one, others = options(cls)[name], dict[Any, list[str]]()
         for method, row in METHODS.items():
             if row.offers(one.needs):
-                others.setdefault(own_value(method, name), []).append(method)
+                others.setdefault(row.own.get(name, one.usual), []).append(method)
         rest = (
             f"{shown(one, value)} for {', '.join(methods)}" for value, methods in others.items() if value != one.usual
         )
@@ -189,6 +185,7 @@ class MethodConfig(Config):
 # -- calibration data and the run -------------------------------------------------------------------------------------
 
 
+@described
 @dataclass(frozen=True)
 class CalibrationConfig(Config):
     """The data to calibrate on."""
@@ -219,6 +216,7 @@ class CalibrationConfig(Config):
     seed: int = option(0, kinds.seed(), "Seed of the choice of sequences and of validation rows.")
 
 
+@described
 @dataclass(frozen=True)
 class RunConfig(Config):
     """Device, budgets, work folder: what a run uses."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from sarqc import kinds
 from sarqc.config import BUILTIN, MIN_SEQLEN, CalibrationConfig, QuantConfig, RunConfig
 from sarqc.kinds import AUTO
-from sarqc.options import Config, option, options, same
+from sarqc.options import Config, described, option, options, same
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +25,7 @@ def _values(kind: type[Config], name: str, default: tuple[Any, ...], help: str, 
     return option(default, kinds.several(one.kind), help, **rest)
 
 
+@described
 @dataclass(frozen=True)
 class ComparisonConfig(Config):
     """What to compare: every method at every width, group size, number of sequences and seed."""
@@ -51,6 +52,7 @@ class ComparisonConfig(Config):
     trust_remote_code: bool = same(RunConfig, "trust_remote_code")
 
 
+@described
 @dataclass(frozen=True)
 class MeasureConfig(Config):
     """What to measure on, and what to show beside it."""
@@ -74,6 +76,7 @@ class MeasureConfig(Config):
     )
 
 
+@described
 @dataclass(frozen=True)
 class EvaluationConfig(Config):
     """How to measure one model."""

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class ExpertSlice:
+    """A matrix of one expert in the tensor of all experts.
+
+    It is rows start, start + step, ... of matrix `expert` of `tensor`, of its transpose where `transposed`.
+    shape: (rows, inputs). row: its first row in the parameter of the model, once that is taken apart.
+    """
+
+    tensor: str
+    expert: int
+    start: int
+    step: int
+    shape: tuple[int, int]
+    transposed: bool
+    row: int
+
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

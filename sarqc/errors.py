@@ -38,7 +38,7 @@ class ResourceError(SarqcError):
 
 
 class Interrupted(SarqcError):
-    """A run that was asked to stop and did, with its finished blocks saved; the command line exits with 130."""
+    """A run that stopped on request, with its finished blocks saved; the command line exits with 130."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""An option exists once: as a dataclass field that carries its default, its check, its help and its flag.
+"""An option exists once: as a dataclass field with its default, its check, its help and its flag.
 
 `option` makes such a field, `Config` is the base of the dataclasses that have them. Everything else reads the fields:
 command-line flags (`sarqc.cli.flags`), keywords of the Python functions, `--config` files, the fingerprint of a run,
@@ -35,14 +35,14 @@ class RenamedWarning(FutureWarning):
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of itself beside its type.
+    """What a field holds beside its type.
 
     Attributes:
         kind: The values it takes.
         help: One or two sentences, for `--help`, docstrings and pages.
         default_text: What stands for the default in help, where the value itself says too little.
         resume: Whether a resumed run may change it: "fixed" may not, because the result depends on it; "free" may;
-            "derived" is fixed by what comes of it (tokens, a resolved dtype), which the fingerprint holds.
+            "derived" is fixed by what it resolves to (tokens, a dtype), which the fingerprint holds.
         flag: Spelling on the command line, where it is not the name with dashes.
         old: Earlier names.
         old_opposite: Earlier names of switches that meant the opposite.
@@ -133,7 +133,7 @@ class Config:
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """The default of an option as help shows it."""
+        """The default of the option `name` as help shows it."""
         one, default = options(cls)[name], default_of(cls, name)
         if one.default_text is not None:
             return one.default_text
@@ -268,7 +268,7 @@ def may_change(kinds: Iterable[type[Config]]) -> tuple[str, ...]:
 def command_words(kind: type[Config], values: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> list[str]:
     """Flags that stand for `values`, without those that are as in `base`, or as the defaults where that is None.
 
-    Values that an option does not take are left out: they come from files that anybody may have edited.
+    Values that an option does not take are left out: they come from files that users edit.
     """
     words = []
     for name, one in options(kind).items():
@@ -301,6 +301,12 @@ def arguments(kinds: Iterable[type[Config]], indent: str = "    ") -> str:
     return "\n".join(lines)
 
 
+def described(kind: type[C]) -> type[C]:
+    """Add the options of a configuration to its docstring, as attributes."""
+    kind.__doc__ = f"{inspect.cleandoc(kind.__doc__ or '')}\n\nAttributes:\n{arguments([kind])}"
+    return kind
+
+
 def documented(*kinds: type[Config]) -> Callable[[F], F]:
     """Give a function with `**options` the signature and the docstring of these options.
 
@@ -317,7 +323,7 @@ def documented(*kinds: type[Config]) -> Callable[[F], F]:
             for name, type_ in annotations_of(kind).items()
             if name not in names
         ]
-        function.__signature__ = shown.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        function.__signature__ = shown.replace(parameters=[*own, *more])  # type: ignore[attr-defined]  # for help()
         doc = inspect.cleandoc(function.__doc__ or "")
         function.__doc__ = doc.replace("    {options}", arguments(kinds))
         return function

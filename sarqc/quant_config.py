@@ -10,12 +10,13 @@ from typing import ClassVar, Literal
 from sarqc import kinds
 from sarqc.errors import ArgumentError
 from sarqc.kinds import AUTO
-from sarqc.options import Config, default_of, option
+from sarqc.options import Config, default_of, described, option
 
 BIT_OPTIONS = (2, 3, 4, 5, 6, 8)
 """Bit-widths that `avg_bits` chooses from by default."""
 
 
+@described
 @dataclass(frozen=True)
 class QuantConfig(Config):
     """The number format of the quantized weights. With `avg_bits`, `bits` is the width that estimates use."""
@@ -88,7 +89,7 @@ class QuantConfig(Config):
         return 1 << self.bits
 
     def at(self, bits: int) -> QuantConfig:
-        """The format of layers of this width, where layers have different ones."""
+        """The format of layers of `bits`, where layers have different widths."""
         return dataclasses.replace(self, bits=bits, avg_bits=None, bit_options=())
 
     def divides(self, in_features: int) -> bool:
@@ -109,5 +110,5 @@ class QuantConfig(Config):
         return in_features if self.group_size == -1 else self.group_size
 
     def groups(self, in_features: int) -> int:
-        """Groups per row of a Linear with `in_features` inputs; `ArgumentError` where they do not divide."""
+        """Groups per row of a Linear with `in_features` inputs; `ArgumentError` where groups do not divide them."""
         return in_features // self.columns_per_group(in_features)

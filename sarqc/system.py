@@ -67,7 +67,7 @@ def from_torchrun(name: str, default: int) -> int:
 
 
 def trim_host_memory() -> None:
-    """Return freed memory to the system, where the C library can be asked to: glibc keeps tensors of some MB for later,
+    """Return freed memory to the system, where the C library supports it: glibc keeps tensors of some MB for later,
     and in pieces between what is still in use they are of little use to anyone."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

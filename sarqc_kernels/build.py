@@ -63,7 +63,7 @@ def nvcc() -> str:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept; need not exist. Raises BackendError where that is in the home folder of nobody."""
+    """Where libraries are kept; need not exist. Raises BackendError where the user has no home folder."""
     own = os.environ.get("SARQC_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -121,7 +121,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # who waits for it finds the library, or builds it side by side
+            path.unlink(missing_ok=True)  # a process that waits for it finds the library, or builds it too
 
 
 def _build(command: list[str], target: Path) -> None:

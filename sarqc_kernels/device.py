@@ -1,4 +1,4 @@
-"""The card of a call, as far as kernels and their configurations ask: which it is, and what can run on it.
+"""The GPU of a call, as far as kernels and their configurations need it: its architecture, and what can run on it.
 
 Two questions that every operation has of Triton are answered here once: can it take these tensors
 (`triton_unsupported`), and which implementation comes first where they lie (`fastest_first`). Nothing here imports
@@ -57,7 +57,7 @@ def interpreting() -> bool:
 
 
 def device_info(device: torch.device) -> Device:
-    """The card behind a device; asks the driver once and never waits for the device."""
+    """The GPU behind a device; queries the driver once and never waits for the device."""
     return _cuda_device(device.index or 0) if device.type == "cuda" and not interpreting() else INTERPRETED
 
 

@@ -14,4 +14,4 @@ class ArgumentError(SarqcError, ValueError):
 
 
 class BackendError(SarqcError, RuntimeError):
-    """A backend was asked for by name and cannot take this call; the message carries its reason."""
+    """A backend that was named cannot run this call; the message has its reason."""

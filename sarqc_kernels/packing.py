@@ -32,10 +32,16 @@ def words_per_row(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack rows of codes into words.
 
-    codes: uint8 [..., n], each below 2^bits. bits: 2 to 8.
-    Returns int32 [..., ceil(n * bits / 32)].
-    Raises ArgumentError for another dtype or width, or for a code that does not fit (it would spill into its
-    neighbours); looking for one waits for the device, so packing does not belong in a hot path.
+    Args:
+        codes: uint8 [..., n], each below 2^bits.
+        bits: 2 to 8.
+
+    Returns:
+        int32 [..., ceil(n * bits / 32)].
+
+    Raises:
+        ArgumentError: Another dtype or width, or a code that does not fit. The check of values waits for the device, so
+            packing does not belong in a hot path.
     """
     check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() == 0:
@@ -61,8 +67,16 @@ def words_of(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes of every row that `pack` wrote.
 
-    words: int32 [..., w] with w >= ceil(count * bits / 32). Returns uint8 [..., count].
-    Raises ArgumentError for another dtype or width, or for rows too short to hold `count` codes.
+    Args:
+        words: int32 [..., w] with w >= ceil(count * bits / 32).
+        bits: 2 to 8.
+        count: Codes of a row.
+
+    Returns:
+        uint8 [..., count].
+
+    Raises:
+        ArgumentError: Another dtype or width, or rows too short to hold `count` codes.
     """
     check_bits(bits)
     if words.dtype != torch.int32 or words.dim() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -167,6 +168,11 @@ def test_files_and_functions_stay_small(path):
             assert length <= MAX_FUNCTION, f"{path}:{node.lineno}: {node.name} has {length} lines"
 
 
+def test_files_of_tests_and_benchmarks_stay_small():
+    for path in (path for room in ("tests", "benchmarks", "examples") for path in (ROOT / room).rglob("*.py")):
+        assert len(path.read_text().splitlines()) <= MAX_FILE, f"{path} has more than {MAX_FILE} lines"
+
+
 @pytest.mark.parametrize(
     "path",
     [path for path in FILES if module_of(path).startswith("sarqc.")],
@@ -183,6 +189,13 @@ def test_functions_and_records_stay_narrow(path):
                 each for each in node.body if isinstance(each, ast.AnnAssign) and "ClassVar" not in ast.unparse(each)
             ]
             assert len(fields) <= MAX_FIELDS, f"{path}:{node.lineno}: {node.name} has {len(fields)} fields"
+
+
+def test_a_broad_except_says_why():
+    for path in FILES:
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            broad = re.match(r"\s*except (Base)?Exception\b|\s*except:", line)
+            assert not broad or re.search(r": +# (?!noqa: \w+$)", line), f"{path}:{number}: say why"
 
 
 @pytest.mark.parametrize(

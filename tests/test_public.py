@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -34,6 +36,36 @@ def test_every_public_name_is_there_and_documented(package):
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
+
+
+CANNOT_FAIL = ("register", "unregister", "progress_bar", "warm_up")
+
+
+@pytest.mark.parametrize("package", [sarqc, sarqc_kernels], ids=lambda package: package.__name__)
+def test_docstrings_say_what_goes_in_what_comes_out_and_what_is_refused(package):
+    for name in package.__all__:
+        found = getattr(package, name)
+        if inspect.isclass(found):
+            check_class(found)
+        elif callable(found):
+            doc, signature = inspect.getdoc(found) or "", inspect.signature(found)
+            assert not signature.parameters or "\nArgs:\n" in doc, name
+            entries = doc.partition("\nArgs:\n")[2]
+            assert [one for one in signature.parameters if f"    {one}: " not in entries.replace("*", "")] == [], name
+            assert signature.return_annotation in (None, "None") or "\nReturns:\n" in doc, name
+            assert name in CANNOT_FAIL or "\nRaises:\n" in doc, name
+
+
+def check_class(found):
+    """A field has its line, and a method names its parameters."""
+    if dataclasses.is_dataclass(found):
+        attributes = (inspect.getdoc(found) or "").partition("\nAttributes:\n")[2]
+        assert [f.name for f in dataclasses.fields(found) if f"    {f.name}: " not in attributes] == [], found
+    for name in (name for name in vars(found) if not name.startswith("_")):
+        method = getattr(found, name)
+        if inspect.isroutine(method):
+            given, doc = inspect.signature(method).parameters, inspect.getdoc(method) or ""
+            assert [one for one in given if one != "self" and not re.search(rf"\b{one}\b", doc)] == [], method
 
 
 @pytest.mark.parametrize(

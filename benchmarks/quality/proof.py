@@ -23,7 +23,7 @@ import sarqc
 from sarqc.cli.comparison import comparison_tables
 from sarqc.cli.terminal import RunProgress
 from sarqc.comparison.experiment import Other
-from sarqc.comparison.table import as_markdown, plot, table
+from sarqc.comparison.table import perplexity, plot, table
 
 Setting = dict[str, Any]
 """What `sarqc.compare` is asked for."""
@@ -70,6 +70,23 @@ def markdown(results: dict[str, Any]) -> str:
             f"{work} took {results['minutes']:.0f} minutes on {results['cpus']} CPU cores.",
         ]
     )
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """Perplexities with their spread, a column for each method; the best bold, ties with it marked."""
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    lines = ["| text | bits | group | windows | " + " | ".join(methods) + " |", "|---" * (len(methods) + 4) + "|"]
+    cases = dict.fromkeys((r["text"], r["bits"], r["group_size"], r["windows"]) for r in found["rows"])
+    for text, bits, group_size, windows in cases:
+        own = {
+            row["method"]: row
+            for row in found["rows"]
+            if (row["text"], row["bits"], row["group_size"], row["windows"]) == (text, bits, group_size, windows)
+        }
+        name = text.rpartition("/")[2].replace("|", "\\|")
+        cells = " | ".join(perplexity(own[method]) if method in own else "" for method in methods)
+        lines.append(f"| {name} | {bits} | {group_size} | {'' if windows is None else windows} | {cells} |")
+    return "\n".join(lines)
 
 
 def write_results(path: Path, protocol: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:

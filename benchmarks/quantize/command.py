@@ -21,7 +21,7 @@ from benchmarks.quantize.shapes import MODELS, config_of, tensors_of
 from benchmarks.quantize.source import RandomSource
 from benchmarks.quantize.stopwatch import OpTimes
 from sarqc.checkpoint.formats import FORMATS
-from sarqc.checkpoint.writer import ShardWriter
+from sarqc.checkpoint.state import write_shard
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.model.lazy_model import LazyModel
 from sarqc.pipeline import driver
@@ -101,20 +101,18 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     began = time.perf_counter()
     try:
-        with OpTimes(device) as ops, ShardWriter(target) as writer:
+        with OpTimes(device) as ops:
             results = driver.run(lazy, source, tokens, quant, MethodConfig(run.method), Execution(device, dtype))
             while (run.blocks is None or spent.blocks < run.blocks) and budget.has_time():
                 with budget.step():
                     result = next(results, None)
                     if result is None:
                         break
-                    _write(result, form, quant, writer, spent)
+                    _write(result, form, quant, target, spent)
                 spent.blocks += 1
                 for stage, seconds in result.seconds.items():
                     spent.add(stage, seconds)
             results.close()
-            with spent.on("disk"):
-                writer.close()
             total = time.perf_counter() - began
             by_op = ops.seconds()
     finally:
@@ -122,13 +120,13 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     return _record(run, config, spent, by_op, total)
 
 
-def _write(result: driver.BlockResult, form: Any, quant: QuantConfig, writer: ShardWriter, spent: Spent) -> None:
-    for linear, weight in result.weights.items():
-        with spent.on("pack"):
-            packed = form.pack(linear, weight, quant)
-        with spent.on("disk"):
-            for name, tensor in packed.items():
-                writer.add(name, tensor)
+def _write(result: driver.BlockResult, form: Any, quant: QuantConfig, folder: Path, spent: Spent) -> None:
+    packed = {}
+    with spent.on("pack"):
+        for linear, weight in result.weights.items():
+            packed |= form.pack(linear, weight, quant)
+    with spent.on("disk"):
+        write_shard(folder / f"{result.index:05d}.safetensors", packed)
 
 
 def _record(run: Run, config: Any, spent: Spent, by_op: dict[str, float], total: float) -> dict[str, Any]:

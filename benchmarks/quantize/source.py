@@ -1,4 +1,4 @@
-"""A checkpoint that is not there: tensors of the right shapes, drawn when they are asked for.
+"""A checkpoint that is not there: tensors of the right shapes, drawn when they are loaded.
 
 Drawing billions of normal numbers would take longer than quantizing does, so one pool of them is drawn once and every
 tensor is a stretch of it that begins where its name says: loading costs a copy, as reading from a page cache would.

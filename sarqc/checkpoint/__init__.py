@@ -4,10 +4,9 @@ files     which files of a folder may be touched, and JSON in and out
 headers   the safetensors file format: what a header says, how one is made
 shards    one open safetensors file; the list of them that makes a checkpoint
 reader    `open_checkpoint`: tensors by name, one at a time, also out of a quantized checkpoint
-writer    `ShardWriter`: tensors in, shards out, at most one tensor in memory
 manifest  the sum of every tensor that was written
 state     files that are whole or absent: shards with their sums, JSON with its own
-assemble  finished shards become a checkpoint
+assemble  finished shards and single tensors become a checkpoint
 convert   a checkpoint in another format
 folders   an output folder that appears whole or not at all
 side_files  tokenizer, templates, licence, config.json

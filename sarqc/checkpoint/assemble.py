@@ -22,12 +22,13 @@ from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.manifest import Fingerprint, write_manifest
 from sarqc.checkpoint.shards import INDEX, SINGLE
 from sarqc.checkpoint.state import ChunkedTensor, SummedShard, write_shard
-from sarqc.checkpoint.writer import SHARD_BYTES
 from sarqc.conventions import DTYPES
 from sarqc.errors import CheckpointError
 
 MERGE_BYTES = 1_000_000_000
 """Bytes of tensors up to which a checkpoint is one file."""
+SHARD_BYTES = 5_000_000_000
+"""Bytes up to which tensors that are in no finished shard fill a shard; a larger one gets a shard of its own."""
 _NAME = re.compile(r"model-(\d{5,})-of-\d{5,}\.safetensors")
 
 Sums = Mapping[str, Fingerprint]
@@ -106,7 +107,7 @@ def _groups(tensors: Mapping[str, ChunkedTensor]) -> list[dict[str, ChunkedTenso
     groups: list[dict[str, ChunkedTensor]] = []
     room = 0
     for name, tensor in tensors.items():
-        if tensor.nbytes > room:
+        if not groups or tensor.nbytes > room:
             groups.append({})
             room = SHARD_BYTES
         groups[-1][name] = tensor

@@ -1,7 +1,7 @@
 """From one format of quantized weights to another: the same codes, scales and zeros in another order of bits.
 
 Nothing is rounded, so nothing is lost; what the other format cannot hold is refused before the output exists. Tensors
-go through one at a time, and at the end every one of them is read back and compared with where it came from.
+are converted one at a time and written a shard at a time; at the end each is read back and compared with its source.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from sarqc.checkpoint.assemble import MERGE_BYTES, Sums, assemble
 from sarqc.checkpoint.differences import difference, other_names
 from sarqc.checkpoint.formats import Format, quantization_of
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
+from sarqc.checkpoint.state import ChunkedTensor, write_shard
 from sarqc.checkpoint.verify import problems
-from sarqc.checkpoint.writer import ShardWriter
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.options import record
@@ -64,19 +65,24 @@ class Conversion:
         return self._checked(folder)
 
     def _write(self, folder: Path, progress: Progress | None) -> None:
-        names = self.checkpoint.names()
-        with ShardWriter(folder) as writer:
-            for done, name in enumerate(names, 1):
-                stored, tensors = self.checkpoint.stored(name), {}
-                if isinstance(stored, Tensor):
-                    tensors[name] = stored
-                else:
-                    linear = name.removesuffix(".weight")
-                    tensors = self.target.pack(linear, stored, self.quant.at(stored.bits))
-                for full, tensor in tensors.items():
-                    writer.add(full, tensor)
-                if progress is not None:
-                    progress(done, len(names), name)
+        """Shards of about `MERGE_BYTES`, which is also what memory holds of converted tensors."""
+        names, shards = self.checkpoint.names(), list[tuple[Path, Sums]]()
+        held, size = dict[str, Tensor](), 0
+        for done, name in enumerate(names, 1):
+            stored = self.checkpoint.stored(name)
+            if isinstance(stored, Tensor):
+                tensors = {name: stored}
+            else:
+                tensors = self.target.pack(name.removesuffix(".weight"), stored, self.quant.at(stored.bits))
+            held |= tensors
+            size += sum(tensor.nbytes for tensor in tensors.values())
+            if size > MERGE_BYTES:
+                path = folder / f".{len(shards)}.safetensors"
+                shards.append((path, write_shard(path, held)))
+                held, size = {}, 0
+            if progress is not None:
+                progress(done, len(names), name)
+        assemble(folder, shards, {name: ChunkedTensor.of(tensor) for name, tensor in held.items()})
 
     def _checked(self, folder: Path) -> dict[str, Any]:
         """Read all of it back; what it is in numbers, or `CheckpointError`."""

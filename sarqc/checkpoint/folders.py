@@ -47,10 +47,10 @@ def refuse_overlap(out: Path | str, source: Path | str, what: str = "output fold
 
 
 def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
-    """`CheckpointError` if a checkpoint must not be put at `out`; asked before long work and again at its start.
+    """`CheckpointError` if a checkpoint must not be put at `out`; called before long work and again at its start.
 
     An empty folder may be filled. With `overwrite`, a folder that holds a checkpoint may be replaced; one without a
-    config.json is left alone even then, so that a mistyped path costs nobody their files.
+    config.json is left alone even then, so that a mistyped path deletes no files.
     """
     path = Path(out)
     refuse_place(path)
@@ -74,7 +74,7 @@ def atomic_folder(
 
     An old folder at `out` is replaced (only with `overwrite`) at the very end: a failed run leaves it as it was. All
     files are on disk before the new folder has its name.
-    token: of the hidden folder's name, random by default. With one that nobody else uses, whatever an earlier attempt
+    token: of the hidden folder's name, random by default. With a fixed one, what an earlier attempt
     left when it was killed is cleared away, and what it had moved aside is put back.
     within: the place of the fresh folder instead, where it can be renamed from there to `out`: on the same file system.
     It belongs to the caller, and stays as it is where the block fails.

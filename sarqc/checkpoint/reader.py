@@ -15,7 +15,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.low_precision import Expanded, dense_view, is_low_precision
 from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
 from sarqc.config import QuantConfig
+from sarqc.conventions import ExpertSlice
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 
@@ -60,35 +61,6 @@ class Storage:
         }
 
 
-class Slab(Protocol):
-    """Where a matrix lies in a tensor of several: rows start, start + step, ... of matrix `expert`, of its transpose
-    where `transposed`."""
-
-    @property
-    def tensor(self) -> str:
-        """The tensor's name."""
-
-    @property
-    def expert(self) -> int:
-        """Which matrix of it."""
-
-    @property
-    def start(self) -> int:
-        """The first row."""
-
-    @property
-    def step(self) -> int:
-        """Rows from one to the next."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the tensor holds the transpose."""
-
-
 class Checkpoint:
     """An open checkpoint; made by `open_checkpoint`. Safe to load from in several threads.
 
@@ -104,7 +76,7 @@ class Checkpoint:
         self.format = None if low else detect(config)
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
-        self._slabs: dict[str, Slab] = {}
+        self._slabs: dict[str, ExpertSlice] = {}
         self.expanded: Mapping[str, Expanded] = {}
         hidden: frozenset[str] = frozenset()
         if low:
@@ -139,7 +111,7 @@ class Checkpoint:
         """The safetensors files."""
         return [shard.path for shard in self._shards]
 
-    def split(self, slabs: Mapping[str, Slab]) -> Checkpoint:
+    def split(self, slabs: Mapping[str, ExpertSlice]) -> Checkpoint:
         """Show single matrices, by name, in the place of the tensors that they lie in; this checkpoint, changed."""
         whole = {slab.tensor for slab in slabs.values()}
         self._names = sorted((set(self._names) - whole) | slabs.keys())

@@ -196,7 +196,7 @@ def durable(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
         sync(path.parent)  # the new name, too, has to outlive a power cut
-    except (OSError, SarqcError) as error:  # of the disk, or of whoever hands the pieces on
+    except (OSError, SarqcError) as error:  # of the disk, or of the source of the chunks
         with suppress(OSError):  # the first error is the one to report
             partial.unlink(missing_ok=True)
         if isinstance(error, SarqcError):

@@ -47,7 +47,7 @@ def problems(
     """Everything that is wrong with an open checkpoint, a line each. Every tensor is read once.
 
     Headers agree with the index (seen when it was opened), every promised byte can be read, every tensor is the one
-    of the manifest bit for bit, packed tensors have the shapes that the config asks for and unpack to codes and zeros
+    of the manifest bit for bit, packed tensors have the shapes that the config defines and unpack to codes and zeros
     in range, what belongs to a packed weight is finite, and no other tensor holds a NaN.
 
     Args:

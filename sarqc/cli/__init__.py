@@ -74,7 +74,7 @@ def _sarqc(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Quantize language models to 2..8 bits with regularised calibration, and see what it cost."""
+    """Quantize language models to 2..8 bits with regularised calibration, and measure the result."""
 
 
 for _name, _command in COMMANDS.items():
@@ -137,7 +137,7 @@ def _warn(message: Warning | str, category: type[Warning], *rest: object, **opti
     if issubclass(category, RenamedWarning):
         _said(str(message))
     else:
-        _SHOW(message, category, *rest, **options)  # type: ignore[arg-type]
+        _SHOW(message, category, *rest, **options)  # type: ignore[arg-type]  # passed on as they came
 
 
 def _usage(error: Exception) -> str:

@@ -13,5 +13,8 @@ def progress_bar() -> RunProgress:
             sarqc.quantize(model, out, progress=progress)
 
     Within the context Ctrl-C stops the run after the block at work.
+
+    Returns:
+        What `progress` of `quantize` and `compare` takes.
     """
     return RunProgress(stderr())

@@ -22,15 +22,15 @@ COMMANDS = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C sto
 
 def chat(
     model: ModelArgument,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; higher is more varied.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draws, where the temperature is not 0.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token; higher is more varied.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling at temperatures above 0.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     expanded: ExpandedOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Talk with a model in the terminal. Lines piped into it are answered one by one, and nothing else is printed."""
+    """Chat with a model in the terminal. Piped lines are answered one by one; only answers are printed."""
     from sarqc.entrypoints.generate import open_chat
 
     conversation = open_chat(
@@ -62,7 +62,7 @@ def _lines(aside: Console) -> Iterator[str]:
     """What the user says, until it ends: from a terminal with a prompt, from a pipe without."""
     if not sys.stdin.isatty():
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding is nothing to die of
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no text in this encoding
         yield from (line.strip() for line in sys.stdin)
         return
     while True:

@@ -20,11 +20,11 @@ def compare(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Methods x bits x calibration sizes on one model: a table and a plot, for one calibration pass per seed.
+    """Methods x bits x calibration sizes on one model: a table and a plot.
 
-    Statistics are collected once from the unquantized model and serve every method (one-shot: blocks do not see the
-    quantized ones before them, as they do in `sarqc quantize`). Run it again to resume, or to add methods: finished
-    cells are not measured twice.
+    Every cell is quantized as `sarqc quantize` does it and evaluated block by block; no checkpoint is written.
+
+    Rerun the command to resume or to add methods: finished cells are not measured twice.
 
     Example: sarqc compare smollm2 -o table --methods rtn,gptq,sarqc-gptq --bits 4,3 --seeds 0,1,2
     """

@@ -13,7 +13,7 @@ from rich.text import Text
 from sarqc.comparison.table import with_spread
 from sarqc.report.summary import figure
 
-_HEADINGS = ("format", "windows", "method", "perplexity", "", "agrees", "KL", "solve s")
+_HEADINGS = ("format", "sequences", "method", "perplexity", "", "agrees", "KL", "solve s")
 
 
 def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
@@ -23,7 +23,7 @@ def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
     note = "≈: no further from the best than that distance varies over seeds" if several else "one seed: no spread"
     for text in protocol["texts"]:
         table = Table(
-            title=escape(f"{protocol['model']} on {text['text']}, one-shot"),
+            title=escape(f"{protocol['model']} on {text['text']}"),
             caption=escape(f"unquantized: {figure(text['perplexity'])}. {note}"),
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),

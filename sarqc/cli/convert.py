@@ -27,7 +27,7 @@ def convert(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a quantized checkpoint in another format: the same codes, scales and zeros, or a reason why not.
+    """Write a quantized checkpoint in another format, with the same codes, scales and zeros.
 
     Reads compressed-tensors (both 3-bit layouts), GPTQ v1 and v2 without act-order groups, and AWQ gemm.
 

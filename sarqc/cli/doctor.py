@@ -13,7 +13,7 @@ from sarqc.cli.options import JsonOption, print_json, stdout
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """What this machine can do: versions, GPUs, which kernels run and why others do not, a self-test of each.
+    """Show versions and GPUs, which kernels run here and why others do not, and test each kernel.
 
     Exit code 1 where a self-test fails.
     """

@@ -27,7 +27,7 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of a model, quantized or not, with the protocol it was measured by; or zero-shot tasks."""
+    """Measure perplexity or zero-shot tasks of a model, quantized or not."""
     from sarqc.errors import ArgumentError
 
     if tasks is not None and not tasks.strip(", "):
@@ -63,7 +63,7 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
 
         def on_window(done: int, total: int, so_far: float) -> None:
             if done == 1:
-                ticker.begin("windows", total)
+                ticker.begin("sequences", total)
             ticker.advance(f"perplexity {so_far:.3f}")
 
         found = run(model, on_window=on_window, **how)
@@ -72,7 +72,7 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
         return
     windows, length = found.protocol["windows"], found.protocol["seqlen"]
     form = f"{'packed' if found.protocol['packed'] else 'dense'} weights, {found.protocol['dtype']}"
-    about = f"{windows} windows of {length} tokens of {found.protocol['text']}, {form}, {found.seconds:.0f} s"
+    about = f"{windows} sequences of {length} tokens of {found.protocol['text']}, {form}, {found.seconds:.0f} s"
     sentence(stdout(), f"perplexity {found.perplexity:.3f}  ({about})")
 
 
@@ -95,7 +95,7 @@ def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) 
     sentence(
         stdout(),
         f"perplexity {entry['before']:.3f} -> {entry['after']:.3f}, next token agrees {entry['agreement']:.1%}, "
-        f"KL {entry['kl']:.4f}  ({entry['windows']} windows of {entry['seqlen']} tokens of {entry['text']})",
+        f"KL {entry['kl']:.4f}  ({entry['windows']} sequences of {entry['seqlen']} tokens of {entry['text']})",
     )
     card = "" if found.card else "; README.md was edited and is left as it is"
     print(f"saved in {model}/report.json and report.html{card}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperCommand, TyperGroup
 
 from sarqc.errors import ArgumentError
 from sarqc.options import Config, Option, options, renamed, unknown, warn_removed, warn_renamed
@@ -44,10 +44,10 @@ def with_options(*kinds: type[Config]) -> Callable[[Command], Command]:
                 parameters += [one for kind in kinds for name in options(kind) for one in _parameters(kind, name)]
             else:
                 parameters.append(own.replace(annotation=hints[own.name], kind=inspect.Parameter.KEYWORD_ONLY))
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
         run.__annotations__ = {one.name: one.annotation for one in parameters}
         del run.__wrapped__
-        run.kinds = kinds  # type: ignore[attr-defined]
+        run.kinds = kinds  # type: ignore[attr-defined]  # what `command_class` reads
         return run
 
     return decorate
@@ -102,8 +102,8 @@ class OptionCommand(TyperCommand):
 def plain_switches(group: TyperGroup) -> TyperGroup:
     """The same commands, with no type behind switches in help."""
     for command in (group, *group.commands.values()):
-        for option in (param for param in command.params if isinstance(param, TyperOption)):
-            if option.is_flag:
+        for option in command.get_params(command.context_class(command)):  # `--help` is not in `params`
+            if getattr(option, "is_flag", False):
                 option.metavar = ""
     return group
 

@@ -20,14 +20,14 @@ from sarqc.cli.options import (
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How far.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 48,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     expanded: ExpandedOption = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text, greedily."""
+    """Continue a text by greedy decoding."""
     from sarqc.entrypoints.generate import generate as run
 
     text = run(

@@ -14,7 +14,7 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder that `sarqc quantize` wrote.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What is in a quantized checkpoint: format, bits, size, and how the run went."""
+    """Show format, bits and size of a quantized checkpoint, and the summary of its run."""
     from sarqc.entrypoints.inspect import inspect as run
 
     found = run(checkpoint)

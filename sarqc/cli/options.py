@@ -33,15 +33,15 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help=options(R
 
 
 class _Aside(Console):
-    """stderr; where nobody reads it any more (`2>&1 | head`, a closed terminal), the work goes on all the same."""
+    """stderr; where it is closed (`2>&1 | head`, a closed terminal), the command continues."""
 
     def on_broken_pipe(self) -> None:
-        """Say nothing from now on."""
+        """Write nothing from now on."""
         self.quiet = True
 
 
 class _Results(Console):
-    """stdout; where nobody reads it the command ends as other programs do."""
+    """stdout; where it is closed, the command ends as other programs do."""
 
     def on_broken_pipe(self) -> None:
         """Leave it to `sarqc.cli.main`."""

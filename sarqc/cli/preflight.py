@@ -1,4 +1,4 @@
-"""A preflight on a terminal: what, how much, and who serves it."""
+"""An estimate on a terminal: layers, memory, time, disk, and which runtimes support the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def show(console: Console, found: Preflight) -> None:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
     console.print(_layers(found))
     facts = _plain()
-    text = f"{found.windows} windows of {found.seqlen} tokens" if found.windows else "none"
+    text = f"{found.windows} sequences of {found.seqlen} tokens" if found.windows else "none"
     facts.add_row("text", text)
     ranks = f" on {found.ranks} ranks" if found.ranks > 1 else ""
     facts.add_row("runs on", f"{found.device} in {found.dtype}{ranks}")
@@ -31,7 +31,7 @@ def show(console: Console, found: Preflight) -> None:
         f"{one.stage} {human(one.host)}" + (f"+{human(one.device)}" if one.device else "") for one in found.memory
     )
     facts.add_row("memory", f"{stages}" + ("  (host+device)" if any(one.device for one in found.memory) else ""))
-    facts.add_row("waiting", _waiting(found))
+    facts.add_row("buffers", _waiting(found))
     for disk in found.disk:
         paths = escape(" and ".join(disk.paths))
         facts.add_row("disk", f"{human(disk.needed)} of {human(disk.free)} free, for {paths}")
@@ -54,9 +54,9 @@ def _waiting(found: Preflight) -> str:
     if found.waiting.mapped:
         said.append(f"{human(found.waiting.mapped)} of activations in a file (over --activation-budget)")
     if found.waiting.prefetched:
-        said.append(f"the next block read ahead, {human(found.waiting.prefetched)}")
+        said.append(f"the next block prefetched, {human(found.waiting.prefetched)}")
     elif found.blocks > 1:
-        said.append("no block read ahead: there is no memory for one")
+        said.append("no prefetch: there is no memory for it")
     return "; ".join(said) or "nothing"
 
 
@@ -82,7 +82,7 @@ def _layers(found: Preflight) -> Table:
 def _serve(outlooks: tuple[RuntimeSupport, ...]) -> Table:
     ranks = sorted({one.ranks for one in outlooks})
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("served by")
+    table.add_column("runtime")
     for count in ranks:
         table.add_column(f"tp {count}", overflow="fold")
     for server in dict.fromkeys(one.server for one in outlooks):

@@ -14,7 +14,7 @@ def report(
     checkpoint: Annotated[Path, typer.Argument(help="Folder that `sarqc quantize` wrote.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Make report.html of a checkpoint again from its report.json, and say how the run went."""
+    """Rebuild report.html of a checkpoint from its report.json, and print the summary of the run."""
     from sarqc.report import report as reports
     from sarqc.report.summary import verdict
 

@@ -39,7 +39,7 @@ def checkpoint_summary(found: dict[str, Any]) -> Table:
         return table
     try:
         rows = list(_report_rows(found["report"]))
-    except (KeyError, TypeError, ValueError, AttributeError):  # anybody may have edited the file
+    except (KeyError, TypeError, ValueError, AttributeError):  # the file may have been edited
         rows = [("run", "report.json does not hold what sarqc writes there")]
     for row in rows:
         table.add_row(*row)
@@ -64,7 +64,7 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     calibration = report["calibration"]
     how = "no calibration"
     if calibration:
-        how = f"{calibration['windows']} windows of {calibration['seqlen']} tokens of {calibration['text']}"
+        how = f"{calibration['windows']} sequences of {calibration['seqlen']} tokens of {calibration['text']}"
     held = f", lambda {method['reg_lambda']}" if method.get("reg_lambda") else ""
     yield "method", escape(f"{method['method']}{held}; {how}")
     measured = "output error" if calibration else "weight error"

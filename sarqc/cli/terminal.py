@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar with the time left on a terminal, plain lines anywhere else.
+"""Progress of a run: a bar with the time left on a terminal, plain lines anywhere else.
 
 Everything here goes to stderr, so that stdout holds results alone.
 """

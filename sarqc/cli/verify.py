@@ -18,7 +18,7 @@ def verify(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Is a checkpoint sound: every tensor as it was written, every weight of the model there once; and who serves it.
+    """Check a checkpoint: checksums, completeness, weights against the original, and which runtimes support it.
 
     Exit code 0 if it is, 1 if it is not, with a line for each problem.
     """

@@ -63,25 +63,8 @@ def as_csv(found: dict[str, Any]) -> str:
     return lines.getvalue()
 
 
-def as_markdown(found: dict[str, Any]) -> str:
-    """Perplexities with their spread, a column for each method; the best bold, ties with it marked."""
-    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
-    lines = ["| text | bits | group | windows | " + " | ".join(methods) + " |", "|---" * (len(methods) + 4) + "|"]
-    cases = dict.fromkeys((r["text"], r["bits"], r["group_size"], r["windows"]) for r in found["rows"])
-    for text, bits, group_size, windows in cases:
-        own = {
-            row["method"]: row
-            for row in found["rows"]
-            if (row["text"], row["bits"], row["group_size"], row["windows"]) == (text, bits, group_size, windows)
-        }
-        name = text.rpartition("/")[2].replace("|", "\\|")
-        cells = " | ".join(perplexity(own[method]) if method in own else "" for method in methods)
-        lines.append(f"| {name} | {bits} | {group_size} | {'' if windows is None else windows} | {cells} |")
-    return "\n".join(lines)
-
-
 def perplexity(row: Row) -> str:
-    """A cell of the table: mean ± spread, bold where best, with a mark where tied with the best."""
+    """A cell of a table: mean ± spread, bold where best, with a mark where tied with the best."""
     shown = with_spread(row)
     return f"**{shown}**" if row["best"] else f"{shown} ≈" if row["tied"] else shown
 

@@ -65,7 +65,12 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Comparison:
-    """out: the folder with compare.json, compare.csv, compare.svg and cells.jsonl. table: what compare.json holds."""
+    """A finished comparison.
+
+    Attributes:
+        out: Folder with compare.json, compare.csv, compare.svg and cells.jsonl.
+        table: What compare.json holds.
+    """
 
     out: Path
     table: dict[str, Any]
@@ -131,7 +136,7 @@ def compare(
     return Comparison(out, table)
 
 
-# -- what is asked for ----------------------------------------------------------------------------------------------
+# -- the cells ------------------------------------------------------------------------------------------------------
 
 
 def parse_method(method: str) -> MethodConfig:
@@ -199,6 +204,6 @@ def _protocol(experiment: Experiment, model: str) -> dict[str, Any]:
 
 
 def _told(record: dict[str, Any]) -> str:
-    text = "" if record["windows"] is None else f", {record['windows']} windows, seed {record['seed']}"
+    text = "" if record["windows"] is None else f", {record['windows']} sequences, seed {record['seed']}"
     found = ", ".join(figure(entry["perplexity"]) for entry in record["quality"].values()) or record["failed"]
     return f"{record['method']} {record['bits']} bits g{record['group_size']}{text}: perplexity {found}"

@@ -1,8 +1,8 @@
 """What this machine can do: versions, devices, which implementation of each operation runs and why others do not.
 
-Nothing is guessed: an implementation is asked about a small call of its operation (the reason it gives is the one that
-`quantize` would meet), and every one that would take the call is made to compute it and compared with the definition
-in float64. Takes seconds; on a card the first time longer, as kernels are compiled.
+Every implementation says whether it supports a small call of its operation, with the reason that `quantize` would get.
+Those that do compute it, and the result is compared with the definition in float64. Takes seconds; on a GPU the first
+time longer, as kernels are compiled.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def judge(probe: selftest.Probe, device: torch.device) -> list[Verdict]:
     implementations = probe.implementations(device)
     known = {implementation.name: implementation for implementation in implementations}
     reasons = dict(explain(probe.op, implementations, probe.arguments(device)))
-    cross_gram = os.environ.get(ENVIRONMENT)
+    forced = os.environ.get(ENVIRONMENT)
     for name in dict.fromkeys([*known, *reasons]):  # in the order in which they are tried
         reason = reasons[name]
-        chosen = reason is None and not chosen_yet and cross_gram in (None, "", name)
+        chosen = reason is None and not chosen_yet and forced in (None, "", name)
         chosen_yet |= chosen
         error, failed, seconds = _tested(probe, known[name], device) if reason is None else (None, None, 0.0)
         found.append(Verdict(probe.op, str(device), name, reason, chosen, error, probe.limit, failed, seconds))
@@ -163,7 +163,7 @@ def warnings(installed: dict[str, str]) -> list[str]:
         (
             interpreting(),
             "TRITON_INTERPRET is set: kernels run in the interpreter, thousands of times slower, and bf16 in tl.dot is "
-            "wrong there without the repair that the tests bring; unset it to work",
+            "wrong there without the patch of the tests; unset it",
         ),
         (
             interpreting() and before("triton", 3, 7) and since("numpy", 2, 4),

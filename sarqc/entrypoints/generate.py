@@ -55,14 +55,14 @@ class Chat:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def reset(self) -> None:
-        """Forget what was said; the draws go on."""
+        """Clear the history; the random generator continues."""
         self.turns.clear()
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """The answer to `text` in pieces, as it comes.
+        """The answer to `text`, streamed in parts.
 
-        Whoever stops listening ends the answer; what was said up to there stays in the history. `ArgumentError` where
-        the conversation has become longer than the model can read; it is then as it was before.
+        Closing the generator ends the answer; what it has yielded stays in the history. `ArgumentError` where the
+        conversation exceeds the positions of the model; the history is then as before.
         """
         self.turns.append({"role": "user", "content": text})
         said, ids = "", []
@@ -100,7 +100,21 @@ def open_chat(
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 48, **how: Any) -> str:
-    """`prompt` and its greedy continuation by at most `max_new_tokens` tokens; `how` as in `load`."""
+    """A text and its greedy continuation.
+
+    Args:
+        model: As in `load`.
+        prompt: Text to continue.
+        max_new_tokens: Most tokens to add.
+        **how: Other arguments of `load`.
+
+    Returns:
+        `prompt` and its continuation.
+
+    Raises:
+        ArgumentError: An empty prompt, one that the model cannot read to its end, or `max_new_tokens` below 1.
+        SarqcError: What `load` raises.
+    """
     if not prompt:
         raise ArgumentError("prompt is empty: give at least one word to continue")
     if max_new_tokens < 1:

@@ -21,13 +21,23 @@ def load(
     packed: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer.
+    """A checkpoint as a transformers model that runs, and its tokenizer.
 
-    model: folder, hub id or `smollm2`; a checkpoint that `quantize` wrote or an ordinary one. packed: keep quantized
-    weights packed in memory and multiply with them as they are; False expands them to `dtype` once. dtype: of
-    activations and unquantized weights; "auto" is the checkpoint's, but float32 on a CPU where nothing is packed: there
-    that is the fast one for dense products, and 16 bits the fast one for packed ones. Returns a transformers model in
-    eval mode and its tokenizer.
+    Args:
+        model: Folder, hub id, or "smollm2"; a checkpoint that `quantize` wrote or one that is not quantized.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: Of activations and unquantized weights: auto, float32, bfloat16 or float16. auto: the checkpoint's, or
+            float32 on a CPU where no weights are packed. On a CPU float32 is faster for dense products, 16 bits for
+            packed ones.
+        packed: Keep quantized weights packed in memory and multiply with them. False: expand them to `dtype` once.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Returns:
+        The model in eval mode, and its tokenizer.
+
+    Raises:
+        ArgumentError: A device or a dtype that is not known.
+        SarqcError: A checkpoint that is damaged, missing or not supported.
     """
     folder = locate(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)

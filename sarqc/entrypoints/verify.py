@@ -18,10 +18,20 @@ def verify(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Verified:
-    """Look at the checkpoint in `folder`; what is wrong with it is in the result, never an exception.
+    """Check a checkpoint: tensors against their checksums, names against the model, weights against the original.
 
-    against: the model it was made of (folder, hub id or `smollm2`). Raises `ArgumentError` where `folder` is none, and
-    what opening `against` raises.
+    Args:
+        folder: The checkpoint.
+        against: The model it was made of: folder, hub id, or "smollm2". None: weights are not compared.
+        trust_remote_code: Run Python code that comes with the models.
+        progress: Called as progress(done, total, tensor).
+
+    Returns:
+        Whether it is sound, what is wrong with it, and which runtimes support it.
+
+    Raises:
+        ArgumentError: `folder` is not a folder.
+        SarqcError: `against` cannot be opened.
     """
     place = Path(folder)
     if not place.is_dir():

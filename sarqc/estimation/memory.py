@@ -46,8 +46,8 @@ class HostBuffers:
 
 
 def estimate_memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[HostBuffers, list[Memory]]:
-    """What waits, and peak memory of each stage with it. The next block is read ahead where this machine has the memory
-    for that on all its ranks, and there is more than one block."""
+    """Host buffers, and peak memory of each stage with them. The next block is prefetched where there is more than one
+    block and this machine has the memory for it on all its ranks."""
     waiting = _waiting(plan, windows, seqlen, ranks)
     stages = memory(plan, windows, seqlen, waiting)
     if waiting.prefetched and max(stage.host for stage in stages) * ranks_here() > host_memory():

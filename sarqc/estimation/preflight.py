@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from sarqc.checkpoint.assemble import MERGE_BYTES
+from sarqc.checkpoint.assemble import MERGE_BYTES, SHARD_BYTES
 from sarqc.checkpoint.formats import NEUTRAL
-from sarqc.checkpoint.writer import SHARD_BYTES
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.estimation import shapes
 from sarqc.estimation.memory import HostBuffers, Memory, estimate_memory
@@ -104,7 +103,6 @@ class Preflight(ModelSummary):
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
         found = asdict(self)
-        found["serve"] = rules.to_json(self.serve)
         found["output_bytes"], found["work_bytes"] = self.sizes.output, self.sizes.work
         found["time"]["total"] = self.time.total
         return found

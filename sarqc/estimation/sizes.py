@@ -19,9 +19,9 @@ from sarqc.config import QuantConfig
 from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.layers import Target
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.plan import Plan
+from sarqc.pipeline.quantize_site import scale_dtype
 from sarqc.pipeline.sensitivity import TOKENS as LOOKED
 from sarqc.pipeline.sensitivity import TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.pipeline.work_split import cost, work_items
@@ -55,7 +55,7 @@ def sizes(plan: Plan, windows: int, seqlen: int) -> Sizes:
     kinds: dict[tuple[int, int, torch.dtype], int] = {}
     for target in plan.targets.selected:
         names.discard(f"{target.linear}.weight")
-        kind = (*target.shape, _scale_dtype(plan, target))
+        kind = (*target.shape, scale_dtype(plan.source, target.linear))
         kinds[kind] = kinds.get(kind, 0) + 1
     for (rows, columns, dtype), count in kinds.items():
         quantized += count * _packed_bytes(plan.format, plan.quant, rows, columns, dtype)
@@ -162,11 +162,6 @@ def _least(call: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - began)
     return max(min(found), 1e-7)
-
-
-def _scale_dtype(plan: Plan, target: Target) -> torch.dtype:
-    stored = plan.source.dtype(f"{target.linear}.weight")
-    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def _packed_bytes(format: Format, quant: QuantConfig, rows: int, columns: int, dtype: torch.dtype) -> int:

@@ -44,7 +44,7 @@ Packer = Callable[[QuantizedWeight], dict[str, Tensor]]
 _INITIALIZED = "_is_hf_initialized"  # a module with this mark is not filled with random numbers by transformers
 
 
-class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers' bases are Any to mypy
     """The `quantization_config` of a checkpoint, word for word, for a model that keeps its weights packed."""
 
     def __init__(self, **values: Any) -> None:
@@ -56,7 +56,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return copy.deepcopy(self.values)
 
 
-class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
     """Loads and saves a model with packed weights; see the file's first lines. For inference, as packed codes have no
     gradient."""
 

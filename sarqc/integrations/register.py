@@ -72,7 +72,7 @@ class PostImportHook(MetaPathFinder):
                 execute(module)
                 self.act()
 
-            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]  # the point of the hook
         return spec
 
 

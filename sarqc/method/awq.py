@@ -86,11 +86,11 @@ class Scaling:
     unscaled: str | None = None
 
     def apply(self, weight: Tensor) -> Tensor:
-        """W' for a weight [E, N, K]."""
+        """W' for a `weight` [E, N, K]."""
         return weight * self.inputs[:, None, :] / self.rows[:, :, None]
 
     def undo(self, weight: Tensor) -> Tensor:
-        """W for a W'."""
+        """W for a scaled `weight` W' [E, N, K]."""
         return weight * self.rows[:, :, None] / self.inputs[:, None, :]
 
     def rows_at(self, index: Tensor) -> Scaling:
@@ -98,7 +98,7 @@ class Scaling:
         return replace(self, rows=self.rows[:, index])
 
     def hessian(self, hessian: Tensor) -> Tensor:
-        """S^-1 H S^-1: the Hessian [E, K, K] of the scaled inputs."""
+        """S^-1 H S^-1 of a `hessian` [E, K, K]: that of the scaled inputs."""
         return hessian / self.inputs[:, :, None] / self.inputs[:, None, :]
 
 

@@ -44,7 +44,10 @@ class Gram:
 
     @classmethod
     def zeros(cls, experts: int, in_features: int, device: torch.device | str = "cpu", *, cross_rows: int = 0) -> Gram:
-        """An empty Gram. cross_rows: N of a dense layer (E = 1) whose `cross_gram` is kept, else 0."""
+        """An empty Gram of `experts` matrices [`in_features`, `in_features`] on `device`.
+
+        cross_rows: N of a dense layer (E = 1) whose `cross_gram` is kept, else 0.
+        """
         return cls(
             sum=torch.zeros(experts, in_features, in_features, device=device),
             rows=torch.zeros(experts, dtype=torch.int64, device=device),
@@ -53,7 +56,7 @@ class Gram:
         )
 
     def add(self, x: Tensor, offsets: Tensor | None = None, cross_gram: Tensor | None = None) -> None:
-        """Add rows x [T, K], sorted by expert with offsets [E + 1]; without offsets all rows belong to expert 0.
+        """Add rows `x` [T, K], sorted by expert with `offsets` [E + 1]; without them all rows belong to expert 0.
 
         cross_gram: the residual error R of these rows, [T, N], where it is kept.
         """
@@ -62,7 +65,7 @@ class Gram:
             cross_gram_accumulate_(self.cross_gram[0], cross_gram, x)
 
     def merge(self, other: Gram) -> None:
-        """Add another Gram of the same site."""
+        """Add `other`, a Gram of the same site."""
         self.sum += other.sum
         self.rows += other.rows
         self.abs_sum += other.abs_sum
@@ -70,7 +73,7 @@ class Gram:
             self.cross_gram += other.cross_gram
 
     def part(self, experts: slice | Tensor) -> Gram:
-        """Some experts: a range in the same memory (the Gram itself where it is all of them), or experts by number,
+        """These `experts`: a range in the same memory (the Gram itself where it is all of them), or experts by number,
         int64, in that order and in memory of their own.
         """
         if isinstance(experts, slice) and experts == slice(None):
@@ -83,7 +86,7 @@ class Gram:
         return [self.sum, self.rows, self.abs_sum] + ([] if self.cross_gram is None else [self.cross_gram])
 
     def repeat(self, times: int) -> Gram:
-        """All experts repeated: expert e of repetition r is number r * E + e."""
+        """All experts repeated `times` times: expert e of repetition r is number r * E + e."""
         return Gram(self.sum.repeat(times, 1, 1), self.rows.repeat(times), self.abs_sum.repeat(times, 1))
 
     def second_moment(self) -> Tensor:

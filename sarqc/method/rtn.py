@@ -19,7 +19,12 @@ from sarqc_kernels.columns.grid import GridRule
 
 @dataclass(frozen=True)
 class Solution:
-    """Result of a solver. damping: of each expert, fp [E]."""
+    """Result of a solver.
+
+    Attributes:
+        weight: The quantized weight, E experts.
+        damping: Damping that was added for each expert, relative to the mean of diag(H), floating [E].
+    """
 
     weight: QuantizedWeight
     damping: Tensor

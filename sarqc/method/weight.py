@@ -11,10 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes of E matrices of one shape; a dense layer is E = 1.
+    """Codes of E matrices of one shape; a dense layer is E = 1. The weight is (code - zero) * scale.
 
-    codes: uint8 [E, N, K], each in 0 .. 2^bits - 1. scales: floating [E, N, G], the dtype that is stored.
-    zeros: uint8 [E, N, G]. Group g covers the K / G inputs from g * K / G on. The weight is (code - zero) * scale.
+    Attributes:
+        codes: uint8 [E, N, K], each in 0 .. 2^bits - 1.
+        scales: Floating [E, N, G], in the dtype that is stored. Group g covers the K / G inputs from g * K / G on.
+        zeros: uint8 [E, N, G].
+        bits: Bits of a code, 2 to 8.
     """
 
     codes: Tensor
@@ -40,7 +43,7 @@ class QuantizedWeight:
         return weight.flatten(-2).to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
-        """The same in another place."""
+        """The same weight on `device`."""
         return QuantizedWeight(self.codes.to(device), self.scales.to(device), self.zeros.to(device), self.bits)
 
     def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:

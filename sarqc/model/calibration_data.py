@@ -128,7 +128,7 @@ def _chat_tokens(tokenizer: Any, chat: Any) -> list[int]:
         raise ModelError("the tokenizer has no chat template: give texts, or a tokenizer with a template")
     try:
         text = tokenizer.apply_chat_template(list(chat), tokenize=False)
-    except Exception as error:
+    except Exception as error:  # a template is a program: it raises what it likes
         raise ModelError(f"the chat template does not take the conversation: {first_line(error)}") from error
     return encode(tokenizer, str(text), special=False)
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from sarqc.conventions import SOURCE_METHODS
+from sarqc.conventions import SOURCE_METHODS, ExpertSlice
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.architecture import build_on_meta, language_model, read_config
-from sarqc.model.expert_names import Slab
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Outline:
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-    def split(self, slabs: Mapping[str, Slab]) -> Outline:
+    def split(self, slabs: Mapping[str, ExpertSlice]) -> Outline:
         """The outline with single experts in the place of tensors of all experts."""
         whole = {slab.tensor for slab in slabs.values()}
         plain = {name: header for name, header in self.tensors.items() if name not in whole}

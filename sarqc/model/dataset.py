@@ -85,8 +85,8 @@ class Windows:
             raise ArgumentError(f"num_samples = {count} is too small: use 1 or more")
         if count > len(self.tokens):
             raise TextError(
-                f"text {self.text!r} has {len(self.tokens)} windows of {self.tokens.shape[1]} tokens, {count} asked "
-                "for: give more text, or lower --num-samples or --seqlen"
+                f"num_samples = {count} is more than the {len(self.tokens)} sequences of {self.tokens.shape[1]} tokens "
+                f"in text {self.text!r}: give more text, or lower --num-samples or --seqlen"
             )
         return torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(seed))[:count]
 
@@ -186,7 +186,7 @@ def windows_of_text(raw: str, text: str, tokenizer: Any, seqlen: int) -> Windows
     count = body.numel() // step
     if count == 0:
         raise TextError(
-            f"text {text!r} is too short: its {body.numel()} tokens do not fill one window of {seqlen}; "
+            f"text {text!r} is too short: its {body.numel()} tokens do not fill one sequence of {seqlen}; "
             "give more text or lower --seqlen"
         )
     tokens = body[: count * step].view(count, step)
@@ -241,7 +241,7 @@ def _dataset_text(name: str, part: Part) -> str:
     split = split or ("train" if part == "calibration" else "test")
     try:
         data = datasets.load_dataset(path, config or None, split=split)
-    except Exception as error:
+    except Exception as error:  # of the hub's client, or of whatever reads the data set's files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TextError(f"text {name!r} is no file and did not load as a data set: {reason}") from error
     if "text" not in data.column_names:

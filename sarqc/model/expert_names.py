@@ -9,33 +9,16 @@ have other names than `gate_up_proj` and `down_proj`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from sarqc.conventions import ExpertSlice
 from sarqc.model import moe
 
 _PLAIN = (("gate_proj", "up_proj"), ("up_proj",), ("down_proj",))
 _NUMBERED = (("w1", "w3"), ("w1",), ("w2",))
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Where a single matrix lies in the tensor of all experts.
-
-    It is rows start, start + step, ... (rows of them) of matrix `expert` of `tensor`, which is transposed first where
-    that says so. shape: (rows, inputs). row: its first row in the parameter of the model, once that is taken apart.
-    """
-
-    tensor: str
-    expert: int
-    start: int
-    step: int
-    shape: tuple[int, int]
-    transposed: bool
-    row: int
 
 
 def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
@@ -46,7 +29,7 @@ def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
     return found
 
 
-def single_experts(model: Any, parameter: str, stored: Sequence[str], flipped: bool = False) -> dict[str, Slab]:
+def single_experts(model: Any, parameter: str, stored: Sequence[str], flipped: bool = False) -> dict[str, ExpertSlice]:
     """Each matrix of an experts module's parameter by a name of its own; nothing where `stored` has other parts.
 
     stored: the tensor of all experts, or one for the gates and one for the rest. flipped: they lie there in the
@@ -69,7 +52,7 @@ def single_experts(model: Any, parameter: str, stored: Sequence[str], flipped: b
             start, step = (part, len(leaves)) if interleaved else (0 if apart else part * rows, 1)
             name = f"{_parent(tensor)}.{expert}.{leaf}.weight"
             transposed = module.is_transposed != flipped
-            found[name] = Slab(tensor, expert, start, step, (rows, inputs), transposed, part * rows)
+            found[name] = ExpertSlice(tensor, expert, start, step, (rows, inputs), transposed, part * rows)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Tokens one at a time, as they are chosen: what a person who watches wants, and what `generate` does not give.
+"""Tokens one at a time, as they are chosen; transformers' `generate` returns them at the end.
 
 The draw takes a `torch.Generator` of the caller's; transformers' own sampling draws from the global one.
 """

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from sarqc.conventions import DTYPES, SIDE_FILES
-from sarqc.errors import ModelError
+from sarqc.errors import ModelError, first_line
 from sarqc.model.config_only import unquantized_decoder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = "*.safetensors"
 _NEEDED = ["*.json", "*.txt", "*.jinja", *SIDE_FILES]
 _UNWANTED = ["consolidated*", "original/*", f"*/{_WEIGHTS}"]
-"""The same weights once more, in the layout of whoever trained them."""
+"""The same weights once more, in the layout of their authors."""
 
 
 def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
@@ -59,7 +59,7 @@ def _path(model: str | Path) -> Path:
         with suppress(FileNotFoundError, NotADirectoryError):
             path.stat()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"model {str(model)[:100]!r} is no name of a folder: {_first_line(error)[:100]}") from error
+        raise ModelError(f"model {str(model)[:100]!r} is no name of a folder: {first_line(error)[:100]}") from error
     return path
 
 
@@ -93,7 +93,7 @@ def hub_headers(hub_id: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     except (NotASafetensorsRepoError, SafetensorsParsingError):
         return {}
     except Exception as error:  # without a network that of the client's own client, which changes with its versions
-        raise ModelError(f"the hub did not give the headers of {hub_id!r}: {_first_line(error)}") from error
+        raise ModelError(f"the hub did not give the headers of {hub_id!r}: {first_line(error)}") from error
     tensors = {}
     for file in found:
         for name, info in file.tensors.items():
@@ -112,12 +112,8 @@ def _download(hub_id: str, trust_remote_code: bool, *, weights: bool = True) -> 
         return Path(snapshot_download(hub_id, allow_patterns=needed, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"no model {hub_id!r}: no such folder, and the hub did not give it ({_first_line(error)})"
+            f"no model {hub_id!r}: no such folder, and the hub did not give it ({first_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 SMOLLM2 = "smollm2"

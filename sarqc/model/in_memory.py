@@ -48,7 +48,7 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, bes
             raise ResourceError(
                 f"the model in memory cannot be saved in {beside}: {error.strerror or error}"
             ) from error
-        except Exception as error:
+        except Exception as error:  # a model of one's own saves itself with code of one's own
             raise ModelError(f"transformers cannot save the model in memory: {first_line(error)}") from error
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise ModelError(

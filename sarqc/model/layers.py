@@ -37,7 +37,7 @@ __all__ = ["Target", "Targets", "auto_group_size", "check_group_size", "is_wante
 
 GROUP_SIZES = (128, 64, 32)
 MOST_LEFT = 0.01
-"""Share of the blocks' weights that may stay unquantized without being asked for."""
+"""Share of the blocks' weights that may stay unquantized without `ignore`."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def targets_of(lazy: LazyModel, linears: Iterable[str]) -> Targets:
 
 
 def _check_share(refused: Sequence[Candidate], selected: Sequence[Target]) -> None:
-    """`ModelError` where too much would stay unquantized that nobody asked to leave."""
+    """`ModelError` where too much would stay unquantized without `ignore`."""
     lost = sum(one.target.elements for one in refused)
     share = lost / max(lost + sum(target.elements for target in selected), 1)
     if share <= MOST_LEFT:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from sarqc.conventions import ExpertSlice
 from sarqc.model import moe
 from sarqc.model.architecture import build_on_meta, find_blocks, language_model, read_config
 from sarqc.model.checks import check_layers
-from sarqc.model.expert_names import Slab, single_experts
+from sarqc.model.expert_names import single_experts
 from sarqc.model.source import TensorSource
 from sarqc.model.undeclared_experts import adopt
 from sarqc.model.usage import Usage, usage
@@ -57,7 +58,7 @@ class LazyModel:
     def from_config(
         cls, config: PreTrainedConfig, source: TensorSource, *, trust_remote_code: bool = False
     ) -> LazyModel:
-        """Build from a configuration (copied); `source` is only asked for names and shapes.
+        """Build from a configuration (copied); only names and shapes of `source` are read.
 
         Raises `ModelError` where this is no language model with a decoder alone, or the names do not fit it.
         """
@@ -87,13 +88,13 @@ class LazyModel:
         """The part of the configuration that describes the text decoder; the whole of it for a text model."""
         return self.model.config.get_text_config(decoder=True)
 
-    def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, Slab]:
+    def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, ExpertSlice]:
         """Take apart the experts that the checkpoint stores in one tensor; where each matrix lies, by its own name.
 
         The source has to give the matrices by these names from now on. wanted: whether the layer of these two
         names is to be quantized; a module of which none is stays whole. It belongs before anything is loaded.
         """
-        found: dict[str, Slab] = {}
+        found: dict[str, ExpertSlice] = {}
         for path, module in self.model.named_modules():
             if not path.startswith(f"{self.prefix}.") or not moe.is_experts(module):
                 continue
@@ -109,7 +110,7 @@ class LazyModel:
                 moe.take_apart(module)
         return found
 
-    def _single(self, parameter: str, stored: tuple[str, ...], flipped: bool) -> dict[str, Slab]:
+    def _single(self, parameter: str, stored: tuple[str, ...], flipped: bool) -> dict[str, ExpertSlice]:
         single = single_experts(self.model, parameter, stored, flipped)
         own = own_names(self.model, parameter)
         if own is None or len(own) != len(single):
@@ -251,7 +252,7 @@ def assemble(
     filled = torch.empty(tuple(shape), dtype=dtype, device=device)
     whole = filled.view(-1, *shape[-2:])  # a Linear is a stack of one
     for stored in slices:
-        whole[stored.expert, stored.start : stored.start + stored.rows].copy_(source.load(stored.name))
+        stored.of(whole).copy_(source.load(stored.name))
     return filled
 
 

@@ -29,7 +29,7 @@ from sarqc_kernels import w4a16
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called as observer(projection, x [T, K] sorted by expert, offsets int64 [E + 1]) before each projection; rows are
-scaled where `observed` was told so."""
+scaled if `observed` requests it."""
 
 IMPLEMENTATION = "sarqc"
 _OBSERVER = "_sarqc_observer"

@@ -151,12 +151,12 @@ class DenseView(Tensor):
         """The weight as an ordinary tensor."""
         return self.owner.codes().dequantize(self.dtype)[0]
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes an argument for its own use
         """The shell: printing a weight of a large layer dequantizes nothing."""
         return f"DenseView({self.owner.extra_repr()})"
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch's has no annotations
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation on the dense weight.

@@ -1,6 +1,6 @@
 """Sites: layers that read the same tensor, so that one Gram serves them all.
 
-Which layers those are is seen, not looked up: in one short forward of the block, Linears that were handed the very
+Which layers those are is seen, not looked up: in one short forward of the block, Linears that received the very
 same tensor object (q, k and v; gate and up) are one site. The two projections of an experts module are a site each.
 `observe` holds the only hooks there are on a model, and only for as long as its context lasts.
 """

@@ -105,14 +105,14 @@ def find_mappings(
 
 @dataclass
 class _Sight:
-    """What one forward showed. inputs: what modules with parameters of their own were handed first, in the order of the
+    """What one forward showed. inputs: the first inputs of modules with parameters of their own, in the order of the
     calls. norms: modules that could be norms, with their outputs. All tensors are kept, so storages stay distinct."""
 
     inputs: dict[str, Tensor]
     norms: dict[str, Tensor]
 
     def balance_layers(self, model: Any, norm: str) -> list[str]:
-        """Parameters with a column for each channel of a norm's output, in modules that were handed it."""
+        """Parameters with a column for each channel of a norm's output, in modules that read it."""
         out = self.norms[norm]
         found = []
         for name, x in self.inputs.items():

@@ -1,4 +1,4 @@
-"""Where weights come from, as the model room sees it: an object that is handed in.
+"""Where weights come from: a protocol, so that `model` needs to know no file format.
 
 The room that knows files implements `TensorSource`; nothing here knows shards, formats or folders. A quantized
 checkpoint looks like a dense one (`load` dequantizes), and hands out its codes through `quantized`.

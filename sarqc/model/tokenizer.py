@@ -16,7 +16,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:
+    except Exception as error:  # tokenizers check their files with whatever their fields happen to raise
         if not any(folder.glob("*token*")) and not any(folder.glob("*.model")):
             raise ModelError(
                 f"{folder} has no tokenizer: put tokenizer.json or its like beside config.json; for a model in memory, "
@@ -29,7 +29,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """Tokens of a text, with what the tokenizer puts around it if `special`; `ModelError` where it fails on text."""
     try:
         return [int(token) for token in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
-    except Exception as error:
+    except Exception as error:  # the Rust library raises plain `Exception`
         raise ModelError(f"the tokenizer loads but does not work: {first_line(error)}") from error
 
 

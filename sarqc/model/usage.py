@@ -113,7 +113,7 @@ class _Watch(TorchDispatchMode):
     """Notes the origin of each tensor, and answers questions about data that meta tensors do not have."""
 
     def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
         self.names = names
         self.seen = _Seen()
         self._origins = WeakIdKeyDictionary()

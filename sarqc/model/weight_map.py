@@ -29,9 +29,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from sarqc.conventions import ExpertSlice
 from sarqc.errors import ModelError, first_line
 from sarqc.model import moe
-from sarqc.model.expert_names import Slab, single_experts, stored_names
+from sarqc.model.expert_names import single_experts, stored_names
 from sarqc.model.source import StateDictSource, TensorSource
 
 _TAG = torch.arange(6).view(2, 3)
@@ -87,6 +88,10 @@ class TensorSlice:
     rows: int
     conversion: Conversion | None = None
 
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view of a parameter that the tensor fills."""
+        return parameter if self.expert is None else parameter[self.expert, self.start : self.start + self.rows]
+
     @property
     def is_whole(self) -> bool:
         """Whether the parameter is this tensor as it is stored."""
@@ -136,7 +141,7 @@ def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dic
     return found
 
 
-def slices_of(single: Mapping[str, Slab]) -> tuple[TensorSlice, ...]:
+def slices_of(single: Mapping[str, ExpertSlice]) -> tuple[TensorSlice, ...]:
     """Slices of an experts module's parameter whose matrices lie in slabs, once it is taken apart."""
     return tuple(TensorSlice(name, slab.expert, slab.row, slab.shape[0]) for name, slab in single.items())
 

@@ -1,8 +1,8 @@
 """One decoder block, quantized site by site while all micro-batches wait in it.
 
-A layer that writes into the residual stream also makes up for what the stream has drifted from the reference by the
-time it gets there. Its target is known only behind it, so it is let run with its original weight; where its outputs
-have joined the stream, all that is needed is at hand, and what leaves is set right by the difference of the weights.
+A layer that writes to the residual also corrects the error that the residual has there. Its target is known only after
+the layer has run, so it runs with its original weight. Then it is quantized, and the difference of the weights, times
+its inputs, is added to the residual.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class Block:
             streams.quantized.correct(point, self._entry(site), synchronize_oom(comm, partial(self._change, site)))
 
     def _handed(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
-        """What the micro-batches bring to a site."""
+        """The inputs of a site, by micro-batch."""
         inputs = self.scales.of(SiteChunk(site, 0, site.experts)).inputs if self.scales else None
         for arrival, (_, fold) in zip(streams.quantized.at(point), streams.text.batches):
             x = arrival.x.reshape(-1, site.in_features)
@@ -212,7 +212,7 @@ class Block:
             yield Rows(site, fold, x, arrival.offsets)
 
     def _lacking(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
-        """What the micro-batches brought to a site whose outputs have joined the stream, and what that lacks there."""
+        """The inputs of a site that has written to the residual, and the error of the residual there."""
         assert streams.reference is not None and site.residual_write
         entry = self._entry(site)
         reader = point if site.residual_write.reader else None
@@ -269,11 +269,7 @@ def put(
     for parameter in lazy.parameters(index) if changed else ():
         for stored in lazy.slices[parameter]:
             if stored.name in changed:
-                whole = lazy.model.get_parameter(parameter)
-                part = (
-                    whole if stored.expert is None else whole[stored.expert, stored.start : stored.start + stored.rows]
-                )
-                part.copy_(changed[stored.name])
+                stored.of(lazy.model.get_parameter(parameter)).copy_(changed[stored.name])
 
 
 def _shrunk(collected: Sequence[Statistics], shrinkage: float) -> list[Gram]:
@@ -281,10 +277,10 @@ def _shrunk(collected: Sequence[Statistics], shrinkage: float) -> list[Gram]:
 
 
 def _drift(reference: Tensor, stream: Tensor) -> Tensor:
-    """What each row of `stream` [B, L, H] lacks of the reference's, [B * L, H].
+    """The error of each row of `stream` [B, L, H], reference - stream, [B * L, H].
 
-    The first token of a window is asked for nothing: in most models it carries activations thousands of times those of
-    the others, so that its drift would drown theirs, and it is what all others rest their attention on.
+    The first token of a window is left out. In most models its activations are thousands of times those of the others
+    (an attention sink), so that its error would dominate theirs.
     """
     lacking = reference - stream  # exact in their own dtype where they are within a factor of two of each other
     lacking[:, 0] = 0

@@ -1,4 +1,4 @@
-"""The channel scales of one block: chosen fold by fold, then handed to the weights and tensors that take them up.
+"""The channel scales of one block: chosen mapping by mapping, then folded into weights and other tensors.
 
 Scales act on fp32 copies of the weights that will be quantized, so nothing is rounded on their way there. Two rules
 keep the rest exact. A norm's weight is stored in the checkpoint's dtype, so the scale that counts is the one that its
@@ -160,9 +160,7 @@ class BlockScales:
                     own = mapping.inputs(chosen.scales)[(stored.expert or 0) if mapping.experts > 1 else 0].cpu()
                     take(parameter, stored).mul_(own)
         for name, (parameter, stored) in at.items():
-            whole = self._lazy.model.get_parameter(parameter)
-            part = whole if stored.expert is None else whole[stored.expert, stored.start : stored.start + stored.rows]
-            part.copy_(changed[name])
+            stored.of(self._lazy.model.get_parameter(parameter)).copy_(changed[name])
         return changed
 
     def _decided(self) -> list[tuple[SmoothingMapping, ChannelScales]]:

@@ -1,9 +1,9 @@
 """Several processes at one run, on one machine or many: `torchrun --nproc-per-node N -m sarqc quantize ...`.
 
-torchrun starts the processes and says in their environment who they are; torch.distributed carries what they tell each
-other, by gloo for what is on the host and by nccl for what is on GPUs. Rank 0 alone has a work folder and writes; the
-others need to read the model. Where one ends, torchrun ends all, and whoever waits for it says so first: connections
-break with the process they lead to. One that is stuck is found by `sarqc.pipeline.watchdog`.
+torchrun starts the processes and sets their ranks in the environment. torch.distributed sends host tensors by gloo and
+GPU tensors by nccl. Only rank 0 has a work folder and writes; the others read the model. Where a rank ends, its
+connections break: ranks that wait for it report that, and torchrun ends all. `sarqc.pipeline.watchdog` finds a stuck
+rank.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from sarqc.pipeline.watchdog import beating
 from sarqc.system import from_torchrun
 
 COLLECTIVE_TIMEOUT = timedelta(days=7)
-"""How long a rank waits for one that is alive, whatever that one does: it may write terabytes to a slow disk. A rank
-that died is noticed at once, by its connections, and one that is stuck by its heart."""
+"""How long a rank waits for a live one, which may write terabytes to a slow disk. A dead rank is noticed at once by its
+connections, a stuck one by its heartbeat."""
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
-"""How long it waits for the others to be started."""
+"""How long a rank waits for the others to start."""
 
 _Value = TypeVar("_Value")
 
@@ -189,7 +189,7 @@ class Following(NoProgress):
         self._watcher = progress
 
     def stop_requested(self) -> bool:
-        """Whether this rank was asked."""
+        """Whether this rank received the request."""
         return self._watcher.stop_requested()
 
 

@@ -36,7 +36,7 @@ class BlockResult:
     each stage (load, reference, scale, forward, solve). changed: tensors that are not quantized and took up channel
     scales (norms, routers, biases), on the CPU; they replace the checkpoint's own, by its names, in its dtypes. notes:
     what did not go as planned, in words. handover: what a run that is continued behind this block needs; None where
-    that is the weights alone. It is good until the next block is asked for."""
+    that is the weights alone. It is valid until the next block is requested."""
 
     index: int
     weights: Weights
@@ -201,7 +201,7 @@ class _Driver:
         """A block quantized, begun again with less at once for as long as the device runs out of memory."""
         known = self._solving.lambda_search.copy()
         while True:
-            self._solving.begin(known)  # what a failed attempt was told is asked, and counted, again
+            self._solving.begin(known)  # what a failed attempt has chosen is chosen, and counted, again
             try:
                 return self._attempt(index, streams)
             except RuntimeError as error:
@@ -225,7 +225,7 @@ class _Driver:
         return block
 
     def _take_less(self, index: int, streams: Streams, reason: str) -> None:
-        """Halve the micro-batches or the Grams at a time, and bring the streams to the block again."""
+        """Halve the micro-batches or the Grams at a time, and run the streams to the block again."""
         self._lazy.unload_block(index)
         if self._solving.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -235,7 +235,7 @@ class _Driver:
             what = f"{self._portions.together} Grams at a time halved"
             self._portions.halve()
         elif at_once > 1:
-            text, what = text.halved(), f"micro-batch of {at_once} windows halved"
+            text, what = text.halved(), f"micro-batch of {at_once} sequences halved"
         else:
             raise self._no_memory(index, reason)
         self._journal.notes.append(f"{self._place(index)} ({reason}): {what}")
@@ -243,8 +243,8 @@ class _Driver:
         again = streams.again(text, index) if index else streams.begin(text, reference=reference)
         if not all(self._comm.all_gather_object(again)):
             raise ResourceError(
-                f"{self._place(index)} ({reason}), and what this model carries between blocks is not at hand to begin "
-                "the block again: use a smaller --micro-batch or --gram-budget; the run goes on from its last block"
+                f"{self._place(index)} ({reason}), and what this model passes between blocks is not stored, so the "
+                "block cannot begin again: use a smaller --micro-batch or --gram-budget; a rerun resumes there"
             )
 
     def _no_memory(self, index: int, reason: str) -> ResourceError:

@@ -1,4 +1,4 @@
-"""How a run is executed: where, in which pieces, and who hears of it. None of it is part of the method."""
+"""How a run is executed: device, batch sizes, memory, ranks, progress. None of it is part of the method."""
 
 from __future__ import annotations
 

@@ -64,16 +64,16 @@ class Forward:
         self._route.corrections.clear()
 
     def at(self, point: Point) -> Iterator[Arrival]:
-        """Bring every micro-batch to a point, and hand out what it brings; ask again to go through them once more.
+        """Run every micro-batch to a point and yield its activations there; another call yields them once more.
 
-        Raises `ModelError` naming the module where a micro-batch comes by another way than the others, or where the
+        Raises `ModelError` naming the module where a micro-batch takes another path than the others, or where the
         model's own code fails; `torch.OutOfMemoryError` where memory runs out.
         """
         for arrival, _ in self.with_kept(point, None):
             yield arrival
 
     def with_kept(self, point: Point, site: Point | None) -> Iterator[tuple[Arrival, Tensor | None]]:
-        """As `at`, with what the same micro-batch brought to a site before, which `begin_block` was told to keep."""
+        """As `at`, with the inputs of a site that `begin_block` listed in `kept`, of the same micro-batch."""
         inside = point.kind not in ("enter", "end")
         for walk in self._awake():
             if self._recompute and inside and not walk.waits_at(point):
@@ -86,35 +86,35 @@ class Forward:
                 yield arrival, None if site is None else walk.kept[site]
 
     def look(self, block: int) -> Iterator[Iterator[Arrival]]:
-        """For every micro-batch that waits to enter a block what it brings to each point in it, in a run of the block
-        that is dropped; go through them in order."""
+        """For every micro-batch at a block's entry, its activations at each point of the block, in order. The run of
+        the block is dropped."""
         for walk in self._awake():
             walk.go(Point("enter", block))
             with self._from_entry(walk) as again:
                 yield (again.go(point) for point in self._route.inside)
 
     def leave(self, block: int) -> Iterator[Arrival]:
-        """Bring every micro-batch to the end of a block for good, with all corrections made."""
+        """Run every micro-batch to the end of a block, with all corrections added to the residual."""
         for walk in self._awake():
             arrival = walk.go(Point("leave", block))
             walk.correct()
             yield arrival
 
     def correct(self, at: Point, site: Point, change: Tensor) -> None:
-        """Add x @ change^T to the stream at a point where all micro-batches are, or have been; x is what each brought
-        to the site, change [N, K]."""
+        """Add x @ change^T to the residual at a point that all micro-batches have reached; x is the input of the site,
+        change [N, K]."""
         self._route.corrections[at] = site, change
 
     def left_whole(self) -> bool:
-        """Whether `dissolve` would have what has left the block before."""
+        """Whether the residual after the previous block is kept, so that `dissolve` can yield it."""
         return all(walk.left_whole for walk in self._walks)
 
     def lefts(self) -> list[Tensor]:
-        """The stream of every micro-batch as it has left the block before; none in front of the first one."""
+        """The residual of every micro-batch after the previous block; empty before the first one."""
         return [walk.left for walk in self._walks if walk.left is not None]
 
     def dissolve(self) -> Iterator[Tensor]:
-        """End all forwards, one by one, and hand out the stream as it has left the block before."""
+        """End all forwards one by one, and yield the residual after the previous block."""
         while self._walks:
             walk = self._walks.pop(0)
             walk.wake()
@@ -129,7 +129,7 @@ class Forward:
             self._walks.pop().close()
 
     def _awake(self) -> Iterator[Walk]:
-        """Every micro-batch, with its tensors in place while it is handed out."""
+        """Every micro-batch, with its tensors in memory while it is in use."""
         held = 0
         for walk in self._walks:
             walk.wake()
@@ -163,7 +163,7 @@ class BlockCall:
         return self._entry.x
 
     def run(self) -> Any:
-        """What the block returns; what enters it is handed over as a copy, in case the block writes into it."""
+        """What the block returns for a copy of its input, in case the block writes into it."""
         hidden = self._entry.x
         args, kwargs = list(self._entry.args), dict(self._entry.kwargs)
         at = next((at for at, value in enumerate(args) if value is hidden), None)

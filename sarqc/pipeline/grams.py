@@ -21,7 +21,7 @@ from sarqc.pipeline.comm import Comm, in_turn, synchronize_oom
 
 @dataclass(frozen=True)
 class Rows:
-    """What a site was handed in one micro-batch: x [T, K], with offsets int64 [E + 1] where rows are sorted by expert.
+    """The inputs of a site in one micro-batch: x [T, K], with offsets int64 [E + 1] where rows are sorted by expert.
     residual: [T, N], the error of the stream behind it, where the site corrects that."""
 
     site: Site

@@ -1,4 +1,4 @@
-"""Entering a model in its middle: the blocks before are replaced by ones that hand stored hidden states on.
+"""Entering a model in its middle: the blocks before are replaced by ones that return stored hidden states.
 
 That is right only where blocks pass nothing else on. What a block is entered with apart from its hidden
 states (masks, rotary tables, what other blocks have left in a shared dictionary) therefore has a fingerprint, taken
@@ -35,7 +35,7 @@ def returned(arrival: Arrival) -> str | None:
 
 
 class Handing(nn.Module):
-    """Stands in a block's place. hidden: by the number of the micro-batch, what it hands on; None to pass its input on.
+    """Replaces a block. hidden: the residual to return, by the number of the micro-batch; None: its input.
 
     Every other attribute is the block's own, because models read some ("attention_type").
     """

@@ -1,4 +1,4 @@
-"""What is told of a block at work: its stages with their seconds, and notes."""
+"""The record of the block at work: its stages with their seconds, and notes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Journal:
         self._device = device
 
     def begin_block(self) -> None:
-        """Start with nothing told."""
+        """Clear the record."""
         self.seconds, self.notes = {}, []
 
     @contextmanager

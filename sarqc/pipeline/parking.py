@@ -31,7 +31,7 @@ class Parking(TorchDispatchMode):
     """
 
     def __init__(self, store: Store, owners: dict[int, Parking], least_bytes: int = LEAST_BYTES) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
         self._store = store
         self._owners = owners
         self._least = least_bytes
@@ -49,11 +49,6 @@ class Parking(TorchDispatchMode):
             if _counts(tensor) and (key := _key(tensor)) not in known:
                 self._made[key] = StorageWeakRef(tensor.untyped_storage())
         return out
-
-    @property
-    def parked_bytes(self) -> int:
-        """Bytes that are out of memory at the moment."""
-        return sum(size for _, size, _ in self._parked.values())
 
     def held(self) -> dict[int, UntypedStorage]:
         """Storages of at least so many bytes that the micro-batch made and that are alive, by their address."""

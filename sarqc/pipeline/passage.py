@@ -65,7 +65,9 @@ class Passage:
         leaving = self._forward.leave(len(self._lazy.blocks) - 1)
         hidden = torch.cat([arrival.x.cpu() for arrival in leaving])
         if self._form is None:
-            raise ModelError(f"{self._lazy.prefix} hand on more than a tensor, so they cannot be judged block by block")
+            raise ModelError(
+                f"{self._lazy.prefix} return more than one tensor, so they cannot be evaluated block by block"
+            )
         return Left(hidden, self._form)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A run before it runs: what was asked for, and what comes of it once names, shapes and options are checked.
+"""The plan of a run: its options, and what follows from them once names, shapes and options are checked.
 
 A plan needs a configuration and the headers of the weights, nothing more, so one can be made for a model whose weights
 are on another machine.
@@ -28,12 +28,12 @@ from sarqc.config import (
     QuantConfig,
     RunConfig,
 )
+from sarqc.conventions import ExpertSlice
 from sarqc.errors import ArgumentError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
 from sarqc.model.calibration_data import calibration_windows, counts_at_once
 from sarqc.model.config_only import Outline, outline
-from sarqc.model.expert_names import Slab
 from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
 from sarqc.model.layers import Targets, auto_group_size, check_group_size, is_wanted, targets
 from sarqc.model.lazy_model import LazyModel
@@ -179,7 +179,7 @@ def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype
     return Outline(dense_headers(tensors, read_json(folder / "config.json")))
 
 
-def _renamed(lazy: LazyModel, slabs: Mapping[str, Slab]) -> tuple[str, ...]:
+def _renamed(lazy: LazyModel, slabs: Mapping[str, ExpertSlice]) -> tuple[str, ...]:
     """A note where experts get names that transformers itself has not."""
     alone = [name for name in slabs if name in lazy.own_expert_names]
     if len(alone) == len(slabs):

@@ -57,7 +57,7 @@ class Arrival:
 
     @property
     def x(self) -> Tensor:
-        """The tensor; `ModelError` naming the module that was handed none."""
+        """The tensor; `ModelError` naming the module that received none."""
         if self.tensor is None:
             raise ModelError(f"{self.point} is called without a tensor, so its inputs cannot be seen")
         return self.tensor

@@ -32,8 +32,8 @@ Weights = dict[str, QuantizedWeight]
 @dataclass
 class SiteQuantizer:
     """What solving a block needs beside its statistics. bit_widths: bits by linear, where layers have different ones.
-    choices: of the chunks of the block at work, by name. search: of its sites, by name: what the first chunk that was
-    asked has said."""
+    choices: of the chunks of the block at work, by name. search: of its sites, by name: the choice of
+    the first chunk."""
 
     lazy: LazyModel
     source: TensorSource
@@ -171,12 +171,12 @@ class SiteQuantizer:
 
     def scale_dtype(self, site: Site) -> torch.dtype:
         """What a site's scales are stored in."""
-        return scale_dtype(self.source, site)
+        return scale_dtype(self.source, site.members[0].linear)
 
 
-def scale_dtype(source: TensorSource, site: Site) -> torch.dtype:
-    """What the scales of a site are stored in: bf16 where its weights are neither bf16 nor fp16."""
-    stored = source.dtype(f"{site.members[0].linear}.weight")
+def scale_dtype(source: TensorSource, linear: str) -> torch.dtype:
+    """What the scales of a Linear are stored in: bf16 where its weights are neither bf16 nor fp16."""
+    stored = source.dtype(f"{linear}.weight")
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 

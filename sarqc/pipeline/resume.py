@@ -265,7 +265,7 @@ def begin(
         _take_back(work)
         try:
             yield work
-        except BaseException:
+        except BaseException:  # an interruption too; it goes on below
             if work.is_empty():
                 work.remove()
             raise

@@ -40,7 +40,7 @@ from sarqc.pipeline.forward import Forward
 from sarqc.pipeline.grams import Collector, Rows
 from sarqc.pipeline.handed import fingerprint, handing_on
 from sarqc.pipeline.points import Point, order_of
-from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
+from sarqc.pipeline.quantize_site import SiteQuantizer
 from sarqc.pipeline.streams import Streams, Text, cut
 from sarqc.pipeline.work_split import work_items
 
@@ -165,7 +165,7 @@ class _Looking:
             self._arrive(stream, index)
 
     def leave(self, index: int, members: Sequence[Target]) -> None:
-        """Try each site of a loaded block, and bring all streams through it with its own weights."""
+        """Try each site of a loaded block, then run all streams through it with its own weights."""
         found, form = self._losses(index, members) if members else [], self._streams.form
         self._streams.leave_quantized(index)
         self._streams.leave_probe(index)
@@ -267,7 +267,7 @@ class _Looking:
             self._arrive(stream, 0)
             return stream
         if form is None:
-            raise ModelError(f"{self._lazy.prefix} hand on more than a tensor: give --bits in place of --avg-bits")
+            raise ModelError(f"{self._lazy.prefix} return more than one tensor: give --bits in place of --avg-bits")
         with handing_on(self._lazy.layers, index, form, lambda number: hidden[number]):
             (met,) = stream.at(Point("enter", index))
         (entry,) = self._plain.at(Point("enter", index))
@@ -296,7 +296,7 @@ _Weights = list[tuple[Target, QuantizedWeight]]
 
 def _share(solving: SiteQuantizer, chunk: SiteChunk, statistics: Statistics) -> tuple[LossByBits, _Weights]:
     """The losses of a chunk, and its members on the host, solved an item at a time: as in a run."""
-    model, how = solving.lazy.model, (solving.quant, solving.method, scale_dtype(solving.source, chunk.site))
+    model, how = solving.lazy.model, (solving.quant, solving.method, solving.scale_dtype(chunk.site))
     losses = loss_by_bits(chunk.name, chunk.weight(model), statistics, *how, solving.lambda_search.seed)
     statistics.merge_folds()
     solved: _Weights = []

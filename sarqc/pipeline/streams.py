@@ -36,7 +36,7 @@ PROBE_TOKENS = 8
 
 
 def windows_at_once(device: torch.device, length: int) -> int:
-    """Windows of so many tokens in a micro-batch where nobody says otherwise."""
+    """Windows of so many tokens in a micro-batch by default."""
     return max(1, TOKENS_AT_ONCE[device.type] // length)
 
 
@@ -190,7 +190,7 @@ class Streams:
         return fingerprint(self.entry(block)) == before
 
     def entry(self, block: int) -> Arrival:
-        """What the probe brings to a block."""
+        """The probe at a block's entry."""
         (entry,) = self.probe.at(Point("enter", block))
         return entry
 

@@ -18,7 +18,7 @@ from sarqc.errors import SarqcError
 from sarqc.pipeline.thread_state import InferenceSwitch, ThreadState
 
 _ATTEMPTS = 8
-"""How often a task that catches everything is asked to end."""
+"""How often a task that catches every exception is ended again."""
 
 
 class Task(greenlet):
@@ -45,7 +45,7 @@ class Task(greenlet):
         self._passed: set[Hashable] = set()
 
     def run(self) -> object:
-        """The forward; what it returns is handed to whoever resumed the task last."""
+        """The forward; its result goes to the last caller of `resume`."""
         try:
             with torch.no_grad(), self._within:
                 return self._call()

@@ -1,15 +1,15 @@
-"""Is a checkpoint sound: every tensor as written, every weight of the model there once, and near what it was made of?
+"""Is a checkpoint sound: every tensor as written, every weight of the model there once, and near its original?
 
-Three looks, from the inside out: the files (`sarqc.checkpoint.verify`), the model that config.json describes, which
-must find each of its weights, and, where the source is at hand, every tensor beside the source's. The last one also
-compares the error of each weight with the one that the run wrote into report.json. Beside that: who serves it.
+Three checks: the files (`sarqc.checkpoint.verify`); the model that config.json describes, which must find each of its
+weights; and, given the source, every tensor against the source's. The last one also compares the error of each weight
+with the one in report.json. The result also lists the runtimes that support the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sarqc.method.weight import QuantizedWeight
 from sarqc.model.lazy_model import LazyModel
 from sarqc.report import report as reports
 from sarqc.serving.compatibility import checkpoint_support
-from sarqc.serving.rules import RuntimeSupport, to_json
+from sarqc.serving.rules import RuntimeSupport
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, name of the tensor)."""
@@ -71,7 +71,7 @@ class Verified:
             "problems": self.problems,
             "manifest": self.manifest,
             **self.facts,
-            "serve": to_json(self.serve),
+            "serve": [asdict(one) for one in self.serve],
             "weight_error": mean,
             "weight_errors": self.errors,
         }

@@ -80,7 +80,7 @@ class Walk:
         self._task = Task(call, number, route.wanted, parking)
 
     def go(self, target: Point) -> Arrival:
-        """Run on to a point, through those before it, and say what the micro-batch brings there."""
+        """Run to a point, through those before it; returns the activations there."""
         while self.arrival is None or self.arrival.point != target:
             self._step()
         return self.arrival

@@ -1,15 +1,13 @@
-"""Is every rank alive? Signs of life, apart from progress: a rank may solve for an hour, but its heart must beat.
+"""Heartbeats between ranks, apart from progress: a rank may solve for an hour, but its heart must beat.
 
-A rank that ends is noticed at once, because its connections break. One that was stopped, or whose machine hangs, keeps
-them open, and to those who wait for it looks like one with much to do. So a thread of each rank counts up a number in
-the store that torchrun keeps for them all, and reads the numbers of the others; a second thread, which never waits for
-anything, looks whether they move, and whether the store answers at all.
+A rank that ends is noticed at once, because its connections break. A rank that was stopped, or whose machine hangs,
+keeps them open and looks busy to the others. So a thread of each rank increments a counter in torchrun's store and
+reads the counters of the others. A second thread, which never waits, checks that they move and that the store answers.
 
-Silence is counted in rounds of one's own and not by a clock: a rank that was itself stopped for an hour looked at
-nobody meanwhile, and blames nobody when it wakes.
+Silence is counted in the rank's own rounds, not by a clock: a rank that was itself stopped for an hour made no rounds.
 
-Where a rank is silent for too long, each of the others says so and ends its process. No exception would do: the thread
-at work is inside a collective, where none reaches it. Ending at any moment is what the work folder is made for.
+Where a rank is silent for too long, each of the others reports it and ends its process. An exception would not reach
+the thread at work, which is inside a collective. The work folder is valid at any moment.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ class Watch:
         self._silent: dict[int, int] = {}
 
     def look(self) -> str | None:
-        """One round; who is stuck, if anybody is. The store first: without it nobody is heard."""
+        """One round; the stuck rank, or None. The store is checked first: every heartbeat goes through it."""
         heart = self._heart
         for who, number in ({heart.rank: heart.answers} | heart.heard).items():
             self._silent[who] = self._silent.get(who, 0) + 1 if self._before.get(who) == number else 0

@@ -29,7 +29,7 @@ def partition_batches(batches: Batches, folds: int, size: int) -> list[Batches]:
     fewest = min(map(len, by_fold))
     if fewest < size:
         raise ArgumentError(
-            f"{size} ranks cannot share {fewest} micro-batches of windows (the text has {folds} parts, and every rank "
+            f"{size} ranks cannot share {fewest} micro-batches (the text has {folds} parts, and every rank "
             "needs some of each): use fewer ranks, more --num-samples or a smaller --micro-batch"
         )
     return [

@@ -35,7 +35,7 @@ from sarqc.serving.compatibility import checkpoint_support, ranks_by_server
 
 
 def tensors_of_block(lazy: LazyModel, source: TensorSource, index: int) -> dict[str, ChunkedTensor]:
-    """The checkpoint's tensors that block `index` is made of, each read when it is asked for.
+    """The checkpoint's tensors that block `index` is made of, each read when it is needed.
 
     A tensor of several blocks belongs to the first of them.
     """

@@ -1,4 +1,4 @@
-"""The model card: README.md of a checkpoint, for whoever finds it on a hub.
+"""The model card: README.md of a checkpoint, for readers on a hub.
 
 It says what was done, with what, how to run it and how to do it again; numbers stand in it only where they were
 measured. The original's own card is not copied, because what it claims was measured on another model; of it only the
@@ -48,7 +48,7 @@ def card(report: summary.Report) -> str:
         f"[sarqc](https://arxiv.org/abs/2605.05693) {_inline(report['versions'].get('sarqc', ''))}. "
         "Activations stay in 16 bits.",
         "## Run",
-        "From inside this folder; elsewhere its path, or its hub id, in the place of the dot.",
+        "From inside this folder. Elsewhere replace the dot by its path or its hub id.",
         *(_fenced(line, "bash") for server, line in _SERVERS.items() if summary.serves(report, server) is not False),
         _fenced(_loading(report), "python"),
         _readers(report),
@@ -135,12 +135,12 @@ _SERVERS = {"vLLM": "vllm serve .", "SGLang": "python -m sglang.launch_server --
 
 
 def _readers(report: summary.Report) -> str:
-    """Who reads the folder, and what they need for it."""
+    """Runtimes that support the folder, and what they need for it."""
     quant, format = report["quant"], _format_name(report)
-    said = ["Servers read the format from config.json."]
+    said = ["The servers read the format from config.json."]
     for server in _SERVERS:
         if (taken := summary.serves(report, server)) is None:
-            said.append(f"Whether {server} has kernels for it was not looked at.")
+            said.append(f"Kernels of {server} were not checked.")
         elif not taken:
             said.append(f"{server} has no kernels for all of its layers.")
     if format != "compressed-tensors":
@@ -151,7 +151,7 @@ def _readers(report: summary.Report) -> str:
         said.append("transformers needs `import sarqc` before: alone it does not load asymmetric weights.")
     if quant.get("avg_bits") is not None:
         said.append("Layers have different widths: experts of several ones need `import sarqc` too.")
-    return " ".join([*said, "The run that made this started none of them."])
+    return " ".join([*said, "None of them was run for this checkpoint."])
 
 
 def _format_name(report: summary.Report) -> str:
@@ -192,7 +192,7 @@ def _done(report: summary.Report) -> str:
     lines = [f"- method `{_inline(method['method'])}`{held}"]
     if calibration:
         lines.append(
-            f"- calibrated on {calibration['windows']} windows of {calibration['seqlen']} tokens of "
+            f"- calibrated on {calibration['windows']} sequences of {calibration['seqlen']} tokens of "
             f"{_inline(summary.text_name(calibration['text']))} (sha256 of the tokens "
             f"{_inline(str(calibration.get('fingerprint', 'not recorded')))[:16]})"
         )
@@ -203,7 +203,7 @@ def _done(report: summary.Report) -> str:
     lines.append(f"- {report['targets']['quantized']} layers at {size['bits_per_weight']} bits per weight with scales")
     if fallbacks := report["fallbacks"]:
         lines.append(f"- {len(fallbacks)} of {len(report['sites'])} sites were quantized by RTN; report.html says why")
-    lines += [f"- to be looked at: {_inline(concern)}" for concern in summary.verdict(report).concerns]
+    lines += [f"- concern: {_inline(concern)}" for concern in summary.verdict(report).concerns]
     return "\n".join(lines)
 
 
@@ -214,7 +214,7 @@ def _quality(report: summary.Report) -> str:
         f"| {_cell(entry.get('agreement'), '.1%')} | {_cell(entry.get('kl'), '.4f')} |"
         for entry in report.get("quality", [])
     ]
-    head = "| text | windows | perplexity of the original | of this | next token agrees | KL, nats |"
+    head = "| text | sequences | perplexity of the original | of this | next token agrees | KL, nats |"
     return "\n".join(["## Quality, measured\n", head, "|---" * 6 + "|", *rows]) if rows else ""
 
 

@@ -1,8 +1,7 @@
 """report.html: the whole run on one page that needs no network and no script.
 
-On top what a person grasps in ten seconds: a sentence, what calls for a look, six numbers. Below, in the order in which
-questions come up: where was it lost, how strongly was it held, who saw how much text, what did it cost, what was
-left alone, with which settings. A section that has nothing to show is not there.
+On top the summary: a sentence, concerns, six numbers. Below: errors by layer, quality, bit-widths, lambdas, error
+correction, tokens per expert, sizes, time, layers left unquantized, settings. Empty sections are left out.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ def _quality(report: summary.Report) -> str:
         )
         for entry in report.get("quality", [])
     ]
-    head = ("text", "windows", "perplexity before", "after", "change", "next token agrees", "KL, nats")
+    head = ("text", "sequences", "perplexity before", "after", "change", "next token agrees", "KL, nats")
     told = "On text that stands beside the number, by the same code for the original and the result."
     return _section("Quality, measured", told, _table(head, rows, numbers=6)) if rows else ""
 

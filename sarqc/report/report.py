@@ -1,7 +1,7 @@
 """What a run leaves behind beside the weights: report.json, and what is made of it.
 
 report.json holds every setting and every number of the run. report.html (`page`) and the model card (`card`)
-say the same to people; both are functions of report.json alone, so `write` writes the three together and `rebuild`
+show the same to readers; both are functions of report.json alone, so `write` writes the three together and `rebuild`
 makes the page again wherever only report.json survived. Readers take older reports, which lack some keys, and newer
 ones, which have more.
 """

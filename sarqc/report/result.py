@@ -61,7 +61,7 @@ class Result:
 
     @classmethod
     def of(cls, out: Path, report: dict[str, Any]) -> Result:
-        """The result that a report is of."""
+        """The result that `report` is of, of the checkpoint in `out`."""
         return cls(
             out=out,
             method=report["method"]["method"],

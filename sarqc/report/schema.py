@@ -1,4 +1,4 @@
-"""What a report.json must hold to be shown. Anybody may have edited the file, so it is looked at before it is used."""
+"""What a report.json must hold to be shown. Users may edit the file, so it is checked before it is used."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class SiteFacts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """good: nothing calls for a look. sentence: what a person should take away. concerns: what calls for a look."""
+    """good: there are no concerns. sentence: the summary of the run. concerns: what to look at."""
 
     good: bool
     sentence: str
@@ -160,7 +160,7 @@ def serves(report: Report, server: str) -> bool | None:
 
 
 def calibrated(report: Report) -> bool:
-    """Whether the run looked at text."""
+    """Whether the run used calibration data."""
     return bool(report["calibration"])
 
 
@@ -171,7 +171,7 @@ def gain(report: Report) -> float | None:
 
 
 def verdict(report: Report) -> Verdict:
-    """The run in a sentence, and what calls for a look."""
+    """The run in a sentence, and its concerns."""
     concerns = _concerns(report)
     quant = report["quant"]
     what = f"{width(quant)} by {report['method']['method']}"
@@ -203,7 +203,7 @@ def _concerns(report: Report) -> list[str]:
             found.append(f"{counted(len(harmed), 'site')} lost more than RTN would, most {first.name}")
     unseen = sum(count == 0 for load in loads(report) for count in load.rows)
     if unseen:
-        found.append(f"{counted(unseen, 'expert')} saw no token at all: more or other calibration text helps")
+        found.append(f"{counted(unseen, 'expert')} received no token: use more or other calibration data")
     for entry in report.get("quality", []):
         if entry.get("before") and entry["after"] > 1.25 * entry["before"]:
             found.append(f"perplexity rose by {entry['after'] / entry['before'] - 1:.0%} on {entry['text']}")

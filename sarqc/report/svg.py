@@ -34,7 +34,7 @@ Kind = Literal["linear", "log", "count"]
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its label and its points (x, y, what the pointer is told). Points that are not finite break it.
+    """A line: its label and its points (x, y, tooltip). Points that are not finite break it.
     spans: (x, low, high), thin upright lines that say how sure a point is."""
 
     label: str

@@ -90,7 +90,7 @@ class Server:
         if not self.known:
             return f"{self.name}: not known for this format"
         if not self.ranks:
-            return f"{self.name}: refuses it: {self.failures[0][1]}"
+            return f"{self.name}: not supported: {self.failures[0][1]}"
         kernels = ", ".join(f"{kernel} {count}" for kernel, count in self.kernels.items())
         why = "".join(f"; not at tp {ranks}: {reason}" for ranks, reason in self.failures[:1])
         return f"{self.name}: tp {', '.join(map(str, self.ranks))} ({kernels}){why}"

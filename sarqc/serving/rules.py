@@ -15,7 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from sarqc.config import QuantConfig
 from sarqc.conventions import FUSED
@@ -114,14 +115,6 @@ def _vllm_experts(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -
     return "Humming MoE", ""
 
 
-def _vllm_ampere(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
-    return _vllm(layer, outputs, inputs, quant, hopper=False)
-
-
-def _vllm_hopper(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
-    return _vllm(layer, outputs, inputs, quant, hopper=True)
-
-
 def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
     if not _marlin(quant):
         kind = "symmetric" if quant.sym else "asymmetric"
@@ -144,8 +137,8 @@ def _transformers(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -
 
 
 SERVERS: dict[str, Rule] = {
-    "vLLM 0.33, sm_80": _vllm_ampere,
-    "vLLM 0.33, sm_90": _vllm_hopper,
+    "vLLM 0.33, sm_80": partial(_vllm, hopper=False),
+    "vLLM 0.33, sm_90": partial(_vllm, hopper=True),
     "SGLang 0.5.23": _sglang,
     "transformers 5.23": _transformers,
 }
@@ -244,17 +237,3 @@ def mixed_places(quantized: Sequence[str], left: Sequence[str]) -> tuple[str, ..
             if leaf in family and any(f"{parent}.{other}" in chosen for other in family):
                 seen[star(f"{parent}.{'+'.join(family)}")] = None
     return tuple(seen)
-
-
-def to_json(found: Sequence[RuntimeSupport]) -> list[dict[str, Any]]:
-    """Outlooks as JSON values."""
-    return [
-        {
-            "server": one.server,
-            "ranks": one.ranks,
-            "known": one.known,
-            "kernels": one.kernels,
-            "failures": list(one.failures),
-        }
-        for one in found
-    ]

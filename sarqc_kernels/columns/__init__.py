@@ -145,16 +145,30 @@ def fit_grid(
 ) -> tuple[Tensor, Tensor]:
     """Scales and zeros for every group of `group_size` neighbouring inputs in every row.
 
-    weight: fp32 [E, N, K]. importance: fp32 [E, K], not negative, or None for all ones: what a squared error in that
-    input costs; only the search reads it.
-    bits: 2 to 8. group_size: divides K. sym: zero is 2^(bits-1) and scale absmax / ((2^bits - 1) / 2); otherwise the
-    range is widened to include 0, scale is (max - min) / (2^bits - 1) and zero the whole number nearest -min / scale.
-    search: try a fixed list of factors on that span and keep the least sum of importance * error^2; min-max itself is
-    among them, so the result is never worse. Symmetric grids are turned around, with a scale below zero, where the
-    largest weight of a group is positive: of their codes there is one more on that side.
-    scale_dtype: fp32, bf16 or fp16; scales are rounded to it before any error is measured.
-    Returns (scales [E, N, K / group_size] in scale_dtype, zeros uint8 of that shape). Every scale is finite and no
-    smaller than the smallest normal number of its dtype, also for a group of zeros, which the grid represents exactly.
+    Symmetric: zero is 2^(bits-1) and scale absmax / ((2^bits - 1) / 2). Asymmetric: the range is widened to include 0,
+    scale is (max - min) / (2^bits - 1), and zero is the whole number nearest -min / scale. Symmetric scales are
+    negative where the largest weight of a group is positive: one more of their codes lies on that side.
+
+    Every scale is finite and no smaller than the smallest normal number of its dtype, also for a group of zeros, which
+    the grid represents exactly.
+
+    Args:
+        weight: fp32 [E, N, K].
+        importance: fp32 [E, K], not negative: weight of a squared error in that input, which only the search reads.
+            None: all ones.
+        bits: 2 to 8.
+        group_size: Inputs that share a scale; divides K.
+        sym: Whether the grid is symmetric.
+        search: Try a fixed list of factors on the min-max span and keep the least sum of importance * error^2. Min-max
+            is one of them, so the result is never worse.
+        scale_dtype: fp32, bf16 or fp16; scales are rounded to it before any error is measured.
+        backend: See `sarqc_kernels.backend`.
+
+    Returns:
+        Scales [E, N, K / group_size] in `scale_dtype`, and zeros uint8 of that shape.
+
+    Raises:
+        ArgumentError: Other shapes, dtypes or devices.
     """
     _check_weight(weight)
     _check_rule(weight, bits, group_size, scale_dtype)
@@ -166,10 +180,20 @@ def fit_grid(
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, backend: str | None = None) -> Tensor:
-    """Codes of plain rounding: round half even of weight / scale in fp32, plus zero, clamped to 0 .. 2^bits - 1.
+    """Codes of RTN: weight / scale in fp32, rounded half to even, plus zero, clamped to 0 .. 2^bits - 1.
 
-    weight: fp32 [E, N, K]. scales: floating [E, N, G] with G dividing K; where one is 0 any code stands for 0.
-    zeros: uint8 [E, N, G], below 2^bits. Returns uint8 [E, N, K].
+    Args:
+        weight: fp32 [E, N, K].
+        scales: Floating [E, N, G], G divides K. Where one is 0, any code stands for 0.
+        zeros: uint8 [E, N, G], below 2^bits.
+        bits: 2 to 8.
+        backend: See `sarqc_kernels.backend`.
+
+    Returns:
+        Codes, uint8 [E, N, K].
+
+    Raises:
+        ArgumentError: Other shapes, dtypes or devices.
     """
     _check_weight(weight)
     check_bits(bits)
@@ -194,21 +218,35 @@ def quantize_columns(
     packed: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes that follow the error made so far, column by column.
+    """Codes that compensate the error made so far, column by column (GPTQ).
 
-    weight: fp32 [E, N, K]. factor: fp32 [E, K, K], the upper triangular M with H = M M^T, where rows and columns of H
-    are already in processing order; what lies below the diagonal is not read. An expert whose diagonal is not finite
-    and positive everywhere has no factor: it gets plain rounding (M = I), the others are not touched by it.
-    order: int64 [E, K], the processing order: column order[e, j] of expert e comes j-th; None for 0 .. K - 1.
-    scales, zeros: a given grid, [E, N, K / group_size] floating and uint8 (zeros None: 2^(bits-1)), any order. Without
-    scales each group gets its grid when the solver reaches it, fitted as `fit_grid` does to the compensated weights
-    W_g + (Delta_{<g} M_{<g,g}) M_gg^-1 with importance diag(M)^2; the columns of a group must then be consecutive in
-    `order`.
-    bits, group_size, sym, search, scale_dtype: as in `fit_grid`; with scales given, sym and search are not used.
-    packed: return int32 words [E, N, ceil(K bits / 32)] as `packing.pack` makes them instead of codes, packed where the
-    codes lie (a pass of its own over them: one byte a code read, bits / 8 written) and without waiting for the device.
-    Returns (codes uint8 [E, N, K], scales in scale_dtype and zeros uint8 [E, N, K / group_size]), all in the weight's
-    own column order. Raises ArgumentError for what is outside of this; what `order` holds is checked on the CPU only.
+    Given scales may have any order. Without scales each group gets its grid when the solver reaches it. That grid is
+    fitted as `fit_grid` does, to the compensated weights W_g + (Delta_{<g} M_{<g,g}) M_gg^-1 with importance diag(M)^2.
+
+    Args:
+        weight: fp32 [E, N, K].
+        factor: fp32 [E, K, K], the upper triangular M with H = M M^T; rows and columns of H are in processing order,
+            and the lower triangle is not read. An expert whose diagonal is not finite and positive everywhere gets RTN
+            (M = I); other experts do not depend on it.
+        order: int64 [E, K], the processing order: column order[e, j] of expert e is processed j-th. None: 0 .. K - 1.
+            Without `scales` the columns of a group must be consecutive in it.
+        scales: Given scales, floating [E, N, K / group_size], or None.
+        zeros: Zeros of given scales, uint8 [E, N, K / group_size]; None: 2^(bits-1).
+        bits: 2 to 8.
+        group_size: Inputs that share a scale; divides K.
+        sym: As in `fit_grid`; not used with given scales.
+        search: As in `fit_grid`; not used with given scales.
+        scale_dtype: As in `fit_grid`.
+        packed: Return int32 words [E, N, ceil(K bits / 32)] as `pack` makes them instead of codes. Packing is a pass of
+            its own over the codes on their device (one byte a code read, bits / 8 written) and does not wait for it.
+        backend: See `sarqc_kernels.backend`.
+
+    Returns:
+        Codes uint8 [E, N, K] (or words), scales in `scale_dtype` and zeros uint8 [E, N, K / group_size], in the
+        weight's own column order.
+
+    Raises:
+        ArgumentError: Other shapes, dtypes or devices. The values of `order` are checked on the CPU only.
     """
     _check_weight(weight)
     _check_rule(weight, bits, group_size, scale_dtype)

@@ -239,7 +239,7 @@ def _equals_torch(steps: CppSteps) -> bool:
             rule=rule,
         )
         pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), **_PLAIN)
-        own.columns(work, inside, pull, 0, 0, 100)  # what the rest of the panel is asked stays in `pull`
+        own.columns(work, inside, pull, 0, 0, 100)  # the compensation of the rest of the panel stays in `pull`
         grid_found = torch.empty(2, experts, rows, **_PLAIN)
         own.fit(weight, weight[:, :, 0].square(), rule, grid_found[0], grid_found[1])
         results.append((work.delta[:100], work.codes[:100], pull[100:], grid_found))

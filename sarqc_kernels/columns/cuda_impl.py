@@ -66,7 +66,7 @@ def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bind(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the types of its functions told. Raises BackendError where its struct is not ours."""
+    """The library, with the types of its functions set. Raises BackendError where its struct is not ours."""
     library.sarqc_columns.argtypes = (ctypes.POINTER(Columns), ctypes.c_int, ctypes.c_void_p)
     library.sarqc_error.restype = ctypes.c_char_p
     size = library.sarqc_columns_size()

@@ -1,6 +1,6 @@
 """`coordinate_descent` in Triton: one launch for all groups and passes.
 
-Rows are independent, so a program takes ROWS of them through every group of every pass and waits for nobody. Buffers
+Rows are independent, so a program takes ROWS of them through every group of every pass without waiting. Buffers
 are those of `panels.py`, [E, K, N] with a column of all rows contiguous. For each group:
 
     codes     the columns in turn, by `triton_impl._advance`: with the weights as they are where the solver has W,

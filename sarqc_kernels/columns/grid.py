@@ -88,7 +88,7 @@ class GridRule:
 
 
 class Problem(NamedTuple):
-    """What `quantize_columns` asks of its implementations; the fields are its arguments."""
+    """The request of `quantize_columns` to its implementations; the fields are its arguments."""
 
     weight: Tensor
     factor: Tensor

@@ -50,7 +50,7 @@ class Work:
     weight: Tensor  # fp32 [E, K, N]
     delta: Tensor  # fp32 [E, K, N]: w - q of the columns done
     codes: Tensor  # uint8 [E, K, N]
-    pull: Tensor  # fp32 [E, PANEL, N]: what the columns before the panel ask of it
+    pull: Tensor  # fp32 [E, PANEL, N]: compensation of the columns before the panel
     ahead: Tensor  # fp32 [E, MICRO, N]: the same for a micro-panel, and from inside the panel
     scales: Tensor  # fp32 [E, G, N]
     zeros: Tensor  # fp32 [E, G, N]
@@ -79,7 +79,7 @@ class Work:
 
 
 class Steps(Protocol):
-    """What an implementation brings. Columns first .. last - 1 of all rows and experts; nothing waits."""
+    """The steps of an implementation. Columns first .. last - 1 of all rows and experts; nothing waits."""
 
     def pull(self, work: Work, first: int, last: int) -> None:
         """work.pull[:, j - first] = sum over i < first of delta_i M_ij; 0 without a factor."""

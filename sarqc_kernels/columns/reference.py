@@ -152,7 +152,7 @@ def _panel(work: Work, first: int, last: int) -> Tensor:
 
 
 def _pull(work: Work, panel: Tensor, first: int) -> Tensor:
-    """What the columns before `first` ask of the panel's: [width, E, N], one GEMM per expert."""
+    """The compensation that columns before `first` add to the panel's: [width, E, N], one GEMM per expert."""
     pull = torch.zeros((panel.shape[2], *work.weight.shape[1:]), device=panel.device)
     if first:
         for expert in range(pull.shape[1]):

@@ -111,7 +111,7 @@ def _micro_panel(
         else:
             error = -moved
         tl.store(delta + j * rows + row, error, mask=both)
-        errors = errors + (error,)  # type: ignore[assignment]  # noqa: RUF005
+        errors = errors + (error,)  # type: ignore[assignment]  # noqa: RUF005  # Triton joins tuples by +
 
 
 @triton.jit

@@ -88,12 +88,20 @@ def gram_accumulate_(
 ) -> None:
     """Add one batch of activations to the running sums, in place.
 
-    gram: fp32 [E, K, K]; the lower triangle with the diagonal gains X_e^T X_e, what is above it is undefined until
-    `symmetrize_`. rows: int64 [E]; gains the number of rows. abs_sum: fp32 [E, K]; gains the sums of |x|.
-    x: bf16, fp16 or fp32 [T, K], rows sorted by expert. offsets: int64 [E + 1], expert e has rows offsets[e] ..
-    offsets[e + 1] - 1 (none is fine); rows outside of offsets[0] .. offsets[E] are not read. None: E = 1, all rows.
-    Products and sums are fp32. NaN or Inf in x goes into its expert's sums, where the reader finds it.
-    Raises ArgumentError for other shapes, dtypes or devices; what `offsets` holds is checked on the CPU only.
+    Products and sums are fp32. NaN or Inf in `x` ends up in its expert's sums.
+
+    Args:
+        gram: fp32 [E, K, K]. X_e^T X_e is added to the lower triangle with the diagonal; the upper triangle is
+            undefined until `symmetrize_`.
+        rows: int64 [E]; the number of rows is added.
+        abs_sum: fp32 [E, K]; the sums of |x| are added.
+        x: bf16, fp16 or fp32 [T, K], rows sorted by expert.
+        offsets: int64 [E + 1]. Expert e has rows offsets[e] .. offsets[e + 1] - 1, or none; rows outside of offsets[0]
+            .. offsets[E] are not read. None: E = 1, all rows.
+        backend: See `sarqc_kernels.backend`.
+
+    Raises:
+        ArgumentError: Other shapes, dtypes or devices. The values of `offsets` are checked on the CPU only.
     """
     if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or gram.dtype != torch.float32:
         raise ArgumentError(f"gram is {gram.dtype} {list(gram.shape)}: pass torch.float32 [experts, inputs, inputs]")
@@ -108,7 +116,19 @@ def gram_accumulate_(
 
 
 def symmetrize_(gram: Tensor) -> Tensor:
-    """Copy the lower triangle of every matrix of gram [..., K, K] over the upper one, in place; returns gram."""
+    """Copy the lower triangle of every matrix over its upper one, in place.
+
+    Args:
+        gram: Floating [..., K, K].
+
+    Returns:
+        `gram`.
+
+    Raises:
+        ArgumentError: The matrices are not square.
+    """
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise ArgumentError(f"gram is {list(gram.shape)}: pass [..., inputs, inputs]")
     return reference.symmetrize_(gram)
 
 
@@ -117,10 +137,21 @@ def gram_finalize(
 ) -> Tensor:
     """The matrix that is factored: H + diag(lambda_e * saliency_e) + damp * mean(diag H_e) I with H = gram / rows.
 
-    gram: fp32 [E, K, K], its lower triangle, as `gram_accumulate_` leaves it. rows: int64 [E]; no row counts as one.
-    saliency: fp32 [E, K]. reg_lambda: fp32 [E]. damp: relative to the mean of H's diagonal, which counts as 1 where it
-    is not above zero. Returns fp32 [E, K, K] in memory of its own, exactly symmetric. Nothing waits for the device.
-    Raises ArgumentError for other shapes, dtypes or devices.
+    It does not wait for the device.
+
+    Args:
+        gram: fp32 [E, K, K], its lower triangle, as `gram_accumulate_` leaves it.
+        rows: int64 [E]; 0 counts as 1.
+        saliency: fp32 [E, K].
+        reg_lambda: fp32 [E].
+        damp: Relative to the mean of H's diagonal, which counts as 1 where it is not above zero.
+        backend: See `sarqc_kernels.backend`.
+
+    Returns:
+        fp32 [E, K, K] in memory of its own, exactly symmetric.
+
+    Raises:
+        ArgumentError: Other shapes, dtypes or devices.
     """
     if gram.dim() != 3 or gram.shape[1] != gram.shape[2] or gram.dtype != torch.float32:
         raise ArgumentError(f"gram is {gram.dtype} {list(gram.shape)}: pass torch.float32 [experts, inputs, inputs]")

@@ -214,7 +214,7 @@ def launch(plan: Plan, gram: Tensor, rows: Tensor, abs_sum: Tensor, x: Tensor, o
     tile, splits = plan.tile, plan.splits
     (tokens, inputs), experts = x.shape, gram.shape[0]
     units = tile.units(inputs)
-    partial, partial_abs = gram, abs_sum  # read by nobody when the rows are whole
+    partial, partial_abs = gram, abs_sum  # not read when the rows are whole
     if splits > 1:
         partial = torch.empty(splits * experts * units * tile.m * tile.n, dtype=torch.float32, device=x.device)
         partial_abs = torch.empty(splits * experts * inputs, dtype=torch.float32, device=x.device)

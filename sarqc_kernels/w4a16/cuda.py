@@ -135,7 +135,7 @@ def _library(arch: int, macros: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def bind(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the types of its functions told. Raises BackendError where its struct is not ours."""
+    """The library, with the types of its functions set. Raises BackendError where its struct is not ours."""
     library.sarqc_gemv.argtypes = (ctypes.POINTER(Gemv), *[ctypes.c_int] * 3, ctypes.c_void_p)
     library.sarqc_error.restype = ctypes.c_char_p
     size = library.sarqc_gemv_size()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,13 +76,22 @@ def w4a16_experts(
 ) -> Tensor:
     """The experts of a layer, for every token.
 
-    x: bf16, fp16 or fp32 [T, H]. gate_up: prepared weight [E, 2 I, H], gate rows first. down: prepared weight
-    [E, H', I]. routing: see `Routing`. backend: see `sarqc_kernels.backend`. Returns [T, H'] in x's dtype.
+    Rounding: products as in `w4a16_matmul`. Gate, up and the rows of the second product are rounded to x's dtype or
+    kept in fp32. silu(gate) * up is computed in fp32 and rounded once. The sum over a token's experts is fp32, in the
+    order of `slots`, rounded once. The same call gives the same bits. No gradient is defined.
 
-    Rounding: products as in `w4a16_matmul`; gate, up and the rows of the second product are rounded to x's dtype or
-    kept in fp32; silu(gate) * up, computed in fp32, is rounded once; the sum over a token's experts is fp32, in the
-    order of `slots`, rounded once. The same call gives the same bits. No gradient is defined. Raises ArgumentError for
-    shapes, dtypes or devices that do not fit; what `routing` holds is not checked.
+    Args:
+        x: bf16, fp16 or fp32 [T, H].
+        gate_up: Repacked weight [E, 2 I, H], gate rows first.
+        down: Repacked weight [E, H', I].
+        routing: See `Routing`; its values are not checked.
+        backend: See `sarqc_kernels.backend`.
+
+    Returns:
+        [T, H'] in x's dtype.
+
+    Raises:
+        ArgumentError: Shapes, dtypes or devices that do not fit.
     """
     experts = gate_up.words.shape[0]
     if x.dim() != 2 or x.dtype not in matmul.ACTIVATION_DTYPES or x.shape[1] != gate_up.in_features:
@@ -128,15 +138,15 @@ _LIBRARY.define(
 _FIELDS = len(RepackedWeight._fields)
 
 
-def _run(x: Tensor, *fields: object) -> Tensor:
-    gate_up, down = RepackedWeight(*fields[:_FIELDS]), RepackedWeight(*fields[_FIELDS : 2 * _FIELDS])  # type: ignore[arg-type]
-    routing = Routing(*fields[2 * _FIELDS : 2 * _FIELDS + 4])  # type: ignore[arg-type]
+def _run(x: Tensor, *fields: Any) -> Tensor:
+    gate_up, down = RepackedWeight(*fields[:_FIELDS]), RepackedWeight(*fields[_FIELDS : 2 * _FIELDS])
+    routing = Routing(*fields[2 * _FIELDS : 2 * _FIELDS + 4])
     backend = fields[2 * _FIELDS + 4] if len(fields) > 2 * _FIELDS + 4 else None
-    return _dispatched((x, gate_up, down, routing), backend)  # type: ignore[arg-type]
+    return _dispatched((x, gate_up, down, routing), backend)
 
 
-def _fake(x: Tensor, *fields: object) -> Tensor:
-    return x.new_empty((x.shape[0], fields[_FIELDS + RepackedWeight._fields.index("out_features")]))  # type: ignore[arg-type]
+def _fake(x: Tensor, *fields: Any) -> Tensor:
+    return x.new_empty((x.shape[0], fields[_FIELDS + RepackedWeight._fields.index("out_features")]))
 
 
 _LIBRARY.impl("w4a16_experts", _run, "CPU")

@@ -20,7 +20,7 @@ so that no code moves there either. Scales and zeros of tiles lie [E, G', N'], r
 are read together.
 
 torch's order interleaves the rows of a block of B = 64 (AVX-512) or 32 (AVX2): byte (k, j) of a block holds row j in
-its low nibble and row j + B/2 in its high one. `int4pack_block` asks torch once which it is, and believes nothing else.
+its low nibble and row j + B/2 in its high one. `int4pack_block` finds out by running torch once.
 Its grid is bf16 [E, G, N', 2], (scale, (middle - zero) * scale), the middle code being 2^(b-1): the product computes
 (nibble - 8) * scale + offset, and a nibble is a code moved up by 8 - middle, so that middles meet.
 """
@@ -106,11 +106,22 @@ def repack(
     device: torch.device | str = "cpu",
     layout: str | None = None,
 ) -> RepackedWeight:
-    """Lay a weight out for the device that will multiply with it.
+    """Rearrange a weight for the device that will multiply with it.
 
-    codes: uint8 [E, N, K], below 2^bits. scales: floating [E, N, G], G dividing K. zeros: uint8 [E, N, G] or None
-    (2^(bits-1)). dtype: of the activations to come. device: where the result lies. layout: a name from `LAYOUTS`, or
-    None for the fastest that can hold this weight. Raises ArgumentError for what does not fit.
+    Args:
+        codes: uint8 [E, N, K], below 2^bits.
+        scales: Floating [E, N, G], G divides K.
+        zeros: uint8 [E, N, G]; None: 2^(bits-1).
+        bits: 2 to 8.
+        dtype: Dtype of the activations that it will be multiplied with.
+        device: Where the result is stored.
+        layout: A name from `LAYOUTS`. None: the fastest that can hold this weight.
+
+    Returns:
+        The weight in that layout.
+
+    Raises:
+        ArgumentError: Shapes, dtypes, codes or a layout that do not fit.
     """
     check_bits(bits)
     if codes.dim() != 3 or 0 in codes.shape:
@@ -135,7 +146,17 @@ def repack(
 
 
 def unpack_weight(weight: RepackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
-    """codes uint8 [E, N, K], scales [E, N, G] and zeros uint8 [E, N, G] or None: exactly what was prepared."""
+    """What `repack` was given, exactly.
+
+    Args:
+        weight: What `repack` returned.
+
+    Returns:
+        Codes uint8 [E, N, K], scales [E, N, G], and zeros uint8 [E, N, G] or None.
+
+    Raises:
+        ArgumentError: Words that are too short for the weight's shape.
+    """
     every = [codes_of(weight, expert, slice(0, weight.out_features)) for expert in range(weight.words.shape[0])]
     return torch.stack(every), *grid_of(weight)
 

@@ -59,20 +59,27 @@ def w4a16_matmul(
 ) -> Tensor:
     """x times the transpose of a packed weight, expert by expert.
 
-    x: bf16, fp16 or fp32 [T, K], rows sorted by expert. weight: what `repack` made of a weight [E, N, K].
-    offsets: int64 [E + 1], expert e has rows offsets[e] .. offsets[e + 1] - 1; None: E = 1, all rows. bias: floating
-    [E, N] or None. backend: see `sarqc_kernels.backend`.
-    Returns [T, N] in x's dtype; rows outside of offsets[0] .. offsets[E] are 0.
+    Rounding: (code - zero) * scale in fp32, at most rounded once to x's dtype. Products are summed in fp32 at least.
+    The bias is added to the sum, rounded to x's dtype or not. There are at most two roundings to x's dtype at the end,
+    one without a bias. With identity activations the result is the dequantized weight exactly (one exception: see
+    `cpu`). No gradient is defined.
 
-    Rounding: (code - zero) * scale in fp32, at most rounded once to x's dtype; products summed in fp32 at least (where
-    cuBLAS multiplies, see below, sums of parts may be rounded between); the bias joins the sum, rounded to x's dtype or
-    not; at most two roundings to x's dtype at the end, one without a bias. With identity activations the result is the
-    dequantized weight exactly (one exception: see `cpu`). No gradient is defined. Raises ArgumentError for other
-    shapes, dtypes or devices; what `offsets` holds is checked on a CPU only.
-
-    cuBLAS multiplies in the reference on a card, and in `triton` for a dense weight and thousands of tokens. Where it
-    cuts the inputs it may round the sum of each part to x's dtype, which is torch's default: see
+    cuBLAS multiplies in the reference on a GPU, and in `triton` for a dense weight and thousands of tokens. Where it
+    splits the inputs it may round the sum of each part to x's dtype, which is torch's default: see
     `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`, and the one for fp16.
+
+    Args:
+        x: bf16, fp16 or fp32 [T, K], rows sorted by expert.
+        weight: What `repack` returned for a weight [E, N, K].
+        offsets: int64 [E + 1]; expert e has rows offsets[e] .. offsets[e + 1] - 1. None: E = 1, all rows.
+        bias: Floating [E, N] or None.
+        backend: See `sarqc_kernels.backend`.
+
+    Returns:
+        [T, N] in x's dtype; rows outside of offsets[0] .. offsets[E] are 0.
+
+    Raises:
+        ArgumentError: Other shapes, dtypes or devices. The values of `offsets` are checked on the CPU only.
     """
     if x.dim() != 2 or x.dtype not in ACTIVATION_DTYPES or x.shape[1] != weight.in_features:
         raise ArgumentError(f"x is {x.dtype} {list(x.shape)}: pass bf16, fp16 or fp32 [tokens, {weight.in_features}]")
@@ -104,7 +111,7 @@ def _dispatched(
 
 
 # Registered by hand: torch.library.custom_op wraps each call in Python of its own, tens of microseconds a call, which
-# a decode step pays hundreds of times. Where nobody looks, not even torch's dispatcher is asked (see `fast_path`).
+# a decode step pays hundreds of times. Without tracing or autograd torch's dispatcher is skipped too (see `fast_path`).
 _LIBRARY = torch.library.Library("sarqc", "FRAGMENT")
 _LIBRARY.define(
     "w4a16_matmul(Tensor x, Tensor words, Tensor scales, Tensor? zeros, str layout, int bits, SymInt out_features, "

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.side_files import write_config
-from sarqc.checkpoint.writer import ShardWriter
 from sarqc.config import QuantConfig
 from sarqc.method.weight import QuantizedWeight
+from tests.support.checkpoints import write_weights
 
 DTYPES = (
     torch.bfloat16,
@@ -110,11 +110,10 @@ def quantized_folder(
     packed, quant = FORMATS["compressed-tensors"], QuantConfig(3, 24, sym=False)
     weights = {f"model.layers.0.mlp.experts.{i}.up_proj": random_weight(7 + i, 72, 3, 24, False) for i in range(2)}
     folder = tmp_path / "quantized"
-    with ShardWriter(folder, shard_bytes=300) as writer:
-        for name, weight in weights.items():
-            for key, tensor in packed.pack(name, weight, quant).items():
-                writer.add(key, tensor)
-        writer.add("model.layers.0.mlp.experts.0.up_proj.bias", torch.arange(7.0))
-        writer.add("lm_head.weight", torch.ones(3, 4, dtype=torch.bfloat16))
+    tensors = {"model.layers.0.mlp.experts.0.up_proj.bias": torch.arange(7.0)}
+    tensors["lm_head.weight"] = torch.ones(3, 4, dtype=torch.bfloat16)
+    for name, weight in weights.items():
+        tensors |= packed.pack(name, weight, quant)
+    write_weights(folder, tensors, shard_bytes=300)
     write_config(folder, {"model_type": "x"}, packed.config(quant, ["lm_head"]))
     return folder, weights

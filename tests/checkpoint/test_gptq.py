@@ -14,10 +14,10 @@ from sarqc.checkpoint.formats import FORMATS, detect
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.verify import verify
-from sarqc.checkpoint.writer import ShardWriter
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
+from tests.support.checkpoints import write_weights
 
 V1, V2 = FORMATS["gptq"], FORMATS["gptq_v2"]
 SHAPES = [(32, 32, 8), (64, 96, 32), (96, 64, -1), (160, 320, 64)]
@@ -266,9 +266,7 @@ def test_parts_that_disagree(tmp_path, random_weight, part, value, message):
 
 
 def write(folder, tensors, config):
-    with ShardWriter(folder) as writer:
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
+    write_weights(folder, tensors)
     write_config(folder, {"model_type": "x"}, config)
     return folder
 

@@ -6,8 +6,8 @@ import torch
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.verify import verify
-from sarqc.checkpoint.writer import ShardWriter
 from sarqc.errors import CheckpointError
+from tests.support.checkpoints import write_weights
 
 FORMAT = FORMATS["compressed-tensors"]
 
@@ -19,9 +19,7 @@ def rewrite(folder, change):
     change(tensors)
     for file in folder.glob("model*"):
         file.unlink()
-    with ShardWriter(folder) as writer:
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
+    write_weights(folder, tensors)
 
 
 P = "model.layers.0.mlp.experts.0.up_proj"

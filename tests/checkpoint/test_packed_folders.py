@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import ChainMap
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from sarqc.checkpoint.formats import FORMATS, detect
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
 from sarqc.checkpoint.verify import verify
-from sarqc.checkpoint.writer import ShardWriter
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
+from tests.support.checkpoints import write_weights
 
 FORMAT = FORMATS["compressed-tensors"]
 
@@ -140,10 +141,8 @@ def test_several_groups_are_told_apart_by_name_then_pattern_then_class(tmp_path,
     groups["re:.*gate_proj$"]["targets"].append("re:a.*")  # a.exact is matched by all three; its name must win
     config |= {"config_groups": dict(reversed(groups.items())), "format": "mixed-precision"}
     weights = {name: random_weight(5, 64, spec.bits, spec.group_size, spec.sym) for name, spec in specs.items()}
-    with ShardWriter(tmp_path / "out") as writer:
-        for name, weight in weights.items():
-            for key, tensor in FORMAT.pack(name, weight, specs[name]).items():
-                writer.add(key, tensor)
+    packed = ChainMap(*(FORMAT.pack(name, weight, specs[name]) for name, weight in weights.items()))
+    write_weights(tmp_path / "out", packed)
     write_config(tmp_path / "out", {}, config)
     checkpoint = open_checkpoint(tmp_path / "out")
     for name, weight in weights.items():

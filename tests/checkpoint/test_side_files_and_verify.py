@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.verify import verify
-from sarqc.checkpoint.writer import ShardWriter
 from sarqc.errors import CheckpointError
+from tests.support.checkpoints import write_weights
 
 USABLE = [
     "LICENSE", "LICENSE.txt", "added_tokens.json", "additional_chat_templates/tool_use.jinja", "chat_template.jinja",
@@ -78,9 +78,7 @@ def test_config_is_merged_sorted_and_indented(tmp_path):
 @pytest.fixture
 def written(tmp_path):
     folder = tmp_path / "written"
-    with ShardWriter(folder, shard_bytes=64) as writer:
-        for number in range(4):
-            writer.add(f"t{number}", torch.full((10,), float(number)))
+    write_weights(folder, {f"t{number}": torch.full((10,), float(number)) for number in range(4)}, shard_bytes=64)
     write_config(folder, {}, None)
     return folder
 
@@ -110,10 +108,8 @@ def test_scales_must_be_finite(tmp_path, value, dtype):
 
     scale = torch.ones(2, 4, dtype=dtype)
     scale[1, 2] = value
-    with ShardWriter(tmp_path) as writer:
-        writer.add("p.weight_packed", torch.zeros(2, 4, dtype=torch.int32))
-        writer.add("p.weight_scale", scale)
-        writer.add("p.weight_shape", torch.tensor([2, 32]))
+    packed = {"weight_packed": torch.zeros(2, 4, dtype=torch.int32), "weight_shape": torch.tensor([2, 32])}
+    write_weights(tmp_path, {f"p.{name}": tensor for name, tensor in (packed | {"weight_scale": scale}).items()})
     write_config(tmp_path, {}, FORMATS["compressed-tensors"].config(QuantConfig(4, 8), []))
     with pytest.raises(CheckpointError, match=r"tensor 'p.weight_scale' has 1 numbers that are not finite"):
         verify(tmp_path)

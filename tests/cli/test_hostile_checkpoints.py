@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 import sarqc
 from sarqc.checkpoint.headers import read_header
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.checkpoint.writer import ShardWriter
 from sarqc.entrypoints.convert import convert
 from sarqc.errors import CheckpointError
 from tests.support import tiny
+from tests.support.checkpoints import write_weights
 from tests.support.faults import CLEAR
 
 QUIET = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -81,9 +81,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
     found = {"source": tiny.save("llama", base / "source"), "moe": tiny.save("qwen3_moe", base / "moe")}
     whole = sarqc.quantize(found["source"], base / "whole", method="rtn", group_size=32, sym=False).out
     found["shards"] = base / "shards"
-    with open_checkpoint(whole) as checkpoint, ShardWriter(found["shards"], shard_bytes=60_000) as writer:
-        for name in checkpoint.raw_names():
-            writer.add(name, checkpoint.raw_load(name))
+    with open_checkpoint(whole) as checkpoint:
+        tensors = {name: checkpoint.raw_load(name) for name in checkpoint.raw_names()}
+        write_weights(found["shards"], tensors, shard_bytes=60_000)
     for name in ("config.json", "report.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(whole / name, found["shards"])
     for format in ("gptq", "awq"):

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 import sarqc
+from benchmarks.quality.proof import as_markdown
 from sarqc.cli.comparison import comparison_tables
 from sarqc.comparison import experiment as module
 from sarqc.comparison import table as tables
@@ -131,7 +132,7 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
     assert len(lines) == 2 + 2 * 5 and lines[0]["method"] == "unquantized"
     svg = (tmp_path / "out" / "compare.svg").read_text()
     assert svg.count("polyline") == 2 * 2 and "<i>" not in svg
-    markdown = tables.as_markdown(found.table)
+    markdown = as_markdown(found.table)
     assert len(markdown.splitlines()) == 2 + 4 and "b\\|<i>.txt" in markdown
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sarqc
+from sarqc.checkpoint import assemble
+from sarqc.checkpoint import convert as conversion
 from sarqc.checkpoint.convert import ignored, spec_of
 from sarqc.checkpoint.differences import differences
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
-from sarqc.checkpoint.writer import ShardWriter
 from sarqc.config import QuantConfig
 from sarqc.entrypoints.convert import convert
 from sarqc.errors import ArgumentError, CheckpointError
 from tests.support import tiny
+from tests.support.checkpoints import write_weights
 
 
 def quantize(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **how: object) -> Path:
@@ -62,6 +65,18 @@ def test_there_and_back_gives_the_same_bytes(request, tmp_path, kind, format):
     assert report["converted"]["from"] == "compressed-tensors" and report["quant"]["bits"] == 4
     again = convert(source, tmp_path / "again", format=format)
     assert files(again.out) == files(there.out)
+
+
+def test_shards_hold_the_bytes_of_one_file(symmetric, tmp_path, monkeypatch):
+    """A conversion that is too large for one file, and for memory: what is converted is written as it comes."""
+    whole = convert(symmetric, tmp_path / "whole", format="gptq").out
+    for module in (conversion, assemble):
+        monkeypatch.setattr(module, "MERGE_BYTES", 50_000)
+    several = convert(symmetric, tmp_path / "several", format="gptq").out
+    assert len(list(several.glob("model-*.safetensors"))) > 2 and not list(several.glob(".*"))
+    with open_checkpoint(whole) as one, open_checkpoint(several) as other:
+        assert one.raw_names() == other.raw_names()
+        assert all(torch.equal(one.raw_load(name), other.raw_load(name)) for name in one.raw_names())
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq"])
@@ -113,13 +128,12 @@ def test_three_bits_in_old_padded_words_become_dense(tmp_path):
     new = quantize("llama", tmp_path, bits=3)
     old = tmp_path / "old"
     with open_checkpoint(new) as checkpoint:
-        with ShardWriter(old) as writer:
-            for name in checkpoint.raw_names():
-                linear, _, part = name.rpartition(".")
-                packed = part == "weight_packed"
-                writer.add(
-                    name, padded(checkpoint.quantized(linear).codes[0], 3) if packed else checkpoint.raw_load(name)
-                )
+        tensors = {name: checkpoint.raw_load(name) for name in checkpoint.raw_names()}
+        for name in tensors:
+            linear, _, part = name.rpartition(".")
+            if part == "weight_packed":
+                tensors[name] = padded(checkpoint.quantized(linear).codes[0], 3)
+        write_weights(old, tensors)
         quantization = checkpoint.config["quantization_config"] | {"version": "0.17.1"}
         write_config(old, checkpoint.config, quantization)
     out = convert(old, tmp_path / "out", format="compressed-tensors").out
@@ -136,10 +150,7 @@ def write(
 ) -> Path:
     """A compressed-tensors folder of these weights, each a target of its own where `groups` are given."""
     format = FORMATS["compressed-tensors"]
-    with ShardWriter(folder) as writer:
-        for name, (weight, quant) in weights.items():
-            for key, tensor in format.pack(name, weight, quant).items():
-                writer.add(key, tensor)
+    write_weights(folder, dict(ChainMap(*(format.pack(name, *one) for name, one in weights.items()))))
     config = format.config(next(iter(weights.values()))[1], [])
     if len(weights) > 1:
         config["config_groups"] = {

@@ -61,7 +61,7 @@ def test_too_little_text_says_how_much_there_is(tmp_path):
     path.write_text("a few words")
     with pytest.raises(TextError, match=r"short\.txt.*too short.*512"):
         windows(str(path), tiny.tokenizer(), part="calibration", seqlen=512)
-    with pytest.raises(TextError, match="10 windows of 4 tokens, 11 asked for"):
+    with pytest.raises(TextError, match="num_samples = 11 is more than the 10 sequences of 4 tokens"):
         Windows.of_tokens(torch.arange(40).view(10, 4)).draw(11, 0)
 
 

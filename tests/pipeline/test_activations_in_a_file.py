@@ -172,7 +172,7 @@ def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
     for found, says in ((inside, "in memory"), (outside, "in a file (over --activation-budget)")):
         show(Console(width=160), found)
         shown = " ".join(capsys.readouterr().out.split())
-        assert f"of activations {says}" in shown and "the next block read ahead" in shown
+        assert f"of activations {says}" in shown and "the next block prefetched" in shown
 
 
 def test_text_that_nobody_looks_at_waits_nowhere(source, tmp_path):

@@ -199,7 +199,7 @@ def test_tokens_per_expert_join_the_parts_of_a_layer(found):
     first, second = summary.loads(found)
     assert first.rows == (0, 100, 9, 120) and first.median == 54.5 and first.starved == ((0, 0),)
     assert second.starved == ()
-    assert "saw no token" in " ".join(summary.verdict(found).concerns)
+    assert "received no token" in " ".join(summary.verdict(found).concerns)
     assert "block 0: expert 0 (0 tokens)" in page(found)
 
 
@@ -293,9 +293,7 @@ def test_the_card_sends_nobody_to_a_server_that_refuses(found):
     assert "vllm serve ." in half and "vLLM has" not in half
     assert "sglang.launch_server" not in half and "SGLang has no kernels for all of its layers" in half
     found["serve"] = {"vLLM 0.33, sm_80": None}
-    assert "vllm serve ." in model_card.card(
-        found
-    ) and "Whether vLLM has kernels for it was not looked at" in model_card.card(found)
+    assert "vllm serve ." in model_card.card(found) and "Kernels of vLLM were not checked" in model_card.card(found)
     found["quant"]["sym"] = False
     assert "transformers needs `import sarqc`" in model_card.card(found)
     found["format"] = "gptq"

@@ -5,12 +5,11 @@ python -m tests.support.keywords
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 from sarqc.config import QUANTIZE
 from sarqc.config_compare import COMPARE, EVALUATE
-from sarqc.options import Config, annotations_of, options
+from sarqc.options import Config, annotations_of
 
 APART = ("method",)
 """Named in the function's own signature, where it may also be a configuration."""
@@ -48,15 +47,7 @@ def _name(kind: type[Config]) -> str:
 
 def _class(kind: type[Config]) -> str:
     lines = [f"class {_name(kind)}(TypedDict, total=False):", f'    """Fields of `{kind.__name__}`."""', ""]
-    types = annotations_of(kind)
-    for name, one in options(kind).items():
-        if name in APART:
-            continue
-        said = f"{one.help} Default: {kind.default_text(name)}."
-        if one.kind.unit:
-            said = f"{said} In {one.kind.unit}."
-        lines.append(f"    {name}: {types[name]}")
-        lines += textwrap.wrap(f'"""{said}"""', 116, initial_indent="    ", subsequent_indent="    ")
+    lines += [f"    {name}: {type_}" for name, type_ in annotations_of(kind).items() if name not in APART]
     return "\n".join(lines) + "\n"
 
 

@@ -51,10 +51,10 @@ class Format(Protocol):
         """Whether `quantization` says that a checkpoint is in this format."""
 
     def check(self, quant: QuantConfig) -> None:
-        """Refuses what the format cannot hold; asked before calibration starts."""
+        """Refuses what the format cannot hold; called before calibration starts."""
 
     def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
-        """Refuses a Linear whose weight [N, K] the format cannot hold; asked for each before calibration starts."""
+        """Refuses a Linear whose weight [N, K] the format cannot hold; called for each before calibration starts."""
 
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The tensors on disk, by full name, of `weight` (E = 1), which must be as `quant` says."""

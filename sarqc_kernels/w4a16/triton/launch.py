@@ -110,7 +110,7 @@ def overlaps(device: Device) -> bool:
 
 
 def _options(plan: Plan) -> dict[str, Any]:
-    """What the compiler is told beside the kernel."""
+    """Arguments of the compiler beside the kernel."""
     own = {"maxnreg": plan.registers} if plan.registers else {}
     return {"num_warps": plan.warps, "num_stages": plan.stages, **own}
 
