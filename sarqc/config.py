@@ -195,7 +195,8 @@ class CalibrationConfig(Config):
     dataset: str | Path | Tensor | Sequence[Any] = option(
         BUILTIN,
         kinds.dataset(),
-        "Calibration data: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin (Python's language reference).",
+        "Calibration data: a file (text, JSON Lines, Parquet), a data set NAME[:CONFIG[:SPLIT]], or builtin (Python's "
+        "language reference).",
         resume="derived",
         old=("calib",),
     )
@@ -211,6 +212,13 @@ class CalibrationConfig(Config):
         kinds.whole(MIN_SEQLEN),
         "Tokens per sequence.",
         default_text=f"{DEFAULT_SEQLEN}, or all positions of a shorter model",
+        resume="derived",
+    )
+    column: str | None = option(
+        None,
+        kinds.text("the name of a column"),
+        "Column to read, of files and data sets that have columns.",
+        default_text="messages, conversations, text or input_ids",
         resume="derived",
     )
     seed: int = option(0, kinds.seed(), "Seed of the choice of sequences and of validation rows.")

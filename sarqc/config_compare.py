@@ -69,6 +69,7 @@ class MeasureConfig(Config):
     eval_windows: int = option(
         16, kinds.whole(1), "Evaluation sequences: the last of each text, or all of a shorter one."
     )
+    column: str | None = same(CalibrationConfig, "column")
     also: Sequence[Any] = option(
         (),
         kinds.several(kinds.anything("METHOD:BITS:GROUP:SEQUENCES:SEED=FOLDER"), repeated=True),
@@ -85,9 +86,11 @@ class EvaluationConfig(Config):
 
     text: str = option(
         BUILTIN,
-        kinds.text("a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin"),
-        "Evaluation data: a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], or builtin (not the calibration topics).",
+        kinds.text("a file, a data set NAME[:CONFIG[:SPLIT]], or builtin"),
+        "Evaluation data: a file (text, JSON Lines, Parquet), a data set NAME[:CONFIG[:SPLIT]], or builtin (not the "
+        "calibration topics).",
     )
+    column: str | None = same(CalibrationConfig, "column")
     seqlen: int = option(512, kinds.whole(MIN_SEQLEN), "Tokens per sequence; sequences do not overlap.")
     max_windows: int | None = option(None, kinds.whole(1), "Sequences: the last of the text.", default_text="all")
     limit: int | None = option(None, kinds.whole(1), "Questions of each zero-shot task.", default_text="all")
@@ -101,7 +104,8 @@ class EvaluationConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = same(
         RunConfig,
         "dtype",
-        help="Data type of activations. auto: the checkpoint's, or float32 on a CPU where no weights are packed.",
+        help="Data type of activations, of quantized and unquantized models alike. auto: the checkpoint's, or float32 "
+        "on a CPU.",
     )
     trust_remote_code: bool = same(RunConfig, "trust_remote_code")
 

@@ -44,6 +44,7 @@ class CalibrationKeywords(TypedDict, total=False):
     dataset: str | Path | Tensor | Sequence[Any]
     num_samples: int | None
     seqlen: int | None
+    column: str | None
     seed: int
 
 
@@ -85,6 +86,7 @@ class MeasureKeywords(TypedDict, total=False):
     texts: Sequence[str]
     eval_seqlen: int
     eval_windows: int
+    column: str | None
     also: Sequence[Any]
 
 
@@ -92,6 +94,7 @@ class EvaluationKeywords(TypedDict, total=False):
     """Fields of `EvaluationConfig`."""
 
     text: str
+    column: str | None
     seqlen: int
     max_windows: int | None
     limit: int | None

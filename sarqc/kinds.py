@@ -245,7 +245,7 @@ def anything(accepted: str) -> Kind:
 
 def dataset() -> Kind:
     """Calibration or evaluation data."""
-    accepted = "a UTF-8 file, a data set NAME[:CONFIG[:SPLIT]], builtin, texts, chat messages or token ids"
+    accepted = "a file, a data set NAME[:CONFIG[:SPLIT]], builtin, texts, chat messages or token ids"
     return replace(anything(accepted), metavar="FILE|NAME")
 
 

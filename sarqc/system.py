@@ -114,6 +114,13 @@ def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype) -> torc
     return _DTYPES[dtype]
 
 
+def range_advice(dtype: torch.dtype) -> str:
+    """What may help where numbers in this dtype are not finite."""
+    if dtype == torch.float16:
+        return "float16 ends at 65504: use --dtype bfloat16 or float32"
+    return "look at the model, its dtype or the text"
+
+
 _PACKAGES = ("torch", "transformers", "safetensors", "triton")
 
 

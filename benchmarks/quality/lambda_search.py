@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.model import dataset
+from sarqc.model.calibration_data import windows as windows_of
 from sarqc.model.hub import locate
 from sarqc.model.layers import targets
 from sarqc.model.lazy_model import LazyModel
@@ -123,9 +124,9 @@ def main() -> None:
     folder = locate(args.model)
     tokenizer = load_tokenizer(folder)
     name, text = args.calibration.split("=", 1)
-    calib = dataset.windows(text, tokenizer, part="calibration", seqlen=args.seqlen)
+    calib = windows_of(text, lambda: tokenizer, args.seqlen)
     judged = {
-        key: evenly(dataset.windows(text, tokenizer, part="evaluation", seqlen=args.seqlen), args.eval_windows)
+        key: evenly(windows_of(text, lambda: tokenizer, args.seqlen, part="evaluation"), args.eval_windows)
         for key, text in (entry.split("=", 1) for entry in args.evaluation)
     }
     for case in args.case:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import sarqc
 from benchmarks.quality.proof import WHOLE, write_results
 from sarqc.comparison.experiment import Other
-from sarqc.model import dataset
+from sarqc.model.calibration_data import windows as windows_of
 from sarqc.model.hub import locate
 from sarqc.model.tokenizer import load_tokenizer
 
@@ -43,7 +43,7 @@ def tokens_of(args: argparse.Namespace, windows: int, seed: int) -> Path:
     """A file with the windows int64 [S, L] that all methods calibrate on with this seed."""
     path: Path = args.work_dir / f"tokens-{windows}-{seed}.safetensors"
     if not path.exists():
-        text = dataset.windows(args.dataset, load_tokenizer(locate(args.model)), part="calibration", seqlen=SEQLEN)
+        text = windows_of(args.dataset, lambda: load_tokenizer(locate(args.model)), SEQLEN)
         save_file({"tokens": text.draw(windows, seed).tokens}, path)
     return path
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sarqc.checkpoint.assemble import MERGE_BYTES, Sums, assemble
 from sarqc.checkpoint.differences import difference, other_names
+from sarqc.checkpoint.file_sums import record_files
 from sarqc.checkpoint.formats import Format, quantization_of
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
@@ -62,6 +63,7 @@ class Conversion:
         copy_side_files(self.checkpoint.folder, folder, code=code)
         quantization = self.target.config(self.quant, ignored(self.checkpoint), self._bits)
         write_config(folder, self.checkpoint.config, quantization)
+        record_files(folder)
         return self._checked(folder)
 
     def _write(self, folder: Path, progress: Progress | None) -> None:

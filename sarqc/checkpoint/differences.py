@@ -95,9 +95,8 @@ def _weight(checkpoint: Checkpoint, source: Checkpoint, name: str, stored: Quant
     kept = error <= WORST_ERROR  # False for NaN too
     if kept or (math.isfinite(error) and _inner(quantized, weight) >= LEAST_SHARE * size**2):
         return Compared(name, error, None)
-    return Compared(
-        name, None, f"{checkpoint.folder}: {name!r} is {error:.3g} of its size away from the weight in {source.folder}"
-    )
+    how = f"{error:.3g} of its size away from" if size else f"{distance:.3g} away from zero, which is"
+    return Compared(name, None, f"{checkpoint.folder}: {name!r} is {how} the weight in {source.folder}")
 
 
 def _norm(matrix: Tensor) -> float:

@@ -3,6 +3,7 @@
 A checkpoint is data from a stranger. Names inside it (an index names its shards) and links inside it are therefore
 followed only as far as the folder itself. The one exception is the Hugging Face cache, where every file of
 `models--X/snapshots/<commit>/` is a link into `models--X/blobs/`: that layout is made by the client, not by the model.
+Either of the two may be a link to another disk.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def file_in(folder: Path, name: str) -> Path | None:
 def _roots(folder: Path) -> list[Path]:
     """Folders in which the files of `folder` may lie: itself, and the blobs of a Hugging Face cache."""
     real = folder.resolve()
-    return [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    snapshots = [place.parent for place in (real, folder.absolute()) if place.parent.name == "snapshots"]
+    return [real, *((place.parent / "blobs").resolve() for place in snapshots)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
     {"algorithm": "sha256", "tensors": {NAME: {"dtype": "I32", "shape": [2, 3], "sha256": "..."}}, "version": 1}
 
+The files beside the weights are added under "files" (`sarqc.checkpoint.file_sums`).
+
 The sum is over the tensor's bytes in row-major order, so it does not depend on how tensors are spread over shards, and
 copying a checkpoint into other shards keeps it. Nothing in it depends on time or place.
 """

@@ -15,6 +15,8 @@ from sarqc.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+"""What peft leaves where it saves an adapter."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PART = 16_000_000
 
@@ -107,6 +109,8 @@ def find_shards(folder: Path) -> dict[Path, frozenset[str] | None]:
 
 def _nothing(folder: Path) -> str:
     """Why a folder without safetensors is refused."""
+    if (folder / ADAPTER).exists():
+        return f"{folder} holds an adapter and no model: merge it into its base model first, and give the result"
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         return (

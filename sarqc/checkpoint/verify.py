@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sarqc.checkpoint.file_sums import changed_files
 from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.headers import bytes_of
 from sarqc.checkpoint.manifest import MANIFEST, Fingerprint, fingerprint, read_manifest
@@ -41,14 +42,32 @@ def refuse_poison(checkpoint: Checkpoint, inside: str) -> None:
             raise NumericError(f"{name} holds NaN; repair the checkpoint before quantizing")
 
 
+def refuse_overflow(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """`NumericError` naming the first tensor with a number beyond the range of `dtype`, in which the model is to run.
+
+    Every tensor is read where that is float16 and they are stored in another dtype; a wider dtype holds all there is.
+    """
+    if dtype != torch.float16:
+        return
+    for name in checkpoint.names():
+        if not checkpoint.dtype(name).is_floating_point or checkpoint.dtype(name) == dtype:
+            continue
+        largest = float(checkpoint.load(name).abs().nan_to_num(0.0, posinf=0.0).max())
+        if largest > torch.finfo(dtype).max:
+            raise NumericError(
+                f"dtype = 'float16' does not hold {name}, which has numbers up to {largest:.3g}: "
+                "use --dtype bfloat16 or float32"
+            )
+
+
 def problems(
     checkpoint: Checkpoint, on_tensor: Callable[[str], None] | None = None, beside: Beside | None = None
 ) -> Iterator[str]:
     """Everything that is wrong with an open checkpoint, a line each. Every tensor is read once.
 
-    Headers agree with the index (seen when it was opened), every promised byte can be read, every tensor is the one
-    of the manifest bit for bit, packed tensors have the shapes that the config defines and unpack to codes and zeros
-    in range, what belongs to a packed weight is finite, and no other tensor holds a NaN.
+    Headers agree with the index (seen when it was opened), every promised byte can be read, every tensor and every file
+    beside the weights is the one of the manifest bit for bit, packed tensors have the shapes that the config defines
+    and unpack to codes and zeros in range, what belongs to a packed weight is finite, and no other tensor holds a NaN.
 
     Args:
         checkpoint: The checkpoint.
@@ -57,6 +76,7 @@ def problems(
     """
     yield from _folder(checkpoint)
     manifest = read_manifest(checkpoint.folder)
+    yield from changed_files(checkpoint.folder)
     if manifest is not None:
         yield from _names(checkpoint, manifest)
     for name in checkpoint.names():

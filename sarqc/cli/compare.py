@@ -15,12 +15,12 @@ from sarqc.config_compare import COMPARE
 @with_options(*COMPARE)
 def compare(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the plot and finished cells.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the plots and finished cells.")],
     given: dict[str, Any],
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Methods x bits x calibration sizes on one model: a table and a plot.
+    """Methods x bits x calibration sizes on one model: a table and a page with plots.
 
     Every cell is quantized as `sarqc quantize` does it and evaluated block by block; no checkpoint is written.
 
@@ -41,4 +41,4 @@ def compare(
     console = stdout()
     for table in comparison_tables(found.table):
         console.print(table)
-    console.print(f"{found.out}/compare.json, .csv, .svg", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{found.out}/compare.html, .json, .csv, .svg", markup=False, highlight=False, soft_wrap=True)

@@ -95,7 +95,8 @@ def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) 
     sentence(
         stdout(),
         f"perplexity {entry['before']:.3f} -> {entry['after']:.3f}, next token agrees {entry['agreement']:.1%}, "
-        f"KL {entry['kl']:.4f}  ({entry['windows']} sequences of {entry['seqlen']} tokens of {entry['text']})",
+        f"KL {entry['kl']:.4f}  ({entry['windows']} sequences of {entry['seqlen']} tokens of {entry['text']}, "
+        f"both in {entry['dtype']})",
     )
     card = "" if found.card else "; README.md was edited and is left as it is"
     print(f"saved in {model}/report.json and report.html{card}")

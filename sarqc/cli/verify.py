@@ -18,7 +18,7 @@ def verify(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a checkpoint: checksums, completeness, weights against the original, and which runtimes support it.
+    """Check a checkpoint: checksums of tensors and side files, completeness, errors against the original, runtimes.
 
     Exit code 0 if it is, 1 if it is not, with a line for each problem.
     """
@@ -44,7 +44,10 @@ def _verdict(record: dict[str, Any], against: str | None) -> str:
 
     if not record["sound"]:
         return f"{record['folder']}: not sound"
-    told = "as written, bit for bit" if record["manifest"] else "readable (no manifest to compare the bits with)"
+    told = "readable (no manifest to compare the bits with)"
+    if record["manifest"]:
+        told = "as written, bit for bit" if record["files"] else "tensors as written, bit for bit"
+        told += "" if record["files"] else " (its manifest, of an earlier version, has no side files)"
     error, files = record["weight_error"], counted(record["shards"], "file")
     beside = f"; relative weight error {error:.4f} against {against}" if isinstance(error, float) else ""
     return f"{record['folder']}: sound; {record['tensors']} tensors in {files}, {told}{beside}"

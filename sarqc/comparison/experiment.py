@@ -28,7 +28,7 @@ from sarqc.errors import ArgumentError, CheckpointError, NumericError
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
-from sarqc.model.calibration_data import calibration_windows
+from sarqc.model.calibration_data import windows
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import Overlay
 from sarqc.model.tokenizer import load_tokenizer
@@ -124,16 +124,17 @@ class Experiment:
     texts: list[Text] = field(default_factory=list)
 
 
-def make(folder: Path, what: ComparisonConfig) -> Experiment:
+def make(folder: Path, what: ComparisonConfig, column: str | None) -> Experiment:
     """Read the model and draw the calibration windows of every seed; the largest size must fit into the text."""
     checkpoint = open_checkpoint(folder)
     if checkpoint.format is not None:
         raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
     trust, sizes = what.trust_remote_code, sorted(set(what.num_samples))
     tokenizer = partial(load_tokenizer, folder, trust_remote_code=trust)
-    text = calibration_windows(what.dataset, tokenizer, what.seqlen)
+    text = windows(what.dataset, tokenizer, what.seqlen, column=column)
     where = resolve_device(what.device)
     solver, judge = (LazyModel.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
+    dataset.check_seqlen(text.tokens.shape[1], solver.text_config, folder)
     kept = resolve_dtype(what.dtype, where, solver.dtype)
     judge.load_outer(checkpoint, where, kept, head=True)
     drawn = {seed: text.nested(sizes, seed).tokens for seed in what.seeds}
@@ -142,13 +143,14 @@ def make(folder: Path, what: ComparisonConfig) -> Experiment:
 
 def add_texts(experiment: Experiment, measure: MeasureConfig, trust: bool) -> None:
     """Take the last windows of each text, and run the unquantized model over them."""
-    tokenizer = load_tokenizer(experiment.folder, trust_remote_code=trust)
+    dataset.check_seqlen(measure.eval_seqlen, experiment.judge.text_config, experiment.folder, "eval_seqlen")
+    tokenizer = partial(load_tokenizer, experiment.folder, trust_remote_code=trust)
     for name in measure.texts:
-        windows = dataset.windows(name, tokenizer, part="evaluation", seqlen=measure.eval_seqlen)
-        windows = windows.last(measure.eval_windows)
-        reference = passage.leave(experiment.judge, experiment.checkpoint, windows.tokens)
-        perplexity = passage.judge(experiment.judge, windows, reference).perplexity
-        experiment.texts.append(Text(windows, reference, perplexity))
+        found = windows(name, tokenizer, measure.eval_seqlen, part="evaluation", column=measure.column)
+        found = found.last(measure.eval_windows)
+        reference = passage.leave(experiment.judge, experiment.checkpoint, found.tokens)
+        perplexity = passage.judge(experiment.judge, found, reference).perplexity
+        experiment.texts.append(Text(found, reference, perplexity))
 
 
 def identity(experiment: Experiment, cell: Cell | Other) -> str:

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from sarqc.report.report import write_text
-from sarqc.report.summary import figure
-from sarqc.report.svg import Axes, Series, beside, line_chart, short, standalone
+from sarqc.report.summary import figure, text_name
+from sarqc.report.svg import Axes, Ranked, Series, beside, line_chart, ranked_chart, short, standalone
 
 PROTOCOL = 1
 """Raised whenever cells measured before must not stand beside new ones."""
 METRICS = ("perplexity", "agreement", "kl")
 _CSV = ("method", "bits", "group_size", "windows", "seed", "text", *METRICS, "error", "seconds")
-_PANEL = (620, 300)
 
 Row = dict[str, Any]
 
@@ -40,13 +36,6 @@ def table(protocol: dict[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str
                 found = [c for c in here if c["windows"] in {windows, None}]
                 rows += _group(text, windows, found)
     return {"protocol": protocol, "rows": rows, "cells": list(cells)}
-
-
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """compare.json, compare.csv and compare.svg in `folder`."""
-    write_text(folder / "compare.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_text(folder / "compare.csv", as_csv(found))
-    write_text(folder / "compare.svg", plot(found))
 
 
 def as_csv(found: dict[str, Any]) -> str:
@@ -74,33 +63,57 @@ def with_spread(row: Row) -> str:
     return "not finite" if row["perplexity"] is None else figure(row["perplexity"], row["spread"])
 
 
-def plot(found: dict[str, Any]) -> str:
-    """A panel for each text and bits: perplexity over calibration size, a line for each method."""
-    rows = found["rows"]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    formats = list(dict.fromkeys((row["bits"], row["group_size"]) for row in rows))
+def plots(found: dict[str, Any], text: str) -> list[str]:
+    """A chart of one text for each width: perplexity over calibration size, a line for each method; or the methods
+    below each other, where there is one size."""
+    rows = [row for row in found["rows"] if row["text"] == text]
+    plain = next(entry["perplexity"] for entry in found["protocol"]["texts"] if entry["text"] == text)
+    several = len({row["windows"] for row in rows}) > 1
     charts = []
-    for entry in found["protocol"]["texts"]:
-        for bits, group_size in formats:
-            own = [r for r in rows if (r["text"], r["bits"], r["group_size"]) == (entry["text"], bits, group_size)]
-            charts.append(
-                line_chart(
-                    [_series(method, [row for row in own if row["method"] == method]) for method in methods],
-                    Axes(
-                        "calibration sequences",
-                        "perplexity",
-                        kind="log",
-                        x_kind="log",
-                        x_ticks=sorted({row["windows"] or 1 for row in own}),
-                    ),
-                    mark=(entry["perplexity"], "unquantized"),
-                    title=f"{entry['text'].rpartition('/')[2]}, {bits} bits, groups of {group_size}",
-                    width=_PANEL[0],
-                    height=_PANEL[1],
-                )
-            )
-    drawn = [chart for chart in charts if chart]
-    return standalone(beside(drawn, columns=len(formats), width=_PANEL[0], height=_PANEL[1])) if drawn else ""
+    for bits, group_size in dict.fromkeys((row["bits"], row["group_size"]) for row in rows):
+        own = [row for row in rows if (row["bits"], row["group_size"]) == (bits, group_size)]
+        groups = "one scale a row" if group_size == -1 else f"groups of {group_size}"
+        title = f"{text_name(text)}, {bits} bits, {groups}"
+        charts.append(_by_size(own, plain, title) if several else _by_method(own, plain, title))
+    return [chart for chart in charts if chart]
+
+
+def plot(found: dict[str, Any]) -> str:
+    """The charts of all texts as one drawing, a row for each text."""
+    drawn = [plots(found, entry["text"]) for entry in found["protocol"]["texts"]]
+    charts = [chart for row in drawn for chart in row]
+    return standalone(beside(charts, columns=max(map(len, drawn)))) if charts else ""
+
+
+def _by_size(rows: Sequence[Row], plain: float, title: str) -> str:
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return line_chart(
+        [_series(method, [row for row in rows if row["method"] == method]) for method in methods],
+        Axes(
+            "calibration sequences",
+            "perplexity",
+            kind="log",
+            x_kind="log",
+            x_ticks=sorted({row["windows"] or 1 for row in rows}),
+        ),
+        mark=(plain, "unquantized"),
+        title=title,
+    )
+
+
+def _by_method(rows: Sequence[Row], plain: float, title: str) -> str:
+    shown = [row for row in rows if row["perplexity"] is not None]
+    ranked = [
+        Ranked(
+            row["method"],
+            row["perplexity"],
+            with_spread(row),
+            (row["lowest"], row["highest"]) if row["seeds"] > 1 else None,
+            row["best"],
+        )
+        for row in shown
+    ]
+    return ranked_chart(ranked, "perplexity", mark=(plain, "unquantized"), title=title)
 
 
 def _series(method: str, rows: Sequence[Row]) -> Series:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Unpack
 
 from sarqc.checkpoint.folders import refuse_overlap, refuse_place
 from sarqc.comparison import experiment as benches
+from sarqc.comparison import page as pages
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Cell, Experiment, Other
 from sarqc.comparison.store import CELLS, Cells
@@ -68,7 +69,7 @@ class Comparison:
     """A finished comparison.
 
     Attributes:
-        out: Folder with compare.json, compare.csv, compare.svg and cells.jsonl.
+        out: Folder with compare.json, compare.csv, compare.svg, compare.html and cells.jsonl.
         table: What compare.json holds.
     """
 
@@ -123,7 +124,7 @@ def compare(
     ):  # fmt: skip
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
-    experiment = benches.make(folder, what)
+    experiment = benches.make(folder, what, measure.column)
     found = targets(experiment.solver, QuantConfig(ignore=what.ignore))
     cells = _cells(what, list(_quants(found, what)))
     progress.note("measuring the unquantized model")
@@ -132,7 +133,7 @@ def compare(
     done = Cells(out, partial(benches.identity, experiment))
     _work(experiment, [*also, *cells], done, protocol, progress)
     table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
-    tables.write(out, table)
+    pages.write(out, table)
     return Comparison(out, table)
 
 
@@ -187,7 +188,7 @@ def _work(
     for cell in missing:
         record = benches.measure(experiment, cell, progress.detail)
         done.add(cell, record)
-        tables.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
+        pages.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
         progress.advance(_told(record))
 
 

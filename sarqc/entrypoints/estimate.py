@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Unpack
 
+from sarqc.checkpoint.side_files import side_files
 from sarqc.config import DEFAULT_METHOD, QUANTIZE, CalibrationConfig, Configs, MethodConfig, QuantConfig, RunConfig
 from sarqc.estimation.preflight import Preflight, estimate_run
 from sarqc.keywords import QuantizeKeywords
 from sarqc.options import documented
 from sarqc.pipeline.plan import expected_windows, make_plan
-from sarqc.pipeline.resume import default_work
+from sarqc.pipeline.resume import work_place
 
 
 @documented(*QUANTIZE)
@@ -42,6 +43,7 @@ def estimate(
     """
     configs = Configs.of(quant, method, calibration, run, **options)
     plan = make_plan(model, configs, headers_only=True)
-    out, work = Path(out).expanduser(), configs.run.work_dir
-    place = default_work(out) if work is None else Path(work).expanduser()
+    out = Path(out).expanduser()
+    place = work_place(out, configs.run.work_dir, plan.folder)
+    side_files(plan.folder, configs.run.trust_remote_code)
     return estimate_run(plan, expected_windows(plan), out, place)

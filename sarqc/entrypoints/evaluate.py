@@ -9,11 +9,13 @@ from typing import Any, Unpack
 
 from sarqc.checkpoint.folders import refuse_place
 from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.config import AUTO
 from sarqc.config_compare import EVALUATE, EvaluationConfig
 from sarqc.entrypoints.load import load
 from sarqc.errors import ArgumentError
 from sarqc.keywords import EvaluationKeywords
 from sarqc.model import dataset, lm_eval
+from sarqc.model.calibration_data import windows
 from sarqc.model.hub import locate
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.packed_linear import is_packed
@@ -35,8 +37,8 @@ def evaluate(
 ) -> Perplexity:
     """Perplexity of a model, quantized or not, on a text it was not calibrated on.
 
-    By default a quantized model is measured as it is served, on its packed weights in the checkpoint's dtype. To
-    compare with an unquantized one in the same arithmetic, name the dtype of both.
+    By default a quantized model is measured on its packed weights, and in the dtype that an unquantized one is measured
+    in, so that their perplexities differ by quantization alone.
 
     Args:
         model: Local folder, hub id, or "smollm2".
@@ -52,10 +54,8 @@ def evaluate(
     """
     how = EvaluationConfig.made(config, sorted_out(EVALUATE, options)[EvaluationConfig])
     built, tokenizer = _loaded(model, how)
-    windows = dataset.windows(how.text, tokenizer, part="evaluation", seqlen=how.seqlen)
     dataset.check_seqlen(how.seqlen, built.config.get_text_config(), model)
-    windows = windows if how.max_windows is None else windows.last(how.max_windows)
-    found = perplexity(built, windows, on_window=on_window)
+    found = perplexity(built, _windows(how, tokenizer), on_window=on_window)
     return replace(found, protocol=found.protocol | {"packed": is_packed(built)})
 
 
@@ -73,7 +73,14 @@ def zero_shot(
 
 
 def _loaded(model: str | Path, how: EvaluationConfig) -> tuple[Any, Any]:
-    return load(model, device=how.device, dtype=how.dtype, packed=how.packed, trust_remote_code=how.trust_remote_code)
+    on_cpu = resolve_device(how.device).type == "cpu"
+    dtype = "float32" if on_cpu and how.dtype == AUTO else how.dtype  # `load` takes 16 bits for packed weights
+    return load(model, device=how.device, dtype=dtype, packed=how.packed, trust_remote_code=how.trust_remote_code)
+
+
+def _windows(how: EvaluationConfig, tokenizer: Any) -> dataset.Windows:
+    found = windows(how.text, lambda: tokenizer, how.seqlen, part="evaluation", column=how.column)
+    return found if how.max_windows is None else found.last(how.max_windows)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ def evaluate_and_save(
 ) -> Saved:
     """Measure a checkpoint and the model it was made from on the same windows, and put it into its report and card.
 
-    Both run block by block on dense weights, so that neither is ever whole in memory. original: where that model is
+    Both run block by block on dense weights, so that neither is ever whole in memory, and in one dtype: the original's
+    where none is named. original: where that model is
     now; by default where the report says it was. config, options: as in `evaluate`. on_block(done, total). Another
     measurement of the same windows replaces the first.
     """
@@ -105,8 +113,7 @@ def evaluate_and_save(
     refuse_place(folder / reports.REPORT, "report")
     source = locate(original or report["model"], trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    windows = dataset.windows(how.text, tokenizer, part="evaluation", seqlen=how.seqlen)
-    windows = windows if how.max_windows is None else windows.last(how.max_windows)
+    text, kept = _windows(how, tokenizer), None
     where, left = resolve_device(how.device), []
     for number, place in enumerate((source, folder)):
         checkpoint = open_checkpoint(place)
@@ -114,18 +121,18 @@ def evaluate_and_save(
             raise ArgumentError(f"original = {str(source)!r} is quantized itself: give the model before that")
         lazy = LazyModel.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
         dataset.check_seqlen(how.seqlen, lazy.text_config, place)
-        kept, total = resolve_dtype(how.dtype, where, lazy.dtype), 2 * len(lazy.blocks)
+        kept, total = kept or resolve_dtype(how.dtype, where, lazy.dtype), 2 * len(lazy.blocks)
         lazy.load_outer(checkpoint, where, kept, head=True)
 
         def told(index: int, done: int = number * len(lazy.blocks), total: int = total) -> None:
             if on_block:
                 on_block(done + index, total)
 
-        left.append(passage.leave(lazy, checkpoint, windows.tokens, told))
+        left.append(passage.leave(lazy, checkpoint, text.tokens, told))
     # What stands outside the blocks is the original's, byte for byte, so that one head serves both.
-    before = passage.judge(lazy, windows, left[0]).perplexity
-    after = passage.judge(lazy, windows, left[1], left[0])
-    entry = windows.record() | {
+    before = passage.judge(lazy, text, left[0]).perplexity
+    after = passage.judge(lazy, text, left[1], left[0])
+    entry = text.record() | {
         "before": before,
         "after": after.perplexity,
         "agreement": after.agreement,

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from sarqc.checkpoint.folders import refuse_existing, refuse_overlap, refuse_place
+from sarqc.checkpoint.folders import refuse_existing
 from sarqc.checkpoint.side_files import side_files
-from sarqc.checkpoint.verify import refuse_poison
+from sarqc.checkpoint.verify import refuse_overflow, refuse_poison
 from sarqc.config import DEFAULT_METHOD, QUANTIZE, CalibrationConfig, Configs, MethodConfig, QuantConfig, RunConfig
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.estimation import preflight
@@ -37,7 +37,7 @@ from sarqc.pipeline.fingerprint import fingerprint
 from sarqc.pipeline.holding import hold
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
 from sarqc.pipeline.progress import NoProgress, Progress
-from sarqc.pipeline.resume import WorkFolder, begin, default_work
+from sarqc.pipeline.resume import WorkFolder, begin, work_place
 from sarqc.pipeline.write import tensors_of_block, write_checkpoint
 from sarqc.report.result import Result
 from sarqc.system import trim_host_memory
@@ -123,7 +123,7 @@ def _from_memory(
 
 def _execute(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
     """Run a plan on this rank."""
-    place = _work_place(out, plan.run.work_dir, plan.folder)
+    place = work_place(out, plan.run.work_dir, plan.folder)
     windows = read_windows(plan)
     run = _Run(plan, windows, place, comm, progress if comm.rank == 0 else Following(progress))
     same_everywhere(comm, run.fingerprint)
@@ -135,20 +135,6 @@ def _execute(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
         return run.shared(run.lead(opened, out))
 
 
-def _work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
-    """The work folder, which must lie outside the model and the output."""
-    refuse_overlap(out, model)
-    place = default_work(out) if work is None else Path(work).expanduser()
-    refuse_place(place, "work folder")
-    refuse_overlap(place, model, "work folder")
-    inner, outer = place.resolve(), Path(out).resolve()
-    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise ArgumentError(
-            f"work_dir = {str(place)!r} and the output folder {out} lie inside each other: use another --work-dir"
-        )
-    return place
-
-
 def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
     """What the report needs to know of a run, beside its fingerprint."""
     return {
@@ -156,7 +142,9 @@ def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
         "folder": str(plan.folder.resolve()),
         "blocks": len(plan.lazy.blocks),
         "targets": plan.targets.record(),
-        "calibration": None if windows is None else windows.record() | {"seed": plan.calibration.seed},
+        "calibration": None
+        if windows is None
+        else windows.record() | {"seed": plan.calibration.seed, "column": plan.calibration.column},
         "device": str(plan.device),
         "dtype": plan.run.dtype,
         "code": plan.run.trust_remote_code,
@@ -181,8 +169,9 @@ class _Run:
         """The preflight: `SarqcError` where the run must not begin, or could not end."""
         side_files(self.plan.folder, self.plan.run.trust_remote_code)
         refuse_poison(self.plan.checkpoint, f"{self.plan.lazy.prefix}.")
+        refuse_overflow(self.plan.checkpoint, self.plan.dtype)
         found = preflight.estimate_run(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
-        for note in (*self.plan.notes, found.headline()):
+        for note in (*found.notes, found.headline()):
             self.progress.note(note)
         found.refuse()
 

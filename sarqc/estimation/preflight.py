@@ -140,7 +140,7 @@ def estimate_run(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) 
         disk=disk,
         time=seconds(plan, windows, seqlen, ranks),
         serve=runtime_support,
-        notes=plan.notes,
+        notes=(*plan.notes, *_nowhere(runtime_support)),
         problems=tuple(problems),
     )
 
@@ -229,6 +229,14 @@ def _no_server(runtime_support: Sequence[rules.RuntimeSupport], tp: int | None) 
     if not asked or any(not one.failures for one in asked):
         return []
     return [f"tp = {tp}: {asked[0].server} refuses {asked[0].failures[0]}; choose another group size, format or --tp"]
+
+
+def _nowhere(runtime_support: Sequence[rules.RuntimeSupport]) -> list[str]:
+    """A note where no server loads the result, on any number of ranks."""
+    known = [one for one in runtime_support if one.known and one.server != rules.EXPANDS]
+    if not known or any(not one.failures for one in known):
+        return []
+    return [f"no server is known to load the result: {known[0].failures[0]}"]
 
 
 def _minutes(spent: float) -> str:

@@ -14,6 +14,9 @@ Completing the square gives the objective of every other layer, around another t
 So any solver takes T in place of W, and one lambda regularises both the rounding and the shift. With R = (X - Y) W^T, X
 the inputs in the reference model, this is the target of QEP (arXiv 2504.09629). The share that is best on held-out text
 has a closed form: with V = C_A H_A^-1 fitted on fold A, on fold B it is tr(C_B V^T) / tr(V (Y^T Y / rows)_B V^T).
+
+Rows of W that are zero stay zero: pruned, merged and expanded models have them on purpose. For the same reason a shift
+is at most as large as W, in the Frobenius norm: a layer that does next to nothing is not given the work of another.
 """
 
 from __future__ import annotations
@@ -38,14 +41,19 @@ def shifted(
     """The target T fp32 [1, N, K] and its share a, from 0 to `CAUTION`; the weight itself where a is 0.
 
     weight: fp32 [1, N, K]. reg_lambda: fp32 [1]. a is 0 where the statistics have no `cross_gram`, or one fold and so
-    no held-out text.
+    no held-out text, and where the weight is zero.
     """
     if statistics.folds[0].cross_gram is None or len(statistics.folds) < 2:
+        return weight, 0.0
+    alive = (weight != 0).any(-1, keepdim=True)
+    if not bool(alive.any()):
         return weight, 0.0
     share = CAUTION * held_out_share(site, statistics, reg_lambda, method)
     if share == 0:
         return weight, 0.0
-    return weight + share * shift(site, statistics.total(), reg_lambda, method), share
+    change = (share * shift(site, statistics.total(), reg_lambda, method)).where(alive, 0)
+    part = float(weight.norm() / change.norm())
+    return (weight + change, share) if part >= 1 else (weight + part * change, part * share)
 
 
 def shift(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig) -> Tensor:

@@ -1,33 +1,37 @@
-"""Calibration data in the forms that a caller has it in: a name, texts, conversations, rows of a data set, token ids.
+"""Calibration and evaluation data in the forms that a caller has it in, as sequences of tokens.
 
-"text.txt", "NAME:CONFIG:SPLIT", "builtin"          a text; see `sarqc.model.dataset`
+"text.txt", "NAME:CONFIG:SPLIT", "builtin"          a text or rows; see `sarqc.model.dataset`
 ["a text", "another"]                               texts
 [[{"role": "user", "content": "..."}, ...], ...]    conversations: the model's chat template is applied
 datasets.Dataset, or any iterable of rows           rows with "messages", "conversations", "text" or "input_ids"
 int64 [sequences, tokens]                           token ids, used as they are
 [[1, 2, 3], [4, 5, 6, 7]]                           token ids of documents, cut into sequences
+
+Turns of a conversation may also be {"from", "value"} (ShareGPT).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sarqc.config import MIN_SEQLEN
 from sarqc.errors import ArgumentError, ModelError, TextError, first_line
 from sarqc.model.dataset import (
     GIVEN,
     GIVEN_CHATS,
     GIVEN_TEXTS,
     MOST_TEXT,
+    Part,
     Windows,
+    contents,
     is_here,
     joined,
-    windows,
     windows_of_text,
 )
 from sarqc.model.tokenizer import encode
@@ -36,15 +40,21 @@ MOST_TOKENS = MOST_TEXT // 4
 """Token ids that are read of conversations and of rows of token ids."""
 _COLUMNS = ("messages", "conversations", "text", "input_ids")
 _FORMS = "texts, conversations (lists of {'role', 'content'}), rows with one of the columns " + ", ".join(_COLUMNS)
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""Of ShareGPT, where they are called otherwise than in a chat template."""
 
 
-def calibration_windows(data: Any, tokenizer: Callable[[], Any], seqlen: int) -> Windows:
-    """All full sequences of `seqlen` tokens of calibration data.
+def windows(
+    data: Any, tokenizer: Callable[[], Any], seqlen: int, *, part: Part = "calibration", column: str | None = None
+) -> Windows:
+    """All full sequences of `seqlen` tokens of calibration or evaluation data.
 
     Args:
         data: In one of the forms above.
         tokenizer: Returns the tokenizer; not called for token ids.
         seqlen: Tokens per sequence; a tensor of token ids has its own.
+        part: Which topics of `builtin`, and which split of a data set.
+        column: The column of rows that is read, where it has another name than those above.
 
     Raises:
         ArgumentError: `data` has none of these forms.
@@ -53,19 +63,27 @@ def calibration_windows(data: Any, tokenizer: Callable[[], Any], seqlen: int) ->
     """
     if isinstance(data, Tensor):
         return Windows.of_tokens(data)
+    if seqlen < MIN_SEQLEN:
+        raise ArgumentError(f"seqlen = {seqlen} is too small: use {MIN_SEQLEN} or more")
+    name = None
     if isinstance(data, str | Path):
-        return windows(str(data), tokenizer(), part="calibration", seqlen=seqlen)
-    first, rows = _begun(data)
-    found = _value(first)
-    if isinstance(found, str):
-        texts = (_text(_value(row)) for row in rows)
-        return windows_of_text(joined(texts), GIVEN_TEXTS, tokenizer(), seqlen)
-    if _is_conversation(found):
+        name, data = str(data), contents(str(data), part)
+        if isinstance(data, str):
+            return windows_of_text(data, name, tokenizer(), seqlen)
+    first, values = _begun(data, column)
+    if isinstance(first, str):
+        return windows_of_text(joined(map(_text, values)), name or GIVEN_TEXTS, tokenizer(), seqlen)
+    if _is_conversation(first):
         loaded = tokenizer()
-        return _cut((_chat_tokens(loaded, _value(row)) for row in rows), GIVEN_CHATS, seqlen)
-    if _are_tokens(found):
-        return _cut((_tokens(_value(row)) for row in rows), GIVEN, seqlen)
-    raise _unknown(first)
+        return _cut((_chat_tokens(loaded, value) for value in values), name or GIVEN_CHATS, seqlen)
+    assert _are_tokens(first)
+    return _cut(map(_tokens, values), name or GIVEN, seqlen)
+
+
+def read_text(name: str, part: Part) -> str:
+    """The text behind a name, or the texts of its rows; `ArgumentError` for rows without."""
+    found = contents(name, part)
+    return found if isinstance(found, str) else joined(map(_text, _begun(found, None)[1]))
 
 
 def counts_at_once(data: Any) -> bool:
@@ -73,27 +91,44 @@ def counts_at_once(data: Any) -> bool:
     return not isinstance(data, str | Path) or is_here(str(data))
 
 
-def _begun(data: Any) -> tuple[Any, Iterator[Any]]:
-    """The first row, and all rows."""
+def _begun(data: Any, column: str | None) -> tuple[Any, Iterator[Any]]:
+    """The first value that is there, and all values; of a form that is read."""
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise _unknown(data)
     rows = iter(data)
-    head = list(islice(rows, 1))
-    if not head:
-        raise TextError("dataset is empty: give at least one text, conversation or row")
-    return head[0], chain(head, rows)
+    for before, row in enumerate(rows):
+        value = _value(row, column)
+        if value is not None:
+            if isinstance(value, str) or _is_conversation(value) or _are_tokens(value):
+                return value, chain([None] * before, [value], (_value(row, column) for row in rows))
+            raise _unknown(row)
+        if not isinstance(row, Mapping) or not any(name in row for name in (column, *_COLUMNS)):
+            raise _unknown(row)
+    raise TextError("dataset is empty: give at least one text, conversation or row")
 
 
-def _value(row: Any) -> Any:
-    """What a row holds: the value of the column that is known, or the row itself."""
-    if isinstance(row, Mapping):
-        return next((row[name] for name in _COLUMNS if row.get(name) is not None), None)
-    return row
+def _value(row: Any, column: str | None) -> Any:
+    """What a row holds: the value of the column that is asked for or known, or the row itself."""
+    if not isinstance(row, Mapping):
+        return row
+    if column is not None and column not in row:
+        raise ArgumentError(f"column = {column!r} is not in the data: use one of {', '.join(map(str, row))}")
+    return next((row[name] for name in ((column,) if column else _COLUMNS) if row.get(name) is not None), None)
 
 
 def _is_conversation(value: Any) -> bool:
     rows = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    return rows and all(isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in value)
+    return rows and all(isinstance(turn, Mapping) and any(map(turn.keys().__ge__, _TURNS)) for turn in value)
+
+
+_TURNS = ({"role", "content"}, {"from", "value"})
+
+
+def _turn(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A turn as chat templates read it."""
+    if "role" in turn:
+        return turn
+    return {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 def _are_tokens(value: Any) -> bool:
@@ -115,6 +150,8 @@ def _text(value: Any) -> str:
 
 
 def _tokens(value: Any) -> list[int]:
+    if value is None:
+        return []
     if not _are_tokens(value):
         raise _unknown(value)
     return value.tolist() if isinstance(value, Tensor) else list(value)
@@ -122,12 +159,14 @@ def _tokens(value: Any) -> list[int]:
 
 def _chat_tokens(tokenizer: Any, chat: Any) -> list[int]:
     """The tokens of a conversation. The template writes the tokens that begin a text, so none are added."""
+    if chat is None:
+        return []
     if not _is_conversation(chat):
         raise _unknown(chat)
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the tokenizer has no chat template: give texts, or a tokenizer with a template")
     try:
-        text = tokenizer.apply_chat_template(list(chat), tokenize=False)
+        text = tokenizer.apply_chat_template(list(map(_turn, chat)), tokenize=False)
     except Exception as error:  # a template is a program: it raises what it likes
         raise ModelError(f"the chat template does not take the conversation: {first_line(error)}") from error
     return encode(tokenizer, str(text), special=False)
@@ -152,5 +191,10 @@ def _cut(documents: Iterable[Sequence[int]], name: str, seqlen: int) -> Windows:
 
 def _unknown(value: Any) -> ArgumentError:
     kind = type(value).__name__
-    keys = f" with the keys {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-    return ArgumentError(f"dataset holds a {kind}{keys}, which is not read: use {_FORMS}, or int64 token ids")
+    if not isinstance(value, Mapping):
+        return ArgumentError(f"dataset holds a {kind}, which is not read: use {_FORMS}, or int64 token ids")
+    texts = [str(name) for name, held in value.items() if isinstance(held, str | list)]
+    way = f"name the column to read, --column {max(texts, key=lambda one: len(value[one]))}, or " if texts else ""
+    return ArgumentError(
+        f"dataset holds a {kind} with the keys {', '.join(map(str, value))}, which is not read: {way}use {_FORMS}"
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from sarqc.config import check_seed
 from sarqc.errors import ArgumentError, TextError
+from sarqc.model import text_files
 from sarqc.model.tokenizer import encode
 
 BUILTIN, GIVEN, GIVEN_TEXTS, GIVEN_CHATS = "builtin", "given tokens", "given texts", "given conversations"
 NAMELESS = (GIVEN, GIVEN_TEXTS, GIVEN_CHATS)
 """What data is called that was given in Python and has no name."""
 Part = Literal["calibration", "evaluation"]
-MIN_SEQLEN = 16
 MOST_TEXT = 1 << 26
 """Characters of a text that are looked at, from its start: some 16 million tokens, to draw a few hundred thousand from.
 A data set can have a thousand times as many."""
@@ -111,37 +110,30 @@ class Windows:
         }
 
 
-def read_text(text: str, part: Part) -> str:
-    """The text behind a name: `builtin`, the path of a UTF-8 file, or a data set NAME[:CONFIG[:SPLIT]].
+def contents(text: str, part: Part) -> str | Iterable[Any]:
+    """What is behind a name: `builtin`, the path of a file, or a data set NAME[:CONFIG[:SPLIT]].
 
-    A file that is called .jsonl has a JSON object with a "text" in each line. At most `MOST_TEXT` characters.
+    A text of at most `MOST_TEXT` characters; or rows, where the file or the data set has rows.
     """
     if text == BUILTIN:
         return builtin_text(part)
     path = _path(text)
-    if path is not None and path.suffix == ".json":
-        raise TextError(f"text {text!r} is JSON: give plain text, or JSON Lines (.jsonl) with a 'text' in each line")
     if path is not None and path.is_file():
-        try:
-            with path.open(encoding="utf-8") as file:
-                return _json_lines(text, file) if path.suffix == ".jsonl" else file.read(MOST_TEXT)
-        except UnicodeDecodeError as error:
-            raise TextError(
-                f"text {text!r} is not UTF-8 ({error.reason} at byte {error.start}): convert it first, "
-                "`iconv -f LATIN1 -t UTF-8` for one"
-            ) from error
-        except OSError as error:
-            raise TextError(f"text {text!r} cannot be read: {error.strerror or error}") from error
+        return text_files.contents(path, text, MOST_TEXT)
     if is_here(text):
         what = "a folder" if path is not None and path.is_dir() else "no such file"
         raise TextError(f"text {text!r}: {what}; give a UTF-8 text file, the name of a data set, or 'builtin'")
-    return _dataset_text(text, part)
+    return _rows_of_dataset(text, part)
+
+
+_SUFFIXES = {".txt", ".md", ".parquet", *text_files.JSON}
+"""Of names that mean a file, there or not."""
 
 
 def is_here(text: str) -> bool:
     """Whether a text is of this machine, there or not, and no data set that would have to be fetched."""
     path = _path(text)
-    means_file = path is None or path.exists() or path.suffix in {".txt", ".md", ".json", ".jsonl"}
+    means_file = path is None or path.exists() or path.suffix.lower() in _SUFFIXES
     return text == BUILTIN or means_file or text.startswith(("/", ".", "~"))
 
 
@@ -165,19 +157,12 @@ def builtin_text(part: Part) -> str:
     return "\n\n".join(topics[name] for name in sorted(topics) if held_out(name) == (part == "evaluation"))
 
 
-def windows(text: str, tokenizer: Any, *, part: Part, seqlen: int) -> Windows:
-    """All full windows of `seqlen` tokens of a text, from its start; what is left over at the end is not used.
+def windows_of_text(raw: str, text: str, tokenizer: Any, seqlen: int) -> Windows:
+    """All full windows of `seqlen` tokens of a text that is called `text`, from its start; the rest is not used.
 
     Tokenizers that begin a text with a token of their own (BOS) have it at the start of every window, inside its
     length. `TextError` where there is not one window.
     """
-    if seqlen < MIN_SEQLEN:
-        raise ArgumentError(f"seqlen = {seqlen} is too small: use {MIN_SEQLEN} or more")
-    return windows_of_text(read_text(text, part), text, tokenizer, seqlen)
-
-
-def windows_of_text(raw: str, text: str, tokenizer: Any, seqlen: int) -> Windows:
-    """All full windows of a text that is called `text`, otherwise as `windows`."""
     if not raw.strip():
         raise TextError(f"text {text!r} is empty: give a file with at least {seqlen} tokens")
     prefix = _prefix(tokenizer)
@@ -197,15 +182,15 @@ def windows_of_text(raw: str, text: str, tokenizer: Any, seqlen: int) -> Windows
 
 def positions(config: Any) -> int | None:
     """How many tokens a model was made to read, where its configuration says it."""
-    most = getattr(config, "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else None
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((most for most in found if isinstance(most, int) and most > 0), None)
 
 
-def check_seqlen(seqlen: int, config: Any, model: str | Path) -> None:
+def check_seqlen(seqlen: int, config: Any, model: str | Path, name: str = "seqlen") -> None:
     """`ArgumentError` for windows that are longer than what the model was trained to read."""
     most = positions(config)
     if most is not None and seqlen > most:
-        raise ArgumentError(f"seqlen = {seqlen} is more than the {most} positions of {model}: use {most} or less")
+        raise ArgumentError(f"{name} = {seqlen} is more than the {most} positions of {model}: use {most} or less")
 
 
 def _stretches(text: str) -> Iterator[str]:
@@ -230,7 +215,7 @@ def _prefix(tokenizer: Any) -> list[int]:
     return []
 
 
-def _dataset_text(name: str, part: Part) -> str:
+def _rows_of_dataset(name: str, part: Part) -> Iterable[Any]:
     try:
         import datasets
     except ImportError as error:
@@ -240,30 +225,11 @@ def _dataset_text(name: str, part: Part) -> str:
     path, config, split = [*name.split(":", 2), "", ""][:3]  # a split may be a slice, train[:1000]
     split = split or ("train" if part == "calibration" else "test")
     try:
-        data = datasets.load_dataset(path, config or None, split=split)
+        rows: Iterable[Any] = datasets.load_dataset(path, config or None, split=split)
     except Exception as error:  # of the hub's client, or of whatever reads the data set's files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TextError(f"text {name!r} is no file and did not load as a data set: {reason}") from error
-    if "text" not in data.column_names:
-        raise TextError(f"data set {name!r} has no column 'text', it has {', '.join(data.column_names)}")
-    return joined(str(row["text"] or "") for row in data)
-
-
-def _json_lines(name: str, lines: Iterable[str]) -> str:
-    """The texts in the lines of a file of JSON Lines."""
-
-    def texts() -> Iterator[str]:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    found = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    found = None
-                if not isinstance(found, str):
-                    raise TextError(f"text {name!r}: line {number} is no JSON object with a string 'text'")
-                yield found
-
-    return joined(texts())
+    return rows
 
 
 def joined(texts: Iterable[str]) -> str:

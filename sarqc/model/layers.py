@@ -33,7 +33,16 @@ from sarqc.model import moe
 from sarqc.model.candidates import Candidate, Target, candidates
 from sarqc.model.lazy_model import LazyModel
 
-__all__ = ["Target", "Targets", "auto_group_size", "check_group_size", "is_wanted", "targets", "targets_of"]
+__all__ = [
+    "Target",
+    "Targets",
+    "auto_group_size",
+    "check_group_size",
+    "is_wanted",
+    "pattern_of",
+    "targets",
+    "targets_of",
+]
 
 GROUP_SIZES = (128, 64, 32)
 MOST_LEFT = 0.01
@@ -160,11 +169,11 @@ def _check_share(refused: Sequence[Candidate], selected: Sequence[Target]) -> No
     first = max(refused, key=lambda one: one.target.elements)
     raise ModelError(
         f"{first.target.linear} cannot be quantized: {first.refusal}; it and its like are {share:.0%} of the weights: "
-        f"leave them with --ignore '{_pattern(one.target for one in refused)}'"
+        f"leave them with --ignore '{pattern_of(one.target for one in refused)}'"
     )
 
 
-def _pattern(found: Iterable[Target]) -> str:
+def pattern_of(found: Iterable[Target]) -> str:
     """A regular expression that finds these layers in every block."""
     tails = dict.fromkeys(re.split(r"\.\d+\.", target.linear, maxsplit=1)[-1] for target in found)
     stars = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", tail) for tail in tails)
@@ -177,23 +186,23 @@ def auto_group_size(found: Targets) -> int:
     for group_size in GROUP_SIZES:
         if all(target.shape[1] % group_size == 0 for target in found.selected):
             return group_size
-    odd = next(target for target in found.selected if target.shape[1] % GROUP_SIZES[-1])
+    odd = [target for target in found.selected if target.shape[1] % GROUP_SIZES[-1]]
     raise ArgumentError(
-        f"group_size = 'auto' has no answer: {odd.linear} has {odd.shape[1]} inputs, which 32 does not divide; "
-        "use -1 (one scale per row), a size that fits, or ignore that layer"
+        f"group_size = 'auto' has no answer: {odd[0].linear} has {odd[0].shape[1]} inputs, which 32 does not divide; "
+        f"use -1 (one scale per row), a size that fits, or leave such layers with --ignore '{pattern_of(odd)}'"
     )
 
 
 def check_group_size(found: Targets, quant: QuantConfig) -> None:
     """`ArgumentError`, with a layer and what would fit, where the group size does not divide some layer's inputs."""
-    odd = next((target for target in found.selected if not quant.divides(target.shape[1])), None)
-    if odd is None:
+    odd = [target for target in found.selected if not quant.divides(target.shape[1])]
+    if not odd:
         return
     fitting = [g for g in GROUP_SIZES if all(target.shape[1] % g == 0 for target in found.selected)]
     advice = f"use {', '.join(map(str, fitting))} or -1" if fitting else "use -1 (one scale per row)"
     raise ArgumentError(
-        f"group_size = {quant.group_size} does not divide the {odd.shape[1]} inputs of {odd.linear}: {advice}, "
-        "or ignore that layer"
+        f"group_size = {quant.group_size} does not divide the {odd[0].shape[1]} inputs of {odd[0].linear}: {advice}, "
+        f"or leave such layers with --ignore '{pattern_of(odd)}'"
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sarqc.errors import ArgumentError, TextError
-from sarqc.model.dataset import read_text
+from sarqc.model.calibration_data import read_text
 
 CLOZE = "cloze"
 CLOZE_WORDS = 12

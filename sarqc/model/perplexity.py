@@ -20,6 +20,7 @@ from torch import Tensor
 from sarqc.errors import NumericError
 from sarqc.model.dataset import Windows
 from sarqc.model.tokenizer import check_tokens
+from sarqc.system import range_advice
 
 POSITIONS_AT_ONCE = 256
 """Positions whose logits are worked on together: in fp32 they take 256 KiB for each 256 words of the vocabulary."""
@@ -100,7 +101,9 @@ def perplexity(
             for part, following in zip(logits.split(POSITIONS_AT_ONCE), tokens[0, 1:].split(POSITIONS_AT_ONCE)):
                 tally.add(part, following)
         except NumericError as error:
-            raise NumericError(f"the model's logits are not finite in evaluation window {done} of {total}") from error
+            raise NumericError(
+                f"the model's logits are not finite in evaluation window {done} of {total}: {range_advice(model.dtype)}"
+            ) from error
         if on_window:
             on_window(done, total, tally.perplexity)
     protocol = windows.record() | {

@@ -117,6 +117,7 @@ class Block:
         for chunks in self.portions.of(self.sites, 0):
             with self.journal.stage(self.index, "solve"):
                 weights, reports = self.solving.quantize(self.index, chunks, None, None)
+            self.journal.notes += vanished(self.solving.lazy, self.members, weights)
             self.weights |= weights
             self.reports += reports
 
@@ -128,7 +129,8 @@ class Block:
 
     def collector(self, streams: Streams) -> Collector:
         """What sums statistics of this block."""
-        return Collector(self.solving.method, streams.text.folds, self.solving.device, self.solving.comm)
+        solving = self.solving
+        return Collector(solving.method, streams.text.folds, solving.device, solving.lazy.dtype, solving.comm)
 
     def _see(self, streams: Streams) -> tuple[list[Site], dict[str, ResidualWrite]]:
         """The sites as the probe shows them, and where their outputs join the stream."""
@@ -194,6 +196,7 @@ class Block:
             with self.journal.stage(self.index, "solve"):
                 weights, told = self.solving.quantize(self.index, chunks, collected, self.scales)
                 del collected
+                self.journal.notes += vanished(self.solving.lazy, site.members, weights)
                 self.weights |= weights
                 if not site.residual_write:
                     synchronize_oom(comm, partial(self._put, site, weights))
@@ -258,6 +261,24 @@ def check_weights(lazy: LazyModel, members: Sequence[Target]) -> None:
             rows = matrices[target.expert, target.start : target.start + target.shape[0]]
             if target.parameter == parameter and not bool(torch.isfinite(rows).all()):
                 raise NumericError(f"{target.linear}.weight holds NaN or Inf; repair the checkpoint before quantizing")
+
+
+def vanished(lazy: LazyModel, members: Sequence[Target], weights: Weights) -> Iterator[str]:
+    """A line for each weight with groups that need a smaller scale than its stored dtype has."""
+    for target in members:
+        if (weight := weights.get(target.linear)) is None:
+            continue
+        kept = torch.finfo(weight.scales.dtype)
+        small = weight.scales[0].abs() <= kept.tiny
+        if not bool(small.any()):
+            continue
+        rows = stack(lazy.model, target.parameter)[target.expert, target.start : target.start + target.shape[0]]
+        lost = int((small.to(rows.device) & (rows.reshape(*small.shape, -1) != 0).any(-1)).sum())
+        if lost:
+            yield (
+                f"{lost} of {small.numel()} groups of {target.linear} need a scale below {kept.tiny:.2g}, the smallest "
+                f"of {kept.dtype}, and lose their weights: save the model in bfloat16 first"
+            )
 
 
 def put(

@@ -28,6 +28,7 @@ from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
 from sarqc.pipeline.streams import Handover, Streams, Text, cut
+from sarqc.system import range_advice
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ class _Driver:
         if lost:
             where = f"{lost} of {rows} rows of what leaves {self._lazy.prefix}.{index} hold NaN or Inf"
             if lost > MAX_LOST * rows:
-                raise NumericError(f"{where} on the calibration text; look at the model, its dtype or the text")
+                raise NumericError(f"{where} on the calibration text: {range_advice(self._lazy.dtype)}")
             self._journal.notes.append(where)
 
     def _result(self, block: Block, handover: Handover | None) -> BlockResult:

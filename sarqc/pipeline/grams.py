@@ -17,6 +17,7 @@ from sarqc.errors import NumericError
 from sarqc.method.gram import MAX_LOST, Statistics, finite_rows
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.comm import Comm, in_turn, synchronize_oom
+from sarqc.system import range_advice
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ def portions(sites: Sequence[Site], folds: int, budget: int) -> Iterator[list[Si
 class Collector:
     """Sums statistics of sites on one rank or many."""
 
-    def __init__(self, method: MethodConfig, folds: int, device: torch.device, comm: Comm) -> None:
+    def __init__(self, method: MethodConfig, folds: int, device: torch.device, dtype: torch.dtype, comm: Comm) -> None:
         self.folds = folds
+        self._dtype = dtype
         self._method = method
         self._device = device
         self._comm = comm
@@ -93,9 +95,7 @@ class Collector:
             what = f"the inputs of {chunk.name}{' or the stream behind it' if chunk.site.residual_write else ''}"
             where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
             if count > MAX_LOST * rows or not sound:
-                raise NumericError(
-                    f"{where}; up to {MAX_LOST:.0%} are left out: look at the model, its dtype or the text"
-                )
+                raise NumericError(f"{where}; up to {MAX_LOST:.0%} are left out: {range_advice(self._dtype)}")
             if count:
                 notes.append(f"{where}: left out")
         return kept, notes

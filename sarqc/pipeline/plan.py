@@ -18,6 +18,7 @@ from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.formats import FORMATS, Format
 from sarqc.checkpoint.low_precision import dense_headers
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.checkpoint.shards import ADAPTER
 from sarqc.config import (
     AUTO,
     DEFAULT_SAMPLES,
@@ -29,13 +30,13 @@ from sarqc.config import (
     RunConfig,
 )
 from sarqc.conventions import ExpertSlice
-from sarqc.errors import ArgumentError, ModelError
+from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
-from sarqc.model.calibration_data import calibration_windows, counts_at_once
+from sarqc.model.calibration_data import counts_at_once, windows
 from sarqc.model.config_only import Outline, outline
 from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
-from sarqc.model.layers import Targets, auto_group_size, check_group_size, is_wanted, targets
+from sarqc.model.layers import Target, Targets, auto_group_size, check_group_size, is_wanted, pattern_of, targets
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import load_tokenizer
@@ -128,7 +129,7 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
         assert isinstance(source, Checkpoint | Outline)
         source = source.split(slabs)
     found = targets(lazy, quant)
-    notes = (*_expansion(source), *_renamed(lazy, slabs))
+    notes = (*_expansion(source), *_renamed(lazy, slabs), *_adapter(folder))
     if quant.group_size == AUTO:
         quant = replace(quant, group_size=auto_group_size(found))
         notes += (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
@@ -138,11 +139,23 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
         choices = ", ".join(map(str, quant.bit_options))
         notes += (f"bits of each layer: chosen after the first pass, out of {choices}; {quant.avg_bits:g} on average",)
     FORMATS[quant.format].check(quant)
-    for target in found.selected:
-        FORMATS[quant.format].check_layer(target.linear, target.shape, quant)
+    _check_layers(FORMATS[quant.format], found, quant)
     device = resolve_device(run.device)
     dtype = resolve_dtype(run.dtype, device, lazy.dtype)
     return Plan(str(model), folder, source, lazy, found, quant, method, configs.calibration, run, device, dtype, notes)
+
+
+def _check_layers(format: Format, found: Targets, quant: QuantConfig) -> None:
+    """`CheckpointError` for the layers that the format cannot hold, with the pattern that leaves them all."""
+    refused: dict[Target, CheckpointError] = {}
+    for target in found.selected:
+        try:
+            format.check_layer(target.linear, target.shape, quant)
+        except CheckpointError as error:
+            refused[target] = error
+    if refused:
+        first = next(iter(refused.values()))
+        raise CheckpointError(f"{first}; --ignore '{pattern_of(refused)}' leaves all {len(refused)} of them") from first
 
 
 def _check_average(quant: QuantConfig, method: MethodConfig, found: Targets) -> None:
@@ -165,9 +178,13 @@ def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tup
     """A model's folder and its tensors, or only their names and shapes."""
     if headers_only and not is_local(model):
         folder = hub_configuration(str(model), trust_remote_code=trust_remote_code)
-        tensors = hub_headers(str(model))
-        here = _headers(folder, tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
-        return folder, here
+        try:
+            tensors = hub_headers(str(model))
+        except ModelError:
+            if any(folder.glob("*.safetensors")):  # without a network, what was fetched before
+                return folder, open_checkpoint(folder)
+            raise
+        return folder, _headers(folder, tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
     folder = locate(model, trust_remote_code=trust_remote_code)
     if headers_only and not any(folder.glob("*.safetensors")):
         return folder, outline(folder, trust_remote_code=trust_remote_code)
@@ -191,6 +208,13 @@ def _renamed(lazy: LazyModel, slabs: Mapping[str, ExpertSlice]) -> tuple[str, ..
     )
 
 
+def _adapter(folder: Path) -> tuple[str, ...]:
+    """A note where the folder also holds an adapter."""
+    if not (folder / ADAPTER).exists():
+        return ()
+    return (f"{ADAPTER} lies beside the model: the adapter is left out; to have it in the result, merge it first",)
+
+
 def _expansion(source: TensorSource) -> tuple[str, ...]:
     """A note where the source's weights are not stored as what they are calibrated with."""
     if not isinstance(source, Checkpoint):
@@ -209,7 +233,8 @@ def read_windows(plan: Plan) -> dataset.Windows | None:
     if not plan.method.calibrated:
         return None
     tokenizer = partial(load_tokenizer, plan.folder, trust_remote_code=plan.run.trust_remote_code)
-    found = calibration_windows(asked.dataset, tokenizer, plan.seqlen)
+    found = windows(asked.dataset, tokenizer, plan.seqlen, column=asked.column)
+    dataset.check_seqlen(found.tokens.shape[1], plan.lazy.text_config, plan.model, "sequence length")
     count = min(DEFAULT_SAMPLES, found.available) if asked.num_samples is None else asked.num_samples
     return found.draw(count, asked.seed)
 

@@ -30,6 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from sarqc.checkpoint.assemble import shard_number
+from sarqc.checkpoint.folders import refuse_overlap, refuse_place
 from sarqc.checkpoint.formats import NEUTRAL
 from sarqc.checkpoint.manifest import Fingerprint, fingerprints
 from sarqc.checkpoint.state import (
@@ -68,6 +69,20 @@ def default_work(out: Path | str) -> Path:
     """The work folder of an output folder: a hidden one beside it, always of the same name."""
     target = Path(out).resolve()
     return target.with_name(f".{target.name}.work")
+
+
+def work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
+    """The work folder, which must lie outside the model and the output."""
+    refuse_overlap(out, model)
+    place = default_work(out) if work is None else Path(work).expanduser()
+    refuse_place(place, "work folder")
+    refuse_overlap(place, model, "work folder")
+    inner, outer = place.resolve(), Path(out).resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise ArgumentError(
+            f"work_dir = {str(place)!r} and the output folder {out} lie inside each other: use another --work-dir"
+        )
+    return place
 
 
 @dataclass(frozen=True)

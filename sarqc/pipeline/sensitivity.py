@@ -153,7 +153,7 @@ class _Looking:
         self._streams = streams
         self._few = few
         self._portions = portions
-        self._collector = Collector(solving.method, FOLDS, solving.device, SINGLE_PROCESS)
+        self._collector = Collector(solving.method, FOLDS, solving.device, solving.lazy.dtype, SINGLE_PROCESS)
         self._plain = self._stream(0)
         self._trials: list[_Trial] = []
         self._arrive(self._plain, 0)

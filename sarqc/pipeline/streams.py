@@ -279,7 +279,7 @@ class Streams:
 
     def _refuse_lost(self, entering: Iterator[Arrival]) -> None:
         if sum(lost_rows(arrival.x) for arrival in entering):
-            raise NumericError("the embeddings of the calibration tokens hold NaN or Inf; repair the checkpoint")
+            raise NumericError("the embeddings of the calibration tokens hold NaN or Inf: repair the checkpoint")
 
     def __enter__(self) -> Streams:
         return self

@@ -8,15 +8,18 @@ with the one in report.json. The result also lists the runtimes that support the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sarqc.checkpoint import verify as files
 from sarqc.checkpoint.differences import compare, lacking
+from sarqc.checkpoint.file_sums import has_record
+from sarqc.checkpoint.formats import NEUTRAL, quantization_of
+from sarqc.checkpoint.formats.compressed_tensors_config import takes
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.errors import CheckpointError, ModelError
@@ -38,6 +41,7 @@ class Verified:
     """What was found in `folder`.
 
     problems: a line each, none where it is sound. manifest: whether tensors could be compared with what was written.
+    files: whether the files beside the weights could be.
     facts: format and numbers of tensors, files, bytes. stored: what of it is counted, where the headers are sound.
     errors: relative error ||W - Q|| / ||W|| of each quantized weight, where there was a source to compare with.
     serve: what the servers make of it, where it is sound.
@@ -46,6 +50,7 @@ class Verified:
     folder: Path
     problems: list[str] = field(default_factory=list)
     manifest: bool = False
+    files: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     stored: Storage | None = None
     errors: dict[str, float] = field(default_factory=dict)
@@ -70,6 +75,7 @@ class Verified:
             "sound": self.sound,
             "problems": self.problems,
             "manifest": self.manifest,
+            "files": self.files,
             **self.facts,
             "serve": [asdict(one) for one in self.serve],
             "weight_error": mean,
@@ -99,7 +105,7 @@ def check(
     try:
         with open_checkpoint(folder) as checkpoint:
             steps = _Steps(progress, len(checkpoint.raw_names()))
-            found.manifest = (folder / MANIFEST).exists()
+            found.manifest, found.files = (folder / MANIFEST).exists(), has_record(folder)
             if source is not None:
                 _split_alike(checkpoint, source, trust_remote_code)
             beside = None if source is None else _Beside(found, checkpoint, source, rescaled)
@@ -153,9 +159,23 @@ def _model(found: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> 
     servers make of the model."""
     try:
         lazy = LazyModel.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
+        found.problems += _taken_for_quantized(checkpoint, lazy)
         found.serve = checkpoint_support(checkpoint, lazy) if found.sound else []
     except ModelError as error:
         found.problems.append(f"{checkpoint.folder} is no whole model: {error}")
+
+
+def _taken_for_quantized(checkpoint: Checkpoint, lazy: LazyModel) -> Iterator[str]:
+    """Linears that transformers takes for quantized, by its own names and the config, and whose weights are not."""
+    if checkpoint.format is not NEUTRAL:
+        return
+    quantization, stored = quantization_of(checkpoint.config), set(checkpoint.linears())
+    for name, module in lazy.model.named_modules():
+        if not isinstance(module, nn.Linear) or (lazy.usage and f"{name}.weight" not in lazy.usage.touched):
+            continue
+        slices = lazy.slices.get(f"{name}.weight", ())
+        if not any(one.linear in stored for one in slices) and takes(name, quantization):
+            yield f"{checkpoint.folder / 'config.json'} takes {name} for quantized, which it is not: add it to ignore"
 
 
 class _Beside:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sarqc.checkpoint.assemble import assemble
 from sarqc.checkpoint.convert import Conversion
+from sarqc.checkpoint.file_sums import record_files
 from sarqc.checkpoint.folders import atomic_folder
 from sarqc.checkpoint.formats import NEUTRAL, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
@@ -94,6 +95,7 @@ class _Finish:
         copy_side_files(checkpoint.folder, folder, code=work.about["code"])
         bits = self.chosen.by_linear() if self.chosen else None
         write_config(folder, checkpoint.config, NEUTRAL.config(work.quant, work.about["targets"]["unquantized"], bits))
+        record_files(folder)
         checked = check(folder, checkpoint, rescaled=self.rescaled, trust_remote_code=work.about["code"])
         try:
             checked.require()

@@ -11,33 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sarqc.report import summary
-from sarqc.report.svg import STYLE, Axes, Series, line_chart, range_chart, short, stacked_bars, text
+from sarqc.report.markup import document, figures, headline, pair, section, table, tiles
+from sarqc.report.svg import Axes, Series, line_chart, range_chart, short, stacked_bars
 
-_PAGE_STYLE = """
-:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --text: #1c2126; --dim: #68727c; --edge: #e3e6e9;
-  --good: #1d7f5a; --look: #b4541a; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --text: #e8ebee; --dim: #9aa5b0;
-  --edge: #343b42; --good: #57c79a; --look: #f0a05d; } }
-* { box-sizing: border-box } body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem;
-  background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.05rem; font-weight: 500; color: var(--dim); margin: 0 }
-h2 { font-size: 1.1rem; margin: 2.4rem 0 .3rem }
-p { margin: .2rem 0 .6rem } .dim { color: var(--dim) }
-.verdict { font-size: 1.45rem; line-height: 1.35; font-weight: 600; margin: .35rem 0 .6rem; border-left: 5px solid;
-  padding-left: .8rem } .good { border-color: var(--good) } .look { border-color: var(--look) }
-ul { margin: .3rem 0; padding-left: 1.2rem } .concerns { color: var(--look) }
-.tiles { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1.2rem 0 }
-.tile { background: var(--card); border: 1px solid var(--edge); border-radius: 8px;
-  padding: .6rem .8rem; flex: 1 1 8.6rem }
-.tile b { display: block; font-size: 1.25rem; font-weight: 600; line-height: 1.3; white-space: nowrap }
-.tile span { color: var(--dim); font-size: .85rem }
-figure { margin: .6rem 0 0; background: var(--card); border: 1px solid var(--edge); border-radius: 8px;
-  padding: .8rem .8rem .4rem } figure svg { width: 100%; height: auto }
-table { border-collapse: collapse; width: 100%; font-size: .92rem } td, th { text-align: left; vertical-align: top;
-  padding: .22rem .8rem .22rem 0; border-bottom: 1px solid var(--edge); font-weight: 400 } th { color: var(--dim) }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-details { margin: .4rem 0 } summary { cursor: pointer; color: var(--dim) }
-"""
 _STAGES = ("load", "reference", "forward", "solve")
 _NAMED = 40
 
@@ -45,13 +21,11 @@ _NAMED = 40
 def page(report: summary.Report) -> str:
     """The page of a report (as `sarqc.report.report.read` returns it)."""
     found = summary.verdict(report)
-    concerns = "".join(f"<li>{text(concern)}</li>" for concern in found.concerns)
     sections = (
         _losses(report),
         _quality(report),
         _widths(report),
-        _lambdas(report),
-        _corrections(report),
+        pair(_lambdas(report), _corrections(report)),
         _experts(report),
         _worst(report),
         _fallbacks(report),
@@ -60,18 +34,8 @@ def page(report: summary.Report) -> str:
         _left_alone(report),
         _settings(report),
     )
-    title = text(f"{_model(report)} · sarqc")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_PAGE_STYLE}{STYLE}</style></head><body>\n"
-        f"<header><h1>{text(_model(report))}</h1>\n"
-        f'<p class="verdict {"good" if found.good else "look"}">{text(found.sentence)}</p>'
-        + (f'<ul class="concerns">{concerns}</ul>' if concerns else "")
-        + f'\n<div class="tiles">{_tiles(report)}</div></header>\n'
-        + "\n".join(section for section in sections if section)
-        + "\n</body></html>\n"
-    )
+    header = headline(_model(report), found.sentence, found.good, found.concerns) + tiles(_numbers(report))
+    return document(f"{_model(report)} · sarqc", header, sections)
 
 
 def duration(seconds: float) -> str:
@@ -86,11 +50,11 @@ def duration(seconds: float) -> str:
 # -- the top --------------------------------------------------------------------------------------------------------
 
 
-def _tiles(report: summary.Report) -> str:
+def _numbers(report: summary.Report) -> list[tuple[str, str]]:
     sizes, memory = report["size"], report["peak_memory_mib"]
     before = report.get("source", {}).get("bytes")
     kind = "output" if summary.calibrated(report) else "weight"
-    tiles = [
+    found = [
         (f"{sizes['bits_per_weight']:.3g}", "bits per quantized weight"),
         (
             f"{summary.human(before)} → {summary.human(sizes['bytes'])}" if before else summary.human(sizes["bytes"]),
@@ -103,8 +67,8 @@ def _tiles(report: summary.Report) -> str:
     ]
     for entry in report.get("quality", [])[:1]:
         told = " → ".join(summary.figure(entry[when]) for when in ("before", "after") if entry.get(when))
-        tiles.append((told, f"perplexity on {summary.text_name(entry['text'])}"))
-    tiles += [
+        found.append((told, f"perplexity on {summary.text_name(entry['text'])}"))
+    found += [
         (str(len(report["fallbacks"])), f"fallbacks in {len(report['sites'])} sites"),
         (duration(report["seconds"].get("total", 0.0)), f"on {report['device']}"),
         (
@@ -112,7 +76,7 @@ def _tiles(report: summary.Report) -> str:
             f"peak memory, {max(memory, key=memory.get, default='host')}",
         ),
     ]
-    return "".join(f'<div class="tile"><b>{text(value)}</b><span>{text(label)}</span></div>' for value, label in tiles)
+    return found
 
 
 # -- where it was lost ----------------------------------------------------------------------------------------------
@@ -127,8 +91,8 @@ def _losses(report: summary.Report) -> str:
     if summary.calibrated(report):
         losses = _by_kind(found, lambda site: site.loss, lambda v: f"{v:.3g} of RTN")
         charts.insert(0, line_chart(losses, Axes("block", "error / RTN", "log"), mark=(1.0, "RTN")))
-        told += " Above: as a share of what RTN loses; a point above the dashed line was harmed."
-    return _section("Where it was lost", told, *(f"<figure>{chart}</figure>" for chart in charts if chart))
+        told += " The first chart shows it as a share of what RTN loses; a point above the dashed line was harmed."
+    return section("Where it was lost", told, figures(*charts))
 
 
 def _widths(report: summary.Report) -> str:
@@ -142,26 +106,35 @@ def _widths(report: summary.Report) -> str:
         f"{average} bits per weight on average, scales included. Bit-widths were allocated "
         "before any block was quantized: they minimise the sum of the measured sensitivities of all sites."
     )
-    return _section("Bits by layer", told, f"<figure>{chart}</figure>")
+    return section("Bits by layer", told, figures(chart))
 
 
 def _lambdas(report: summary.Report) -> str:
     found = [site for site in summary.sites(report) if site.reg_lambda > 0]
+    told = "Weight of the regulariser relative to the output error. More calibration text needs a smaller lambda."
+    if (one := _constant([site.reg_lambda for site in found])) is not None:
+        return section("Regularisation lambda", f"{told} It is {one:.3g} in all {len(found)} sites.")
     series = _by_kind(found, lambda site: site.reg_lambda, lambda v: f"lambda {v:.3g}")
     chart = line_chart(series, Axes("block", "lambda", "log"))
-    told = "Weight of the regulariser relative to the output error. More calibration text needs a smaller lambda."
-    return _section("Regularisation lambda", told, f"<figure>{chart}</figure>") if chart else ""
+    return section("Regularisation lambda", told, figures(chart)) if chart else ""
 
 
 def _corrections(report: summary.Report) -> str:
     found = [site for site in summary.sites(report) if site.correction_share > 0]
-    series = _by_kind(found, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
-    chart = line_chart(series, Axes("block", "share"))
     told = (
         "One layer of each block also corrects the drift of the hidden states from the original model, by this share: "
         "half of the share that is best on held-out text."
     )
-    return _section("Residual error correction", told, f"<figure>{chart}</figure>") if chart else ""
+    if (one := _constant([site.correction_share for site in found])) is not None:
+        return section("Residual error correction", f"{told} It is {one:.2g} in all {len(found)} of them.")
+    series = _by_kind(found, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
+    chart = line_chart(series, Axes("block", "share"))
+    return section("Residual error correction", told, figures(chart)) if chart else ""
+
+
+def _constant(values: Sequence[float]) -> float | None:
+    """The value, where all are the same: that is no plot."""
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _by_kind(found: list[summary.SiteFacts], value: Any, said: Any) -> list[Series]:
@@ -186,7 +159,7 @@ def _quality(report: summary.Report) -> str:
     ]
     head = ("text", "sequences", "perplexity before", "after", "change", "next token agrees", "KL, nats")
     told = "On text that stands beside the number, by the same code for the original and the result."
-    return _section("Quality, measured", told, _table(head, rows, numbers=6)) if rows else ""
+    return section("Quality, measured", told, table(head, rows, numbers=6)) if rows else ""
 
 
 def _experts(report: summary.Report) -> str:
@@ -215,7 +188,7 @@ def _experts(report: summary.Report) -> str:
         else "No expert had less than a tenth of its layer's median."
     )
     chart = range_chart(rows, x_label="block", y_label="tokens per expert")
-    return _section("Who saw how much text", told, f"<figure>{chart}</figure>")
+    return section("Who saw how much text", told, figures(chart))
 
 
 def _worst(report: summary.Report) -> str:
@@ -231,13 +204,13 @@ def _worst(report: summary.Report) -> str:
         for site in summary.worst(report)
     ]
     head = ("site", "error", "RTN", "ratio", "lambda", "damping")
-    return _section("The worst ten sites", "By error.", _table(head, rows, numbers=5)) if rows else ""
+    return section("The worst ten sites", "By error.", table(head, rows, numbers=5)) if rows else ""
 
 
 def _fallbacks(report: summary.Report) -> str:
     rows = list(report["fallbacks"].items())
     told = "Sites that were quantized by RTN instead of solved, and why."
-    return _section("Fallbacks", told, _table(("site", "reason"), rows)) if rows else ""
+    return section("Fallbacks", told, table(("site", "reason"), rows)) if rows else ""
 
 
 # -- what it cost ---------------------------------------------------------------------------------------------------
@@ -254,7 +227,7 @@ def _sizes(report: summary.Report) -> str:
     if before := report.get("source", {}).get("bytes"):
         rows.append(("the original", "", summary.human(before)))
     told = f"{found['bits_per_weight']} bits per quantized weight, with scales and zeros."
-    return _section("Size", told, _table(("", "weights", "size"), rows, numbers=2))
+    return section("Size", told, table(("", "weights", "size"), rows, numbers=2))
 
 
 def _time(report: summary.Report) -> str:
@@ -264,13 +237,13 @@ def _time(report: summary.Report) -> str:
     rows = [(stage, duration(seconds[stage]), f"{seconds[stage] / total:.0%}") for stage in stages]
     rest = total - sum(seconds[stage] for stage in stages)
     rows += [("reading, writing, checking", duration(rest), f"{rest / total:.0%}"), ("total", duration(total), "")]
-    parts = [_table(("stage", "time", "share"), rows, numbers=2)]
+    parts = [table(("stage", "time", "share"), rows, numbers=2)]
     if blocks := report.get("blocks"):
         columns = [(b["index"], [b["seconds"].get(stage, 0.0) for stage in stages]) for b in blocks]
         chart = stacked_bars(columns, stages, x_label="block", y_label="seconds", unit=duration)
-        parts.insert(0, f"<figure>{chart}</figure>")
+        parts = [pair(figures(chart), *parts)]
     memory = ", ".join(f"{name} {summary.human(mib * 2**20)}" for name, mib in report["peak_memory_mib"].items())
-    return _section("Time and memory", f"Peak memory: {memory}.", *parts)
+    return section("Time and memory", f"Peak memory: {memory}.", *parts)
 
 
 # -- what was done --------------------------------------------------------------------------------------------------
@@ -291,7 +264,7 @@ def _left_alone(report: summary.Report) -> str:
         )
     ]
     told = f"{found['quantized']} layers were quantized. Norms and embeddings always stay; so do these:"
-    return _section("Left unquantized", told, _table(("layer (* counts)", "how many", "why"), rows))
+    return section("Left unquantized", told, table(("layer (* counts)", "how many", "why"), rows))
 
 
 def _reason(name: str, ignored: Mapping[str, str], left: Mapping[str, str]) -> str:
@@ -313,9 +286,9 @@ def _settings(report: summary.Report) -> str:
         values = report.get(key)
         if isinstance(values, dict):
             rows = [(name, _plain(value)) for name, value in values.items()]
-            parts.append(f"<details><summary>{heading}</summary>{_table(('', ''), rows)}</details>")
+            parts.append(f"<details><summary>{heading}</summary>{table(('', ''), rows)}</details>")
     told = f"Model: {report['model']}. On disk: {report.get('format', 'compressed-tensors')}."
-    return _section("Settings and versions", told, *parts)
+    return section("Settings and versions", told, *parts)
 
 
 _SETTINGS = {
@@ -336,20 +309,3 @@ def _plain(value: object) -> str:
 
 def _model(report: summary.Report) -> str:
     return str(report["model"]).rstrip("/").rpartition("/")[2] or str(report["model"])
-
-
-def _section(heading: str, told: str, *parts: str) -> str:
-    return f'<section><h2>{text(heading)}</h2><p class="dim">{text(told)}</p>{"".join(parts)}</section>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
-    """A table whose last `numbers` columns are numbers."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        first = len(cells) - numbers
-        classes = ['class="number"' if index >= first else "" for index in range(len(cells))]
-        return "".join(f"<{tag} {c}>{text(cell)}</{tag}>" for c, cell in zip(classes, cells))
-
-    top = f"<thead><tr>{line(head, 'th')}</tr></thead>" if any(head) else ""
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f"<table>{top}<tbody>{body}</tbody></table>"

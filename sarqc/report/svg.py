@@ -16,7 +16,7 @@ from typing import Literal
 
 STYLE = """
 svg.chart { --ink: #1c2126; --soft: #68727c; --rule: #e3e6e9; --c0: #1b6ca8; --c1: #cf5a2e; --c2: #24926a;
-  --c3: #8a56b4; --c4: #b07d00; --c5: #0b8fa6; --c6: #c0407c; --c7: #5d6b78;
+  --c3: #8a56b4; --c4: #a17200; --c5: #0b8fa6; --c6: #c0407c; --c7: #5d6b78;
   font: 12px system-ui, sans-serif; max-width: 100%; }
 @media (prefers-color-scheme: dark) { svg.chart { --ink: #e8ebee; --soft: #9aa5b0; --rule: #343b42; --c0: #62ade4;
   --c1: #f08a5d; --c2: #57c79a; --c3: #bd93e0; --c4: #e0b040; --c5: #4fc3d9; --c6: #ee82b3; --c7: #a3b0bc; } }
@@ -27,7 +27,10 @@ svg.chart .rule { stroke: var(--rule); } svg.chart .mark { stroke: var(--soft); 
 
 COLOURS = 8
 _DASHES = ("", "6 3", "2 3")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 196, 14, 40
+WIDTH, HEIGHT = 440, 250
+"""Pixels of a chart without its legend: two beside each other fill a page, and one a telephone."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 20, 42
+_LINE, _LABEL = 18, 24
 
 Kind = Literal["linear", "log", "count"]
 
@@ -115,8 +118,6 @@ def line_chart(
     *,
     mark: tuple[float, str] | None = None,
     title: str = "",
-    width: int = 760,
-    height: int = 270,
 ) -> str:
     """Lines with points over a common x. mark: a horizontal line to compare with, and its label."""
     kind = axes.kind
@@ -126,28 +127,29 @@ def line_chart(
     ys += [at for s in series for span in s.spans for at in span[1:] if _drawable(at, kind)]
     if not xs:
         return ""
-    x = Scale(min(xs), max(xs), _LEFT, width - _RIGHT, axes.x_kind)
-    y = _y_scale([*ys, mark[0]] if mark else ys, kind, height)
+    x = Scale(min(xs), max(xs), _LEFT + 6, WIDTH - _RIGHT - 6, axes.x_kind)
+    y = _y_scale([*ys, mark[0]] if mark else ys, kind)
     parts = [*_grid(x, y, axes.x_label, axes.y_label, axes.unit, axes.x_ticks or _whole(x.ticks()), title)]
     if mark:
         at = y(mark[0])
-        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{width - _RIGHT - 4}" y="{at - 4:.1f}" text-anchor="end">{text(mark[1])}</text>')
+        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{WIDTH - _RIGHT - 4}" y="{at - 4:.1f}" text-anchor="end">{text(mark[1])}</text>')
     for index, s in enumerate(series):
         parts += _line(s, index, x, y, kind)
     order = sorted(range(len(series)), key=lambda i: y(ends[i][-1]) if ends[i] else math.inf)
-    parts += _legend([(series[i].label, i) for i in order], width)
-    return _svg(parts, width, max(height, 18 * len(series) + 30), title or axes.y_label)
+    legend = _legend([(series[i].label, i) for i in order])
+    what = f"{title}: {axes.y_label}" if title else axes.y_label
+    about = f"{what} by {axes.x_label}, from {axes.unit(min(ys))} to {axes.unit(max(ys))}, for {_listed(series)}"
+    return _svg([*parts, *legend], HEIGHT + _rows_of(len(series)) * _LINE, about)
 
 
 def range_chart(
     rows: Sequence[tuple[float, float, float, float, str]], *, x_label: str, y_label: str, title: str = ""
 ) -> str:
     """At each x the span from low to high with a dot at the middle: rows (x, low, middle, high, what it says)."""
-    width, height = 760, 240
-    x = Scale(rows[0][0], rows[-1][0], _LEFT + 8, width - _RIGHT - 8)
+    x = Scale(rows[0][0], rows[-1][0], _LEFT + 8, WIDTH - _RIGHT - 8)
     values = [value for row in rows for value in row[1:4]]
-    y = _y_scale(values, "linear" if 20 * min(values) > max(values) else "count", height)
+    y = _y_scale(values, "linear" if 20 * min(values) > max(values) else "count")
     parts = [*_grid(x, y, x_label, y_label, short, _whole(x.ticks()), title)]
     for at, low, middle, high, said in rows:
         px = x(at)
@@ -156,10 +158,9 @@ def range_chart(
             f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}" stroke-width="5" opacity=".35"/>'
             f'<circle cx="{px:.1f}" cy="{y(middle):.1f}" r="3.5"/></g>'
         )
-    left = width - _RIGHT + 16
-    parts.append(f'<text x="{left}" y="{_TOP + 12}" class="ink">bar: least to most</text>')
-    parts.append(f'<text x="{left}" y="{_TOP + 30}" class="ink">dot: median</text>')
-    return _svg(parts, width, height, title or y_label)
+    parts.append(f'<text x="{_LEFT}" y="{HEIGHT + 8}" class="ink">bar: least to most; dot: median</text>')
+    about = f"{title or y_label} by {x_label}, from {short(min(values))} to {short(max(values))}"
+    return _svg(parts, HEIGHT + _LINE, about)
 
 
 def stacked_bars(
@@ -172,10 +173,9 @@ def stacked_bars(
     title: str = "",
 ) -> str:
     """A bar for each column (x, a part for each label), parts on top of each other."""
-    width, height = 760, 240
-    x = Scale(columns[0][0] - 0.5, columns[-1][0] + 0.5, _LEFT, width - _RIGHT)
-    y = _y_scale([0.0, *(sum(parts) for _, parts in columns)], "linear", height)
-    bar = max(min((width - _LEFT - _RIGHT) / len(columns) * 0.8, 40), 1)
+    x = Scale(columns[0][0] - 0.5, columns[-1][0] + 0.5, _LEFT, WIDTH - _RIGHT)
+    y = _y_scale([0.0, *(sum(parts) for _, parts in columns)], "linear")
+    bar = max(min((WIDTH - _LEFT - _RIGHT) / len(columns) * 0.8, 40), 1)
     drawn = [*_grid(x, y, x_label, y_label, unit, _whole(x.ticks()), title)]
     for at, parts in columns:
         base = 0.0
@@ -187,18 +187,70 @@ def stacked_bars(
                 f'<rect x="{x(at) - bar / 2:.1f}" y="{top:.1f}" width="{bar:.1f}" height="{bottom - top:.1f}" '
                 f'fill="var(--c{index % COLOURS})"><title>{said}</title></rect>'
             )
-    drawn += _legend([(label, index) for index, label in reversed(list(enumerate(labels)))], width)
-    return _svg(drawn, width, height, title or y_label)
+    drawn += _legend([(label, index) for index, label in enumerate(labels)])
+    most = max(sum(parts) for _, parts in columns)
+    about = f"{title or y_label} by {x_label}, up to {unit(most)}, in parts: {', '.join(labels)}"
+    return _svg(drawn, HEIGHT + _rows_of(len(labels)) * _LINE, about)
 
 
-def beside(charts: Sequence[str], *, columns: int, width: int, height: int) -> str:
-    """Charts of one size as one, row by row."""
+@dataclass(frozen=True)
+class Ranked:
+    """A row of `ranked_chart`. span: from the lowest to the highest, where it was measured several times. told: the
+    value as it is written. best: whether it stands out."""
+
+    label: str
+    value: float
+    told: str
+    span: tuple[float, float] | None = None
+    best: bool = False
+
+
+def ranked_chart(rows: Sequence[Ranked], x_label: str, *, mark: tuple[float, str], title: str = "") -> str:
+    """A line for each row with a dot at its value, on a log scale. mark: an upright line to compare with."""
+    rows = [row for row in rows if _drawable(row.value, "log")]
+    if not rows:
+        return ""
+    ends = [mark[0], *(at for row in rows for at in (row.value, *(row.span or ())) if _drawable(at, "log"))]
+    left, right, step = 150, WIDTH - 116, 26
+    top = _TOP + (20 if title else 8)
+    bottom = top + 8 + step * len(rows)
+    room = max((max(ends) / min(ends)) ** 0.06, 1.01)
+    x = Scale(min(ends) / room, max(ends) * room, left, right, "log")
+    parts = [f'<text class="ink" x="4" y="{_TOP - 6}">{text(title)}</text>'] if title else []
+    for tick in x.ticks():
+        parts.append(f'<line class="rule" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{text(short(tick))}</text>')
+    at = x(mark[0])
+    parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
+    parts.append(f'<text x="{at:.1f}" y="{top - 4}" text-anchor="start">{text(mark[1])}</text>')
+    parts.append(f'<text x="{(left + right) / 2:.0f}" y="{bottom + 34}" text-anchor="middle">{text(x_label)}</text>')
+    for index, row in enumerate(rows):
+        y, colour = top + 4 + step * (index + 0.5), "var(--c0)" if row.best else "var(--c7)"
+        heavy = ' font-weight="600"' if row.best else ""
+        low, high = row.span or (row.value, row.value)
+        name = text(_clipped(row.label, 22))
+        parts.append(
+            f'<text class="ink"{heavy} x="{left - 10}" y="{y + 4:.0f}" text-anchor="end">{name}</text>'
+            f'<line x1="{x(mark[0]):.1f}" x2="{x(row.value):.1f}" y1="{y:.0f}" y2="{y:.0f}" '
+            f'style="stroke:{colour}" stroke-width="2" opacity=".45"/>'
+            f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:.0f}" y2="{y:.0f}" style="stroke:{colour}" '
+            f'stroke-width="6" opacity=".45"/><circle cx="{x(row.value):.1f}" cy="{y:.0f}" r="5" fill="{colour}">'
+            f"<title>{text(f'{row.label}: {row.told}')}</title></circle>"
+            f'<text class="ink"{heavy} x="{right + 12}" y="{y + 4:.0f}">{text(row.told)}</text>'
+        )
+    found = ", ".join(f"{row.label} {row.told}" for row in rows)
+    return _svg(parts, bottom + 44, f"{title}: {x_label}. {mark[1]} {short(mark[0])}, {found}" if title else found)
+
+
+def beside(charts: Sequence[str], *, columns: int) -> str:
+    """Charts as one, row by row."""
+    sizes = [float(chart.partition(' height="')[2].partition('"')[0]) for chart in charts]
+    height, used = math.ceil(max(sizes)), min(columns, len(charts))
     placed = [
-        chart.replace("<svg ", f'<svg x="{index % columns * width}" y="{index // columns * height}" ', 1)
+        chart.replace("<svg ", f'<svg x="{index % columns * WIDTH}" y="{index // columns * height}" ', 1)
         for index, chart in enumerate(charts)
     ]
-    used = min(columns, len(charts))
-    return _svg(placed, used * width, -(-len(charts) // columns) * height, "")
+    return _svg(placed, -(-len(charts) // columns) * height, f"{len(charts)} charts", used * WIDTH)
 
 
 def standalone(chart: str) -> str:
@@ -217,7 +269,7 @@ def _drawable(value: float, kind: Kind) -> bool:
     return math.isfinite(value) and (kind != "log" or value > 0)
 
 
-def _y_scale(values: Sequence[float], kind: Kind, height: int) -> Scale:
+def _y_scale(values: Sequence[float], kind: Kind) -> Scale:
     low, high = min(values), max(values)
     if kind == "log":
         room = max((high / low) ** 0.06, 1.01)
@@ -227,7 +279,7 @@ def _y_scale(values: Sequence[float], kind: Kind, height: int) -> Scale:
     else:
         room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
         low, high = (0.0 if low >= 0 and low < 0.5 * high else low - room), high + room
-    return Scale(low, high, height - _BOTTOM, _TOP, kind)
+    return Scale(low, high, HEIGHT - _BOTTOM, _TOP + 8, kind)
 
 
 def _round_steps(low: float, high: float) -> list[float]:
@@ -247,8 +299,8 @@ def _whole(ticks: Sequence[float]) -> list[float]:
 def _grid(
     x: Scale, y: Scale, x_label: str, y_label: str, unit: Callable[[float], str], x_ticks: Sequence[float], title: str
 ) -> list[str]:
-    left, right, bottom = min(x.start, _LEFT), x.stop, y.start
-    parts = [f'<text class="ink" x="{left:.0f}" y="{_TOP - 3}">{text(title)}</text>'] if title else []
+    left, right, bottom = _LEFT, WIDTH - _RIGHT, y.start
+    parts = [f'<text class="ink" x="4" y="{_TOP - 6}">{text(title)}</text>'] if title else []
     for tick in y.ticks():
         at = y(tick)
         parts.append(f'<line class="rule" x1="{left:.1f}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -259,7 +311,7 @@ def _grid(
     parts.append(f'<text x="{middle:.1f}" y="{bottom + 33:.1f}" text-anchor="middle">{text(x_label)}</text>')
     centre = (_TOP + bottom) / 2
     parts.append(
-        f'<text transform="translate(13 {centre:.1f}) rotate(-90)" text-anchor="middle">{text(y_label)}</text>'
+        f'<text transform="translate(12 {centre:.1f}) rotate(-90)" text-anchor="middle">{text(y_label)}</text>'
     )
     return parts
 
@@ -292,21 +344,36 @@ def _line(s: Series, index: int, x: Scale, y: Scale, kind: Kind) -> list[str]:
     return parts
 
 
-def _legend(labels: Sequence[tuple[str, int]], width: int) -> list[str]:
-    left = width - _RIGHT + 12
-    parts = []
-    for row, (label, index) in enumerate(labels):
-        at = _TOP + 8 + 18 * row
-        clipped = label if len(label) <= 23 else f"…{label[-22:]}"  # names differ at their ends
+def _rows_of(count: int) -> int:
+    """Rows of a legend in two columns."""
+    return -(-count // 2)
+
+
+def _legend(labels: Sequence[tuple[str, int]]) -> list[str]:
+    """Below the chart, in two columns."""
+    parts, half = [], (WIDTH - _LEFT) // 2
+    for number, (label, index) in enumerate(labels):
+        column, row = divmod(number, _rows_of(len(labels)))
+        left, at = _LEFT + column * half, HEIGHT + 4 + _LINE * row
         parts.append(
             f'<line x1="{left}" x2="{left + 16}" y1="{at}" y2="{at}" style="stroke:var(--c{index % COLOURS})" '
-            f'stroke-width="3" stroke-dasharray="{_DASHES[index // COLOURS % len(_DASHES)]}"/>'
-            f'<text class="ink" x="{left + 22}" y="{at + 4}"><title>{text(label)}</title>{text(clipped)}</text>'
+            f'stroke-width="3" stroke-dasharray="{_DASHES[index // COLOURS % len(_DASHES)]}"/><text class="ink" '
+            f'x="{left + 22}" y="{at + 4}"><title>{text(label)}</title>{text(_clipped(label, _LABEL))}</text>'
         )
     return parts
 
 
-def _svg(parts: Sequence[str], width: int, height: int, label: str) -> str:
+def _clipped(label: str, most: int) -> str:
+    return label if len(label) <= most else f"…{label[1 - most :]}"  # names differ at their ends
+
+
+def _listed(series: Sequence[Series]) -> str:
+    """Their labels, or how many there are."""
+    return ", ".join(s.label for s in series) if len(series) <= COLOURS else f"{len(series)} lines"
+
+
+def _svg(parts: Sequence[str], height: float, label: str, width: int = WIDTH) -> str:
+    """The drawing; `label` is what is read out in its place."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="{text(label)}">{"".join(parts)}</svg>'

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from sarqc.checkpoint.reader import Checkpoint
 from sarqc.config import QuantConfig
+from sarqc.model import moe
 from sarqc.model.layers import Target, targets_of
 from sarqc.model.lazy_model import LazyModel
-from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support
+from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support, star
 
 
 def runtime_model(lazy: LazyModel, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
@@ -22,7 +23,20 @@ def runtime_model(lazy: LazyModel, quantized: Sequence[Target], left: Sequence[s
         (target.linear, target.shape, lazy.model.get_parameter(target.parameter).dim() == 3) for target in quantized
     ]
     names = [target.linear for target in quantized]
-    return RuntimeModel(fused_layers(linears, key_values), mixed_places(names, left), heads, key_values)
+    partial = _partial_experts(lazy, quantized)
+    return RuntimeModel(fused_layers(linears, key_values), mixed_places(names, left), partial, heads, key_values)
+
+
+def _partial_experts(lazy: LazyModel, quantized: Sequence[Target]) -> tuple[str, ...]:
+    """Modules of experts, with * for numbers, of which some matrices are quantized and others are not."""
+    chosen = Counter(target.module for target in quantized)
+    found: dict[str, None] = {}
+    for name, count in chosen.items():
+        module = lazy.model.get_submodule(name)
+        if moe.is_experts(module):
+            whole = sum(len(lazy.slices[f"{name}.{projection}"]) for projection in moe.projections(module))
+            found |= {star(name): None} if count < whole else {}
+    return tuple(found)
 
 
 def checkpoint_support(checkpoint: Checkpoint, lazy: LazyModel) -> list[RuntimeSupport]:

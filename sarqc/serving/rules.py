@@ -149,12 +149,14 @@ EXPANDS = "transformers 5.23"
 
 @dataclass(frozen=True)
 class RuntimeModel:
-    """A quantized model as a runtime loads it. mixed: places where only a part of a fused matrix is quantized. heads,
-    key_values: attention heads, where the configuration has them.
+    """A quantized model as a runtime loads it. mixed: places where only a part of a fused matrix is quantized. partial:
+    layers of experts of which only some matrices are, or not all alike. heads, key_values: attention heads, where the
+    configuration has them.
     """
 
     layers: tuple[Layer, ...]
     mixed: tuple[str, ...]
+    partial: tuple[str, ...]
     heads: int | None
     key_values: int | None
 
@@ -170,7 +172,7 @@ def _one(server: str, ranks: int, model: RuntimeModel, quant: QuantConfig, forma
     if format != FORMAT or (server == EXPANDS and ranks > 1):
         return RuntimeSupport(server, ranks, {}, (), known=False)
     kernels: dict[str, int] = {}
-    failures = []
+    failures = [f"{name}: all its experts must be quantized alike, or none" for name in model.partial]
     if server != EXPANDS:
         failures += [f"{name}: only a part of what is fused here is quantized" for name in model.mixed]
         if model.heads and model.heads % ranks:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sarqc
-from sarqc.model.dataset import windows
+from sarqc.model.calibration_data import windows
 from tests.support import tiny
 
 CALIBRATION = dict(num_samples=8, seqlen=64)
@@ -21,7 +21,7 @@ def source(request, tmp_path_factory):
 
 
 def logits(model):
-    text = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(2)
+    text = windows("builtin", tiny.tokenizer, 48, part="evaluation").last(2)
     with torch.inference_mode():
         return model(text.tokens, use_cache=False).logits.float()
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import sarqc
 from benchmarks.quality.moefication import EXPERTS, moefy
-from sarqc.model.dataset import windows
+from sarqc.model.calibration_data import windows
 from sarqc.model.hub import smollm2_folder
 from sarqc.model.tokenizer import load_tokenizer
 from tests.support.killing import KILLS, contents, kill_again_and_again
@@ -39,7 +39,7 @@ def shallow(tmp_path_factory):
 def mixture(shallow, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixture")
     tokenizer = load_tokenizer(shallow)
-    text = windows("builtin", tokenizer, part="calibration", seqlen=128).draw(8, seed=1)
+    text = windows("builtin", lambda: tokenizer, 128).draw(8, seed=1)
     moefy(LlamaForCausalLM.from_pretrained(shallow, dtype=torch.float32).eval(), text.tokens).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -54,7 +54,7 @@ def output_of(folder, tokens, dtype="float32"):
 @pytest.mark.parametrize("kind", ["shallow", "mixture"])
 def test_the_default_method_beats_gptq_and_rounding_on_text_it_has_not_seen(kind, request, tmp_path):
     folder = request.getfixturevalue(kind)
-    tokens = windows("builtin", load_tokenizer(folder), part="evaluation", seqlen=128).last(8).tokens
+    tokens = windows("builtin", lambda: load_tokenizer(folder), 128, part="evaluation").last(8).tokens
     original = output_of(folder, tokens).log_softmax(-1)
     divergence = {}
     for method in ("rtn", "gptq", "sarqc-gptq"):

@@ -18,7 +18,8 @@ from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Other
 from sarqc.entrypoints.compare import NoProgress, compare
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
-from sarqc.model.dataset import Windows, windows
+from sarqc.model.calibration_data import windows
+from sarqc.model.dataset import Windows
 from tests.support import tiny
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
 def test_agreement_and_divergence_are_those_of_the_two_models(deep, tmp_path):
     found = compare(deep, tmp_path / "table", methods=("rtn",), bits=(2, 8), **HOW)
     out = sarqc.quantize(deep, tmp_path / "out", method="rtn", bits=2).out
-    texts = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=48).last(3)
+    texts = windows("builtin", tiny.tokenizer, 48, part="evaluation").last(3)
     with torch.no_grad():
         before, after = (
             torch.log_softmax(sarqc.load(folder, packed=False)[0](texts.tokens).logits[:, :-1], -1)
@@ -132,6 +133,8 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
     assert len(lines) == 2 + 2 * 5 and lines[0]["method"] == "unquantized"
     svg = (tmp_path / "out" / "compare.svg").read_text()
     assert svg.count("polyline") == 2 * 2 and "<i>" not in svg
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count("<figure>") == 2 and "<i>" not in page and page.count('class="best"') == 2 * 2
     markdown = as_markdown(found.table)
     assert len(markdown.splitlines()) == 2 + 4 and "b\\|<i>.txt" in markdown
 
@@ -148,6 +151,8 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
         (dict(num_samples=(10**6,)), TextError, "1000000"),
         (dict(texts=("nowhere.txt",)), TextError, "nowhere"),
         (dict(eval_windows=0), ArgumentError, "eval_windows = 0"),
+        (dict(seqlen=257), ArgumentError, "seqlen = 257 is more than the 256 positions"),
+        (dict(eval_seqlen=257), ArgumentError, "eval_seqlen = 257 is more than the 256 positions"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how, error, says):
@@ -220,7 +225,7 @@ def test_logits_that_are_not_finite_are_a_result():
     rows = tables.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, None)])["rows"]
     assert rows[1]["perplexity"] is None and not rows[1]["best"]
     assert tables.perplexity(rows[1]) == "not finite"
-    assert "polyline" in tables.plot(tables.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, None)]))
+    assert "<circle" in tables.plot(tables.table(PROTOCOL, [record("a", 0, 10.0), record("b", 0, None)]))
 
 
 def test_thousands_have_no_decimals():

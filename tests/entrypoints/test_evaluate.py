@@ -22,6 +22,10 @@ def test_before_and_after_are_saved_and_measured_again(tmp_path):
     assert steps == [(0, 4), (1, 4), (2, 4), (3, 4)]
     for key, folder in (("before", source), ("after", out)):
         assert saved.entry[key] == pytest.approx(sarqc.evaluate(folder, packed=False, **how).perplexity, rel=1e-4)
+    for dtype in ("auto", "bfloat16"):
+        found = [sarqc.evaluate(folder, dtype=dtype, seqlen=32, max_windows=1).protocol for folder in (source, out)]
+        assert {one["dtype"] for one in found} == {"float32" if dtype == "auto" else dtype}
+        assert [one["packed"] for one in found] == [False, True]
     assert 0 < saved.entry["agreement"] < 1 and saved.entry["kl"] > 0 and saved.card
     assert report.load(out)["quality"] == [saved.entry]
     evaluate_and_save(out, **how)

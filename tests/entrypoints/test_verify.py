@@ -263,3 +263,73 @@ def test_a_run_that_writes_something_else_ends_without_an_output(source, tmp_pat
         sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32)
     outcomes.clear_error(caught.value)
     assert not (tmp_path / "out").exists()  # what was solved is kept, in a hidden folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "config.json",
+            lambda c: c.update(rope_theta=5.0, x={"y": 1}),
+            "config.json has changed since it was written: ",
+        ),
+        ("config.json", lambda c: c.update(hidden_act="gelu"), 'hidden_act is "gelu", was "silu"'),
+        ("config.json", lambda c: c.pop("rms_norm_eps"), "rms_norm_eps is missing, was 1e-06"),
+        (
+            "config.json",
+            lambda c: c["quantization_config"].update(version="9"),
+            'quantization_config.version is "9", was',
+        ),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].update(new=511), "tokenizer.json has changed"),
+        ("generation_config.json", lambda c: c.update(temperature=0.1), "temperature is 0.1, was missing"),
+        ("generation_config.json", lambda c: None, "its values are the same, its layout is another"),
+    ],
+)
+@pytest.mark.fault("a changed file beside the weights")
+def test_a_changed_side_file_is_named_with_what_changed(out, outcomes, name, change, message):
+    change_json(out / name, change)
+    problems = verify(out).problems
+    assert any(message in line and name in line for line in problems), problems
+    outcomes.clear_error(problems[0])
+
+
+@pytest.mark.fault("a missing or added file beside the weights")
+def test_a_missing_or_added_side_file_is_named(out, outcomes):
+    (out / "tokenizer_config.json").unlink()
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    problems = verify(out).problems
+    assert [line.removeprefix(f"{out} ").split(",")[0] for line in problems] == [
+        "holds the file chat_template.jinja", "lacks the file tokenizer_config.json"
+    ]  # fmt: skip
+    outcomes.clear_error(problems[0])
+
+
+def test_what_changes_after_a_run_is_no_problem(out):
+    for name in ("report.json", "report.html", "README.md"):
+        (out / name).write_text("edited" if name != "report.json" else "{}")
+    assert verify(out).sound
+
+
+def test_a_manifest_of_an_earlier_version_holds_tensors_alone(out, capsys, monkeypatch):
+    from sarqc import cli
+
+    change_json(out / MANIFEST, lambda manifest: manifest.pop("files"))
+    change_json(out / "config.json", lambda config: config.update(hidden_act="gelu"))
+    assert verify(out).sound and not verify(out).files
+    monkeypatch.setattr("sys.argv", ["sarqc", "verify", str(out)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "of an earlier version, has no side files" in capsys.readouterr().out
+
+
+@pytest.mark.fault("a config that takes a dense layer for quantized")
+def test_a_dense_layer_that_the_config_takes_for_quantized_is_named(out, outcomes):
+    """As other tools leave it: transformers would fill the head with random numbers."""
+    (out / MANIFEST).unlink()
+    change_json(out / "config.json", lambda config: config["quantization_config"].update(ignore=[]))
+    [problem] = verify(out).problems
+    assert "takes lm_head for quantized, which it is not: add it to ignore" in problem
+    outcomes.clear_error(problem)
+    for ignore in (["lm_head"], ["re:.*head"]):
+        change_json(out / "config.json", lambda config: config["quantization_config"].update(ignore=ignore))  # noqa: B023
+        assert verify(out).sound

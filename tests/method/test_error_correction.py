@@ -116,3 +116,19 @@ def test_the_output_comes_nearer_to_what_it_should_be_on_new_text(generator):
     assert errors[True] < errors[False] - 0.4 * float(
         cross_gram.pow(2).sum()
     )  # half a share leaves a quarter of a wish
+
+
+def test_a_correction_is_at_most_as_large_as_the_weight_and_zero_rows_stay_zero(generator):
+    x, cross_gram = drifted(60, 12, 5, generator)
+    statistics = seen((x[:30], cross_gram[:30]), (x[30:], cross_gram[30:]))
+    weight = torch.randn(1, 5, 12, generator=generator)
+    target, share = shifted("s", weight, statistics, LAMBDA, SPEC)
+    assert 0 < (target - weight).norm() < weight.norm()
+    small = 1e-4 * weight
+    bounded, less = shifted("s", small, statistics, LAMBDA, SPEC)
+    assert (bounded - small).norm() == pytest.approx(float(small.norm()), rel=1e-4)
+    assert less == pytest.approx(share * float(small.norm() / (target - weight).norm()), rel=1e-3)
+    weight[0, 2] = 0
+    target, _ = shifted("s", weight, statistics, LAMBDA, SPEC)
+    assert not target[0, 2].any() and target[0, 3].ne(weight[0, 3]).any()
+    assert shifted("s", torch.zeros_like(weight), statistics, LAMBDA, SPEC)[1] == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sarqc.errors import ArgumentError, ModelError, TextError
-from sarqc.model.calibration_data import calibration_windows, counts_at_once
+from sarqc.model.calibration_data import counts_at_once, windows
 from sarqc.model.dataset import GIVEN, GIVEN_CHATS, GIVEN_TEXTS
 from tests.support import tiny
 
@@ -34,7 +34,7 @@ def tokenizer(template=TEMPLATE):
 
 
 def read(data, seqlen=32, template=TEMPLATE):
-    return calibration_windows(data, lambda: tokenizer(template), seqlen)
+    return windows(data, lambda: tokenizer(template), seqlen)
 
 
 def none():
@@ -78,14 +78,14 @@ def test_conversations_go_through_the_template():
 
 def test_token_ids_need_no_tokenizer():
     tokens = torch.arange(70, dtype=torch.int64)
-    assert torch.equal(calibration_windows(tokens.view(2, 35), none, 32).tokens, tokens.view(2, 35))
+    assert torch.equal(windows(tokens.view(2, 35), none, 32).tokens, tokens.view(2, 35))
     for data in (
         [tokens.tolist()],
         [tokens[:5].tolist(), tokens[5:].tolist()],
         [tokens],
         [{"input_ids": tokens.tolist()}],
     ):
-        found = calibration_windows(data, none, 32)
+        found = windows(data, none, 32)
         assert torch.equal(found.tokens, tokens[:64].view(2, 32)) and found.text == GIVEN
 
 

@@ -6,7 +6,8 @@ import torch
 
 from sarqc.errors import ArgumentError, ModelError, TextError
 from sarqc.model import dataset
-from sarqc.model.dataset import Windows, builtin_text, read_text, windows
+from sarqc.model.calibration_data import read_text, windows
+from sarqc.model.dataset import Windows, builtin_text
 from sarqc.model.tokenizer import check_tokens
 from tests.support import tiny
 
@@ -22,7 +23,7 @@ def test_builtin_parts_share_no_topic():
 
 def test_windows_are_the_text_in_order():
     tokenizer = tiny.tokenizer()
-    found = windows("builtin", tokenizer, part="evaluation", seqlen=32)
+    found = windows("builtin", lambda: tokenizer, 32, part="evaluation")
     everything = tokenizer(builtin_text("evaluation"))["input_ids"]
     assert found.tokens.flatten().tolist() == everything[: found.tokens.numel()]
     assert found.available == len(found.tokens) == len(everything) // 32 and not found.bos
@@ -34,8 +35,8 @@ def test_a_tokenizer_that_begins_texts_begins_every_window():
 
     backend = type(tiny.tokenizer().backend_tokenizer).from_str(tiny.tokenizer().backend_tokenizer.to_str())
     backend.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
-    found = windows("builtin", PreTrainedTokenizerFast(tokenizer_object=backend), part="evaluation", seqlen=20)
-    plain = windows("builtin", tiny.tokenizer(), part="evaluation", seqlen=19)
+    found = windows("builtin", lambda: PreTrainedTokenizerFast(tokenizer_object=backend), 20, part="evaluation")
+    plain = windows("builtin", tiny.tokenizer, 19, part="evaluation")
     assert found.bos and (found.tokens[:, 0] == 0).all()
     assert torch.equal(found.tokens[:, 1:], plain.tokens)
 
@@ -60,7 +61,7 @@ def test_too_little_text_says_how_much_there_is(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("a few words")
     with pytest.raises(TextError, match=r"short\.txt.*too short.*512"):
-        windows(str(path), tiny.tokenizer(), part="calibration", seqlen=512)
+        windows(str(path), tiny.tokenizer, 512)
     with pytest.raises(TextError, match="num_samples = 11 is more than the 10 sequences of 4 tokens"):
         Windows.of_tokens(torch.arange(40).view(10, 4)).draw(11, 0)
 
@@ -70,12 +71,12 @@ def test_empty_text_is_refused(tmp_path, content):
     path = tmp_path / "empty.txt"
     path.write_bytes(content)
     with pytest.raises(TextError, match="empty"):
-        windows(str(path), tiny.tokenizer(), part="calibration", seqlen=32)
+        windows(str(path), tiny.tokenizer, 32)
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "noise.txt"
-    path.write_bytes(b"\xff\xfe\x00\x9d")
+    path.write_bytes(b"gar\xe7on \x9d")
     with pytest.raises(TextError, match="UTF-8"):
         read_text(str(path), "calibration")
 
@@ -99,13 +100,13 @@ def test_a_long_text_is_made_tokens_in_stretches_of_whole_lines_up_to_a_limit(tm
     path = tmp_path / "long.txt"
     path.write_text("".join(f"line {number} of many\n" for number in range(400)))
     given, plain = [], tiny.tokenizer()
-    whole = windows(str(path), plain, part="calibration", seqlen=16)
+    whole = windows(str(path), lambda: plain, 16)
     monkeypatch.setattr(dataset, "STRETCH", 100)
-    assert torch.equal(windows(str(path), plain, part="calibration", seqlen=16).tokens, whole.tokens)
+    assert torch.equal(windows(str(path), lambda: plain, 16).tokens, whole.tokens)
     monkeypatch.setattr(dataset, "WHOLE", 1000)
     encode = dataset.encode
     monkeypatch.setattr(dataset, "encode", lambda t, text, **how: given.append(text) or encode(t, text, **how))
-    cut = windows(str(path), plain, part="calibration", seqlen=16)
+    cut = windows(str(path), lambda: plain, 16)
     stretches = [text for text in given if "line" in text]
     assert "".join(stretches) == path.read_text() and len(stretches) > 50
     assert all(len(text) <= 100 and text.endswith("\n") for text in stretches)
@@ -113,7 +114,7 @@ def test_a_long_text_is_made_tokens_in_stretches_of_whole_lines_up_to_a_limit(tm
     monkeypatch.setattr(dataset, "MOST_TEXT", 1000)
     assert read_text(str(path), "calibration") == path.read_text()[:1000]
     assert cut.record()["characters"] == len(path.read_text())
-    assert windows(str(path), plain, part="calibration", seqlen=16).record()["characters"] == 1000
+    assert windows(str(path), lambda: plain, 16).record()["characters"] == 1000
 
 
 def test_a_line_longer_than_a_stretch_is_cut(monkeypatch):
@@ -123,28 +124,12 @@ def test_a_line_longer_than_a_stretch_is_cut(monkeypatch):
     assert list(dataset._stretches("abcdefg\nhi\nj")) == ["abcd", "efg\n", "hi\nj"]
 
 
-def test_json_lines_are_read_by_their_texts(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "one\\ntwo", "id": 1}\n\n{"text": "three"}\n')
-    assert read_text(str(path), "calibration") == "one\ntwo\nthree"
-    for line in ('{"content": "x"}', "[1]", '{"text": null}', "{"):
-        path.write_text('{"text": "fine"}\n' + line)
-        with pytest.raises(TextError, match=r"data\.jsonl.*line 2 is no JSON object with a string 'text'"):
-            read_text(str(path), "calibration")
-    (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(TextError, match=r"data\.json.*JSON Lines"):
-        read_text(str(tmp_path / "data.json"), "calibration")
-
-
 def test_a_data_set_may_have_a_slice_as_its_split_and_rows_without_text(monkeypatch):
     asked = []
 
-    class Data(list):
-        column_names = ("text",)
-
     def load_dataset(*args, **how):
         asked.append((*args, how["split"]))
-        return Data([{"text": "a"}, {"text": None}, {"text": "b"}])
+        return [{"text": "a"}, {"text": None}, {"text": "b"}]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_text("owner/set:en:train[:1000]", "calibration") == "a\n\nb"

@@ -224,6 +224,16 @@ def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypa
     assert report.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
 
 
+def test_a_constant_is_told_and_not_drawn(found):
+    """One lambda in all layers is a sentence."""
+    for each in found["sites"]:
+        each["reg_lambda"] = 0.3
+    shown = page(found)
+    assert "It is 0.3 in all" in shown and 'aria-label="lambda' not in shown
+    found["sites"][0]["reg_lambda"] = 1.0
+    assert 'aria-label="lambda by block, from 0.3 to 1' in page(found)
+
+
 def test_error_correction_is_drawn_where_layers_did_it(found):
     found["sites"] = [site | {"correction_share": 0.0} for site in found["sites"]]
     assert "Residual error correction" not in page(found)

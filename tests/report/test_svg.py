@@ -7,7 +7,21 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sarqc.report.svg import Axes, Scale, Series, beside, line_chart, range_chart, short, stacked_bars, standalone, text
+from sarqc.report.svg import (
+    WIDTH,
+    Axes,
+    Ranked,
+    Scale,
+    Series,
+    beside,
+    line_chart,
+    range_chart,
+    ranked_chart,
+    short,
+    stacked_bars,
+    standalone,
+    text,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '</svg><script>alert(1)</script> & "quoted" \x00\x1b[31m\ud800\u202e'
@@ -61,6 +75,7 @@ def test_marks_stay_inside_the_drawing():
         line_chart(spans, Axes("x", "y")),
         range_chart([(0, 0, 5, 900, ""), (1, 3, 4, 5, "")], x_label="x", y_label="y"),
         stacked_bars([(0, (1.0, 2.0)), (1, (0.0, 9.0))], ("a", "b"), x_label="x", y_label="y"),
+        ranked_chart([Ranked("a", 3.0, "3", (2.0, 900.0)), Ranked("b", 1e6, "1 M")], "x", mark=(0.1, "m"), title="t"),
     ]
     for chart in map(parsed, charts):
         width, height = float(chart.get("width")), float(chart.get("height"))
@@ -80,8 +95,23 @@ def test_stacked_parts_add_up():
 def test_foreign_text_is_text_and_files_are_xml():
     series = [Series(HOSTILE, ((0, 1.0, HOSTILE), (1, 2.0, HOSTILE)))]
     chart = line_chart(series, Axes(HOSTILE, HOSTILE), mark=(1.0, HOSTILE), title=HOSTILE)
-    both = parsed(standalone(beside([chart, chart, chart], columns=2, width=760, height=270)))
+    both = parsed(standalone(beside([chart, chart, chart], columns=2)))
     assert not any(element.tag.endswith("script") for element in both.iter())
-    assert (both.get("width"), both.get("height")) == ("1520", "540")
+    one = parsed(chart)
+    assert (float(both.get("width")), float(both.get("height"))) == (2 * WIDTH, 2 * float(one.get("height")))
     assert len(list(both.iter(f"{SVG}svg"))) == 4
     assert text("a\u202eb\x07") == "a b "
+
+
+def test_ranked_rows_say_how_far_they_are_from_the_mark():
+    rows = [
+        Ranked("a", 20.0, "20.00 ± 0.10", (19.9, 20.1)),
+        Ranked("b", 40.0, "40", best=True),
+        Ranked("c", math.nan, ""),
+    ]
+    chart = parsed(ranked_chart(rows, "perplexity", mark=(10.0, "unquantized"), title="text, 4 bits"))
+    at = [float(circle.get("cx")) for circle in chart.iter(f"{SVG}circle")]
+    (mark,) = (float(line.get("x1")) for line in chart.iter(f"{SVG}line") if line.get("class") == "mark")
+    assert at[1] - at[0] == pytest.approx(at[0] - mark, abs=0.2)  # equal factors
+    assert chart.get("aria-label") == "text, 4 bits: perplexity. unquantized 10, a 20.00 ± 0.10, b 40"
+    assert ranked_chart([Ranked("c", math.nan, "")], "x", mark=(1.0, "m")) == ""

@@ -83,7 +83,7 @@ def test_key_value_heads_are_repeated_rather_than_split():
 def test_a_group_that_a_rank_cannot_hold_is_named():
     """Qwen3-235B-A22B: 1536 inputs of each expert's down_proj, in groups of 128, over 8 ranks."""
     linears = [(f"model.layers.{i}.mlp.experts.0.down_proj", (4096, 1536), True) for i in range(2)]
-    runtime_model = RuntimeModel(fused_layers(linears, 4), (), 64, 4)
+    runtime_model = RuntimeModel(fused_layers(linears, 4), (), (), 64, 4)
     found = {
         (one.server, one.ranks): one
         for one in runtime_support(runtime_model, QuantConfig(group_size=128), "compressed-tensors")
@@ -95,7 +95,9 @@ def test_a_group_that_a_rank_cannot_hold_is_named():
 
 
 def test_heads_and_mixed_layers_fail_whatever_the_kernel():
-    runtime_model = RuntimeModel((Layer("a", (64,), 64, "outputs", False, count=1),), ("b.gate_proj+up_proj",), 6, 4)
+    runtime_model = RuntimeModel(
+        (Layer("a", (64,), 64, "outputs", False, count=1),), ("b.gate_proj+up_proj",), (), 6, 4
+    )
     by_ranks = {
         one.ranks: one.failures
         for one in runtime_support(runtime_model, QuantConfig(group_size=32), "compressed-tensors")[:4]
@@ -107,7 +109,7 @@ def test_heads_and_mixed_layers_fail_whatever_the_kernel():
 
 def test_an_unknown_format_is_not_known():
     assert not any(
-        one.known for one in runtime_support(RuntimeModel((), (), None, None), QuantConfig(group_size=128), "other")
+        one.known for one in runtime_support(RuntimeModel((), (), (), None, None), QuantConfig(group_size=128), "other")
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sarqc.checkpoint.formats.common import compiled
+from sarqc.checkpoint.formats.common import compiled, strings
 from sarqc.errors import CheckpointError
 
 LAYOUT = "pack-quantized"
@@ -59,6 +59,13 @@ def scheme_of(linear: str, quantization: Mapping[str, Any]) -> Scheme:
     if best is None:
         raise CheckpointError(f"{linear!r} holds packed weights but no target in quantization_config matches it")
     return _scheme(best[1], quantization)
+
+
+def takes(module: str, quantization: Mapping[str, Any]) -> bool:
+    """Whether readers of the config take the Linear that their model calls `module` for quantized."""
+    if any(_rank(entry, module) is not None for entry in strings(quantization, "ignore")):
+        return False
+    return any(_rank(target, module) is not None for _, targets, _ in _groups(quantization) for target in targets)
 
 
 def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:

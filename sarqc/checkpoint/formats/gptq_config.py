@@ -41,7 +41,11 @@ def version_of(quantization: Mapping[str, Any]) -> object:
 
 def check_config(quantization: Mapping[str, Any]) -> None:
     """Refuses a config that says something about the weights that is not understood here."""
-    if (version := version_of(quantization)) not in (V1, V2) or quantization.get("is_marlin_format"):
+    if quantization.get("is_marlin_format"):
+        raise CheckpointError(
+            "GPTQ weights in Marlin's order are not read (is_marlin_format): give the GPTQ checkpoint"
+        )
+    if (version := version_of(quantization)) not in (V1, V2):
         raise CheckpointError(f"GPTQ checkpoint_format {version!r} is not read: only {V1!r} and {V2!r} are")
     if (words := quantization.get("pack_dtype", "int32")) != "int32":
         raise CheckpointError(f"pack_dtype {words!r} is not read: only 'int32' is")
