@@ -44,7 +44,7 @@ def refuse_poison(checkpoint: Checkpoint, inside: str) -> None:
 def problems(
     checkpoint: Checkpoint, on_tensor: Callable[[str], None] | None = None, beside: Beside | None = None
 ) -> Iterator[str]:
-    """Everything that is wrong with an open checkpoint, a line each. Every tensor is read once.
+    """Everything that is wrong with an open checkpoint, a line each. Every tensor is read once, stacked experts twice.
 
     Headers agree with the index (seen when it was opened), every promised byte can be read, every tensor is the one
     of the manifest bit for bit, packed tensors have the shapes that the config defines and unpack to codes and zeros
@@ -59,6 +59,9 @@ def problems(
     manifest = read_manifest(checkpoint.folder)
     if manifest is not None:
         yield from _names(checkpoint, manifest)
+        for stack in checkpoint.stacks():
+            if stack in manifest:
+                yield from _changed(checkpoint, stack, checkpoint.raw_load(stack), manifest[stack])
     for name in checkpoint.names():
         linear = checkpoint.linear(name)
         read: dict[str, Tensor] = {}
