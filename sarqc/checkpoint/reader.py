@@ -88,7 +88,7 @@ class Checkpoint:
         self._linears = {} if low else self._quantized_linears()
         packed = {name for names in self._linears.values() for name in names}
         dense = {f"{linear}.weight" for linear in self._linears}
-        self._names = sorted((self._parts() - packed - hidden) | dense | self.expanded.keys())
+        self._names = sorted((self.parts() - packed - hidden) | dense | self.expanded.keys())
 
     def _rows_of_stacks(self) -> dict[str, tuple[str, int]]:
         """Where each tensor of a single expert lies, in a format that has one tensor of those of all experts."""
@@ -101,7 +101,7 @@ class Checkpoint:
                 found[name] = (stack, expert)
         return found
 
-    def _parts(self) -> set[str]:
+    def parts(self) -> set[str]:
         """Names of the tensors on disk, those of single experts in the place of stacks."""
         return (self._home.keys() - set(self.stacks())) | self._rows.keys()
 
@@ -113,7 +113,7 @@ class Checkpoint:
         """Names of the tensors on disk of each quantized Linear; refuses what no format explains."""
         if self.format is not None:
             with self._named():
-                return self.format.linears(self._parts(), self._quantization)
+                return self.format.linears(self.parts(), self._quantization)
         if self._quantization:
             method = self._quantization.get("quant_method")
             raise CheckpointError(
