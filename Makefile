@@ -11,6 +11,7 @@
 # make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
 # make models   build, quantize and reload a tiny model of every architecture of transformers; then docs/models.md (an hour)
+# make hub-kernels   sarqc_kernels as a repository that Hugging Face's `kernels` loads, into hub-kernels/
 # make keywords   write sarqc/keywords.py again, after a change to an option
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
 
@@ -19,7 +20,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak models keywords
+.PHONY: gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak models keywords hub-kernels
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -65,6 +66,9 @@ aot: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/micro/bench_references.py -p no:xdist --benchmark-max-time=0.5 --benchmark-columns=min,median,stddev,rounds
 
+hub-kernels: $(READY)
+	$(BIN)/python -m benchmarks.serve.hub_kernels hub-kernels
+
 keywords: $(READY)
 	$(BIN)/python -m tests.support.keywords
 
@@ -85,4 +89,4 @@ $(DOCS_READY): $(READY)
 	@touch $@
 
 clean:
-	rm -rf .venv build dist site *.egg-info demo-output quality-output
+	rm -rf .venv build dist site *.egg-info demo-output quality-output hub-kernels
