@@ -12,6 +12,7 @@
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
 # make models   build, quantize and reload a tiny model of every architecture of transformers; then docs/models.md (an hour)
 # make versions   tests with the oldest and the newest versions that pyproject.toml allows, in environments of their own (10 GB)
+# make hub-kernels   sarqc_kernels as a repository that Hugging Face's `kernels` loads, into hub-kernels/
 # make keywords   write sarqc/keywords.py again, after a change to an option
 # Each sets up .venv on first use from pyproject.toml and constraints.txt.
 
@@ -20,7 +21,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: versions gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak models keywords
+.PHONY: versions gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak models keywords hub-kernels
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -70,6 +71,9 @@ versions: $(READY)
 	$(BIN)/python -m benchmarks.versions
 	$(BIN)/python -m benchmarks.readme
 
+hub-kernels: $(READY)
+	$(BIN)/python -m benchmarks.serve.hub_kernels hub-kernels
+
 keywords: $(READY)
 	$(BIN)/python -m tests.support.keywords
 
@@ -90,4 +94,4 @@ $(DOCS_READY): $(READY)
 	@touch $@
 
 clean:
-	rm -rf .venv build dist site *.egg-info demo-output quality-output
+	rm -rf .venv build dist site *.egg-info demo-output quality-output hub-kernels

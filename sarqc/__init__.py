@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sarqc.entrypoints.evaluate import evaluate
     from sarqc.entrypoints.generate import generate
     from sarqc.entrypoints.load import load
+    from sarqc.entrypoints.push import push
     from sarqc.entrypoints.quantize import quantize
     from sarqc.entrypoints.verify import verify
     from sarqc.errors import ArgumentError, SarqcError
@@ -49,6 +50,7 @@ _ROOMS = {
     "entrypoints.evaluate": ("evaluate",),
     "entrypoints.generate": ("generate",),
     "entrypoints.load": ("load",),
+    "entrypoints.push": ("push",),
     "entrypoints.quantize": ("quantize",),
     "entrypoints.verify": ("verify",),
     "errors": ("ArgumentError", "SarqcError"),
@@ -92,6 +94,7 @@ __all__ = [
     "generate",
     "load",
     "progress_bar",
+    "push",
     "quantize",
     "register",
     "register_solver",

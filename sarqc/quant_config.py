@@ -57,7 +57,7 @@ class QuantConfig(Config):
     format: str = option(
         "compressed-tensors",
         kinds.text("the name of a checkpoint format"),
-        "Checkpoint format: compressed-tensors (vLLM, SGLang and transformers load it), gptq, gptq_v2 or awq.",
+        "Checkpoint format: compressed-tensors (vLLM, SGLang and transformers load it), gptq, gptq_v2, awq or mlx.",
         resume="free",
     )
     tp: int | None = option(

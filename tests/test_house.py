@@ -39,6 +39,7 @@ ROOMS = {
     "sarqc_kernels.columns": (("sarqc_kernels.columns", "L0"), ()),
     "sarqc_kernels.w4a16": (("sarqc_kernels.w4a16", "L0"), ()),
     "sarqc_kernels.dequant": (("sarqc_kernels.dequant", "L0"), ()),
+    "sarqc_kernels.vllm_plugin": (("sarqc_kernels.vllm_plugin", "sarqc_kernels.w4a16", "L0"), ("vllm",)),
     # tries every operation, and nothing imports it but `sarqc doctor`
     "sarqc_kernels.selftest": (("sarqc_kernels",), ()),
     "sarqc_kernels": (("L0",), ()),
@@ -91,6 +92,7 @@ GUARDED = (
     "typer",
     "yaml",
     "triton",
+    "vllm",
 )
 PURE_ROOMS = ("sarqc.method", *CONFIG)
 IMPURE = ("pathlib", "logging", "tqdm")

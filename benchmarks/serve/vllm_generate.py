@@ -45,7 +45,9 @@ PROMPTS = (
 TOKENS = 24
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
-TELLING = re.compile(r"Using \w+ for \w+|\w+Error: |does not support the deployment configuration since")
+TELLING = re.compile(
+    r"sarqc does not take|Using \w+ for \w+|\w+Error: |does not support the deployment configuration since"
+)
 
 
 def serve(request: Path) -> None:

@@ -6,18 +6,20 @@ are converted one at a time and written a shard at a time; at the end each is re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sarqc.checkpoint.assemble import MERGE_BYTES, Sums, assemble
 from sarqc.checkpoint.differences import difference, other_names
 from sarqc.checkpoint.file_sums import record_files
 from sarqc.checkpoint.formats import Format, quantization_of
+from sarqc.checkpoint.formats.stacked import stack_of
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.state import ChunkedTensor, write_shard
@@ -44,6 +46,11 @@ class Conversion:
         target.check(self.quant)
         for linear in checkpoint.linears():
             target.check_layer(linear, checkpoint.describe(linear).shape, self.quant)
+        for name in checkpoint.names():
+            if checkpoint.linear(name) is None:
+                target.check_dense(name, checkpoint.shape(name))
+        for members in units(checkpoint.names(), target):
+            self._check_alike(members)
 
     def write(self, folder: Path, *, code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
         """Write it into the empty `folder`, side files included, and read all of it back.
@@ -69,22 +76,52 @@ class Conversion:
     def _write(self, folder: Path, progress: Progress | None) -> None:
         """Shards of about `MERGE_BYTES`, which is also what memory holds of converted tensors."""
         names, shards = self.checkpoint.names(), list[tuple[Path, Sums]]()
-        held, size = dict[str, Tensor](), 0
-        for done, name in enumerate(names, 1):
-            stored = self.checkpoint.stored(name)
-            if isinstance(stored, Tensor):
-                tensors = {name: stored}
-            else:
-                tensors = self.target.pack(name.removesuffix(".weight"), stored, self.quant.at(stored.bits))
+        held, size, done = dict[str, Tensor](), 0, 0
+        for members in units(names, self.target):
+            tensors = self._joined(members)
             held |= tensors
             size += sum(tensor.nbytes for tensor in tensors.values())
             if size > MERGE_BYTES:
                 path = folder / f".{len(shards)}.safetensors"
                 shards.append((path, write_shard(path, held)))
                 held, size = {}, 0
-            if progress is not None:
-                progress(done, len(names), name)
+            for name in members:
+                done += 1
+                if progress is not None:
+                    progress(done, len(names), name)
         assemble(folder, shards, {name: ChunkedTensor.of(tensor) for name, tensor in held.items()})
+
+    def _joined(self, members: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors on disk of one of the dense view, or of the matrices of a stack."""
+        found: dict[str, list[Tensor]] = {}
+        for name in members:
+            for full, tensor in self._packed(name).items():
+                found.setdefault(stacked_name(full, self.target)[0], []).append(tensor)
+        alone = stacked_name(members[0], self.target)[0] == members[0]
+        return {name: parts[0] if alone else torch.stack(parts) for name, parts in found.items()}
+
+    def _check_alike(self, members: Sequence[str]) -> None:
+        """`CheckpointError` where the matrices of a stack differ in what one tensor has to have alike."""
+        kinds = {name: self._kind(name) for name in members}
+        first = members[0]
+        for name, kind in kinds.items():
+            if kind != kinds[first]:
+                raise CheckpointError(
+                    f"{name!r} has other bits, shape or dtype than {first!r}, where {self.target.name} keeps all "
+                    "experts of a layer in one tensor: use format compressed-tensors"
+                )
+
+    def _kind(self, name: str) -> tuple[object, ...]:
+        linear = self.checkpoint.linear(name)
+        bits = self.checkpoint.describe(linear).bits if linear else None
+        return self.checkpoint.shape(name), self.checkpoint.dtype(name), bits
+
+    def _packed(self, name: str) -> dict[str, Tensor]:
+        """The tensors on disk of one of the dense view."""
+        stored = self.checkpoint.stored(name)
+        if isinstance(stored, Tensor):
+            return {name: stored}
+        return self.target.pack(name.removesuffix(".weight"), stored, self.quant.at(stored.bits))
 
     def _checked(self, folder: Path) -> dict[str, Any]:
         """Read all of it back; what it is in numbers, or `CheckpointError`."""
@@ -103,6 +140,20 @@ class Conversion:
                 **stored.record(),
                 "quantized_linears": stored.quantized_linears,
             }
+
+
+def stacked_name(name: str, target: Format) -> tuple[str, int]:
+    """What a tensor is called in the format: its stack and its place there, or itself."""
+    return (stack_of(name) if target.stacked else None) or (name, 0)
+
+
+def units(names: Sequence[str], target: Format) -> list[list[str]]:
+    """Names that are written together: the experts of a stack in order, where the format has any; others alone."""
+    stacks: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        stack, expert = stacked_name(name, target)
+        stacks.setdefault(stack, []).append((expert, name))
+    return [[name for _, name in sorted(members)] for members in stacks.values()]
 
 
 def spec_of(checkpoint: Checkpoint) -> tuple[QuantConfig, dict[str, int]]:

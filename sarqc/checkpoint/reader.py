@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sarqc.checkpoint.files import file_in, read_json
 from sarqc.checkpoint.formats import FORMATS, DenseInfo, detect, quantization_of
+from sarqc.checkpoint.formats.stacked import experts_of
 from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.low_precision import Expanded, dense_view, is_low_precision
 from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
@@ -77,6 +78,7 @@ class Checkpoint:
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
         self._slabs: dict[str, ExpertSlice] = {}
+        self._rows = self._rows_of_stacks()
         self.expanded: Mapping[str, Expanded] = {}
         hidden: frozenset[str] = frozenset()
         if low:
@@ -86,13 +88,32 @@ class Checkpoint:
         self._linears = {} if low else self._quantized_linears()
         packed = {name for names in self._linears.values() for name in names}
         dense = {f"{linear}.weight" for linear in self._linears}
-        self._names = sorted((self._home.keys() - packed - hidden) | dense | self.expanded.keys())
+        self._names = sorted((self.parts() - packed - hidden) | dense | self.expanded.keys())
+
+    def _rows_of_stacks(self) -> dict[str, tuple[str, int]]:
+        """Where each tensor of a single expert lies, in a format that has one tensor of those of all experts."""
+        if self.format is None or not self.format.stacked:
+            return {}
+        found = {}
+        for stack, shard in self._home.items():
+            count = (shard.entries[stack].shape or (0,))[0]
+            for expert, name in enumerate(experts_of(stack, count, self._quantization)):
+                found[name] = (stack, expert)
+        return found
+
+    def parts(self) -> set[str]:
+        """Names of the tensors on disk, those of single experts in the place of stacks."""
+        return (self._home.keys() - set(self.stacks())) | self._rows.keys()
+
+    def stacks(self) -> list[str]:
+        """Tensors on disk that hold those of several experts; `raw_load` gives both."""
+        return list(dict.fromkeys(stack for stack, _ in self._rows.values()))
 
     def _quantized_linears(self) -> dict[str, tuple[str, ...]]:
         """Names of the tensors on disk of each quantized Linear; refuses what no format explains."""
         if self.format is not None:
             with self._named():
-                return self.format.linears(self._home, self._quantization)
+                return self.format.linears(self.parts(), self._quantization)
         if self._quantization:
             method = self._quantization.get("quant_method")
             raise CheckpointError(
@@ -222,10 +243,16 @@ class Checkpoint:
 
     def raw_entry(self, name: str) -> Entry:
         """Dtype and shape on disk of tensor `name`."""
+        if name in self._rows:
+            entry = self.raw_entry(self._rows[name][0])
+            return Entry(entry.dtype, entry.shape[1:], 0)
         return self._shard(name).entries[name]
 
     def raw_load(self, name: str) -> Tensor:
         """Tensor `name` as it is on disk, bit for bit, on the CPU in memory of its own."""
+        if name in self._rows:
+            stack, expert = self._rows[name]
+            return self._shard(stack).load_row(stack, expert)
         return self._shard(name).load(name)
 
     @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sarqc.checkpoint.files import file_in, write_json
-from sarqc.checkpoint.formats import detect
+from sarqc.checkpoint.formats import FORMATS, detect
 from sarqc.conventions import SIDE_FILES
 from sarqc.errors import CheckpointError
 
@@ -52,15 +52,18 @@ def copy_side_files(source: Path | str, out: Path | str, code: bool = False) -> 
 def write_config(out: Path | str, config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> Path:
     """Writes `config` as config.json of the folder `out`, with `quantization` as its quantization_config.
 
-    None writes the config of an unquantized model; what was under that key before is dropped in both cases. Files that
-    readers of the format want beside it are written too.
+    None writes the config of an unquantized model. What was under that key, and under another that a format has, is
+    dropped in both cases. Files that readers of the format want beside it are written too.
     """
-    merged = {key: value for key, value in config.items() if key != "quantization_config"}
-    if quantization is not None:
-        merged["quantization_config"] = dict(quantization)
+    every = {key for known in FORMATS.values() for key in known.keys}
+    merged = {key: value for key, value in config.items() if key not in every}
     path = Path(out) / "config.json"
+    known = None if quantization is None else detect({"quantization_config": quantization})
+    if quantization is not None:
+        merged = (known.also(merged) if known else {}) | merged
+        merged |= {key: dict(quantization) for key in (known.keys if known else ("quantization_config",))}
     write_json(path, merged)
-    if (known := detect(merged)) is not None:
-        for name, content in known.side_files(merged["quantization_config"]).items():
+    if known is not None and quantization is not None:
+        for name, content in known.side_files(quantization).items():
             write_json(path.with_name(name), content)
     return path

@@ -63,7 +63,7 @@ def refuse_overflow(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
 def problems(
     checkpoint: Checkpoint, on_tensor: Callable[[str], None] | None = None, beside: Beside | None = None
 ) -> Iterator[str]:
-    """Everything that is wrong with an open checkpoint, a line each. Every tensor is read once.
+    """Everything that is wrong with an open checkpoint, a line each. Every tensor is read once, stacked experts twice.
 
     Headers agree with the index (seen when it was opened), every promised byte can be read, every tensor and every file
     beside the weights is the one of the manifest bit for bit, packed tensors have the shapes that the config defines
@@ -79,6 +79,9 @@ def problems(
     yield from changed_files(checkpoint.folder)
     if manifest is not None:
         yield from _names(checkpoint, manifest)
+        for stack in checkpoint.stacks():
+            if stack in manifest:
+                yield from _changed(checkpoint, stack, checkpoint.raw_load(stack), manifest[stack])
     for name in checkpoint.names():
         linear = checkpoint.linear(name)
         read: dict[str, Tensor] = {}

@@ -29,7 +29,8 @@ def convert(
 ) -> None:
     """Write a quantized checkpoint in another format, with the same codes, scales and zeros.
 
-    Reads compressed-tensors (both 3-bit layouts), GPTQ v1 and v2 without act-order groups, and AWQ gemm.
+    Reads compressed-tensors (both 3-bit layouts), GPTQ v1 and v2 without act-order groups, AWQ gemm, and
+    MLX where each bias is an integer multiple of its scale.
 
     Example: sarqc convert some-model-AWQ -o some-model-ct --format compressed-tensors
     """

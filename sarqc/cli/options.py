@@ -13,7 +13,8 @@ from sarqc.config import QuantConfig, RunConfig
 from sarqc.options import options
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="Local folder, hub id (OWNER/NAME), or 'smollm2', the packaged one.")
+    str,
+    typer.Argument(help="Local folder, hub id (OWNER/NAME or OWNER/NAME@REVISION), or 'smollm2', the packaged one."),
 ]
 DeviceOption = Annotated[str, typer.Option(help=options(RunConfig)["device"].help)]
 DtypeOption = Annotated[

@@ -22,7 +22,8 @@ from sarqc.conventions import DTYPES, SIDE_FILES
 from sarqc.errors import ModelError, first_line
 from sarqc.model.config_only import unquantized_decoder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 _WEIGHTS = "*.safetensors"
 _NEEDED = ["*.json", "*.txt", "*.jinja", *SIDE_FILES]
 _UNWANTED = ["consolidated*", "original/*", f"*/{_WEIGHTS}"]
@@ -32,7 +33,8 @@ _UNWANTED = ["consolidated*", "original/*", f"*/{_WEIGHTS}"]
 def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Folder of a model: a local folder, the packaged `smollm2`, or a hub id, which is downloaded.
 
-    A local folder wins over a hub id of the same name. Raises `ModelError` where there is neither.
+    A hub id is OWNER/NAME or OWNER/NAME@REVISION: a branch, a tag or a commit. A local folder wins over a hub id of the
+    same name. Raises `ModelError` where there is neither.
     """
     folder = _path(model)
     if folder.is_dir():
@@ -41,14 +43,29 @@ def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
         raise ModelError(f"model {str(model)!r} is a file: give the folder that holds config.json and the weights")
     if str(model) == SMOLLM2:
         return smollm2_folder()
-    if not _HUB_ID.fullmatch(str(model)):
-        raise ModelError(f"no model {str(model)!r}: no such folder, and no hub id (OWNER/NAME) or 'smollm2' either")
+    if not is_hub_id(str(model)):
+        raise ModelError(
+            f"no model {str(model)!r}: no such folder, and no hub id (OWNER/NAME or OWNER/NAME@REVISION) or 'smollm2' "
+            "either"
+        )
     return _download(str(model), trust_remote_code)
 
 
 def is_local(model: str | Path) -> bool:
     """Whether a model's name stands for something that needs no hub."""
-    return _path(model).exists() or str(model) == SMOLLM2 or not _HUB_ID.fullmatch(str(model))
+    return _path(model).exists() or str(model) == SMOLLM2 or not is_hub_id(str(model))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME or OWNER/NAME@REVISION."""
+    repo, revision = split_revision(name)
+    return HUB_ID.fullmatch(repo) is not None and (revision is None or _REVISION.fullmatch(revision) is not None)
+
+
+def split_revision(hub_id: str) -> tuple[str, str | None]:
+    """The repository of a hub id, and the revision that it names."""
+    repo, at, revision = hub_id.partition("@")
+    return repo, revision if at else None
 
 
 def _path(model: str | Path) -> Path:
@@ -89,7 +106,8 @@ def hub_headers(hub_id: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
-        found = HfApi().get_safetensors_metadata(hub_id).files_metadata.values()
+        repo, revision = split_revision(hub_id)
+        found = HfApi().get_safetensors_metadata(repo, revision=revision).files_metadata.values()
     except (NotASafetensorsRepoError, SafetensorsParsingError):
         return {}
     except Exception as error:  # without a network that of the client's own client, which changes with its versions
@@ -109,11 +127,45 @@ def _download(hub_id: str, trust_remote_code: bool, *, weights: bool = True) -> 
 
     needed = [*_NEEDED, *([_WEIGHTS] if weights else []), *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=needed, ignore_patterns=_UNWANTED))
+        repo, revision = split_revision(hub_id)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=needed, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"no model {hub_id!r}: no such folder, and the hub did not give it ({first_line(error)})"
         ) from error
+
+
+def upload(folder: Path, repo: str, *, private: bool | None, revision: str | None, code: bool) -> str:
+    """Put the files of a folder into a repository, which is made if it does not exist; the address of the commit.
+
+    Files with a dot in front stay here, Python files without `code` too. `ModelError` where the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            hub.create_branch(repo, branch=revision, exist_ok=True)
+        done = hub.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload a checkpoint quantized by sarqc",
+            ignore_patterns=[".*", "**/.*", *([] if code else ["*.py", "**/*.py"])],
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise ModelError(
+                f"the hub does not let you write to {repo!r} (HTTP {status}): log in with `hf auth login`, or set "
+                "HF_TOKEN to a token that may write there"
+            ) from error
+        raise ModelError(f"the hub refused {repo!r}: {first_line(error)}; the same command resumes") from error
+    except Exception as error:  # without a network that of the client's own client, which changes with its versions
+        raise ModelError(f"{repo!r} was not uploaded: {first_line(error)}; the same command resumes") from error
+    return str(done.commit_url)
 
 
 SMOLLM2 = "smollm2"

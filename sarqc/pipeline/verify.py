@@ -104,7 +104,7 @@ def check(
     found = Verified(folder)
     try:
         with open_checkpoint(folder) as checkpoint:
-            steps = _Steps(progress, len(checkpoint.raw_names()))
+            steps = _Steps(progress, len(checkpoint.parts()))
             found.manifest, found.files = (folder / MANIFEST).exists(), has_record(folder)
             if source is not None:
                 _split_alike(checkpoint, source, trust_remote_code)

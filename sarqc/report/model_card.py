@@ -15,13 +15,12 @@ from typing import Any
 
 from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
 from sarqc.model.dataset import NAMELESS
-from sarqc.model.hub import SMOLLM2
+from sarqc.model.hub import SMOLLM2, is_hub_id, split_revision
 from sarqc.options import command_words, default_of, record
 from sarqc.report import summary
 from sarqc.report.svg import text
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BASES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _TERMS = ("license", "license_name", "license_link")
 _PLAIN = r"[\w.:/+-]+"
@@ -49,7 +48,11 @@ def card(report: summary.Report) -> str:
         "Activations stay in 16 bits.",
         "## Run",
         "From inside this folder. Elsewhere replace the dot by its path or its hub id.",
-        *(_fenced(line, "bash") for server, line in _SERVERS.items() if summary.serves(report, server) is not False),
+        *(
+            _fenced(line, "bash")
+            for server, line in _servers(report).items()
+            if summary.serves(report, server) is not False
+        ),
         _fenced(_loading(report), "python"),
         _readers(report),
         "## What was done",
@@ -85,7 +88,7 @@ def base_name(model: str) -> str:
     """What the model is called: a hub id, or a folder's own name without the path to it."""
     if model in _BASES:
         return _BASES[model]
-    return model if _HUB_ID.fullmatch(model) else model.rstrip("/").rpartition("/")[2] or "model"
+    return model if is_hub_id(model) else model.rstrip("/").rpartition("/")[2] or "model"
 
 
 def command(report: summary.Report) -> str:
@@ -127,16 +130,26 @@ tokenizer = AutoTokenizer.from_pretrained(".")"""
 
 def _loading(report: summary.Report) -> str:
     """What loads the folder, with what transformers needs for it."""
+    if _format_name(report) == MLX:
+        return 'import sarqc  # where there is no MLX\n\nmodel, tokenizer = sarqc.load(".")'
     alone = _format_name(report) == "compressed-tensors" and report["quant"]["sym"]
     return _LOADING if alone else f"import sarqc  # so that transformers reads it\n{_LOADING}"
 
 
 _SERVERS = {"vLLM": "vllm serve .", "SGLang": "python -m sglang.launch_server --model-path ."}
+MLX = "mlx"
+
+
+def _servers(report: summary.Report) -> dict[str, str]:
+    """A command line for each server that may read the folder."""
+    return {"mlx-lm": "mlx_lm.generate --model . --prompt hello"} if _format_name(report) == MLX else _SERVERS
 
 
 def _readers(report: summary.Report) -> str:
     """Runtimes that support the folder, and what they need for it."""
     quant, format = report["quant"], _format_name(report)
+    if format == MLX:
+        return "mlx-lm reads the format from config.json; vLLM, SGLang and transformers do not read it."
     said = ["The servers read the format from config.json."]
     for server in _SERVERS:
         if (taken := summary.serves(report, server)) is None:
@@ -162,13 +175,13 @@ def _front_matter(report: summary.Report) -> str:
     from huggingface_hub import ModelCardData
 
     model, bits = report["model"], _bits(report["quant"])
-    base = _BASES.get(model) or (model if _HUB_ID.fullmatch(model) else None)
+    base = _BASES.get(model) or (split_revision(model)[0] if is_hub_id(model) else None)
     source = report.get("source", {})
     stated = {term: source[term] for term in _TERMS if re.fullmatch(_PLAIN, str(source.get(term, "")))}
     values: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": "quantized" if base else None,
-        "library_name": "transformers",
+        "library_name": "mlx" if _format_name(report) == MLX else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["sarqc", "quantized", _format_name(report), f"w{bits:g}a16"],
         **stated,

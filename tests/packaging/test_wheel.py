@@ -68,7 +68,7 @@ def test_it_is_pure_and_holds_what_it_needs(wheel):
                for path in package.rglob("*.py")}  # fmt: skip
     assert modules == {name for name in names if name.endswith(".py")}
     assert {name.split("/")[0] for name in names} == {"sarqc", "sarqc_kernels", f"sarqc-{sarqc.__version__}.dist-info"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "data", "eval", "serve", "docs", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "data", "eval", "serve", "vllm", "docs", "dev"}
 
 
 def test_what_it_installs_finds_its_sources_and_answers(wheel, tmp_path):

@@ -12,11 +12,12 @@ from sarqc.checkpoint.formats.awq import Awq
 from sarqc.checkpoint.formats.base import DenseInfo, Format
 from sarqc.checkpoint.formats.compressed_tensors import CompressedTensors
 from sarqc.checkpoint.formats.gptq import Gptq
+from sarqc.checkpoint.formats.mlx import Mlx
 from sarqc.errors import CheckpointError
 
 __all__ = ["FORMATS", "NEUTRAL", "DenseInfo", "Format", "detect", "quantization_of"]
 
-_TABLE: tuple[Format, ...] = (CompressedTensors(), Gptq("gptq"), Gptq("gptq_v2"), Awq())
+_TABLE: tuple[Format, ...] = (CompressedTensors(), Gptq("gptq"), Gptq("gptq_v2"), Awq(), Mlx())
 
 FORMATS: dict[str, Format] = {known.name: known for known in _TABLE}
 """Formats by the name that --format gives them. `gptq` writes version 1 for symmetric weights and 2 for others."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import DenseInfo, TensorInfo
+from sarqc.checkpoint.formats.base import DenseInfo, FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
@@ -49,7 +49,7 @@ _PARTS = {"qweight", "qzeros", "scales"}
 _SCALES = (torch.float16, torch.bfloat16)
 
 
-class Awq:
+class Awq(FormatDefaults):
     """The layout `gemm` of AWQ. Stateless."""
 
     name = "awq"
@@ -102,10 +102,6 @@ class Awq:
     def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
         """`modules_to_not_convert`, and `lm_head`, which AWQ never takes."""
         return (*without_fused(strings(quantization, "modules_to_not_convert")), "lm_head")
-
-    def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-        """None: config.json says it all."""
-        return {}
 
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""

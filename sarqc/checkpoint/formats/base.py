@@ -47,6 +47,14 @@ class Format(Protocol):
     def name(self) -> str:
         """Name in the table."""
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of config.json that `quantization` stands under."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the matrices of all experts of a layer are one tensor, under the names of `stacked`."""
+
     def detects(self, quantization: Mapping[str, Any]) -> bool:
         """Whether `quantization` says that a checkpoint is in this format."""
 
@@ -55,6 +63,9 @@ class Format(Protocol):
 
     def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Refuses a Linear whose weight [N, K] the format cannot hold; called for each before calibration starts."""
+
+    def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuses a tensor that is not quantized and cannot stand beside those that are."""
 
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The tensors on disk, by full name, of `weight` (E = 1), which must be as `quant` says."""
@@ -66,6 +77,9 @@ class Format(Protocol):
 
         widths: bits of every quantized Linear, where `quant` lets them differ (`avg_bits`).
         """
+
+    def also(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys that readers of the format want in config.json and that `config`, the model's own, may lack."""
 
     def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
         """What a config names as left unquantized, without its patterns: the other way round of `config`."""
@@ -87,3 +101,24 @@ class Format(Protocol):
 
     def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
         """Codes, scales and zeros of `linear`; E = 1."""
+
+
+class FormatDefaults:
+    """What most formats have in common."""
+
+    keys: tuple[str, ...] = ("quantization_config",)
+    stacked = False
+
+    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
+        """Any size that has whole groups can be held."""
+
+    def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
+        """Any tensor can stand beside the quantized ones."""
+
+    def also(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """None: the model's config has all they want."""
+        return {}
+
+    def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """None: config.json says it all."""
+        return {}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import DenseInfo, TensorInfo
+from sarqc.checkpoint.formats.base import DenseInfo, FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, say, strings, whole_linears
 from sarqc.checkpoint.formats.compressed_tensors_config import (
     LAYOUT,
@@ -46,7 +46,7 @@ _SCALES = (torch.bfloat16, torch.float16, torch.float32)
 _PART = re.compile(r"(?P<linear>.+)\.(?P<part>weight_(?:packed|scale|shape|zero_point|g_idx))")
 
 
-class CompressedTensors:
+class CompressedTensors(FormatDefaults):
     """The format `pack-quantized` of compressed-tensors. Stateless."""
 
     name = "compressed-tensors"
@@ -59,9 +59,6 @@ class CompressedTensors:
         """Everything that a `QuantConfig` can say from 2 to 8 bits can be held."""
         if not 2 <= quant.bits <= 8:
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name} {LAYOUT}: use 2 to 8")
-
-    def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
-        """Any size can be held: the last word of a row may be part empty."""
 
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The three (symmetric) or four tensors of `linear`, on the device of `weight`.
@@ -110,10 +107,6 @@ class CompressedTensors:
     def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
         """Plain names in `ignore`; its patterns are not names."""
         return tuple(name for name in strings(quantization, "ignore") if not name.startswith("re:"))
-
-    def side_files(self, quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-        """None: config.json says it all."""
-        return {}
 
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""

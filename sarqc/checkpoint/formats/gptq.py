@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import DenseInfo, TensorInfo
+from sarqc.checkpoint.formats.base import DenseInfo, FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
@@ -61,7 +61,7 @@ _SCALES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(FormatDefaults):
     """One row of the table. name: "gptq" or "gptq_v2", which is also the version that it detects."""
 
     name: str

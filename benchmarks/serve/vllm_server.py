@@ -1,0 +1,156 @@
+"""`vllm serve` with sarqc's kernels, asked over HTTP: are its greedy tokens those of transformers?
+
+    python -m benchmarks.serve.vllm_server VLLM NAME=FOLDER [NAME=FOLDER ...] [--device cuda] [-- OPTIONS OF VLLM SERVE]
+
+VLLM is the `vllm` command of an environment of its own, in which sarqc is installed beside it
+(`pip install --no-deps -e .`); for its CPU build see vllm_generate.py. Every checkpoint is served twice on loopback,
+with SARQC_VLLM=1 and without, and asked through the OpenAI-compatible interface. Beside the tokens of
+`model.generate` in transformers (weights packed, the same dtype) stands what `vllm_generate` explains: how far behind
+the likeliest token vLLM's is at worst, where they part.
+
+On a GPU: `--device cuda -- --tensor-parallel-size 2`, for example. That has not run.
+
+Writes SERVER.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serve.vllm_generate import CPU, PROMPTS, QUIET, TOKENS, agreement, processor, telling
+
+RESULTS = Path(__file__).parent / "SERVER.md"
+STARTS = 900  # seconds that a server may take to start
+VARIABLE = "SARQC_VLLM"
+
+
+@contextmanager
+def serving(vllm: str, folder: str, ours: bool, device: str, options: Sequence[str], log: Path) -> Iterator[str | None]:
+    """A server on loopback: its address, or None where it ended instead of starting. `log` takes what it prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | QUIET | (CPU if device == "cpu" else {}) | {VARIABLE: str(int(ours))}
+    environment.pop("PYTHONPATH", None)
+    command = [vllm, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
+    command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", *options]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
+        try:
+            yield f"http://127.0.0.1:{port}" if _up(process, port) else None
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _up(process: subprocess.Popen[bytes], port: int) -> bool:
+    for _ in range(STARTS):
+        if process.poll() is not None:
+            return False
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(1)
+    return False
+
+
+def completion(address: str, prompt: Sequence[int]) -> list[int]:
+    """Greedy tokens after a prompt, as /v1/completions returns them."""
+    asked = {"model": "model", "prompt": list(prompt), "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{address}/v1/completions",
+        json.dumps(asked | {"return_token_ids": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return list(found["choices"][0]["token_ids"])
+
+
+def section(name: str, folder: str, args: argparse.Namespace, options: Sequence[str]) -> str:
+    """Markdown of one checkpoint."""
+    import torch
+
+    import sarqc
+
+    model, tokenizer = sarqc.load(folder, device=args.device, dtype="bfloat16")
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    alone = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        made = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        alone.append(made[0, len(prompt) :].tolist())
+    lines = [f"## {name}", ""]
+    for ours in (True, False):
+        with tempfile.TemporaryDirectory() as place:
+            log = Path(place) / "log"
+            with serving(args.vllm, str(Path(folder).resolve()), ours, args.device, options, log) as address:
+                said = [completion(address, prompt) for prompt in prompts] if address else None
+            told = telling(log.read_text(errors="replace"))
+        lines += [f"### {VARIABLE}={int(ours)}", ""]
+        if said is None:
+            lines += ["vLLM refuses it.", ""]
+        else:
+            lines += [
+                "| prompt | vLLM's continuation | first tokens equal to transformers' | likeliest |",
+                "|---|---|---|---|",
+            ]
+            for text, prompt, mine, theirs in zip(PROMPTS, prompts, alone, said):
+                same = next((at for at, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1]), TOKENS)
+                shown = json.dumps(tokenizer.decode(theirs), ensure_ascii=False).replace("|", "\\|")
+                lines.append(f"| {text} | `{shown}` | {same} of {TOKENS} | {agreement(model, prompt, theirs)} |")
+            lines.append("")
+        lines += ["```", *told[-12:], "```", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    own, options = sys.argv[1:], []
+    if "--" in own:
+        at = own.index("--")
+        own, options = own[:at], own[at + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vllm", help="the vllm command of its environment")
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(own)
+    from sarqc.system import versions
+
+    parts = []
+    for one in args.checkpoints:
+        parts.append(section(*one.split("=", 1), args, options))
+        print(parts[-1], flush=True)
+    version = subprocess.run([args.vllm, "--version"], capture_output=True, text=True).stdout.split()[-1]
+    here = ", ".join(f"{name} {number}" for name, number in versions().items())
+    lines = [
+        "# A vLLM server with sarqc's kernels",
+        "",
+        "Made by `python -m benchmarks.serve.vllm_server VLLM NAME=FOLDER ...` "
+        f"with `{' '.join(['--device', args.device, *options])}`; that file says how to read it.",
+        "",
+        f"Machine: {os.cpu_count()} cores, {processor()}. vLLM {version}. Transformers' side: {here}.",
+        "",
+    ]
+    args.results.write_text("\n".join([*lines, *parts]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
