@@ -53,13 +53,8 @@ class Cell:
 
     def record(self) -> dict[str, Any]:
         """What the cell is, as JSON values."""
-        return {
-            "method": self.label,
-            "bits": self.quant.bits,
-            "group_size": self.quant.group_size,
-            "windows": self.windows,
-            "seed": self.seed,
-        }
+        values = (self.label, self.quant.bits, self.quant.group_size, self.windows, self.seed)
+        return dict(zip(tables.IDENTITY, values))
 
 
 @dataclass(frozen=True)
@@ -89,13 +84,7 @@ class Other:
 
     def record(self) -> dict[str, Any]:
         """What it says it is, as JSON values."""
-        return {
-            "method": self.method,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "windows": self.windows,
-            "seed": self.seed,
-        }
+        return {name: getattr(self, name) for name in tables.IDENTITY}
 
 
 @dataclass
