@@ -30,7 +30,7 @@ from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
 from sarqc.model.calibration_data import calibration_windows
 from sarqc.model.lazy_model import LazyModel
-from sarqc.model.source import Overlay
+from sarqc.model.source import PatchedSource
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import record
 from sarqc.pipeline import driver, passage
@@ -176,7 +176,7 @@ def measure(experiment: Experiment, cell: Cell, detail: Detail) -> dict[str, Any
         for result in _solved(experiment, cell, detail):
             solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
             reports += result.reports
-            after = Overlay(experiment.checkpoint, result.weights, result.changed)
+            after = PatchedSource(experiment.checkpoint, result.weights, result.changed)
             experiment.judge.load_block(result.index, after, experiment.device, experiment.dtype)
             for each in passages:
                 each.through(result.index)

@@ -109,7 +109,7 @@ class StateDictSource:
         return self._tensors[name]
 
 
-class Overlay:
+class PatchedSource:
     """A source with some linear layers quantized in memory: what a checkpoint of them would read back as.
 
     quantized: by name without ".weight", E = 1. changed: other tensors that take the place of the source's.
