@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.files import file_in, read_json
-from sarqc.checkpoint.formats import FORMATS, DenseInfo, detect, quantization_of
+from sarqc.checkpoint.formats import FORMATS, detect, quantization_of
 from sarqc.checkpoint.formats.stacked import experts_of
 from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.low_precision import Expanded, dense_view, is_low_precision
@@ -29,7 +29,7 @@ from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
 from sarqc.config import QuantConfig
 from sarqc.conventions import ExpertSlice
 from sarqc.errors import CheckpointError
-from sarqc.method.weight import QuantizedWeight
+from sarqc.method.weight import QuantizedWeight, WeightInfo
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Checkpoint:
         """Names of the quantized Linears, without ".weight"."""
         return list(self._linears)
 
-    def describe(self, linear: str) -> DenseInfo:
+    def describe(self, linear: str) -> WeightInfo:
         """What the quantized Linear `linear` is, after checking its tensors against each other; reads no weights."""
         self.raw_members(linear)
         assert self.format is not None

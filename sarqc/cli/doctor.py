@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sarqc.cli.options import JsonOption, print_json, stdout
+from sarqc.cli.options import JsonOption, facts, print_json, stdout
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -35,10 +35,7 @@ def _shown(found: dict[str, Any]) -> Group:
 def _machine(found: dict[str, Any]) -> Table:
     from sarqc.report.summary import human
 
-    table = Table(title="machine", title_justify="left", title_style="bold", show_header=False, box=None,
-                  padding=(0, 2, 0, 0))  # fmt: skip
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = facts("machine")
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     table.add_row("python", f"{found['machine']['python']} on {found['machine']['platform']}")
     for gpu in found["gpus"]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from sarqc.config import QuantConfig, RunConfig
 from sarqc.options import options
@@ -62,6 +63,15 @@ def stderr() -> Console:
 def sentence(console: Console, text: str) -> None:
     """Print a line as it is: a terminal has it broken between words, a file or a pipe whole."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def facts(title: str | None = None) -> Table:
+    """A table of two columns, what and its value."""
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "padding": (0, 2, 0, 0)}
+    table = Table(title=title, show_header=False, box=None, **look)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
 
 
 def print_json(values: dict[str, Any]) -> None:

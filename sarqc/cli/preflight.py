@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sarqc.cli.options import facts
+
 if TYPE_CHECKING:
     from sarqc.estimation.preflight import Preflight
     from sarqc.serving.rules import RuntimeSupport
@@ -22,22 +24,22 @@ def show(console: Console, found: Preflight) -> None:
     for note in found.notes:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
     console.print(_layers(found))
-    facts = _plain()
+    known = facts()
     text = f"{found.windows} sequences of {found.seqlen} tokens" if found.windows else "none"
-    facts.add_row("text", text)
+    known.add_row("text", text)
     ranks = f" on {found.ranks} ranks" if found.ranks > 1 else ""
-    facts.add_row("runs on", f"{found.device} in {found.dtype}{ranks}")
+    known.add_row("runs on", f"{found.device} in {found.dtype}{ranks}")
     stages = "  ".join(
         f"{one.stage} {human(one.host)}" + (f"+{human(one.device)}" if one.device else "") for one in found.memory
     )
-    facts.add_row("memory", f"{stages}" + ("  (host+device)" if any(one.device for one in found.memory) else ""))
-    facts.add_row("buffers", _waiting(found))
+    known.add_row("memory", f"{stages}" + ("  (host+device)" if any(one.device for one in found.memory) else ""))
+    known.add_row("buffers", _waiting(found))
     for disk in found.disk:
         paths = escape(" and ".join(disk.paths))
-        facts.add_row("disk", f"{human(disk.needed)} of {human(disk.free)} free, for {paths}")
+        known.add_row("disk", f"{human(disk.needed)} of {human(disk.free)} free, for {paths}")
     spent = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.time.seconds.items())
-    facts.add_row("time", f"{spent}; basis: {found.time.basis}")
-    console.print(facts)
+    known.add_row("time", f"{spent}; basis: {found.time.basis}")
+    console.print(known)
     console.print(_serve(found.serve))
     for line, where in _failures(found.serve).items():
         console.print(f"[red]fails[/] {escape(line)}  [dim]{', '.join(where)}[/]", highlight=False)
@@ -58,13 +60,6 @@ def _waiting(found: Preflight) -> str:
     elif found.blocks > 1:
         said.append("no prefetch: there is no memory for it")
     return "; ".join(said) or "nothing"
-
-
-def _plain() -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
 
 
 def _layers(found: Preflight) -> Table:

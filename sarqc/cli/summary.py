@@ -9,12 +9,14 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from sarqc.cli.options import facts
+
 
 def run_summary(out: Path, report: dict[str, Any]) -> Table:
     """What a run did, in a dozen lines."""
     from sarqc.report.summary import serves, verdict
 
-    table = _facts("quantized")
+    table = facts("quantized")
     table.add_row("checkpoint", escape(str(out)))
     for row in _report_rows(report):
         table.add_row(*row)
@@ -29,7 +31,7 @@ def checkpoint_summary(found: dict[str, Any]) -> Table:
     """What `inspect` found."""
     from sarqc.report.summary import counted, human
 
-    table = _facts("checkpoint")
+    table = facts("checkpoint")
     table.add_row("folder", escape(found["folder"]))
     table.add_row("format", found["format"])
     table.add_row("tensors", f"{found['tensors']} in {counted(found['shards'], 'file')}, {human(found['bytes'])}")
@@ -73,12 +75,3 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "fallback", escape(f"{site}: {reason}")
     memory = ", ".join(f"{name} {human(mib * 2**20)}" for name, mib in report["peak_memory_mib"].items())
     yield "cost", escape(f"{report['seconds']['total']:.0f} s, peak memory {memory}")
-
-
-def _facts(title: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table

@@ -30,7 +30,7 @@ from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
 from sarqc.model.calibration_data import windows
 from sarqc.model.lazy_model import LazyModel
-from sarqc.model.source import Overlay
+from sarqc.model.source import PatchedSource
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import record
 from sarqc.pipeline import driver, passage
@@ -53,13 +53,8 @@ class Cell:
 
     def record(self) -> dict[str, Any]:
         """What the cell is, as JSON values."""
-        return {
-            "method": self.label,
-            "bits": self.quant.bits,
-            "group_size": self.quant.group_size,
-            "windows": self.windows,
-            "seed": self.seed,
-        }
+        values = (self.label, self.quant.bits, self.quant.group_size, self.windows, self.seed)
+        return dict(zip(tables.IDENTITY, values))
 
 
 @dataclass(frozen=True)
@@ -89,13 +84,7 @@ class Other:
 
     def record(self) -> dict[str, Any]:
         """What it says it is, as JSON values."""
-        return {
-            "method": self.method,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "windows": self.windows,
-            "seed": self.seed,
-        }
+        return {name: getattr(self, name) for name in tables.IDENTITY}
 
 
 @dataclass
@@ -189,7 +178,7 @@ def measure(experiment: Experiment, cell: Cell, detail: Detail) -> dict[str, Any
         for result in _solved(experiment, cell, detail):
             solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
             reports += result.reports
-            after = Overlay(experiment.checkpoint, result.weights, result.changed)
+            after = PatchedSource(experiment.checkpoint, result.weights, result.changed)
             experiment.judge.load_block(result.index, after, experiment.device, experiment.dtype)
             for each in passages:
                 each.through(result.index)

@@ -19,8 +19,10 @@ from sarqc.report.svg import Axes, Ranked, Series, beside, line_chart, ranked_ch
 
 PROTOCOL = 1
 """Raised whenever cells measured before must not stand beside new ones."""
+IDENTITY = ("method", "bits", "group_size", "windows", "seed")
+"""What tells one cell from another, and from a checkpoint of another tool."""
 METRICS = ("perplexity", "agreement", "kl")
-_CSV = ("method", "bits", "group_size", "windows", "seed", "text", *METRICS, "error", "seconds")
+_CSV = (*IDENTITY, "text", *METRICS, "error", "seconds")
 
 Row = dict[str, Any]
 
@@ -47,7 +49,7 @@ def as_csv(found: dict[str, Any]) -> str:
         out.writerow(["unquantized", "", "", "", "", entry["text"], entry["perplexity"], 1.0, 0.0, "", ""])
     for cell in found["cells"]:
         for text, quality in cell["quality"].items():
-            what = [cell[key] for key in ("method", "bits", "group_size", "windows", "seed")]
+            what = [cell[key] for key in IDENTITY]
             out.writerow([*what, text, *(quality[m] for m in METRICS), cell["error"], cell["seconds"]["total"]])
     return lines.getvalue()
 

@@ -1,7 +1,7 @@
 """`from_pretrained` of transformers on a quantized checkpoint, with the weights packed: a quantizer of its kind.
 
 transformers builds the model on meta, asks its quantizer what to change, loads what it finds names for, and asks again.
-Here the first question puts packed modules in the places of quantized Linears and expert projections, which only
+Here the first question puts packed modules in the module_slots of quantized Linears and expert projections, which only
 reserve their room, so that a device map counts their bytes; transformers then loads the rest as it always does; and the
 answer to the second fills each packed module from the files, one at a time, on the device that transformers chose for
 it. Which checkpoint tensor belongs where is traced (names.py), not known.
@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import moe
-from sarqc.model.build import Place, gather, places
+from sarqc.model.build import ModuleSlot, gather, module_slots
 from sarqc.model.lazy_model import assemble
 from sarqc.model.packed_linear import PackedWeight, QuantLinear
 from sarqc.model.source import PackedSource
@@ -68,7 +68,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
         super().__init__(quantization_config, **kwargs)
         self._open = open_source
         self._folder = Path()
-        self._places: list[Place] = []
+        self._slots: list[ModuleSlot] = []
         self._dense: dict[str, tuple[TensorSlice, ...]] = {}
         self._packers: dict[str, Packer] = {}
         self._dtype = torch.float32
@@ -99,16 +99,16 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
         """Put packed modules where every matrix is quantized and alike; note which parameters are to be expanded."""
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         taken = set()
-        for place in places(model, slices):
-            weight = gather(place.slices, described)
-            if weight is None or f"{place.path}.weight" in tied:
+        for slot in module_slots(model, slices):
+            weight = gather(slot.slices, described)
+            if weight is None or f"{slot.path}.weight" in tied:
                 continue
-            module = place.put(weight, "meta", self._dtype)
+            module = slot.put(weight, "meta", self._dtype)
             if not isinstance(module, QuantLinear):  # its owner would fill parameters that it no longer has
-                setattr(place.owner, _INITIALIZED, True)
-            self._places.append(place)
-            taken |= {stored.name for stored in place.slices}
-        if any(moe.is_experts(place.owner) for place in self._places):
+                setattr(slot.owner, _INITIALIZED, True)
+            self._slots.append(slot)
+            taken |= {stored.name for stored in slot.slices}
+        if any(moe.is_experts(slot.owner) for slot in self._slots):
             moe.use_sorted_experts(model)
         for parameter, found in slices.items():
             if any(stored.linear in self._packers and stored.name not in taken for stored in found):
@@ -125,9 +125,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         with self._open(self._folder) as source:
-            for place in self._places:
-                weight = gather(place.slices, source.quantized)
-                module = _packed(model, place)
+            for slot in self._slots:
+                weight = gather(slot.slices, source.quantized)
+                module = _packed(model, slot)
                 assert weight is not None
                 module.fill(weight, module.words.device, self._dtype)
             for parameter, slices in self._dense.items():
@@ -137,9 +137,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The dense tensors by the model's names and the packed ones by the checkpoint's, as it stores them."""
         state: dict[str, Tensor] = dict(model.state_dict())
-        for place in self._places:
-            weight = _packed(model, place).codes()
-            for stored in place.slices:
+        for slot in self._slots:
+            weight = _packed(model, slot).codes()
+            for stored in slot.slices:
                 assert stored.linear is not None
                 state |= self._packers[stored.linear](_part(weight, stored))
         return state, {}
@@ -162,8 +162,8 @@ def _show(model: nn.Module, parameter: str, made: Callable[..., Tensor]) -> None
     owner.register_parameter(leaf, nn.Parameter(made(there.shape, there.device, there.dtype), requires_grad=False))
 
 
-def _packed(model: nn.Module, place: Place) -> PackedWeight:
-    module = model.get_submodule(place.path)
+def _packed(model: nn.Module, slot: ModuleSlot) -> PackedWeight:
+    module = model.get_submodule(slot.path)
     assert isinstance(module, PackedWeight)
     return module
 

@@ -10,6 +10,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class WeightInfo:
+    """What a stored quantized weight is, before its codes are read.
+
+    Attributes:
+        shape: (N, K).
+        dtype: Dtype of its scales.
+        bits: Bits of a code.
+        groups: Groups in a row, G.
+        sym: Whether every zero is the middle code.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    bits: int
+    groups: int
+    sym: bool
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """Codes of E matrices of one shape; a dense layer is E = 1. The weight is (code - zero) * scale.
 

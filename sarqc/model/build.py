@@ -21,7 +21,7 @@ from sarqc.model.packed_linear import PackedWeight, QuantExperts, QuantLinear
 from sarqc.model.source import TensorSource
 from sarqc.model.weight_map import TensorSlice
 
-__all__ = ["Place", "QuantExperts", "QuantLinear", "build", "gather", "places"]
+__all__ = ["ModuleSlot", "QuantExperts", "QuantLinear", "build", "gather", "module_slots"]
 
 
 def build(
@@ -41,16 +41,16 @@ def build(
     lazy.load_outer(source, device, dtype, head=True)
     for index in range(len(lazy.blocks)):
         if packed:  # and what is left dense is loaded afterwards
-            for place in places(lazy.blocks[index], lazy.slices, f"{lazy.prefix}.{index}"):
-                weight = gather(place.slices, source.quantized)
+            for slot in module_slots(lazy.blocks[index], lazy.slices, f"{lazy.prefix}.{index}"):
+                weight = gather(slot.slices, source.quantized)
                 if weight is not None:
-                    place.put(weight, device, dtype or lazy.dtype)
+                    slot.put(weight, device, dtype or lazy.dtype)
         lazy.load_block(index, source, device, dtype)
     return lazy.model
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleSlot:
     """A parameter that may be packed: `leaf` of module `owner`, which is a Linear's parent or an experts module.
 
     path: full name of the packed module that would take it. slices: the checkpoint tensors it is made of.
@@ -70,24 +70,26 @@ class Place:
         else:
             module = QuantExperts(weight, device, dtype)
         if self.leaf in self.owner._modules:
-            self.owner._modules[self.leaf] = module  # in its place: a Sequential runs its modules in their order
+            self.owner._modules[self.leaf] = module  # in its slot: a Sequential runs its modules in their order
         else:
             delattr(self.owner, self.leaf)
             setattr(self.owner, self.leaf, module)
         return module
 
 
-def places(root: nn.Module, slices: Mapping[str, tuple[TensorSlice, ...]], prefix: str = "") -> Iterator[Place]:
+def module_slots(
+    root: nn.Module, slices: Mapping[str, tuple[TensorSlice, ...]], prefix: str = ""
+) -> Iterator[ModuleSlot]:
     """Every parameter below `root` that could be packed; `prefix` is root's full name, under which `slices` has it."""
     modules = dict(root.named_modules(prefix=prefix))
     for path, module in modules.items():
         if isinstance(module, nn.Linear):
             parent, _, leaf = path.rpartition(".")
-            yield Place(modules[parent], leaf, path, slices.get(f"{path}.weight", ()))
+            yield ModuleSlot(modules[parent], leaf, path, slices.get(f"{path}.weight", ()))
         elif moe.is_experts(module):
             for projection in moe.projections(module):
                 name = f"{path}.{projection}"
-                yield Place(module, projection, name, slices[name])
+                yield ModuleSlot(module, projection, name, slices[name])
 
 
 def gather(slices: Sequence[TensorSlice], quantized: Callable[[str], QuantizedWeight | None]) -> QuantizedWeight | None:

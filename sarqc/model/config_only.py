@@ -22,16 +22,16 @@ from sarqc.model.architecture import build_on_meta, language_model, read_config
 
 
 @dataclass(frozen=True)
-class Outline:
+class HeaderSource:
     """A `TensorSource` without tensors. tensors: (shape, dtype) by the checkpoint's names."""
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-    def split(self, slabs: Mapping[str, ExpertSlice]) -> Outline:
-        """The outline with single experts in the place of tensors of all experts."""
+    def split(self, slabs: Mapping[str, ExpertSlice]) -> HeaderSource:
+        """The source with single experts in the place of tensors of all experts."""
         whole = {slab.tensor for slab in slabs.values()}
         plain = {name: header for name, header in self.tensors.items() if name not in whole}
-        return Outline(plain | {name: (slab.shape, self.tensors[slab.tensor][1]) for name, slab in slabs.items()})
+        return HeaderSource(plain | {name: (slab.shape, self.tensors[slab.tensor][1]) for name, slab in slabs.items()})
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -54,15 +54,15 @@ class Outline:
         return None
 
 
-def outline(folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
-    """The outline of the model whose config.json is in `folder`; `ModelError` where that is not a model we take."""
+def header_source(folder: str | Path, *, trust_remote_code: bool = False) -> HeaderSource:
+    """Headers of the model whose config.json is in `folder`; `ModelError` where that is not supported."""
     config = unquantized_decoder(folder, trust_remote_code=trust_remote_code)
     dtype = config.dtype or torch.float32
     model = build_on_meta(config, trust_remote_code, dtype)
     tied = model.all_tied_weights_keys
     saved = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
     found = revert_weight_conversion(model, saved)
-    return Outline({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()})
+    return HeaderSource({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()})
 
 
 def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -77,19 +77,19 @@ def find_mappings(
 
     run: calls the block on a few tokens and returns what leaves it.
     """
-    sight = _look(lazy, index, run)
+    traced = _look(lazy, index, run)
     mappings: list[SmoothingMapping] = []
     reasons: dict[str, str] = {}
     by_norm: dict[str, list[Site]] = {}
     for site in sites:
-        norm = sight.norm_behind(lazy.model, site)
+        norm = traced.norm_behind(lazy.model, site)
         if norm is not None:
             by_norm.setdefault(norm, []).append(site)
-        elif (mapping := _behind(lazy, site, sight, run)) is not None:
+        elif (mapping := _behind(lazy, site, traced, run)) is not None:
             mappings.append(mapping)
         else:
             reasons[site.name] = "no layer was found that makes its inputs and can be divided by scales"
-    mappings += [_of_norm(lazy.model, norm, members, sight) for norm, members in by_norm.items()]
+    mappings += [_of_norm(lazy.model, norm, members, traced) for norm, members in by_norm.items()]
     expected, proved = run(), []
     for mapping in mappings:
         reason = _why_not(lazy.model, mapping, run, expected)
@@ -104,7 +104,7 @@ def find_mappings(
 
 
 @dataclass
-class _Sight:
+class _Traced:
     """What one forward showed. inputs: the first inputs of modules with parameters of their own, in the order of the
     calls. norms: modules that could be norms, with their outputs. All tensors are kept, so storages stay distinct."""
 
@@ -131,17 +131,17 @@ class _Sight:
         return next((name for name, out in self.norms.items() if _same_storage(x, out)), None)
 
 
-def _look(lazy: LazyModel, index: int, run: Callable[[], Tensor]) -> _Sight:
-    sight = _Sight({}, {})
+def _look(lazy: LazyModel, index: int, run: Callable[[], Tensor]) -> _Traced:
+    traced = _Traced({}, {})
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor):
-            sight.inputs.setdefault(name, x)
+            traced.inputs.setdefault(name, x)
 
     def after(name: str, _: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if isinstance(out, Tensor) and name in sight.inputs and out.shape == sight.inputs[name].shape:
-            sight.norms.setdefault(name, out)
+        if isinstance(out, Tensor) and name in traced.inputs and out.shape == traced.inputs[name].shape:
+            traced.norms.setdefault(name, out)
 
     with ExitStack() as hooks:
         for path, module in lazy.blocks[index].named_modules():
@@ -152,7 +152,7 @@ def _look(lazy: LazyModel, index: int, run: Callable[[], Tensor]) -> _Sight:
             if own.keys() in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in own.values()):
                 hooks.callback(module.register_forward_hook(partial(after, name)).remove)
         run()
-    return sight
+    return traced
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
@@ -173,17 +173,17 @@ def _is_second_projection(model: Any, site: Site) -> bool:
 # -- proposing ----------------------------------------------------------------------------------------------------
 
 
-def _of_norm(model: Any, norm: str, sites: Sequence[Site], sight: _Sight) -> SmoothingMapping:
+def _of_norm(model: Any, norm: str, sites: Sequence[Site], traced: _Traced) -> SmoothingMapping:
     module = model.get_submodule(norm)
     return SmoothingMapping(
         sites=tuple(sites),
-        balance_layers=tuple(sight.balance_layers(model, norm)),
+        balance_layers=tuple(traced.balance_layers(model, norm)),
         smooth_layer=f"{norm}.weight",
         bias=f"{norm}.bias" if getattr(module, "bias", None) is not None else None,
         start=0,
         channels=len(module.weight),
         source=None,
-        offset=_offset(module, sight.inputs[norm]),
+        offset=_offset(module, traced.inputs[norm]),
         experts=1,
     )
 
@@ -202,14 +202,14 @@ def _offset(module: Any, x: Tensor) -> float:
     return float(((none * unit).sum() / unit.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).round())
 
 
-def _behind(lazy: LazyModel, site: Site, sight: _Sight, run: Callable[[], Tensor]) -> SmoothingMapping | None:
+def _behind(lazy: LazyModel, site: Site, traced: _Traced, run: Callable[[], Tensor]) -> SmoothingMapping | None:
     """A fold into rows of the Linear called last before the site whose rows its inputs follow, or into its stack's."""
     model, first = lazy.model, site.members[0]
     if _is_second_projection(model, site):
         name = first.module
         candidates = [(name, moe.projections(model.get_submodule(name))[0])]
     else:
-        called = list(sight.inputs)
+        called = list(traced.inputs)
         before = called[: called.index(first.module)]
         candidates = [(name, "weight") for name in reversed(before) if isinstance(model.get_submodule(name), nn.Linear)]
     for name, leaf in candidates:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ModelError
-from sarqc.method.weight import QuantizedWeight
+from sarqc.method.weight import QuantizedWeight, WeightInfo
 
 
 class TensorSource(Protocol):
@@ -42,26 +42,6 @@ class TensorSource(Protocol):
         ...
 
 
-class PackedInfo(Protocol):
-    """What a packed weight [N, K] is, before any of it is read; `dtype` is that of its scales."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N, K."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the scales."""
-
-    @property
-    def bits(self) -> int:
-        """Width of a code."""
-
-    @property
-    def groups(self) -> int:
-        """Groups in a row."""
-
-
 class PackedSource(TensorSource, Protocol):
     """A source that can also say how its quantized linear layers are stored, and store them again."""
 
@@ -69,7 +49,7 @@ class PackedSource(TensorSource, Protocol):
         """Names of the quantized linear layers, without ".weight"."""
         ...
 
-    def describe(self, linear: str) -> PackedInfo:
+    def describe(self, linear: str) -> WeightInfo:
         """What a quantized linear layer is; costs no reading of weights."""
         ...
 
@@ -129,7 +109,7 @@ class StateDictSource:
         return self._tensors[name]
 
 
-class Overlay:
+class PatchedSource:
     """A source with some linear layers quantized in memory: what a checkpoint of them would read back as.
 
     quantized: by name without ".weight", E = 1. changed: other tensors that take the place of the source's.

@@ -34,7 +34,7 @@ from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
 from sarqc.model.calibration_data import counts_at_once, windows
-from sarqc.model.config_only import Outline, outline
+from sarqc.model.config_only import HeaderSource, header_source
 from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
 from sarqc.model.layers import Target, Targets, auto_group_size, check_group_size, is_wanted, pattern_of, targets
 from sarqc.model.lazy_model import LazyModel
@@ -126,7 +126,7 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     quant, method, run = configs.quant, configs.method, configs.run
     lazy = LazyModel.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
     if slabs := lazy.split_experts(partial(is_wanted, quant)):
-        assert isinstance(source, Checkpoint | Outline)
+        assert isinstance(source, Checkpoint | HeaderSource)
         source = source.split(slabs)
     found = targets(lazy, quant)
     notes = (*_expansion(source), *_renamed(lazy, slabs), *_adapter(folder))
@@ -184,16 +184,17 @@ def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tup
             if any(folder.glob("*.safetensors")):  # without a network, what was fetched before
                 return folder, open_checkpoint(folder)
             raise
-        return folder, _headers(folder, tensors) if tensors else outline(folder, trust_remote_code=trust_remote_code)
+        here = _headers(folder, tensors) if tensors else header_source(folder, trust_remote_code=trust_remote_code)
+        return folder, here
     folder = locate(model, trust_remote_code=trust_remote_code)
     if headers_only and not any(folder.glob("*.safetensors")):
-        return folder, outline(folder, trust_remote_code=trust_remote_code)
+        return folder, header_source(folder, trust_remote_code=trust_remote_code)
     return folder, open_checkpoint(folder)
 
 
-def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Outline:
+def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> HeaderSource:
     """Names and shapes of a model's dense tensors, where its headers are all there is."""
-    return Outline(dense_headers(tensors, read_json(folder / "config.json")))
+    return HeaderSource(dense_headers(tensors, read_json(folder / "config.json")))
 
 
 def _renamed(lazy: LazyModel, slabs: Mapping[str, ExpertSlice]) -> tuple[str, ...]:

@@ -121,12 +121,12 @@ def test_the_offset_of_a_norm_with_a_bias_is_not_its_bias():
 def test_a_reader_that_was_missed_is_noticed(tiny, monkeypatch):
     """The proof does not lean on what was seen: without the router among the readers, the fold must fall."""
     lazy, sites, run = loaded(tiny("mixtral"), 0)
-    seen = smoothing._Sight.balance_layers
+    seen = smoothing._Traced.balance_layers
 
     def blind(self, model, norm):
         return [name for name in seen(self, model, norm) if not name.endswith(".gate.weight")]
 
-    monkeypatch.setattr(smoothing._Sight, "balance_layers", blind)
+    monkeypatch.setattr(smoothing._Traced, "balance_layers", blind)
     mappings, reasons = smoothing.find_mappings(lazy, 0, sites, run)
     assert {leaf(mapping.smooth_layer) for mapping in mappings} == {"input_layernorm", "v_proj", "gate_up_proj"}
     (site, reason), *others = reasons.items()

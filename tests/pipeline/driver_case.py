@@ -8,7 +8,7 @@ import torch
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.model.layers import targets
 from sarqc.model.sites import write_back
-from sarqc.model.source import Overlay
+from sarqc.model.source import PatchedSource
 from sarqc.pipeline import driver, quantize_site
 from tests.support.blocks import run_blocks
 from tests.support.by_block import call_block
@@ -41,7 +41,7 @@ def entered(case):
 def block(case, lazy, index, weights, changed=None):
     """Block `index` of the original, with `weights` and what is `changed` in the place of its own, as a function of
     hidden states."""
-    lazy.load_block(index, Overlay(case.source, {}, changed), torch.device("cpu"), torch.float32)
+    lazy.load_block(index, PatchedSource(case.source, {}, changed), torch.device("cpu"), torch.float32)
     for target in targets(lazy, QUANT).of_block(index):
         if target.linear in weights:
             write_back(lazy.model, target, weights[target.linear])

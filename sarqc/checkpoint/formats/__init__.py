@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from sarqc.checkpoint.formats.awq import Awq
-from sarqc.checkpoint.formats.base import DenseInfo, Format
+from sarqc.checkpoint.formats.base import Format
 from sarqc.checkpoint.formats.compressed_tensors import CompressedTensors
 from sarqc.checkpoint.formats.gptq import Gptq
 from sarqc.checkpoint.formats.mlx import Mlx
 from sarqc.errors import CheckpointError
 
-__all__ = ["FORMATS", "NEUTRAL", "DenseInfo", "Format", "detect", "quantization_of"]
+__all__ = ["FORMATS", "NEUTRAL", "Format", "detect", "quantization_of"]
 
 _TABLE: tuple[Format, ...] = (CompressedTensors(), Gptq("gptq"), Gptq("gptq_v2"), Awq(), Mlx())
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import DenseInfo, FormatDefaults, TensorInfo
+from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
@@ -37,7 +37,7 @@ from sarqc.checkpoint.formats.common import (
 )
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
-from sarqc.method.weight import QuantizedWeight
+from sarqc.method.weight import QuantizedWeight, WeightInfo
 from sarqc_kernels.packing import pack, unpack
 
 BITS = 4
@@ -114,7 +114,7 @@ class Awq(FormatDefaults):
         quantization: Mapping[str, Any],
         info: Callable[[str], TensorInfo],
         load: Callable[[str], Tensor],
-    ) -> DenseInfo:
+    ) -> WeightInfo:
         """What `linear` holds, from the headers of its tensors."""
         return _check(linear, quantization, {part: info(f"{linear}.{part}") for part in _PARTS})
 
@@ -154,7 +154,7 @@ def _numbers(quantization: Mapping[str, Any]) -> tuple[int, bool]:
     return group_size_of(group_size), zero_point
 
 
-def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> DenseInfo:
+def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> WeightInfo:
     """Compares the tensors of one Linear with each other and with the config; `CheckpointError` where they differ."""
     group_size, zero_point = _numbers(quantization)
     words = tensors["qweight"]
@@ -167,4 +167,4 @@ def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, T
     why = f"a weight [{rows}, {columns}] with {groups} groups"
     check_tensor(linear, "qzeros", tensors["qzeros"], (groups, rows // _LANES), (torch.int32,), why)
     check_tensor(linear, "scales", tensors["scales"], (groups, rows), (*_SCALES, torch.float32), why)
-    return DenseInfo((rows, columns), tensors["scales"].dtype, BITS, groups, not zero_point)
+    return WeightInfo((rows, columns), tensors["scales"].dtype, BITS, groups, not zero_point)

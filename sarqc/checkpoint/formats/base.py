@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sarqc.config import QuantConfig
-from sarqc.method.weight import QuantizedWeight
+from sarqc.method.weight import QuantizedWeight, WeightInfo
 
 
 class TensorInfo(Protocol):
@@ -23,17 +22,6 @@ class TensorInfo(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Its dtype."""
-
-
-@dataclass(frozen=True)
-class DenseInfo:
-    """The weight [N, K] that a packed Linear stands for, with G groups in each row; `dtype` is that of its scales."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    bits: int
-    groups: int
-    sym: bool
 
 
 class Format(Protocol):
@@ -96,7 +84,7 @@ class Format(Protocol):
         quantization: Mapping[str, Any],
         info: Callable[[str], TensorInfo],
         load: Callable[[str], Tensor],
-    ) -> DenseInfo:
+    ) -> WeightInfo:
         """Checks the tensors of `linear` against each other from their headers, and says what weight they hold."""
 
     def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import DenseInfo, FormatDefaults, TensorInfo
+from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, say, strings, whole_linears
 from sarqc.checkpoint.formats.compressed_tensors_config import (
     LAYOUT,
@@ -36,7 +36,7 @@ from sarqc.checkpoint.formats.compressed_tensors_config import (
 )
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
-from sarqc.method.weight import QuantizedWeight
+from sarqc.method.weight import QuantizedWeight, WeightInfo
 from sarqc_kernels.packing import pack, unpack, unpack_padded
 
 VERSION = "0.20.0"
@@ -119,7 +119,7 @@ class CompressedTensors(FormatDefaults):
         quantization: Mapping[str, Any],
         info: Callable[[str], TensorInfo],
         load: Callable[[str], Tensor],
-    ) -> DenseInfo:
+    ) -> WeightInfo:
         """What `linear` holds, from the headers of its tensors and the two numbers of weight_shape."""
         scheme = scheme_of(linear, quantization)
         infos = {part: info(f"{linear}.{part}") for part in sorted(_parts(scheme))}
@@ -177,7 +177,7 @@ def _parts(scheme: Scheme) -> set[str]:
     return {"weight_packed", "weight_scale", "weight_shape"} | (set() if scheme.sym else {"weight_zero_point"})
 
 
-def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weight_shape: Tensor) -> DenseInfo:
+def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weight_shape: Tensor) -> WeightInfo:
     """Compares the tensors of one Linear with each other and with its scheme; `CheckpointError` where they differ."""
     if weight_shape.dtype != torch.int64 or tuple(weight_shape.shape) != (2,):
         raise CheckpointError(f"weight_shape of {linear!r} is {say(weight_shape)}, where int64 [2] is expected")
@@ -204,7 +204,7 @@ def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weigh
             raise CheckpointError(f"{part} of {linear!r} is {say(tensor)}, where int32 is expected")
     dtype = tensors["weight_scale"].dtype
     check_scale_dtype(linear, dtype, _SCALES, LAYOUT)
-    return DenseInfo((rows, columns), dtype, scheme.bits, groups, scheme.sym)
+    return WeightInfo((rows, columns), dtype, scheme.bits, groups, scheme.sym)
 
 
 def _widths(count: int, bits: int) -> list[int]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import DenseInfo, FormatDefaults, TensorInfo
+from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
@@ -50,7 +50,7 @@ from sarqc.checkpoint.formats.gptq_config import (
 )
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
-from sarqc.method.weight import QuantizedWeight
+from sarqc.method.weight import QuantizedWeight, WeightInfo
 from sarqc_kernels.packing import pack, unpack
 
 METHOD = "gptq"
@@ -153,7 +153,7 @@ class Gptq(FormatDefaults):
         quantization: Mapping[str, Any],
         info: Callable[[str], TensorInfo],
         load: Callable[[str], Tensor],
-    ) -> DenseInfo:
+    ) -> WeightInfo:
         """What `linear` holds, from the headers of its tensors and the numbers of g_idx."""
         scheme = scheme_of(linear, quantization)
         infos = {part: info(f"{linear}.{part}") for part in _PARTS - {"g_idx"}}
@@ -172,7 +172,7 @@ class Gptq(FormatDefaults):
         )
 
 
-def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], index: Tensor) -> DenseInfo:
+def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], index: Tensor) -> WeightInfo:
     """Compares the tensors of one Linear with each other and with its scheme; `CheckpointError` where they differ."""
     words = tensors["qweight"]
     if words.dtype != torch.int32 or len(words.shape) != 2 or 0 in words.shape or words.shape[0] * 32 % scheme.bits:
@@ -191,7 +191,7 @@ def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], index
     check_tensor(linear, "qzeros", tensors["qzeros"], (groups, rows * scheme.bits // 32), (torch.int32,), why)
     check_tensor(linear, "scales", tensors["scales"], (groups, rows), (*_SCALES, torch.float32), why)
     _check_order(linear, index, columns, groups)
-    return DenseInfo((rows, columns), tensors["scales"].dtype, scheme.bits, groups, scheme.sym)
+    return WeightInfo((rows, columns), tensors["scales"].dtype, scheme.bits, groups, scheme.sym)
 
 
 def _check_order(linear: str, index: Tensor, columns: int, groups: int) -> None:

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import DenseInfo, FormatDefaults, TensorInfo
+from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import check_scale_dtype, check_tensor, check_weight, say
 from sarqc.checkpoint.formats.stacked import OWN_NAMES, own_names, stack_of
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
-from sarqc.method.weight import QuantizedWeight
+from sarqc.method.weight import QuantizedWeight, WeightInfo
 from sarqc_kernels.packing import pack, unpack
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -148,7 +148,7 @@ class Mlx(FormatDefaults):
         quantization: Mapping[str, Any],
         info: Callable[[str], TensorInfo],
         load: Callable[[str], Tensor],
-    ) -> DenseInfo:
+    ) -> WeightInfo:
         """What `linear` holds, from the headers of its tensors. Its biases, not read here, say whether it is symmetric:
         it counts as asymmetric."""
         return _check(linear, quantization, {part: info(f"{linear}.{part}") for part in _PARTS})
@@ -186,7 +186,7 @@ def _scheme(numbers: Mapping[str, Any], base: Mapping[str, Any]) -> _Scheme:
     return _Scheme(bits, group_size)
 
 
-def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> DenseInfo:
+def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> WeightInfo:
     """Compares the tensors of one Linear with each other and with the config; `CheckpointError` where they differ."""
     own = quantization.get(_path(linear))
     scheme = _scheme(own if isinstance(own, dict) else {}, quantization)
@@ -202,4 +202,4 @@ def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, T
     why = f"a weight [{rows}, {columns}] of {scheme.bits} bits and {groups} groups"
     for part in ("scales", "biases"):
         check_tensor(linear, part, tensors[part], (rows, groups), _SCALES, why)
-    return DenseInfo((rows, columns), scales.dtype, scheme.bits, groups, sym=False)
+    return WeightInfo((rows, columns), scales.dtype, scheme.bits, groups, sym=False)
