@@ -15,7 +15,7 @@ import triton
 
 from benchmarks.aot import compiler, csrc, jobs, table
 from benchmarks.aot.compiler import Built
-from sarqc_kernels.aot import AotJob
+from benchmarks.aot.jobs import AotJob
 
 ROOT = Path(__file__).parents[2]
 SLOW = 20.0  # seconds of one compilation that are worth a line: the whole check should take less than ten minutes
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--also", metavar="VERSION", help="then do it with this version of triton, fetched into build/")
     parser.add_argument("--room", action="append", default=[], choices=jobs.ROOMS, help="one operation (or more)")
     parser.add_argument("--match", default="", help="kernels whose name contains this")
-    parser.add_argument("--arch", type=int, action="append", default=[], help="80, 90 or 100 (again for more)")
+    parser.add_argument("--arch", type=int, action="append", default=[], help="80, 90, 100 or 120 (again for more)")
     parser.add_argument("--check-only", action="store_true", help="write no table")
     parser.add_argument("--no-csrc", action="store_true", help="leave csrc/ out")
     options = parser.parse_args()

@@ -21,21 +21,18 @@ What threads of a program read of each other goes through memory with a barrier 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.columns.config import MICRO
 from sarqc_kernels.columns.descent_reference import REACH
 from sarqc_kernels.columns.panels import batches
 from sarqc_kernels.columns.triton_impl import DEPTH, OPTIONS, SCALES, _add_pull, _advance
 from sarqc_kernels.device import on_device
 
-__all__ = ["aot_jobs", "coordinate_descent"]
+__all__ = ["coordinate_descent"]
 
 ROWS, WARPS = 32, 4
 """The products need the warps; in the chain of columns, where a row has one thread, four of them do the same."""
@@ -185,18 +182,3 @@ def _batch(
     )  # fmt: skip
     codes.copy_(own.mT)
     scales.copy_(scale.mT)
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """One job for each GPU; a scale's dtype is one conversion."""
-    floats = ("values", "gradient", "hessian", "inverse", "scales", "zeros", "ahead", "change", "rest", "curved")
-    sizes = ("rows", "columns", "groups", "size", "passes")
-    signature = {
-        **dict.fromkeys(floats, "*fp32"), "codes": "*u8", "found": "*u8", "usable": "*i32", "group_of": "*i32",
-        **dict.fromkeys(sizes, "i32"), "hessian_expert": "i64", "top": "fp32",
-    }  # fmt: skip
-    constants = {"SCALE": tl.float16, "REACH": REACH, "ROWS": ROWS, "TILE": TILE, "MICRO": MICRO, "DEPTH": DEPTH}
-    divisible = [name for name in signature if name not in ("groups", "passes", "top")]
-    for arch in ARCHS:
-        yield AotJob("columns coordinate descent", _descend, arch, signature, constants,
-                     {"num_warps": WARPS, **OPTIONS}, divisible)  # fmt: skip

@@ -24,7 +24,6 @@ few units in the last place of the middle between two, and fitted scales where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +32,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose, configurations
+from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose
 from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem
 from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
 from sarqc_kernels.device import device_info
 
-__all__ = ["CHUNK", "KINDS", "OPTIONS", "Steps", "aot_jobs", "kind_of", "limits", "quantize_columns", "spelled"]
+__all__ = ["CHUNK", "OPTIONS", "Steps", "kind_of", "limits", "quantize_columns"]
 
 CHUNK = 16
 """Columns of a group that the fit takes at once."""
@@ -233,71 +231,3 @@ def limits(rule: GridRule) -> tuple[float, float, float, float]:
 
 def _table(work: Work) -> Tensor:
     return factors_of(work.rule.bits, work.rule.sym, work.weight.device)
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """Every kernel for every tile that `choose` can return; the panel product for odd K and N too (loads by words)."""
-    for arch in ARCHS:
-        for own in configurations():
-            yield _pull_job(own, arch, odd=False)
-            yield _pull_job(own, arch, odd=True)
-            for action in ("round", "free"):
-                yield _columns_job(action, own, arch, _NO_FIT)
-            for kind in KINDS:
-                yield _columns_job("fit", own, arch, kind)
-                yield _fit_wide_job(own, arch, kind)
-
-
-KINDS: tuple[dict[str, Any], ...] = (  # a scale's dtype is one conversion: it need not meet every kind
-    {"SYM": True, "SEARCH": True, "SCALE": tl.float16, "TRIALS": TRIALS},
-    {"SYM": False, "SEARCH": True, "SCALE": tl.bfloat16, "TRIALS": TRIALS},
-    {"SYM": False, "SEARCH": False, "SCALE": tl.float32, "TRIALS": TRIALS},
-)
-
-
-_TYPES = {
-    **dict.fromkeys(("weight", "delta", "pull", "ahead", "factor", "inverse", "importance", "table"), "*fp32"),
-    **dict.fromkeys(("scales", "zeros"), "*fp32"), **dict.fromkeys(("usable", "group_of"), "*i32"), "codes": "*u8",
-    **dict.fromkeys(("first", "last", "stretch", "rows", "columns", "groups"), "i32"), "factor_expert": "i64",
-    **dict.fromkeys(("top", "middle", "tiny", "most"), "fp32"),
-}  # fmt: skip
-
-
-def _job(
-    name: str, kernel: Any, arch: int, constants: dict[str, Any], options: dict[str, Any], odd: bool = False
-) -> AotJob:
-    signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument in _TYPES}
-    loose: tuple[str, ...] = ("last", "stretch", "groups", "top", "middle", "tiny", "most")
-    if odd:
-        loose += ("first", "rows", "columns", "factor_expert")
-    divisible = [argument for argument in signature if argument not in loose]
-    tensor_core = (_TENSOR_CORE[arch],) if kernel is _pull else ()
-    return AotJob(f"columns {name}", kernel, arch, signature, constants, options, divisible, tensor_core)
-
-
-_TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-
-
-def _pull_job(own: Config, arch: int, odd: bool) -> AotJob:
-    tile = (own.product_columns, own.product_rows, own.product_depth)
-    constants = dict(zip(("PANEL", "COLUMNS", "ROWS", "DEPTH"), (PANEL, *tile)))
-    options = {"num_warps": own.product_warps, "num_stages": own.product_stages}
-    return _job(f"pull {'x'.join(map(str, tile))}{' odd' * odd}", _pull, arch, constants, options, odd)
-
-
-def _columns_job(action: str, own: Config, arch: int, kind: dict[str, Any]) -> AotJob:
-    constants = {"ROUND": action != "free", "FIT": action == "fit", **kind, "ROWS": own.rows, "PANEL": PANEL,
-                 "MICRO": MICRO, "DEPTH": DEPTH, "CHUNK": CHUNK}  # fmt: skip
-    name = spelled(action, kind) if action == "fit" else action
-    return _job(f"{name} {own.rows}", _columns, arch, constants, {"num_warps": own.warps, **OPTIONS})
-
-
-def _fit_wide_job(own: Config, arch: int, kind: dict[str, Any]) -> AotJob:
-    constants = {**kind, "ROWS": own.rows, "CHUNK": CHUNK}
-    name = f"{spelled('fit wide', kind)} {own.rows}"
-    return _job(name, fit_wide, arch, constants, {"num_warps": own.warps, **OPTIONS})
-
-
-def spelled(action: str, kind: dict[str, Any]) -> str:
-    """An action on a kind of grid, for the name of a job."""
-    return f"{action} {'sym' if kind['SYM'] else 'asym'}{' search' * kind['SEARCH']} {kind['SCALE']}"

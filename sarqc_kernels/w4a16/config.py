@@ -148,17 +148,17 @@ EXPAND = Plan("expand", 0, 64, 1, 4, 1)
 def dot(tokens: int, splits: int, device: Device, bits: int = 4) -> Plan:
     """The dot plan for a block of so many tokens, one of `dot_sizes`.
 
-    Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a block. On sm_100
+    Where sums live in registers: from 64 tokens on two groups of four warps share the rows of a block. On sm_100
     they live in tensor memory, of which each dot of a tile gets a part: with 64 tokens and a group of 16 inputs a dot,
     512 columns hold eight parts of 64 rows. Warps of widths other than 4, whose planes take registers, are those that
     do not spill.
     """
     many = 8 if tokens >= 64 else 4
-    if device.arch < 100:
-        many = 8 if bits != 4 and device.arch < 90 and tokens >= 32 else many
+    if not device.tensor_memory:
+        many = 8 if bits != 4 and device.sums_in_registers and tokens >= 32 else many
     elif tokens >= 64:
         many = 8 if (bits == 4) == (tokens >= FOLDED_TOKENS) else 4
-    rows = TILE_N if device.arch >= 100 and tokens == 64 else PAD_N
+    rows = TILE_N if device.tensor_memory and tokens == 64 else PAD_N
     tail, stages = TAILED.get(tokens, 0), 3 if tokens >= 64 else 4
     folded = tail > 0 or tokens >= FOLDED_TOKENS
     registers = 128 if device.arch == 90 and bits == 4 and 64 <= tokens < FOLDED_TOKENS else 0
@@ -174,16 +174,17 @@ def persistent(device: Device, bits: int = 4) -> Plan:
 
 def dot_sizes(groups: int, device: Device, bits: int = 4) -> tuple[int, ...]:
     """Tokens of the dot blocks that fit and do not spill with so many groups to a tile (seen ahead of time)."""
-    spills = device.arch < 90 or (device.arch >= 100 and bits == 7)  # 7 bits are three planes
+    spills = device.sums_in_registers or (device.tensor_memory and bits == 7)  # 7 bits are three planes
     most = 64 if spills or device.shared_bytes < FOLDED_BYTES else FOLDED_TOKENS
-    least = 32 if groups == 8 and device.arch >= 100 else 16  # 16 with splits: ptxas stops at 80 registers, spills one
+    # 16 with splits: ptxas stops at 80 registers and spills one
+    least = 32 if groups == 8 and device.tensor_memory else 16
     sizes = tuple(size for size in DOT_TOKENS if least <= size <= most)
     return tuple(sorted((*sizes, *TAILED))) if device.arch == 90 and bits == 4 and most == FOLDED_TOKENS else sizes
 
 
 def splittable(tokens: int, device: Device, bits: int) -> bool:
     """Whether inputs can be split: on sm_100 partial sums of 128 tokens spill where codes are not of 4 bits."""
-    return not (device.arch >= 100 and bits != 4 and tokens >= FOLDED_TOKENS)
+    return not (device.tensor_memory and bits != 4 and tokens >= FOLDED_TOKENS)
 
 
 def configurations(device: Device) -> list[tuple[Plan, int]]:

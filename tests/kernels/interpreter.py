@@ -1,12 +1,14 @@
 """Triton's interpreter, made fit to hold kernels on a CPU: bf16 done right, loops that run with a recent numpy.
 
 The interpreter of triton 3.6 to 3.7.1 keeps bf16 as raw 16-bit integers in numpy. So `tl.dot` multiplies bit patterns,
-arithmetic works on them without a complaint, and casts to bf16 cut bits off instead of rounding. `repair()` changes
-three things and nothing else:
+arithmetic works on them without a complaint, and casts to bf16 cut bits off instead of rounding. Inline PTX it refuses.
+`repair()` changes four things and nothing else:
 
 1. `tl.dot` widens bf16 operands to fp32 (exact) before it multiplies;
 2. casts from bf16 are exact, casts to bf16 round to nearest even, through fp32 where they come from another type;
-3. arithmetic and comparison on bf16 raise TypeError: a kernel has to say `.to(tl.float32)`.
+3. sums, products and comparisons of bf16 go through fp32 and are rounded once, as a GPU does; other arithmetic on
+   bf16 raises TypeError: a kernel has to say `.to(tl.float32)`;
+4. inline PTX is emulated (`ptx`), so that the text that a GPU would run is what is tested.
 
 Moving bf16 (load, store, `tl.where`, reshape, |x|) is right as it is. What stays unlike a GPU: `input_precision` is
 ignored (an fp32 dot is plain fp32), programs run one after another, a read out of bounds may go unseen.
@@ -22,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from tests.kernels import ptx
 
 VARIABLE = "TRITON_INTERPRET"
 
@@ -97,10 +101,28 @@ def repair(module: Any) -> None:
 
         return wrapper
 
+    def rounded(operation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(operation)
+        def wrapper(self: Any, first: Any, second: Any, op: Any) -> Any:
+            if not (is_bf16(first) and is_bf16(second)):
+                return refusing(operation)(self, first, second, op)
+            found = operation(self, wide(first), wide(second), op)  # fp32 has more than twice the bits: one rounding
+            return handle(round_to_bf16(found.data), bfloat16) if found.data.dtype == np.float32 else found
+
+        return wrapper
+
+    def assembly(self: Any, text: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int) -> Any:
+        kinds = [module._get_np_dtype(each) for each in types]
+        found = ptx.elementwise(text, [value.data for value in values], kinds, pack)
+        return ptx.Results([handle(data, each.scalar) for data, each in zip(found, types)])
+
     builder.create_dot = widening(builder.create_dot)
+    builder.binary_op = rounded(builder.binary_op)
+    builder.get_bf16 = lambda self, value: handle(round_to_bf16(np.array([value])), bfloat16)
+    builder.create_inline_asm = assembly
     for name in ("cast_impl", "create_fp_to_fp"):  # the other casts are written in terms of cast_impl
         setattr(builder, name, rounding(getattr(builder, name)))
-    for name in ("binary_op", "unary_op", "create_clampf", "create_fma"):  # not ternary_op: tl.where only moves bits
+    for name in ("unary_op", "create_clampf", "create_fma"):  # not ternary_op: tl.where only moves bits
         setattr(builder, name, refusing(getattr(builder, name)))
     module._patch_lang_tensor = _scalar_bounds(module._patch_lang_tensor)
 
