@@ -39,8 +39,9 @@ def _fit_groups(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     own, begin = weight + expert * columns * rows, group * group_size
-    scale, zero = fit(own, own, importance + expert * columns, table, begin, begin + group_size, row, live, rows, top,
-                       middle, tiny, most, SYM, SEARCH, SCALE, TRIALS, False, ROWS, CHUNK)  # fmt: skip
+    data = (own, own, importance + expert * columns, table)
+    scale, zero = fit(data, begin, begin + group_size, (row, live, rows), (top, middle, tiny, most), SYM, SEARCH, SCALE,
+                      TRIALS, False, ROWS, CHUNK)  # fmt: skip
     at = (expert * tl.num_programs(2) + group) * rows + row
     tl.store(scales + at, scale, mask=live)
     tl.store(zeros + at, zero, mask=live)
@@ -77,7 +78,7 @@ def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, wanted:
             part = weight[some, span].mT.contiguous()
             grid = part.new_empty((2, len(part), groups, part.shape[2]))
             _fit_groups[(-(-part.shape[2] // own.rows), len(part), groups)](
-                part, counts[some], grid[0], grid[1], table, part.shape[2], columns, group_size, *limits(wanted),
+                part, counts[some], grid[0], grid[1], table, part.shape[2], columns, group_size, **limits(wanted),
                 **kind_of(wanted), ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
             )  # fmt: skip
             scales[some, span] = grid[0].mT.to(wanted.scale_dtype)

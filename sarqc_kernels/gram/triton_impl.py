@@ -140,14 +140,14 @@ def _accumulate(x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs,
         if start < stop:
             whole = start + (stop - start) // DEPTH * DEPTH
             if not APART:
-                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, diagonal, M, N, DEPTH,
-                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, diagonal, M=M, N=N,
+                                   DEPTH=DEPTH, LANES=LANES, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION)  # fmt: skip
             elif diagonal:
-                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, True, M, N, DEPTH,
-                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, True, M=M, N=N,
+                                   DEPTH=DEPTH, LANES=LANES, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION)  # fmt: skip
             else:
-                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, False, M, N, DEPTH,
-                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, False, M=M, N=N,
+                                   DEPTH=DEPTH, LANES=LANES, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION)  # fmt: skip
             for t in tl.range(whole, stop, LANES, num_stages=1):
                 a = _load(x, t, row, stride, inputs, stop, LANES, M)
                 b = _load(x, t, column, stride, inputs, stop, LANES, N)
@@ -221,8 +221,9 @@ def launch(plan: Plan, gram: Tensor, rows: Tensor, abs_sum: Tensor, x: Tensor, o
     offsets = rows if offsets is None else offsets  # an address that is never read
     shape = {"M": tile.m, "N": tile.n, "DEPTH": tile.depth}
     _accumulate[(plan.programs,)](
-        x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs, ragged, tokens, inputs, x.stride(0), experts,
-        units, splits, **shape, **_constants(tile, x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs, ragged=ragged, tokens=tokens, inputs=inputs,
+        stride=x.stride(0), experts=experts, units=units, splits=splits, **shape,
+        **_constants(tile, x.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         _collect[(experts * units, tile.m // _slice(tile.m, tile.n))](
