@@ -53,8 +53,8 @@ COUNTS = (
           {"HMMA": 32}, file="gemv.cu"),
     Count("gemv.cu, 9 to 16 tokens", "gemv<4, false, 2, true, false>", "a tile of 32 x 128: 128 weights of a lane",
           {"HMMA": 32}, file="gemv.cu"),
-    Count("gemv.cu, 1 to 8 tokens, zeros", "gemv<4, false, 1, true, true>", "a tile of 32 x 128: 128 weights of a lane",
-          {"HMMA": 16}, file="gemv.cu"),
+    Count("gemv.cu, 1 to 8 tokens, zeros", "gemv<4, false, 1, true, true>", "2 tiles of 32 x 128: 256 weights of a lane",
+          {"HMMA": 32}, file="gemv.cu"),
     Count("w4a16 dot, 16 tokens", "w4a16 dot 4 bits 16x128 split2 bf16 g128s", "a tile of 128 x 128, a warp of 4",
           {"HGMMA": 8}, room="w4a16"),
     Count("w4a16 dot, 64 tokens", "w4a16 dot 4 bits 64x128 split2 bf16 g128s", "a tile of 128 x 128, a warp of 8",
@@ -63,7 +63,8 @@ COUNTS = (
           {"HGMMA": 8}, room="w4a16"),
     Count("w4a16 dot, 144 tokens", "w4a16 dot 4 bits 144x128 split2 bf16 g128s", "a tile of 128 x 128, a warp of 8",
           {"HGMMA": 8}, room="w4a16"),
-    Count("w4a16 persistent", "w4a16 dot 4 bits 128x256 split1 persistent bf16 g128s", "a tile of 256 x 128, a warp of 8",
+    Count("w4a16 persistent", "w4a16 dot 4 bits 128x256 split1 persistent bf16 g128s",
+          "a tile of 256 x 128, a warp of 8",
           {"HGMMA": 8}, room="w4a16"),
 )  # fmt: skip
 

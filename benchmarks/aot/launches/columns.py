@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -32,24 +33,24 @@ def launches(gpu: Device) -> Iterator[Launch]:
         tile = f"{own.product_columns}x{own.product_rows}x{own.product_depth}"
         for size in (EVEN, ODD):
             work = _work(size, RULES[0])
-            yield Launch(f"{tile}{' odd' * (size == ODD)}", lambda w=work, s=steps: s.pull(w, PANEL, 2 * PANEL), core)
+            yield Launch(f"{tile}{' odd' * (size == ODD)}", partial(steps.pull, work, PANEL, 2 * PANEL), core)
         for action in ("round", "free"):
             yield _columns(steps, _work(EVEN, RULES[0]), action, action)
         for rule in RULES:
             work, grid = _work(EVEN, rule), _named(rule)
             yield _columns(steps, work, "fit", f"fit {grid}")
-            yield Launch(f"{grid} {own.rows}", lambda w=work, s=steps: s.fit(w, PANEL, 3 * PANEL))
+            yield Launch(f"{grid} {own.rows}", partial(steps.fit, work, PANEL, 3 * PANEL))
             yield _fit_groups(gpu, own, rule)
     yield from _rounded()
     grid = torch.ones(2, 64, EVEN // GROUP)
     codes, zeros = torch.zeros(2, 64, EVEN, dtype=torch.uint8), torch.zeros_like(grid, dtype=torch.uint8)
     weight, hessian = torch.zeros(2, 64, EVEN), torch.eye(EVEN).expand(2, -1, -1)
     descent = (weight, codes, grid, zeros, hessian, 4, 2)
-    yield Launch("", lambda: descent_impl.coordinate_descent(*descent))
+    yield Launch("", partial(descent_impl.coordinate_descent, *descent))
 
 
 def _columns(steps: triton_impl.Steps, work: Work, action: Action, name: str) -> Launch:
-    return Launch(f"{name} {steps.config.rows}", lambda: steps.columns(work, PANEL, 2 * PANEL, action))
+    return Launch(f"{name} {steps.config.rows}", partial(steps.columns, work, PANEL, 2 * PANEL, action))
 
 
 def _named(rule: GridRule) -> str:
@@ -57,7 +58,7 @@ def _named(rule: GridRule) -> str:
 
 
 def _work(size: int, rule: GridRule) -> Work:
-    """A batch of two experts with `size` rows and columns; group_size is of the last group too where it is odd."""
+    """A batch of two experts with `size` rows and columns."""
     vectors, grid = torch.empty(2, size), torch.empty(2, -(-size // GROUP), size)
     matrix = torch.empty(2, size, size)
     return Work(
@@ -73,11 +74,11 @@ def _fit_groups(gpu: Device, own: config.Config, rule: GridRule) -> Launch:
     groups = next(groups for groups in (1, 1024) if fit_impl.rule(groups, 64, gpu) == own)
     weight = torch.zeros(1, 64, groups * NARROW)
     call = (weight, torch.ones(1, groups * NARROW), NARROW, rule)
-    return Launch(f"{_named(rule)} {own.rows}", lambda: fit_impl.fit_grid(*call))
+    return Launch(f"{_named(rule)} {own.rows}", partial(fit_impl.fit_grid, *call))
 
 
 def _rounded() -> Iterator[Launch]:
     weight, zeros = torch.zeros(1, 64, EVEN), torch.zeros(1, 64, EVEN // GROUP, dtype=torch.uint8)
     for dtype, name in NAMES.items():
         call = (weight, torch.ones_like(zeros, dtype=dtype), zeros, 4)
-        yield Launch(name, lambda a=call: fit_impl.round_to_grid(*a))
+        yield Launch(name, partial(fit_impl.round_to_grid, *call))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -28,4 +29,4 @@ def launches(gpu: Device) -> Iterator[Launch]:
         scales = torch.ones(2, SIZE // rows, SIZE // columns, dtype=stored)
         level = torch.ones(2) if kind == "e4m3" else None
         call = (codes, scales, level, rows, columns, torch.bfloat16, packed, kind, level is not None)
-        yield Launch(name, lambda a=call: dequant_impl.dequantize(*a))
+        yield Launch(name, partial(dequant_impl.dequantize, *call))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from benchmarks.aot.jobs import Launch
 from sarqc_kernels.aot import TENSOR_CORE
 from sarqc_kernels.device import Device
-from sarqc_kernels.gram import config, cross_impl, finalize_impl, triton_impl
+from sarqc_kernels.gram import cholesky_impl, config, cross_impl, finalize_impl, triton_impl
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 EVEN, ODD = 512, 500  # inputs
@@ -30,10 +31,11 @@ def launches(gpu: Device) -> Iterator[Launch]:
         ):
             cross, x = torch.empty(inputs, inputs), torch.empty(64, inputs, dtype=dtype)
             arguments = (cross, torch.zeros(64, inputs, dtype=of_residual), x)
-            yield Launch(f"{name} {access}", lambda a=arguments: cross_impl.cross_gram_accumulate_(*a), core)
+            yield Launch(f"{name} {access}", partial(cross_impl.cross_gram_accumulate_, *arguments), core)
         gram, rows, numbers = torch.empty(2, inputs, inputs), torch.zeros(2, dtype=torch.int64), torch.empty(2, inputs)
         finished = (gram, rows, numbers, torch.empty(2), 0.01)
-        yield Launch(access, lambda a=finished: finalize_impl.gram_finalize(*a))
+        yield Launch(access, partial(finalize_impl.gram_finalize, *finished))
+        yield Launch(access, partial(cholesky_impl.cholesky_upper, gram))
 
 
 def _accumulate(gpu: Device, dtype: torch.dtype, inputs: int, tile: config.Tile) -> Launch:
@@ -43,4 +45,4 @@ def _accumulate(gpu: Device, dtype: torch.dtype, inputs: int, tile: config.Tile)
     plan = config.Plan(tile, splits=2, programs=4)
     x = torch.empty(64, inputs, dtype=dtype)
     wanted = (TENSOR_CORE[gpu.arch], *(("UTMALDG",) * tile.descriptors))
-    return Launch(name, lambda: triton_impl.launch(plan, *sums, x, None), {"accumulate": wanted})
+    return Launch(name, partial(triton_impl.launch, plan, *sums, x, None), {"accumulate": wanted})
