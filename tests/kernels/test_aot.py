@@ -52,7 +52,7 @@ print(asked_for(lambda: None, H200))
 
 
 def test_jobs_are_what_launches_ask_the_compiler_for() -> None:
-    """As a GPU would specialise them: a size of 1 is a constant, one that must not be is none, copies have descriptors."""
+    """As a GPU would specialise them: a size of 1 is a constant where it may be, bulk copies have descriptors."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", JOBS], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.stdout.splitlines() == [
