@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -12,23 +11,11 @@ from triton.compiler import ASTSource
 
 from benchmarks.aot import sass
 from benchmarks.aot.jobs import AotJob
+from benchmarks.aot.table import Built
 from sarqc_kernels.device import Device
 
 FROM_REGISTERS = re.compile(r"ttg\.local_alloc %")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-class Built(NamedTuple):
-    """One line of the table. shared: bytes of one program. problems: what must not be; empty is good."""
-
-    name: str
-    arch: str
-    warps: int
-    registers: int
-    stack: int
-    shared: int
-    opcodes: dict[str, int]
-    problems: tuple[str, ...]
 
 
 def compiled(job: AotJob):
