@@ -8,7 +8,7 @@
 #             is an error
 # make soak   kill a run at 60 random moments and let it go on each time; quantize a random model of 8 GB under 3 GB of
 #             memory, twice (an hour and 14 GB of disk)
-# make aot    compile every kernel for sm_80, sm_90 and sm_100 without a GPU and read the machine code (minutes)
+# make aot    compile every kernel for sm_80, sm_90, sm_100 and sm_120 without a GPU and read the machine code (minutes)
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
 # make models   build, quantize and reload a tiny model of every architecture of transformers; then docs/models.md (an hour)
 # make versions   tests with the oldest and the newest versions that pyproject.toml allows, in environments of their own (10 GB)

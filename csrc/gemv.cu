@@ -209,11 +209,12 @@ __device__ __forceinline__ void joined(const uint32_t* word, uint32_t (&out)[4])
     }
 }
 
-// The grid of a lane's rows: bytes where scale and zero of row g of both blocks of 16 are in the first group; those of
-// row g + 8 are 8 behind.
+// The grid of a lane's rows: bytes where the scale of row g of both blocks of 16 is in the first group, and the zero of
+// the first block; those of row g + 8 are 8 behind, zeros of the second block `apart` (a register less than a pointer).
 struct Grid {
     const uint8_t* scales[2];
-    const uint8_t* zeros[2];
+    const uint8_t* zeros;
+    int apart;
 };
 
 // What a lane has of a tile: words of the rows g, g + 8, g + 16, g + 24, and their grid where a group is a tile or more.
@@ -227,14 +228,15 @@ struct Tile {
 template <bool kAsym>
 __device__ __forceinline__ void load_grid(const Gemv& call, const Grid& grid, uint32_t group, Scale (&scale)[4],
                                           uint8_t (&zero)[4]) {
+    const uint8_t* const zeros = grid.zeros + static_cast<uint64_t>(group) * call.zero_bytes;
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
         const uint64_t scales = static_cast<uint64_t>(group) * call.scale_bytes;
         const Scale* const of_group = reinterpret_cast<const Scale*>(grid.scales[block] + scales);
         scale[2 * block] = __ldg(of_group), scale[2 * block + 1] = __ldg(of_group + 8);
         if (kAsym) {
-            const uint8_t* const zeros = grid.zeros[block] + static_cast<uint64_t>(group) * call.zero_bytes;
-            zero[2 * block] = __ldg(zeros), zero[2 * block + 1] = __ldg(zeros + 8);
+            const uint8_t* const own = zeros + (block ? grid.apart : 0);
+            zero[2 * block] = __ldg(own), zero[2 * block + 1] = __ldg(own + 8);
         }
     }
 }
@@ -364,7 +366,8 @@ __device__ void accumulate(const Gemv& call, const Rows& rows, uint32_t* x, floa
         if (row >= call.padded) row = 0;  // nothing there: what comes out is not written
         const int64_t at = expert_rows * call.groups + row + g;
         grid.scales[block] = static_cast<const uint8_t*>(call.scales) + at * sizeof(Scale);
-        grid.zeros[block] = call.zeros + at;
+        if (block == 0) grid.zeros = call.zeros + at;
+        grid.apart = block == 0 ? -row : grid.apart + row;
         const uint8_t* const tile =
             call.words + ((expert_rows + row) / 64 * call.k_tiles + begin + warp_k) * Form<kBits>::tile_bytes;
         const int in_tile = row % 64 + g;
@@ -404,7 +407,7 @@ __device__ void accumulate(const Gemv& call, const Rows& rows, uint32_t* x, floa
         for (int column = 0; column < kColumns; ++column)
             mine[column] = x + min(g + 8 * column, rows.count - 1) * stride + 4 * t + warp_k * kTileX;
         // the next tile is under way while one is multiplied
-        if (kColumns == 1 && kWhole && !kAsym && (kBits == 2 || kBits == 4)) {  // two at a time: no word changes its register
+        if (kColumns == 1 && kWhole && (kBits == 2 || kBits == 4)) {  // two at a time: no word changes its register
             const int stop = min(last, end - every) - every;
             for (const uint32_t until = stop > 0 ? stop * unit : 0; place < until; place += step) {
                 load(place + step, odd);

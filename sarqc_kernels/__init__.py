@@ -9,9 +9,9 @@ Four operations do the work, and everything has an expert axis E (a dense layer 
 
 with `fit_grid` and `round_to_grid` (grids and plain rounding), `coordinate_descent` (codes and scales improve each
 other), `cross_gram_accumulate_` (R^T X, for error correction), `gram_finalize` (a Gram's sums -> the regularised matrix
-that is factored), `symmetrize_` (completes a Gram), `pack` / `unpack` (2 to 8 bit codes in 32-bit words), `repack` /
-`unpack_weight` (a packed weight as the machine multiplies it, and back), `dequantize_fp8` / `dequantize_fp4` (FP8,
-MXFP4 and NVFP4 source weights to bf16, fp16 or fp32).
+that is factored), `cholesky_upper` (its factor), `symmetrize_` (completes a Gram), `pack` / `unpack` (2 to 8 bit codes
+in 32-bit words), `repack` / `unpack_weight` (a packed weight as the machine multiplies it, and back), `dequantize_fp8`
+/ `dequantize_fp4` (FP8, MXFP4 and NVFP4 source weights to bf16, fp16 or fp32).
 Activations are rows [T, K] sorted by expert with `offsets` [E + 1]; the weight that codes stand for is
 (code - zero) * scale.
 
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from sarqc_kernels.columns import coordinate_descent, fit_grid, quantize_columns, round_to_grid
     from sarqc_kernels.dequant import dequantize_fp4, dequantize_fp8
     from sarqc_kernels.errors import ArgumentError, BackendError, SarqcError
-    from sarqc_kernels.gram import cross_gram_accumulate_, gram_accumulate_, gram_finalize, symmetrize_
+    from sarqc_kernels.gram import (
+        cholesky_upper,
+        cross_gram_accumulate_,
+        gram_accumulate_,
+        gram_finalize,
+        symmetrize_,
+    )
     from sarqc_kernels.packing import pack, unpack
     from sarqc_kernels.w4a16 import (
         RepackedWeight,
@@ -47,6 +53,7 @@ __all__ = [
     "RepackedWeight",
     "Routing",
     "SarqcError",
+    "cholesky_upper",
     "coordinate_descent",
     "cross_gram_accumulate_",
     "dequantize_fp4",
@@ -72,6 +79,7 @@ _HOME = {
     "RepackedWeight": "w4a16",
     "Routing": "w4a16",
     "SarqcError": "errors",
+    "cholesky_upper": "gram",
     "coordinate_descent": "columns",
     "cross_gram_accumulate_": "gram",
     "dequantize_fp4": "dequant",

@@ -30,7 +30,8 @@ __all__ = [
     "triton_unsupported",
 ]
 
-SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
+SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448,
+                120: 101_376, 121: 101_376}  # fmt: skip
 """Shared memory that one program can have, by capability; a card not listed here counts as the least, 101 376."""
 
 
@@ -40,6 +41,16 @@ class Device:
 
     arch: int
     multiprocessors: int
+
+    @property
+    def tensor_memory(self) -> bool:
+        """Tensor cores keep sums in a memory of their own: sm_100 to sm_110."""
+        return 100 <= self.arch < 120
+
+    @property
+    def sums_in_registers(self) -> bool:
+        """Tensor cores take both operands and the sums from registers (mma.sync alone): before sm_90, and sm_120."""
+        return self.arch < 90 or self.arch >= 120
 
     @property
     def shared_bytes(self) -> int:

@@ -73,6 +73,18 @@ def _cross_error(backend: str, device: torch.device) -> float:
     return relative_error(total.cpu(), residual.cpu().double().T @ x.cpu().double())
 
 
+def _cholesky_arguments(device: torch.device) -> tuple[Any, ...]:
+    total = random_gram(_generator(), EXPERTS, INPUTS).float()
+    return ((total + total.diagonal(dim1=1, dim2=2).mean() * torch.eye(INPUTS)).to(device),)
+
+
+def _cholesky_error(backend: str, device: torch.device) -> float:
+    """The factor's product is the matrix, up to some units of the last place."""
+    (total,) = _cholesky_arguments(device)
+    found = gram.cholesky_upper(total, backend=backend)[0].cpu().double()
+    return relative_error(found @ found.mT, total.cpu().double())
+
+
 def _finalize_arguments(device: torch.device) -> tuple[Any, ...]:
     total = random_gram(_generator(), EXPERTS, INPUTS).float().to(device)
     rows = torch.tensor([3, 5], device=device)
@@ -226,6 +238,7 @@ PROBES = (
     Probe("gram_accumulate_", _of(gram, "gram_accumulate_"),
           lambda device: (*_sums(device), *(each.to(device) for each in _rows())), _accumulate_error, 1e-5),
     Probe("gram_finalize", _of(gram, "gram_finalize"), _finalize_arguments, _finalize_error, 1e-6),
+    Probe("cholesky_upper", _of(gram, "cholesky_upper"), _cholesky_arguments, _cholesky_error, 1e-5),
     Probe("cross_gram_accumulate_", _of(gram, "cross_gram_accumulate_"), _cross_arguments, _cross_error, 2.0**-15),
     Probe("fit_grid", _of(columns, "fit_grid"),
           lambda device: (_weight(device), None, GROUP, columns.GridRule(**RULE)), _fit_error, 2.0**-8),

@@ -14,8 +14,8 @@ from pathlib import Path
 import triton
 
 from benchmarks.aot import compiler, csrc, jobs, table
-from benchmarks.aot.compiler import Built
-from sarqc_kernels.aot import AotJob
+from benchmarks.aot.jobs import AotJob
+from benchmarks.aot.table import Built
 
 ROOT = Path(__file__).parents[2]
 SLOW = 20.0  # seconds of one compilation that are worth a line: the whole check should take less than ten minutes
@@ -26,15 +26,15 @@ def main() -> int:
     parser.add_argument("--also", metavar="VERSION", help="then do it with this version of triton, fetched into build/")
     parser.add_argument("--room", action="append", default=[], choices=jobs.ROOMS, help="one operation (or more)")
     parser.add_argument("--match", default="", help="kernels whose name contains this")
-    parser.add_argument("--arch", type=int, action="append", default=[], help="80, 90 or 100 (again for more)")
+    parser.add_argument("--arch", type=int, action="append", default=[], help="80, 90, 100 or 120 (again for more)")
     parser.add_argument("--check-only", action="store_true", help="write no table")
     parser.add_argument("--no-csrc", action="store_true", help="leave csrc/ out")
     options = parser.parse_args()
-    partial = bool(options.room or options.match or options.arch or options.check_only)
+    partial = bool(options.room or options.match or options.check_only)
     found = jobs.collect(options.room, options.match, options.arch)
     bad = _report(f"triton {triton.__version__}", f"aot-triton-{triton.__version__}.md", _triton(found), partial)
     if not (options.no_csrc or options.room or options.match):
-        bad += _csrc(partial)
+        bad += _csrc(options.arch, partial)
     if options.also and options.also != triton.__version__:
         bad += _other_triton(options.also, [arg for arg in sys.argv[1:] if arg not in ("--also", options.also)])
     return int(bad > 0)
@@ -44,13 +44,13 @@ def _triton(found: Sequence[AotJob]) -> list[Built]:
     return _in_parallel(compiler.build, [(job,) for job in found])
 
 
-def _csrc(partial: bool) -> int:
-    nvcc = csrc.nvcc()
-    if nvcc is None or not csrc.works():
+def _csrc(archs: Sequence[int], partial: bool) -> int:
+    nvcc, works = csrc.nvcc(), csrc.works(archs)
+    if nvcc is None or not works:
         print("csrc: " + ("nothing to compile" if nvcc else "nvcc is not on the path; not compiled"))
         return 0
     path, version = nvcc
-    parts = _in_parallel(csrc.compile_file, [(path, *work) for work in csrc.works()])
+    parts = _in_parallel(csrc.compile_file, [(path, *work) for work in works])
     return _report(
         f"csrc, nvcc {version}", f"aot-nvcc-{version}.md", [line for part in parts for line in part], partial
     )
@@ -61,7 +61,7 @@ def _report(title: str, name: str, lines: list[Built], partial: bool) -> int:
     bad = [line for line in lines if line.problems]
     for line in bad:
         print(f"{line.name} {line.arch}: {'; '.join(line.problems)}")
-    where = "" if partial else f" -> {table.write(name, table.render(title, lines)).relative_to(ROOT)}"
+    where = "" if partial else f" -> {table.write(name, title, lines).relative_to(ROOT)}"
     print(f"{title}: {len(lines)} kernels, {len(bad)} with problems{where}")
     return len(bad)
 

@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.aot import sass
-from sarqc_kernels.aot import AotJob
+from benchmarks.aot.jobs import AotJob
+from benchmarks.aot.table import Built
 from sarqc_kernels.device import Device
 
 FROM_REGISTERS = re.compile(r"ttg\.local_alloc %")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-class Built(NamedTuple):
-    """One line of the table. shared: bytes of one program. problems: what must not be; empty is good."""
-
-    name: str
-    arch: str
-    warps: int
-    registers: int
-    stack: int
-    shared: int
-    opcodes: dict[str, int]
-    problems: tuple[str, ...]
-
-
 def compiled(job: AotJob):
     """The kernel of a job as Triton compiles it. Raises what the compiler raises."""
-    names = job.kernel.arg_names
-    types = {name: "constexpr" if name in job.constants else job.signature[name] for name in names}
-    source = ASTSource(
-        fn=job.kernel,
-        signature=types,
-        constexprs={(names.index(name),): value for name, value in job.constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job.divisible},
-    )
+    source = ASTSource(job.kernel, dict(job.signature), dict(job.constants), dict(job.attributes))
     return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
 
 

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.aot import sass
-from benchmarks.aot.compiler import TOOLS, Built
+from benchmarks.aot.compiler import TOOLS
+from benchmarks.aot.table import Built
 from sarqc_kernels import build
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.w4a16.cuda import BITS
@@ -33,12 +35,13 @@ def nvcc() -> tuple[str, str] | None:
     return path, found[1] if found else "unknown"
 
 
-def works() -> list[tuple[Path, str, tuple[str, ...]]]:
-    """What there is to compile: each file for each card, with each set of its macros."""
+def works(archs: Sequence[int] = ()) -> list[tuple[Path, str, tuple[str, ...]]]:
+    """What there is to compile: each file for each card (of `archs`; empty: all), with each set of its macros."""
     return [
         (source, card, macros)
         for source in sorted(CSRC.glob("*.cu"))
         for card in CARDS
+        if not archs or int(card.rstrip("a")) in archs
         for macros in VARIANTS.get(source.stem, [()])
     ]
 

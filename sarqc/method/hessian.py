@@ -20,7 +20,7 @@ from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
 from sarqc.kinds import saliency_exponent
 from sarqc.method.gram import Gram
-from sarqc_kernels.gram import gram_finalize
+from sarqc_kernels.gram import cholesky_upper, gram_finalize
 
 SALIENCY_FLOOR = 1e-4
 """Least saliency relative to the mean: inputs that calibration never excited keep their weights."""
@@ -76,8 +76,7 @@ def factor(hessian: Tensor, site: str) -> Factor:
     """
     if not bool(torch.isfinite(hessian.diagonal(dim1=-2, dim2=-1)).all()):
         raise NumericError(f"{site}: the Gram matrix of its inputs is not finite; look for NaN or Inf in activations")
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
-    matrix = lower.flip(-1, -2)
+    matrix, info = cholesky_upper(hessian)
     damping = torch.zeros(hessian.shape[0], dtype=torch.float64)
     failed = (info != 0) | ~torch.isfinite(matrix.diagonal(dim1=-2, dim2=-1)).all(-1)
     for expert in failed.nonzero().flatten().tolist():

@@ -21,21 +21,18 @@ What threads of a program read of each other goes through memory with a barrier 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.columns.config import MICRO
 from sarqc_kernels.columns.descent_reference import REACH
 from sarqc_kernels.columns.panels import batches
 from sarqc_kernels.columns.triton_impl import DEPTH, OPTIONS, SCALES, _add_pull, _advance
 from sarqc_kernels.device import on_device
 
-__all__ = ["aot_jobs", "coordinate_descent"]
+__all__ = ["coordinate_descent"]
 
 ROWS, WARPS = 32, 4
 """The products need the warps; in the chain of columns, where a row has one thread, four of them do the same."""
@@ -63,10 +60,11 @@ def _level_product(
 
 @triton.jit
 def _choose(
-    values, codes, found, scale_at, scale, zero, gradient, rest, curved, change, size, row, live, rows,
-    SCALE: tl.constexpr, REACH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    data, scale, zero, size, lanes, SCALE: tl.constexpr, REACH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
+):
     """The new scale of a group, codes and weights of the rows that take it, and the change of their weights."""
+    values, codes, found, scale_at, gradient, rest, curved, change = data
+    row, live, rows = lanes
     over = tl.zeros((CHUNK, ROWS), dtype=tl.float32)
     under = tl.zeros((CHUNK, ROWS), dtype=tl.float32)
     for first in range(0, size, CHUNK):
@@ -125,9 +123,9 @@ def _descend(
             scale = tl.load(scales + group * rows + row, mask=live, other=1.0)
             zero = tl.load(zeros + group * rows + row, mask=live, other=0.0)
             own = first * rows
-            _advance(values + own, change, found, gradient + own, ahead, square, inverse + first, group_of,
-                     scales + group * rows, zeros + group * rows, True, 0, size, row, live, rows, columns, top, True,
-                     MICRO, DEPTH)  # fmt: skip
+            panel = (values + own, change, found, ahead, square, inverse + first, group_of, scales + group * rows,
+                     zeros + group * rows)  # fmt: skip
+            _advance(panel, gradient + own, (row, live, True, rows, columns, top), 0, size, True, MICRO, DEPTH)
             for tile in range(0, size, TILE):
                 j = tile + tl.arange(0, TILE)
                 at, mask = j[:, None] * rows + row[None, :], (j < size)[:, None] & live[None, :]
@@ -138,8 +136,8 @@ def _descend(
                 acc = _level_product(acc, square, found, zero, size, j, j < size, row, live, rows, columns, DEPTH)
                 tl.store(curved + at, acc, mask=mask)
             tl.debug_barrier()
-            _choose(values + own, codes + own, found, scales + group * rows, scale, zero, gradient + own, rest, curved,
-                    change, size, row, live, rows, SCALE, REACH, MICRO, ROWS)  # fmt: skip
+            data = (values + own, codes + own, found, scales + group * rows, gradient + own, rest, curved, change)
+            _choose(data, scale, zero, size, (row, live, rows), SCALE, REACH, MICRO, ROWS)
             tl.debug_barrier()
             line = hessian + tl.cast(first, tl.int64) * columns
             for tile in range(0, columns, TILE):  # `change` holds before - after, as the errors of the columns do
@@ -178,25 +176,11 @@ def _batch(
     scratch = values.new_empty((3, experts, size, rows))
     _descend[(-(-rows // ROWS), experts)](
         values, own, gradient, hessian, usable.int(), torch.where(usable[:, None], diagonal, 1.0).reciprocal(), scale,
-        zero, values.new_empty((experts, MICRO, rows)), *scratch.unbind(0),
-        own.new_empty((experts, size, rows)), torch.zeros(size, dtype=torch.int32, device=weight.device),
-        rows, columns, groups, size, passes, hessian.stride(0), float((1 << bits) - 1), SCALE=SCALES[scales.dtype],
-        REACH=REACH, ROWS=ROWS, TILE=TILE, MICRO=MICRO, DEPTH=DEPTH, num_warps=WARPS, **OPTIONS,
+        zero, values.new_empty((experts, MICRO, rows)), *scratch.unbind(0), found=own.new_empty((experts, size, rows)),
+        group_of=torch.zeros(size, dtype=torch.int32, device=weight.device), rows=rows, columns=columns, groups=groups,
+        size=size, passes=passes, hessian_expert=hessian.stride(0), top=float((1 << bits) - 1),
+        SCALE=SCALES[scales.dtype], REACH=REACH, ROWS=ROWS, TILE=TILE, MICRO=MICRO, DEPTH=DEPTH, num_warps=WARPS,
+        **OPTIONS,
     )  # fmt: skip
     codes.copy_(own.mT)
     scales.copy_(scale.mT)
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """One job for each GPU; a scale's dtype is one conversion."""
-    floats = ("values", "gradient", "hessian", "inverse", "scales", "zeros", "ahead", "change", "rest", "curved")
-    sizes = ("rows", "columns", "groups", "size", "passes")
-    signature = {
-        **dict.fromkeys(floats, "*fp32"), "codes": "*u8", "found": "*u8", "usable": "*i32", "group_of": "*i32",
-        **dict.fromkeys(sizes, "i32"), "hessian_expert": "i64", "top": "fp32",
-    }  # fmt: skip
-    constants = {"SCALE": tl.float16, "REACH": REACH, "ROWS": ROWS, "TILE": TILE, "MICRO": MICRO, "DEPTH": DEPTH}
-    divisible = [name for name in signature if name not in ("groups", "passes", "top")]
-    for arch in ARCHS:
-        yield AotJob("columns coordinate descent", _descend, arch, signature, constants,
-                     {"num_warps": WARPS, **OPTIONS}, divisible)  # fmt: skip

@@ -11,22 +11,19 @@ the neighbour of the reference's where the losses of two trials are equal but fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.columns.config import configurations, rule
+from sarqc_kernels.columns.config import rule
 from sarqc_kernels.columns.grid import GridRule, empty_grid
 from sarqc_kernels.columns.grid_impl import clamped, fit, half_even
 from sarqc_kernels.columns.panels import batches, factors_of
-from sarqc_kernels.columns.triton_impl import CHUNK, KINDS, OPTIONS, kind_of, limits, spelled
+from sarqc_kernels.columns.triton_impl import CHUNK, OPTIONS, kind_of, limits
 from sarqc_kernels.device import device_info, on_device
 
-__all__ = ["aot_jobs", "fit_grid", "round_to_grid"]
+__all__ = ["fit_grid", "round_to_grid"]
 
 LINES, WIDTH = 16, 128  # of a program of `_round`
 
@@ -42,8 +39,9 @@ def _fit_groups(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     own, begin = weight + expert * columns * rows, group * group_size
-    scale, zero = fit(own, own, importance + expert * columns, table, begin, begin + group_size, row, live, rows, top,
-                       middle, tiny, most, SYM, SEARCH, SCALE, TRIALS, False, ROWS, CHUNK)  # fmt: skip
+    data = (own, own, importance + expert * columns, table)
+    scale, zero = fit(data, begin, begin + group_size, (row, live, rows), (top, middle, tiny, most), SYM, SEARCH, SCALE,
+                      TRIALS, False, ROWS, CHUNK)  # fmt: skip
     at = (expert * tl.num_programs(2) + group) * rows + row
     tl.store(scales + at, scale, mask=live)
     tl.store(zeros + at, zero, mask=live)
@@ -80,7 +78,7 @@ def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, wanted:
             part = weight[some, span].mT.contiguous()
             grid = part.new_empty((2, len(part), groups, part.shape[2]))
             _fit_groups[(-(-part.shape[2] // own.rows), len(part), groups)](
-                part, counts[some], grid[0], grid[1], table, part.shape[2], columns, group_size, *limits(wanted),
+                part, counts[some], grid[0], grid[1], table, part.shape[2], columns, group_size, **limits(wanted),
                 **kind_of(wanted), ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
             )  # fmt: skip
             scales[some, span] = grid[0].mT.to(wanted.scale_dtype)
@@ -100,26 +98,3 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> T
                 columns // groups, float((1 << bits) - 1), LINES=LINES, WIDTH=WIDTH, num_warps=4, **OPTIONS,
             )  # fmt: skip
     return codes
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """The fit for every tile of `columns.config` and kind of grid; rounding for every dtype of scales."""
-    pointers = {"weight": "*fp32", "importance": "*fp32", "scales": "*fp32", "zeros": "*fp32", "table": "*fp32"}
-    numbers = dict.fromkeys(("rows", "columns", "group_size"), "i32") | dict.fromkeys(
-        ("top", "middle", "tiny", "most"), "fp32"
-    )
-    sizes = dict.fromkeys(("lines", "columns", "groups", "group_size"), "i32")
-    for arch in ARCHS:
-        for own in configurations():
-            for kind in KINDS:
-                yield AotJob(
-                    f"columns {spelled('fit groups', kind)} {own.rows}", _fit_groups, arch, pointers | numbers,
-                    {**kind, "ROWS": own.rows, "CHUNK": CHUNK}, {"num_warps": own.warps, **OPTIONS},
-                    (*pointers, "rows", "columns", "group_size"),
-                )  # fmt: skip
-        for dtype in ("fp32", "bf16", "fp16"):
-            tensors = {"weight": "*fp32", "scales": f"*{dtype}", "zeros": "*u8", "codes": "*u8"}
-            yield AotJob(
-                f"columns round {dtype}", _round, arch, tensors | sizes | {"top": "fp32"},
-                {"LINES": LINES, "WIDTH": WIDTH}, {"num_warps": 4, **OPTIONS}, (*tensors, "columns", "group_size"),
-            )  # fmt: skip

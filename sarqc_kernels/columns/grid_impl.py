@@ -34,9 +34,11 @@ def clamped(value, low, high):
 
 
 @triton.jit
-def _group(weight, delta, begin, end, row, live, rows, MOVED: tl.constexpr, CHUNK: tl.constexpr):
+def _group(data, begin, end, lanes, MOVED: tl.constexpr, CHUNK: tl.constexpr):
     """Columns begin .. of a group, compensated as a free pass left it or (not MOVED) as it is: ([CHUNK, rows], which
     columns are its own)."""
+    weight, delta, _, _ = data
+    row, live, rows = lanes
     j = begin + tl.arange(0, CHUNK)
     inside = (j < end)[:, None]
     at, mask = j[:, None] * rows + row[None, :], inside & live[None, :]
@@ -48,15 +50,19 @@ def _group(weight, delta, begin, end, row, live, rows, MOVED: tl.constexpr, CHUN
 
 @triton.jit
 def fit(
-    weight, delta, importance, table, begin, end, row, live, rows, top, middle, tiny, most,
-    SYM: tl.constexpr, SEARCH: tl.constexpr, SCALE: tl.constexpr, TRIALS: tl.constexpr, MOVED: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    data, begin, end, lanes, limits, SYM: tl.constexpr, SEARCH: tl.constexpr, SCALE: tl.constexpr,
+    TRIALS: tl.constexpr, MOVED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Scale and zero [rows] of the group begin .. end - 1; `grid.fit_slab` says what and why."""
+    """Scale and zero [rows] of the group begin .. end - 1; `grid.fit_slab` says what and why.
+
+    data: (weight, delta, importance, table). lanes: (row, which rows there are, rows). limits: (top, middle, tiny,
+    most).
+    """
+    table = data[3]
     low = tl.full((CHUNK, ROWS), float("inf"), tl.float32)
     high = tl.full((CHUNK, ROWS), float("-inf"), tl.float32)
     for j in range(begin, end, CHUNK):
-        value, inside = _group(weight, delta, j, end, row, live, rows, MOVED, CHUNK)
+        value, inside = _group(data, j, end, lanes, MOVED, CHUNK)
         low = tl.minimum(low, tl.where(inside, value, float("inf")))
         high = tl.maximum(high, tl.where(inside, value, float("-inf")))
     low, high = tl.min(low, 0), tl.max(high, 0)
@@ -65,15 +71,14 @@ def fit(
     else:
         low = tl.minimum(low, 0.0)
         span = tl.maximum(high, 0.0) - low
-    scale, zero = _grid(span, low, table, top, middle, tiny, most, SYM, SCALE)
+    scale, zero = _grid(span, low, table, limits, SYM, SCALE)
     if SEARCH:
         if SYM:
             span = tl.where(high > -low, -span, span)
-        least = _loss(weight, delta, importance, scale, zero, begin, end, row, live, rows, top, MOVED, ROWS, CHUNK)
+        least = _loss(data, scale, zero, begin, end, lanes, limits[0], MOVED, ROWS, CHUNK)
         for trial in range(1, TRIALS):
-            other, other_zero = _grid(span, low, table + 2 * trial, top, middle, tiny, most, SYM, SCALE)
-            loss = _loss(weight, delta, importance, other, other_zero, begin, end, row, live, rows, top, MOVED, ROWS,
-                         CHUNK)  # fmt: skip
+            other, other_zero = _grid(span, low, table + 2 * trial, limits, SYM, SCALE)
+            loss = _loss(data, other, other_zero, begin, end, lanes, limits[0], MOVED, ROWS, CHUNK)
             better = loss < least
             least = tl.where(better, loss, least)
             scale = tl.where(better, other, scale)
@@ -82,8 +87,9 @@ def fit(
 
 
 @triton.jit
-def _grid(span, low, pair, top, middle, tiny, most, SYM: tl.constexpr, SCALE: tl.constexpr):
+def _grid(span, low, pair, limits, SYM: tl.constexpr, SCALE: tl.constexpr):
     """The grid that covers a multiple of a span; pair: what gives the scale, and minus the multiple."""
+    top, middle, tiny, most = limits
     scale = clamped(tl.abs(span) * tl.load(pair), tiny, most).to(SCALE).to(tl.float32)
     if SYM:
         scale = tl.where(span < 0.0, -scale, scale)
@@ -94,20 +100,17 @@ def _grid(span, low, pair, top, middle, tiny, most, SYM: tl.constexpr, SCALE: tl
 
 
 @triton.jit
-def _loss(
-    weight, delta, importance, scale, zero, begin, end, row, live, rows, top, MOVED: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
+def _loss(data, scale, zero, begin, end, lanes, top, MOVED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Weighted squared rounding error [rows] of the group on a grid."""
     total = tl.zeros((CHUNK, ROWS), dtype=tl.float32)
     per_scale = tl.div_rn(1.0, scale)[None, :]
     least, most = -zero[None, :], (top - zero)[None, :]
     for j in range(begin, end, CHUNK):
-        value, _ = _group(weight, delta, j, end, row, live, rows, MOVED, CHUNK)
+        value, _ = _group(data, j, end, lanes, MOVED, CHUNK)
         steps = value * per_scale
         error = clamped(half_even(steps), least, most) - steps
         at = j + tl.arange(0, CHUNK)
-        count = tl.load(importance + at, mask=at < end, other=0.0)[:, None]
+        count = tl.load(data[2] + at, mask=at < end, other=0.0)[:, None]
         total = tl.fma(error * count, error, total)
     return tl.sum(total, 0) * scale * scale
 
@@ -123,8 +126,9 @@ def fit_wide(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     matrix, vector = expert * columns * rows, expert * columns
-    scale, zero = fit(weight + matrix, delta + matrix, importance + vector, table, first, last, row, live, rows, top,
-                       middle, tiny, most, SYM, SEARCH, SCALE, TRIALS, True, ROWS, CHUNK)  # fmt: skip
+    data = (weight + matrix, delta + matrix, importance + vector, table)
+    scale, zero = fit(data, first, last, (row, live, rows), (top, middle, tiny, most), SYM, SEARCH, SCALE, TRIALS, True,
+                      ROWS, CHUNK)  # fmt: skip
     at = (expert * groups + tl.load(group_of + vector + first)) * rows + row
     tl.store(scales + at, scale, mask=live)
     tl.store(zeros + at, zero, mask=live)

@@ -20,11 +20,12 @@ few units in the last place of the middle between two, and fitted scales where t
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005  (Triton joins tuples by +)
 # (Triton's kernels take no annotations but tl.constexpr.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose, configurations
+from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose
 from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem
 from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
 from sarqc_kernels.device import device_info
 
-__all__ = ["CHUNK", "KINDS", "OPTIONS", "Steps", "aot_jobs", "kind_of", "limits", "quantize_columns", "spelled"]
+__all__ = ["CHUNK", "OPTIONS", "Steps", "kind_of", "limits", "quantize_columns"]
 
 CHUNK = 16
 """Columns of a group that the fit takes at once."""
@@ -85,41 +85,71 @@ def _pull(
 
 
 @triton.jit
-def _micro_panel(
-    weight, delta, codes, ahead, factor, inverse, group_of, scales, zeros, good, start, end, row, live, rows, columns,
-    top, ROUND: tl.constexpr, MICRO: tl.constexpr,
-):  # fmt: skip
-    """Columns start .. min(start + MICRO, end) - 1, one by one; `ahead` holds what the columns before them ask."""
-    errors = ()
-    for k in tl.static_range(MICRO):
-        j = start + k
+def _batch(panel, lanes, start, end, errors, ROUND: tl.constexpr, BATCH: tl.constexpr):
+    """Errors of columns start + len(errors) .. of a micro-panel; `errors` are of those before, from `start` on.
+
+    All that the columns need is loaded before the first is taken, and what they give is stored after the last: a load
+    behind a store has to wait for it.
+    """
+    weight, delta, codes, ahead, factor, inverse, group_of, scales, zeros = panel
+    row, live, good, rows, columns, top = lanes
+    BEFORE: tl.constexpr = len(errors)
+    asked, corner, inverses, values, steps, middles = (), (), (), (), (), ()
+    for k in tl.static_range(BATCH):
+        j = start + BEFORE + k
         inside = j < end
-        both = live & inside
-        asked = tl.load(ahead + k * rows + row, mask=live, other=0.0)
+        inverses = inverses + (tl.load(inverse + j, mask=inside, other=0.0),)
         for i in tl.static_range(k):
-            m = tl.load(factor + (start + i) * columns + j, mask=inside & good, other=0.0)
-            asked = tl.fma(errors[i], m, asked)
-        moved = asked * tl.load(inverse + j, mask=inside, other=0.0)
+            corner = corner + (tl.load(factor + (start + BEFORE + i) * columns + j, mask=inside & good, other=0.0),)
         if ROUND:
+            both = live & inside
             group = tl.load(group_of + j, mask=inside, other=0)
-            scale = tl.load(scales + group * rows + row, mask=both, other=1.0)
-            zero = tl.load(zeros + group * rows + row, mask=both, other=0.0)
-            w = tl.load(weight + j * rows + row, mask=both, other=0.0)
-            level = clamped(half_even(tl.div_rn(w + moved, scale)), -zero, top - zero)
-            error = w - level * scale
-            tl.store(codes + j * rows + row, (level + zero).to(tl.int32).to(tl.uint8), mask=both)
+            values = values + (tl.load(weight + j * rows + row, mask=both, other=0.0),)
+            steps = steps + (tl.load(scales + group * rows + row, mask=both, other=1.0),)
+            middles = middles + (tl.load(zeros + group * rows + row, mask=both, other=0.0),)
+        total = tl.load(ahead + (BEFORE + k) * rows + row, mask=live, other=0.0)
+        for i in tl.static_range(BEFORE):
+            m = tl.load(factor + (start + i) * columns + j, mask=inside & good, other=0.0)
+            total = tl.fma(errors[i], m, total)
+        asked = asked + (total,)
+    found, levels = (), ()
+    for k in tl.static_range(BATCH):
+        total = asked[k]
+        for i in tl.static_range(k):
+            total = tl.fma(found[i], corner[k * (k - 1) // 2 + i], total)
+        moved = total * inverses[k]
+        if ROUND:
+            level = clamped(half_even(tl.div_rn(values[k] + moved, steps[k])), -middles[k], top - middles[k])
+            found = found + (values[k] - level * steps[k],)
+            levels = levels + (level + middles[k],)
         else:
-            error = -moved
-        tl.store(delta + j * rows + row, error, mask=both)
-        errors = errors + (error,)  # type: ignore[assignment]  # noqa: RUF005  # Triton joins tuples by +
+            found = found + (-moved,)
+    for k in tl.static_range(BATCH):
+        j = start + BEFORE + k
+        both = live & (j < end)
+        tl.store(delta + j * rows + row, found[k], mask=both)
+        if ROUND:
+            tl.store(codes + j * rows + row, levels[k].to(tl.int32).to(tl.uint8), mask=both)
+    return errors + found
 
 
 @triton.jit
-def _advance(
-    weight, delta, codes, pull, ahead, factor, inverse, group_of, scales, zeros, good, begin, end, row, live, rows,
-    columns, top, ROUND: tl.constexpr, MICRO: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Columns begin .. end - 1 of the panel. What a tile wrote other threads read: hence the barriers."""
+def _micro_panel(panel, lanes, start, end, ROUND: tl.constexpr, MICRO: tl.constexpr):
+    """Columns start .. min(start + MICRO, end) - 1, one by one; `ahead` holds what the columns before them ask."""
+    errors = _batch(panel, lanes, start, end, (), ROUND, MICRO // 2)
+    for _ in tl.static_range(2):  # two halves spill where grids are fitted too
+        errors = _batch(panel, lanes, start, end, errors, ROUND, MICRO // 4)
+
+
+@triton.jit
+def _advance(panel, pull, lanes, begin, end, ROUND: tl.constexpr, MICRO: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns begin .. end - 1 of the panel. What a tile wrote other threads read: hence the barriers.
+
+    panel: (weight, delta, codes, ahead, factor, inverse, group_of, scales, zeros), where it begins. lanes: (row, which
+    rows there are, whether there is a factor, rows, columns, top).
+    """
+    delta, ahead, factor = panel[1], panel[3], panel[4]
+    row, live, good, rows, columns, _ = lanes
     for start in range(begin, end, MICRO):
         k = tl.arange(0, MICRO)
         inside = start + k < end
@@ -129,8 +159,7 @@ def _advance(
                           columns, DEPTH)  # fmt: skip
         tl.store(ahead + k[:, None] * rows + row[None, :], asked, mask=live[None, :] & (k >= 0)[:, None])
         tl.debug_barrier()
-        _micro_panel(weight, delta, codes, ahead, factor, inverse, group_of, scales, zeros, good, start, end, row,
-                     live, rows, columns, top, ROUND, MICRO)  # fmt: skip
+        _micro_panel(panel, lanes, start, end, ROUND, MICRO)
         tl.debug_barrier()
 
 
@@ -153,19 +182,19 @@ def _columns(
     factor += expert * factor_expert + tl.cast(first, tl.int64) * columns + first
     inverse, importance, group_of = inverse + vector, importance + vector, group_of + vector
     scales, zeros = scales + expert * groups * rows, zeros + expert * groups * rows
+    panel = (weight, delta, codes, ahead, factor, inverse, group_of, scales, zeros)
+    lanes = (row, live, good, rows, columns, top)
     for begin in range(0, last - first, stretch):
         end = tl.minimum(begin + stretch, last - first)
         if FIT:
-            _advance(weight, delta, codes, pull, ahead, factor, inverse, group_of, scales, zeros, good, begin, end,
-                     row, live, rows, columns, top, False, MICRO, DEPTH)  # fmt: skip
-            scale, zero = fit(weight, delta, importance, table, begin, end, row, live, rows, top, middle, tiny, most,
-                               SYM, SEARCH, SCALE, TRIALS, True, ROWS, CHUNK)  # fmt: skip
+            _advance(panel, pull, lanes, begin, end, False, MICRO, DEPTH)
+            scale, zero = fit((weight, delta, importance, table), begin, end, (row, live, rows),
+                              (top, middle, tiny, most), SYM, SEARCH, SCALE, TRIALS, True, ROWS, CHUNK)  # fmt: skip
             group = tl.load(group_of + begin)
             tl.store(scales + group * rows + row, scale, mask=live)
             tl.store(zeros + group * rows + row, zero, mask=live)
             tl.debug_barrier()
-        _advance(weight, delta, codes, pull, ahead, factor, inverse, group_of, scales, zeros, good, begin, end, row,
-                 live, rows, columns, top, ROUND, MICRO, DEPTH)  # fmt: skip
+        _advance(panel, pull, lanes, begin, end, ROUND, MICRO, DEPTH)
 
 
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,8 +217,8 @@ class Steps:
         grid = (-(-work.rows // own.product_rows), work.experts, -(-(last - first) // own.product_columns))
         _pull[grid](
             work.pull, work.delta, work.factor, work.usable, first, last, work.rows, work.columns,
-            work.factor.stride(0), PANEL, own.product_columns, own.product_rows, own.product_depth,
-            num_warps=own.product_warps, num_stages=own.product_stages,
+            work.factor.stride(0), PANEL=PANEL, COLUMNS=own.product_columns, ROWS=own.product_rows,
+            DEPTH=own.product_depth, num_warps=own.product_warps, num_stages=own.product_stages,
         )  # fmt: skip
 
     def columns(self, work: Work, first: int, last: int, action: Action) -> None:
@@ -198,10 +227,11 @@ class Steps:
         kind = kind_of(work.rule) if fits else _NO_FIT
         _columns[(-(-work.rows // own.rows), work.experts)](
             work.weight, work.delta, work.codes, work.pull, work.ahead, work.factor, work.usable, work.inverse,
-            work.importance, work.group_of, work.scales, work.zeros, _table(work),
-            first, last, work.group_size if fits else last - first, work.rows, work.columns, work.scales.shape[1],
-            work.factor.stride(0), *limits(work.rule), ROUND=action != "free", FIT=fits, **kind, ROWS=own.rows,
-            PANEL=PANEL, MICRO=MICRO, DEPTH=DEPTH, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
+            work.importance, work.group_of, work.scales, work.zeros, table=_table(work), first=first, last=last,
+            stretch=work.group_size if fits else last - first, rows=work.rows, columns=work.columns,
+            groups=work.scales.shape[1], factor_expert=work.factor.stride(0), **limits(work.rule),
+            ROUND=action != "free", FIT=fits, **kind, ROWS=own.rows, PANEL=PANEL,
+            MICRO=MICRO, DEPTH=DEPTH, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
         )  # fmt: skip
 
     def fit(self, work: Work, first: int, last: int) -> None:
@@ -209,7 +239,7 @@ class Steps:
         own = self.config
         fit_wide[(-(-work.rows // own.rows), work.experts)](
             work.weight, work.delta, work.importance, work.group_of, work.scales, work.zeros, _table(work),
-            first, last, work.rows, work.columns, work.scales.shape[1], *limits(work.rule), **kind_of(work.rule),
+            first, last, work.rows, work.columns, work.scales.shape[1], **limits(work.rule), **kind_of(work.rule),
             ROWS=own.rows, CHUNK=CHUNK, num_warps=own.warps, **OPTIONS,
         )  # fmt: skip
 
@@ -225,79 +255,11 @@ def kind_of(rule: GridRule) -> dict[str, Any]:
     return {"SYM": rule.sym, "SEARCH": rule.search, "SCALE": SCALES[rule.scale_dtype], "TRIALS": TRIALS}
 
 
-def limits(rule: GridRule) -> tuple[float, float, float, float]:
-    """top, middle, tiny and most of a kernel that fits or rounds."""
+def limits(rule: GridRule) -> dict[str, float]:
+    """The last code, its middle, and the least and most of a scale: arguments of a kernel that fits or rounds."""
     kept = torch.finfo(rule.scale_dtype)
-    return float(rule.top), float(rule.middle), kept.tiny, kept.max
+    return {"top": float(rule.top), "middle": float(rule.middle), "tiny": kept.tiny, "most": kept.max}
 
 
 def _table(work: Work) -> Tensor:
     return factors_of(work.rule.bits, work.rule.sym, work.weight.device)
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """Every kernel for every tile that `choose` can return; the panel product for odd K and N too (loads by words)."""
-    for arch in ARCHS:
-        for own in configurations():
-            yield _pull_job(own, arch, odd=False)
-            yield _pull_job(own, arch, odd=True)
-            for action in ("round", "free"):
-                yield _columns_job(action, own, arch, _NO_FIT)
-            for kind in KINDS:
-                yield _columns_job("fit", own, arch, kind)
-                yield _fit_wide_job(own, arch, kind)
-
-
-KINDS: tuple[dict[str, Any], ...] = (  # a scale's dtype is one conversion: it need not meet every kind
-    {"SYM": True, "SEARCH": True, "SCALE": tl.float16, "TRIALS": TRIALS},
-    {"SYM": False, "SEARCH": True, "SCALE": tl.bfloat16, "TRIALS": TRIALS},
-    {"SYM": False, "SEARCH": False, "SCALE": tl.float32, "TRIALS": TRIALS},
-)
-
-
-_TYPES = {
-    **dict.fromkeys(("weight", "delta", "pull", "ahead", "factor", "inverse", "importance", "table"), "*fp32"),
-    **dict.fromkeys(("scales", "zeros"), "*fp32"), **dict.fromkeys(("usable", "group_of"), "*i32"), "codes": "*u8",
-    **dict.fromkeys(("first", "last", "stretch", "rows", "columns", "groups"), "i32"), "factor_expert": "i64",
-    **dict.fromkeys(("top", "middle", "tiny", "most"), "fp32"),
-}  # fmt: skip
-
-
-def _job(
-    name: str, kernel: Any, arch: int, constants: dict[str, Any], options: dict[str, Any], odd: bool = False
-) -> AotJob:
-    signature = {argument: _TYPES[argument] for argument in kernel.arg_names if argument in _TYPES}
-    loose: tuple[str, ...] = ("last", "stretch", "groups", "top", "middle", "tiny", "most")
-    if odd:
-        loose += ("first", "rows", "columns", "factor_expert")
-    divisible = [argument for argument in signature if argument not in loose]
-    tensor_core = (_TENSOR_CORE[arch],) if kernel is _pull else ()
-    return AotJob(f"columns {name}", kernel, arch, signature, constants, options, divisible, tensor_core)
-
-
-_TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-
-
-def _pull_job(own: Config, arch: int, odd: bool) -> AotJob:
-    tile = (own.product_columns, own.product_rows, own.product_depth)
-    constants = dict(zip(("PANEL", "COLUMNS", "ROWS", "DEPTH"), (PANEL, *tile)))
-    options = {"num_warps": own.product_warps, "num_stages": own.product_stages}
-    return _job(f"pull {'x'.join(map(str, tile))}{' odd' * odd}", _pull, arch, constants, options, odd)
-
-
-def _columns_job(action: str, own: Config, arch: int, kind: dict[str, Any]) -> AotJob:
-    constants = {"ROUND": action != "free", "FIT": action == "fit", **kind, "ROWS": own.rows, "PANEL": PANEL,
-                 "MICRO": MICRO, "DEPTH": DEPTH, "CHUNK": CHUNK}  # fmt: skip
-    name = spelled(action, kind) if action == "fit" else action
-    return _job(f"{name} {own.rows}", _columns, arch, constants, {"num_warps": own.warps, **OPTIONS})
-
-
-def _fit_wide_job(own: Config, arch: int, kind: dict[str, Any]) -> AotJob:
-    constants = {**kind, "ROWS": own.rows, "CHUNK": CHUNK}
-    name = f"{spelled('fit wide', kind)} {own.rows}"
-    return _job(name, fit_wide, arch, constants, {"num_warps": own.warps, **OPTIONS})
-
-
-def spelled(action: str, kind: dict[str, Any]) -> str:
-    """An action on a kind of grid, for the name of a job."""
-    return f"{action} {'sym' if kind['SYM'] else 'asym'}{' search' * kind['SEARCH']} {kind['SCALE']}"

@@ -14,17 +14,15 @@ Bytes: K N (1 + out) of FP8, K N (1/2 + out) of FP4, and the scales.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.device import on_device
 
-__all__ = ["aot_jobs", "dequantize"]
+__all__ = ["dequantize"]
 
 ROWS, COLUMNS, WARPS = 32, 128, 4
 
@@ -127,27 +125,3 @@ def dequantize(
 def width_of(block_columns: int, columns: int) -> int:
     """Columns of a group: the largest power of two that divides a scale's columns, all of a tile's at most."""
     return COLUMNS if block_columns >= columns else math.gcd(block_columns, COLUMNS)
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """One job for each format that checkpoints have, to bf16; other dtypes differ in one conversion."""
-    sizes = dict.fromkeys(("rows", "columns", "block_rows", "widths_per_block", "down", "across"), "i32")
-    for arch in ARCHS:
-        for name, packed, scale, stored, level, width in FORMATS:
-            pointers = {"codes": "*u8", "scales": stored, "level": "*fp32", "out": "*bf16"}
-            if level == "none":
-                del pointers["level"]
-            constants = {"PACKED": packed, "SCALE": scale, "LEVEL": level, "ROWS": ROWS, "GROUPS": COLUMNS // width,
-                         "WIDTH": width, **({"level": None} if level == "none" else {})}  # fmt: skip
-            yield AotJob(f"dequant {name}", _dequantize, arch, {**pointers, **sizes}, constants, {"num_warps": WARPS},
-                         divisible=(*pointers, "rows", "columns"))  # fmt: skip
-
-
-FORMATS = (
-    ("fp8 128x128 fp32", False, "float", "*fp32", "none", 128),
-    ("fp8 128x128 bf16", False, "float", "*bf16", "none", 128),
-    ("mxfp8", False, "e8m0", "*u8", "none", 32),
-    ("mxfp4", True, "e8m0", "*u8", "none", 32),
-    ("nvfp4", True, "e4m3", "*u8", "divide", 16),
-)
-"""Name, packed, kind and dtype of scales, second level, columns of a group."""

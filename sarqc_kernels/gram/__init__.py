@@ -19,10 +19,12 @@ from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.checks import check_cut, check_offsets, check_same_device, check_tensor
 from sarqc_kernels.device import fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
-from sarqc_kernels.gram import cross, reference
+from sarqc_kernels.gram import cholesky, cross, reference
+from sarqc_kernels.gram.cholesky import cholesky_upper
 from sarqc_kernels.gram.cross import cross_gram_accumulate_
 
-__all__ = ["cross_gram_accumulate_", "gram_accumulate_", "gram_finalize", "implementations", "symmetrize_"]
+__all__ = ["cholesky_upper", "cross_gram_accumulate_", "gram_accumulate_", "gram_finalize", "implementations",
+           "symmetrize_"]  # fmt: skip
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -80,7 +82,8 @@ _FINALIZE = (
 
 def implementations() -> dict[str, Sequence[Implementation]]:
     """What there is of each operation, fastest first on a card; for `backend.explain`."""
-    return {"gram_accumulate_": _ACCUMULATE, "gram_finalize": _FINALIZE, **cross.implementations()}
+    found = {"gram_accumulate_": _ACCUMULATE, "gram_finalize": _FINALIZE}
+    return {**found, **cross.implementations(), **cholesky.implementations()}
 
 
 def gram_accumulate_(

@@ -138,7 +138,7 @@ def configurations() -> Iterator[tuple[int, torch.dtype, bool, Tile]]:
 def _tiles(dtype: torch.dtype, arch: int, even: bool) -> list[Tile]:
     """The tiles to choose from."""
     if not even:  # element by element, whatever the card: small, so that the addresses fit into registers
-        return [Tile(64, 64, 16, warps=8 if dtype == torch.float32 and arch < 90 else 4, stages=2)]
+        return [Tile(64, 64, 16, warps=8 if dtype == torch.float32 and (arch < 90 or arch >= 120) else 4, stages=2)]
     roomy = arch in ROOMY  # shared memory of a server's card
     if dtype == torch.float32:
         if arch < 90:

@@ -10,7 +10,6 @@ rows, as the Gram does. Where R is fp32 and x bf16, the two halves of R share wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,12 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.device import device_info, on_device
 from sarqc_kernels.gram.config import FLUSH
 from sarqc_kernels.gram.triton_impl import _load
 
-__all__ = ["aot_jobs", "cross_gram_accumulate_"]
+__all__ = ["cross_gram_accumulate_"]
 
 
 class Tile(NamedTuple):
@@ -94,22 +92,3 @@ def cross_gram_accumulate_(cross: Tensor, residual: Tensor, x: Tensor) -> None:
             DEPTH=own.depth, FLUSH=FLUSH, HALVES=halves, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
             num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """With halves and without, and fp32; sizes that 16 divides and others."""
-    sizes = dict.fromkeys(("tokens", "outputs", "inputs", "high_stride", "low_stride", "stride"), "i32")
-    kinds = (("bf16", torch.bfloat16, True), ("bf16", torch.bfloat16, False), ("fp32", torch.float32, False))
-    for arch in ARCHS:
-        for kind, dtype, halves in kinds:
-            for even in (True, False):
-                own = tile_of_call(dtype, even, arch)
-                shape = {"M": own.m, "N": own.n, "DEPTH": own.depth, "FLUSH": FLUSH}
-                pointers = {"cross": "*fp32", **dict.fromkeys(("high", "low", "x"), f"*{kind}")}
-                constants = {**shape, "HALVES": halves, "PRECISION": "tf32x3" if kind == "fp32" else "tf32"}
-                yield AotJob(
-                    f"gram cross {kind}{' halves' * halves} {'even' if even else 'odd'}", _cross, arch,
-                    {**pointers, **sizes}, constants, {"num_warps": own.warps, "num_stages": own.stages},
-                    divisible=(*pointers, *((set(sizes) - {"tokens"}) if even else ())),
-                    instructions=({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch],),
-                )  # fmt: skip

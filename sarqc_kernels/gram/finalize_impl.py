@@ -11,18 +11,15 @@ off the diagonal the result has the reference's bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.device import on_device
 from sarqc_kernels.gram.triton_impl import tile_of
 
-__all__ = ["aot_jobs", "gram_finalize"]
+__all__ = ["gram_finalize"]
 
 SIZE, WARPS = 64, 4  # a tile and its transpose pass through shared memory
 BLOCK = 1024
@@ -81,17 +78,3 @@ def gram_finalize(gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tens
                 gram, rows, saliency, reg_lambda, mean, out, damp, inputs, units, SIZE=SIZE, num_warps=WARPS
             )
     return out
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """The two kernels, for widths that 16 divides and for others."""
-    pointers = dict(gram="*fp32", rows="*i64", saliency="*fp32", reg_lambda="*fp32", mean="*fp32", out="*fp32")
-    options = {"num_warps": WARPS}
-    for arch in ARCHS:
-        yield AotJob("gram mean of the diagonal", _mean_diagonal, arch,
-                     {"gram": "*fp32", "rows": "*i64", "mean": "*fp32", "inputs": "i32"}, {"BLOCK": BLOCK}, options,
-                     divisible=("gram", "rows", "mean", "inputs"))  # fmt: skip
-        for even in (True, False):
-            yield AotJob(f"gram finalize {'even' if even else 'odd'}", _finalize, arch,
-                         {**pointers, "damp": "fp32", "inputs": "i32", "units": "i32"}, {"SIZE": SIZE}, options,
-                         divisible=(*pointers, *(("inputs",) * even)))  # fmt: skip

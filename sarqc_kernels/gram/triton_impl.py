@@ -19,7 +19,6 @@ random signs that is far below what summing in fp32 costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,11 +27,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sarqc_kernels.aot import AotJob
 from sarqc_kernels.device import device_info, on_device
-from sarqc_kernels.gram.config import FLUSH, Plan, Tile, choose, configurations
+from sarqc_kernels.gram.config import FLUSH, Plan, Tile, choose
 
-__all__ = ["aot_jobs", "gram_accumulate_", "launch", "tile_of"]
+__all__ = ["gram_accumulate_", "launch", "tile_of"]
 
 LANES = 16  # partial sums of |x| for each input: as many as make the additions of a tile's rows local to a thread
 SLICE = 2048  # elements of a Gram tile that one program of `_collect` adds up
@@ -142,14 +140,14 @@ def _accumulate(x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs,
         if start < stop:
             whole = start + (stop - start) // DEPTH * DEPTH
             if not APART:
-                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, diagonal, M, N, DEPTH,
-                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, diagonal, M=M, N=N,
+                                   DEPTH=DEPTH, LANES=LANES, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION)  # fmt: skip
             elif diagonal:
-                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, True, M, N, DEPTH,
-                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, True, M=M, N=N,
+                                   DEPTH=DEPTH, LANES=LANES, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION)  # fmt: skip
             else:
-                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, False, M, N, DEPTH,
-                                   LANES, DESCRIPTORS, PRECISION)  # fmt: skip
+                acc, total = _walk(x, x_m, x_n, row, column, start, whole, stop, stride, inputs, False, M=M, N=N,
+                                   DEPTH=DEPTH, LANES=LANES, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION)  # fmt: skip
             for t in tl.range(whole, stop, LANES, num_stages=1):
                 a = _load(x, t, row, stride, inputs, stop, LANES, M)
                 b = _load(x, t, column, stride, inputs, stop, LANES, N)
@@ -223,8 +221,9 @@ def launch(plan: Plan, gram: Tensor, rows: Tensor, abs_sum: Tensor, x: Tensor, o
     offsets = rows if offsets is None else offsets  # an address that is never read
     shape = {"M": tile.m, "N": tile.n, "DEPTH": tile.depth}
     _accumulate[(plan.programs,)](
-        x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs, ragged, tokens, inputs, x.stride(0), experts,
-        units, splits, **shape, **_constants(tile, x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs, ragged=ragged, tokens=tokens, inputs=inputs,
+        stride=x.stride(0), experts=experts, units=units, splits=splits, **shape,
+        **_constants(tile, x.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         _collect[(experts * units, tile.m // _slice(tile.m, tile.n))](
@@ -252,47 +251,3 @@ def _constants(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
         "APART": tile.apart,
         "PRECISION": PRECISION[dtype],
     }
-
-
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-POINTERS = dict(gram="*fp32", rows="*i64", abs_sum="*fp32", offsets="*i64", partial="*fp32", partial_abs="*fp32")
-SIZES = dict.fromkeys((*COUNTS, "inputs", "stride"), "i32")
-
-
-def aot_jobs() -> Iterator[AotJob]:
-    """Every kernel that `gram_accumulate_` can launch; a single input has one of its own, Triton makes 1 a constant."""
-    shapes = set()
-    for arch, dtype, even, tile in configurations():
-        shapes.add((arch, tile.m, tile.n, tile.depth))
-        yield _accumulate_job(arch, dtype, even, tile, {})
-        if not even:
-            yield _accumulate_job(arch, dtype, even, tile, {"inputs": 1, "stride": 1})
-    for arch, m, n, depth in sorted(shapes):
-        yield AotJob(
-            f"gram collect {m}x{n}x{depth}",
-            _collect,
-            arch,
-            {key: kind for key, kind in {**POINTERS, **SIZES}.items() if key not in ("rows", "stride")},
-            {"M": m, "N": n, "DEPTH": depth, "SLICE": _slice(m, n)},
-            {"num_warps": 4},
-            divisible=(*(set(POINTERS) - {"rows"}), "inputs"),
-        )
-
-
-def _accumulate_job(arch: int, dtype: torch.dtype, even: bool, tile: Tile, ones: dict[str, int]) -> AotJob:
-    name, shape = NAMES[dtype], {"M": tile.m, "N": tile.n, "DEPTH": tile.depth}
-    operands = dict.fromkeys(("x", "x_m", "x_n"), f"*{name}")
-    if tile.descriptors:
-        operands |= {f"x_{side}": f"tensordesc<{name}[{tile.depth}, {shape[side.upper()]}]>" for side in "mn"}
-    wide = ("x", "inputs", "stride", *(() if tile.descriptors else ("x_m", "x_n")))
-    access = "bulk" if tile.descriptors else "even" if even else "one input" if ones else "odd"
-    return AotJob(
-        f"gram accumulate {name} {tile.m}x{tile.n}x{tile.depth} w{tile.warps} s{tile.stages} {access}",
-        _accumulate,
-        arch,
-        {**operands, **POINTERS, **SIZES},
-        {**shape, **_constants(tile, dtype), **ones},
-        {"num_warps": tile.warps, "num_stages": tile.stages},
-        divisible=(*POINTERS, *(wide if even else ())),
-        instructions=({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch], *(("UTMALDG",) * tile.descriptors)),
-    )

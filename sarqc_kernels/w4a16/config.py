@@ -6,10 +6,10 @@ For shapes that no table has, `rule` takes the plan of least predicted time (`pr
 * dot: the weight is the first operand of the tensor core, 128 rows a block, so a block pads tokens to 16, not to 64.
 * splits (split-K): inputs are cut so that programs reach two on a processor where registers allow, with at least four
   tiles (512 inputs) each; partial sums are fp32, added in order by a second kernel whose launch overlaps (PDL).
-* folded, in blocks of 80 tokens and more: scales go into the weights (rounded once to 16 bits, as `expand` does), so
-  that one sum runs through all tiles and the tensor core multiplies one tile while the next is unpacked. Below, the sum
-  of each group is scaled in fp32: that costs the same few instructions there, and a second set of sums has room.
-* tail: up to 64 tokens more than 64 or 128, on the same unpacked weights; 129 tokens cost 144 and not 256.
+* folded, in blocks of 48 and from 80 tokens on: scales go into the weights (rounded once to 16 bits, as `expand` does),
+  so that one sum runs through all tiles and the tensor core multiplies one tile while the next is unpacked. Else the
+  sum of each group is scaled in fp32: that costs the same few instructions, and a second set of sums has room.
+* tail: up to 64 tokens more than 32, 64 or 128, on the same unpacked weights; 129 tokens cost 144 and not 256.
 * persistent: on sm_90 blocks of 256 rows and 128 tokens, one program on each processor, which walks the blocks, eight
   blocks of tokens with all blocks of rows at a time. Counted: a tile of such a block takes 48 KiB from the L2 cache for
   8.4 Mflop, so at the full rate of the tensor cores all processors together ask it for 4.6 TB/s, where blocks of 128
@@ -53,7 +53,7 @@ __all__ = [
 
 DOT_TOKENS = (16, 32, 64, 128)
 FOLDED_TOKENS = 128  # from here on, and in all with a tail, scales go into the weights
-TAILED = {80: 16, 96: 32, 144: 16, 160: 32, 192: 64}  # of a block's tokens those in sums of their own
+TAILED = {48: 16, 80: 16, 96: 32, 144: 16, 160: 32, 192: 64}  # of a block's tokens those in sums of their own
 FOLDED_BYTES = 118_800  # of shared memory that blocks of 128 rows take then; those of fewer tokens take up to 81 920
 GROUPS = (1, 2, 4, 8)  # to a tile
 WIDTHS_GROUPS = 2
@@ -148,17 +148,17 @@ EXPAND = Plan("expand", 0, 64, 1, 4, 1)
 def dot(tokens: int, splits: int, device: Device, bits: int = 4) -> Plan:
     """The dot plan for a block of so many tokens, one of `dot_sizes`.
 
-    Up to sm_90 sums live in registers: from 64 tokens on two groups of four warps share the rows of a block. On sm_100
+    Where sums live in registers: from 64 tokens on two groups of four warps share the rows of a block. On sm_100
     they live in tensor memory, of which each dot of a tile gets a part: with 64 tokens and a group of 16 inputs a dot,
     512 columns hold eight parts of 64 rows. Warps of widths other than 4, whose planes take registers, are those that
     do not spill.
     """
-    many = 8 if tokens >= 64 else 4
-    if device.arch < 100:
-        many = 8 if bits != 4 and device.arch < 90 and tokens >= 32 else many
+    many = 8 if tokens >= 48 else 4
+    if not device.tensor_memory:
+        many = 8 if bits != 4 and device.sums_in_registers and tokens >= 32 else many
     elif tokens >= 64:
         many = 8 if (bits == 4) == (tokens >= FOLDED_TOKENS) else 4
-    rows = TILE_N if device.arch >= 100 and tokens == 64 else PAD_N
+    rows = TILE_N if device.tensor_memory and tokens == 64 else PAD_N
     tail, stages = TAILED.get(tokens, 0), 3 if tokens >= 64 else 4
     folded = tail > 0 or tokens >= FOLDED_TOKENS
     registers = 128 if device.arch == 90 and bits == 4 and 64 <= tokens < FOLDED_TOKENS else 0
@@ -174,16 +174,17 @@ def persistent(device: Device, bits: int = 4) -> Plan:
 
 def dot_sizes(groups: int, device: Device, bits: int = 4) -> tuple[int, ...]:
     """Tokens of the dot blocks that fit and do not spill with so many groups to a tile (seen ahead of time)."""
-    spills = device.arch < 90 or (device.arch >= 100 and bits == 7)  # 7 bits are three planes
+    spills = device.sums_in_registers or (device.tensor_memory and bits == 7)  # 7 bits are three planes
     most = 64 if spills or device.shared_bytes < FOLDED_BYTES else FOLDED_TOKENS
-    least = 32 if groups == 8 and device.arch >= 100 else 16  # 16 with splits: ptxas stops at 80 registers, spills one
+    # 16 with splits: ptxas stops at 80 registers and spills one
+    least = 32 if groups == 8 and device.tensor_memory else 16
     sizes = tuple(size for size in DOT_TOKENS if least <= size <= most)
     return tuple(sorted((*sizes, *TAILED))) if device.arch == 90 and bits == 4 and most == FOLDED_TOKENS else sizes
 
 
 def splittable(tokens: int, device: Device, bits: int) -> bool:
     """Whether inputs can be split: on sm_100 partial sums of 128 tokens spill where codes are not of 4 bits."""
-    return not (device.arch >= 100 and bits != 4 and tokens >= FOLDED_TOKENS)
+    return not (device.tensor_memory and bits != 4 and tokens >= FOLDED_TOKENS)
 
 
 def configurations(device: Device) -> list[tuple[Plan, int]]:

@@ -155,17 +155,19 @@ def filled(
     index: Tensor | None = None,
     gated: bool = False,
 ) -> Gemv:
-    """What the launcher gets; tensors contiguous, bias in x's dtype. Arguments in the order of the fields."""
+    """What the launcher gets; tensors contiguous, bias in x's dtype."""
     experts, blocks, k_tiles = weight.words.shape[:3]
     padded, groups = blocks * TILE_N, weight.scales.shape[1]
     per_tile = groups_per_tile(weight.group_size, weight.in_features)
     whole = weight.group_size == weight.in_features
     tiles_of_group = k_tiles if whole else max(1, weight.group_size // TILE_K)
     return Gemv(
-        x.data_ptr(), weight.words.data_ptr(), weight.scales.data_ptr(), _pointer(weight.zeros), _pointer(bias),
-        out.data_ptr(), _pointer(offsets), _pointer(index), out.shape[0], out.shape[1], weight.in_features, k_tiles,
-        padded, groups, experts, _SLICES // per_tile, padded * weight.scales.element_size(), padded,
-        per_tile if per_tile > 1 else -(-(1 << 20) // tiles_of_group), gated, plan.warps_n, plan.splits, plan.chunk,
+        x=x.data_ptr(), words=weight.words.data_ptr(), scales=weight.scales.data_ptr(), zeros=_pointer(weight.zeros),
+        bias=_pointer(bias), out=out.data_ptr(), offsets=_pointer(offsets), index=_pointer(index), rows=out.shape[0],
+        outputs=out.shape[1], inputs=weight.in_features, k_tiles=k_tiles, padded=padded, groups=groups,
+        experts=experts, slices_per_group=_SLICES // per_tile, scale_bytes=padded * weight.scales.element_size(),
+        zero_bytes=padded, place_of_tile=per_tile if per_tile > 1 else -(-(1 << 20) // tiles_of_group), gated=gated,
+        warps_n=plan.warps_n, splits=plan.splits, chunk=plan.chunk,
     )  # fmt: skip
 
 

@@ -23,10 +23,10 @@ TENSOR = 1640.0  # multiply-adds of a processor in a cycle: 780 TFLOP/s among 13
 MEMORY = 32e9  # bytes a second of a processor: 4.3 TB/s among 132; one that others leave alone gets half as much again
 ALONE = 1.5
 CACHE = 42e9  # the same from the L2 cache: 5.5 TB/s among 132
-ISSUE = {16: 339, 32: 367, 64: 472, 80: 558, 96: 568, 128: 502, 144: 576, 160: 602, 192: 622}
+ISSUE = {16: 339, 32: 367, 48: 536, 64: 472, 80: 558, 96: 568, 128: 502, 144: 576, 160: 602, 192: 622}
 """Instructions of a processor's scheduler for a tile, by tokens of a program: those of a warp times warps over four."""
 TALL_ISSUE = 826  # 256 rows, 128 tokens
-RESIDENT = {16: 4, 32: 3, 64: 2, 80: 2, 96: 2}
+RESIDENT = {16: 4, 32: 3, 48: 2, 64: 2, 80: 2, 96: 2}
 """Programs that the registers and shared memory of a processor hold, where it is more than one."""
 FILL = 1.0e-6  # until a program multiplies, and from its last product to its end
 WALK_FILL = 0.4e-6  # between two blocks of a persistent program

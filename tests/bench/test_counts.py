@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.aot import counts, sass
+from benchmarks.aot import counts, sass, table
 
 LISTING = """
 .text.kernel:
@@ -62,3 +62,14 @@ def test_the_committed_table_has_every_entry() -> None:
     assert set(known) == {each.name for each in counts.COUNTS}
     assert all(isinstance(each["instructions"], int) for each in known.values())
     assert known["columns.cu, search of a grid"]["instructions"] <= 170  # 442 where it divided in the loop
+
+
+def test_a_run_for_one_card_replaces_its_lines_alone() -> None:
+    built = {arch: table.Built("a b", arch, 4, 64, 0, 0, {"HMMA": 2}, ()) for arch in ("sm_80", "sm_90")}
+    both = table.render("triton", list(built.values()))
+    assert both.splitlines()[2].startswith("2 kernels for sm_80, sm_90, 0 with problems")
+    spilled = built["sm_90"]._replace(stack=8, problems=("8 bytes",))
+    again = table.render("triton", [spilled], both)
+    assert [line.split(" | ")[1] for line in again.splitlines()[6:]] == ["sm_80", "sm_90"]
+    assert "2 kernels for sm_80, sm_90, 1 with problems" in again and "| 8 bytes |" in again
+    assert table.render("triton", [built["sm_90"]], again) == both

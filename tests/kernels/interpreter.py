@@ -1,15 +1,18 @@
 """Triton's interpreter, made fit to hold kernels on a CPU: bf16 done right, loops that run with a recent numpy.
 
 The interpreter of triton 3.6 to 3.7.1 keeps bf16 as raw 16-bit integers in numpy. So `tl.dot` multiplies bit patterns,
-arithmetic works on them without a complaint, and casts to bf16 cut bits off instead of rounding. `repair()` changes
-three things and nothing else:
+arithmetic works on them without a complaint, and casts to bf16 cut bits off instead of rounding. Inline PTX it refuses.
+`repair()` changes five things and nothing else:
 
 1. `tl.dot` widens bf16 operands to fp32 (exact) before it multiplies;
 2. casts from bf16 are exact, casts to bf16 round to nearest even, through fp32 where they come from another type;
-3. arithmetic and comparison on bf16 raise TypeError: a kernel has to say `.to(tl.float32)`.
+3. sums, products and comparisons of bf16 go through fp32 and are rounded once, as a GPU does; other arithmetic on
+   bf16 raises TypeError: a kernel has to say `.to(tl.float32)`;
+4. inline PTX is emulated (`ptx`), so that the text that a GPU would run is what is tested;
+5. reads and writes out of bounds, and races between programs, end the launch (`watch`).
 
 Moving bf16 (load, store, `tl.where`, reshape, |x|) is right as it is. What stays unlike a GPU: `input_precision` is
-ignored (an fp32 dot is plain fp32), programs run one after another, a read out of bounds may go unseen.
+ignored (an fp32 dot is plain fp32), and programs run one after another.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from tests.kernels import ptx
+from tests.kernels.watch import Memory
 
 VARIABLE = "TRITON_INTERPRET"
 
@@ -97,12 +103,61 @@ def repair(module: Any) -> None:
 
         return wrapper
 
+    def rounded(operation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(operation)
+        def wrapper(self: Any, first: Any, second: Any, op: Any) -> Any:
+            if not (is_bf16(first) and is_bf16(second)):
+                return refusing(operation)(self, first, second, op)
+            found = operation(self, wide(first), wide(second), op)  # fp32 has more than twice the bits: one rounding
+            return handle(round_to_bf16(found.data), bfloat16) if found.data.dtype == np.float32 else found
+
+        return wrapper
+
+    def assembly(self: Any, text: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int) -> Any:
+        kinds = [module._get_np_dtype(each) for each in types]
+        found = ptx.elementwise(text, [value.data for value in values], kinds, pack)
+        return ptx.Results([handle(data, each.scalar) for data, each in zip(found, types)])
+
     builder.create_dot = widening(builder.create_dot)
+    builder.binary_op = rounded(builder.binary_op)
+    builder.get_bf16 = lambda self, value: handle(round_to_bf16(np.array([value])), bfloat16)
+    builder.create_inline_asm = assembly
     for name in ("cast_impl", "create_fp_to_fp"):  # the other casts are written in terms of cast_impl
         setattr(builder, name, rounding(getattr(builder, name)))
-    for name in ("binary_op", "unary_op", "create_clampf", "create_fma"):  # not ternary_op: tl.where only moves bits
+    for name in ("unary_op", "create_clampf", "create_fma"):  # not ternary_op: tl.where only moves bits
         setattr(builder, name, refusing(getattr(builder, name)))
     module._patch_lang_tensor = _scalar_bounds(module._patch_lang_tensor)
+    _watched(module)
+
+
+def _watched(module: Any) -> None:
+    """Every launch tells a `Memory` its arguments, every program its ids, every load and store its addresses."""
+    builder, executor, memory = module.InterpreterBuilder, module.GridExecutor, Memory()
+    host, enter = executor._init_args_hst, builder.set_grid_idx
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def bytes_of(pointers: Any) -> int:
+        return max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+    def begin(self: Any, arguments: Any, keywords: Any) -> Any:
+        on_host = host(self, arguments, keywords)
+        memory.begin((*on_host[0], *on_host[1].values()))
+        return on_host
+
+    def entering(self: Any, x: int, y: int, z: int) -> None:
+        memory.enter((x, y, z))
+        enter(self, x, y, z)
+
+    def loading(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        memory.load(pointers.data, mask.data, bytes_of(pointers))
+        return load(self, pointers, mask, *rest)
+
+    def storing(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        memory.store(pointers.data, mask.data, bytes_of(pointers))
+        return store(self, pointers, value, mask, *rest)
+
+    executor._init_args_hst, builder.set_grid_idx = begin, entering
+    builder.create_masked_load, builder.create_masked_store = loading, storing
 
 
 def _scalar_bounds(patch: Callable[..., None]) -> Callable[..., None]:

@@ -27,8 +27,8 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (("--room", "gram", "--match", "accumulate bf16 128x128", "--arch", "80", "--arch", "90"), 2),
         (("--room", "gram", "--match", "finalize", "--arch", "90"), 2),
-        (("--room", "w4a16", "--match", "w4a16 dot 16x128 split1 bf16 g", "--arch", "90"), 4),
-        (("--room", "w4a16", "--match", "dot 128x256 split1 persistent bf16 g128", "--arch", "90"), 1),
+        (("--room", "w4a16", "--match", "dot 4 bits 16x128 split1 bf16 g", "--arch", "90"), 4),
+        (("--room", "w4a16", "--match", "dot 4 bits 128x256 split1 persistent bf16 g128", "--arch", "90"), 1),
     ],
     ids=["accumulate", "finalize", "product", "persistent"],
 )
@@ -36,6 +36,31 @@ def test_kernels_compile_without_spills(arguments: tuple[str, ...], kernels: int
     done = check(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kernels} kernels, 0 with problems" in done.stdout
+
+
+JOBS = """
+from benchmarks.aot import jobs
+from benchmarks.aot.jobs import Launch, asked_for
+from benchmarks.fake_gpu import H200
+for arch in (90, 120):
+    (job,) = jobs.collect(["w4a16"], "dot 4 bits 32x128 split2 bf16 g128s", [arch])
+    print(arch, job.signature["tiles_per_group"], job.signature["M"], job.signature["x"], job.options["num_warps"])
+(gram,) = jobs.collect(["gram"], "accumulate bf16 128x256", [90])
+print(gram.signature["x_n"], gram.signature["splits"], sorted(gram.instructions))
+print(asked_for(lambda: None, H200))
+"""
+
+
+def test_jobs_are_what_launches_ask_the_compiler_for() -> None:
+    """As a GPU would specialise them: a size of 1 is a constant where it may be, bulk copies have descriptors."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", JOBS], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout.splitlines() == [
+        "90 constexpr i32 *bf16 4",
+        "120 constexpr i32 *bf16 4",
+        "tensordesc<bf16[64, 256]> i32 ['HGMMA', 'UTMALDG']",
+        "[]",
+    ], done.stderr
 
 
 def test_a_weight_that_changes_its_thread_is_seen() -> None:

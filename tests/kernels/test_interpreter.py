@@ -29,9 +29,29 @@ def dot_kernel(a, b, c, steps, SIZE: tl.constexpr):  # type: ignore[name-defined
 
 
 @triton.jit
-def add_kernel(a, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+def arithmetic_kernel(a, b, out, BLOCK: tl.constexpr):  # type: ignore[name-defined]
     at = tl.arange(0, BLOCK)
-    tl.store(a + at, tl.load(a + at) + tl.load(a + at))
+    x, y = tl.load(a + at), tl.load(b + at)
+    tl.store(out + at, x + y)
+    tl.store(out + BLOCK + at, x - y)
+    tl.store(out + 2 * BLOCK + at, x * y)
+    tl.store(out + 3 * BLOCK + at, tl.where(x < y, x, y))
+
+
+@triton.jit
+def fused_kernel(a, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+    at = tl.arange(0, BLOCK)
+    value = tl.load(a + at)
+    tl.store(a + at, tl.fma(value, value, value))
+
+
+@triton.jit
+def touching_kernel(a, b, read, write, size, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+    """Program i reads from i * read on and writes from i * write on."""
+    at = tl.arange(0, BLOCK)
+    i = tl.program_id(0)
+    value = tl.load(a + i * read + at, mask=i * read + at < size)
+    tl.store(b + i * write + at, value, mask=at >= 0)
 
 
 SPECIAL = [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3.3895e38, 3.4e38, 1e-40, float("inf"), float("-inf"), float("nan")]
@@ -69,11 +89,18 @@ def test_dot_is_exact_where_it_can_be(dtype, device, generator):
     assert torch.equal(c, 3 * (a.float() @ b.float()))
 
 
-def test_raw_bf16_arithmetic_is_refused(device):
+def test_bf16_arithmetic_rounds_once(device, generator):
+    a, b = (torch.randn(1024, generator=generator).bfloat16().to(device) for _ in range(2))
+    out = torch.empty(4, 1024, dtype=torch.bfloat16, device=device)
+    arithmetic_kernel[(1,)](a, b, out, BLOCK=1024)
+    assert torch.equal(out, torch.stack([a + b, a - b, a * b, torch.minimum(a, b)]))
+
+
+def test_other_bf16_arithmetic_is_refused(device):
     if device == "cuda":
-        pytest.skip("a GPU adds bf16 as it should")
+        pytest.skip("a GPU multiplies and adds bf16 as it should")
     with pytest.raises(Exception, match="widen with"):
-        add_kernel[(1,)](torch.ones(16, dtype=torch.bfloat16), BLOCK=16)
+        fused_kernel[(1,)](torch.ones(16, dtype=torch.bfloat16), BLOCK=16)
 
 
 def test_bits_agree_with_torch(generator):
@@ -84,3 +111,29 @@ def test_bits_agree_with_torch(generator):
     assert torch.equal(bits[~bits.isnan()], expected[~expected.isnan()])
     widened = torch.from_numpy(widen_bf16(expected.view(torch.int16).numpy()))
     assert torch.equal(widened.nan_to_num(7.0), expected.float().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    ("same", "read", "write", "size", "words"),
+    [
+        (False, 16, 16, 48, None),
+        (False, 0, 16, 16, None),
+        (False, 16, 16, 49, "reads beside all tensors"),
+        (False, 16, 17, 48, "writes beside all tensors"),
+        (False, 16, 15, 48, "writes what another program writes"),
+        (True, 0, 16, 48, "reads what another program writes"),
+        (True, 16, 0, 48, "writes what another program"),
+        (True, 16, 16, 48, None),
+    ],
+)
+def test_bounds_and_races_are_watched(same, read, write, size, words, device):
+    """Three programs of 16 elements. A tensor that is read by all, or changed by its owner, is fine."""
+    if device == "cuda":
+        pytest.skip("of the interpreter")
+    a = torch.arange(48.0)
+    call = (a, a if same else torch.zeros(48), read, write, size)
+    if words is None:
+        touching_kernel[(3,)](*call, BLOCK=16)
+        return
+    with pytest.raises(Exception, match=words):
+        touching_kernel[(4 if size > 48 else 3,)](*call, BLOCK=16)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
-from sarqc_kernels.device import Device, device_info, on_device
-from sarqc_kernels.w4a16.config import choose, configurations
+from sarqc_kernels.device import device_info, on_device
+from sarqc_kernels.w4a16.config import choose
 from sarqc_kernels.w4a16.layout import RepackedWeight
 from sarqc_kernels.w4a16.routing import Routing
-from sarqc_kernels.w4a16.triton.launch import SUM_COLUMNS, product, product_job, sum_job, summed
+from sarqc_kernels.w4a16.triton.launch import SUM_COLUMNS, product, summed
 from sarqc_kernels.w4a16.triton.reduce import combine_kernel
 
-__all__ = ["aot_jobs", "combined", "w4a16_experts"]
+__all__ = ["combined", "w4a16_experts"]
 
 
 def w4a16_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing) -> Tensor:
@@ -41,24 +40,3 @@ def combined(parts: Tensor, x: Tensor, routing: Routing) -> Tensor:
             CHOICES=routing.slots.shape[0], SIZE=SUM_COLUMNS,
         )  # fmt: skip
     return out
-
-
-def aot_jobs() -> list[AotJob]:
-    """The gated product on every block that it can get, and the two sums."""
-    jobs = []
-    for arch in ARCHS:
-        device = Device(arch, 132)
-        for plan, groups in configurations(device):
-            if plan.kernel != "expand" and groups <= 2:
-                jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, 128, gated=True))
-        jobs.append(sum_job(arch, gated=True))
-        jobs.append(_combine_job(arch))
-    return jobs
-
-
-def _combine_job(arch: int) -> AotJob:
-    signature = {"parts": "*fp32", "slots": "*i64", "weights": "*bf16", "out": "*bf16"}
-    sizes = dict.fromkeys(("tokens", "rows", "outputs", "splits"), "i32")
-    constants = {"CHOICES": 8, "SIZE": SUM_COLUMNS}
-    options = {"num_warps": 4, "num_stages": 1}
-    return AotJob("w4a16 combine", combine_kernel, arch, signature | sizes, constants, options, tuple(signature))

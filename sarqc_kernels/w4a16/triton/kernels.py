@@ -127,17 +127,17 @@ def store(target, sums, place, tokens, sizes, BLOCK_N: tl.constexpr, BLOCK_M: tl
 
 @triton.jit
 def scaled(fields, scales, zeros, first: tl.constexpr, COUNT: tl.constexpr, SUB: tl.constexpr, BITS: tl.constexpr,
-           ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+           ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """(code - zero) * scale of groups first .. of a tile, rounded once to DTYPE: [R, COUNT * 128 / SUB]."""
     if COUNT > 1:
         out = interleaved(
-            scaled(fields, scales, zeros, first, COUNT // 2, SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED),
-            scaled(fields, scales, zeros, first + COUNT // 2, COUNT // 2, SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED),
+            scaled(fields, scales, zeros, first, COUNT // 2, SUB, BITS, ASYMMETRIC, DTYPE),
+            scaled(fields, scales, zeros, first + COUNT // 2, COUNT // 2, SUB, BITS, ASYMMETRIC, DTYPE),
         )
     else:
-        weight = weights_of(fields, zeros[first], first * (8 // SUB), 8 // SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED)
+        weight = weights_of(fields, zeros[first], first * (8 // SUB), 8 // SUB, BITS, ASYMMETRIC, DTYPE)
         scale = scales[first]
-        if scale.dtype != DTYPE or INTERPRETED:
+        if scale.dtype != DTYPE:
             out = (weight.to(tl.float32) * scale.to(tl.float32)).to(DTYPE)
         else:  # both are exact, so their product is rounded once
             out = weight * scale
@@ -171,7 +171,7 @@ def grid_of(scales, zeros, row, k_tile, sizes, SUB: tl.constexpr, ASYMMETRIC: tl
 def dot_block(
     data, place, sizes, BITS: tl.constexpr, SUB: tl.constexpr, ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr,
     SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    TAIL: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block [BLOCK_N, BLOCK_M + TAIL]. place: (expert, first row of x, row behind the last, block_n, split)."""
     x, words, scales, zeros, index, bias, out = data
@@ -193,7 +193,7 @@ def dot_block(
     begin = split * tiles_per_split
     for k_tile in range(begin, tl.minimum(begin + tiles_per_split, k_tiles)):
         scale, zero = grid_of(scales, zeros, grid, k_tile, sizes, SUB, ASYMMETRIC)
-        fields = fields_of(word + k_tile * (256 * BITS), rows % 64, BITS, DTYPE, INTERPRETED)
+        fields = fields_of(word + k_tile * (256 * BITS), rows % 64, BITS, DTYPE)
         for j in tl.static_range(128 // DEPTH):
             start = k_tile * 128 + j * DEPTH
             keep = there
@@ -201,7 +201,7 @@ def dot_block(
                 keep = keep & (start + depth < K)[:, None]
             act = tl.load(active + start, mask=keep, other=0.0)
             if FOLDED:
-                weight = scaled(fields, scale, zero, 0, SUB, SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED)
+                weight = scaled(fields, scale, zero, 0, SUB, SUB, BITS, ASYMMETRIC, DTYPE)
                 sums = tl.dot(weight, act, sums)
                 if TAIL > 0:
                     keep_tail = there_tail
@@ -210,8 +210,8 @@ def dot_block(
                     act_tail = tl.load(active_tail + start, mask=keep_tail, other=0.0)
                     sums_tail = tl.dot(weight, act_tail, sums_tail)
             else:
-                weight = weights_of(fields, zero[j], j * (8 // SUB), 8 // SUB, BITS, ASYMMETRIC, DTYPE, INTERPRETED)
-                sums += tl.dot(weight.to(DTYPE), act) * scale[j].to(tl.float32)
+                weight = weights_of(fields, zero[j], j * (8 // SUB), 8 // SUB, BITS, ASYMMETRIC, DTYPE)
+                sums += tl.dot(weight, act) * scale[j].to(tl.float32)
     if PDL:  # the sum over splits may be launched: it waits until all is written
         gdc_launch_dependents()
     store((out, bias), sums, place, token, sizes, BLOCK_N, BLOCK_M, SPLIT, BIASED, GATED)
@@ -225,7 +225,7 @@ def dot_kernel(
     tiles_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
-    PERSISTENT: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    PERSISTENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Blocks [BLOCK_N, BLOCK_M + TAIL] on the tensor cores, weights as first operand from registers.
 
@@ -246,7 +246,7 @@ def dot_kernel(
             expert, first, last = locate(offsets, block_m, M, EXPERTS, SPAN, BLOCK_M + TAIL)
             dot_block(data, (expert, first, last, block_n, 0), sizes, BITS=BITS, SUB=SUB, ASYMMETRIC=ASYMMETRIC,
                       BIASED=BIASED, SPLIT=SPLIT, WHOLE=WHOLE, INDEXED=INDEXED, GATED=GATED, BLOCK_M=BLOCK_M, TAIL=TAIL,
-                      BLOCK_N=BLOCK_N, FOLDED=FOLDED, PDL=PDL, INTERPRETED=INTERPRETED)  # fmt: skip
+                      BLOCK_N=BLOCK_N, FOLDED=FOLDED, PDL=PDL)  # fmt: skip
     else:
         expert, first, last = locate(offsets, tl.program_id(0), M, EXPERTS, SPAN, BLOCK_M + TAIL)
         if EXPERTS > 0:
@@ -255,7 +255,7 @@ def dot_kernel(
         place = (expert, first, last, tl.program_id(1), tl.program_id(2))
         dot_block(data, place, sizes, BITS=BITS, SUB=SUB, ASYMMETRIC=ASYMMETRIC, BIASED=BIASED, SPLIT=SPLIT,
                   WHOLE=WHOLE, INDEXED=INDEXED, GATED=GATED, BLOCK_M=BLOCK_M, TAIL=TAIL, BLOCK_N=BLOCK_N,
-                  FOLDED=FOLDED, PDL=PDL, INTERPRETED=INTERPRETED)  # fmt: skip
+                  FOLDED=FOLDED, PDL=PDL)  # fmt: skip
 
 
 @triton.jit

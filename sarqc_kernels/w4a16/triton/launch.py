@@ -13,22 +13,17 @@ import torch
 import triton
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.device import Device, device_info, interpreting, on_device
 from sarqc_kernels.w4a16.config import (
-    WIDTHS_GROUPS,
     Plan,
     choose,
-    configurations,
-    dot,
     groups_per_tile,
-    other_widths,
 )
 from sarqc_kernels.w4a16.layout import TILE_K, TILE_N, RepackedWeight
 from sarqc_kernels.w4a16.triton.kernels import dot_kernel, expand_kernel
 from sarqc_kernels.w4a16.triton.reduce import sum_kernel
 
-__all__ = ["SUM_COLUMNS", "aot_jobs", "product", "product_job", "sum_job", "summed", "w4a16_matmul"]
+__all__ = ["SUM_COLUMNS", "product", "summed", "w4a16_matmul"]
 
 SUM_COLUMNS = 256  # of a program of `sum_kernel`
 
@@ -99,7 +94,7 @@ def product(
         ASYMMETRIC=weight.zeros is not None, BIASED=bias is not None, SPLIT=split,
         WHOLE=weight.in_features % TILE_K == 0, INDEXED=index is not None, GATED=gated, BLOCK_M=plan.block_m,
         TAIL=plan.tail, BLOCK_N=plan.block_n, FOLDED=plan.folded, PERSISTENT=plan.resident > 0,
-        PDL=split and overlaps(device), INTERPRETED=interpreting(), **_options(plan),
+        PDL=split and overlaps(device), **_options(plan),
     )  # fmt: skip
     return parts
 
@@ -156,70 +151,3 @@ def _expanded(plan: Plan, x: Tensor, weight: RepackedWeight, bias: Tensor | None
         ASYMMETRIC=weight.zeros is not None, BLOCK_N=plan.block_n, num_warps=plan.warps,
     )  # fmt: skip
     return x @ matrix.T if bias is None else torch.addmm(bias[0].to(x.dtype), x, matrix.T)
-
-
-def aot_jobs() -> list[AotJob]:
-    """Every block on every device; those with two groups to a tile stand for asymmetric codes and experts as well."""
-    jobs = []
-    for arch in ARCHS:
-        device = Device(arch, 132)
-        for plan, groups in configurations(device):
-            experts = 128 if groups == 2 and plan.kernel != "expand" else 0
-            jobs.append(product_job(plan, arch, "bf16", groups, groups == 2, experts))
-        jobs.append(product_job(configurations(device)[-1][0], arch, "fp16", 1, True, 0))
-        jobs.append(product_job(dot(16, 1, device), arch, "bf16", 2, False, 0, whole=False))
-        widths = other_widths(device)
-        jobs += [product_job(plan, arch, "bf16", WIDTHS_GROUPS, True, 0, bits=bits) for bits, plan in widths]
-        jobs.append(sum_job(arch))
-    return jobs
-
-
-def product_job(
-    plan: Plan, arch: int, kind: str, sub: int, asymmetric: bool, experts: int, *, whole: bool = True,
-    gated: bool = False, bits: int = 4,
-) -> AotJob:  # fmt: skip
-    """One product ahead of time; gated ones read their rows by index, as the experts' first product does."""
-    plan = plan.fitting(gated=gated, asymmetric=asymmetric, experts=experts, groups=sub)
-    grid = f"g{128 // sub}{'a' if asymmetric else 's'}"
-    said = (("persistent", plan.resident), ("ragged", not whole), ("gated", gated))
-    kinds = [word for word, true in said if true]
-    block = " ".join([plan.kernel, f"{plan.tokens}x{plan.block_n}", f"split{plan.splits}", *kinds])
-    name = f"w{bits}a16 {block} {kind} {grid} e{experts}"
-    signature = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": f"*{kind}"}
-    sizes = ["N", "K", "k_tiles", "tiles_per_group", "padded"]
-    constants: dict[str, Any] = {"BITS": bits, "SUB": sub, "ASYMMETRIC": asymmetric, "BLOCK_N": plan.block_n}
-    if plan.kernel == "expand":
-        kernel, divisible = expand_kernel, [*signature, "N", "K", "padded"]
-    else:
-        kernel, split = dot_kernel, plan.splits > 1
-        signature |= {"x": f"*{kind}", "offsets": "*i64", "index": "*i64", "bias": f"*{kind}"}
-        signature["out"] = "*fp32" if split else signature["out"]
-        divisible = [*signature, "N", "K", "padded"]
-        sizes += ["M", "groups", "tiles_per_split"]
-        constants |= {
-            "EXPERTS": experts, "SPAN": max(2, experts), "BIASED": not gated, "SPLIT": split, "WHOLE": whole,
-            "INDEXED": gated, "GATED": gated, "BLOCK_M": plan.block_m, "TAIL": plan.tail, "FOLDED": plan.folded,
-            "PERSISTENT": plan.resident > 0, "PDL": split and arch >= 90, "INTERPRETED": False,
-        }  # fmt: skip
-    types = signature | dict.fromkeys(sizes, "i32")
-    return AotJob(name, kernel, arch, types, constants, _options(plan), divisible, _wanted(plan, arch))
-
-
-def _wanted(plan: Plan, arch: int) -> tuple[str, ...]:
-    """What a dot's machine code must show. On sm_90 weights go from the register that held the word into the tensor
-    core, words come 16 bytes at a time, and folded products are under way while the next tile is unpacked."""
-    if plan.kernel != "dot":
-        return ()
-    if arch == 90:
-        return ("HGMMA from registers", "16-byte LDGSTS", *(("HGMMA under way",) if plan.folded else ()))
-    return ("HMMA",) if arch == 80 else ("UTCHMMA",)
-
-
-def sum_job(arch: int, *, gated: bool = False) -> AotJob:
-    """The sum over splits ahead of time."""
-    signature = {"parts": "*fp32", "offsets": "*i64", "out": "*bf16"}
-    sizes = {"tokens": "i32", "outputs": "i32", "splits": "i32"}
-    constants = {"EXPERTS": 128, "GATED": gated, "SIZE": SUM_COLUMNS, "PDL": arch >= 90}
-    options = {"num_warps": 4, "num_stages": 1}
-    name = f"w4a16 sum{' gated' if gated else ''}"
-    return AotJob(name, sum_kernel, arch, signature | sizes, constants, options, tuple(signature))

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.aot import ARCHS, AotJob
 from sarqc_kernels.device import on_device
 
-__all__ = ["aot_jobs", "route", "route_kernel"]
+__all__ = ["route", "route_kernel"]
 
 SIZE = 1024  # choices at a time
 
@@ -68,18 +67,3 @@ def route(choices: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tenso
             SIZE=min(SIZE, triton.next_power_of_2(max(16, count * top_k))), num_warps=4,
         )  # fmt: skip
     return offsets, tokens, slots, own
-
-
-def aot_jobs() -> list[AotJob]:
-    """Few choices and many, on every device."""
-    signature = dict.fromkeys(("choices", "offsets", "tokens", "slots"), "*i64")
-    signature |= {"weights": "*bf16", "sorted_weights": "*bf16", "count": "i32", "experts": "i32"}
-    pointers = [name for name in signature if name not in ("count", "experts")]
-    options = {"num_warps": 4, "num_stages": 3}
-    return [
-        AotJob(
-            f"w4a16 route top-8 of {size}", route_kernel, arch, signature, {"TOP_K": 8, "SIZE": size}, options, pointers
-        )
-        for arch in ARCHS
-        for size in (16, SIZE)
-    ]

@@ -17,7 +17,7 @@ For sums lane by lane (`words_at`, `codes_at`) every lane shifts its own word.
 
 # Triton reads the annotations of a kernel: those of run-time arguments have to be absent.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
-# ruff: noqa: RUF005, SIM108  (Triton joins tuples by +, and knows an `if` from a choice made when it compiles)
+# ruff: noqa: RUF005  (Triton joins tuples by +, and knows an `if` from a choice made when it compiles)
 
 from __future__ import annotations
 
@@ -87,112 +87,88 @@ def plane_words(words, row, WIDTH: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
-def plane_fields(words, WIDTH: tl.constexpr, LOW: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The fields of words as floats, a tensor each; the interpreter, which has no PTX, cuts them later."""
-    if INTERPRETED:
-        out = words
-    else:
-        out = tl.inline_asm_elementwise(
-            dequant_ptx(WIDTH, LOW, tl.float16 == DTYPE), registers(WIDTH), [words], dtype=repeated(DTYPE, WIDTH),
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    return out
+def plane_fields(words, WIDTH: tl.constexpr, LOW: tl.constexpr, DTYPE: tl.constexpr):
+    """The fields of words as floats, a tensor each: bits above a power of two."""
+    return tl.inline_asm_elementwise(
+        dequant_ptx(WIDTH, LOW, tl.float16 == DTYPE), registers(WIDTH), [words], dtype=repeated(DTYPE, WIDTH),
+        is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
-def fields_of(words, row, BITS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+def fields_of(words, row, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Of each plane of rows `row` [R] of a tile that begins at `words` [R], what `plane_fields` makes of it."""
     PLANES: tl.constexpr = planes_of(BITS)
     found = ()
     for k in tl.static_range(len(PLANES)):
         plane = plane_words(words, row, PLANES[k][0], PLANES[k][1])
-        found = found + (plane_fields(plane, PLANES[k][0], PLANES[k][1], DTYPE, INTERPRETED),)
+        found = found + (plane_fields(plane, PLANES[k][0], PLANES[k][1], DTYPE),)
     return found
 
 
 @triton.jit
-def field(fields, i: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Field i of every word: its bits above a power of two; in the interpreter, which has no bf16, above 0 in fp32."""
-    if INTERPRETED:
-        out = (((fields >> (i * WIDTH)) & ((1 << WIDTH) - 1)) << LOW).to(tl.float32)
-    else:
-        out = fields[i]
-    return out
-
-
-@triton.jit
-def plane_slice(fields, i: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, INTERPRETED: tl.constexpr):
+def plane_slice(fields, i: tl.constexpr, WIDTH: tl.constexpr):
     """[R, 16]: one plane of inputs 16 i .. of a tile."""
     if WIDTH == 4:
-        out = field(fields, i, WIDTH, LOW, INTERPRETED)
+        out = fields[i]
     elif WIDTH == 2:
-        out = interleaved(field(fields, 2 * i, WIDTH, LOW, INTERPRETED),
-                          field(fields, 2 * i + 1, WIDTH, LOW, INTERPRETED))  # fmt: skip
+        out = interleaved(fields[2 * i], fields[2 * i + 1])
     else:
-        out = interleaved(plane_pairs(fields, 4 * i, LOW, INTERPRETED),
-                          plane_pairs(fields, 4 * i + 2, LOW, INTERPRETED))  # fmt: skip
+        out = interleaved(plane_pairs(fields, 4 * i), plane_pairs(fields, 4 * i + 2))
     return out
 
 
 @triton.jit
-def plane_pairs(fields, i: tl.constexpr, LOW: tl.constexpr, INTERPRETED: tl.constexpr):
+def plane_pairs(fields, i: tl.constexpr):
     """[R, 8] of a plane of one bit: fields i and i + 1 in turns."""
-    pairs = tl.join(field(fields, i, 1, LOW, INTERPRETED), field(fields, i + 1, 1, LOW, INTERPRETED))
+    pairs = tl.join(fields[i], fields[i + 1])
     return tl.reshape(pairs, (pairs.shape[0], 8))
 
 
 @triton.jit
-def plane_slices(fields, first: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr,
-                 INTERPRETED: tl.constexpr):  # fmt: skip
+def plane_slices(fields, first: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """[R, 16 COUNT]: one plane of slices first .. of a tile."""
     if COUNT == 1:
-        out = plane_slice(fields, first, WIDTH, LOW, INTERPRETED)
+        out = plane_slice(fields, first, WIDTH)
     else:
         out = interleaved(
-            plane_slices(fields, first, COUNT // 2, WIDTH, LOW, INTERPRETED),
-            plane_slices(fields, first + COUNT // 2, COUNT // 2, WIDTH, LOW, INTERPRETED),
+            plane_slices(fields, first, COUNT // 2, WIDTH), plane_slices(fields, first + COUNT // 2, COUNT // 2, WIDTH)
         )
     return out
 
 
 @triton.jit
 def plane_zero(zero, BITS: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, ASYMMETRIC: tl.constexpr,
-               DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """What a plane's fields are above: its power of two (see `field`) plus its bits of the zero."""
+               DTYPE: tl.constexpr):  # fmt: skip
+    """What a plane's fields are above: its power of two (see `plane_fields`) plus its bits of the zero."""
     MASK: tl.constexpr = (1 << WIDTH) - 1
     PLACE: tl.constexpr = magic_of(WIDTH, LOW, tl.float16 == DTYPE)
-    if not ASYMMETRIC:  # a constant, as only those and loads may stand before a dot
-        POWER: tl.constexpr = 0.0 if INTERPRETED else PLACE[2]
-        MIDDLE: tl.constexpr = (((1 << (BITS - 1)) >> LOW) & MASK) << LOW
-        out = tl.full((1, 1), POWER + MIDDLE, tl.float32 if INTERPRETED else DTYPE)
-    elif INTERPRETED:
-        out = (((zero >> LOW) & MASK) << LOW).to(tl.float32)
-    else:
+    if ASYMMETRIC:
         out = ((((zero >> LOW) & MASK) << PLACE[1]) | PLACE[0]).to(tl.int16).to(DTYPE, bitcast=True)
+    else:  # a constant, as only those and loads may stand before a dot
+        MIDDLE: tl.constexpr = (((1 << (BITS - 1)) >> LOW) & MASK) << LOW
+        out = tl.full((1, 1), PLACE[2] + MIDDLE, DTYPE)
     return out
 
 
 @triton.jit
 def plane_weights(fields, zero, first: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr,
-                  LOW: tl.constexpr, ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr,
-                  INTERPRETED: tl.constexpr):  # fmt: skip
+                  LOW: tl.constexpr, ASYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """`weights_of` for one plane."""
-    part = plane_slices(fields, first, COUNT, WIDTH, LOW, INTERPRETED)
-    return part - plane_zero(zero, BITS, WIDTH, LOW, ASYMMETRIC, DTYPE, INTERPRETED)
+    return plane_slices(fields, first, COUNT, WIDTH) - plane_zero(zero, BITS, WIDTH, LOW, ASYMMETRIC, DTYPE)
 
 
 @triton.jit
 def weights_of(fields, zero, first: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, ASYMMETRIC: tl.constexpr,
-               DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """code - zero of slices first .. of a tile [R, 16 COUNT], exactly: in DTYPE, or in fp32 where interpreted.
+               DTYPE: tl.constexpr):  # fmt: skip
+    """code - zero of slices first .. of a tile [R, 16 COUNT], exactly, in DTYPE.
 
     fields: see `fields_of`. zero: int32 [R, 1]; not looked at unless ASYMMETRIC.
     """
     PLANES: tl.constexpr = planes_of(BITS)
-    total = plane_weights(fields[0], zero, first, COUNT, BITS, PLANES[0][0], 0, ASYMMETRIC, DTYPE, INTERPRETED)
+    total = plane_weights(fields[0], zero, first, COUNT, BITS, PLANES[0][0], 0, ASYMMETRIC, DTYPE)
     for k in tl.static_range(1, len(PLANES)):
-        total += plane_weights(fields[k], zero, first, COUNT, BITS, PLANES[k][0], PLANES[k][1], ASYMMETRIC, DTYPE,
-                               INTERPRETED)  # fmt: skip
+        total += plane_weights(fields[k], zero, first, COUNT, BITS, PLANES[k][0], PLANES[k][1], ASYMMETRIC, DTYPE)
     return total
 
 

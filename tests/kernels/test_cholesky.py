@@ -1,0 +1,70 @@
+"""Factors of Hessians: M M^T is H as near as torch's own factor, M is upper triangular, and failures are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sarqc_kernels import ArgumentError, cholesky_upper
+from sarqc_kernels.device import Device
+from sarqc_kernels.gram import cholesky
+from sarqc_kernels.testing import relative_error
+
+SIZE = 16  # of a block: the interpreter pays by the step
+
+
+def factor_of(hessian: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        return cholesky_upper(hessian, backend=backend)
+    implementation = pytest.importorskip("sarqc_kernels.gram.cholesky_impl")
+    return implementation.cholesky_upper(hessian, SIZE)
+
+
+def hessians(generator: torch.Generator, experts: int, inputs: int) -> Tensor:
+    """Of correlated inputs, with a tenth of the mean on the diagonal."""
+    x = torch.randn(experts, 3 * inputs, inputs, generator=generator).cumsum(-1)
+    gram = x.mT @ x / len(x[0])
+    return gram + 0.1 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(inputs)
+
+
+@pytest.mark.parametrize(("experts", "inputs"), [(3, 40), (1, 16), (2, 1), (1, 33)])
+def test_the_product_of_the_factor_is_the_matrix(
+    experts: int, inputs: int, backend: str, device: str, generator: torch.Generator
+) -> None:
+    """Three TF32 products keep 21 bits: four times what torch's fp32 loses is allowed."""
+    hessian = hessians(generator, experts, inputs)
+    found, info = factor_of(hessian.to(device), backend)
+    assert not info.any() and torch.equal(found, found.triu()) and (found.diagonal(dim1=1, dim2=2) > 0).all()
+    exact = torch.linalg.cholesky(hessian.double().flip(-1, -2)).flip(-1, -2)
+    own = torch.linalg.cholesky(hessian.flip(-1, -2)).flip(-1, -2)
+    assert relative_error(found.cpu(), exact) <= 4 * relative_error(own, exact) + 1e-7
+    product = found.cpu().double() @ found.cpu().double().mT
+    assert relative_error(product, hessian.double()) < 1e-6
+
+
+def test_one_failure_leaves_the_others(backend: str, device: str, generator: torch.Generator) -> None:
+    hessian = hessians(generator, 3, 24)
+    hessian[1, 20, 20] = -1.0
+    hessian[2, 3] = hessian[2, :, 3] = float("nan")
+    found, info = factor_of(hessian.to(device), backend)
+    assert (info != 0).tolist() == [False, True, True]
+    assert relative_error(found[0].cpu() @ found[0].cpu().T, hessian[0].double()) < 1e-5
+
+
+def test_many_small_matrices_get_a_program_each() -> None:
+    """By counting: 128 experts yes; a dense layer, and eight experts of 4096 inputs, no."""
+    h200 = Device(90, 132)
+    assert cholesky.pays(128, 2048, h200) and cholesky.pays(128, 768, h200) and cholesky.pays(64, 4096, h200)
+    assert not cholesky.pays(1, 2048, h200) and not cholesky.pays(8, 4096, h200) and not cholesky.pays(1, 14336, h200)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    for wrong in (torch.zeros(3, 3), torch.zeros(1, 3, 4), torch.zeros(1, 3, 3).double()):
+        with pytest.raises(ArgumentError, match="hessian is"):
+            cholesky_upper(wrong)
+    assert cholesky_upper(torch.zeros(0, 3, 3))[0].shape == (0, 3, 3)
+
+
+def test_opcheck(device: str, generator: torch.Generator) -> None:
+    torch.library.opcheck(cholesky._cholesky_upper, (hessians(generator, 2, 5).to(device), "reference"))
