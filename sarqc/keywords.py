@@ -87,7 +87,8 @@ class RunKeywords(TypedDict, total=False):
     device: str
     """auto, cpu, cuda or cuda:N. Default: auto."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    """Data type of activations. auto: the checkpoint's, or float32 on a CPU. Default: auto."""
+    """Data type of activations. auto: the checkpoint's, or float32 on a CPU that is not fast in bfloat16. Default:
+    auto."""
     micro_batch: int | None
     """Sequences in one forward pass. Default: as many as hold 1024 tokens on a CPU, 8192 on a GPU."""
     gram_budget: int
@@ -132,7 +133,8 @@ class ComparisonKeywords(TypedDict, total=False):
     device: str
     """auto, cpu, cuda or cuda:N. Default: auto."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    """Data type of activations. auto: the checkpoint's, or float32 on a CPU. Default: auto."""
+    """Data type of activations. auto: the checkpoint's, or float32 on a CPU that is not fast in bfloat16. Default:
+    auto."""
     trust_remote_code: bool
     """Run Python code that comes with the model. Off: such models are refused. Default: off."""
 
