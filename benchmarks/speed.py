@@ -4,6 +4,7 @@
 
 Each is a process of its own, measured whole (imports, reading and writing included) by the operating system: wall and
 CPU seconds and peak memory. --rival is the Python of the environment that `rivals/llmcompressor_oneshot.py` describes.
+Rounds are added to those of a results file that exists, so a machine can be kept quiet for a round at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import device_of, facts
 from sarqc.system import versions
 
 RIVAL = Path(__file__).parent / "rivals" / "llmcompressor_oneshot.py"
@@ -37,12 +39,13 @@ with torch.inference_mode():
 """
 
 QUANTIZE = """
-import sys, sarqc
+import json, sys, sarqc
 from safetensors.torch import load_file
 tokens = load_file(sys.argv[2])["tokens"]
 out = sys.argv[3] + "/out"
 result = sarqc.quantize(sys.argv[1], out, bits=4, group_size=64, dataset=tokens, num_samples=len(tokens))
-print(result.report["seconds"]["total"])
+seconds = result.report["seconds"]
+print(json.dumps({"wall_seconds": seconds["total"], "solve_seconds": seconds["solve"]}))
 """
 
 
@@ -60,11 +63,13 @@ def measure(command: list[str]) -> dict[str, float]:
     if status or not last:
         raise SystemExit(f"{' '.join(command)[:200]} ended with status {status}")
     inner = json.loads(last[0])
+    parts = inner if isinstance(inner, dict) else {"wall_seconds": inner}
     return {
         "wall_seconds": wall,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_mib": used.ru_maxrss / 1024,
-        "inner_seconds": inner["wall_seconds"] if isinstance(inner, dict) else inner,
+        "inner_seconds": parts["wall_seconds"],
+        **{name: parts[name] for name in ("solve_seconds",) if name in parts},
     }
 
 
@@ -81,7 +86,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rival", help="Python of an environment with llm-compressor")
     args = parser.parse_args()
-    runs: dict[str, list[dict[str, float]]] = {}
+    known = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
+    runs: dict[str, list[dict[str, float]]] = known.get("runs", {})
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             inputs = [args.model, args.tokens]
@@ -98,9 +104,16 @@ def main() -> None:
     ours, forward = medians["sarqc"], medians["forward"]
     ratios: dict[str, Any] = {"run / forward": ours["inner_seconds"] / forward["inner_seconds"]}
     if rival := medians.get("llm-compressor"):
-        ratios |= {f"rival / ours, {name}": rival[name] / ours[name] for name in ours}
+        ratios |= {f"rival / ours, {name}": seconds / ours[name] for name, seconds in rival.items()}
     ratios = {name: round(ratio, 2) for name, ratio in ratios.items()}
-    record = {"medians": medians, "ratios": ratios, "runs": runs, "versions": versions(), "cpus": os.cpu_count()}
+    record: dict[str, Any] = {
+        "medians": medians,
+        "ratios": ratios,
+        "runs": runs,
+        "versions": versions(),
+        "cpus": os.cpu_count(),
+    }
+    record["machine"] = facts(device_of("cpu"))
     args.results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({"medians": medians, "ratios": ratios}, indent=2))
 

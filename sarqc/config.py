@@ -238,7 +238,7 @@ class RunConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         AUTO,
         kinds.one_of("auto", "float32", "bfloat16", "float16"),
-        "Data type of activations. auto: the checkpoint's, or float32 on a CPU.",
+        "Data type of activations. auto: the checkpoint's, or float32 on a CPU that is not fast in bfloat16.",
         resume="derived",
     )
     micro_batch: int | None = option(

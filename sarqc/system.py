@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import math
 import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +121,36 @@ def range_advice(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
         return "float16 ends at 65504: use --dtype bfloat16 or float32"
     return "look at the model, its dtype or the text"
+
+
+FASTER = 1.5
+"""How many times as fast as fp32 a CPU has to multiply bf16 to calibrate in it. Without instructions for bf16 it is
+slower, with them 2.3 times as fast or more (`benchmarks/NOTES.md`): no noise of a measurement leads from one to the
+other.
+"""
+_PROBE = (256, 512, 512)
+
+
+def calibration_dtype(dtype: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """As `resolve_dtype`, but "auto" is bfloat16 on a CPU that is fast in it, for a checkpoint that stores it."""
+    if dtype == "auto" and device.type == "cpu" and stored == torch.bfloat16 and multiplies_bf16():
+        return torch.bfloat16
+    return resolve_dtype(dtype, device, stored)
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bf16 at least `FASTER` times as fast as fp32, measured in some 20 ms."""
+    tokens, inputs, outputs = _PROBE
+    least: dict[torch.dtype, float] = {}
+    for attempt in range(6):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = (torch.ones(rows, inputs, dtype=dtype, device="cpu") for rows in (tokens, outputs))
+            began = time.perf_counter()
+            torch.mm(x, weight.T)
+            if attempt:  # the first one prepares the product
+                least[dtype] = min(least.get(dtype, math.inf), time.perf_counter() - began)
+    return least[torch.float32] >= FASTER * least[torch.bfloat16]
 
 
 _PACKAGES = ("torch", "transformers", "safetensors", "triton")

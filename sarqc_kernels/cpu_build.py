@@ -15,6 +15,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ import torch
 from sarqc_kernels.build import cache_folder, sources
 from sarqc_kernels.errors import BackendError
 
-__all__ = ["COMPILER", "compile_library", "compiler", "flags", "library"]
+__all__ = ["COMPILER", "compile_library", "compiler", "flags", "in_parts", "library"]
 
 COMPILER = "SARQC_CXX"
 
@@ -77,10 +79,33 @@ def compile_library(name: str) -> Path:
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL:
-    """csrc/<name>.cpp as a loaded library, kept for the life of the process. Raises BackendError with the reason."""
+def library(name: str, **structures: type[ctypes.Structure]) -> ctypes.CDLL:
+    """csrc/<name>.cpp as a loaded library, kept for the life of the process.
+
+    structures: of each function sarqc_<name>(structure, part, parts) the structure that it takes. Raises BackendError
+    with the reason where there is no library, or an old one.
+    """
     path = compile_library(name)
     try:
-        return ctypes.CDLL(str(path))
+        made = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendError(f"{path} was built but does not load: {error}") from error
+    for what, structure in structures.items():
+        size = getattr(made, f"sarqc_{what}_size")
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(structure):
+            raise BackendError(f"the struct of sarqc_{what} has {size()} bytes in csrc and "
+                               f"{ctypes.sizeof(structure)} here: reinstall")  # fmt: skip
+        function = getattr(made, f"sarqc_{what}")
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
+    return made
+
+
+def in_parts(function: Callable[[object, int, int], None], call: ctypes.Structure, parts: int) -> None:
+    """`function` for every part at once, each in a thread: parts are independent, and ctypes releases the GIL."""
+    others = [threading.Thread(target=function, args=(ctypes.byref(call), part, parts)) for part in range(1, parts)]
+    for thread in others:
+        thread.start()
+    function(ctypes.byref(call), 0, parts)
+    for thread in others:
+        thread.join()

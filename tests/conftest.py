@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import sarqc
+from sarqc import system
 from tests.support.faults import Outcomes
 
 # Drawn examples are the same on every run, and a busy machine fails no test.
@@ -41,6 +42,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     if pyfuncitem.get_closest_marker("fault") and not any(dict(pyfuncitem.user_properties).get("outcomes", {})):
         pytest.fail("marked as a fault, and saw it end in nothing: tell the fixture `outcomes`")
     return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fp32() -> Iterator[None]:
+    """No result hangs on how fast this CPU multiplies bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(system, "multiplies_bf16", lambda: False)
+        yield
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from sarqc import system
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.model import lazy_model
+from sarqc.system import multiplies_bf16
 from tests.support import tiny
 
 GB = 1 << 30
@@ -53,3 +54,33 @@ def test_a_lazy_model_warms_them_up_before_it_computes(tmp_path, monkeypatch):
     with open_checkpoint(folder) as checkpoint:
         lazy_model.LazyModel.from_folder(folder, checkpoint)
     assert calls == ["warm up", "trace"]
+
+
+@pytest.mark.parametrize(("times", "fast"), [(1.4, False), (1.6, True)])
+def test_bf16_is_fast_from_a_measured_margin_on(monkeypatch, times, fast):
+    clock = [0.0]
+
+    def product(x, _):
+        clock[0] += times if x.dtype == torch.float32 else 1.0
+        clock[0] += 9.0 * (len(slow) > 0 and slow.pop())
+
+    slow = [True, True, False, True]  # what else this machine is doing delays some products
+    monkeypatch.setattr(system.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "mm", product)
+    assert multiplies_bf16.__wrapped__() is fast
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "expected"),
+    [
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float16, torch.float32),  # has bits that bf16 has not
+        ("auto", torch.float32, torch.float32),
+        ("float32", torch.bfloat16, torch.float32),
+    ],
+)
+def test_a_cpu_calibrates_in_bf16_where_it_is_fast(monkeypatch, dtype, stored, expected):
+    monkeypatch.setattr(system, "multiplies_bf16", lambda: True)
+    assert system.calibration_dtype(dtype, torch.device("cpu"), stored) == expected
+    monkeypatch.setattr(system, "multiplies_bf16", lambda: False)
+    assert system.calibration_dtype(dtype, torch.device("cpu"), stored) == torch.float32

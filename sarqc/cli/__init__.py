@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from typing import Annotated, NoReturn
 
@@ -87,8 +87,24 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """What an option that does not exist or a value of another kind raises; click's, or that of the one inside typer."""
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""What says how threads of OpenMP wait, of GNU's library and of Intel's."""
+SPINS = 1000
+"""How often an idle thread of GNU's OpenMP looks for work before it sleeps: some 50 microseconds, instead of several
+milliseconds in which it keeps others from its core. `benchmarks/NOTES.md` has what that costs and saves.
+"""
+
+
+def wait_briefly(environment: MutableMapping[str, str]) -> None:
+    """Make idle threads leave their core soon, where nobody has said how they wait. torch's library reads that when it
+    is loaded, so only the command line does this, in the process that is its own."""
+    if not any(name in environment for name in WAITING):
+        environment["GOMP_SPINCOUNT"] = str(SPINS)
+
+
 def main() -> NoReturn:
     """Run the command line; errors of the user become one line on stderr and exit code 2."""
+    wait_briefly(os.environ)
     code = _run()
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -19,7 +19,16 @@ import torch
 from sarqc.checkpoint.folders import refuse_existing
 from sarqc.checkpoint.side_files import side_files
 from sarqc.checkpoint.verify import refuse_overflow, refuse_poison
-from sarqc.config import DEFAULT_METHOD, QUANTIZE, CalibrationConfig, Configs, MethodConfig, QuantConfig, RunConfig
+from sarqc.config import (
+    AUTO,
+    DEFAULT_METHOD,
+    QUANTIZE,
+    CalibrationConfig,
+    Configs,
+    MethodConfig,
+    QuantConfig,
+    RunConfig,
+)
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.estimation import preflight
 from sarqc.estimation.memory import estimate_memory
@@ -37,10 +46,10 @@ from sarqc.pipeline.fingerprint import fingerprint
 from sarqc.pipeline.holding import hold
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
 from sarqc.pipeline.progress import NoProgress, Progress
-from sarqc.pipeline.resume import WorkFolder, begin, work_place
+from sarqc.pipeline.resume import WorkFolder, begin, recorded, work_place
 from sarqc.pipeline.write import tensors_of_block, write_checkpoint
 from sarqc.report.result import Result
-from sarqc.system import trim_host_memory
+from sarqc.system import resolve_dtype, trim_host_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,6 +133,7 @@ def _from_memory(
 def _execute(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
     """Run a plan on this rank."""
     place = work_place(out, plan.run.work_dir, plan.folder)
+    plan = _with_dtype(plan, place, comm)
     windows = read_windows(plan)
     run = _Run(plan, windows, place, comm, progress if comm.rank == 0 else Following(progress))
     same_everywhere(comm, run.fingerprint)
@@ -133,6 +143,15 @@ def _execute(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
     run.estimate_run(out)
     with begin(place, run.fingerprint, _about(plan, windows), restart=not plan.run.resume) as opened:
         return run.shared(run.lead(opened, out))
+
+
+def _with_dtype(plan: Plan, place: Path, comm: Comm) -> Plan:
+    """The plan with the dtype of rank 0 where it was measured; a run that is resumed keeps what it was begun with."""
+    if plan.run.dtype != AUTO or plan.device.type != "cpu" or not plan.method.calibrated:
+        return plan
+    begun = recorded(place, "dtype") if plan.run.resume and comm.rank == 0 else None
+    name: Any = comm.all_gather_object(begun or str(plan.dtype).removeprefix("torch."))[0]
+    return replace(plan, dtype=resolve_dtype(name, plan.device, plan.dtype), run=replace(plan.run, dtype=name))
 
 
 def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sarqc_kernels.gram import cross_gram_accumulate_, gram_accumulate_, symmetrize_
+from sarqc_kernels.gram import cross_gram_accumulate_, gram_accumulate_, gram_finalize
 
 
 @dataclass
@@ -91,18 +91,17 @@ class Gram:
 
     def second_moment(self) -> Tensor:
         """X^T X / rows, fp32 [E, K, K], symmetric, in memory of its own; zero for an expert without rows."""
-        mean = self.sum / self.rows.clamp(min=1)[:, None, None]
-        symmetrize_(mean)
-        return mean
+        nothing = torch.zeros_like(self.abs_sum)
+        return gram_finalize(self.sum, self.rows, nothing, nothing[:, 0], 0.0)
 
     def diagonal(self) -> Tensor:
         """diag(X^T X / rows), fp32 [E, K]; zero for an expert without rows."""
         return self.sum.diagonal(dim1=-2, dim2=-1) / self.rows.clamp(min=1)[:, None]
 
-    def cross_mean(self) -> Tensor:
-        """R^T X / rows, fp32 [1, N, K]; needs `cross_gram`."""
+    def cross_mean(self, each: int = 1) -> Tensor:
+        """Each so manieth row of R^T X / rows, fp32 [1, N, K]; needs `cross_gram`."""
         assert self.cross_gram is not None
-        return self.cross_gram / self.rows.clamp(min=1)[:, None, None]
+        return self.cross_gram[:, ::each] / self.rows.clamp(min=1)[:, None, None]
 
     def abs_mean(self) -> Tensor:
         """E|x_j|, fp32 [E, K]; zero for an expert without rows."""

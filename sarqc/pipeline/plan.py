@@ -41,7 +41,7 @@ from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.pipeline.streams import windows_at_once
-from sarqc.system import host_memory, ranks_here, resolve_device, resolve_dtype
+from sarqc.system import calibration_dtype, host_memory, ranks_here, resolve_device
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     FORMATS[quant.format].check(quant)
     _check_layers(FORMATS[quant.format], found, quant)
     device = resolve_device(run.device)
-    dtype = resolve_dtype(run.dtype, device, lazy.dtype)
+    dtype = calibration_dtype(run.dtype, device, lazy.dtype)
     return Plan(str(model), folder, source, lazy, found, quant, method, configs.calibration, run, device, dtype, notes)
 
 

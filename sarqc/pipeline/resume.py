@@ -243,6 +243,14 @@ class WorkFolder:
         return SummedShard(self.shard(index), self.record(index).sums)
 
 
+def recorded(folder: Path, name: str) -> Any:
+    """A setting of the run that was begun in a work folder; None where there is none, or none that can be read."""
+    try:
+        return read_sealed(folder / _PLAN)["fingerprint"][name]
+    except (CheckpointError, LookupError, TypeError):
+        return None
+
+
 @contextmanager
 def begin(
     folder: Path, fingerprint: Mapping[str, Any], about: Mapping[str, Any], *, restart: bool = False

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -168,19 +166,8 @@ def coordinate_descent(
         top=state.top,
         reach=REACH,
     )
-    _in_parts(made.sarqc_descent, call)
+    cpu_build.in_parts(made.sarqc_descent, call, torch.get_num_threads())
     return state.results(weight.shape[1])
-
-
-def _in_parts(function: Callable[[object, int, int], None], call: ctypes.Structure) -> None:
-    """`function` by as many threads as torch has: tiles of rows are independent, and ctypes releases the GIL."""
-    parts = torch.get_num_threads()
-    others = [threading.Thread(target=function, args=(ctypes.byref(call), part, parts)) for part in range(1, parts)]
-    for thread in others:
-        thread.start()
-    function(ctypes.byref(call), 0, parts)
-    for thread in others:
-        thread.join()
 
 
 def unsupported(weight: Tensor) -> str | None:
@@ -201,16 +188,8 @@ def why_not() -> str | None:
 
 def _library() -> ctypes.CDLL:
     """The library with the types of its functions. Raises BackendError where there is none, or an old one."""
-    made = cpu_build.library("columns_cpu")
-    for name, structure in (("stretch", Stretch), ("fit", Fit), ("descent", Descent)):
-        size = getattr(made, f"sarqc_{name}_size")
-        size.restype = ctypes.c_int64
-        if size() != ctypes.sizeof(structure):
-            raise BackendError(f"the struct of sarqc_{name} has {size()} bytes in csrc and "
-                               f"{ctypes.sizeof(structure)} here: reinstall")  # fmt: skip
-        function = getattr(made, f"sarqc_{name}")
-        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
-    return made
+    kinds = {"stretch": Stretch, "fit": Fit, "descent": Descent}
+    return cpu_build.library("columns_cpu", **kinds)
 
 
 def _equals_torch(steps: CppSteps) -> bool:

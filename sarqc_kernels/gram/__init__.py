@@ -58,6 +58,30 @@ def _finalize_unsupported(gram: Tensor, *others: Tensor | float) -> str | None:
     return None if all(tensor.is_contiguous() for tensor in tensors) else "an argument is not contiguous"
 
 
+def _cpu_unsupported(*args: Any) -> str | None:
+    from sarqc_kernels.gram import cpu_impl
+
+    return cpu_impl.gram_unsupported(*args)
+
+
+def _cpu_accumulate(*args: Any) -> None:
+    from sarqc_kernels.gram import cpu_impl
+
+    cpu_impl.gram_accumulate_(*args)
+
+
+def _cpu_finalize_unsupported(*args: Any) -> str | None:
+    from sarqc_kernels.gram import cpu_impl
+
+    return cpu_impl.finalize_unsupported(*args)
+
+
+def _cpu_finalize(*args: Any) -> Tensor:
+    from sarqc_kernels.gram import cpu_impl
+
+    return cpu_impl.gram_finalize(*args)
+
+
 def _triton_accumulate(*args: Any) -> None:
     from sarqc_kernels.gram import triton_impl
 
@@ -72,10 +96,12 @@ def _triton_finalize(*args: Any) -> Tensor:
 
 _ACCUMULATE = (
     Implementation("triton", _accumulate_unsupported, _triton_accumulate),
+    Implementation("cpu", _cpu_unsupported, _cpu_accumulate),
     Implementation("reference", takes_all, reference.gram_accumulate_),
 )
 _FINALIZE = (
     Implementation("triton", _finalize_unsupported, _triton_finalize),
+    Implementation("cpu", _cpu_finalize_unsupported, _cpu_finalize),
     Implementation("reference", takes_all, reference.gram_finalize),
 )
 

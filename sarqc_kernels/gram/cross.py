@@ -48,8 +48,21 @@ def _triton(*args: Any) -> None:
     cross_impl.cross_gram_accumulate_(*args)
 
 
+def _cpu_unsupported(*args: Any) -> str | None:
+    from sarqc_kernels.gram import cpu_impl
+
+    return cpu_impl.cross_unsupported(*args)
+
+
+def _cpu(*args: Any) -> None:
+    from sarqc_kernels.gram import cpu_impl
+
+    cpu_impl.cross_gram_accumulate_(*args)
+
+
 _CROSS = (
     Implementation("triton", _unsupported, _triton),
+    Implementation("cpu", _cpu_unsupported, _cpu),
     Implementation("reference", takes_all, _reference),
 )
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["gram_accumulate_", "gram_finalize", "symmetrize_"]
+__all__ = ["add_to_diagonal_", "gram_accumulate_", "gram_finalize", "symmetrize_"]
 
 BLOCKS = 4  # block rows of a Gram: with 4 of them 5/8 of the full product is computed
 LEAST_BLOCK = 128  # columns; smaller GEMMs lose more than the triangle saves
@@ -54,8 +54,12 @@ def symmetrize_(gram: Tensor) -> Tensor:
 
 def gram_finalize(gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tensor, damp: float) -> Tensor:
     """Reference of `sarqc_kernels.gram.gram_finalize`."""
-    out = symmetrize_(gram / rows.clamp(min=1)[:, None, None])
-    diagonal = out.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    diagonal += reg_lambda[:, None] * saliency + damp * torch.where(mean > 0, mean, torch.ones_like(mean))
-    return out
+    return add_to_diagonal_(symmetrize_(gram / rows.clamp(min=1)[:, None, None]), saliency, reg_lambda, damp)
+
+
+def add_to_diagonal_(mean: Tensor, saliency: Tensor, reg_lambda: Tensor, damp: float) -> Tensor:
+    """The regulariser and the damping, added to the diagonal of mean [E, K, K] in place; returns mean."""
+    diagonal = mean.diagonal(dim1=1, dim2=2)
+    level = diagonal.mean(1, keepdim=True)
+    diagonal += reg_lambda[:, None] * saliency + damp * torch.where(level > 0, level, torch.ones_like(level))
+    return mean

@@ -20,7 +20,7 @@ from tests.support.ranks import in_ranks
 from tests.support.stopping import Stopping
 
 HASHES = Path(__file__).with_name("golden.json")
-SMALL = {"num_samples": 8, "seqlen": 32, "group_size": 32, "micro_batch": 2}
+SMALL = {"num_samples": 8, "seqlen": 32, "group_size": 32, "micro_batch": 2, "dtype": "float32"}
 RUNS = {
     "dense": ("llama", {"bits": 4}),
     "dense, 3 bits": ("llama", {"bits": 3}),

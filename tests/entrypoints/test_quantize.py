@@ -8,10 +8,13 @@ import pytest
 import torch
 
 import sarqc
+from sarqc import system
 from sarqc.entrypoints.convert import convert
 from sarqc.errors import ArgumentError, CheckpointError, SarqcError, TextError
 from sarqc.pipeline.progress import NoProgress
+from tests.e2e.test_golden import digest
 from tests.support import tiny
+from tests.support.stopping import Stopping
 
 SMALL = {"num_samples": 2, "seqlen": 32}
 
@@ -92,10 +95,25 @@ def test_the_card_repeats_the_dtype_and_the_trust_that_were_asked_for(source, tm
     assert " --dtype bfloat16 --trust-remote-code" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_resumed_run_keeps_the_dtype_that_was_measured_when_it_began(source, tmp_path, monkeypatch):
+    asked = SMALL | dict(bits=3, group_size=32)
+    monkeypatch.setattr(system, "multiplies_bf16", lambda: True)
+    with pytest.raises(SarqcError):
+        sarqc.quantize(source, tmp_path / "out", progress=Stopping(1), **asked)
+    monkeypatch.setattr(system, "multiplies_bf16", lambda: False)
+    resumed = sarqc.quantize(source, tmp_path / "out", **asked)
+    straight = sarqc.quantize(source, tmp_path / "straight", dtype="bfloat16", **asked)
+    assert resumed.report["dtype"] == "bfloat16"
+    assert " --dtype bfloat16" in (tmp_path / "out" / "README.md").read_text()
+    assert digest(tmp_path / "out") == digest(straight.out)
+    other = sarqc.quantize(source, tmp_path / "other", **asked)
+    assert digest(other.out) != digest(straight.out)
+
+
 def test_own_tokens_are_calibrated_on_as_they_are(source, tmp_path):
     tokens = torch.arange(3 * 40).view(3, 40) % tiny.VOCABULARY
     report = sarqc.quantize(source, tmp_path / "out", dataset=tokens).report
-    assert "dtype" not in report and "trust_remote_code" not in report
+    assert report["dtype"] == "float32" and "trust_remote_code" not in report
     assert report["calibration"]["windows"] == 3 and report["calibration"]["seqlen"] == 40
     assert all(site["rows"] == [120] for site in report["sites"])
 
