@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from benchmarks import names, reliability, versions
+from benchmarks import names, reliability
 from benchmarks.quality import proof
 from sarqc.comparison.table import Row, perplexity
 from sarqc.config import METHODS, QUANTIZE, MethodConfig
@@ -193,17 +193,6 @@ def faults_summed() -> str:
     return reliability.sentence(_read("reliability"))
 
 
-def tested_versions() -> str:
-    """What passed with the oldest and the newest versions."""
-    found = _read("versions")
-    names_of = {name: entry["versions"] for name, entry in found.items()}
-    lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
-    for package in ("python", *versions.SHOWN):
-        lines.append(f"| {package} | " + " | ".join(names_of[name][package] for name in found) + " |")
-    counts = (f"{entry['passed']} passed, {len(entry['failed'])} failed" for entry in found.values())
-    return "\n".join([*lines, f"| tests | {' | '.join(counts)} |"])
-
-
 def methods() -> str:
     """What each method is, in a line."""
     rows = (f"| `{name}` | {method.about} |" for name, method in METHODS.items())
@@ -251,7 +240,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "presets": presets,
     "configs": configs,
-    "versions": tested_versions,
 }
 README_HAS = frozenset({"picture", "methods", "demo", "whole", "speed", "inference", "reliability"})
 
