@@ -23,7 +23,7 @@ from sarqc.method.lambda_search import HeldOutValidation, LambdaChoice, LambdaSe
 from sarqc.method.rtn import Solution, quantize_rtn, solve_rtn
 from sarqc.method.weight import QuantizedWeight
 
-JUDGED_ROWS = 256
+JUDGED_ROWS = 128
 """Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving."""
 
 
@@ -217,7 +217,7 @@ class LayerErrors:
 
     Attributes:
         error: tr(E H E^T) / tr(T H T^T) over all experts, E = T - Q, with H without the regulariser (H = I where there
-            is no Gram), on at most 256 evenly spaced rows of each matrix. The target T is the weight W, except where
+            is no Gram), on at most 128 evenly spaced rows of each matrix. The target T is the weight W, except where
             `correction_share` is not 0.
         rtn_error: The same for RTN of T with min-max scales.
         signal: tr(T H T^T), the denominator of both errors.
