@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from sarqc.model.dataset import windows
+from sarqc.model.calibration_data import windows
 
 EXPERTS = 8
 TOP_K = 6
@@ -114,7 +114,7 @@ def _split_mlp(mlp: torch.nn.Module, moe: torch.nn.Module, x: Tensor) -> None:
 def write(source: Path, out: Path) -> None:
     """Read a dense checkpoint, write its MoE form beside its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    text = windows("builtin", tokenizer, part="calibration", seqlen=256).draw(16, seed=1)
+    text = windows("builtin", lambda: tokenizer, seqlen=256).draw(16, seed=1)
     model = moefy(LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), text.tokens)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
