@@ -37,9 +37,9 @@ def launches(gpu: Device) -> Iterator[Launch]:
         for action in ("round", "free"):
             yield _columns(steps, _work(EVEN, RULES[0]), action, action)
         for rule in RULES:
-            work, grid = _work(EVEN, rule), _named(rule)
-            yield _columns(steps, work, "fit", f"fit {grid}")
-            yield Launch(f"{grid} {own.rows}", partial(steps.fit, work, PANEL, 3 * PANEL))
+            work, kind = _work(EVEN, rule), _named(rule)
+            yield _columns(steps, work, "fit", f"fit {kind}")
+            yield Launch(f"{kind} {own.rows}", partial(steps.fit, work, PANEL, 3 * PANEL))
             yield _fit_groups(gpu, own, rule)
     yield from _rounded()
     grid = torch.ones(2, 64, EVEN // GROUP)
