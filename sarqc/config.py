@@ -245,7 +245,7 @@ class RunConfig(Config):
         None,
         kinds.whole(1),
         "Sequences in one forward pass.",
-        default_text="as many as hold 1024 tokens on a CPU, 8192 on a GPU",
+        default_text="as many as hold 1024 tokens on a CPU (2048 in 16 bits), 8192 on a GPU",
         resume="free",
     )
     gram_budget: int = option(

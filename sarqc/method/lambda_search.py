@@ -29,7 +29,7 @@ from sarqc.method.gram import Gram, Statistics, shrunk, together
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Candidates for lambda. The loss is flat around its minimum: half a decade is fine enough."""
-MEASURED_FIRST, MEASURED_EVERY = 4, 3
+MEASURED_FIRST, MEASURED_EVERY = 4, 6
 """The first `MEASURED_FIRST` sites of a kind are measured, then every `MEASURED_EVERY`-th."""
 TOLERANCE = 0.03
 """The largest lambda whose pooled log loss is within this of the least is taken. On text of the same kind the cost is

@@ -20,7 +20,7 @@ class Execution:
     Attributes:
         device: Where blocks run.
         dtype: Of weights and hidden states on the way; the model's by default.
-        micro_batch: Sequences in one forward; by default as many as hold 1024 tokens on a CPU, 8192 on a GPU.
+        micro_batch: Sequences in one forward; by default `windows_at_once`.
         folds: Parts of the text whose Grams are kept apart; by default two where something is validated.
         gram_budget: Bytes of Grams at a time; experts beyond it are summed in further portions.
         comm: The ranks of the run. Each gets all tokens, takes sequences of its own, and yields the results of all.
@@ -50,4 +50,4 @@ class Execution:
 
     def sequences_at_once(self, seqlen: int) -> int:
         """Sequences of `seqlen` tokens in one forward."""
-        return self.micro_batch or windows_at_once(self.place, seqlen)
+        return self.micro_batch or windows_at_once(self.place, seqlen, self.dtype)

@@ -94,7 +94,7 @@ class Plan:
 
     def micro_batch(self, seqlen: int) -> int:
         """Windows that go through a block at once."""
-        return self.run.micro_batch or windows_at_once(self.device, seqlen)
+        return self.run.micro_batch or windows_at_once(self.device, seqlen, self.dtype)
 
 
 def make_plan(model: str | Path, configs: Configs, *, headers_only: bool = False) -> Plan:

@@ -13,7 +13,7 @@ from sarqc.model.layers import Target
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.comm import SINGLE_PROCESS, in_turn, synchronize_oom
 from sarqc.pipeline.grams import portions
-from sarqc.pipeline.streams import cut
+from sarqc.pipeline.streams import cut, windows_at_once
 from sarqc.pipeline.work_split import (
     SOLVE_BYTES,
     cost,
@@ -175,3 +175,10 @@ def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_err
     with pytest.raises(RuntimeError, match="an illegal access") as told:
         synchronize_oom(SINGLE_PROCESS, lambda: failing("an illegal access"))
     assert not isinstance(told.value, torch.OutOfMemoryError)
+
+
+def test_a_cpu_takes_twice_the_tokens_at_once_in_16_bits():
+    here = torch.device("cpu")
+    assert [windows_at_once(here, 512, dtype) for dtype in (None, torch.float32, torch.bfloat16)] == [2, 2, 4]
+    assert windows_at_once(here, 4096, torch.bfloat16) == 1
+    assert windows_at_once(torch.device("cuda"), 512, torch.bfloat16) == windows_at_once(torch.device("cuda"), 512)
