@@ -2,10 +2,11 @@
 
     python -m benchmarks.serve.vllm_server PYTHON NAME=FOLDER [NAME=FOLDER ...] [--device cuda] [-- VLLM'S OPTIONS]
 
-PYTHON is that of an environment of vLLM's own, in which sarqc is installed beside it (`pip install --no-deps -e .`); for its CPU build
-see vllm_generate.py. Every checkpoint is served on loopback with SARQC_VLLM=1 and asked through the OpenAI-compatible interface. The tokens are compared with those of `model.generate`
-in transformers (weights packed, the same dtype): how many are equal from the first on, and, as vllm_generate.py
-explains, how many are the likeliest ones, and how far behind the worst other one is.
+PYTHON is that of an environment of vLLM's own, in which sarqc is installed beside it (`pip install --no-deps -e .`).
+For vLLM's CPU build see vllm_generate.py. Every checkpoint is served on loopback with SARQC_VLLM=1 and asked through
+the OpenAI-compatible interface. The tokens are compared with those of `model.generate` in transformers (weights packed,
+the same dtype): how many are equal from the first on, and, as vllm_generate.py explains, how many are the likeliest
+ones, and how far behind the worst other one is.
 
 On a GPU: `--device cuda -- --tensor-parallel-size 2`, for example. That has not run.
 
