@@ -33,7 +33,7 @@ def verify(folder: Path | str) -> Storage:
 
 
 def differences(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
-    """A line for each difference of two quantized checkpoints of any formats: names, codes, scales, zeros, other tensors."""
+    """A line for each difference of two quantized checkpoints: names, codes, scales, zeros, other tensors."""
     if (other := other_names(checkpoint, source)) is not None:
         yield other
         return
