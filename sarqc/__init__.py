@@ -19,7 +19,7 @@ from sarqc._version import __version__
 from sarqc.integrations.register import register, unregister
 
 if TYPE_CHECKING:
-    from sarqc.cli.bar import progress_bar
+    from sarqc.cli.terminal import progress_bar
     from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
     from sarqc.config_compare import ComparisonConfig, EvaluationConfig, MeasureConfig
     from sarqc.entrypoints.compare import Comparison, compare
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sarqc.report.result import LayerResult, Result
 
 _ROOMS = {
-    "cli.bar": ("progress_bar",),
+    "cli.terminal": ("progress_bar",),
     "config": ("METHODS", "CalibrationConfig", "MethodConfig", "QuantConfig", "RunConfig"),
     "config_compare": ("ComparisonConfig", "EvaluationConfig", "MeasureConfig"),
     "entrypoints.compare": ("Comparison", "compare"),

@@ -53,18 +53,6 @@ def compare(checkpoint: Checkpoint, source: Checkpoint, name: str, stored: Tenso
     return _weight(checkpoint, source, name, stored)
 
 
-def differences(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
-    """What two quantized checkpoints do not share, whatever their formats: names, codes, scales, zeros, other tensors.
-
-    A line each; none where one is the other in another layout, bit for bit.
-    """
-    if (other := other_names(checkpoint, source)) is not None:
-        yield other
-        return
-    for name in source.names():
-        yield from difference(checkpoint, source, name, checkpoint.stored(name))
-
-
 def other_names(checkpoint: Checkpoint, source: Checkpoint) -> str | None:
     """A line where two quantized checkpoints do not hold the same tensors and Linears."""
     if checkpoint.names() != source.names() or set(checkpoint.linears()) != set(source.linears()):

@@ -106,15 +106,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes `value` as the ecosystem does (two spaces, sorted keys); the file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Writes `value` as the ecosystem does (two spaces, sorted keys), as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a small file; it appears whole or not at all, and what was there is never half replaced."""
+    partial = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.write_text(content, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         with suppress(OSError):  # the first error is the one to report
             partial.unlink()
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_all(file: FileIO, view: memoryview) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,21 +11,13 @@ from sarqc.checkpoint.file_sums import changed_files
 from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.headers import bytes_of
 from sarqc.checkpoint.manifest import MANIFEST, Fingerprint, fingerprint, read_manifest
-from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
+from sarqc.checkpoint.reader import Checkpoint
 from sarqc.checkpoint.shards import INDEX
 from sarqc.errors import CheckpointError, NumericError
 from sarqc.method.weight import QuantizedWeight
 
 Beside = Callable[[str, Tensor | QuantizedWeight], Iterable[str]]
 _CHECKED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def verify(folder: Path | str) -> Storage:
-    """Reads every tensor of `folder` and counts them; `CheckpointError` naming the first that is not sound."""
-    with open_checkpoint(folder) as checkpoint:
-        for problem in problems(checkpoint):
-            raise CheckpointError(problem)
-        return checkpoint.storage()
 
 
 def refuse_poison(checkpoint: Checkpoint, inside: str) -> None:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
-from sarqc.cli.options import sentence
+from sarqc.cli.options import sentence, stderr
 
 if TYPE_CHECKING:
     from sarqc.pipeline.driver import BlockResult
@@ -149,6 +149,20 @@ class RunProgress(Ticker):
         for report in result.reports:
             if report.fallback:
                 self.note(f"{report.site}: {report.fallback}")
+
+
+def progress_bar() -> RunProgress:
+    """A progress bar on stderr; plain lines where stderr is not a terminal.
+
+        with sarqc.progress_bar() as progress:
+            sarqc.quantize(model, out, progress=progress)
+
+    Within the context Ctrl-C stops the run after the block at work.
+
+    Returns:
+        What `progress` of `quantize` and `compare` takes.
+    """
+    return RunProgress(stderr())
 
 
 def _percent(values: list[float]) -> str:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sarqc.checkpoint.files import write_text
 from sarqc.comparison.table import as_csv, plot, plots, with_spread
 from sarqc.report.markup import document, figures, headline, section, table
-from sarqc.report.report import write_text
 from sarqc.report.summary import figure, text_name
 
 _HEAD = ("method", "format", "sequences", "perplexity", "", "next token agrees", "KL, nats", "solving, s")

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sarqc import legacy
-from sarqc.checkpoint.files import file_in, read_json
+from sarqc.checkpoint.files import file_in, read_json, write_text
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.layer import LayerReport
@@ -97,11 +96,12 @@ def source_record(folder: Path, source: TensorSource) -> dict[str, Any]:
     return {"bytes": found, **model_card.licence(folder)}
 
 
-def write(folder: Path, report: dict[str, Any]) -> None:
-    """Write report.json, report.html and the model card README.md into `folder`."""
+def write(folder: Path, report: dict[str, Any], *, card: bool = True) -> None:
+    """Write report.json, report.html and, with `card`, the model card README.md into `folder`."""
     write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     write_text(folder / PAGE, page.page(report))
-    write_text(folder / model_card.CARD, model_card.card(report))
+    if card:
+        write_text(folder / model_card.CARD, model_card.card(report))
 
 
 def rebuild(folder: Path) -> Path:
@@ -119,10 +119,7 @@ def update(folder: Path, report: dict[str, Any]) -> bool:
     A model card that somebody edited is left as it is; returns whether the card is current.
     """
     ours = not model_card.edited(folder)
-    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    write_text(folder / PAGE, page.page(report))
-    if ours:
-        write_text(folder / model_card.CARD, model_card.card(report))
+    write(folder, report, card=ours)
     return ours
 
 
@@ -152,17 +149,6 @@ def whole(folder: Path) -> dict[str, Any] | None:
         return load(folder)
     except CheckpointError:
         return None
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a small file whole: beside its place first, so that what was there is never half replaced."""
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        beside.write_text(content, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -120,13 +120,13 @@ def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tupl
         kind = "symmetric" if quant.sym else "asymmetric"
         groups = "with one scale a row" if quant.group_size == -1 else f"in groups of {quant.group_size}"
         return None, (
-            f"{quant.bits} bits {kind} {groups} run in no kernel of its own "
-            "(4 bits, and 8 symmetric, in groups of 32, 64, 128 or whole rows do)"
+            f"no kernel supports {quant.bits} bits {kind} {groups} "
+            "(supported: 4 bits, and 8 symmetric, in groups of 32, 64, 128 or whole rows)"
         )
     if reason := _group(quant, inputs):
         return None, reason
     if layer.stacked and (inputs if layer.split == "outputs" else outputs) % 128:
-        return None, "Marlin's experts want a hidden size that is a multiple of 128"
+        return None, "Marlin's experts need a hidden size that is a multiple of 128"
     return ("Marlin MoE" if layer.stacked else "Marlin"), ""
 
 

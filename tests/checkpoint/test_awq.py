@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sarqc.checkpoint.formats import FORMATS, detect
-from sarqc.checkpoint.verify import verify
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
 from tests.checkpoint.test_gptq import words, write
+from tests.support.checkpoints import verify
 
 AWQ = FORMATS["awq"]
 OUTPUTS = [0, 2, 4, 6, 1, 3, 5, 7]  # of nibble 0, 1, ... of a word

@@ -13,11 +13,10 @@ import torch
 from sarqc.checkpoint.formats import FORMATS, detect
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
-from sarqc.checkpoint.verify import verify
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
-from tests.support.checkpoints import write_weights
+from tests.support.checkpoints import verify, write_weights
 
 V1, V2 = FORMATS["gptq"], FORMATS["gptq_v2"]
 SHAPES = [(32, 32, 8), (64, 96, 32), (96, 64, -1), (160, 320, 64)]

@@ -5,9 +5,8 @@ import torch
 
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.checkpoint.verify import verify
 from sarqc.errors import CheckpointError
-from tests.support.checkpoints import write_weights
+from tests.support.checkpoints import verify, write_weights
 
 FORMAT = FORMATS["compressed-tensors"]
 

@@ -10,10 +10,9 @@ import torch
 from sarqc.checkpoint.formats import FORMATS, detect
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.side_files import write_config
-from sarqc.checkpoint.verify import verify
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
-from tests.support.checkpoints import write_weights
+from tests.support.checkpoints import verify, write_weights
 
 FORMAT = FORMATS["compressed-tensors"]
 

@@ -8,9 +8,8 @@ from safetensors.torch import save_file
 
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.side_files import copy_side_files, write_config
-from sarqc.checkpoint.verify import verify
 from sarqc.errors import CheckpointError
-from tests.support.checkpoints import write_weights
+from tests.support.checkpoints import verify, write_weights
 
 USABLE = [
     "LICENSE", "LICENSE.txt", "added_tokens.json", "additional_chat_templates/tool_use.jinja", "chat_template.jinja",

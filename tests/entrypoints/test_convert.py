@@ -15,7 +15,6 @@ import sarqc
 from sarqc.checkpoint import assemble
 from sarqc.checkpoint import convert as conversion
 from sarqc.checkpoint.convert import ignored, spec_of
-from sarqc.checkpoint.differences import differences
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.manifest import read_manifest
 from sarqc.checkpoint.reader import open_checkpoint
@@ -24,7 +23,7 @@ from sarqc.config import QuantConfig
 from sarqc.entrypoints.convert import convert
 from sarqc.errors import ArgumentError, CheckpointError
 from tests.support import tiny
-from tests.support.checkpoints import write_weights
+from tests.support.checkpoints import differences, write_weights
 
 
 def quantize(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **how: object) -> Path:

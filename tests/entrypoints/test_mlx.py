@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 
 import sarqc
-from sarqc.checkpoint.differences import differences
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.verify import problems
 from sarqc.entrypoints.convert import convert
 from sarqc.errors import CheckpointError
 from tests.support import tiny
+from tests.support.checkpoints import differences
 
 IDS = list(range(3, 35))
 SETTINGS: dict[str, dict[str, Any]] = {
