@@ -79,10 +79,11 @@ def _cholesky_arguments(device: torch.device) -> tuple[Any, ...]:
 
 
 def _cholesky_error(backend: str, device: torch.device) -> float:
-    """The factor's product is the matrix, up to some units of the last place."""
+    """The factor's product is the matrix, up to some units of the last place; its diagonal is above zero."""
     (total,) = _cholesky_arguments(device)
     found = gram.cholesky_upper(total, backend=backend)[0].cpu().double()
-    return relative_error(found @ found.mT, total.cpu().double())
+    signed = 0.0 if (found.diagonal(dim1=1, dim2=2) > 0).all() else 1.0
+    return max(signed, relative_error(found @ found.mT, total.cpu().double()))
 
 
 def _finalize_arguments(device: torch.device) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--check-only", action="store_true", help="write no table")
     parser.add_argument("--no-csrc", action="store_true", help="leave csrc/ out")
     options = parser.parse_args()
-    partial = bool(options.room or options.match or options.check_only)
+    partial = bool(options.match or options.check_only)
     found = jobs.collect(options.room, options.match, options.arch)
     bad = _report(f"triton {triton.__version__}", f"aot-triton-{triton.__version__}.md", _triton(found), partial)
     if not (options.no_csrc or options.room or options.match):

@@ -1,6 +1,6 @@
 """The committed table: one line for each kernel and card, in an order that does not change.
 
-A run for some cards replaces their lines; those of other cards stay.
+A run for some cards and operations replaces their lines; others stay.
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ class Built(NamedTuple):
 
 
 def render(title: str, lines: Sequence[Built], before: str = "") -> str:
-    """The Markdown of a table. before: what it was; lines of cards that are not among the new ones are kept."""
+    """The Markdown of a table. before: what it was; lines of cards and operations (the first word of a name)
+    that are not among the new ones are kept."""
     rows = {(line.name, line.arch): _row(line) for line in lines}
-    done = {line.arch for line in lines}
+    done = {(line.name.split()[0], line.arch) for line in lines}
     for row in before.splitlines():
         cells = row.split(" | ")
-        if len(cells) > 2 and row.startswith("| ") and row not in (HEAD, RULE) and cells[1] not in done:
+        if (
+            len(cells) > 2
+            and row.startswith("| ")
+            and row not in (HEAD, RULE)
+            and (cells[0].split()[1], cells[1]) not in done
+        ):
             rows[cells[0].removeprefix("| "), cells[1]] = row
     ordered = [rows[key] for key in sorted(rows, key=lambda key: (key[0], len(key[1]), key[1]))]
     bad = sum(not row.endswith(" | - |") for row in ordered)

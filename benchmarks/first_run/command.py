@@ -68,12 +68,13 @@ def run(todo: Sequence[Part], budget: Budget, out: Path, environment: dict[str, 
     """Run the parts one after another; the summary is written after each."""
     out.mkdir(parents=True, exist_ok=True)
     whole, found = budget.left(), []
+    least = min(LEAST, whole / 20)  # the first parts get it, though none may be left for the last
     for at, part in enumerate(todo):
         testing = part.name.startswith("tests ")
         rest = [each for each in todo[at:] if each.name.startswith("tests ") == testing]
         left = budget.left() - ((1 - TEST_SHARE) * whole if testing else 0.0)
-        share = left * part.weight / sum(each.weight for each in rest)
-        found.append(_outcome(part, share, out, environment) if share > min(LEAST, whole / 20) else
+        share = max(least, left * part.weight / sum(each.weight for each in rest))
+        found.append(_outcome(part, share, out, environment) if left > least else
                      Outcome(part.name, "left out", 0.0, "no time was left"))  # fmt: skip
         print(f"[{budget}] {part.name}: {found[-1].status} in {found[-1].seconds:.0f} s", flush=True)
         summary = {"outcomes": [asdict(each) for each in found], "to come": [each.name for each in todo[at + 1 :]]}

@@ -42,6 +42,16 @@ def test_no_part_takes_anything_from_the_others(tmp_path: Path) -> None:
     assert lines[0].startswith("1 of 4 parts passed, 0 numbers") and "hang: timed out" in lines[3]
 
 
+def test_where_time_is_short_the_first_parts_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty parts of a minute: the share of each would be less than a part needs at least."""
+    monkeypatch.setattr(command, "_outcome", lambda part, *given: Outcome(part.name, "passed", given[0], ""))
+    clock = iter(range(0, 10_000, 3))
+    budget = Budget(1.0, clock=lambda: float(next(clock)))
+    found = command.run([Part(f"tests {i}", ("this",), 1) for i in range(20)], budget, tmp_path, {})
+    statuses = [each.status for each in found]
+    assert statuses[0] == "passed" and statuses[-1] == "left out" and statuses == sorted(statuses, reverse=True)
+
+
 def test_what_has_no_time_is_said(tmp_path: Path) -> None:
     (found,) = command.run([Part("fine", ("this",), 1)], Budget(0.0), tmp_path, {})
     assert found.status == "left out"

@@ -148,13 +148,13 @@ def _watched(module: Any) -> None:
         memory.enter((x, y, z))
         enter(self, x, y, z)
 
-    def loading(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        memory.load(pointers.data, mask.data, bytes_of(pointers))
-        return load(self, pointers, mask, *rest)
+    def loading(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        memory.load(pointers.data, np.asarray(mask.data), bytes_of(pointers))
+        return load(self, pointers, mask, *rest, **named)
 
-    def storing(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        memory.store(pointers.data, mask.data, bytes_of(pointers))
-        return store(self, pointers, value, mask, *rest)
+    def storing(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        memory.store(pointers.data, np.asarray(mask.data), bytes_of(pointers))
+        return store(self, pointers, value, mask, *rest, **named)
 
     executor._init_args_hst, builder.set_grid_idx = begin, entering
     builder.create_masked_load, builder.create_masked_store = loading, storing

@@ -72,7 +72,7 @@ class Memory:
     def _places(self, addresses: np.ndarray, mask: np.ndarray, width: int, verb: str) -> Iterable[tuple[Region, Any]]:
         """(region, bytes in it) of those that are remembered; all addresses are held to the bounds."""
         wanted = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))
-        wanted = wanted[np.broadcast_to(mask, wanted.shape)].astype(np.int64)
+        wanted = wanted[np.broadcast_to(mask.astype(bool), wanted.shape)].astype(np.int64)  # some masks are integers
         inside = 0
         for region in self.regions:
             own = wanted[(wanted >= region.start) & (wanted + width <= region.end)]

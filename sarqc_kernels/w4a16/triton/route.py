@@ -19,7 +19,7 @@ from sarqc_kernels.device import on_device
 
 __all__ = ["route", "route_kernel"]
 
-SIZE = 1024  # choices at a time
+SIZE = 512  # choices at a time; 1024 spill
 
 
 @triton.jit(do_not_specialize=["count", "experts"])
