@@ -356,7 +356,7 @@ __device__ void accumulate(const Gemv& call, const Rows& rows, uint32_t* x, floa
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int warp_n = warp % call.warps_n, warp_k = warp / call.warps_n, every = kWarps / call.warps_n;
     const int begin = call.k_tiles * rank / call.splits, end = call.k_tiles * (rank + 1) / call.splits;
-    Grid grid;
+    Grid grid = {};
     const uint8_t* words[2];
     int bit[2];  // from there to the plane of one bit
     const int64_t expert_rows = static_cast<int64_t>(rows.expert) * call.padded;

@@ -217,7 +217,7 @@ def test_dynamic_gives_single_layers_other_numbers(random_weight):
         ({"group_size": 1e9}, "group_size 1000000000.0"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
         ({"checkpoint_format": ["gptq"]}, "checkpoint_format"),
-        ({"is_marlin_format": True}, "is not read"),
+        ({"is_marlin_format": True}, "is_marlin_format"),
         ({"pack_dtype": "int64"}, "pack_dtype 'int64'"),
         ({"dynamic": [1]}, "dynamic"),
         ({"dynamic": {"+:(": {}}}, "no regular expression"),
