@@ -69,7 +69,6 @@ bench: $(READY)
 
 versions: $(READY)
 	$(BIN)/python -m benchmarks.versions
-	$(BIN)/python -m benchmarks.readme
 
 hub-kernels: $(READY)
 	$(BIN)/python -m benchmarks.serve.hub_kernels hub-kernels

@@ -2,8 +2,7 @@
 
 `oldest` installs every dependency at its lower bound, `newest` the last release of each, in environments of their own
 under build/versions; 5 to 10 GB of CUDA packages come with a torch that is no CPU build. --with PACKAGE==VERSION takes
-another version of one. benchmarks/results/versions.json gets what was installed and what passed, docs/limits.md the
-table.
+another version of one. benchmarks/results/versions.json gets what was installed and what passed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ TESTS = (
 )  # fmt: skip
 """What depends on the versions: files, transformers' models and loading, Triton's interpreter, whole runs."""
 _TOOLS = ("pytest", "hypothesis", "matplotlib", "setuptools")
-SHOWN = (
     "torch",
     "triton",
     "transformers",
