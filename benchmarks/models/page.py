@@ -1,18 +1,41 @@
-"""docs/models.md, written from the results of the sweep."""
+"""docs/models.md and sarqc/models.json, written from the results of the sweep."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.models.rows import CONDITIONS, FIRST
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "models.md"
+PACKAGED = ROOT / "sarqc" / "models.json"
 
 
-def write(results: dict[str, Any], page: Path = PAGE) -> None:
-    """Write the page."""
-    page.write_text(text(results))
+def write(results: dict[str, Any]) -> None:
+    """Write the page, and what `sarqc models` prints."""
+    PAGE.write_text(text(results))
+    PACKAGED.write_text(packaged(results))
+
+
+def packaged(results: dict[str, Any]) -> str:
+    """What `sarqc models` prints, one row a line."""
+    rows = ",\n".join(json.dumps(_row(name, results["rows"][name])) for name in _ordered(results["rows"]))
+    return f'{{"versions": {json.dumps(results["versions"])}, "rows": [\n{rows}\n]}}\n'
+
+
+def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    short = {"name": name, "class": row.get("class", ""), "result": row["kind"], "layers": row.get("layers", [])}
+    runtimes = {key: _same(row, key) for key in ("transformers", "sarqc")}
+    share = {"share": row["share"]} if "share" in row else {}
+    return short | share | runtimes | {"left": row.get("left", {}), "reason": row.get("error") or ""}
+
+
+def _ordered(rows: dict[str, Any]) -> list[str]:
+    """The most used ones first, then the conditions, then all others by name."""
+    first = [row for row in dict.fromkeys((*FIRST, *CONDITIONS)) if row in rows]
+    return first + sorted(row for row in rows if row not in first)
 
 
 def text(results: dict[str, Any]) -> str:
@@ -20,7 +43,7 @@ def text(results: dict[str, Any]) -> str:
     rows: dict[str, dict[str, Any]] = results["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     first = [row for row in (*FIRST, *CONDITIONS) if row in rows]
-    others = [row for row in rows if row not in first]
+    others = _ordered(rows)[len(first) :]
     parts = [
         "# Supported models",
         "SARQC has no table of architectures. It quantizes what transformers builds as a decoder with Linear layers "
