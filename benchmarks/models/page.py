@@ -60,7 +60,20 @@ def text(results: dict[str, Any]) -> str:
         parts += ["## All other architectures", _table(others, rows)]
     if refused := [row for row in (*first, *others) if rows[row].get("error")]:
         parts += ["## Reasons", "\n".join(f"- `{row}`: {rows[row]['error']}" for row in refused)]
+    if alone := [row for row in (*first, *others) if rows[row]["kind"].startswith("reload in transformers fails")]:
+        parts += [
+            "## Not loaded by transformers alone",
+            "These load with `import sarqc`. Where transformers has no rule that makes a parameter of the tensors of "
+            "single experts, it leaves that parameter random and warns.",
+            "\n".join(f"- `{row}`: {_why(rows[row]['transformers'])}" for row in alone),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def _why(reload: dict[str, Any]) -> str:
+    if reload.get("missing"):
+        return f"it looks for `{reload['missing'][0]}` and does not build it from the tensors of single experts"
+    return reload.get("error") or f"logits differ by {reload['difference']} of their spread"
 
 
 def _table(names: list[str], rows: dict[str, dict[str, Any]]) -> str:
