@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "models.json"
 
 
 def main() -> None:
-    """Run the selected rows, or write docs/models.md from the results."""
+    """Run the selected rows, or write docs/models.md and sarqc/models.json from the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=main.__doc__)
     parser.add_argument("what", choices=("run", "page"))
     parser.add_argument("--only", default="", help="rows, with commas between them; by default all")

@@ -1,18 +1,41 @@
-"""docs/models.md, written from the results of the sweep."""
+"""docs/models.md and sarqc/models.json, written from the results of the sweep."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.models.rows import CONDITIONS, FIRST
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "models.md"
+PACKAGED = ROOT / "sarqc" / "models.json"
 
 
-def write(results: dict[str, Any], page: Path = PAGE) -> None:
-    """Write the page."""
-    page.write_text(text(results))
+def write(results: dict[str, Any]) -> None:
+    """Write the page, and what `sarqc models` prints."""
+    PAGE.write_text(text(results))
+    PACKAGED.write_text(packaged(results))
+
+
+def packaged(results: dict[str, Any]) -> str:
+    """What `sarqc models` prints, one row a line."""
+    rows = ",\n".join(json.dumps(_row(name, results["rows"][name])) for name in _ordered(results["rows"]))
+    return f'{{"versions": {json.dumps(results["versions"])}, "rows": [\n{rows}\n]}}\n'
+
+
+def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    short = {"name": name, "class": row.get("class", ""), "result": row["kind"], "layers": row.get("layers", [])}
+    runtimes = {key: _same(row, key) for key in ("transformers", "sarqc")}
+    share = {"share": row["share"]} if "share" in row else {}
+    return short | share | runtimes | {"left": row.get("left", {}), "reason": row.get("error") or ""}
+
+
+def _ordered(rows: dict[str, Any]) -> list[str]:
+    """The most used ones first, then the conditions, then all others by name."""
+    first = [row for row in dict.fromkeys((*FIRST, *CONDITIONS)) if row in rows]
+    return first + sorted(row for row in rows if row not in first)
 
 
 def text(results: dict[str, Any]) -> str:
@@ -20,7 +43,7 @@ def text(results: dict[str, Any]) -> str:
     rows: dict[str, dict[str, Any]] = results["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     first = [row for row in (*FIRST, *CONDITIONS) if row in rows]
-    others = [row for row in rows if row not in first]
+    others = _ordered(rows)[len(first) :]
     parts = [
         "# Supported models",
         "SARQC has no table of architectures. It quantizes what transformers builds as a decoder with Linear layers "
@@ -37,7 +60,20 @@ def text(results: dict[str, Any]) -> str:
         parts += ["## All other architectures", _table(others, rows)]
     if refused := [row for row in (*first, *others) if rows[row].get("error")]:
         parts += ["## Reasons", "\n".join(f"- `{row}`: {rows[row]['error']}" for row in refused)]
+    if alone := [row for row in (*first, *others) if rows[row]["kind"].startswith("reload in transformers fails")]:
+        parts += [
+            "## Not loaded by transformers alone",
+            "These load with `import sarqc`. Where transformers has no rule that makes a parameter of the tensors of "
+            "single experts, it leaves that parameter random and warns.",
+            "\n".join(f"- `{row}`: {_why(rows[row]['transformers'])}" for row in alone),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def _why(reload: dict[str, Any]) -> str:
+    if reload.get("missing"):
+        return f"it looks for `{reload['missing'][0]}` and does not build it from the tensors of single experts"
+    return reload.get("error") or f"logits differ by {reload['difference']} of their spread"
 
 
 def _table(names: list[str], rows: dict[str, dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ from sarqc.cli.evaluate import evaluate
 from sarqc.cli.flags import command_class, plain_switches
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
+from sarqc.cli.models import models
 from sarqc.cli.push import push
 from sarqc.cli.quantize import quantize
 from sarqc.cli.report import report
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "report": report,
     "compare": compare,
+    "models": models,
 }
 
 LESS = {

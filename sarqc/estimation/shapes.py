@@ -44,7 +44,7 @@ def choices(plan: Plan) -> int:
 
 def hidden_size(plan: Plan) -> int:
     """Numbers in a hidden state."""
-    return int(plan.lazy.text_config.hidden_size)
+    return plan.lazy.hidden_size
 
 
 def states_bytes(plan: Plan, windows: int, seqlen: int) -> int:

@@ -88,6 +88,12 @@ class LazyModel:
         """The part of the configuration that describes the text decoder; the whole of it for a text model."""
         return self.model.config.get_text_config(decoder=True)
 
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in a hidden state; those of an embedding where the configuration does not say."""
+        said = getattr(self.text_config, "hidden_size", None)
+        return int(said or self.model.get_input_embeddings().weight.shape[1])
+
     def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, ExpertSlice]:
         """Take apart the experts that the checkpoint stores in one tensor; where each matrix lies, by its own name.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import moe
-from sarqc.model.layers import Target
+from sarqc.model.layers import Target, pattern_of
 from sarqc.model.lazy_model import LazyModel
 
 
@@ -134,9 +134,11 @@ def find_sites(lazy: LazyModel, found: Sequence[Target], run: Callable[[], objec
                 inputs[name] = []
                 hooks.enter_context(reading(module, partial(called, name)))
         run()
-    for target in found:
-        if target.parameter not in order:
-            raise ModelError(f"{target.linear} is never called in its block's forward, so its inputs cannot be seen")
+    if silent := [target for target in found if target.parameter not in order]:
+        raise ModelError(
+            f"{silent[0].linear} is never called in its block's forward, so its inputs cannot be seen: "
+            f"leave it and its like with --ignore '{pattern_of(silent)}'"
+        )
     sites = _sites(lazy, found, {name: tuple(map(id, seen)) for name, seen in inputs.items()})
     at = {parameter: number for number, parameter in enumerate(order)}
     seen_at = [min((target.parameter for target in site.members), key=at.__getitem__) for site in sites]

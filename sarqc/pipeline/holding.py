@@ -70,7 +70,7 @@ def _streams(plan: Plan) -> int:
 
 
 def _hidden(plan: Plan) -> int:
-    return int(plan.lazy.text_config.hidden_size)
+    return plan.lazy.hidden_size
 
 
 def _room(device: torch.device) -> int | None:

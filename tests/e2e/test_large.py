@@ -1,7 +1,7 @@
 """A model of 64 blocks does not pass through memory whole: at no stage of a run, writing and verifying included.
 
 In `make test` it has 0.3 GB and blocks that are leaked would be seen; in `make soak` (SARQC_LARGE=1) 8.4 GB, and the
-bound is 3 GB.
+bound is 3 GB; or 6 GB in fp8, and the bound is 2.5 GB.
 """
 
 from __future__ import annotations
@@ -60,3 +60,14 @@ def test_a_model_of_eight_gigabytes_takes_less_than_three(tmp_path, method):
     found = peak(source, tmp_path / "out", method)
     print(f"peak memory of {method}: {found / 1e9:.2f} GB")
     assert found < 3e9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LARGE, reason="minutes and 10 GB of disk: make soak")
+@pytest.mark.parametrize("method", ["rtn", "sarqc-gptq"])
+def test_six_gigabytes_of_fp8_take_less_than_two_and_a_half(tmp_path, method):
+    source = large.save(tmp_path / "model", blocks=94, fp8=True)
+    assert size_of(source) > 6e9
+    found = peak(source, tmp_path / "out", method)
+    print(f"peak memory of {method} from fp8: {found / 1e9:.2f} GB")
+    assert found < 2.5e9

@@ -51,5 +51,6 @@ def test_no_row_ends_in_a_traceback_or_wrong_numbers():
     assert not silent
 
 
-def test_the_page_is_what_the_results_say():
+def test_the_page_and_the_packaged_table_are_what_the_results_say():
     assert page.PAGE.read_text() == page.text(RESULTS)
+    assert page.PACKAGED.read_text() == page.packaged(RESULTS)

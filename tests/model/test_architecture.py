@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import Gemma3Config, LlamaConfig
 
 from sarqc.config import QuantConfig
 from sarqc.errors import ModelError
-from sarqc.model.architecture import build_on_meta, find_blocks, language_model
+from sarqc.model.architecture import build_on_meta, find_blocks, language_model, read_config
 from sarqc.model.layers import targets
 from tests.support import families
 
@@ -91,3 +93,12 @@ def test_a_wrapper_is_quantized_in_its_text_alone(tmp_path, registered):
     plain = families.logits(out, "qwen3_5+vl")
     for got in (packed, plain):
         assert ((got - wanted).abs().amax(-1) / wanted.std()).median() < 0.05
+
+
+def test_an_unknown_type_is_read_as_the_class_it_names(tmp_path):
+    values = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "auto_map": {"AutoConfig": "a.B"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path, trust_remote_code=False).model_type == "deepseek_v3"
+    (tmp_path / "config.json").write_text(json.dumps(values | {"architectures": ["NoSuchForCausalLM"]}))
+    with pytest.raises(ModelError):
+        read_config(tmp_path, trust_remote_code=False)

@@ -76,6 +76,12 @@ def test_conversations_go_through_the_template():
         assert (found.bos, found.text) == (False, GIVEN_CHATS)
 
 
+def test_conversations_with_images_are_refused():
+    part = {"type": "image", "url": "cat.png"}
+    with pytest.raises(ArgumentError, match=r"dataset .*'image'"):
+        read([[{"role": "user", "content": [{"type": "text", "text": "What is this?"}, part]}]] * 3)
+
+
 def test_token_ids_need_no_tokenizer():
     tokens = torch.arange(70, dtype=torch.int64)
     assert torch.equal(windows(tokens.view(2, 35), none, 32).tokens, tokens.view(2, 35))

@@ -17,14 +17,24 @@ from transformers import Qwen3MoeConfig
 from tests.support import tiny
 
 HEAD = 64
+TILE = 128
+SCALE = 2**-10
 
 
 def save(
-    folder: Path, *, blocks: int = 64, experts: int = 64, hidden: int = 1024, inner: int = 320, seed: int = 0
+    folder: Path,
+    *,
+    blocks: int = 64,
+    experts: int = 64,
+    hidden: int = 1024,
+    inner: int = 320,
+    seed: int = 0,
+    fp8: bool = False,
 ) -> Path:
     """A bf16 checkpoint of shape qwen3_moe with the tokenizer of the tiny models, a shard for each block.
 
-    inner: width of an expert. The default is 64 blocks of 131 MB, 8.4 GB in all.
+    inner: width of an expert. The default is 64 blocks of 131 MB, 8.4 GB in all. fp8: matrices in float8_e4m3fn with a
+    scale for each 128 x 128, half as large.
     """
     folder.mkdir(parents=True)
     heads = hidden // HEAD
@@ -47,13 +57,16 @@ def save(
         architectures=["Qwen3MoeForCausalLM"],
         dtype="bfloat16",
     )
+    if fp8:
+        config.quantization_config = {"quant_method": "fp8", "weight_block_size": [TILE, TILE]}
     config.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     drawn = _Drawn(2 * hidden * max(tiny.VOCABULARY, hidden), seed)
     outer = {"model.embed_tokens.weight": drawn.matrix(tiny.VOCABULARY, hidden), "model.norm.weight": ones(hidden)}
     names = _write(folder / "outer.safetensors", outer)
     for index in range(blocks):
-        names |= _write(folder / f"block-{index:03d}.safetensors", _block(drawn, index, experts, hidden, inner))
+        block = _block(drawn, index, experts, hidden, inner)
+        names |= _write(folder / f"block-{index:03d}.safetensors", _in_fp8(block) if fp8 else block)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     promised = {"metadata": {"total_size": size}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(promised))
@@ -77,6 +90,18 @@ def _block(drawn: _Drawn, index: int, experts: int, hidden: int, inner: int) -> 
         for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
             tensors[f"{at}mlp.experts.{expert}.{name}_proj.weight"] = drawn.matrix(*shape)
     return tensors
+
+
+def _in_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The projections with `weight_scale_inv`, as DeepSeek and Qwen publish."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if "proj" not in name:
+            found[name] = tensor
+            continue
+        found[name] = (tensor.float() / SCALE).clamp(-448, 448).to(torch.float8_e4m3fn)
+        found[f"{name}_scale_inv"] = torch.full([-(-size // TILE) for size in tensor.shape], SCALE)
+    return found
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
