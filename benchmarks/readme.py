@@ -160,6 +160,21 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def effort() -> str:
+    """What each effort takes and gives."""
+    found = _read("cpu-effort")
+    texts = found["protocol"]["texts"]
+    shown = [f"{Path(text['text']).stem}: perplexity (unquantized {text['perplexity']:.2f}), KL" for text in texts]
+    heads = ["bits", "`--effort`", "times the default", "seconds", "CPU seconds", *shown]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in found["rows"]:
+        spent, quality = row["medians"], [row["quality"][text["text"]] for text in texts]
+        cells = [f"{row['ratios']['cpu_seconds']:.2f}", f"{spent['inner_seconds']:.0f}", f"{spent['cpu_seconds']:.0f}"]
+        cells += [f"{one['perplexity']:.2f}, {one['kl']:.4f}" for one in quality]
+        lines.append(f"| {row['bits']} | {row['effort']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def compare() -> str:
     """Every method on the same statistics, with the spread over seeds: a table for each committed comparison."""
     return "\n\n".join(proof.markdown(_read(path.stem)) for path in sorted(RESULTS.glob("compare-*.json")))

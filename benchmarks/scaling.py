@@ -2,12 +2,13 @@
 
     python -m benchmarks.scaling
 
-Every term is bytes or flops, counted from the plan of a real run (its sites, its passes under the Gram budget, its
+Every term is bytes or flops, counted from the plan of a real run (its sites, its portions under the Gram budget, its
 sharing out over ranks), over a rate that is written down in `H200`. Nothing here is measured on that machine.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,32 +18,53 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3M
 
 from sarqc.config import Configs
 from sarqc.estimation import shapes
-from sarqc.estimation.sizes import PASSES, PRODUCTS, busiest, sizes
-from sarqc.model.sites import Site, SiteChunk
-from sarqc.pipeline.grams import portions
+from sarqc.estimation.seconds import FOLDS, TRIED, busiest, measured_share, rows_of, visits
+from sarqc.estimation.sizes import sizes
+from sarqc.method.lambda_search import EXPERTS
+from sarqc.model.sites import Site
+from sarqc.pipeline.holding import DEVICE_SHARE, suspended_bytes
 from sarqc.pipeline.plan import Plan, make_plan
-from sarqc.pipeline.work_split import cost
 
 WINDOWS, SEQLEN = 128, 2048
-FOLDS = 2
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one rank, but for disk, which all ranks of a machine share. Flop/s of forward passes, of Grams, of products in
-    fp32 and of solving; bytes/s of memory, disk, PCIe and network; what is reached of the published figure is in it."""
+    """Of one rank, but for disk, which all ranks of a machine share; what is reached of a published figure is in it.
+
+    forward, gram, cross, factor, product, descent: flop/s of forward passes, Grams, cross Grams, Cholesky factors,
+    products in fp32 and passes over codes and scales. columns: seconds of a column, search for its grid included, of up
+    to `AT_ONCE` rows. disk, pcie, network: bytes/s. room: bytes of memory.
+    """
 
     forward: float
     gram: float
-    single: float
-    solve: float
-    memory: float
+    cross: float
+    factor: float
+    product: float
+    columns: float
+    descent: float
     disk: float
     pcie: float
     network: float
+    room: float
 
 
-H200 = Rates(forward=400e12, gram=300e12, single=45e12, solve=25e12, memory=3e12, disk=5e9, pcie=40e9, network=300e9)
+H200 = Rates(
+    forward=400e12,
+    gram=850e12,  # counted: 262,144 rows of 4096 inputs in 10.4 ms, of 14336 in 124 ms
+    cross=216e12,  # counted: a million rows of 14336 x 4096 in 0.57 s
+    factor=25e12,
+    product=45e12,
+    columns=0.44e-6,  # counted: 4096 columns in 1.2 ms, and half as much again for what waits
+    descent=39e12,  # counted: 3 to 4 ms for 4096 x 4096
+    disk=5e9,
+    pcie=40e9,
+    network=300e9,
+    room=141e9,
+)
+AT_ONCE = 4 * 4096
+"""Rows whose columns are quantized side by side: a warp for each 32 on each of four schedulers."""
 
 _QWEN = dict(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,
@@ -66,15 +88,15 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a run by what takes them, and how often the text is observed in the block that needs it most."""
+    """Seconds of a run by what takes them. kept: whether suspended micro-batches fit beside a block."""
 
     seconds: dict[str, float]
-    looks: int
+    kept: bool
 
     @property
-    def hours(self) -> float:
+    def total(self) -> float:
         """Of the whole run, nothing overlapping."""
-        return sum(self.seconds.values()) / 3600
+        return sum(self.seconds.values())
 
 
 def plan_of(config: PreTrainedConfig) -> Plan:
@@ -87,74 +109,87 @@ def plan_of(config: PreTrainedConfig) -> Plan:
 
 
 def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seqlen: int = SEQLEN) -> Prediction:
-    """Seconds on `ranks` ranks of one machine. Sites are those that shapes tell: where a forward shows that some share
-    an input (q, k and v; gate and up), there are fewer Grams than counted here."""
-    spent = dict.fromkeys(("disk", "pcie", "forward", "gram", "solve", "grids", "network"), 0.0)
-    most = 0
+    """Seconds on `ranks` ranks of one machine, with sites as names suggest that a forward joins them."""
+    spent = dict.fromkeys(("read", "store", "pcie", "forward", "gram", "solve", "lambda", "descent", "network"), 0.0)
     tokens = windows * seqlen / ranks
-    chosen, hidden = shapes.choices(plan), shapes.states_bytes(plan, windows, seqlen)
-    for _, sites in shapes.blocks(plan):
-        weights = _weights(sites)
-        flow = sum(2.0 * tokens * min(site.experts, chosen) * _rows(site) * site.in_features for site in sites)
-        grams = sum(site.experts * site.in_features**2 for site in sites)
-        parts = [[site for site in sites if not site.residual_write], [site for site in sites if site.residual_write]]
-        looks = sum(len(list(portions(part, FOLDS, plan.run.gram_budget))) for part in parts)
-        forwards = looks + 2  # the original's, and once more when all is quantized
-        most = max(most, looks)
-        shares = [busiest(part, ranks, torch.device("cuda"), gram=True) if part else 0.0 for part in parts]
-        solved = sum(share * _cost(part) for share, part in zip(shares, parts))
-        spent["disk"] += 2 * weights / rates.disk
-        spent["pcie"] += (2 * weights + 2 * forwards * hidden / ranks) / rates.pcie
-        spent["forward"] += forwards * flow / rates.forward
-        spent["gram"] += (
-            sum(2.0 * tokens * min(site.experts, chosen) * site.in_features**2 for site in sites) / rates.gram
-        )
-        for site in (site for site in sites if site.residual_write):
-            spent["gram"] += 2.0 * tokens * _rows(site) * site.in_features / rates.single
-            solved += (FOLDS + 1) * _cost([site])  # a shift takes about as much as a solve: of each fold, and of all
-            grams += _rows(site) * site.in_features
-        swept = sum(share * _products(part) for share, part in zip(shares, parts))
-        spent["solve"] += solved / rates.solve + plan.method.cd_passes * PRODUCTS * swept / rates.single
-        passed = sum(share * _weights(part) for share, part in zip(shares, parts))
-        spent["grids"] += passed * PASSES * 4 / rates.memory
-        summed = 4 * FOLDS * grams * 2 * (ranks - 1) / ranks
-        spent["network"] += (summed + (weights + hidden) * (ranks > 1)) / rates.network
+    hidden = shapes.states_bytes(plan, windows, seqlen)
+    blocks = [shapes.joined(sites) for _, sites in shapes.blocks(plan)]
+    for sites in blocks:
+        weights = sum(site.experts * rows_of(site) * site.in_features for site in sites)
+        spent["read"] += 2 * weights / rates.disk
+        spent["pcie"] += (2 * weights + hidden / ranks) / rates.pcie
+        streams = 1 + plan.method.error_correction
+        spent["forward"] += streams * sum(_pass(plan, site, tokens) for site in sites) / rates.forward
+        summed = 0.0
+        for site in sites:
+            spent["gram"] += 2.0 * tokens * visits(plan, site) * site.in_features**2 / rates.gram
+            summed += site.experts * site.in_features**2
+            dense = site.experts == 1
+            share = 1 / ranks if dense else busiest(site, ranks, torch.device("cuda"), gram=True)
+            factors = 1.0 if dense else share * site.experts  # ranks that share rows all make the factor
+            spent["solve"] += factors * _factor(site) / rates.factor + share * site.experts * _columns(site, rates)
+            products = 2.0 * site.experts * rows_of(site) * site.in_features**2
+            spent["descent"] += share * plan.method.cd_passes * products / rates.descent
+            tried = math.ceil(TRIED * min(site.experts, EXPERTS) / ranks) * measured_share(len(blocks))
+            spent["lambda"] += tried * (_factor(site) / rates.factor + site.in_features * rates.columns)
+            if site.residual_write:
+                handed = _pass(plan, site, tokens)
+                spent["gram"] += handed / rates.cross
+                spent["forward"] += handed / rates.forward
+                spent["solve"] += _shifts(site, ranks, rates)
+                summed += rows_of(site) * site.in_features
+        spent["network"] += (
+            4 * FOLDS * summed * 2 * (ranks - 1) / ranks + (weights + hidden) * (ranks > 1)
+        ) / rates.network
     size = sizes(plan, windows, seqlen)
-    spent["disk"] += (2 * size.output + len(plan.lazy.blocks) * hidden) / rates.disk
-    return Prediction(spent, most)
+    spent["store"] += (2 * size.output + len(blocks) * hidden) / rates.disk
+    room = DEVICE_SHARE * (rates.room - 2 * max(_elements(sites) for sites in blocks))
+    return Prediction(spent, suspended_bytes(plan, int(tokens)) <= room)
 
 
-def _weights(sites: list[Site]) -> float:
-    return sum(site.experts * _rows(site) * site.in_features for site in sites)
+def _pass(plan: Plan, site: Site, tokens: float) -> float:
+    """Flops of a forward through a site."""
+    return 2.0 * tokens * visits(plan, site) * rows_of(site) * site.in_features
 
 
-def _cost(sites: list[Site]) -> float:
-    return 2.0 * sum(cost(SiteChunk(site, 0, site.experts)) for site in sites)
+def _columns(site: Site, rates: Rates) -> float:
+    """Seconds of a matrix beside its factor: its columns, and the products between panels."""
+    rows, width = rows_of(site), site.in_features
+    return width * math.ceil(rows / AT_ONCE) * rates.columns + rows * width**2 / rates.product
 
 
-def _products(sites: list[Site]) -> float:
-    """Flops of a product of each weight with a matrix of its Gram's size."""
-    return sum(2.0 * site.experts * _rows(site) * site.in_features**2 for site in sites)
+def _shifts(site: Site, ranks: int, rates: Rates) -> float:
+    """Seconds of the shift of each fold, with what it does on the other, and of all; ranks share folds and rows."""
+    factor, solves = _factor(site) / rates.factor, 2.0 * rows_of(site) * site.in_features**2 / rates.product
+    return math.ceil(FOLDS / ranks) * (factor + 2 * solves) + factor + solves / ranks
 
 
-def _rows(site: Site) -> int:
-    return sum(rows for _, _, rows in site.slabs)
+def _factor(site: Site) -> float:
+    return site.in_features**3 / 3
+
+
+def _elements(sites: list[Site]) -> float:
+    return float(sum(site.experts * rows_of(site) * site.in_features for site in sites))
 
 
 def table() -> str:
-    """The predictions as a Markdown table."""
-    head = ("model", "GPUs", "passes", "disk", "pcie", "forward", "gram", "solve", "grids", "network", "minutes", "x")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for name, (kind, values) in MODELS.items():
-        plan = plan_of(kind(**values, tie_word_embeddings=False))
+    """The predictions as a Markdown table, in minutes."""
+    heads = ("model", "GPUs", *predict(_plan(next(iter(MODELS))), 1, H200).seconds, "minutes", "x")
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for name in MODELS:
+        plan = _plan(name)
         alone = predict(plan, 1, H200)
         for ranks, found in ((1, alone), (8, predict(plan, 8, H200))):
             cells = [f"{seconds / 60:.1f}" for seconds in found.seconds.values()]
-            gain = f"{alone.hours / found.hours:.1f}"
-            lines.append(
-                "| " + " | ".join([name, str(ranks), str(found.looks), *cells, f"{60 * found.hours:.0f}", gain]) + " |"
-            )
+            cells += [f"{found.total / 60:.1f}", f"{alone.total / found.total:.1f}"]
+            lines.append("| " + " | ".join([name, str(ranks), *cells]) + " |")
+            assert found.kept, f"{name}: micro-batches do not fit, so blocks are recomputed, which is not counted"
     return "\n".join(lines)
+
+
+def _plan(name: str) -> Plan:
+    kind, values = MODELS[name]
+    return plan_of(kind(**values, tie_word_embeddings=False))
 
 
 if __name__ == "__main__":

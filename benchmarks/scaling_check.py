@@ -1,9 +1,10 @@
 """Two ranks of one thread each against one process of one thread: the same run, both timed here.
 
-    python -m benchmarks.scaling_check
+    python -m benchmarks.scaling_check [MODEL ...]
 
-A small random Llama and a small random mixture, random tokens. Seconds are of the blocks alone, as the run's report has
-them: starting Python and writing the checkpoint are what they are with any number of ranks.
+A small random Llama and a small random mixture, or the models that are named; random tokens. Seconds are of the blocks
+alone, as the run's report has them: starting Python and writing the checkpoint are what they are with any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,6 +34,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }  # fmt: skip
 WINDOWS, SEQLEN = 32, 256
+NAMED, TURNS = 8, 2
+"""Windows for models that are named, and runs of each kind."""
 
 
 class Stopwatch(NoProgress):
@@ -47,41 +52,48 @@ class Stopwatch(NoProgress):
         self.ended = time.perf_counter()
 
 
-def work(model: str, out: str) -> None:
+def work(model: str, out: str, windows: int) -> None:
     """One rank of a run; rank 0 prints the seconds."""
     torch.set_num_threads(1)
-    tokens = torch.randint(0, 512, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 512, (windows, SEQLEN), generator=torch.Generator().manual_seed(0))
     watch = Stopwatch()
-    sarqc.quantize(model, out, dataset=tokens, group_size=128, device="cpu", progress=watch)
+    sarqc.quantize(model, out, dataset=tokens, device="cpu", progress=watch)
     if leads():
         print(f"{watch.ended - watch.began:.2f}")
 
 
-def timed(model: Path, out: Path, ranks: int) -> float:
+def timed(model: str, out: Path, windows: int, ranks: int) -> float:
     """Seconds of a run in processes of their own."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *start, "-m", "benchmarks.scaling_check", str(model), str(out)]
+    command = [sys.executable, *start, "-m", "benchmarks.scaling_check", model, str(out), str(windows)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def main() -> None:
-    """A line for each model: the better of two runs of each kind, taken in turns."""
-    for name, config in CONFIGS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
+def compare(name: str, model: str, windows: int, place: Path) -> None:
+    """A line: the better of the runs of each kind, taken in turns."""
+    taken: dict[int, list[float]] = {1: [], 2: []}
+    for turn, ranks in product(range(TURNS), taken):
+        taken[ranks].append(timed(model, place / f"{ranks}-{turn}", windows, ranks))
+    one, two = min(taken[1]), min(taken[2])
+    print(f"{name}: 1 process {one:.1f} s, 2 ranks {two:.1f} s, {one / two:.2f} x (all: {taken})", flush=True)
+
+
+def main(models: Sequence[str]) -> None:
+    """A line for each model."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, model in enumerate(models):
+            compare(model, model, NAMED, Path(folder, str(number)))
+        for number, (name, config) in enumerate(CONFIGS.items() if not models else ()):
+            place = Path(folder, str(number))
             AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(place / "model")
-            taken = {
-                ranks: [timed(place / "model", place / f"{ranks}-{turn}", ranks) for turn in range(2)]
-                for ranks in (1, 2)
-            }
-        one, two = min(taken[1]), min(taken[2])
-        print(f"{name}: 1 process {one:.1f} s, 2 ranks {two:.1f} s, {one / two:.2f} x (all: {taken})")
+            compare(name, str(place / "model"), WINDOWS, place)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        work(*sys.argv[1:])
+    given = sys.argv[1:]
+    if len(given) == 3 and given[2].isdigit():
+        work(given[0], given[1], int(given[2]))
     else:
-        main()
+        main(given)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from sarqc import kinds
 from sarqc.errors import ArgumentError
-from sarqc.kinds import AUTO, Kind
-from sarqc.methods import CALIBRATION, DEFAULT_METHOD, FEEDBACK, METHODS, Method, method_name
-from sarqc.options import Config, described, option, options, shown, sorted_out
+from sarqc.kinds import AUTO, PRIOR, Kind
+from sarqc.methods import CALIBRATION, DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, FEEDBACK, METHODS, Method, method_name
+from sarqc.options import Config, default_of, described, option, options, shown, sorted_out
 from sarqc.quant_config import QuantConfig
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AUTO",
     "BUILTIN",
+    "DEFAULT_EFFORT",
     "DEFAULT_METHOD",
+    "EFFORTS",
     "GRAM_BUDGET",
     "METHODS",
     "MIN_SEQLEN",
@@ -65,10 +67,19 @@ class MethodConfig(Config):
     panel: ClassVar[str] = "Method"
 
     method: str = option(DEFAULT_METHOD, method_name(), "Quantization method; --help lists them.")
-    reg_lambda: float | Literal["auto"] = _own(
+    effort: Literal["fast", "default", "best"] = option(
+        DEFAULT_EFFORT,
+        kinds.one_of(*EFFORTS),
+        "Own values of the options below. fast: no search for lambda, no coordinate descent, no error correction. "
+        "best: more coordinate descent.",
+        resume="derived",
+        needs=CALIBRATION,
+    )
+    reg_lambda: float | Literal["auto", "prior"] = _own(
         AUTO,
-        kinds.auto_or(kinds.number(0)),
-        "Regularisation lambda, relative to the mean of diag(H). auto: chosen on held-out calibration data.",
+        kinds.auto_or(kinds.number(0), PRIOR),
+        "Regularisation lambda, relative to the mean of diag(H). auto: chosen on held-out calibration data. prior: "
+        "from the number of inputs and of calibration rows.",
         CALIBRATION,
         old=("strength",),
     )
@@ -126,10 +137,12 @@ class MethodConfig(Config):
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", options(MethodConfig)["method"].keep("method", self.method))
-        for name in options(MethodConfig):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self.own(name))
+        for name in ("method", "effort"):
+            object.__setattr__(self, name, options(MethodConfig)[name].keep(name, getattr(self, name)))
+        left_out = [name for name in options(MethodConfig) if getattr(self, name) is None]
+        object.__setattr__(self, "_left_out", left_out)
+        for name in left_out:
+            object.__setattr__(self, name, self.own(name))
         super().__post_init__()
         for name, one in options(MethodConfig).items():
             if not self._row.offers(one.needs) and getattr(self, name) != self.own(name):
@@ -144,14 +157,24 @@ class MethodConfig(Config):
         return METHODS[self.method]
 
     def own(self, name: str) -> Any:
-        """The method's own value of the option `name`."""
-        return self._row.own.get(name, options(MethodConfig)[name].usual)
+        """The method's own value of the option `name`, at this effort."""
+        if name == "effort":
+            return DEFAULT_EFFORT
+        own = self._row.own.get(name, options(MethodConfig)[name].usual)
+        return EFFORTS[self.effort].get(name, {}).get(own, own)
+
+    @classmethod
+    def made(cls, base: Self | None, given: Mapping[str, Any]) -> Self:
+        """As of every configuration; another effort also changes what was left out of `base`."""
+        if base is not None and "effort" in given:
+            given = dict.fromkeys(vars(base)["_left_out"]) | dict(given)
+        return super().made(base, given)
 
     @classmethod
     def default_text(cls, name: str) -> str:
         """The usual value of the option `name`, then methods that have another one, if it has an effect in them."""
-        if name == "method":
-            return DEFAULT_METHOD
+        if name in ("method", "effort"):
+            return str(default_of(cls, name))
         one, others = options(cls)[name], dict[Any, list[str]]()
         for method, row in METHODS.items():
             if row.offers(one.needs):

@@ -27,7 +27,8 @@ class QuantKeywords(TypedDict, total=False):
 class MethodKeywords(TypedDict, total=False):
     """Fields of `MethodConfig`."""
 
-    reg_lambda: float | Literal["auto"]
+    effort: Literal["fast", "default", "best"]
+    reg_lambda: float | Literal["auto", "prior"]
     saliency: str
     cd_passes: int
     error_correction: bool

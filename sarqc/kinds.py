@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 AUTO: Literal["auto"] = "auto"
+PRIOR: Literal["prior"] = "prior"
 GB = 1_000_000_000
 
 Form = Literal["value", "switch", "repeated"]
@@ -158,19 +159,20 @@ def size_in_bytes(least: int) -> Kind:
     )
 
 
-def auto_or(kind: Kind) -> Kind:
-    """The word "auto" or a value of `kind`."""
+def auto_or(kind: Kind, *others: str) -> Kind:
+    """The word "auto", one of the others, or a value of `kind`."""
+    words = (AUTO, *others)
 
-    def check(value: Any) -> Any:
-        return AUTO if isinstance(value, str) and value == AUTO else kind.check(value)
+    def is_word(value: Any) -> bool:
+        return isinstance(value, str) and value in words
 
     return replace(
         kind,
-        accepted=f"'auto' or {kind.accepted}",
-        check=check,
-        parse=lambda value: AUTO if value == AUTO else kind.parse(value),
-        spell=lambda value: AUTO if value == AUTO else kind.spell(value),
-        metavar=f"auto|{kind.metavar}",
+        accepted=f"{', '.join(map(repr, words))} or {kind.accepted}",
+        check=lambda value: value if is_word(value) else kind.check(value),
+        parse=lambda value: value if is_word(value) else kind.parse(value),
+        spell=lambda value: value if is_word(value) else kind.spell(value),
+        metavar="|".join([*words, kind.metavar]),
     )
 
 

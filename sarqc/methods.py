@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from sarqc.kinds import Kind
+from sarqc.kinds import AUTO, PRIOR, Kind
 from sarqc.options import refusal, warn_renamed
 
 DEFAULT_METHOD = "sarqc-gptq"
+DEFAULT_EFFORT: Literal["default"] = "default"
 CALIBRATION, FEEDBACK = "calibration data", "error feedback"
 """What options of a method may need to have an effect."""
 
@@ -44,6 +45,13 @@ _UNREGULARIZED = {"reg_lambda": 0.0, "saliency": "iso", "expert_shrinkage": 0.0}
 _RTN = {"act_order": "none"}
 _GPTQ = _UNREGULARIZED | {"reg_lambda": 0.01, "scales": "minmax", "act_order": "static", "damp": 0.0}
 _FULL = {"cd_passes": 2, "error_correction": True}
+
+EFFORTS: dict[str, Mapping[str, Mapping[Any, Any]]] = {
+    "fast": {"reg_lambda": {AUTO: PRIOR}, "cd_passes": {2: 0}, "error_correction": {True: False}},
+    "default": {},
+    "best": {"cd_passes": {2: 8}},
+}
+"""What an effort puts in the place of a method's own values, by option. A method never gets what it is not made of."""
 
 METHODS: dict[str, Method] = {
     "rtn": Method(

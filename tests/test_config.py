@@ -19,7 +19,7 @@ from sarqc.checkpoint.formats import FORMATS
 from sarqc.config import QUANTIZE, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
 from sarqc.config_compare import COMPARE, EVALUATE, ComparisonConfig, EvaluationConfig, MeasureConfig
 from sarqc.errors import ArgumentError
-from sarqc.methods import CALIBRATION, DEFAULT_METHOD, METHODS
+from sarqc.methods import CALIBRATION, DEFAULT_METHOD, EFFORTS, METHODS
 from sarqc.options import (
     RenamedWarning,
     annotations_of,
@@ -150,6 +150,28 @@ def test_none_is_the_methods_own():
     assert MethodConfig("gptq", reg_lambda=0.3).reg_lambda == 0.3
 
 
+def test_effort_sets_own_values_and_given_options_win():
+    fast, best = MethodConfig(effort="fast"), MethodConfig(effort="best")
+    assert (fast.reg_lambda, fast.cd_passes, fast.error_correction) == ("prior", 0, False)
+    assert not fast.needs_validation and best.cd_passes > MethodConfig().cd_passes
+    assert MethodConfig(effort="fast", cd_passes=1, reg_lambda="auto").needs_validation
+    assert MethodConfig(effort="fast", cd_passes=1).cd_passes == 1
+    for name, row in METHODS.items():
+        for effort in EFFORTS if row.calibrated else ():
+            found = MethodConfig(name, effort)
+            assert from_record(MethodConfig, record(found)) == dataclasses.replace(found, effort="default")
+            assert found.cd_passes == 0 or MethodConfig(name).cd_passes > 0, "a method gets what it is not made of"
+    with pytest.raises(ArgumentError, match="effort = 'fast' has no effect with method 'rtn'"):
+        MethodConfig("rtn", "fast")
+
+
+def test_another_effort_changes_what_a_configuration_left_out():
+    base = MethodConfig(cd_passes=2)
+    assert MethodConfig.made(base, {"effort": "fast"}) == MethodConfig(effort="fast", cd_passes=2)
+    assert MethodConfig.made(MethodConfig(), {"effort": "fast", "cd_passes": 1}).reg_lambda == "prior"
+    assert MethodConfig.made(base, {"damp": 0.1}).error_correction
+
+
 def test_the_default_in_help_follows_the_methods():
     said = MethodConfig.default_text("reg_lambda")
     assert said == "auto; 0 for rtn-search, awq; 0.01 for gptq"
@@ -164,6 +186,7 @@ def test_the_default_in_help_follows_the_methods():
         ({"saliency": "power:5"}, "saliency = 'power:5'"),
         ({"saliency": "power"}, "saliency = 'power'"),
         ({"reg_lambda": "much"}, "reg_lambda = 'much'"),
+        ({"effort": "all"}, "effort = 'all'"),
         ({"reg_lambda": -1}, "reg_lambda = -1"),
         ({"reg_lambda": float("inf")}, "reg_lambda = inf"),
         ({"cd_passes": -1}, "cd_passes = -1"),

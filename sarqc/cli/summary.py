@@ -50,7 +50,7 @@ def checkpoint_summary(found: dict[str, Any]) -> Table:
 
 def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Label and text of each line about a run."""
-    from sarqc.report.summary import human, share, width
+    from sarqc.report.summary import human, settings, share, width
 
     quant, method, size = report["quant"], report["method"], report["size"]
     kind = "symmetric" if quant["sym"] else "asymmetric"
@@ -67,8 +67,7 @@ def _report_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     how = "no calibration"
     if calibration:
         how = f"{calibration['windows']} sequences of {calibration['seqlen']} tokens of {calibration['text']}"
-    held = f", lambda {method['reg_lambda']}" if method.get("reg_lambda") else ""
-    yield "method", escape(f"{method['method']}{held}; {how}")
+    yield "method", escape(f"{method['method']}{settings(report)}; {how}")
     measured = "output error" if calibration else "weight error"
     yield measured, f"{share(report['error'])} (RTN {share(report['rtn_error'])})"
     for site, reason in report["fallbacks"].items():

@@ -167,6 +167,7 @@ def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
         "device": str(plan.device),
         "dtype": plan.run.dtype,
         "code": plan.run.trust_remote_code,
+        "effort": plan.method.effort,
     }
 
 

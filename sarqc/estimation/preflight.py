@@ -19,7 +19,8 @@ from sarqc.checkpoint.formats import NEUTRAL
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.estimation import shapes
 from sarqc.estimation.memory import HostBuffers, Memory, estimate_memory
-from sarqc.estimation.sizes import Sizes, Time, bits_per_weight, seconds, sizes
+from sarqc.estimation.seconds import Time, seconds
+from sarqc.estimation.sizes import Sizes, bits_per_weight, sizes
 from sarqc.pipeline.distributed import world
 from sarqc.pipeline.plan import Plan
 from sarqc.report.summary import human

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from sarqc.model.sites import ResidualWrite, Site, separate_sites
 from sarqc.pipeline.plan import Plan
@@ -20,21 +21,36 @@ def elements(plan: Plan, parameter: str) -> int:
 
 
 def blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
-    """Sites of every block as shapes tell them, at least as many as a forward will show; one has the residual write
-    that it is likely to have.
-    """
+    """Sites of every block as shapes tell them, at least as many as a forward will show, with the residual writes that
+    are likely."""
     return [
-        (index, _joined(plan, separate_sites(plan.lazy, plan.targets.of_block(index))))
+        (index, _writing(plan, separate_sites(plan.lazy, plan.targets.of_block(index))))
         for index in range(len(plan.lazy.blocks))
     ]
 
 
-def _joined(plan: Plan, sites: list[Site]) -> list[Site]:
-    """By names, which a forward might prove wrong: down_proj ends its block; o_proj does not, where experts follow."""
+def joined(sites: list[Site]) -> list[Site]:
+    """The sites as a forward is likely to show them: Linears of one module with equally many inputs read one tensor."""
+    found: dict[Any, list[Site]] = {}
+    for site in sites:
+        read = site.name if site.residual_write or site.experts > 1 else site.name.rpartition(".")[0]
+        found.setdefault((read, site.in_features), []).append(site)
+    return [
+        replace(first, members=sum((one.members for one in (first, *others)), ())) for first, *others in found.values()
+    ]
+
+
+def _writing(plan: Plan, sites: list[Site]) -> list[Site]:
+    """By names, which a forward might prove wrong: down_proj of a dense layer ends its block, o_proj joins the stream
+    inside it. With channel scales only one of them corrects the error."""
+    if not plan.method.error_correction:
+        return sites
     dense = {site.name.rpartition(".")[2]: site for site in sites if site.experts == 1}
-    likely = dense.get("down_proj", dense.get("o_proj")) if plan.method.error_correction else None
-    residual_write = ResidualWrite(None if "down_proj" in dense else "the norm behind it")
-    return [replace(site, residual_write=residual_write) if site is likely else site for site in sites]
+    places = {"down_proj": ResidualWrite(None), "o_proj": ResidualWrite("the norm behind it")}
+    likely = {dense[name].name: place for name, place in places.items() if name in dense}
+    if plan.method.channel_scales:
+        likely = dict(list(likely.items())[:1])
+    return [replace(site, residual_write=likely.get(site.name)) for site in sites]
 
 
 def choices(plan: Plan) -> int:

@@ -21,6 +21,8 @@ is at most as large as W, in the Frobenius norm: a layer that does next to nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,15 +47,28 @@ def shifted(
     """
     if statistics.folds[0].cross_gram is None or len(statistics.folds) < 2:
         return weight, 0.0
-    alive = (weight != 0).any(-1, keepdim=True)
-    if not bool(alive.any()):
-        return weight, 0.0
-    share = CAUTION * held_out_share(site, statistics, reg_lambda, method)
-    if share == 0:
-        return weight, 0.0
-    change = (share * shift(site, statistics.total(), reg_lambda, method)).where(alive, 0)
-    part = float(weight.norm() / change.norm())
-    return (weight + change, share) if part >= 1 else (weight + part * change, part * share)
+    share = share_of(fits(site, statistics, reg_lambda, method, range(len(statistics.folds))))
+    change, sums = change_of(site, weight, statistics, reg_lambda, method, share)
+    return held(weight, change, sums, share)
+
+
+def change_of(
+    site: str, weight: Tensor, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig, share: float
+) -> tuple[Tensor, Tensor]:
+    """What a share of the error changes of the weight [1, N, K], and the squared norms of change and weight, float64
+    [2]. Rows do not depend on each other; those that are zero stay so."""
+    change = torch.zeros_like(weight)
+    if share and bool((weight != 0).any()):
+        change = share * shift(site, statistics.total(), reg_lambda, method)
+        change = change.where((weight != 0).any(-1, keepdim=True), 0)
+    return change, torch.stack([each.square().sum(dtype=torch.float64) for each in (change, weight)]).cpu()
+
+
+def held(weight: Tensor, change: Tensor, sums: Tensor, share: float) -> tuple[Tensor, float]:
+    """The target and its share, with a change no larger than the weight. sums: squared norms of both, of all rows."""
+    changed, whole = sums.tolist()
+    part = min(1.0, (whole / changed) ** 0.5) if changed > 0 else 0.0
+    return (weight + part * change, part * share) if part else (weight, 0.0)
 
 
 SHARE_ROWS = 128
@@ -68,16 +83,25 @@ def shift(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig, each:
     return full
 
 
-def held_out_share(site: str, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig) -> float:
-    """The share a that is best on held-out folds, over all pairs of folds, clipped to 0 .. 1; told by `SHARE_ROWS` rows
-    or a few less, evenly spaced."""
-    correlation = energy = 0.0
+def fits(site: str, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig, folds: Sequence[int]) -> Tensor:
+    """Of the shift that is fitted on each of these folds, its correlation with the error on all others and its energy
+    there, float64 [folds, 2]; told by `SHARE_ROWS` rows or a few less, evenly spaced."""
     first, *_ = statistics.folds
     assert first.cross_gram is not None
     each = -(-first.cross_gram.shape[1] // SHARE_ROWS)
-    for fitted in statistics.folds:
-        fit = shift(site, fitted, reg_lambda, method, each)
-        for held_out in (fold for fold in statistics.folds if fold is not fitted):
+    found = []
+    for number in folds:
+        fit = shift(site, statistics.folds[number], reg_lambda, method, each)
+        correlation = energy = 0.0
+        for held_out in (fold for at, fold in enumerate(statistics.folds) if at != number):
             correlation += float((held_out.cross_mean(each) * fit).sum(dtype=torch.float64))
             energy += float(((fit @ held_out.second_moment()) * fit).sum(dtype=torch.float64))
-    return min(max(correlation / energy, 0.0), 1.0) if energy > 0 else 0.0
+        found.append((correlation, energy))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def share_of(fitted: Tensor) -> float:
+    """The share a of the error to correct: of what is best on held-out folds, over all pairs of folds, clipped to 0 ..
+    1, the part `CAUTION`. fitted: the `fits` of all folds."""
+    correlation, energy = fitted.sum(0).tolist()
+    return CAUTION * min(max(correlation / energy, 0.0), 1.0) if energy > 0 else 0.0

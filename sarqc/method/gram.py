@@ -17,7 +17,7 @@ token through every expert.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class Gram:
             return self
         cross_gram = None if self.cross_gram is None else self.cross_gram[experts]
         return Gram(self.sum[experts], self.rows[experts], self.abs_sum[experts], cross_gram)
+
+    def of_outputs(self, rows: slice) -> Gram:
+        """The same for a part of a dense layer's outputs, in the same memory."""
+        return self if self.cross_gram is None else replace(self, cross_gram=self.cross_gram[:, rows])
 
     def tensors(self) -> list[Tensor]:
         """All sums."""
@@ -148,6 +152,10 @@ class Statistics:
     def tensors(self, fold: int) -> list[Tensor]:
         """All sums of one fold."""
         return [tensor for grams in (self.folds, self.rest) if grams for tensor in grams[fold].tensors()]
+
+    def of_outputs(self, rows: slice) -> Statistics:
+        """The same for a part of a dense layer's outputs, in the same memory."""
+        return replace(self, folds=tuple(fold.of_outputs(rows) for fold in self.folds))
 
     def rows(self) -> Tensor:
         """Rows of each expert in all folds, int64 [E]."""

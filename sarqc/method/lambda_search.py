@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sarqc.config import AUTO, MethodConfig
-from sarqc.kinds import saliency_exponent
+from sarqc.kinds import PRIOR, saliency_exponent
 from sarqc.method.gram import Gram, Statistics, shrunk, together
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -55,6 +55,8 @@ class LambdaChoice:
         why: The reason, in words.
         by_prior: Whether `reg_lambda` is the prior's, which depends on the rows of each expert.
         experts: Experts to quantize with it; by default all that `reg_lambda` covers.
+        target: What to quantize in the weight's place and the share of the residual error that it corrects, where they
+            are known by now (`method.error_correction`).
     """
 
     reg_lambda: Tensor
@@ -64,6 +66,7 @@ class LambdaChoice:
     why: str
     by_prior: bool = False
     experts: slice = field(default_factory=lambda: slice(None))
+    target: tuple[Tensor, float] | None = None
 
     def of_others(self, rows: Tensor, in_features: int, method: MethodConfig) -> LambdaChoice:
         """The choice for other experts of the same layer, without measuring them: the same lambda, or the same prior.
@@ -77,6 +80,15 @@ class LambdaChoice:
     def record(self) -> Record:
         """Kind, reason and curve, as JSON values: what `LambdaSearch.restored` reads."""
         return {"kind": self.kind, "why": self.why, "curve": [list(point) for point in self.curve.items()]}
+
+
+Spread = Callable[[int, Callable[[Sequence[int]], Tensor]], Tensor]
+"""spread(count, work) -> values [count, ...] of tasks 0 .. count - 1; work(tasks) has those of some tasks, in order."""
+
+
+def alone(count: int, work: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """All tasks here: the `Spread` of one process."""
+    return work(range(count))
 
 
 @dataclass
@@ -97,10 +109,12 @@ class LambdaSearch:
     """Validation curves of a run so far, by kind of site. `choose` reads them and adds to them.
 
     Apart from the seed of the row sample it holds only the curves, so an interrupted run restores it from its reports.
+    spread: how trials are shared out over ranks.
     """
 
     tracks: dict[str, KindCurves] = field(default_factory=dict)
     seed: int = 0
+    spread: Spread = alone
 
     @classmethod
     def restored(cls, records: Iterable[Record], seed: int = 0) -> LambdaSearch:
@@ -135,11 +149,11 @@ class LambdaSearch:
             method: A number in `method.reg_lambda` is taken as it is.
             validation: Of this site; None where the text is one fold and nothing is held out.
         """
-        if method.reg_lambda != AUTO:
-            return LambdaChoice(
-                torch.full(rows.shape, float(method.reg_lambda), device=rows.device), False, kind, {}, "given"
-            )
         prior = prior_lambda(rows, in_features, method)
+        if method.reg_lambda == PRIOR:
+            return LambdaChoice(prior, False, kind, {}, "prior in inputs per row: given", by_prior=True)
+        if method.reg_lambda != AUTO:
+            return LambdaChoice(torch.full_like(prior, float(method.reg_lambda)), False, kind, {}, "given")
         track = self.tracks.setdefault(kind, KindCurves())
         curve = (
             validation_curve(track.curves, float(prior.min()), validation) if validation and track.measures_next else {}
@@ -229,7 +243,7 @@ RtnRows = Callable[[Tensor], Tensor]
 
 
 class HeldOutValidation:
-    """A sample of rows of one site's weight, and the Grams to fit and to validate them."""
+    """A sample of rows of one site's weight, and the Grams to fit and to validate them. Trials are `spread`."""
 
     def __init__(
         self,
@@ -239,6 +253,7 @@ class HeldOutValidation:
         seed: int,
         quantize_rows: QuantizeRows,
         rtn_rows: RtnRows,
+        spread: Spread = alone,
     ) -> None:
         ranked = statistics.rows().argsort(descending=True, stable=True)
         experts: slice | Tensor = slice(None)  # of all, Grams are taken as they are and not copied
@@ -246,11 +261,12 @@ class HeldOutValidation:
             experts = ranked[:: -(-len(ranked) // EXPERTS)].sort().values
         rows = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
         self.weight = weight[experts][:, rows.to(weight.device)]
-        rest = statistics.rest or [None] * len(statistics.folds)
-        self.fitted = [shrunk(f, shrinkage, others, experts) for f, others in zip(statistics.folds, rest)]
-        self.held_out = [fold.part(experts) for fold in statistics.folds]
+        self.statistics = statistics
+        self.shrinkage = shrinkage
+        self.experts = experts
         self.quantize_rows = quantize_rows
         self.rtn_rows = rtn_rows
+        self.spread = spread
 
     def losses(self, lambdas: Sequence[float], fit_fold: int) -> list[float]:
         """tr(E G E^T), E = W - Q, for each lambda, summed over experts and over every held-out fold G.
@@ -259,27 +275,46 @@ class HeldOutValidation:
         its use.
         """
         experts, _, width = self.weight.shape
-        at_once = max(1, TRIAL_BYTES // (4 * experts * width * width))
-        return [
-            loss
-            for start in range(0, len(lambdas), at_once)
-            for loss in self._side_by_side(lambdas[start : start + at_once], fit_fold % len(self.fitted))
-        ]
+        at_once = experts * max(1, TRIAL_BYTES // (4 * experts * width * width))
+
+        def work(tasks: Sequence[int]) -> Tensor:
+            fitted = self._fitted(fit_fold)
+            parts = [tasks[start : start + at_once] for start in range(0, len(tasks), at_once)]
+            return torch.cat([self._side_by_side(part, lambdas, fitted, fit_fold) for part in parts])
+
+        found = self.spread(len(lambdas) * experts, work)
+        losses: list[float] = found.view(len(lambdas), experts).sum(-1).tolist()
+        return losses
 
     def rtn_loss(self, fit_fold: int) -> float:
         """The same for RTN, which is fitted on no fold."""
-        return float(self._energy(self.weight - self.rtn_rows(self.weight), fit_fold % len(self.fitted)).sum())
 
-    def _side_by_side(self, lambdas: Sequence[float], fit_fold: int) -> list[float]:
-        count, experts = len(lambdas), len(self.weight)
-        each = torch.tensor(lambdas, device=self.weight.device).repeat_interleave(experts)
-        weight = self.weight.repeat(count, 1, 1)
-        error = weight - self.quantize_rows(weight, self.fitted[fit_fold].repeat(count), each)
-        losses: list[float] = self._energy(error.view(count, experts, *error.shape[1:]), fit_fold).sum(-1).tolist()
-        return losses
+        def work(tasks: Sequence[int]) -> Tensor:
+            weight = self.weight[list(tasks)]
+            return self._energy(weight - self.rtn_rows(weight), tasks, fit_fold)
 
-    def _energy(self, error: Tensor, fit_fold: int) -> Tensor:
-        """tr(E G E^T) of error [..., E, R, K] on all folds except `fit_fold`, float64 [..., E]."""
-        gram = together(fold for number, fold in enumerate(self.held_out) if number != fit_fold)
-        hessian = gram.second_moment() * gram.rows[:, None, None]
+        return float(self.spread(len(self.weight), work).sum())
+
+    def _fitted(self, fit_fold: int) -> Gram:
+        """Of the sample's experts."""
+        fold = fit_fold % len(self.statistics.folds)
+        others = self.statistics.rest[fold] if self.statistics.rest else None
+        return shrunk(self.statistics.folds[fold], self.shrinkage, others, self.experts)
+
+    def _side_by_side(self, tasks: Sequence[int], lambdas: Sequence[float], fitted: Gram, fit_fold: int) -> Tensor:
+        """Losses of tasks, each one expert at one lambda: number lambda * experts + expert."""
+        experts = [task % len(self.weight) for task in tasks]
+        each = torch.tensor([lambdas[task // len(self.weight)] for task in tasks], device=self.weight.device)
+        weight = self.weight[experts]
+        grams = fitted.part(torch.tensor(experts, device=self.weight.device))
+        return self._energy(weight - self.quantize_rows(weight, grams, each), experts, fit_fold)
+
+    def _energy(self, error: Tensor, experts: Sequence[int], fit_fold: int) -> Tensor:
+        """tr(E G E^T) of error [T, R, K] of these experts on all folds except `fit_fold`, float64 [T]."""
+        own = sorted(set(experts))
+        chosen = torch.arange(self.statistics.folds[0].rows.numel(), device=error.device)[self.experts][own]
+        part = slice(None) if len(chosen) == len(self.statistics.folds[0].rows) else chosen
+        folds = self.statistics.folds
+        gram = together(fold.part(part) for number, fold in enumerate(folds) if number != fit_fold % len(folds))
+        hessian = (gram.second_moment() * gram.rows[:, None, None])[[own.index(expert) for expert in experts]]
         return ((error @ hessian) * error).sum((-2, -1), dtype=torch.float64)

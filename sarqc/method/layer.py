@@ -87,7 +87,7 @@ def choose_lambda(
             return quantize_rtn(rows, quant, "minmax", scale_dtype).dequantize()
 
         validation = HeldOutValidation(
-            weight.float(), statistics, method.expert_shrinkage, search.seed, quantize_rows, rtn_rows
+            weight.float(), statistics, method.expert_shrinkage, search.seed, quantize_rows, rtn_rows, search.spread
         )
     return search.choose(kind, statistics.rows(), weight.shape[-1], method, validation)
 
@@ -138,7 +138,7 @@ def solve_site(
         )
         gram = whole.folds[0].part(choice.experts)
         if not choice.rounded:
-            target, correction_share = shifted(site, weight, statistics, choice.reg_lambda, method)
+            target, correction_share = choice.target or shifted(site, weight, statistics, choice.reg_lambda, method)
         solution = _solve_chosen(site, target, whole, choice, quant, method, scale_dtype, scaling)
     sampled = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
     sample = target[:, sampled]

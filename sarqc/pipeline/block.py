@@ -188,12 +188,12 @@ class Block:
         collector, reports, comm = self.collector(streams), [], self.solving.comm
         source = partial(self._lacking if site.residual_write else self._handed, site, point, streams)
         for chunks in self.portions.of([site], streams.text.folds):
-            with self.journal.stage(self.index, "forward"):
+            with self.journal.stage(self.index, "forward", site.name):
                 if comm.ordered:  # ranks run at once and only sum in turn
                     synchronize_oom(comm, lambda: _go_through(streams.quantized, point))
                 collected, notes = collector.collect(chunks, source)
             self.journal.notes += notes
-            with self.journal.stage(self.index, "solve"):
+            with self.journal.stage(self.index, "solve", site.name):
                 weights, told = self.solving.quantize(self.index, chunks, collected, self.scales)
                 del collected
                 self.journal.notes += vanished(self.solving.lazy, site.members, weights)

@@ -26,10 +26,10 @@ class Journal:
         self.seconds, self.notes = {}, []
 
     @contextmanager
-    def stage(self, index: int, name: str) -> Iterator[None]:
-        """Announce a stage of block `index` and add its wall time to `seconds`."""
+    def stage(self, index: int, name: str, site: str = "") -> Iterator[None]:
+        """Announce a stage of block `index`, at a site where it has one, and add its wall time to `seconds`."""
         self.current = name
-        self._announce(index, name)
+        self._announce(index, f"{name} {site.rpartition('.')[2]}".rstrip())
         began = time.perf_counter()
         yield
         if self._device.type == "cuda":

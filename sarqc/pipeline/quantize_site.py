@@ -6,14 +6,16 @@ no difference to what comes out on which rank a matrix is solved, or beside how 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sarqc.config import AUTO, MethodConfig, QuantConfig
+from sarqc.method.error_correction import change_of, fits, held, share_of
 from sarqc.method.gptq import loss_weight
 from sarqc.method.gram import Gram, Statistics
 from sarqc.method.lambda_search import LambdaChoice, LambdaSearch
@@ -24,7 +26,7 @@ from sarqc.model.sites import Site, SiteChunk
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.comm import Comm, synchronize_oom
-from sarqc.pipeline.work_split import WorkItem, cost, partition, work_items
+from sarqc.pipeline.work_split import WorkItem, work_items
 
 Weights = dict[str, QuantizedWeight]
 
@@ -59,38 +61,77 @@ class SiteQuantizer:
             answer = self.search.get(chunk.site.name)
             if answer is not None and chunk.name not in self.choices:
                 self.choices[chunk.name] = answer.of_others(statistics.rows(), chunk.site.in_features, self.method)
-        open_ = [number for number, chunk in enumerate(chunks) if chunk.name not in self.choices]
-        owners = partition([cost(chunks[number]) for number in open_], self.comm.size)
-
-        def own() -> dict[int, LambdaChoice]:
-            search = self.lambda_search.copy()
-            return {
-                number: self._choice(index, chunks[number], collected[number], search)
-                for number, owner in zip(open_, owners)
-                if owner == self.comm.rank
-            }
-
-        found = _merged(self.comm.all_gather_object(synchronize_oom(self.comm, own)))
-        for number in open_:
-            choice: LambdaChoice = found[number]
+        for number in [number for number, chunk in enumerate(chunks) if chunk.name not in self.choices]:
+            choice = self._choice(index, chunks[number], collected[number])
             if self.method.reg_lambda == AUTO:
                 self.lambda_search.remember(choice.kind, choice.curve)
-            device = collected[number].folds[0].rows.device
-            choice = replace(choice, reg_lambda=choice.reg_lambda.to(device))
             self.choices[chunks[number].name] = self.search[chunks[number].site.name] = choice
 
-    def _choice(self, index: int, chunk: SiteChunk, statistics: Statistics, search: LambdaSearch) -> LambdaChoice:
-        choice = choose_lambda(
+    def _choice(self, index: int, chunk: SiteChunk, statistics: Statistics) -> LambdaChoice:
+        """Made by all ranks together, from the same numbers."""
+        return choose_lambda(
             chunk.name,
             chunk.site.name.removeprefix(f"{self.lazy.prefix}.{index}."),
-            chunk.weight(self.lazy.model),
+            synchronize_oom(self.comm, partial(chunk.weight, self.lazy.model)),
             statistics,
             self.quant_of(chunk.site),
             self.method,
             scale_dtype=self.scale_dtype(chunk.site),
-            search=search,
+            search=replace(self.lambda_search.copy(), spread=self._spread),
         )
-        return replace(choice, reg_lambda=choice.reg_lambda.cpu())
+
+    def _share(self, chunk: SiteChunk, statistics: Statistics) -> float:
+        """The share of the residual error that a layer corrects; each rank fits on some of the folds."""
+        choice = self.choices[chunk.name]
+        if statistics.folds[0].cross_gram is None or choice.rounded or len(statistics.folds) < 2:
+            return 0.0
+        work = partial(fits, chunk.name, statistics, choice.reg_lambda, self.method)
+        return share_of(self._spread(len(statistics.folds), work))
+
+    def _targets(
+        self, todo: Sequence[WorkItem], chunks: Sequence[SiteChunk], collected: Sequence[Statistics]
+    ) -> dict[int, tuple[Tensor, float]]:
+        """Targets of this rank's items of layers that correct the residual error, by number, with the share of it."""
+        shares = [self._share(chunk, statistics) for chunk, statistics in zip(chunks, collected)]
+
+        def own() -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+            return {
+                number: self._change(item, collected[item.number], shares[item.number])
+                for number, item in enumerate(todo)
+                if shares[item.number] and item.owner == self.comm.rank
+            }
+
+        if not any(shares):
+            return {}
+        mine = synchronize_oom(self.comm, own)
+        sums = _merged(self.comm.all_gather_object({number: sums for number, (_, _, sums) in mine.items()}))
+        found = {}
+        for number, (weight, change, _) in mine.items():
+            chunk = todo[number].number
+            whole = torch.stack([sums[other] for other in sorted(sums) if todo[other].number == chunk]).sum(0)
+            found[number] = held(weight, change, whole, shares[chunk])
+        return found
+
+    def _change(self, item: WorkItem, statistics: Statistics, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        weight, statistics = self._part(item, statistics)
+        reg_lambda = self.choices[item.chunk.name].reg_lambda
+        return weight, *change_of(item.chunk.name, weight, statistics, reg_lambda, self.method, share)
+
+    def _part(self, item: WorkItem, statistics: Statistics) -> tuple[Tensor, Statistics]:
+        """The weight of an item, and the statistics of its outputs."""
+        weight = item.chunk.weight(self.lazy.model)
+        return (weight, statistics) if item.rows is None else (weight[:, item.rows], statistics.of_outputs(item.rows))
+
+    def _spread(self, count: int, work: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """As `lambda_search.Spread` has it: every rank does some of the tasks, and all have all values, on the CPU."""
+        rank, size = self.comm.rank, self.comm.size
+        dealt = [range(first, count, size) for first in range(min(size, count))]
+        own = synchronize_oom(self.comm, lambda: work(dealt[rank]).cpu() if rank < len(dealt) else None)
+        parts = [part for part in self.comm.all_gather_object(own) if part is not None]
+        found = parts[0].new_empty(count, *parts[0].shape[1:])
+        for tasks, part in zip(dealt, parts):
+            found[tasks.start :: size] = part
+        return found
 
     def cost(self, chunk: SiteChunk, gram: Gram) -> Tensor:
         """What errors in a chunk's weight cost, for the scale search."""
@@ -108,14 +149,14 @@ class SiteQuantizer:
         """All members of these chunks quantized, on the CPU of every rank, and a report of each chunk."""
         if collected is not None:
             self.choose(index, chunks, collected)
-            for statistics in collected:
-                if statistics.folds[0].cross_gram is None:  # which alone is judged once more fold by fold
-                    statistics.merge_folds()
         todo = work_items(chunks, self.comm.size, self.device, gram=collected is not None)
+        targets = self._targets(todo, chunks, collected) if collected is not None else {}
+        for statistics in collected or ():
+            statistics.merge_folds()
 
         def own() -> dict[int, tuple[QuantizedWeight, LayerReport]]:
             return {
-                number: self._solve(item, chunks[item.number], collected, scales)
+                number: self._solve(item, chunks[item.number], collected, scales, targets.get(number))
                 for number, item in enumerate(todo)
                 if item.owner == self.comm.rank
             }
@@ -144,24 +185,32 @@ class SiteQuantizer:
         return whole, [replace(merge_reports(reports[0]), rows=reports[0][0].rows)]
 
     def _solve(
-        self, item: WorkItem, chunk: SiteChunk, collected: Sequence[Statistics] | None, scales: BlockScales | None
+        self,
+        item: WorkItem,
+        chunk: SiteChunk,
+        collected: Sequence[Statistics] | None,
+        scales: BlockScales | None,
+        target: tuple[Tensor, float] | None,
     ) -> tuple[QuantizedWeight, LayerReport]:
-        weight = item.chunk.weight(self.lazy.model)
         scaling = scales.of(item.chunk) if scales else None
-        if item.rows is not None:
-            weight = weight[:, item.rows]
-            if scaling is not None:
-                scaling = scaling.rows_at(torch.arange(item.rows.start, item.rows.stop, device=weight.device))
-        experts = slice(item.chunk.first - chunk.first, item.chunk.stop - chunk.first)
+        if scaling is not None and item.rows is not None:
+            scaling = scaling.rows_at(torch.arange(item.rows.start, item.rows.stop, device=self.device))
+        choice = statistics = None
+        if collected is None:
+            weight = item.chunk.weight(self.lazy.model)
+        else:
+            weight, statistics = self._part(item, collected[item.number])
+            experts = slice(item.chunk.first - chunk.first, item.chunk.stop - chunk.first)
+            choice = replace(self.choices[chunk.name], experts=experts, target=target)
         solved, report = solve_site(
             chunk.name,
             weight,
-            collected[item.number] if collected is not None else None,
+            statistics,
             self.quant_of(chunk.site),
             self.method,
             scale_dtype=self.scale_dtype(chunk.site),
             scaling=scaling,
-            choice=replace(self.choices[chunk.name], experts=experts) if collected is not None else None,
+            choice=choice,
         )
         return solved.to("cpu"), report
 

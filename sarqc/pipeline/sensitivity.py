@@ -9,7 +9,8 @@ most.
 
 One block is in memory at a time. These few sequences go through the model as a stream of their own, one for every site
 so far beside that of the model as it is, which all go through the next block: half the blocks for each site, on
-average.
+average. Where a block reads more than hidden states (keys and values of an earlier one, say), it cannot be entered in
+the middle: the streams of all sites begin with the embeddings, all blocks for each site.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.errors import ArgumentError, ModelError, ResourceError, first_line, out_of_memory
+from sarqc.errors import ArgumentError, ResourceError, first_line, out_of_memory
 from sarqc.method.bit_allocation import LossByBits, loss_by_bits, probe_bits, probe_weight
 from sarqc.method.gram import Statistics
 from sarqc.method.lambda_search import LambdaSearch
@@ -31,7 +32,7 @@ from sarqc.method.weight import QuantizedWeight
 from sarqc.model.layers import Target, Targets
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.perplexity import Tally
-from sarqc.model.sites import Site, SiteChunk, find_sites, stack, write_back
+from sarqc.model.sites import Site, SiteChunk, find_sites, separate_sites, stack, write_back
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.block import Portions
 from sarqc.pipeline.comm import SINGLE_PROCESS
@@ -119,24 +120,41 @@ def measure_sensitivity(
     Returns:
         (block, sensitivity) in the order of blocks.
     """
-    device, dtype = execution.place, execution.dtype
-    windows = _evenly(tokens)
+    windows, device = _evenly(tokens), execution.place
+    members = [found.of_block(index) if mine(index) else [] for index in range(len(lazy.blocks))]
+    solving = SiteQuantizer(lazy, source, quant, method, device, LambdaSearch(seed=execution.seed), SINGLE_PROCESS)
+    try:
+        return _measured(solving, members, windows, execution, 0)
+    except _NotHandedOn:
+        lazy.unload_outer()
+        return _measured(solving, members, windows, execution, sum(len(separate_sites(lazy, each)) for each in members))
+
+
+class _NotHandedOn(Exception):
+    """A block is entered with more than hidden states."""
+
+
+def _measured(
+    solving: SiteQuantizer, members: Sequence[list[Target]], windows: Tensor, execution: Execution, spares: int
+) -> list[tuple[int, SiteSensitivity]]:
+    """The sensitivity of every site of `members` by block. spares: streams for trials that begin with the embeddings; 0
+    to begin each where its site is."""
+    lazy, source, device, dtype = solving.lazy, solving.source, execution.place, execution.dtype
     batches = cut(len(windows), execution.sequences_at_once(windows.shape[1]), FOLDS)
     text = Text.of(windows, batches, FOLDS, SINGLE_PROCESS)
     few = windows[:: -(-len(windows) // TRIED_WINDOWS), :TRIED_LENGTH]
-    solving = SiteQuantizer(lazy, source, quant, method, device, LambdaSearch(seed=execution.seed), SINGLE_PROCESS)
     announce = execution.on_progress or (lambda index, stage: None)
     with ExitStack() as stack_, torch.no_grad():
         streams = stack_.enter_context(Streams(lazy, source, device, dtype, execution.memory))
         streams.begin(text, reference=False)
         lazy.load_outer(source, device, dtype)  # trials begin with the embeddings, too
-        looking = _Looking(solving, streams, few, Portions(execution.gram_budget))
+        looking = _Looking(solving, streams, few, Portions(execution.gram_budget), spares)
         stack_.callback(looking.close)
-        for index in range(len(lazy.blocks)):
+        for index, targeted in enumerate(members):
             announce(index, "sensitivity")
             looking.enter(index)
             lazy.load_block(index, source, device, dtype)
-            looking.leave(index, found.of_block(index) if mine(index) else [])
+            looking.leave(index, targeted)
             lazy.unload_block(index)
         lazy.load_outer(source, device, dtype, head=True)
         results = list(looking.results())
@@ -147,7 +165,7 @@ def measure_sensitivity(
 class _Looking:
     """The streams of a measurement: the text, the few windows through the model as it is, and through each trial."""
 
-    def __init__(self, solving: SiteQuantizer, streams: Streams, few: Tensor, portions: Portions) -> None:
+    def __init__(self, solving: SiteQuantizer, streams: Streams, few: Tensor, portions: Portions, spares: int) -> None:
         self._solving = solving
         self._lazy = solving.lazy
         self._streams = streams
@@ -156,12 +174,13 @@ class _Looking:
         self._collector = Collector(solving.method, FOLDS, solving.device, solving.lazy.dtype, SINGLE_PROCESS)
         self._plain = self._stream(0)
         self._trials: list[_Trial] = []
-        self._arrive(self._plain, 0)
+        self._spares = [self._stream(0) for _ in range(spares)]
+        self.enter(0)
 
     def enter(self, index: int) -> None:
         """Bring all streams to a block."""
         self._streams.enter(index)
-        for stream in (self._plain, *(trial.stream for trial in self._trials)):
+        for stream in self._all():
             self._arrive(stream, index)
 
     def leave(self, index: int, members: Sequence[Target]) -> None:
@@ -170,7 +189,7 @@ class _Looking:
         self._streams.leave_quantized(index)
         self._streams.leave_probe(index)
         begun = [self._begin(index, form, *one) for one in found]
-        for stream in (self._plain, *(trial.stream for trial in self._trials)):
+        for stream in self._all():
             for _ in stream.leave(index):
                 pass
         self._trials += begun
@@ -188,8 +207,13 @@ class _Looking:
 
     def close(self) -> None:
         """End all streams."""
-        for stream in (self._plain, *(trial.stream for trial in self._trials)):
+        for stream in self._all():
             stream.close()
+
+    def _all(self) -> Iterator[Forward]:
+        yield self._plain
+        yield from (trial.stream for trial in self._trials)
+        yield from self._spares
 
     @property
     def _end(self) -> Point:
@@ -261,21 +285,21 @@ class _Looking:
     def _handed(self, index: int, form: str | None) -> Forward:
         """The few windows, waiting to enter a block as they do in the model as it is. form: how the one before returns
         them."""
+        if self._spares:
+            return self._spares.pop()
         stream = self._stream(index)
         hidden = self._plain.lefts()
         if index == 0:
             self._arrive(stream, 0)
             return stream
         if form is None:
-            raise ModelError(f"{self._lazy.prefix} return more than one tensor: give --bits in place of --avg-bits")
+            raise _NotHandedOn
         with handing_on(self._lazy.layers, index, form, lambda number: hidden[number]):
             (met,) = stream.at(Point("enter", index))
         (entry,) = self._plain.at(Point("enter", index))
         if fingerprint(met) != fingerprint(entry):
-            raise ModelError(
-                f"{self._lazy.prefix}.{index} is entered with more than hidden states, so no site can be tried "
-                "from there: give --bits in place of --avg-bits"
-            )
+            stream.close()
+            raise _NotHandedOn
         return stream
 
 

@@ -87,10 +87,9 @@ def work_items(chunks: Sequence[SiteChunk], size: int, device: torch.device, *, 
     """All chunks, cut between experts where a chunk is too much for one of `size` ranks or takes more memory than there
     is for solving on such a device; each item with its owner. One expert always fits; gram: as in `solving_bytes`.
 
-    Pieces of a chunk are of nearly equal length and follow each other. A dense layer that is alone at its site is cut
-    between rows, but for one that corrects the residual error: that is judged on all of them.
+    Pieces of a chunk are of nearly equal length and follow each other. A dense layer is cut between rows.
     """
-    if size > 1 and gram and len(chunks) == 1 and chunks[0].site.experts == 1 and not chunks[0].site.residual_write:
+    if size > 1 and gram and len(chunks) == 1 and chunks[0].site.experts == 1:
         count = sum(rows for _, _, rows in chunks[0].site.slabs)
         edges = [rank * count // size for rank in range(size + 1)]
         stretches = [slice(first, stop) for first, stop in pairwise(edges)]

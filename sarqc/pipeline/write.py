@@ -22,7 +22,7 @@ from sarqc.checkpoint.formats import NEUTRAL, Format
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.state import ChunkedTensor
-from sarqc.config import AUTO, MethodConfig
+from sarqc.config import AUTO, DEFAULT_EFFORT, MethodConfig
 from sarqc.errors import CheckpointError, ResourceError
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
@@ -123,6 +123,8 @@ class _Finish:
         ).report()
         if (dtype := work.about.get("dtype", AUTO)) != AUTO:
             report["dtype"] = dtype
+        if (effort := work.about.get("effort", DEFAULT_EFFORT)) != DEFAULT_EFFORT:
+            report["effort"] = effort
         if work.about["code"]:
             report["trust_remote_code"] = True
         if chosen:

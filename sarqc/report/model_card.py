@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from sarqc.config import METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
+from sarqc.config import DEFAULT_EFFORT, EFFORTS, METHODS, CalibrationConfig, MethodConfig, QuantConfig, RunConfig
 from sarqc.model.dataset import NAMELESS
 from sarqc.model.hub import SMOLLM2, is_hub_id, split_revision
 from sarqc.options import command_words, default_of, record
@@ -95,13 +95,14 @@ def command(report: summary.Report) -> str:
     """The command line that repeats the run, with names for paths: a card is read on other machines."""
     quant, method, calibration = report["quant"], report["method"], report["calibration"]
     model = report["model"] if report["model"] in _BASES else base_name(report["model"])
-    own = record(MethodConfig(method["method"])) if method["method"] in METHODS else {}
+    effort = report.get("effort", DEFAULT_EFFORT)
+    own = record(MethodConfig(method["method"], effort)) if method["method"] in METHODS and effort in EFFORTS else {}
     mixed = quant.get("avg_bits") is not None
     usual = {name: default_of(QuantConfig, name) for name in ("sym", "ignore", "format")}
     numbers = quant | {"format": _format_name(report), "bits": None if mixed else quant["bits"]}
     words = ["sarqc", "quantize", model, "-o", "OUT", "--method", method["method"]]
     words += command_words(QuantConfig, numbers, usual)
-    words += command_words(MethodConfig, method | {"method": None}, own)
+    words += command_words(MethodConfig, method | {"method": None, "effort": effort}, own | {"effort": DEFAULT_EFFORT})
     if calibration:
         name = _YOURS if calibration["text"] in NAMELESS else summary.text_name(calibration["text"])
         data = {"dataset": name, "num_samples": calibration["windows"], "seed": 0} | calibration
@@ -201,8 +202,7 @@ def _bits(quant: dict[str, Any]) -> float:
 
 def _done(report: summary.Report) -> str:
     method, calibration, size = report["method"], report["calibration"], report["size"]
-    held = f", lambda {_inline(str(method['reg_lambda']))}" if method.get("reg_lambda") else ""
-    lines = [f"- method `{_inline(method['method'])}`{held}"]
+    lines = [f"- method `{_inline(method['method'])}`{_inline(summary.settings(report))}"]
     if calibration:
         lines.append(
             f"- calibrated on {calibration['windows']} sequences of {calibration['seqlen']} tokens of "

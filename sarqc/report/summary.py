@@ -121,6 +121,12 @@ def width(quant: dict[str, Any]) -> str:
     return f"{quant['bits']} bits" if average is None else f"{average:g} bits on average"
 
 
+def settings(report: Report) -> str:
+    """Effort and lambda of the run, as words behind the name of its method."""
+    effort, reg_lambda = report.get("effort"), report["method"].get("reg_lambda")
+    return (f", effort {effort}" if effort else "") + (f", lambda {reg_lambda}" if reg_lambda else "")
+
+
 def figure(perplexity: float, spread: float | None = None) -> str:
     """A perplexity, ± its spread if known, in two decimals, or in none where it is in the thousands."""
     form = ".2f" if perplexity < 1000 else ",.0f"

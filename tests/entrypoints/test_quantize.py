@@ -30,7 +30,7 @@ class Diary(NoProgress):
         self.lines.append(f"begin {blocks} done {done}")
 
     def stage(self, block, name):
-        self.lines.append(f"{block} {name}")
+        self.lines.append(f"{block} {name.partition(' ')[0]}")
 
     def block(self, result):
         self.lines.append(f"done {result.index}")
@@ -54,6 +54,18 @@ def test_without_errors_to_correct_there_is_no_reference(source, tmp_path):
     diary = Diary()
     sarqc.quantize(source, tmp_path / "out", progress=diary, error_correction=False, **SMALL)
     assert not any("reference" in line for line in diary.lines) and "1 forward" in diary.lines
+
+
+def test_effort_stands_for_single_options(source, tmp_path):
+    """Fast is one forward pass with lambda by the prior. The report says so; the weights are those of the options."""
+    fast = sarqc.quantize(source, tmp_path / "fast", effort="fast", **SMALL)
+    given = {"reg_lambda": "prior", "cd_passes": 0, "error_correction": False}
+    other = sarqc.quantize(source, tmp_path / "other", **given, **SMALL)
+    assert fast.report["effort"] == "fast" and "effort" not in other.report
+    assert fast.report["method"] == other.report["method"] and "reference" not in fast.report["seconds"]
+    assert all("prior" in site["held_out"]["why"] for site in fast.report["sites"])
+    for one in fast.out.glob("*.safetensors"):
+        assert one.read_bytes() == (other.out / one.name).read_bytes()
 
 
 def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.error_correction import held_out_share, shift, shifted
+from sarqc.method.error_correction import CAUTION, change_of, fits, held, share_of, shift, shifted
 from sarqc.method.gram import Gram, Statistics
 from sarqc.method.hessian import regularised_hessian
 from sarqc.method.layer import solve_site
@@ -68,7 +68,9 @@ def test_completing_the_square(generator):
 def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
     folds = [drifted(60, 12, 6, generator, noise=1.0) for _ in range(2)]
     statistics = seen(*folds)
-    share = held_out_share("s", statistics, LAMBDA, SPEC)
+    apart = [fits("s", statistics, LAMBDA, SPEC, [fold]) for fold in range(2)]  # as two ranks do it
+    share = share_of(torch.cat(apart)) / CAUTION
+    assert share_of(fits("s", statistics, LAMBDA, SPEC, range(2))) == CAUTION * share
 
     def loss(a: float) -> float:
         total = 0.0
@@ -90,6 +92,24 @@ def test_no_drift_no_shift(generator):
     plain.add(x[:20])
     plain.add(x[20:], fold=1)
     assert shifted("s", weight, plain, LAMBDA, SPEC) == (weight, 0.0)  # not the last of its block
+
+
+def test_rows_of_the_weight_are_corrected_one_by_one(generator):
+    """So that ranks can share them: their changes, and the limit that all of them have together."""
+    weight = torch.randn(1, 6, 12, generator=generator)
+    statistics = seen(*(drifted(60, 12, 6, generator) for _ in range(2)))
+    for size in (1.0, 1e-3):
+        small = size * weight
+        target, share = shifted("s", small, statistics, LAMBDA, SPEC)
+        best = share_of(fits("s", statistics, LAMBDA, SPEC, range(2)))
+        assert not torch.equal(target, small) and (share < best) is (size < 1)
+        parts = []
+        for rows in (slice(0, 2), slice(2, 6)):
+            own = statistics.of_outputs(rows)
+            parts.append((small[:, rows], *change_of("s", small[:, rows], own, LAMBDA, SPEC, best)))
+        sums = torch.stack([sums for _, _, sums in parts]).sum(0)
+        together = torch.cat([held(weight, change, sums, best)[0] for weight, change, _ in parts], 1)
+        torch.testing.assert_close(together, target)
 
 
 def test_unrelated_errors_are_left_alone(generator):

@@ -88,7 +88,7 @@ def test_a_small_gram_budget_means_more_passes_and_sound_scales(tiny):
     case = tiny("deepseek_v3")
     passes: list[str] = []
     whole, parts = run(case), run(case, gram_budget=5 * 4 * 64 * 64, on_progress=lambda _, stage: passes.append(stage))
-    assert passes.count("forward") > 2 * len(parts)
+    assert sum(stage.startswith("forward") for stage in passes) > 2 * len(parts)
     for one, other in zip(whole, parts):
         assert one.weights.keys() == other.weights.keys() and one.changed.keys() == other.changed.keys()
     down = "model.layers.1.mlp.experts.3.down_proj"
@@ -125,6 +125,6 @@ def test_same_input_same_bytes(tiny):
 def test_scales_are_a_stage_of_their_own(tiny):
     told = []
     run(tiny("llama"), on_progress=lambda index, stage: told.append((index, stage)))
-    stages = [stage for index, stage in told if index == 0]
+    stages = [stage.partition(" ")[0] for index, stage in told if index == 0]
     # the reference on its way, a look at all sites for their scales, and then site after site
     assert stages == ["load", "reference", "scale", "forward", "scale", *["forward", "solve"] * 4, "forward"]

@@ -201,7 +201,8 @@ def test_scales_take_the_checkpoints_dtype(tiny, dtype, expected):
 def test_progress_and_seconds_name_the_stages(tiny):
     told = []
     results = run(tiny("llama"), on_progress=lambda index, stage: told.append((index, stage)))
-    stages = ["load", *["forward", "solve"] * 4, "forward"]  # at four sites, and then to the end of the block
+    sites = ("q_proj", "o_proj", "gate_proj", "down_proj")
+    stages = ["load", *(f"{stage} {site}" for site in sites for stage in ("forward", "solve")), "forward"]
     assert told == [(index, stage) for index in range(2) for stage in stages]
     assert list(results[0].seconds) == ["load", "forward", "solve"] and all(
         seconds >= 0 for seconds in results[0].seconds.values()

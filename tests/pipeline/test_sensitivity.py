@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.rtn import quantize_rtn
 from sarqc.model.layers import targets
+from sarqc.model.lazy_model import LazyModel
 from sarqc.pipeline import sensitivity, work_split
 from sarqc.pipeline.execution import Execution
+from tests.pipeline import classes
 
 QUANT = QuantConfig(group_size=16, avg_bits=4, bit_options=(2, 4, 8))
 
@@ -39,23 +43,53 @@ def test_every_linear_is_looked_at_once(tiny, kind):
         assert 0 < site.divergence < 10 and len(site.shapes) == len(site.linears)
 
 
+def rounded(site, weight, statistics, quant, method, scale_dtype, experts=slice(None)):
+    """RTN in the place of the solver, so that a trial can be made by hand."""
+    return quantize_rtn(weight, quant.at(4), "minmax", scale_dtype)
+
+
+def by_hand(model, linear, few):
+    """Divergence of the next token with this Linear rounded."""
+    with torch.no_grad():
+        changed = copy.deepcopy(model)
+        weight = changed.get_submodule(linear).weight
+        weight.copy_(rounded("", weight[None], None, QUANT, None, torch.bfloat16).dequantize()[0])
+        before, after = (one(few).logits[:, :-1].log_softmax(-1) for one in (model, changed))
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
 def test_the_divergence_is_that_of_the_whole_model(tiny, monkeypatch):
     """By hand: change one site of the first block of an ordinary model, and compare what both say next."""
     case = tiny("llama")
-
-    def rounded(site, weight, statistics, quant, method, scale_dtype, experts=slice(None)):
-        return quantize_rtn(weight, quant.at(4), "minmax", scale_dtype)
-
     monkeypatch.setattr(sensitivity, "probe_weight", rounded)
     known = next(site for _, site in measure_sensitivity(case) if site.site.endswith("0.mlp.down_proj"))
-    with torch.no_grad():
-        changed = copy.deepcopy(case.model)
-        weight = changed.get_submodule(known.site).weight
-        weight.copy_(rounded("", weight[None], None, QUANT, None, torch.bfloat16).dequantize()[0])
-        few = case.tokens[::3]  # of five windows, the first and the fourth
-        before, after = (model(few).logits[:, :-1].log_softmax(-1) for model in (case.model, changed))
-    expected = float((before.exp() * (before - after)).sum(-1).mean())
+    expected = by_hand(case.model, known.site, case.tokens[::3])  # of five windows, the first and the fourth
     assert known.divergence == pytest.approx(expected, rel=1e-3) and expected > 1e-5
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_blocks_that_share_keys_and_values_are_measured_too(tmp_path, monkeypatch, name):
+    """The last two blocks read what the first two have left, so that projections of those count for all four."""
+    model = classes.build(name)
+    model.save_pretrained(tmp_path)
+    source, tokens = open_checkpoint(tmp_path), torch.cat(classes.windows())[:5]
+    case = SimpleNamespace(source=source, tokens=tokens, lazy=lambda: LazyModel.from_folder(tmp_path, source))
+    monkeypatch.setattr(sensitivity, "probe_weight", rounded)
+    found = [site for _, site in measure_sensitivity(case)]
+    assert len({linear for site in found for linear in site.linears}) == sum(len(site.linears) for site in found)
+    alone = [site for site in found if len(site.linears) == 1]
+    assert {int(site.site.split(".")[2]) for site in alone} == {0, 1, 2, 3}
+    for site in alone[::3]:
+        assert site.divergence == pytest.approx(by_hand(model, site.site, tokens[::3]), rel=1e-2, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_from_the_embeddings_it_is_the_same(tiny, monkeypatch, kind):
+    """As where blocks read keys and values of earlier ones: no block can be entered with hidden states alone."""
+    case = tiny(kind)
+    expected, tried = measure_sensitivity(case), []
+    monkeypatch.setattr(sensitivity, "fingerprint", lambda entry: tried.append(entry) or str(len(tried)))
+    assert measure_sensitivity(case) == expected and len(tried) == 2, "the second block is found to need more"
 
 
 def test_shared_out_it_is_the_same(tiny):

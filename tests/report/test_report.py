@@ -15,7 +15,9 @@ from rich.console import Console
 
 import sarqc
 from sarqc.cli.summary import run_summary
+from sarqc.config import MethodConfig
 from sarqc.errors import CheckpointError
+from sarqc.options import record
 from sarqc.report import model_card, report, summary
 from sarqc.report.page import page
 from tests.support import tiny
@@ -118,6 +120,15 @@ def test_a_card_that_is_no_text_or_not_there_states_nothing(tmp_path):
     assert model_card.licence(tmp_path) == {}
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
     assert model_card.licence(tmp_path) == {}
+
+
+def test_the_command_has_the_effort_and_what_differs_from_it(found):
+    fast = record(MethodConfig(effort="fast", cd_passes=1))
+    words = model_card.command(found | {"effort": "fast", "method": fast}).split()
+    assert words[words.index("--effort") + 1] == "fast" and "--reg-lambda" not in words
+    assert words[words.index("--cd-passes") + 1] == "1" and "--effort" not in model_card.command(found)
+    assert "effort fast, lambda prior" in model_card.card(found | {"effort": "fast", "method": fast})
+    assert "--effort" not in model_card.command(found | {"effort": "edited by hand"})
 
 
 def test_the_command_repeats_the_run(source, found, tmp_path):
