@@ -29,15 +29,6 @@ TESTS = (
 )  # fmt: skip
 """What depends on the versions: files, transformers' models and loading, Triton's interpreter, whole runs."""
 _TOOLS = ("pytest", "hypothesis", "matplotlib", "setuptools")
-    "torch",
-    "triton",
-    "transformers",
-    "compressed-tensors",
-    "safetensors",
-    "huggingface_hub",
-    "accelerate",
-    "numpy",
-)
 
 
 def requirements() -> dict[str, str]:

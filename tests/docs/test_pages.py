@@ -26,7 +26,8 @@ TROUBLESHOOTING = PAGES["docs/troubleshooting.md"]
 COMMANDS: dict[str, Any] = getattr(get_command(app), "commands")  # noqa: B009 - typer's type does not say it
 OTHER_TOOLS = {
     "--minutes", "--no-deps", "--model-path", "--help", "--nproc-per-node", "--rival", "--dist", "--case", "--set",
-    "--model", "--calibration", "--evaluation", "--eval-windows", "--commit", "--out", "--skip-tests", "--context", "--shape",
+    "--model", "--calibration", "--evaluation", "--eval-windows", "--commit", "--out", "--skip-tests", "--context",
+    "--shape",
 }  # fmt: skip
 """Options in the pages that are of other programs."""
 
