@@ -35,10 +35,6 @@ text = out / "text"
 text.write_text("One and one are two. " * 60)
 verified = verify(made.out, against="me/base@v1")
 converted = sarqc.convert("me/made@w4", out / "converted", format="gptq")
-sarqc.compare(
-    "me/base@v1", out / "table", methods=["rtn"], bits=[4], group_sizes=[32], dataset=str(text), texts=[str(text)],
-    num_samples=1, seqlen=32, eval_seqlen=32, eval_windows=1,
-)
 print(json.dumps({
     "sound": verified.sound and verified.errors != {},
     "kinds": len(sarqc.estimate("me/base@v1", out / "other", **quick).kinds),
