@@ -20,6 +20,7 @@ from sarqc.config import Configs
 from sarqc.estimation import shapes
 from sarqc.estimation.seconds import FOLDS, TRIED, busiest, measured_share, rows_of, visits
 from sarqc.estimation.sizes import sizes
+from sarqc.method.error_correction import SHARE_ROWS
 from sarqc.method.lambda_search import EXPERTS
 from sarqc.model.sites import Site
 from sarqc.pipeline.holding import DEVICE_SHARE, suspended_bytes
@@ -161,7 +162,8 @@ def _columns(site: Site, rates: Rates) -> float:
 def _shifts(site: Site, ranks: int, rates: Rates) -> float:
     """Seconds of the shift of each fold, with what it does on the other, and of all; ranks share folds and rows."""
     factor, solves = _factor(site) / rates.factor, 2.0 * rows_of(site) * site.in_features**2 / rates.product
-    return math.ceil(FOLDS / ranks) * (factor + 2 * solves) + factor + solves / ranks
+    told = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
+    return math.ceil(FOLDS / ranks) * (factor + 2 * told) + factor + solves / ranks
 
 
 def _factor(site: Site) -> float:

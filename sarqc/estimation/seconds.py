@@ -9,6 +9,7 @@ import torch
 from sarqc.config import AUTO, MethodConfig
 from sarqc.estimation import shapes
 from sarqc.estimation.rates import Rates, measure, products
+from sarqc.method.error_correction import SHARE_ROWS
 from sarqc.method.lambda_search import EXPERTS, MEASURED_EVERY, MEASURED_FIRST, ROWS
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.plan import Plan
@@ -125,7 +126,8 @@ def correcting(site: Site, rates: Rates, ranks: int) -> float:
     """Seconds of the shift of each fold, which ranks share, and of all, whose rows they share: a factor and two
     triangular solves."""
     factor, solves = rates.factor(site.in_features), 4.0 * rows_of(site) * site.in_features**2 / rates.product
-    return -(-FOLDS // ranks) * (factor + solves) + factor + solves / ranks
+    told = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
+    return -(-FOLDS // ranks) * (factor + told) + factor + solves / ranks
 
 
 def choosing(site: Site, method: MethodConfig, rates: Rates, ranks: int) -> float:
