@@ -90,7 +90,7 @@ class EvaluationConfig(Config):
         "Evaluation data: a file (text, JSON Lines, Parquet), a data set NAME[:CONFIG[:SPLIT]], or builtin (not the "
         "calibration topics).",
     )
-    column: str | None = same(CalibrationConfig, "column")
+    column: str | None = same(CalibrationConfig, "column", panel="Evaluation")
     seqlen: int = option(512, kinds.whole(MIN_SEQLEN), "Tokens per sequence; sequences do not overlap.")
     max_windows: int | None = option(None, kinds.whole(1), "Sequences: the last of the text.", default_text="all")
     limit: int | None = option(None, kinds.whole(1), "Questions of each zero-shot task.", default_text="all")

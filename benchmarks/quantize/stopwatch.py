@@ -19,6 +19,7 @@ NAMES: Mapping[str, str] = {
     "sarqc::quantize_columns": "columns",
     "sarqc::fit_grid": "grids",
     "sarqc::round_to_grid": "grids",
+    "sarqc::cholesky_upper": "factor",
     "aten::linalg_cholesky_ex": "factor",
 }
 

@@ -82,7 +82,7 @@ class Gram:
         return Gram(self.sum[experts], self.rows[experts], self.abs_sum[experts], cross_gram)
 
     def of_outputs(self, rows: slice) -> Gram:
-        """The same for a part of a dense layer's outputs, in the same memory."""
+        """The same for the outputs `rows` of a dense layer, in the same memory."""
         return self if self.cross_gram is None else replace(self, cross_gram=self.cross_gram[:, rows])
 
     def tensors(self) -> list[Tensor]:
@@ -154,7 +154,7 @@ class Statistics:
         return [tensor for grams in (self.folds, self.rest) if grams for tensor in grams[fold].tensors()]
 
     def of_outputs(self, rows: slice) -> Statistics:
-        """The same for a part of a dense layer's outputs, in the same memory."""
+        """The same for the outputs `rows` of a dense layer, in the same memory."""
         return replace(self, folds=tuple(fold.of_outputs(rows) for fold in self.folds))
 
     def rows(self) -> Tensor:

@@ -165,7 +165,8 @@ def _chat_tokens(tokenizer: Any, chat: Any) -> list[int]:
         raise _unknown(chat)
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the tokenizer has no chat template: give texts, or a tokenizer with a template")
-    parts = (part for turn in chat if isinstance(turn["content"], list) for part in turn["content"])
+    turns = list(map(_turn, chat))
+    parts = (part for turn in turns if isinstance(turn["content"], list) for part in turn["content"])
     kinds = (part.get("type", "text") for part in parts if isinstance(part, Mapping))
     if other := next((kind for kind in kinds if kind != "text"), None):
         raise ArgumentError(
@@ -173,7 +174,7 @@ def _chat_tokens(tokenizer: Any, chat: Any) -> list[int]:
             "keep the parts of type 'text' only"
         )
     try:
-        text = tokenizer.apply_chat_template(list(map(_turn, chat)), tokenize=False)
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # a template is a program: it raises what it likes
         raise ModelError(f"the chat template does not take the conversation: {first_line(error)}") from error
     return encode(tokenizer, str(text), special=False)

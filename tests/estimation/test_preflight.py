@@ -75,7 +75,7 @@ def test_a_model_on_a_hub_is_known_by_its_headers(sources, tmp_path, monkeypatch
     source = sources["llama"]
     asked = []
 
-    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+    def snapshot_download(hub_id, revision, allow_patterns, ignore_patterns):
         asked.append((hub_id, allow_patterns))
         return source
 
@@ -86,7 +86,7 @@ def test_a_model_on_a_hub_is_known_by_its_headers(sources, tmp_path, monkeypatch
     file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
     repo = SafetensorsRepoMetadata(None, False, dict.fromkeys(tensors, "a"), {"a": file})
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr(HfApi, "get_safetensors_metadata", lambda self, hub_id: repo)
+    monkeypatch.setattr(HfApi, "get_safetensors_metadata", lambda self, hub_id, revision: repo)
     found = estimate("owner/name", tmp_path / "out", **SMALL)
     assert found.sizes == estimate(source, tmp_path / "out", **SMALL).sizes
     assert asked[0][0] == "owner/name" and "*.safetensors" not in asked[0][1]
@@ -101,7 +101,7 @@ def test_what_its_configuration_refuses_is_refused_before_weights_are_fetched(so
     )
     asked = []
 
-    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+    def snapshot_download(hub_id, revision, allow_patterns, ignore_patterns):
         asked.extend(allow_patterns)
         return tmp_path / "hub"
 
@@ -124,10 +124,10 @@ def test_what_headers_refuse_is_refused_before_weights_are_fetched(sources, tmp_
     asked = []
     whole = plan.hub_headers
 
-    def unreachable(self, hub_id):
+    def unreachable(self, hub_id, revision):
         raise RuntimeError("[Errno 111] Connection refused")
 
-    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+    def snapshot_download(hub_id, revision, allow_patterns, ignore_patterns):
         asked.extend(allow_patterns)
         return sources["llama"]
 
