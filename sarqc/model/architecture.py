@@ -43,8 +43,8 @@ def read_config(folder: str | Path, trust_remote_code: bool) -> PreTrainedConfig
 
 def _named_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
     """The class of transformers that a configuration of an unknown type names; None for known types and classes."""
-    named = config.get("architectures")
-    if str(config.get("model_type")) in CONFIG_MAPPING or not isinstance(named, list) or not named:
+    kind, named = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING or not isinstance(named, list) or not named:
         return None
     found = getattr(transformers, str(named[0]), None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
