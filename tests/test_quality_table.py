@@ -72,6 +72,7 @@ def test_whole_runs_are_made_once_and_judged_beside_rounding(tmp_path, monkeypat
     )
     words += " --format 3:32 --method gptq --windows 1,2"
     monkeypatch.setattr("sys.argv", f"{words} --seeds 0,1".split())
+    monkeypatch.setattr(whole, "SEQLEN", 128)  # the model has 256 positions
     made = []
     quantize = sarqc.quantize
     monkeypatch.setattr(sarqc, "quantize", lambda *args, **options: made.append(args) or quantize(*args, **options))

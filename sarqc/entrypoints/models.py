@@ -21,7 +21,7 @@ def models(word: str = "") -> dict[str, Any]:
         ModelError: the model's configuration cannot be read, or it is none that is quantized.
     """
     found: dict[str, Any] = json.loads(PACKAGED.read_text())
-    if Path(word).is_dir() or "/" in word:
+    if word and (Path(word).is_dir() or "/" in word):
         return found | _of_model(word, found["rows"])
     rows = [row for row in found["rows"] if word.lower() in f"{row['name']} {row['class']}".lower()]
     if not rows:

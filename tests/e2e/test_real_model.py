@@ -74,7 +74,7 @@ def test_a_mixture_with_real_weights_goes_there_and_back(mixture, tmp_path):
     assert max(max(counts) / max(min(counts), 1) for counts in rows) > 1.2, "routing should be uneven"
     theirs = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.bfloat16).eval()
     theirs.set_experts_implementation("eager")
-    tokens = windows("builtin", load_tokenizer(mixture), part="evaluation", seqlen=64).last(2).tokens
+    tokens = windows("builtin", lambda: load_tokenizer(mixture), part="evaluation", seqlen=64).last(2).tokens
     with torch.inference_mode():
         assert torch.equal(theirs(tokens, use_cache=False).logits, output_of(result.out, tokens, "bfloat16"))
 

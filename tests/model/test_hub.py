@@ -39,7 +39,7 @@ def test_of_a_hub_everything_that_is_used_is_fetched_and_nothing_twice(monkeypat
     twice += ["original/model.safetensors", "fp32/model.safetensors", "pytorch_model.bin", "model.py"]
     fetched = []
 
-    def snapshot_download(hub_id, **patterns):
+    def snapshot_download(hub_id, revision, **patterns):
         fetched.extend(filter_repo_objects([*there, *twice], **patterns))
         return tmp_path
 
