@@ -142,7 +142,8 @@ def speed() -> str:
     names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
     lines = [
         f"SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, {found['cpus']} CPU cores, in turns; "
-        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}:",
+        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
+        f"{found['machine']['cpu']}, medians of {len(found['runs']['sarqc'])} rounds:",
         "",
         "| | seconds, without start-up | seconds, whole process | CPU seconds | peak MiB |",
         "|---|---|---|---|---|",
@@ -156,8 +157,19 @@ def speed() -> str:
         f"SARQC takes {ratios['run / forward']} times as long as one forward pass of the calibration text. "
         f"llm-compressor takes {ratios['rival / ours, inner_seconds']} times as long as SARQC and "
         f"{ratios['rival / ours, peak_mib']} times its memory.",
+        "",
+        _contention(),
     ]
     return "\n".join(lines)
+
+
+def _contention() -> str:
+    """What a run takes beside others."""
+    ratios = _read("cpu-contention")["ratios"]
+    return (
+        f"On the same cores moe-8m takes {ratios['two at once']} times as long when two runs go at once, "
+        f"{ratios['beside 1 busy']} times beside one busy thread and {ratios['beside 3 busy']} times beside three."
+    )
 
 
 def effort() -> str:

@@ -127,7 +127,9 @@ def test_no_hub_at_all_is_one_line(folders, monkeypatch):
             raise RuntimeError("\ncannot connect\nmore")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Gone)
-    with pytest.raises(ModelError, match=r"^'me/made' was not uploaded: cannot connect more; the same command resumes$"):
+    with pytest.raises(
+        ModelError, match=r"^'me/made' was not uploaded: cannot connect more; the same command resumes$"
+    ):
         push(folders[1], "me/made")
 
 
