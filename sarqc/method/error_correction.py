@@ -72,29 +72,29 @@ def held(weight: Tensor, change: Tensor, sums: Tensor, share: float) -> tuple[Te
 
 
 SHARE_ROWS = 128
-"""Rows of the weight that tell the share: it is one number, and each row is a sample of it."""
+"""Rows of the weight that the share is estimated from: it is one number, and each row is a sample of it."""
 
 
-def shift(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig, each: int = 1) -> Tensor:
-    """Each so manieth row of C H^-1, fp32 [1, N, K], by two triangular solves; H includes the regulariser."""
+def shift(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig, step: int = 1) -> Tensor:
+    """Every `step`-th row of C H^-1, fp32 [1, N / step, K], by two triangular solves; H includes the regulariser."""
     upper = factor(regularised_hessian(gram, reg_lambda, method), site).matrix
-    half = torch.linalg.solve_triangular(upper.mT, gram.cross_mean(each), upper=False, left=False)
+    half = torch.linalg.solve_triangular(upper.mT, gram.cross_mean(step), upper=False, left=False)
     full: Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
     return full
 
 
 def fits(site: str, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig, folds: Sequence[int]) -> Tensor:
     """Of the shift that is fitted on each of these folds, its correlation with the error on all others and its energy
-    there, float64 [folds, 2]; told by `SHARE_ROWS` rows or a few less, evenly spaced."""
+    there, float64 [folds, 2]; from at most `SHARE_ROWS` evenly spaced rows."""
     first, *_ = statistics.folds
     assert first.cross_gram is not None
-    each = -(-first.cross_gram.shape[1] // SHARE_ROWS)
+    step = -(-first.cross_gram.shape[1] // SHARE_ROWS)
     found = []
     for number in folds:
-        fit = shift(site, statistics.folds[number], reg_lambda, method, each)
+        fit = shift(site, statistics.folds[number], reg_lambda, method, step)
         correlation = energy = 0.0
         for held_out in (fold for at, fold in enumerate(statistics.folds) if at != number):
-            correlation += float((held_out.cross_mean(each) * fit).sum(dtype=torch.float64))
+            correlation += float((held_out.cross_mean(step) * fit).sum(dtype=torch.float64))
             energy += float(((fit @ held_out.second_moment()) * fit).sum(dtype=torch.float64))
         found.append((correlation, energy))
     return torch.tensor(found, dtype=torch.float64)

@@ -102,10 +102,10 @@ class Gram:
         """diag(X^T X / rows), fp32 [E, K]; zero for an expert without rows."""
         return self.sum.diagonal(dim1=-2, dim2=-1) / self.rows.clamp(min=1)[:, None]
 
-    def cross_mean(self, each: int = 1) -> Tensor:
-        """Each so manieth row of R^T X / rows, fp32 [1, N, K]; needs `cross_gram`."""
+    def cross_mean(self, step: int = 1) -> Tensor:
+        """Every `step`-th row of R^T X / rows, fp32 [1, N / step, K]; needs `cross_gram`."""
         assert self.cross_gram is not None
-        return self.cross_gram[:, ::each] / self.rows.clamp(min=1)[:, None, None]
+        return self.cross_gram[:, ::step] / self.rows.clamp(min=1)[:, None, None]
 
     def abs_mean(self) -> Tensor:
         """E|x_j|, fp32 [E, K]; zero for an expert without rows."""
