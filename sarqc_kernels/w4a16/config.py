@@ -59,7 +59,7 @@ GROUPS = (1, 2, 4, 8)  # to a tile
 WIDTHS_GROUPS = 2
 EXPAND_TOKENS = 512  # least
 LEAST_TILES = 4  # of a split
-SLACK = 0.22
+SLACK = 0.25
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 
 
