@@ -165,7 +165,7 @@ class MethodConfig(Config):
 
     @classmethod
     def made(cls, base: Self | None, given: Mapping[str, Any]) -> Self:
-        """As of every configuration; another effort also changes what was left out of `base`."""
+        """`base` with the options `given`; another effort also changes what was left out of `base`."""
         if base is not None and "effort" in given:
             given = dict.fromkeys(vars(base)["_left_out"]) | dict(given)
         return super().made(base, given)
