@@ -120,6 +120,7 @@ def main() -> None:
             dataset=args.dataset,
             num_samples=tuple(sizes),
             seqlen=SEQLEN,
+            eval_seqlen=SEQLEN,
             texts=args.texts,
             eval_windows=args.eval_windows,
             also=also,
