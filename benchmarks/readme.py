@@ -260,6 +260,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "amounts": amounts,
     "divergence": divergence,
     "speed": speed,
+    "effort": effort,
     "compare": compare,
     "inference": inference,
     "reliability": faults_summed,
