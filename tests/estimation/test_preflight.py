@@ -23,8 +23,8 @@ from tests.support import kept, tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
 MEMORY_FACTOR, TIME_FACTOR = 2.0, 4.0
-"""How far an estimate may be off. Of time it is half as much on a machine that does nothing else; processors that change
-their clock, and other work, change rates between the probe and the run."""
+"""How far an estimate may be off. Of time it is half as much on a quiet machine; a changing clock, and other work,
+change rates between the probe and the run."""
 
 
 @pytest.fixture(scope="module")
