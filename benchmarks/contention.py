@@ -28,7 +28,7 @@ BUSY = "while True: pass"
 
 
 def timed(model: str, text: str, together: int, settings: dict[str, str]) -> float:
-    """Wall seconds until so many runs at once have ended."""
+    """Wall seconds until `together` concurrent runs have ended."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sarqc", "quantize", model, "--dataset", text]
         command += ["--num-samples", "16", "--seqlen", "512", "--group-size", "64"]
@@ -50,7 +50,7 @@ def timed(model: str, text: str, together: int, settings: dict[str, str]) -> flo
 
 @contextmanager
 def busy(threads: int) -> Iterator[None]:
-    """So many processes that take a core each."""
+    """Processes that keep a core busy each, `threads` of them."""
     others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(threads)]
     try:
         yield
@@ -61,7 +61,7 @@ def busy(threads: int) -> Iterator[None]:
 
 
 def measure(model: str, text: str, beside: Sequence[int], settings: dict[str, str]) -> dict[str, float]:
-    """Seconds alone, of two at once, and beside so many busy threads each."""
+    """Wall seconds of a run alone, of two concurrent runs, and of a run beside each number of busy threads."""
     found = {"alone": timed(model, text, 1, settings), "two at once": timed(model, text, 2, settings)}
     for threads in beside:
         with busy(threads):

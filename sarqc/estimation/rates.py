@@ -51,12 +51,12 @@ class Rates:
     element: float
 
     def factor(self, width: int) -> float:
-        """Seconds to factor a Hessian of so many inputs."""
+        """Seconds to factor a Hessian [width, width]."""
         larger = width / self.factored_width
         return self.factored * larger ** (3 if larger > 1 else 2)
 
     def solve(self, rows: int, width: int, products: int) -> float:
-        """Seconds to solve one matrix with so many products of its size."""
+        """Seconds to solve a matrix [rows, width] with `products` products by its Hessian."""
         flops = 2.0 * products * rows * width**2
         return self.factor(width) + self.column * width + self.element * rows * width + flops / self.product
 

@@ -47,7 +47,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Text:
-    """Calibration text of one rank: windows of `length` tokens, in so many micro-batches."""
+    """Calibration text of one rank: `windows` sequences of `length` tokens in `batches` micro-batches."""
 
     windows: int
     length: int
@@ -60,7 +60,7 @@ class Text:
 
 
 def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
-    """How long the blocks will take on this machine, or on so many ranks like this one."""
+    """Predicted seconds of the blocks on `ranks` machines like this one."""
     rates, method = measure(plan), plan.method
     own = -(-windows // ranks)  # of the busiest rank
     text = Text(own, seqlen, -(-own // plan.micro_batch(seqlen)) if own else 0)

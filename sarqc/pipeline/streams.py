@@ -36,7 +36,7 @@ PROBE_TOKENS = 8
 
 
 def windows_at_once(device: torch.device, length: int, dtype: torch.dtype | None = None) -> int:
-    """Windows of so many tokens in a micro-batch by default."""
+    """Default micro-batch size for sequences of `length` tokens."""
     short = device.type == "cpu" and dtype is not None and dtype.itemsize == 2
     return max(1, (2 if short else 1) * TOKENS_AT_ONCE[device.type] // length)
 
