@@ -407,7 +407,8 @@ __device__ void accumulate(const Gemv& call, const Rows& rows, uint32_t* x, floa
         for (int column = 0; column < kColumns; ++column)
             mine[column] = x + min(g + 8 * column, rows.count - 1) * stride + 4 * t + warp_k * kTileX;
         // the next tile is under way while one is multiplied
-        if (kColumns == 1 && kWhole && (kBits == 2 || kBits == 4)) {  // two at a time: no word changes its register
+        // Two at a time: no word changes its register. With zeros and 2 bits there are not enough of them.
+        if (kColumns == 1 && kWhole && (kBits == 4 || (kBits == 2 && !kAsym))) {
             const int stop = min(last, end - every) - every;
             for (const uint32_t until = stop > 0 ? stop * unit : 0; place < until; place += step) {
                 load(place + step, odd);
@@ -489,11 +490,17 @@ __device__ void run(const Gemv& call, uint32_t* x, float* reduced, Rows* found) 
 
 #ifdef __CUDACC__
 // Blocks on a processor: two take 128 registers of each thread, which does where one thing at most needs more of them.
-template <int kBits, int kColumns, bool kWhole, bool kAsym>
-constexpr int kBlocks = (kBits == 3 || kBits == 8) + (kColumns == 2) + !kWhole + kAsym < 2 ? 2 : 1;
+// On sm_100 8 bits in fp16 alone need more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr int kMore = 2;
+#else
+constexpr int kMore = 1;
+#endif
+template <int kBits, bool kHalf, int kColumns, bool kWhole, bool kAsym>
+constexpr int kBlocks = (kBits == 3) + (kBits == 8) * (kHalf ? kMore : 1) + (kColumns == 2) + !kWhole + kAsym < 2 ? 2 : 1;
 
 template <int kBits, bool kHalf, int kColumns, bool kWhole, bool kAsym>
-__global__ void __launch_bounds__(kThreads, (kBlocks<kBits, kColumns, kWhole, kAsym>)) gemv(const __grid_constant__ Gemv call) {
+__global__ void __launch_bounds__(kThreads, (kBlocks<kBits, kHalf, kColumns, kWhole, kAsym>)) gemv(const __grid_constant__ Gemv call) {
     extern __shared__ __align__(16) uint32_t x[];
     __shared__ float reduced[kReduced<kColumns>];
     __shared__ Rows found;

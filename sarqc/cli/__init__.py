@@ -93,7 +93,7 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """What says how threads of OpenMP wait, of GNU's library and of Intel's."""
 SPINS = 1000
 """How often an idle thread of GNU's OpenMP looks for work before it sleeps: some 50 microseconds, instead of several
-milliseconds in which it keeps others from its core. `benchmarks/NOTES.md` has what that costs and saves.
+milliseconds in which it keeps others from its core. `benchmarks.contention` measures what that saves.
 """
 
 
