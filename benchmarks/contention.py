@@ -62,11 +62,11 @@ def busy(threads: int) -> Iterator[None]:
 
 def measure(model: str, text: str, beside: Sequence[int], settings: dict[str, str]) -> dict[str, float]:
     """Wall seconds of a run alone, of two concurrent runs, and of a run beside each number of busy threads."""
-    found = {"alone": timed(model, text, 1, settings), "two at once": timed(model, text, 2, settings)}
+    times = {"alone": timed(model, text, 1, settings), "two at once": timed(model, text, 2, settings)}
     for threads in beside:
         with busy(threads):
-            found[f"beside {threads} busy"] = timed(model, text, 1, settings)
-    return found
+            times[f"beside {threads} busy"] = timed(model, text, 1, settings)
+    return times
 
 
 def main() -> None:

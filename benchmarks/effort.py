@@ -48,10 +48,10 @@ def run_all(args: argparse.Namespace, work: Path) -> Runs:
     return runs
 
 
-def judge(args: argparse.Namespace, runs: Runs, work: Path) -> tuple[dict[str, Any], dict[tuple[int, str], Any]]:
+def evaluate(args: argparse.Namespace, runs: Runs, work: Path) -> tuple[dict[str, Any], dict[tuple[int, str], Any]]:
     """The protocol, and by bits and effort the quality on each text."""
     others = [Other(effort, bits, GROUP_SIZE, WINDOWS, 0, work / f"{effort}-{bits}") for bits, effort in runs]
-    found = sarqc.compare(
+    comparison = sarqc.compare(
         args.model,
         work / "judged",
         methods=("rtn",),
@@ -63,19 +63,19 @@ def judge(args: argparse.Namespace, runs: Runs, work: Path) -> tuple[dict[str, A
         texts=args.texts or ["builtin"],
         also=others,
     )
-    quality = {(cell["bits"], cell["method"]): cell["quality"] for cell in found.table["cells"]}
-    return found.table["protocol"], quality
+    quality = {(cell["bits"], cell["method"]): cell["quality"] for cell in comparison.table["cells"]}
+    return comparison.table["protocol"], quality
 
 
 def rows(runs: Runs, quality: dict[tuple[int, str], Any]) -> list[dict[str, Any]]:
     """One for each bit-width and effort. ratios: to the default effort, round by round, the median."""
-    found = []
+    items = []
     for (bits, effort), measured in runs.items():
         usual = runs[bits, DEFAULT_EFFORT]
         ratios = [{name: run[name] / base[name] for name in run} for run, base in zip(measured, usual)]
         figures = {"medians": middle(measured), "ratios": middle(ratios)}
-        found.append({"bits": bits, "effort": effort, **figures, "quality": quality[bits, effort]})
-    return found
+        items.append({"bits": bits, "effort": effort, **figures, "quality": quality[bits, effort]})
+    return items
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = run_all(args, Path(folder))
-        protocol, quality = judge(args, runs, Path(folder))
+        protocol, quality = evaluate(args, runs, Path(folder))
     threads = os.environ.get("OMP_NUM_THREADS")
     machine = {"cpus": os.cpu_count(), "threads": int(threads) if threads else None, "rounds": args.rounds}
     record = {"rows": rows(runs, quality), "protocol": protocol, **machine, "versions": versions()}

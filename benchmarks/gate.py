@@ -27,8 +27,8 @@ def verdicts(suites: Mapping[str, Sequence[str]], seconds: float) -> dict[str, s
         file: subprocess.Popen([*command, file], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for file in every
     }
-    found = {file: _verdict(process, until - time.monotonic()) for file, process in started.items()}
-    return {op: next((found[file] for file in files if found[file]), None) for op, files in suites.items()}
+    by_file = {file: _verdict(process, until - time.monotonic()) for file, process in started.items()}
+    return {op: next((by_file[file] for file in files if by_file[file]), None) for op, files in suites.items()}
 
 
 def _verdict(process: subprocess.Popen[str], seconds: float) -> str | None:

@@ -75,12 +75,14 @@ def measure(models: dict[str, Any], ids: Tensor, rounds: int) -> dict[str, Any]:
         for step, run in steps.items():
             for name in order:
                 rates[step][name].append(run(models[name], ids))
-        print({step: round(found["packed"][-1] / found["dense"][-1], 2) for step, found in rates.items()}, flush=True)
+        print(
+            {step: round(result["packed"][-1] / result["dense"][-1], 2) for step, result in rates.items()}, flush=True
+        )
     return {
-        step: {name: round(statistics.median(found[name]), 2) for name in models}
-        | {"ratio": round(statistics.median(p / d for p, d in zip(found["packed"], found["dense"])), 3)}
-        | {"ratios": [round(p / d, 3) for p, d in zip(found["packed"], found["dense"])]}
-        for step, found in rates.items()
+        step: {name: round(statistics.median(result[name]), 2) for name in models}
+        | {"ratio": round(statistics.median(p / d for p, d in zip(result["packed"], result["dense"])), 3)}
+        | {"ratios": [round(p / d, 3) for p, d in zip(result["packed"], result["dense"])]}
+        for step, result in rates.items()
     }
 
 

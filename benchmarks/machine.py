@@ -32,12 +32,12 @@ def device_of(name: str) -> torch.device:
 
 def facts(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """GPU (or CPU) by name, driver, clocks where nvidia-smi tells them, versions, commit, time in UTC."""
-    found: dict[str, Any] = {"gpu": None, "driver": None, "clocks": None}
+    known: dict[str, Any] = {"gpu": None, "driver": None, "clocks": None}
     if device.type == "cuda":
-        found |= _card(device.index or 0)
+        known |= _card(device.index or 0)
     return {
         "device": device.type,
-        **found,
+        **known,
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "versions": versions() | {"cuda": torch.version.cuda},
@@ -82,16 +82,16 @@ def place(device: torch.device, quick: bool) -> Path:
 
 
 def _card(index: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(index)}
+    card: dict[str, Any] = {"gpu": torch.cuda.get_device_name(index)}
     if shutil.which("nvidia-smi") is None:
-        return found
+        return card
     command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True)
     cells = [cell.strip() for cell in done.stdout.split(",")]
     if done.returncode or len(cells) != len(QUERY):
-        return found
-    told = dict(zip(QUERY, cells))
-    return found | {"driver": told["driver_version"], "clocks": {name: told[name] for name in QUERY[2:]}}
+        return card
+    reported = dict(zip(QUERY, cells))
+    return card | {"driver": reported["driver_version"], "clocks": {name: reported[name] for name in QUERY[2:]}}
 
 
 @cache

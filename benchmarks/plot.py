@@ -59,13 +59,13 @@ def draw(op: str, records: Records, path: Path) -> None:
 def _styles(whole: Records) -> dict[str, dict[str, Any]]:
     """Colour and mark of every contender, ours first."""
     ours = {record["contender"]: record["ours"] for record in whole}
-    found: dict[str, dict[str, Any]] = {}
+    styles: dict[str, dict[str, Any]] = {}
     for mine, colors in ((True, OURS), (False, RIVALS)):
         for index, name in enumerate(name for name, own in ours.items() if own == mine):
             color = colors[index % len(colors)]
-            found[name] = {"color": color, "marker": MARKS[index % len(MARKS)],
+            styles[name] = {"color": color, "marker": MARKS[index % len(MARKS)],
                            "markerfacecolor": color if mine else "white"}  # fmt: skip
-    return found
+    return styles
 
 
 def _rows(axes: Any, whole: Records, styles: dict[str, dict[str, Any]]) -> None:
@@ -92,8 +92,8 @@ def _rows(axes: Any, whole: Records, styles: dict[str, dict[str, Any]]) -> None:
 def _curves(axes: Any, title: str, mine: Records, styles: dict[str, dict[str, Any]], least: float) -> None:
     """One weight: shares over the number of tokens."""
     for name, style in styles.items():
-        found = sorted((r["sizes"]["tokens"], r["share"]) for r in mine if r["contender"] == name)
-        axes.plot([x for x, _ in found], [y for _, y in found], linewidth=1.3, markersize=5, label=name, **style)
+        result = sorted((r["sizes"]["tokens"], r["share"]) for r in mine if r["contender"] == name)
+        axes.plot([x for x, _ in result], [y for _, y in result], linewidth=1.3, markersize=5, label=name, **style)
     goals = sorted({(record["sizes"]["tokens"], _goal(record)) for record in mine if _goal(record)})
     if goals:
         axes.plot([x for x, _ in goals], [y for _, y in goals], "_", color="#888888", markersize=14, label="goal")
@@ -164,13 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"{options.results} is not there: python -m benchmarks.run writes it")
     folder = options.out or options.results.parent
     folder.mkdir(parents=True, exist_ok=True)
-    found = read(options.results)
-    whole = [record for record in of_status(found, "timed") if record["part"] == "whole"]
+    records = read(options.results)
+    whole = [record for record in of_status(records, "timed") if record["part"] == "whole"]
     if not whole:
         raise SystemExit(f"{options.results} holds no timed records: nothing to draw")
     for op in dict.fromkeys(record["op"] for record in whole):
         path = folder / f"{options.results.stem}-{op}.png"
-        draw(op, [record for record in found if record["op"] == op], path)
+        draw(op, [record for record in records if record["op"] == op], path)
         print(path)
     return 0
 

@@ -29,10 +29,10 @@ PICTURE_METHODS = ("rtn", "llm-compressor gptq", "GPTQModel", "sarqc-gptq")
 
 def picture_rows() -> tuple[float, dict[int, dict[str, Row]]]:
     """The unquantized model's perplexity, and bits -> method -> row of what the README's picture shows."""
-    found = _read(PICTURE_MODEL)
-    unquantized = next(entry["perplexity"] for entry in found["protocol"]["texts"] if entry["text"] == PICTURE_TEXT)
+    record = _read(PICTURE_MODEL)
+    unquantized = next(entry["perplexity"] for entry in record["protocol"]["texts"] if entry["text"] == PICTURE_TEXT)
     rows: dict[int, dict[str, Row]] = {}
-    for row in found["rows"]:
+    for row in record["rows"]:
         wanted = row["text"] == PICTURE_TEXT and row["method"] in PICTURE_METHODS
         if wanted and (row["windows"] == WHOLE_WINDOWS or row["method"] == "rtn"):
             rows.setdefault(row["bits"], {})[row["method"]] = row
@@ -102,8 +102,8 @@ def _whole(
     """A row for each model, format, text and calibration size that is wanted, a column for each method."""
     cases: dict[tuple[Any, ...], dict[str, str]] = {}
     sizes: dict[tuple[Any, ...], set[int]] = {}
-    found = [_read(path.stem) for path in sorted(RESULTS.glob("whole-*.json"))]
-    rows = [(results["protocol"], row) for results in found for row in results["rows"]]
+    actual = [_read(path.stem) for path in sorted(RESULTS.glob("whole-*.json"))]
+    rows = [(results["protocol"], row) for results in actual for row in results["rows"]]
     for protocol, row in rows:
         if row["method"] != "rtn":
             sizes.setdefault((protocol["model"], row["bits"], row["group_size"]), set()).add(row["windows"])
@@ -138,20 +138,20 @@ def _place(method: str) -> tuple[int, str]:
 
 def speed() -> str:
     """One run beside a forward pass and a rival."""
-    found = _read("cpu-smollm2-speed")
+    record = _read("cpu-smollm2-speed")
     names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
     lines = [
-        f"SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, {found['cpus']} CPU cores, in turns; "
-        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
-        f"{found['machine']['cpu']}, medians of {len(found['runs']['sarqc'])} rounds:",
+        f"SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, {record['cpus']} CPU cores, in turns; "
+        f"torch {record['versions']['torch']}, transformers {record['versions']['transformers']}, "
+        f"{record['machine']['cpu']}, medians of {len(record['runs']['sarqc'])} rounds:",
         "",
         "| | seconds, without start-up | seconds, whole process | CPU seconds | peak MiB |",
         "|---|---|---|---|---|",
     ]
-    for name, row in found["medians"].items():
+    for name, row in record["medians"].items():
         cells = (row["inner_seconds"], row["wall_seconds"], row["cpu_seconds"], row["peak_mib"])
         lines.append(f"| {names[name]} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
-    ratios = found["ratios"]
+    ratios = record["ratios"]
     lines += [
         "",
         f"SARQC takes {ratios['run / forward']} times as long as one forward pass of the calibration text. "
@@ -174,12 +174,12 @@ def _contention() -> str:
 
 def effort() -> str:
     """What each effort takes and gives."""
-    found = _read("cpu-effort")
-    texts = found["protocol"]["texts"]
+    record = _read("cpu-effort")
+    texts = record["protocol"]["texts"]
     shown = [f"{Path(text['text']).stem}: perplexity (unquantized {text['perplexity']:.2f}), KL" for text in texts]
     heads = ["bits", "`--effort`", "times the default", "seconds", "CPU seconds", *shown]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in found["rows"]:
+    for row in record["rows"]:
         spent, quality = row["medians"], [row["quality"][text["text"]] for text in texts]
         cells = [f"{row['ratios']['cpu_seconds']:.2f}", f"{spent['inner_seconds']:.0f}", f"{spent['cpu_seconds']:.0f}"]
         cells += [f"{one['perplexity']:.2f}, {one['kl']:.4f}" for one in quality]
@@ -194,8 +194,8 @@ def compare() -> str:
 
 def inference() -> str:
     """Packed weights beside the same weights in 16 bits, while they run."""
-    found = _read("cpu-inference")
-    steps = found["steps"]
+    record = _read("cpu-inference")
+    steps = record["steps"]
     prefills = ", ".join(
         f"{step['ratio']:.2f} ({name.removeprefix('prefill ')} tokens)"
         for name, step in steps.items()
@@ -203,10 +203,11 @@ def inference() -> str:
     )
     return (
         f"Inference on a CPU: SmolLM2-135M with packed 4-bit weights against bf16, runs in turns on "
-        f"{found['machine']['threads']} threads ({found['machine']['processor']}). Decode is "
+        f"{record['machine']['threads']} threads ({record['machine']['processor']}). Decode is "
         f"{steps['decode']['ratio']:.2f} times as fast; prefill is {prefills} times as fast. The model takes "
-        f"{found['bytes']['ratio']:.2f} of the memory, its quantized layers "
-        f"{found['bytes of quantized layers']['ratio']:.2f} (`python -m benchmarks.inference CHECKPOINT RESULTS.json`)."
+        f"{record['bytes']['ratio']:.2f} of the memory, its quantized layers "
+        f"{record['bytes of quantized layers']['ratio']:.2f} "
+        "(`python -m benchmarks.inference CHECKPOINT RESULTS.json`)."
     )
 
 
@@ -291,11 +292,11 @@ def _read(name: str) -> Any:
 
 def pages() -> dict[Path, tuple[str, str]]:
     """Each page with tables: what it says, and what the results say."""
-    found = {}
+    contents = {}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        found[path] = text, filled(text, README_HAS if path.stem == "README" else ())
-    return found
+        contents[path] = text, filled(text, README_HAS if path.stem == "README" else ())
+    return contents
 
 
 def main() -> None:

@@ -56,12 +56,12 @@ def untimed(status: str, op: Op, point: Point | None, contender: Contender | Non
 
 
 def _who(op: Op, point: Point | None, contender: Contender | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"op": op.name}
+    identity: dict[str, Any] = {"op": op.name}
     if point is not None:
-        found |= {"point": point.name, "why": point.why, "sizes": dict(point.sizes), "rank": point.rank}
+        identity |= {"point": point.name, "why": point.why, "sizes": dict(point.sizes), "rank": point.rank}
     if contender is not None:
-        found |= {"contender": contender.name, "ours": contender.ours, "part": contender.part}
-    return found
+        identity |= {"contender": contender.name, "ours": contender.ours, "part": contender.part}
+    return identity
 
 
 class Sink:

@@ -74,8 +74,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _refused(chosen: Sequence[str], budget: Budget, sink: records.Sink) -> list[str]:
     """The ops whose tests fail, each with a record that says so."""
-    found = gate.verdicts({name: OPS[name].tests for name in chosen}, GATE_SHARE * budget.left())
-    refused = {name: reason for name, reason in found.items() if reason}
+    result = gate.verdicts({name: OPS[name].tests for name in chosen}, GATE_SHARE * budget.left())
+    refused = {name: reason for name, reason in result.items() if reason}
     for name, reason in refused.items():
         print(f"[{budget}] {name} is not timed: {reason}", flush=True)
         sink.add(records.untimed("refused", OPS[name], None, None, reason))

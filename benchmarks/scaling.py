@@ -23,7 +23,7 @@ from sarqc.estimation.sizes import sizes
 from sarqc.method.error_correction import SHARE_ROWS
 from sarqc.method.lambda_search import EXPERTS
 from sarqc.model.sites import Site
-from sarqc.pipeline.holding import DEVICE_SHARE, suspended_bytes
+from sarqc.pipeline.activation_memory import DEVICE_SHARE, suspended_bytes
 from sarqc.pipeline.plan import Plan, make_plan
 
 WINDOWS, SEQLEN = 128, 2048
@@ -114,7 +114,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
     spent = dict.fromkeys(("read", "store", "pcie", "forward", "gram", "solve", "lambda", "descent", "network"), 0.0)
     tokens = windows * seqlen / ranks
     hidden = shapes.states_bytes(plan, windows, seqlen)
-    blocks = [shapes.joined(sites) for _, sites in shapes.blocks(plan)]
+    blocks = [shapes.merged_sites(sites) for _, sites in shapes.blocks(plan)]
     for sites in blocks:
         weights = sum(site.experts * rows_of(site) * site.in_features for site in sites)
         spent["read"] += 2 * weights / rates.disk
@@ -162,8 +162,8 @@ def _columns(site: Site, rates: Rates) -> float:
 def _shifts(site: Site, ranks: int, rates: Rates) -> float:
     """Seconds of the shift of each fold, with what it does on the other, and of all; ranks share folds and rows."""
     factor, solves = _factor(site) / rates.factor, 2.0 * rows_of(site) * site.in_features**2 / rates.product
-    told = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
-    return math.ceil(FOLDS / ranks) * (factor + 2 * told) + factor + solves / ranks
+    sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
+    return math.ceil(FOLDS / ranks) * (factor + 2 * sampled) + factor + solves / ranks
 
 
 def _factor(site: Site) -> float:
@@ -181,11 +181,11 @@ def table() -> str:
     for name in MODELS:
         plan = _plan(name)
         alone = predict(plan, 1, H200)
-        for ranks, found in ((1, alone), (8, predict(plan, 8, H200))):
-            cells = [f"{seconds / 60:.1f}" for seconds in found.seconds.values()]
-            cells += [f"{found.total / 60:.1f}", f"{alone.total / found.total:.1f}"]
+        for ranks, result in ((1, alone), (8, predict(plan, 8, H200))):
+            cells = [f"{seconds / 60:.1f}" for seconds in result.seconds.values()]
+            cells += [f"{result.total / 60:.1f}", f"{alone.total / result.total:.1f}"]
             lines.append("| " + " | ".join([name, str(ranks), *cells]) + " |")
-            assert found.kept, f"{name}: micro-batches do not fit, so blocks are recomputed, which is not counted"
+            assert result.kept, f"{name}: micro-batches do not fit, so blocks are recomputed, which is not counted"
     return "\n".join(lines)
 
 

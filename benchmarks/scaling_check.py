@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import sarqc
-from sarqc.pipeline.distributed import leads
+from sarqc.pipeline.distributed import is_leader
 from sarqc.pipeline.progress import NoProgress
 
 _COMMON = dict(vocab_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
@@ -58,7 +58,7 @@ def work(model: str, out: str, windows: int) -> None:
     tokens = torch.randint(0, 512, (windows, SEQLEN), generator=torch.Generator().manual_seed(0))
     watch = Stopwatch()
     sarqc.quantize(model, out, dataset=tokens, device="cpu", progress=watch)
-    if leads():
+    if is_leader():
         print(f"{watch.ended - watch.began:.2f}")
 
 

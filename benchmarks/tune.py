@@ -77,7 +77,7 @@ def of_columns(point: Point, card: Device) -> list[Trial]:
     experts, rows = point.sizes["experts"], point.sizes["rows"]
     entries = {name: {"tiles": name} for name in columns_config.CONFIGURATIONS}
     chosen = columns_config.rule(experts, rows, card)
-    entries[RULE] = next({"tiles": name} for name, found in columns_config.CONFIGURATIONS.items() if found == chosen)
+    entries[RULE] = next({"tiles": name} for name, result in columns_config.CONFIGURATIONS.items() if result == chosen)
 
     def bind(entry: dict[str, Any], inputs: Inputs) -> Call:
         from sarqc_kernels.columns import GridRule, Problem, panels, triton_impl
@@ -136,7 +136,7 @@ def best(seconds: Mapping[str, float]) -> str | None:
 
 def tune(op: str, device: torch.device, budget: Budget, quick: bool = False) -> dict[str, dict[str, Any] | None]:
     """Entries by key for the points of an op: what to take, or None where the rule is as good."""
-    found: dict[str, dict[str, Any] | None] = {}
+    tuned: dict[str, dict[str, Any] | None] = {}
     for point in sorted(OPS[op].points(quick), key=lambda point: point.rank):
         trials = TRIALS[op](point, device_info(device))
         if not trials:
@@ -149,9 +149,9 @@ def tune(op: str, device: torch.device, budget: Budget, quick: bool = False) -> 
             copies = copies_for(point.traffic, 0 if quick else COLD_BYTES)
             inputs = [OPS[op].inputs(point, device, generator) for _ in range(copies)]
             for trial in trials:
-                if trial.key not in found:
-                    found[trial.key] = _decide(trial, inputs, device, f"[{budget}] {op} {point.name}")
-    return found
+                if trial.key not in tuned:
+                    tuned[trial.key] = _decide(trial, inputs, device, f"[{budget}] {op} {point.name}")
+    return tuned
 
 
 def _decide(trial: Trial, inputs: Sequence[Inputs], device: torch.device, label: str) -> dict[str, Any] | None:
@@ -164,10 +164,10 @@ def _decide(trial: Trial, inputs: Sequence[Inputs], device: torch.device, label:
     return trial.values[winner] if winner else None
 
 
-def write(op: str, arch: int, found: Mapping[str, dict[str, Any] | None], made_on: Mapping[str, Any]) -> None:
+def write(op: str, arch: int, result: Mapping[str, dict[str, Any] | None], made_on: Mapping[str, Any]) -> None:
     """Join what was found with the table that stands; an op whose table would be empty has none."""
-    kept = {name: dict(entry) for name, entry in choices(op, arch).items() if name not in found}
-    table = dict(sorted({**kept, **{name: entry for name, entry in found.items() if entry}}.items()))
+    kept = {name: dict(entry) for name, entry in choices(op, arch).items() if name not in result}
+    table = dict(sorted({**kept, **{name: entry for name, entry in result.items() if entry}}.items()))
     path = table_path(op, arch)
     if not table:
         path.unlink(missing_ok=True)
@@ -197,9 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = list(TRIALS) if options.what == "all" else [options.what]
     for number, op in enumerate(chosen):
         share = Budget(budget.left() / 60 / (len(chosen) - number))
-        found = tune(op, device, share)
+        tuned = tune(op, device, share)
         if not options.dry_run:
-            write("w4a16" if op == "moe" else op, arch, found, made_on)
+            write("w4a16" if op == "moe" else op, arch, tuned, made_on)
             choices.cache_clear()
     return 0
 

@@ -35,19 +35,19 @@ def requirements() -> dict[str, str]:
     """Lower bounds of the package's dependencies and of compressed-tensors, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["serve"]]
-    found = (re.match(r"([\w-]+)>=([\w.]+)", one) for one in wanted)
-    return {match[1]: match[2] for match in found if match}
+    actual = (re.match(r"([\w-]+)>=([\w.]+)", one) for one in wanted)
+    return {match[1]: match[2] for match in actual if match}
 
 
 def installed() -> dict[str, str]:
     """Versions in the environment of this process."""
-    found = {}
+    installed_versions = {}
     for name in requirements():
         try:
-            found[name] = version(name)
+            installed_versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
-    return found
+            installed_versions[name] = "none"
+    return installed_versions
 
 
 def environment(name: str, others: dict[str, str]) -> Path:
@@ -74,10 +74,10 @@ def tested(python: Path) -> dict[str, Any]:
     failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases for kind in case if kind.tag in _BAD]
     skipped = sum(kind.tag == "skipped" for case in cases for kind in case)
     code = "import json; from benchmarks.versions import installed; print(json.dumps(installed()))"
-    told = subprocess.run([python, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     report.unlink()
     return {
-        "versions": {"python": sys.version.split()[0], **json.loads(told.stdout)},
+        "versions": {"python": sys.version.split()[0], **json.loads(done.stdout)},
         "passed": len(cases) - len(failed) - skipped,
         "failed": failed,
         "skipped": skipped,
@@ -98,8 +98,8 @@ def main() -> None:
     for name in args.names or ("oldest", "newest"):
         results[name] = tested(environment(name, others))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    if any(found["failed"] for found in results.values()):
-        sys.exit("\n".join(line for found in results.values() for line in found["failed"]))
+    if any(result["failed"] for result in results.values()):
+        sys.exit("\n".join(line for result in results.values() for line in result["failed"]))
 
 
 if __name__ == "__main__":

@@ -44,19 +44,19 @@ def problems(site: Path) -> list[str]:
     """Each problem of the site in a line that begins with the page."""
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html"))}
     pages = {path: Page(text) for path, text in texts.items()}
-    found = []
+    items = []
     for path, page in pages.items():
         own = path.relative_to(site)
-        found += [f"{own}: {problem}" for problem in page.problems]
-        found += [f"{own}: loads {address} from another host" for address in page.loads if urlsplit(address).netloc]
+        items += [f"{own}: {problem}" for problem in page.problems]
+        items += [f"{own}: loads {address} from another host" for address in page.loads if urlsplit(address).netloc]
         if 'class="arithmatex"' in texts[path]:
-            found.append(f"{own}: a formula is not MathML")
+            items.append(f"{own}: a formula is not MathML")
         if own.name != "404.html":
-            found += [f"{own}: {reason}" for reason in _broken(path, page, pages)]
+            items += [f"{own}: {reason}" for reason in _broken(path, page, pages)]
     for path in sorted(site.rglob("*.css")):
         for address in re.findall(r"(?:url\(|@import )[\"']?(https?:[^\"')]+)", path.read_text(encoding="utf-8")):
-            found.append(f"{path.relative_to(site)}: loads {address} from another host")
-    return found
+            items.append(f"{path.relative_to(site)}: loads {address} from another host")
+    return items
 
 
 def _broken(path: Path, page: Page, pages: dict[Path, Page]) -> list[str]:
@@ -81,9 +81,9 @@ def main() -> int:
     if not (site / "index.html").is_file():
         print(f"{site} holds no site: run mkdocs build", file=sys.stderr)
         return 2
-    found = problems(site)
-    print("\n".join(found) or f"{site}: no problem", file=sys.stderr)
-    return 1 if found else 0
+    result = problems(site)
+    print("\n".join(result) or f"{site}: no problem", file=sys.stderr)
+    return 1 if result else 0
 
 
 if __name__ == "__main__":

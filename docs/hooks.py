@@ -44,12 +44,12 @@ def including(source: str, page: str) -> str:
     """The text of a file of the repository, with its links to other pages as seen from `page`."""
     pages = {file: name for name, file in INCLUDED.items()}
 
-    def linked(found: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[1]))
+    def linked(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
         name = pages.get(target, target.removeprefix("docs/") if target.startswith("docs/") else None)
         if name is None:
             raise SystemExit(f"{source} links to {target}, which is no page: name the file without a link")
-        return f"]({posixpath.relpath(name, posixpath.dirname(page) or '.')}{found[2] or ''})"
+        return f"]({posixpath.relpath(name, posixpath.dirname(page) or '.')}{match[2] or ''})"
 
     return LINK.sub(linked, (ROOT / source).read_text(encoding="utf-8"))
 
@@ -63,6 +63,6 @@ def on_page_content(html: str, **_: Any) -> str:
     return MARKED.sub(_typeset, html)
 
 
-def _typeset(found: re.Match[str]) -> str:
-    display = "block" if found[2] == "[" else "inline"
-    return convert(unescape(found[3]).strip(), display=display)
+def _typeset(match: re.Match[str]) -> str:
+    display = "block" if match[2] == "[" else "inline"
+    return convert(unescape(match[3]).strip(), display=display)

@@ -44,7 +44,7 @@ def quantize(method: str, bits: int) -> sarqc.Result:
 
 
 def row(
-    method: str, bits: int, size: int, bits_per_weight: float, found: float, seconds: float | None
+    method: str, bits: int, size: int, bits_per_weight: float, result: float, seconds: float | None
 ) -> dict[str, Any]:
     """One line of the table."""
     return {
@@ -52,7 +52,7 @@ def row(
         "bits": bits,
         "bytes": size,
         "bits_per_weight": bits_per_weight,
-        "perplexity": found,
+        "perplexity": result,
         "seconds": seconds,
     }
 

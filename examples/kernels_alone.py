@@ -55,8 +55,8 @@ def main(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[s
     errors = {}
     for name, parts in {"rounding": (plain, plain_scales), "feedback": (codes, scales)}.items():
         packed = repack(*parts, None, bits=4, dtype=x.dtype, device=device)  # None: symmetric, zero is 8
-        found = w4a16_matmul(x, packed).float()
-        errors[name] = float((found - exact).square().sum() / exact.square().sum())
+        actual = w4a16_matmul(x, packed).float()
+        errors[name] = float((actual - exact).square().sum() / exact.square().sum())
         held = packed.words.nbytes + packed.scales.nbytes
         print(f"{name:<9} output error {errors[name]:.2e}, {8 * held / weight.numel():.2f} bits a weight in memory")
     return errors

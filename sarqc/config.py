@@ -19,7 +19,7 @@ from sarqc import kinds
 from sarqc.errors import ArgumentError
 from sarqc.kinds import AUTO, PRIOR, Kind
 from sarqc.methods import CALIBRATION, DEFAULT_EFFORT, DEFAULT_METHOD, EFFORTS, FEEDBACK, METHODS, Method, method_name
-from sarqc.options import Config, default_of, described, option, options, shown, sorted_out
+from sarqc.options import Config, default_of, described, option, options, shown, split_by_config
 from sarqc.quant_config import QuantConfig
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ class Configs:
         Raises:
             ArgumentError: An unknown keyword, a value that an option does not take, or two that exclude each other.
         """
-        given = sorted_out(QUANTIZE, options)
+        given = split_by_config(QUANTIZE, options)
         if method is not None and not isinstance(method, MethodConfig):
             given[MethodConfig]["method"], method = method, None
         return cls(

@@ -131,10 +131,10 @@ def place() -> Kind:
     """Paths of files and folders, kept as strings."""
 
     def check(value: Any) -> str:
-        found = os.fspath(value)
-        if not isinstance(found, str) or not found:
+        path = os.fspath(value)
+        if not isinstance(path, str) or not path:
             raise ValueError
-        return found
+        return path
 
     return Kind("a path", check, str, metavar="PATH")
 

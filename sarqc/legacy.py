@@ -34,11 +34,11 @@ def quant(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def method(values: Mapping[str, Any]) -> dict[str, Any]:
     """A record of `MethodConfig`."""
-    found = {_METHOD.get(name, name): value for name, value in values.items() if name not in _DERIVED}
-    name = found.get("method")
+    renamed = {_METHOD.get(name, name): value for name, value in values.items() if name not in _DERIVED}
+    name = renamed.get("method")
     if isinstance(name, str) and name not in METHODS:
-        found["method"] = OLD_METHODS.get(name, name)
-    return found
+        renamed["method"] = OLD_METHODS.get(name, name)
+    return renamed
 
 
 def site(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,18 +48,18 @@ def site(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def report(values: dict[str, Any]) -> dict[str, Any]:
     """A report.json; what is no mapping where one should be is left for the check."""
-    found = dict(values)
-    if "rounding_error" in found:
-        found.setdefault("rtn_error", found.pop("rounding_error"))
-    if isinstance(found.get("sites"), list):
-        found["sites"] = [site(each) if isinstance(each, dict) else each for each in found["sites"]]
-    if isinstance(found.get("seconds"), dict):
-        found["seconds"] = {_SECONDS.get(name, name): spent for name, spent in found["seconds"].items()}
-    if isinstance(found.get("quant"), dict):
-        found["quant"] = quant(found["quant"])
-    if isinstance(found.get("solve"), dict):
-        solve = found.pop("solve")
-        found.setdefault("method", method(solve))
-        if isinstance(found.get("calibration"), dict):
-            found["calibration"] = {"seed": solve.get("seed", 0)} | found["calibration"]
-    return found
+    renamed = dict(values)
+    if "rounding_error" in renamed:
+        renamed.setdefault("rtn_error", renamed.pop("rounding_error"))
+    if isinstance(renamed.get("sites"), list):
+        renamed["sites"] = [site(each) if isinstance(each, dict) else each for each in renamed["sites"]]
+    if isinstance(renamed.get("seconds"), dict):
+        renamed["seconds"] = {_SECONDS.get(name, name): spent for name, spent in renamed["seconds"].items()}
+    if isinstance(renamed.get("quant"), dict):
+        renamed["quant"] = quant(renamed["quant"])
+    if isinstance(renamed.get("solve"), dict):
+        solve = renamed.pop("solve")
+        renamed.setdefault("method", method(solve))
+        if isinstance(renamed.get("calibration"), dict):
+            renamed["calibration"] = {"seed": solve.get("seed", 0)} | renamed["calibration"]
+    return renamed

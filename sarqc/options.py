@@ -142,7 +142,7 @@ class Config:
     @classmethod
     def made(cls, base: Self | None, given: Mapping[str, Any]) -> Self:
         """`base` with the fields in `given` changed, or one made of `given` alone."""
-        refuse_together(cls, given)
+        check_exclusive(cls, given)
         if base is None:
             return cls(**given)
         if not isinstance(base, cls):
@@ -171,24 +171,24 @@ def default_of(kind: type[Config], name: str) -> Any:
 # -- from keywords ------------------------------------------------------------------------------------------------
 
 
-def sorted_out(kinds: Iterable[type[Config]], given: Mapping[str, Any]) -> dict[type[Config], dict[str, Any]]:
+def split_by_config(kinds: Iterable[type[Config]], given: Mapping[str, Any]) -> dict[type[Config], dict[str, Any]]:
     """Keywords by the configuration that they belong to; None as a value means "not given".
 
     Raises:
         ArgumentError: An unknown keyword, or one given under two names.
     """
-    found: dict[type[Config], dict[str, Any]] = {kind: {} for kind in kinds}
+    by_config: dict[type[Config], dict[str, Any]] = {kind: {} for kind in kinds}
     for word, value in given.items():
-        if warn_removed(found, word):
+        if warn_removed(by_config, word):
             continue
-        name, value = renamed(found, word, value)
-        owner = next((kind for kind in found if name in options(kind)), None)
+        name, value = renamed(by_config, word, value)
+        owner = next((kind for kind in by_config if name in options(kind)), None)
         if owner is None:
-            raise unknown(word, [name for kind in found for name in options(kind)])
-        if name in found[owner]:
+            raise unknown(word, [name for kind in by_config for name in options(kind)])
+        if name in by_config[owner]:
             raise ArgumentError(f"{word} = {reprlib.repr(value)}: {name} is given twice; give it once")
-        found[owner][name] = value
-    return {kind: {name: value for name, value in one.items() if value is not None} for kind, one in found.items()}
+        by_config[owner][name] = value
+    return {kind: {name: value for name, value in one.items() if value is not None} for kind, one in by_config.items()}
 
 
 def renamed(kinds: Iterable[type[Config]], word: str, value: Any) -> tuple[str, Any]:
@@ -225,7 +225,7 @@ def unknown(word: object, known: Iterable[str], where: str = "") -> ArgumentErro
     return ArgumentError(f"{where}{word!s} is not an option: {hint}")
 
 
-def refuse_together(kind: type[Config], given: Mapping[str, Any]) -> None:
+def check_exclusive(kind: type[Config], given: Mapping[str, Any]) -> None:
     """`ArgumentError` where two options are given of which one makes the other void."""
     for name, one in options(kind).items():
         for other in one.excludes:
@@ -240,12 +240,12 @@ def refuse_together(kind: type[Config], given: Mapping[str, Any]) -> None:
 
 def record(config: Config, *, resume: tuple[Resume, ...] = ("fixed",)) -> dict[str, Any]:
     """Options of these kinds as JSON values; by default those that the result depends on. Unset ones are left out."""
-    found = {}
+    values = {}
     for name, one in options(type(config)).items():
         value = getattr(config, name)
         if one.resume in resume and value is not None and value != ():
-            found[name] = one.kind.json(value)
-    return found
+            values[name] = one.kind.json(value)
+    return values
 
 
 def from_record(kind: type[C], values: Mapping[str, Any]) -> C:
@@ -296,8 +296,8 @@ def arguments(kinds: Iterable[type[Config]], indent: str = "    ") -> str:
     for kind in kinds:
         for name, one in options(kind).items():
             unit = f" In {one.kind.unit}." if one.kind.unit else ""
-            said = f"{name}: {one.help}{unit} Default: {kind.default_text(name)}."
-            lines += textwrap.wrap(said, 116 - len(indent), initial_indent=indent, subsequent_indent=f"{indent}    ")
+            line = f"{name}: {one.help}{unit} Default: {kind.default_text(name)}."
+            lines += textwrap.wrap(line, 116 - len(indent), initial_indent=indent, subsequent_indent=f"{indent}    ")
     return "\n".join(lines)
 
 
@@ -331,19 +331,19 @@ def documented(*kinds: type[Config]) -> Callable[[F], F]:
     return with_signature
 
 
-def also_named(**names: str) -> Callable[[F], F]:
+def with_alias(**names: str) -> Callable[[F], F]:
     """Let a function take these earlier names of its own parameters (earlier -> present), with a warning."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
-        def taking(*args: Any, **given: Any) -> Any:
+        def with_keywords(*args: Any, **given: Any) -> Any:
             for old, new in names.items():
                 if old in given:
                     warn_renamed(old, new)
                     given.setdefault(new, given.pop(old))
             return function(*args, **given)
 
-        return cast(F, taking)
+        return cast(F, with_keywords)
 
     return decorate
 

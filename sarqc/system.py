@@ -41,9 +41,9 @@ def _limits() -> Iterator[int]:
         inmost = root / path.lstrip("/")
         for group in (inmost, *inmost.parents):
             if group.is_relative_to(root):
-                said = _read(group / ("memory.limit_in_bytes" if version_1 else "memory.max")).strip()
-                if said.isdigit():
-                    yield int(said)
+                content = _read(group / ("memory.limit_in_bytes" if version_1 else "memory.max")).strip()
+                if content.isdigit():
+                    yield int(content)
 
 
 def _read(path: Path) -> str:
@@ -60,12 +60,12 @@ def ranks_here() -> int:
 
 def from_torchrun(name: str, default: int) -> int:
     """A number that torchrun left in the environment."""
-    said = os.environ.get(name, "")
-    if not said:
+    value = os.environ.get(name, "")
+    if not value:
         return default
-    if not said.isdecimal() or int(said) < default:
-        raise ArgumentError(f"{name} = {said!r} in the environment is no number from {default} up: torchrun sets it")
-    return int(said)
+    if not value.isdecimal() or int(value) < default:
+        raise ArgumentError(f"{name} = {value!r} in the environment is no number from {default} up: torchrun sets it")
+    return int(value)
 
 
 def trim_host_memory() -> None:
@@ -161,22 +161,22 @@ def versions() -> dict[str, str]:
 
     Ours is not asked of what pip wrote down: of a checkout that is what it was when it was installed, or nothing.
     """
-    found = {"python": platform.python_version(), "sarqc": __version__}
+    installed = {"python": platform.python_version(), "sarqc": __version__}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def peak_memory_mib() -> dict[str, int]:
     """Highest memory so far of this process on the host, and of the tensors on each GPU that was used."""
-    found = {"host": _peak_of_host()}
+    peaks = {"host": _peak_of_host()}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if used := torch.cuda.max_memory_allocated(index):
-            found[f"cuda:{index}"] = used // 2**20
-    return found
+            peaks[f"cuda:{index}"] = used // 2**20
+    return peaks
 
 
 def _peak_of_host() -> int:

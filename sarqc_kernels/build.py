@@ -34,7 +34,7 @@ try:
 except ImportError:  # not on Windows: processes may then compile the same library side by side
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FLAGS", "arch_name", "cache_folder", "compile_library", "library", "nvcc", "sources", "why_not"]
+__all__ = ["FLAGS", "arch_name", "cache_folder", "compile_library", "library", "nvcc", "sources", "unsupported_reason"]
 
 FLAGS = ("-std=c++17", "-O3", "--shared", "-Xcompiler", "-fPIC", "--cudart=static")
 
@@ -56,10 +56,10 @@ def nvcc() -> str:
     """Path of nvcc: on PATH, in $CUDA_HOME/bin, or in /usr/local/cuda/bin. Raises BackendError where there is none."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
-    found = shutil.which("nvcc", path=path)
-    if found is None:
+    compiler = shutil.which("nvcc", path=path)
+    if compiler is None:
         raise BackendError("nvcc is neither on PATH nor in $CUDA_HOME/bin: install the CUDA toolkit")
-    return found
+    return compiler
 
 
 def cache_folder() -> Path:
@@ -129,8 +129,8 @@ def _build(command: list[str], target: Path) -> None:
         made = Path(folder) / target.name
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, errors="replace")
         if done.returncode:
-            said = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
-            raise BackendError(f"nvcc failed for {target.stem}: {said[:400]}")
+            message = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
+            raise BackendError(f"nvcc failed for {target.stem}: {message[:400]}")
         made.replace(target)
 
 
@@ -145,7 +145,9 @@ def library(name: str, arch: int, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 
 @functools.cache
-def why_not(name: str, arch: int, device: torch.device | None = None, defines: tuple[str, ...] = ()) -> str | None:
+def unsupported_reason(
+    name: str, arch: int, device: torch.device | None = None, defines: tuple[str, ...] = ()
+) -> str | None:
     """The reason why `library(name, arch, defines)` cannot run on `device`, None if it can.
 
     device: a CUDA device of capability arch / 10; None: the current one. The first call builds the library; its answer

@@ -39,8 +39,8 @@ def compiler() -> str:
     """Path of a C++ compiler. Raises BackendError where there is none."""
     chosen = os.environ.get(COMPILER)
     for name in ("c++", "g++", "clang++") if chosen is None else (chosen,):
-        if found := shutil.which(name):
-            return found
+        if executable := shutil.which(name):
+            return executable
     raise BackendError(
         f"{COMPILER} = {chosen!r} is no compiler: name one, or leave {COMPILER} unset" if chosen is not None else
         f"there is no C++ compiler on PATH: install g++ or clang++, or name one in {COMPILER}"
@@ -70,8 +70,8 @@ def compile_library(name: str) -> Path:
                 command = [tool, *wanted, str(source), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, errors="replace")
                 if done.returncode:
-                    said = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
-                    raise BackendError(f"{tool} failed for {source.name}: {said[:400]}")
+                    message = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
+                    raise BackendError(f"{tool} failed for {source.name}: {message[:400]}")
                 made.replace(target)  # at once, so that processes may race
     except OSError as error:
         raise BackendError(f"cannot build {source.name}: {error}; set SARQC_CACHE to a folder to build in") from error

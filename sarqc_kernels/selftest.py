@@ -81,9 +81,9 @@ def _cholesky_arguments(device: torch.device) -> tuple[Any, ...]:
 def _cholesky_error(backend: str, device: torch.device) -> float:
     """The factor's product is the matrix, up to some units of the last place; its diagonal is above zero."""
     (total,) = _cholesky_arguments(device)
-    found = gram.cholesky_upper(total, backend=backend)[0].cpu().double()
-    signed = 0.0 if (found.diagonal(dim1=1, dim2=2) > 0).all() else 1.0
-    return max(signed, relative_error(found @ found.mT, total.cpu().double()))
+    upper = gram.cholesky_upper(total, backend=backend)[0].cpu().double()
+    signed = 0.0 if (upper.diagonal(dim1=1, dim2=2) > 0).all() else 1.0
+    return max(signed, relative_error(upper @ upper.mT, total.cpu().double()))
 
 
 def _finalize_arguments(device: torch.device) -> tuple[Any, ...]:
@@ -96,11 +96,11 @@ def _finalize_arguments(device: torch.device) -> tuple[Any, ...]:
 def _finalize_error(backend: str, device: torch.device) -> float:
     """A division and two additions an element, each rounded once."""
     total, rows, saliency, reg_lambda, damp = _finalize_arguments(device)
-    found = gram.gram_finalize(total, rows, saliency, reg_lambda, damp, backend=backend)
+    finalized = gram.gram_finalize(total, rows, saliency, reg_lambda, damp, backend=backend)
     exact = total.double() / rows[:, None, None]
     diagonal = exact.diagonal(dim1=1, dim2=2)
     diagonal += reg_lambda.double()[:, None] * saliency + damp * diagonal.mean(1, keepdim=True)
-    return relative_error(found.cpu(), exact.cpu())
+    return relative_error(finalized.cpu(), exact.cpu())
 
 
 def _weight(device: torch.device) -> Tensor:
@@ -156,14 +156,14 @@ def _descent_arguments(device: torch.device) -> tuple[Any, ...]:
 def _descent_error(backend: str, device: torch.device) -> float:
     """By how much rows became worse, relative to what they were: nothing but rounding, and 1 where none improved."""
     weight, codes, scales, zeros, hessian, *_ = _descent_arguments(device)
-    found = columns.coordinate_descent(weight, codes, scales, zeros, hessian, bits=BITS, passes=1, backend=backend)
+    result = columns.coordinate_descent(weight, codes, scales, zeros, hessian, bits=BITS, passes=1, backend=backend)
 
     def losses(codes: Tensor, scales: Tensor) -> Tensor:
         error = (weight - dequantize(Quantized(codes, scales, zeros))).double()
-        found: Tensor = ((error @ hessian.double()) * error).sum(-1)
-        return found
+        result: Tensor = ((error @ hessian.double()) * error).sum(-1)
+        return result
 
-    before, after = losses(codes, scales), losses(*found)
+    before, after = losses(codes, scales), losses(*result)
     return float((after / before - 1).clamp(min=0).max()) if bool((after < before).any()) else 1.0
 
 
@@ -176,9 +176,9 @@ def _dequant_arguments(device: torch.device) -> tuple[Any, ...]:
 def _dequant_error(backend: str, device: torch.device) -> float:
     """One rounding, of the product."""
     codes, scales, *_ = _dequant_arguments(device)
-    found = dequant.dequantize_fp8(codes.view(torch.float8_e4m3fn), scales, dtype=torch.float32, backend=backend)
+    dense = dequant.dequantize_fp8(codes.view(torch.float8_e4m3fn), scales, dtype=torch.float32, backend=backend)
     exact = codes.cpu().view(torch.float8_e4m3fn).double() * scales.cpu().double().repeat_interleave(INPUTS // 4, -1)
-    return relative_error(found.cpu(), exact)
+    return relative_error(dense.cpu(), exact)
 
 
 def _prepared(device: torch.device, layout: str, rows: int = ROWS) -> tuple[Any, Tensor]:
@@ -200,9 +200,9 @@ def _matmul_error(backend: str, device: torch.device) -> float:
     """bf16 weights and results, fp32 sums: a few parts in a thousand."""
     x, offsets = _rows()
     weight, exact = _prepared(device, LAYOUTS[backend])
-    found = w4a16.w4a16_matmul(x.to(device), weight, offsets.to(device), backend=backend)
+    actual = w4a16.w4a16_matmul(x.to(device), weight, offsets.to(device), backend=backend)
     want = torch.cat([part.double() @ matrix.T for part, matrix in zip((x[:7], x[7:]), exact)])
-    return relative_error(found.cpu(), want)
+    return relative_error(actual.cpu(), want)
 
 
 def _routing(device: torch.device) -> w4a16.Routing:
@@ -223,12 +223,12 @@ def _experts_error(backend: str, device: torch.device) -> float:
     """Step by step in float64; as the product, and the hidden rows are rounded to bf16 once or twice more."""
     x = _rows()[0]
     (first, gate_up), (second, down) = (_prepared(device, LAYOUTS[backend], rows) for rows in (2 * INPUTS, ROWS))
-    found = w4a16.w4a16_experts(x.to(device), first, second, _routing(device), backend=backend)
+    actual = w4a16.w4a16_experts(x.to(device), first, second, _routing(device), backend=backend)
     want = torch.zeros(TOKENS, ROWS, dtype=torch.float64)
     for matrices, share in zip(zip(gate_up, down), _routing(x.device).weights.double().view(EXPERTS, TOKENS, 1)):
         gate, up = (x.double() @ matrices[0].T).chunk(2, -1)
         want += share * ((torch.nn.functional.silu(gate) * up) @ matrices[1].T)
-    return relative_error(found.cpu(), want)
+    return relative_error(actual.cpu(), want)
 
 
 def _of(room: Any, op: str) -> Callable[[torch.device], Sequence[Implementation]]:

@@ -35,11 +35,11 @@ def choices(op: str, arch: int) -> Mapping[str, Mapping[str, Any]]:
     """What to take, by an operation's own keys; empty without a table. Raises BackendError for one that is broken."""
     path = table_path(op, arch)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["choices"]
+        table = json.loads(path.read_text(encoding="utf-8"))["choices"]
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
         raise BackendError(f"{path} is no table of benchmarks.tune: remove it or reinstall ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise BackendError(f"{path} is no table of benchmarks.tune: remove it or reinstall")
-    return found
+    return table

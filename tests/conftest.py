@@ -55,9 +55,9 @@ def _fp32() -> Iterator[None]:
 @pytest.fixture
 def outcomes(request: pytest.FixtureRequest) -> Outcomes:
     """What this test's faults end in; the report of the test carries it along."""
-    found = Outcomes()
-    request.node.user_properties.append(("outcomes", found.counts))
-    return found
+    result = Outcomes()
+    request.node.user_properties.append(("outcomes", result.counts))
+    return result
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from sarqc.options import (
     may_change,
     options,
     record,
-    sorted_out,
+    split_by_config,
 )
 from sarqc.quant_config import BIT_OPTIONS
 from tests.support import keywords as written
@@ -80,8 +80,8 @@ def test_no_name_is_used_twice():
         ({"format": 3}, "format = 3"),
     ],
 )
-def test_a_number_format_is_checked(given, says):
-    with pytest.raises(ArgumentError, match=re.escape(says)):
+def test_a_number_format_is_checked(given, result):
+    with pytest.raises(ArgumentError, match=re.escape(result)):
         QuantConfig(**given)
 
 
@@ -97,7 +97,7 @@ def test_mixed_widths():
 def test_bits_beside_avg_bits_are_refused():
     """Both given is refused even where bits is the default, which the object alone cannot see."""
     with pytest.raises(ArgumentError, match=r"bits = 4 and avg_bits = 3\.5"):
-        QuantConfig.made(None, sorted_out(QUANTIZE, {"bits": 4, "avg_bits": 3.5})[QuantConfig])
+        QuantConfig.made(None, split_by_config(QUANTIZE, {"bits": 4, "avg_bits": 3.5})[QuantConfig])
 
 
 def test_groups_of_a_layer():
@@ -158,9 +158,13 @@ def test_effort_sets_own_values_and_given_options_win():
     assert MethodConfig(effort="fast", cd_passes=1).cd_passes == 1
     for name, row in METHODS.items():
         for effort in EFFORTS if row.calibrated else ():
-            found = MethodConfig(name, effort)
-            assert from_record(MethodConfig, record(found)) == dataclasses.replace(found, effort="default")
-            assert found.cd_passes == 0 or MethodConfig(name).cd_passes > 0, "a method gets what it is not made of"
+            method_config = MethodConfig(name, effort)
+            assert from_record(MethodConfig, record(method_config)) == dataclasses.replace(
+                method_config, effort="default"
+            )
+            assert method_config.cd_passes == 0 or MethodConfig(name).cd_passes > 0, (
+                "a method gets what it is not made of"
+            )
     with pytest.raises(ArgumentError, match="effort = 'fast' has no effect with method 'rtn'"):
         MethodConfig("rtn", "fast")
 
@@ -173,8 +177,8 @@ def test_another_effort_changes_what_a_configuration_left_out():
 
 
 def test_the_default_in_help_follows_the_methods():
-    said = MethodConfig.default_text("reg_lambda")
-    assert said == "auto; 0 for rtn-search, awq; 0.01 for gptq"
+    text = MethodConfig.default_text("reg_lambda")
+    assert text == "auto; 0 for rtn-search, awq; 0.01 for gptq"
     assert MethodConfig.default_text("error_correction") == "off; on for sarqc-gptq, sarqc-awq-gptq"
 
 
@@ -200,8 +204,8 @@ def test_the_default_in_help_follows_the_methods():
         ({"method": "awq", "error_correction": True}, "error_correction = True has no effect with method 'awq'"),
     ],
 )
-def test_a_method_is_checked(given, says):
-    with pytest.raises(ArgumentError, match=re.escape(says)):
+def test_a_method_is_checked(given, result):
+    with pytest.raises(ArgumentError, match=re.escape(result)):
         MethodConfig(**given)
 
 
@@ -247,8 +251,8 @@ def test_the_earlier_name_of_a_method():
         (EvaluationConfig, {"packed": 1}, "packed = 1"),
     ],
 )
-def test_the_rest_is_checked(kind, given, says):
-    with pytest.raises(ArgumentError, match=re.escape(says)):
+def test_the_rest_is_checked(kind, given, result):
+    with pytest.raises(ArgumentError, match=re.escape(result)):
         kind(**given)
 
 
@@ -310,9 +314,9 @@ def test_an_annotation_says_what_the_check_takes(kind):
 
 
 def test_arguments_name_every_option():
-    said = arguments(QUANTIZE)
-    assert all(f"    {name}: " in said for kind in QUANTIZE for name in options(kind))
-    assert max(map(len, said.splitlines())) <= 120 and "In bytes" in said
+    text = arguments(QUANTIZE)
+    assert all(f"    {name}: " in text for kind in QUANTIZE for name in options(kind))
+    assert max(map(len, text.splitlines())) <= 120 and "In bytes" in text
 
 
 def test_a_command_repeats_a_configuration():

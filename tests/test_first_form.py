@@ -30,8 +30,8 @@ def folder(tmp_path):
 
 
 def test_its_bytes_are_those_of_its_manifest(folder):
-    found = sarqc.verify(folder)
-    assert found.sound and found.record()["manifest"], found.problems
+    verified = sarqc.verify(folder)
+    assert verified.sound and verified.record()["manifest"], verified.problems
     weights = folder / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
@@ -40,14 +40,14 @@ def test_its_bytes_are_those_of_its_manifest(folder):
 
 
 def test_its_report_has_todays_names(folder):
-    found = reports.load(folder)
-    method = found["method"]
+    content = reports.load(folder)
+    method = content["method"]
     assert (method["method"], method["reg_lambda"], method["cd_passes"]) == ("sarqc-awq-gptq", 0.3, 1)
-    assert method["error_correction"] is True and found["rtn_error"] > 0
-    assert all({"rtn_error", "reg_lambda", "correction_share"} <= site.keys() for site in found["sites"])
+    assert method["error_correction"] is True and content["rtn_error"] > 0
+    assert all({"rtn_error", "reg_lambda", "correction_share"} <= site.keys() for site in content["sites"])
     page = reports.rebuild(folder).read_text()
-    assert escape(verdict(found).sentence) in page and "sarqc-awq-gptq" in page
-    assert inspect(folder)["bits_per_weight"] == pytest.approx(found["size"]["bits_per_weight"], abs=0.001)
+    assert escape(verdict(content).sentence) in page and "sarqc-awq-gptq" in page
+    assert inspect(folder)["bits_per_weight"] == pytest.approx(content["size"]["bits_per_weight"], abs=0.001)
 
 
 @pytest.mark.parametrize("packed", [True, False])

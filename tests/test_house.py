@@ -116,16 +116,16 @@ def imports_of(path: Path, *, typing: bool = False) -> list[tuple[str, int]]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing
         for inner in ast.walk(node)
     }
-    found = []
+    items = []
     for node in ast.walk(tree):
         if id(node) in unread:
             continue
         if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names]
+            items += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
-    return found
+            items += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return items
 
 
 def within(module: str, allowed: str) -> bool:
@@ -212,5 +212,5 @@ def test_a_broad_except_says_why():
 )
 def test_imports_are_light(statement, absent):
     check = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

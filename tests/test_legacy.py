@@ -43,18 +43,18 @@ def test_an_earlier_report_is_shown_and_repeated(tmp_path):
 
     source = tiny.save("llama", tmp_path / "model")
     options = {"num_samples": 4, "seqlen": 32, "group_size": 32, "seed": 5, "reg_lambda": 0.5}
-    found = sarqc.quantize(source, tmp_path / "out", **options)
-    new = reports.load(found.out)
+    quantized = sarqc.quantize(source, tmp_path / "out", **options)
+    new = reports.load(quantized.out)
     old = {key: value for key, value in new.items() if key != "method"}
     old["solve"] = solve_of(from_record(MethodConfig, new["method"]))
     old["quant"] = new["quant"] | {"ignore": []}
     old["calibration"] = {key: value for key, value in new["calibration"].items() if key != "seed"}
-    (found.out / "report.json").write_text(json.dumps(old))
-    again = reports.load(found.out)
+    (quantized.out / "report.json").write_text(json.dumps(old))
+    again = reports.load(quantized.out)
     assert again["method"] == new["method"] and again["calibration"] == new["calibration"]
     assert model_card.command(again) == model_card.command(new)
     assert "--reg-lambda 0.5" in model_card.command(again) and "--seed 5" in model_card.command(again)
-    reports.rebuild(found.out)
+    reports.rebuild(quantized.out)
 
 
 def test_what_is_no_record_is_left_for_the_check():

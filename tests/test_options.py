@@ -25,7 +25,7 @@ from sarqc.options import (
     options,
     record,
     same,
-    sorted_out,
+    split_by_config,
 )
 
 
@@ -50,7 +50,7 @@ def application() -> typer.Typer:
     def paint(
         wall: str, given: dict[str, Any], thick: Annotated[int, typer.Option()] = 1, config: ConfigOption = None
     ) -> None:
-        print(wall, thick, Colours.made(None, sorted_out((Colours,), given)[Colours]))
+        print(wall, thick, Colours.made(None, split_by_config((Colours,), given)[Colours]))
 
     app.command(cls=command_class(paint))(paint)
     return app
@@ -79,7 +79,7 @@ def test_a_new_option_is_its_field_and_its_use(tmp_path):
 
     @with_options(More)
     def paint(given: dict[str, Any], config: ConfigOption = None) -> None:
-        print("coats:", More.made(None, sorted_out((More,), given)[More]).coats)  # the second
+        print("coats:", More.made(None, split_by_config((More,), given)[More]).coats)  # the second
 
     app.command(cls=command_class(paint))(paint)
     file = tmp_path / "paint.yaml"
@@ -144,23 +144,23 @@ def test_one_value_alone_is_a_list_of_it():
 
 
 def test_keywords_go_to_their_configuration():
-    assert sorted_out((Colours,), {"hue": 3, "name": None}) == {Colours: {"hue": 3}}
+    assert split_by_config((Colours,), {"hue": 3, "name": None}) == {Colours: {"hue": 3}}
 
 
 def test_an_unknown_keyword_is_refused_with_the_nearest_name():
     with pytest.raises(ArgumentError, match="hues is not an option: did you mean hue"):
-        sorted_out((Colours,), {"hues": 3})
+        split_by_config((Colours,), {"hues": 3})
 
 
 def test_earlier_names_still_work_and_say_the_new_one():
     with pytest.warns(RenamedWarning, match="tint is now hue"):
-        assert sorted_out((Colours,), {"tint": 3})[Colours] == {"hue": 3}
+        assert split_by_config((Colours,), {"tint": 3})[Colours] == {"hue": 3}
     with pytest.warns(RenamedWarning, match="glossy is now matt"):
-        assert sorted_out((Colours,), {"glossy": True})[Colours] == {"matt": False}
+        assert split_by_config((Colours,), {"glossy": True})[Colours] == {"matt": False}
     with pytest.warns(RenamedWarning, match="gloss has no effect"):
-        assert sorted_out((Colours,), {"gloss": True})[Colours] == {}
+        assert split_by_config((Colours,), {"gloss": True})[Colours] == {}
     with pytest.warns(RenamedWarning), pytest.raises(ArgumentError, match="hue is given twice"):
-        sorted_out((Colours,), {"tint": 3, "hue": 4})
+        split_by_config((Colours,), {"tint": 3, "hue": 4})
 
 
 def test_two_that_exclude_each_other_are_refused():
@@ -233,21 +233,21 @@ def test_a_wrong_flag_is_the_same_error_as_in_python(words):
 
 
 def test_earlier_flags_are_hidden_and_work():
-    for words, found in (
+    for words, result in (
         (["--tint", "9"], "hue=9"),
         (["--tint=9"], "hue=9"),
         (["--glossy"], "matt=False"),
         (["--gloss", "--hue", "4"], "hue=4"),
     ):
         with pytest.warns(RenamedWarning):
-            assert found in run("w", *words)
+            assert result in run("w", *words)
     shown = run("--help")
     assert "tint" not in shown and "glossy" not in shown
     assert "--tint 1 Colours(" in run("--", "--tint")
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "result"),
     [
         ("hue: 9", "hue=9"),
         ("light: 0.5", "light=0.5"),
@@ -271,7 +271,7 @@ def test_earlier_flags_are_hidden_and_work():
     ],
 )
 @pytest.mark.filterwarnings("ignore::sarqc.options.RenamedWarning")
-def test_a_file(text, found, tmp_path):
+def test_a_file(text, result, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text(text + "\n")
     try:
@@ -279,7 +279,7 @@ def test_a_file(text, found, tmp_path):
     except ArgumentError as error:
         assert str(file) in str(error)
         shown = str(error)
-    assert found in shown
+    assert result in shown
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

@@ -31,8 +31,8 @@ SMALL = {"num_samples": 4, "seqlen": 32, "group_size": 32}
 @pytest.mark.parametrize("package", [sarqc, sarqc_kernels], ids=lambda package: package.__name__)
 def test_every_public_name_is_there_and_documented(package):
     for name in package.__all__:
-        found = getattr(package, name)
-        assert isinstance(found, dict | str) or (found.__doc__ or "").strip(), name
+        value = getattr(package, name)
+        assert isinstance(value, dict | str) or (value.__doc__ or "").strip(), name
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
@@ -44,11 +44,11 @@ CANNOT_FAIL = ("register", "unregister", "progress_bar", "warm_up")
 @pytest.mark.parametrize("package", [sarqc, sarqc_kernels], ids=lambda package: package.__name__)
 def test_docstrings_say_what_goes_in_what_comes_out_and_what_is_refused(package):
     for name in package.__all__:
-        found = getattr(package, name)
-        if inspect.isclass(found):
-            check_class(found)
-        elif callable(found):
-            doc, signature = inspect.getdoc(found) or "", inspect.signature(found)
+        value = getattr(package, name)
+        if inspect.isclass(value):
+            check_class(value)
+        elif callable(value):
+            doc, signature = inspect.getdoc(value) or "", inspect.signature(value)
             assert not signature.parameters or "\nArgs:\n" in doc, name
             entries = doc.partition("\nArgs:\n")[2]
             assert [one for one in signature.parameters if f"    {one}: " not in entries.replace("*", "")] == [], name
@@ -56,13 +56,13 @@ def test_docstrings_say_what_goes_in_what_comes_out_and_what_is_refused(package)
             assert name in CANNOT_FAIL or "\nRaises:\n" in doc, name
 
 
-def check_class(found):
+def check_class(results):
     """A field has its line, and a method names its parameters."""
-    if dataclasses.is_dataclass(found):
-        attributes = (inspect.getdoc(found) or "").partition("\nAttributes:\n")[2]
-        assert [f.name for f in dataclasses.fields(found) if f"    {f.name}: " not in attributes] == [], found
-    for name in (name for name in vars(found) if not name.startswith("_")):
-        method = getattr(found, name)
+    if dataclasses.is_dataclass(results):
+        attributes = (inspect.getdoc(results) or "").partition("\nAttributes:\n")[2]
+        assert [f.name for f in dataclasses.fields(results) if f"    {f.name}: " not in attributes] == [], results
+    for name in (name for name in vars(results) if not name.startswith("_")):
+        method = getattr(results, name)
         if inspect.isroutine(method):
             given, doc = inspect.signature(method).parameters, inspect.getdoc(method) or ""
             assert [one for one in given if one != "self" and not re.search(rf"\b{one}\b", doc)] == [], method
@@ -164,11 +164,11 @@ def test_a_model_in_memory_gives_what_its_folder_gives(kind, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "tuned")
     straight = sarqc.quantize(tmp_path / "tuned", tmp_path / "straight", **SMALL)
     own = tmp_path / "own"
-    found = sarqc.quantize(model, own / "out", tokenizer=tiny.tokenizer(), **SMALL)
-    assert (found.out / "model.safetensors").read_bytes() == (straight.out / "model.safetensors").read_bytes()
-    assert [path.name for path in own.iterdir()] == ["out"] and (found.out / "tokenizer.json").is_file()
-    assert found.report["model"] == str(folder)
-    assert sarqc.load(found.out)[0].config.model_type == model.config.model_type
+    quantized = sarqc.quantize(model, own / "out", tokenizer=tiny.tokenizer(), **SMALL)
+    assert (quantized.out / "model.safetensors").read_bytes() == (straight.out / "model.safetensors").read_bytes()
+    assert [path.name for path in own.iterdir()] == ["out"] and (quantized.out / "tokenizer.json").is_file()
+    assert quantized.report["model"] == str(folder)
+    assert sarqc.load(quantized.out)[0].config.model_type == model.config.model_type
 
 
 def test_a_model_in_memory_does_not_resume(source, tmp_path):
@@ -184,13 +184,13 @@ def test_what_is_no_model_is_one_line(source, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source)
-    for given, family, says in (
+    for given, family, results in (
         ((torch.nn.Linear(2, 2), {}), ArgumentError, "model is a Linear"),
         ((3, {}), ArgumentError, "model is a int"),
         ((source, {"tokenizer": tiny.tokenizer()}), ArgumentError, "tokenizer is for a model in memory"),
         ((model, SMALL), ModelError, "give tokenizer="),
     ):
-        with pytest.raises(family, match=says):
+        with pytest.raises(family, match=results):
             sarqc.quantize(given[0], tmp_path / "out", **given[1])
     assert list(tmp_path.iterdir()) == []
 
@@ -207,9 +207,9 @@ def test_a_registered_solver_is_a_method(own_methods, source, result, tmp_path):
 
     sarqc.register_solver("mine", solver, cd_passes=2, error_correction=True)
     assert sarqc.MethodConfig("mine").cd_passes == 2
-    found = sarqc.quantize(source, tmp_path / "out", method="mine", **SMALL)
-    assert calls and found.method == "mine"
-    assert (found.out / "model.safetensors").read_bytes() == (result.out / "model.safetensors").read_bytes()
+    quantized = sarqc.quantize(source, tmp_path / "out", method="mine", **SMALL)
+    assert calls and quantized.method == "mine"
+    assert (quantized.out / "model.safetensors").read_bytes() == (result.out / "model.safetensors").read_bytes()
     sarqc.register_solver("mine", solver)  # again, as in a notebook
     assert sarqc.MethodConfig("mine").cd_passes == 0
 
@@ -225,9 +225,9 @@ def test_a_registered_solver_is_a_method(own_methods, source, result, tmp_path):
         ("mine", print, {"bits": 3}, "bits"),
     ],
 )
-def test_what_is_no_solver_is_refused(own_methods, name, solver, own, says):
+def test_what_is_no_solver_is_refused(own_methods, name, solver, own, results):
     before = dict(METHODS)
-    with pytest.raises(ArgumentError, match=says):
+    with pytest.raises(ArgumentError, match=results):
         sarqc.register_solver(name, solver, **own)
     assert before == METHODS
 

@@ -80,7 +80,7 @@ def test_whole_runs_are_made_once_and_judged_beside_rounding(tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", f"{words} --seeds 0,1,2 --kept".split())
     whole.main()
     assert len(made) == 4
-    found = json.loads((tmp_path / "whole.json").read_text())
-    shown = [(row["method"], row["windows"], row["seeds"]) for row in found["rows"]]
+    content = json.loads((tmp_path / "whole.json").read_text())
+    shown = [(row["method"], row["windows"], row["seeds"]) for row in content["rows"]]
     assert sorted(shown) == [("gptq", 1, 2), ("gptq", 2, 2), ("rtn", 1, 1), ("rtn", 2, 1)]
-    assert "whole runs" in markdown(found) and found["protocol"]["tools"] == {"gptq": f"sarqc {sarqc.__version__}"}
+    assert "whole runs" in markdown(content) and content["protocol"]["tools"] == {"gptq": f"sarqc {sarqc.__version__}"}

@@ -31,8 +31,8 @@ def main() -> int:
     parser.add_argument("--no-csrc", action="store_true", help="leave csrc/ out")
     options = parser.parse_args()
     partial = bool(options.match or options.check_only)
-    found = jobs.collect(options.room, options.match, options.arch)
-    bad = _report(f"triton {triton.__version__}", f"aot-triton-{triton.__version__}.md", _triton(found), partial)
+    result = jobs.collect(options.room, options.match, options.arch)
+    bad = _report(f"triton {triton.__version__}", f"aot-triton-{triton.__version__}.md", _triton(result), partial)
     if not (options.no_csrc or options.room or options.match):
         bad += _csrc(options.arch, partial)
     if options.also and options.also != triton.__version__:
@@ -40,8 +40,8 @@ def main() -> int:
     return int(bad > 0)
 
 
-def _triton(found: Sequence[AotJob]) -> list[Built]:
-    return _in_parallel(compiler.build, [(job,) for job in found])
+def _triton(result: Sequence[AotJob]) -> list[Built]:
+    return _in_parallel(compiler.build, [(job,) for job in result])
 
 
 def _csrc(archs: Sequence[int], partial: bool) -> int:

@@ -71,10 +71,10 @@ COUNTS = (
 
 def meant(loops: Sequence[Counter[str]], holds: Mapping[str, int]) -> int:
     """Instructions of the shortest loop that holds all of these. Raises ValueError where none does."""
-    found = [loop.total() for loop in loops if all(loop[opcode] >= times for opcode, times in holds.items())]
-    if not found:
+    values = [loop.total() for loop in loops if all(loop[opcode] >= times for opcode, times in holds.items())]
+    if not values:
         raise ValueError(f"no loop holds {dict(holds)}")
-    return min(found)
+    return min(values)
 
 
 def measured() -> dict[str, int]:
@@ -85,7 +85,7 @@ def measured() -> dict[str, int]:
     files = {} if nvcc is None else {
         name: csrc.listings(nvcc[0], CSRC / name, CARD) for name in {each.file for each in COUNTS if each.file}
     }  # fmt: skip
-    found = {}
+    counts = {}
     for each in COUNTS:
         if each.file and each.file not in files:
             continue
@@ -94,8 +94,8 @@ def measured() -> dict[str, int]:
         else:
             job = next(job for job in jobs.collect([each.room], each.kernel, [ARCH]) if job.name == each.kernel)
             (lines,) = sass.listing_of(compiler.compiled(job).asm["cubin"], compiler.TOOLS).values()
-        found[each.name] = meant(sass.loops(lines), each.holds)
-    return found
+        counts[each.name] = meant(sass.loops(lines), each.holds)
+    return counts
 
 
 def risen(now: Mapping[str, int], known: Mapping[str, Mapping[str, Any]]) -> list[str]:

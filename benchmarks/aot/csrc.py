@@ -31,8 +31,8 @@ def nvcc() -> tuple[str, str] | None:
     except BackendError:
         return None
     printed = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"release [\d.]+, V([\d.]+)", printed)
-    return path, found[1] if found else "unknown"
+    match = re.search(r"release [\d.]+, V([\d.]+)", printed)
+    return path, match[1] if match else "unknown"
 
 
 def works(archs: Sequence[int] = ()) -> list[tuple[Path, str, tuple[str, ...]]]:
@@ -66,14 +66,14 @@ def listings(compiler: str, source: Path, card: str) -> dict[str, list[str]]:
         cubin = Path(folder) / "kernel.cubin"
         architecture = f"-gencode=arch=compute_{card},code=sm_{card}"
         subprocess.run([compiler, *FLAGS, architecture, "-o", str(cubin), str(source)], check=True, capture_output=True)
-        found = sass.listing_of(cubin.read_bytes(), TOOLS)
-    return {_readable(name): lines for name, lines in found.items()}
+        result = sass.listing_of(cubin.read_bytes(), TOOLS)
+    return {_readable(name): lines for name, lines in result.items()}
 
 
 def _line(source: Path, card: str, block: str, opcodes: dict[str, dict[str, int]]) -> Built:
     def number(pattern: str) -> int:
-        found = re.search(pattern, block)
-        return int(found[1]) if found else 0
+        match = re.search(pattern, block)
+        return int(match[1]) if match else 0
 
     mangled = block.split("'")[1]
     stack, spilled = number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores")

@@ -86,10 +86,10 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl
 
 def asked_for(call: Callable[[], object], gpu: Device) -> list[tuple[str, Any, dict[str, Any]]]:
     """(key, function, what a compiler would have got) of every kernel that a call launches on such a GPU."""
-    found: list[tuple[str, Any, dict[str, Any]]] = []
+    items: list[tuple[str, Any, dict[str, Any]]] = []
 
     def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        found.append((key, fn.jit_function, compile))
+        items.append((key, fn.jit_function, compile))
         return True  # do not compile
 
     fake_gpu.become(gpu)
@@ -98,4 +98,4 @@ def asked_for(call: Callable[[], object], gpu: Device) -> list[tuple[str, Any, d
         call()
     finally:
         knobs.runtime.jit_cache_hook = before
-    return found
+    return items

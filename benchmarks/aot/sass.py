@@ -40,19 +40,19 @@ def read(cubin: bytes, tools: Path) -> MachineCode:
         path.write_bytes(cubin)
         usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
         listing = _run(tools / "nvdisasm", "-c", path)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
         raise RuntimeError(f"cuobjdump prints no resource usage:\n{usage}")
-    return MachineCode(int(found[1]), int(found[2]), opcodes(listing.splitlines()))
+    return MachineCode(int(match[1]), int(match[2]), opcodes(listing.splitlines()))
 
 
 def opcodes(lines: Iterable[str]) -> Counter[str]:
     """How often each opcode of `COUNTED` and each of `FORMS` occurs; `HGMMA.64x128x16.F32.BF16 ...` counts as HGMMA."""
     counts: Counter[str] = Counter()
     for line in lines:
-        found = re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", line)
-        if found and found[1] in COUNTED:
-            counts[found[1]] += 1
+        match = re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", line)
+        if match and match[1] in COUNTED:
+            counts[match[1]] += 1
             counts.update(name for name, form in FORMS.items() if form.search(line))
     return counts
 
@@ -68,17 +68,17 @@ def loops(listing: Iterable[str]) -> list[Counter[str]]:
     An outer loop counts what its inner loops hold once.
     """
     labels: dict[str, int] = {}
-    found: list[str] = []
+    items: list[str] = []
     spans: list[tuple[int, int]] = []
     for line in listing:
         if label := _LABEL.match(line):
-            labels[label[1]] = len(found)
+            labels[label[1]] = len(items)
         elif instruction := _INSTRUCTION.search(line):
-            found.append(instruction[1])
+            items.append(instruction[1])
             back = _BRANCH.search(line)
             if back and back[1] in labels:
-                spans.append((labels[back[1]], len(found)))
-    return [Counter(found[first:last]) for first, last in spans if last - first > 1]
+                spans.append((labels[back[1]], len(items)))
+    return [Counter(items[first:last]) for first, last in spans if last - first > 1]
 
 
 def listing_of(cubin: bytes, tools: Path) -> dict[str, list[str]]:

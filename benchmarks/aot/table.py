@@ -59,8 +59,8 @@ def write(name: str, title: str, lines: Sequence[Built]) -> Path:
 
 def _row(line: Built) -> str:
     def counts(wanted: bool) -> str:
-        found = {op: count for op, count in sorted(line.opcodes.items()) if (op in TENSOR_CORE) == wanted and count}
-        return ", ".join(f"{count} {op}" for op, count in found.items()) or "-"
+        counted = {op: count for op, count in sorted(line.opcodes.items()) if (op in TENSOR_CORE) == wanted and count}
+        return ", ".join(f"{count} {op}" for op, count in counted.items()) or "-"
 
     numbers = f"{line.warps or '-'} | {line.registers} | {line.stack} | {line.shared}"
     problems = "; ".join(line.problems).replace("|", "/") or "-"

@@ -67,19 +67,19 @@ def parts(out: Path, quick: bool, device: str) -> list[Part]:
 def run(todo: Sequence[Part], budget: Budget, out: Path, environment: dict[str, str]) -> list[Outcome]:
     """Run the parts one after another; the summary is written after each."""
     out.mkdir(parents=True, exist_ok=True)
-    whole, found = budget.left(), []
+    whole, result = budget.left(), []
     least = min(LEAST, whole / 20)  # the first parts get it, though none may be left for the last
     for at, part in enumerate(todo):
         testing = part.name.startswith("tests ")
         rest = [each for each in todo[at:] if each.name.startswith("tests ") == testing]
         left = budget.left() - ((1 - TEST_SHARE) * whole if testing else 0.0)
         share = max(least, left * part.weight / sum(each.weight for each in rest))
-        found.append(_outcome(part, share, out, environment) if left > least else
+        result.append(_outcome(part, share, out, environment) if left > least else
                      Outcome(part.name, "left out", 0.0, "no time was left"))  # fmt: skip
-        print(f"[{budget}] {part.name}: {found[-1].status} in {found[-1].seconds:.0f} s", flush=True)
-        summary = {"outcomes": [asdict(each) for each in found], "to come": [each.name for each in todo[at + 1 :]]}
+        print(f"[{budget}] {part.name}: {result[-1].status} in {result[-1].seconds:.0f} s", flush=True)
+        summary = {"outcomes": [asdict(each) for each in result], "to come": [each.name for each in todo[at + 1 :]]}
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return found
+    return result
 
 
 def _outcome(part: Part, seconds: float, out: Path, environment: dict[str, str]) -> Outcome:
@@ -100,10 +100,10 @@ def _outcome(part: Part, seconds: float, out: Path, environment: dict[str, str])
     return Outcome(part.name, status, time.monotonic() - began, tail)
 
 
-def missing(found: Iterable[dict]) -> list[str]:
+def missing(result: Iterable[dict]) -> list[str]:
     """A line for each goal that a timed contender of ours misses, the farthest first; the best of ours counts."""
     best: dict[tuple[str, str], tuple[float, float, str]] = {}
-    for record in records.of_status(found, "timed"):
+    for record in records.of_status(result, "timed"):
         goal = record.get("goal_seconds") or (
             record["roof_seconds"] / record["goal_share"] if record.get("goal_share") else None
         )
@@ -125,12 +125,12 @@ def last_lines(outcomes: Sequence[Outcome], out: Path) -> list[str]:
     bad = [f"{each.name}: {each.status} ({out / (each.name.replace(' ', '-') + '.log')})"
            for each in outcomes if each.status != "passed"]  # fmt: skip
     file = out / "records.jsonl"
-    found = records.read(file) if file.exists() else []
-    timed = len(records.of_status(found, "timed"))
+    result = records.read(file) if file.exists() else []
+    timed = len(records.of_status(result, "timed"))
     return [
         f"{len(outcomes) - len(bad)} of {len(outcomes)} parts passed, {timed} numbers in {file}",
         *bad,
-        *missing(found),
+        *missing(result),
     ]
 
 

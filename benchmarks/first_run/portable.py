@@ -34,9 +34,9 @@ def relocate(folder: Path) -> int:
     """
     groups = sorted(folder.rglob("__grp__*.json"))
     for group in groups:
-        found = json.loads(group.read_text())
-        found["child_paths"] = {name: str(group.parent / name) for name in found["child_paths"]}
-        group.write_text(json.dumps(found))
+        content = json.loads(group.read_text())
+        content["child_paths"] = {name: str(group.parent / name) for name in content["child_paths"]}
+        group.write_text(json.dumps(content))
     return len(groups)
 
 

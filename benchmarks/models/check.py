@@ -51,13 +51,13 @@ def unpack(source: Path, out: Path, dense: Path) -> int:
 def _fuse(source: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Put experts that were written one by one back into the tensors that the source has."""
     with open_checkpoint(source) as checkpoint:
-        slabs = LazyModel.from_folder(source, checkpoint).split_experts(lambda names: True)
-        for name, slab in slabs.items():
+        slices = LazyModel.from_folder(source, checkpoint).split_experts(lambda names: True)
+        for name, part in slices.items():
             if name not in tensors:
                 continue
-            whole = tensors.setdefault(slab.tensor, checkpoint.load(slab.tensor).float())
-            matrix = whole[slab.expert].mT if slab.transposed else whole[slab.expert]
-            matrix[slab.start :: slab.step][: slab.shape[0]] = tensors.pop(name).float()
+            whole = tensors.setdefault(part.tensor, checkpoint.load(part.tensor).float())
+            matrix = whole[part.expert].mT if part.transposed else whole[part.expert]
+            matrix[part.start :: part.step][: part.shape[0]] = tensors.pop(name).float()
 
 
 def load(row: str, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -96,13 +96,15 @@ def reference(row: str, source: Path, out: Path, work: Path) -> dict[str, Any]:
     """Outputs of the dense model that `out` stands for, as it is and rounded to bf16; saved in `work`."""
     dense = work / "dense"
     packed = unpack(source, out, dense)
-    found = {"fp32": outputs(row, dense)}
-    if found["fp32"]["missing"]:
-        raise ValueError(f"transformers does not load the dense model: it misses {found['fp32']['missing'][0]}")
+    outputs_by_dtype = {"fp32": outputs(row, dense)}
+    if outputs_by_dtype["fp32"]["missing"]:
+        raise ValueError(
+            f"transformers does not load the dense model: it misses {outputs_by_dtype['fp32']['missing'][0]}"
+        )
     tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors_of(dense).items()}
     save_file(tensors, dense / "model.safetensors")
-    found["bf16"] = outputs(row, dense)  # transformers expands to the scales' dtype
-    torch.save(found, work / "reference.pt")
+    outputs_by_dtype["bf16"] = outputs(row, dense)  # transformers expands to the scales' dtype
+    torch.save(outputs_by_dtype, work / "reference.pt")
     shutil.rmtree(dense)
     return {"packed": packed}
 
@@ -112,10 +114,10 @@ def compared(row: str, out: Path, work: Path, with_sarqc: bool) -> dict[str, Any
     import sarqc
 
     (sarqc.register if with_sarqc else sarqc.unregister)()
-    found = outputs(row, out)
+    actual = outputs(row, out)
     wanted = torch.load(work / "reference.pt", weights_only=False)
-    apart = [(found["logits"] - one["logits"]).abs().amax(-1) / one["logits"].std() for one in wanted.values()]
+    apart = [(actual["logits"] - one["logits"]).abs().amax(-1) / one["logits"].std() for one in wanted.values()]
     median = min(one.median().item() for one in apart)
-    same = not found["missing"] and median < SAME
-    greedy = None if found["greedy"] is None else found["greedy"] in [one["greedy"] for one in wanted.values()]
-    return {"same": same, "difference": round(median, 4), "greedy": greedy, "missing": found["missing"]}
+    same = not actual["missing"] and median < SAME
+    greedy = None if actual["greedy"] is None else actual["greedy"] in [one["greedy"] for one in wanted.values()]
+    return {"same": same, "difference": round(median, 4), "greedy": greedy, "missing": actual["missing"]}

@@ -31,9 +31,9 @@ def sweep(wanted: list[str], out: Path, method: str, *, again: bool) -> None:
         if row in kept["rows"] and not again:
             continue
         with tempfile.TemporaryDirectory(prefix="sarqc-models-") as place:
-            found = kept["rows"][row] = one(row, Path(place), method)
+            actual = kept["rows"][row] = one(row, Path(place), method)
         out.write_text(json.dumps(kept, indent=1) + "\n")
-        print(f"{number + 1}/{len(wanted)} {row}: {said(found)}", flush=True)
+        print(f"{number + 1}/{len(wanted)} {row}: {summary_line(actual)}", flush=True)
 
 
 def one(row: str, work: Path, method: str = "") -> dict[str, Any]:
@@ -45,23 +45,23 @@ def one(row: str, work: Path, method: str = "") -> dict[str, Any]:
     built = staged(_build, row, source)
     if built["how"] != "ok":
         return {"kind": "not built", "error": built["error"]}
-    found = staged(_quantize, source, out, method, ())
-    error = found["error"] and found["error"].replace(str(source), "the folder")
-    result: dict[str, Any] = {"class": built["value"], "quantize": found["how"], "error": error}
-    pattern = re.search(r"--ignore '(.*)'$", found["error"] or "")
-    if found["how"] == "refused" and pattern:
+    results = staged(_quantize, source, out, method, ())
+    error = results["error"] and results["error"].replace(str(source), "the folder")
+    result: dict[str, Any] = {"class": built["value"], "quantize": results["how"], "error": error}
+    pattern = re.search(r"--ignore '(.*)'$", results["error"] or "")
+    if results["how"] == "refused" and pattern:
         result["ignore"] = pattern[1]
-        found = staged(_quantize, source, out, method, (pattern[1],))
-        result["ignored"] = found["how"]
-    if found["how"] != "ok":
+        results = staged(_quantize, source, out, method, (pattern[1],))
+        result["ignored"] = results["how"]
+    if results["how"] != "ok":
         return result | {"kind": kind(result)}
-    result |= found["value"]
-    told = staged(_reference, row, source, out, work)
-    if told["how"] != "ok":
-        return result | {"kind": "no reference", "reference": told["error"]}
+    result |= results["value"]
+    checked = staged(_reference, row, source, out, work)
+    if checked["how"] != "ok":
+        return result | {"kind": "no reference", "reference": checked["error"]}
     for key, with_sarqc in (("transformers", False), ("sarqc", True)):
-        told = staged(_compared, row, out, work, with_sarqc)
-        result[key] = told["value"] or {"same": False, "error": told["error"]}
+        checked = staged(_compared, row, out, work, with_sarqc)
+        result[key] = checked["value"] or {"same": False, "error": checked["error"]}
     shutil.rmtree(out)
     return result | {"kind": kind(result)}
 
@@ -76,7 +76,7 @@ def kind(result: dict[str, Any]) -> str:
     return "traceback" if result.get("ignored") == "traceback" else result["quantize"]
 
 
-def said(result: dict[str, Any]) -> str:
+def summary_line(result: dict[str, Any]) -> str:
     """A row's result in a line."""
     share = f", {result['share']:.1%} of the weights" if "share" in result else ""
     return f"{result['kind']}{share}{': ' + result['error'][:200] if result.get('error') else ''}"
@@ -104,12 +104,12 @@ def staged(work: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     child = context.Process(target=_answer, args=(answers, work, arguments))
     child.start()
     try:
-        found: dict[str, Any] = answers.get(timeout=TIMEOUT)
+        result: dict[str, Any] = answers.get(timeout=TIMEOUT)
     except Empty:
-        found = {"how": "timeout", "value": None, "error": f"longer than {TIMEOUT} s"}
+        result = {"how": "timeout", "value": None, "error": f"longer than {TIMEOUT} s"}
         child.kill()
     child.join()
-    return found
+    return result
 
 
 def _answer(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -139,8 +139,8 @@ def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> 
     from sarqc.checkpoint.reader import open_checkpoint
 
     more = {"method": method} if method else {}
-    told = sarqc.quantize(source, out, ignore=ignore, **SETTINGS, **more).report["targets"]
-    sizes = dict.fromkeys((*told["left"], *told["ignored"]), 0)
+    targets = sarqc.quantize(source, out, ignore=ignore, **SETTINGS, **more).report["targets"]
+    sizes = dict.fromkeys((*targets["left"], *targets["ignored"]), 0)
     with open_checkpoint(source) as checkpoint:
         for name in checkpoint.names():
             if (linear := name.removesuffix(".weight")) in sizes:
@@ -148,14 +148,14 @@ def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> 
                 sizes[linear] = 1
                 for size in shape:
                     sizes[linear] *= size
-    uncounted = {name for name, reason in told["left"].items() if re.search(UNCOUNTED, reason)}
+    uncounted = {name for name, reason in targets["left"].items() if re.search(UNCOUNTED, reason)}
     unquantized = sum(size for name, size in sizes.items() if name not in uncounted)
-    share = round(told["weights"] / (told["weights"] + unquantized), 4)
+    share = round(targets["weights"] / (targets["weights"] + unquantized), 4)
     known = all(sizes.values())  # a layer that is made of several tensors has no size of its own in the checkpoint
     with open_checkpoint(out) as checkpoint:
         layers = sorted({_kind(linear) for linear in checkpoint.linears()})
-    left = {_kind(name): reason for name, reason in told["left"].items()}
-    return {"linears": told["quantized"], "layers": layers, "left": left} | ({"share": share} if known else {})
+    left = {_kind(name): reason for name, reason in targets["left"].items()}
+    return {"linears": targets["quantized"], "layers": layers, "left": left} | ({"share": share} if known else {})
 
 
 def _kind(linear: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from benchmarks.ops.base import Call, Contender, Inputs, Op, Point, normal, on_gpu_only
-from benchmarks.ops.w4a16 import GROUP, LAYOUT, weight_of, why_not
+from benchmarks.ops.w4a16 import GROUP, LAYOUT, unsupported_reason, weight_of
 from sarqc_kernels import RepackedWeight, repack, w4a16_matmul
 from sarqc_kernels.w4a16 import route, w4a16_experts
 from sarqc_kernels.w4a16.gemv import MOST_GROUPED_ROWS
@@ -97,13 +97,13 @@ def _prepared(inputs: Inputs, backend: str) -> tuple[RepackedWeight, RepackedWei
 
 
 def _few_enough(backend: str) -> Callable[[Point, torch.device], str | None]:
-    """`why_not`, and of csrc/gemv.cu whether it takes so many rows."""
+    """`unsupported_reason`, and of csrc/gemv.cu whether it takes so many rows."""
 
     def unsupported(point: Point, device: torch.device) -> str | None:
         rows, most = point.sizes["tokens"] * point.sizes["chosen"], min(MOST_GROUPED_ROWS, 8 * point.sizes["experts"])
         if backend == "cuda" and rows > most:
             return f"{rows} rows, it takes up to {most}"
-        reason: str | None = why_not(backend)(point, device)
+        reason: str | None = unsupported_reason(backend)(point, device)
         return reason
 
     return unsupported
@@ -161,8 +161,8 @@ def error(inputs: Inputs, result: Any) -> float:
     """Relative error against float64: of both products of the last expert with rows, or of two tokens of the layer."""
     pairs = _of_layer(inputs, result) if isinstance(result, Tensor) else _of_products(inputs, *result)
     off = size = 0.0
-    for found, exact in pairs:
-        off += float((found.double() - exact).square().sum())
+    for actual, exact in pairs:
+        off += float((actual.double() - exact).square().sum())
         size += float(exact.square().sum())
     return (off / size) ** 0.5
 
@@ -171,8 +171,8 @@ def _of_products(inputs: Inputs, first: Tensor, second: Tensor) -> Iterator[tupl
     last = inputs["last"]
     begin, end = inputs["offsets"][last : last + 2].tolist()
     rows = slice(begin, min(end, begin + 64))
-    for side, source, found in (("up", "x", first), ("down", "h", second)):
-        yield found[rows], inputs[source][rows].double() @ _exact(inputs, side, last).T
+    for side, source, result in (("up", "x", first), ("down", "h", second)):
+        yield result[rows], inputs[source][rows].double() @ _exact(inputs, side, last).T
 
 
 def _of_layer(inputs: Inputs, result: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -85,10 +85,10 @@ def _ours(backend: str) -> Contender:
                          layout=LAYOUT[backend])  # fmt: skip
         return lambda: w4a16_matmul(x, weight, backend=backend)
 
-    return Contender(f"sarqc {backend}", True, why_not(backend), bind)
+    return Contender(f"sarqc {backend}", True, unsupported_reason(backend), bind)
 
 
-def why_not(backend: str) -> Any:
+def unsupported_reason(backend: str) -> Any:
     """`unsupported` of one of ours: asked of the implementation itself, about a small weight in its own layout."""
 
     def unsupported(point: Point, device: torch.device) -> str | None:

@@ -22,8 +22,8 @@ from sarqc.system import versions
 
 def ask(model: str, text: str) -> dict[str, Any]:
     """Right answers of a model: their share, its standard error and the number of questions."""
-    found = zero_shot(model, [CLOZE], text=text, packed=False, dtype="float32")[CLOZE]
-    right, questions = found["acc"], int(found["sample_len"])
+    metrics = zero_shot(model, [CLOZE], text=text, packed=False, dtype="float32")[CLOZE]
+    right, questions = metrics["acc"], int(metrics["sample_len"])
     return {"accuracy": right, "error": sqrt(right * (1 - right) / questions), "questions": questions}
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", dest="texts", required=True)
     args = parser.parse_args()
     known = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {"rows": []}
-    for name, _, model in (said.partition("=") for said in args.models):
+    for name, _, model in (argument.partition("=") for argument in args.models):
         for text in args.texts:
             what = {"model": name, "text": Path(text).name}
             if any(what.items() <= row.items() for row in known["rows"]):

@@ -94,18 +94,18 @@ def allocated(
 
 def record(results: list[Any]) -> dict[str, Any]:
     """Seconds of the stages, and of each kind of site its lambdas, bit-widths and correction shares over depth."""
-    found: dict[str, Any] = {"seconds": {}, "reg_lambda": {}, "correction_share": {}, "widths": {}, "error": 0.0}
+    totals: dict[str, Any] = {"seconds": {}, "reg_lambda": {}, "correction_share": {}, "widths": {}, "error": 0.0}
     reports = [report for result in results for report in result.reports]
     for result in results:
         for stage, seconds in result.seconds.items():
-            found["seconds"][stage] = round(found["seconds"].get(stage, 0.0) + seconds, 1)
+            totals["seconds"][stage] = round(totals["seconds"].get(stage, 0.0) + seconds, 1)
     for report in reports:
         kind = report.held_out.get("kind", "")
-        found["reg_lambda"].setdefault(kind, []).append(round(report.reg_lambda, 2))
-        found["widths"].setdefault(kind, []).append(report.bits)
-        found["correction_share"].setdefault(kind, []).append(round(report.correction_share, 2))
-    found["error"] = sum(report.error for report in reports) / len(reports)
-    return found
+        totals["reg_lambda"].setdefault(kind, []).append(round(report.reg_lambda, 2))
+        totals["widths"].setdefault(kind, []).append(report.bits)
+        totals["correction_share"].setdefault(kind, []).append(round(report.correction_share, 2))
+    totals["error"] = sum(report.error for report in reports) / len(reports)
+    return totals
 
 
 def main() -> None:
@@ -125,7 +125,7 @@ def main() -> None:
     tokenizer = load_tokenizer(folder)
     name, text = args.calibration.split("=", 1)
     calib = windows_of(text, lambda: tokenizer, args.seqlen)
-    judged = {
+    evaluated = {
         key: evenly(windows_of(text, lambda: tokenizer, args.seqlen, part="evaluation"), args.eval_windows)
         for key, text in (entry.split("=", 1) for entry in args.evaluation)
     }
@@ -143,7 +143,7 @@ def main() -> None:
                 "blocks": args.blocks,
                 "set": setting,
             }
-            line["perplexity"] = {key: round(perplexity(model, text).perplexity, 3) for key, text in judged.items()}
+            line["perplexity"] = {key: round(perplexity(model, text).perplexity, 3) for key, text in evaluated.items()}
             print(line, flush=True)
             with args.results.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line | record(results)) + "\n")

@@ -72,15 +72,15 @@ def markdown(results: dict[str, Any]) -> str:
     )
 
 
-def as_markdown(found: dict[str, Any]) -> str:
+def as_markdown(result: dict[str, Any]) -> str:
     """Perplexities with their spread, a column for each method; the best bold, ties with it marked."""
-    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
     lines = ["| text | bits | group | windows | " + " | ".join(methods) + " |", "|---" * (len(methods) + 4) + "|"]
-    cases = dict.fromkeys((r["text"], r["bits"], r["group_size"], r["windows"]) for r in found["rows"])
+    cases = dict.fromkeys((r["text"], r["bits"], r["group_size"], r["windows"]) for r in result["rows"])
     for text, bits, group_size, windows in cases:
         own = {
             row["method"]: row
-            for row in found["rows"]
+            for row in result["rows"]
             if (row["text"], row["bits"], row["group_size"], row["windows"]) == (text, bits, group_size, windows)
         }
         name = text.rpartition("/")[2].replace("|", "\\|")
@@ -126,7 +126,7 @@ def main() -> None:
     for setting in FULL if args.full else SMALL:
         own = [other for other in args.also if other.bits in setting["bits"]]
         with RunProgress(Console(stderr=True)) as progress:
-            found = sarqc.compare(
+            comparison = sarqc.compare(
                 args.model,
                 args.work_dir,
                 dataset=args.dataset,
@@ -135,8 +135,8 @@ def main() -> None:
                 progress=progress,
                 **(setting | instead),
             )
-        cells += found.table["cells"]
-        protocol = found.table["protocol"]
+        cells += comparison.table["cells"]
+        protocol = comparison.table["protocol"]
     whole = write_results(args.results, protocol, cells)
     args.results.with_suffix(".svg").write_text(plot(whole), encoding="utf-8")
 

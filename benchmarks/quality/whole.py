@@ -67,11 +67,11 @@ def rivals(args: argparse.Namespace, rival: str, bits: int, group_size: int, tok
     return str(json.loads(done.stdout.splitlines()[-1])["tool"])
 
 
-def _rival(said: str) -> str:
-    name, _, python = said.partition("=")
+def _rival(argument: str) -> str:
+    name, _, python = argument.partition("=")
     if name not in RIVALS or not python:
-        raise argparse.ArgumentTypeError(f"{said!r}: write NAME=PYTHON, NAME one of {', '.join(RIVALS)}")
-    return said
+        raise argparse.ArgumentTypeError(f"{argument!r}: write NAME=PYTHON, NAME one of {', '.join(RIVALS)}")
+    return argument
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def main() -> None:
                 print(out.name, flush=True)
             tools[name] = maker.read_text()
             also.append(Other(name, bits, group_size, windows, seed, out))
-        found = sarqc.compare(
+        comparison = sarqc.compare(
             args.model,
             args.work_dir / "judged",
             methods=("rtn",),
@@ -125,8 +125,8 @@ def main() -> None:
             eval_windows=args.eval_windows,
             also=also,
         )
-        cells += found.table["cells"]
-        protocol = found.table["protocol"]
+        cells += comparison.table["cells"]
+        protocol = comparison.table["protocol"]
     write_results(args.results, protocol | {"mode": WHOLE, "tools": tools}, cells)
 
 

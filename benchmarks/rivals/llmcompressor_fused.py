@@ -34,8 +34,8 @@ def contender(group_size: int, bits: int) -> Contender:
 
         def call() -> Tensor:
             weight, hessian = inputs["weight"].clone(), inputs["hessian"].clone()
-            found, *_ = quantize_weight(weight, hessian, scales, zeros, None, rule, percdamp=0.0)
-            levels = found.unflatten(-1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)
+            result, *_ = quantize_weight(weight, hessian, scales, zeros, None, rule, percdamp=0.0)
+            levels = result.unflatten(-1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)
             return (levels.round() + (1 << (bits - 1))).flatten(-2).to(torch.uint8)
 
         return call

@@ -32,18 +32,18 @@ _OPS = re.compile(r'Library\("sarqc"|torch\.ops\.sarqc\b|"sarqc::')
 
 def sources() -> dict[str, str]:
     """Files of the package by path, without `OUTSIDE`."""
-    found = {}
+    files = {}
     for path in sorted([*ROOT.rglob("*.py"), *ROOT.rglob("tuned/*.json")]):
         name = path.relative_to(ROOT).as_posix()
         if name.partition("/")[0] not in OUTSIDE:
-            found[name] = path.read_text(encoding="utf-8")
-    return found
+            files[name] = path.read_text(encoding="utf-8")
+    return files
 
 
 def relative(name: str, text: str) -> str:
     """A file's imports of the package, seen from where it lies."""
     dots = "." * (name.count("/") + 1)
-    text = _FROM.sub(lambda found: f"{found[1]}from {dots}{found[2] or ''} import ", text)
+    text = _FROM.sub(lambda match: f"{match[1]}from {dots}{match[2] or ''} import ", text)
     text = text.replace('f"sarqc_kernels.{', 'f"{__name__}.{')
     if left := re.search(r"^\s*import sarqc_kernels.*$|import_module\(.sarqc_kernels", text, re.MULTILINE):
         raise ValueError(f"{name} holds {left[0].strip()!r}, which names the package: import from it instead")
@@ -61,7 +61,7 @@ def build(out: Path) -> str:
         for name, text in files.items():
             path = place / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_OPS.sub(lambda found: found[0].replace("sarqc", space), text), encoding="utf-8")
+            path.write_text(_OPS.sub(lambda match: match[0].replace("sarqc", space), text), encoding="utf-8")
         about = {
             "id": f"_{NAME.replace('-', '_')}_{backend}_{digest}",
             "name": NAME,

@@ -57,13 +57,13 @@ def serve(request: Path) -> None:
     asked = json.loads(request.read_text())
     llm = LLM(asked["folder"], dtype="bfloat16", enforce_eager=True, max_model_len=512, **asked["options"])
     sampling = SamplingParams(temperature=0, max_tokens=asked["tokens"])
-    found = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], sampling)
-    said = [list(one.outputs[0].token_ids) for one in found]
-    request.with_suffix(".answer").write_text(json.dumps({"version": __version__, "said": said}))
+    result = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], sampling)
+    answers = [list(one.outputs[0].token_ids) for one in result]
+    request.with_suffix(".answer").write_text(json.dumps({"version": __version__, "answers": answers}))
 
 
 def ask(python: str, folder: str, prompts: list[list[int]], device: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM says: {"said": tokens of each prompt, "version"}, without "said" where it refuses; "log" always."""
+    """What vLLM gives: {"answers": tokens by prompt, "version"}, without "answers" where it refuses; "log" always."""
     environment = os.environ | QUIET | (CPU if device == "cpu" else {})
     environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as place:
@@ -74,8 +74,8 @@ def ask(python: str, folder: str, prompts: list[list[int]], device: str, options
             [python, __file__, "--serve", str(request)], capture_output=True, text=True, env=environment, cwd=place
         )
         answer = request.with_suffix(".answer")
-        found: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
-    return found | {"log": telling(done.stdout + done.stderr)}
+        content: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
+    return content | {"log": telling(done.stdout + done.stderr)}
 
 
 def telling(log: str) -> list[str]:
@@ -84,20 +84,20 @@ def telling(log: str) -> list[str]:
     return list(dict.fromkeys(line for line in lines if TELLING.search(line)))
 
 
-def agreement(model: Any, prompt: list[int], said: list[int]) -> str:
+def agreement(model: Any, prompt: list[int], answer: list[int]) -> str:
     """How many of the tokens that vLLM said are our likeliest too, and how far behind ours the worst other one is.
 
     The distance is in nats of log probability.
     """
     import torch
 
-    ids = torch.tensor([prompt + said], device=model.device)
+    ids = torch.tensor([prompt + answer], device=model.device)
     with torch.inference_mode():
         logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    theirs = logits.gather(1, torch.tensor(said, device=logits.device).unsqueeze(1))[:, 0]
+    theirs = logits.gather(1, torch.tensor(answer, device=logits.device).unsqueeze(1))[:, 0]
     behind = logits.max(1).values - theirs
     worst = float(behind.max())
-    return f"{int((behind == 0).sum())} of {len(said)}" + (f", {worst:.2f} nats" if worst else "")
+    return f"{int((behind == 0).sum())} of {len(answer)}" + (f", {worst:.2f} nats" if worst else "")
 
 
 def section(name: str, folder: str, args: argparse.Namespace) -> tuple[str, str | None]:
@@ -109,9 +109,9 @@ def section(name: str, folder: str, args: argparse.Namespace) -> tuple[str, str 
     exact, _ = sarqc.load(folder, device=args.device, dtype="float32")
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     options = {key: _value(text) for key, text in (one.split("=", 1) for one in args.set)}
-    found = ask(args.python, str(Path(folder).resolve()), prompts, args.device, options)
+    actual = ask(args.python, str(Path(folder).resolve()), prompts, args.device, options)
     lines = [f"## {name}", ""]
-    if "said" in found:
+    if "answers" in actual:
         packed = sum(isinstance(module, PackedWeight) for module in stored.modules())
         dtype = str(stored.dtype).removeprefix("torch.")
         lines += [
@@ -121,14 +121,14 @@ def section(name: str, folder: str, args: argparse.Namespace) -> tuple[str, str 
             f"| prompt | vLLM's continuation | {dtype} | float32 |",
             "|---|---|---|---|",
         ]
-        for text, prompt, said in zip(PROMPTS, prompts, found["said"]):
-            shown = json.dumps(tokenizer.decode(said), ensure_ascii=False).replace("|", "\\|")
-            cells = [agreement(model, prompt, said) for model in (stored, exact)]
+        for text, prompt, answer in zip(PROMPTS, prompts, actual["answers"]):
+            shown = json.dumps(tokenizer.decode(answer), ensure_ascii=False).replace("|", "\\|")
+            cells = [agreement(model, prompt, answer) for model in (stored, exact)]
             lines.append(f"| {text} | `{shown}` | {' | '.join(cells)} |")
     else:
         lines.append("vLLM refuses it.")
-    lines += ["", "Its log:", "", "```", *found["log"][-12:], "```", ""]
-    return "\n".join(lines), found.get("version")
+    lines += ["", "Its log:", "", "```", *actual["log"][-12:], "```", ""]
+    return "\n".join(lines), actual.get("version")
 
 
 def _value(text: str) -> Any:

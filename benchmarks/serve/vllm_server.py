@@ -84,8 +84,8 @@ def completion(address: str, prompt: Sequence[int]) -> list[int]:
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=600) as answer:
-        found: dict[str, Any] = json.load(answer)
-    return list(found["choices"][0]["token_ids"])
+        content: dict[str, Any] = json.load(answer)
+    return list(content["choices"][0]["token_ids"])
 
 
 def section(name: str, folder: str, args: argparse.Namespace, options: Sequence[str]) -> str:
@@ -106,22 +106,22 @@ def section(name: str, folder: str, args: argparse.Namespace, options: Sequence[
         with tempfile.TemporaryDirectory() as place:
             log = Path(place) / "log"
             with serving(args.python, str(Path(folder).resolve()), ours, args.device, options, log) as address:
-                said = [completion(address, prompt) for prompt in prompts] if address else None
-            told = telling(log.read_text(errors="replace"))
+                answers = [completion(address, prompt) for prompt in prompts] if address else None
+            message = telling(log.read_text(errors="replace"))
         lines += [f"### {VARIABLE}={int(ours)}", ""]
-        if said is None:
+        if answers is None:
             lines += ["vLLM refuses it.", ""]
         else:
             lines += [
                 "| prompt | vLLM's continuation | first tokens equal to transformers' | likeliest |",
                 "|---|---|---|---|",
             ]
-            for text, prompt, mine, theirs in zip(PROMPTS, prompts, alone, said):
+            for text, prompt, mine, theirs in zip(PROMPTS, prompts, alone, answers):
                 same = next((at for at, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1]), TOKENS)
                 shown = json.dumps(tokenizer.decode(theirs), ensure_ascii=False).replace("|", "\\|")
                 lines.append(f"| {text} | `{shown}` | {same} of {TOKENS} | {agreement(model, prompt, theirs)} |")
             lines.append("")
-        lines += ["```", *told[-12:], "```", ""]
+        lines += ["```", *message[-12:], "```", ""]
     return "\n".join(lines)
 
 

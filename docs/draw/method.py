@@ -39,12 +39,12 @@ def ellipse(hessian: Matrix, level: float) -> list[Point]:
     a, b, c = hessian
     corner = math.sqrt(a)
     below, last = b / corner, math.sqrt(c - b * b / a)
-    found = []
+    items = []
     for turn in range(145):
         across, up = (math.sqrt(level) * part(2 * math.pi * turn / 144) for part in (math.cos, math.sin))
         y = up / last
-        found.append((WEIGHT[0] + (across - below * y) / corner, WEIGHT[1] + y))
-    return found
+        items.append((WEIGHT[0] + (across - below * y) / corner, WEIGHT[1] + y))
+    return items
 
 
 def objective() -> str:
@@ -75,13 +75,13 @@ def objective() -> str:
 
 def inside(points: list[Point]) -> list[list[Point]]:
     """The stretches of a curve that lie inside of the panel."""
-    found: list[list[Point]] = [[]]
+    pieces: list[list[Point]] = [[]]
     for at in points:
         if max(abs(at[0]), abs(at[1])) <= REACH + 0.4:
-            found[-1].append(at)
-        elif found[-1]:
-            found.append([])
-    return [piece for piece in found if len(piece) > 1]
+            pieces[-1].append(at)
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if len(piece) > 1]
 
 
 def flow() -> str:

@@ -41,8 +41,8 @@ def shard_name(number: int, count: int) -> str:
 
 def shard_number(path: Path) -> int | None:
     """The number in a conventional name, None for another name."""
-    found = _NAME.fullmatch(path.name)
-    return int(found[1]) if found else None
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def assemble(folder: Path, shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, ChunkedTensor]) -> None:
@@ -79,12 +79,12 @@ def nbytes(one: Fingerprint) -> int:
 
 def _joined(shards: Sequence[tuple[Path, Sums]], rest: Mapping[str, ChunkedTensor]) -> dict[str, Fingerprint]:
     """Sums of all shards together."""
-    found: dict[str, Fingerprint] = {}
+    fingerprints: dict[str, Fingerprint] = {}
     for path, sums in shards:
-        if twice := sorted(sums.keys() & (found.keys() | rest.keys())):
+        if twice := sorted(sums.keys() & (fingerprints.keys() | rest.keys())):
             raise CheckpointError(f"{path} holds tensor {twice[0]!r}, which another shard holds too")
-        found |= sums
-    return found
+        fingerprints |= sums
+    return fingerprints
 
 
 def _merge(

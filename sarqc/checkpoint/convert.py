@@ -93,12 +93,12 @@ class Conversion:
 
     def _joined(self, members: Sequence[str]) -> dict[str, Tensor]:
         """The tensors on disk of one of the dense view, or of the matrices of a stack."""
-        found: dict[str, list[Tensor]] = {}
+        by_name: dict[str, list[Tensor]] = {}
         for name in members:
             for full, tensor in self._packed(name).items():
-                found.setdefault(stacked_name(full, self.target)[0], []).append(tensor)
+                by_name.setdefault(stacked_name(full, self.target)[0], []).append(tensor)
         alone = stacked_name(members[0], self.target)[0] == members[0]
-        return {name: parts[0] if alone else torch.stack(parts) for name, parts in found.items()}
+        return {name: parts[0] if alone else torch.stack(parts) for name, parts in by_name.items()}
 
     def _check_alike(self, members: Sequence[str]) -> None:
         """`CheckpointError` where the matrices of a stack differ in what one tensor has to have alike."""
@@ -126,10 +126,10 @@ class Conversion:
     def _checked(self, folder: Path) -> dict[str, Any]:
         """Read all of it back; what it is in numbers, or `CheckpointError`."""
         with closing(open_checkpoint(folder)) as written:
-            found = other_names(written, self.checkpoint)
-            found = found or next(problems(written, beside=partial(difference, written, self.checkpoint)), None)
-            if found is not None:
-                raise CheckpointError(f"the converted checkpoint is not the one it was made of: {found}")
+            problem = other_names(written, self.checkpoint)
+            problem = problem or next(problems(written, beside=partial(difference, written, self.checkpoint)), None)
+            if problem is not None:
+                raise CheckpointError(f"the converted checkpoint is not the one it was made of: {problem}")
             stored = written.storage()
             assert written.format is not None and self.checkpoint.format is not None
             return {
@@ -158,11 +158,11 @@ def units(names: Sequence[str], target: Format) -> list[list[str]]:
 
 def spec_of(checkpoint: Checkpoint) -> tuple[QuantConfig, dict[str, int]]:
     """The spec that all quantized Linears follow, and the bits of each; `CheckpointError` where groups differ."""
-    found = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
-    if not found:
+    infos = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
+    if not infos:
         raise CheckpointError(f"{checkpoint.folder} says it is quantized but holds no quantized Linear")
-    channel = all(info.groups == 1 for info in found.values())
-    sizes = {linear: -1 if channel else info.shape[1] // info.groups for linear, info in found.items()}
+    channel = all(info.groups == 1 for info in infos.values())
+    sizes = {linear: -1 if channel else info.shape[1] // info.groups for linear, info in infos.items()}
     first, group_size = next(iter(sizes.items()))
     for linear, size in sizes.items():
         if size != group_size:
@@ -173,8 +173,8 @@ def spec_of(checkpoint: Checkpoint) -> tuple[QuantConfig, dict[str, int]]:
     if group_size != -1 and group_size < 8:
         raise CheckpointError(f"{checkpoint.folder} has groups of {group_size} inputs: 8 is the least that is written")
     # Lazy, so that a checkpoint with real zeros is read no further than to the first of them.
-    sym = all(info.sym or _centred(checkpoint, linear) for linear, info in found.items())
-    widths = {linear: info.bits for linear, info in found.items()}
+    sym = all(info.sym or _centred(checkpoint, linear) for linear, info in infos.items())
+    widths = {linear: info.bits for linear, info in infos.items()}
     choices = tuple(sorted(set(widths.values())))
     if len(choices) == 1:
         return QuantConfig(choices[0], group_size, sym), widths

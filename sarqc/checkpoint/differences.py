@@ -35,7 +35,7 @@ class Compared:
     problem: str | None
 
 
-def lacking(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
+def missing_names(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
     """Names of the dense view that only one of the two has, a line each."""
     ours, theirs = set(checkpoint.names()), set(source.names())
     for name in sorted(ours ^ theirs):

@@ -65,11 +65,11 @@ def _record(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    found: dict[str, Any] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    record: dict[str, Any] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     if path.suffix == ".json":
         with suppress(CheckpointError):  # of no JSON readers will say so; a change is found all the same
-            found["values"] = dict(_values(parse_json(content, str(path))))
-    return found
+            record["values"] = dict(_values(parse_json(content, str(path))))
+    return record
 
 
 def _values(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -87,7 +87,7 @@ def _difference(written: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if not isinstance(before, dict) or not isinstance(after, dict):
         return f"it has {now['size']} bytes, where {written.get('size')} were written"
     names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
-    told = [f"{name} is {after.get(name, 'missing')}, was {before.get(name, 'missing')}" for name in names[:_NAMED]]
-    if not told:
+    changes = [f"{name} is {after.get(name, 'missing')}, was {before.get(name, 'missing')}" for name in names[:_NAMED]]
+    if not changes:
         return "its values are the same, its layout is another"
-    return "; ".join(told) + (f"; and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return "; ".join(changes) + (f"; and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

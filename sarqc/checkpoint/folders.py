@@ -14,7 +14,7 @@ from sarqc.checkpoint.files import sync
 from sarqc.errors import CheckpointError
 
 
-def refuse_place(out: Path | str, what: str = "output folder") -> None:
+def check_place(out: Path | str, what: str = "output folder") -> None:
     """`CheckpointError` where no folder can be made: a name that none can have, or no right to write there."""
     path = Path(out).resolve()
     hidden = path.with_name(f".{path.name}.{'0' * 8}.partial") if path.name else path  # the longest name used beside it
@@ -36,7 +36,7 @@ def _short(name: Path | str) -> str:
     return text if len(text) <= 120 else f"{text[:60]}...{text[-40:]}"
 
 
-def refuse_overlap(out: Path | str, source: Path | str, what: str = "output folder") -> None:
+def check_overlap(out: Path | str, source: Path | str, what: str = "output folder") -> None:
     """`CheckpointError` if `out` is the folder `source`, lies inside it, or holds it; links are followed first."""
     real_out, real_source = Path(out).resolve(), Path(source).resolve()
     for inner, outer, how in ((real_out, real_source, "is inside"), (real_source, real_out, "holds")):
@@ -46,14 +46,14 @@ def refuse_overlap(out: Path | str, source: Path | str, what: str = "output fold
                 raise CheckpointError(f"{what} {out} {how} the model's own folder {source}: choose another one")
 
 
-def refuse_existing(out: Path | str, overwrite: bool = False) -> None:
+def check_existing(out: Path | str, overwrite: bool = False) -> None:
     """`CheckpointError` if a checkpoint must not be put at `out`; called before long work and again at its start.
 
     An empty folder may be filled. With `overwrite`, a folder that holds a checkpoint may be replaced; one without a
     config.json is left alone even then, so that a mistyped path deletes no files.
     """
     path = Path(out)
-    refuse_place(path)
+    check_place(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"output folder {out} is a file: choose another name")
     if path.is_mount():  # a checkpoint is built beside its place and renamed to it
@@ -82,7 +82,7 @@ def atomic_folder(
     target = Path(out).resolve()  # a link keeps pointing at the folder it points at
     if token is not None:
         _clear_remains(target, token)
-    refuse_existing(out, overwrite)
+    check_existing(out, overwrite)
     token = token or secrets.token_hex(4)
     building = target.with_name(f".{target.name}.{token}.partial")
     made = [place for place in target.parents if not place.exists()]
@@ -118,7 +118,7 @@ def _moved(folder: Path, place: Path) -> Path:
 
 def _move_into_place(building: Path, target: Path, aside: Path, overwrite: bool) -> None:
     """Renames `building` to `target`; an old `target` is moved aside first and deleted last."""
-    refuse_existing(target, overwrite)  # someone may have put something there in the meantime
+    check_existing(target, overwrite)  # someone may have put something there in the meantime
     if not target.exists():
         building.rename(target)
         return

@@ -82,9 +82,9 @@ def dense_view(entries: Mapping[str, TensorInfo], quantization: Mapping[str, Any
     edge = tuple(block) if isinstance(block, list) and len(block) == 2 else None
     weights: dict[str, Expanded] = {}
     for name in entries:
-        found = _weight(name, entries, edge, dtype)
-        if found is not None:
-            weights[found[0]] = found[1]
+        expanded = _weight(name, entries, edge, dtype)
+        if expanded is not None:
+            weights[expanded[0]] = expanded[1]
     hidden = {member for one in weights.values() for member in one.members} - weights.keys()
     hidden |= {name for name in entries if name.rpartition(".")[2] in _ACTIVATIONS}
     for name, entry in entries.items():
@@ -189,6 +189,6 @@ def _int8(name: str, scale: str) -> Callable[[Load, torch.dtype], Tensor]:
 def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that a config.json gives its model, or its text model; bf16 where it says nothing of use."""
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    said = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+    dtypes = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return next((known[name] for name in said if isinstance(name, str) and name in known), torch.bfloat16)
+    return next((known[name] for name in dtypes if isinstance(name, str) and name in known), torch.bfloat16)

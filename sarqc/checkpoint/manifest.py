@@ -46,7 +46,7 @@ def fingerprint(tensor: Tensor, data: memoryview) -> Fingerprint:
 def write_manifest(folder: Path, tensors: Mapping[str, Fingerprint]) -> Path:
     """Writes the manifest of `folder` and returns its path."""
     path = folder / MANIFEST
-    content = {name: asdict(found) for name, found in tensors.items()}
+    content = {name: asdict(entry) for name, entry in tensors.items()}
     write_json(path, {"algorithm": _ALGORITHM, "tensors": content, "version": VERSION})
     return path
 
@@ -69,7 +69,7 @@ def fingerprints(tensors: Mapping[str, Any], path: Path) -> dict[str, Fingerprin
 
 def _fingerprint(path: Path, name: str, fields: Any) -> Fingerprint:
     if isinstance(fields, dict) and fields.keys() == {"dtype", "shape", "sha256"}:
-        found = Fingerprint(**fields)
-        if isinstance(found.shape, list) and isinstance(found.sha256, str) and _SUM.fullmatch(found.sha256):
-            return found
+        entry = Fingerprint(**fields)
+        if isinstance(entry.shape, list) and isinstance(entry.sha256, str) and _SUM.fullmatch(entry.sha256):
+            return entry
     raise CheckpointError(f"{path} is damaged: it describes tensor {name!r} by {str(fields)[:80]!r}")

@@ -25,7 +25,7 @@ from sarqc.checkpoint.formats import FORMATS, detect, quantization_of
 from sarqc.checkpoint.formats.stacked import experts_of
 from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.low_precision import Expanded, dense_view, is_low_precision
-from sarqc.checkpoint.shards import INDEX, Shard, check_promises, find_shards
+from sarqc.checkpoint.shards import INDEX, Shard, check_index, find_shards
 from sarqc.config import QuantConfig
 from sarqc.conventions import ExpertSlice
 from sarqc.errors import CheckpointError
@@ -77,7 +77,7 @@ class Checkpoint:
         self.format = None if low else detect(config)
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
-        self._slabs: dict[str, ExpertSlice] = {}
+        self._slices: dict[str, ExpertSlice] = {}
         self._rows = self._rows_of_stacks()
         self.expanded: Mapping[str, Expanded] = {}
         hidden: frozenset[str] = frozenset()
@@ -94,12 +94,12 @@ class Checkpoint:
         """Where each tensor of a single expert lies, in a format that has one tensor of those of all experts."""
         if self.format is None or not self.format.stacked:
             return {}
-        found = {}
+        rows = {}
         for stack, shard in self._home.items():
             count = (shard.entries[stack].shape or (0,))[0]
             for expert, name in enumerate(experts_of(stack, count, self._quantization)):
-                found[name] = (stack, expert)
-        return found
+                rows[name] = (stack, expert)
+        return rows
 
     def parts(self) -> set[str]:
         """Names of the tensors on disk, those of single experts in the place of stacks."""
@@ -132,11 +132,11 @@ class Checkpoint:
         """The safetensors files."""
         return [shard.path for shard in self._shards]
 
-    def split(self, slabs: Mapping[str, ExpertSlice]) -> Checkpoint:
+    def split(self, slices: Mapping[str, ExpertSlice]) -> Checkpoint:
         """Show single matrices, by name, in the place of the tensors that they lie in; this checkpoint, changed."""
-        whole = {slab.tensor for slab in slabs.values()}
-        self._names = sorted((set(self._names) - whole) | slabs.keys())
-        self._slabs = dict(slabs)
+        whole = {part.tensor for part in slices.values()}
+        self._names = sorted((set(self._names) - whole) | slices.keys())
+        self._slices = dict(slices)
         return self
 
     def _expert(self, tensor: str, expert: int) -> Tensor:
@@ -158,8 +158,8 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of dense tensor `name`; reads no weights."""
-        if name in self._slabs:
-            return self._slabs[name].shape
+        if name in self._slices:
+            return self._slices[name].shape
         if name in self.expanded:
             return self.expanded[name].shape
         linear = self.linear(name)
@@ -167,8 +167,8 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of dense tensor `name`; that of its scales where it is quantized."""
-        if name in self._slabs:
-            return self.dtype(self._slabs[name].tensor)
+        if name in self._slices:
+            return self.dtype(self._slices[name].tensor)
         if name in self.expanded:
             return self.expanded[name].dtype
         linear = self.linear(name)
@@ -176,9 +176,9 @@ class Checkpoint:
 
     def load(self, name: str) -> Tensor:
         """Dense tensor `name` on the CPU in memory of its own, dequantized where need be."""
-        if (slab := self._slabs.get(name)) is not None:
-            matrix = self._expert(slab.tensor, slab.expert)
-            rows = (matrix.mT if slab.transposed else matrix)[slab.start :: slab.step][: slab.shape[0]]
+        if (part := self._slices.get(name)) is not None:
+            matrix = self._expert(part.tensor, part.expert)
+            rows = (matrix.mT if part.transposed else matrix)[part.start :: part.step][: part.shape[0]]
             return rows.clone(memory_format=torch.contiguous_format)
         if name in self.expanded:
             return self.expanded[name].load(self.raw_load)
@@ -304,7 +304,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
             opened.callback(shards[path.name].close)
         listed = {path.name: tensors for path, tensors in promised.items() if tensors is not None}
         if listed:
-            check_promises(folder / INDEX, shards, listed)
+            check_index(folder / INDEX, shards, listed)
         checkpoint = Checkpoint(folder, config, list(shards.values()))
         opened.pop_all()
     return checkpoint

@@ -66,10 +66,10 @@ class Shard:
             with self._lock:
                 self._file.seek(begin)
                 while filled < count:  # one read gives at most 2 GB
-                    found = self._file.readinto(view[filled:])
-                    if not found:
+                    read = self._file.readinto(view[filled:])
+                    if not read:
                         raise CheckpointError(f"{self.path} ended inside tensor {name!r}: it changed while it was read")
-                    filled += found
+                    filled += read
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read at tensor {name!r}: {error.strerror}") from error
         return data
@@ -120,7 +120,7 @@ def _nothing(folder: Path) -> str:
     return f"{folder} holds neither {SINGLE} nor {INDEX}: it is not a model in safetensors files"
 
 
-def check_promises(index: Path, shards: dict[str, Shard], promised: dict[str, frozenset[str]]) -> None:
+def check_index(index: Path, shards: dict[str, Shard], promised: dict[str, frozenset[str]]) -> None:
     """Compares an index with the headers of all its shards, both by file name; `CheckpointError` where they differ."""
     home = {tensor: name for name, tensors in promised.items() for tensor in tensors}
     for name, shard in shards.items():

@@ -72,8 +72,8 @@ class SummedShard:
         self._sums = sums
         self._shard = Shard(path)
         entries = self._shard.entries
-        found = {name: (dtype_name(entry.dtype), list(entry.shape)) for name, entry in entries.items()}
-        if found != {name: (one.dtype, list(one.shape)) for name, one in sums.items()}:
+        stored = {name: (dtype_name(entry.dtype), list(entry.shape)) for name, entry in entries.items()}
+        if stored != {name: (one.dtype, list(one.shape)) for name, one in sums.items()}:
             self.close()
             raise CheckpointError(f"{path} is damaged: it does not hold the tensors it was written with")
 
@@ -106,8 +106,8 @@ class SummedShard:
             for _ in self.parts(name).each():
                 pass
 
-    def _compare(self, name: str, found: str) -> None:
-        if found != self._sums[name].sha256:
+    def _compare(self, name: str, actual: str) -> None:
+        if actual != self._sums[name].sha256:
             raise CheckpointError(f"{self.path} is damaged: tensor {name!r} does not match its sum")
 
     def close(self) -> None:
@@ -159,8 +159,10 @@ def write_state(path: Path, tensors: Mapping[str, Tensor | ChunkedTensor], recor
     text = json.dumps(record, sort_keys=True, allow_nan=False)
 
     def header(sums: Mapping[str, Fingerprint]) -> tuple[bytes, list[str]]:
-        said = json.dumps({name: asdict(one) for name, one in sums.items()}, sort_keys=True)
-        return make_header(_entries(whole), {_RECORD: text, _SUMS: said, _SEAL: _sha256((text + said).encode())})
+        metadata = json.dumps({name: asdict(one) for name, one in sums.items()}, sort_keys=True)
+        return make_header(
+            _entries(whole), {_RECORD: text, _SUMS: metadata, _SEAL: _sha256((text + metadata).encode())}
+        )
 
     # Sums stand in front of what they are of and are known behind it: they are filled in last, and are of one length.
     blank, order = header({n: Fingerprint(str(dtype_name(w.dtype)), list(w.shape), "0" * 64) for n, w in whole.items()})

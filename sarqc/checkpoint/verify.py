@@ -20,7 +20,7 @@ Beside = Callable[[str, Tensor | QuantizedWeight], Iterable[str]]
 _CHECKED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def refuse_poison(checkpoint: Checkpoint, inside: str) -> None:
+def check_finite(checkpoint: Checkpoint, inside: str) -> None:
     """`NumericError` for a NaN in a tensor that is stored under no name beginning with `inside`.
 
     Asked before a run: those tensors go into the result as they are, and it would be refused at the very end.
@@ -33,7 +33,7 @@ def refuse_poison(checkpoint: Checkpoint, inside: str) -> None:
             raise NumericError(f"{name} holds NaN; repair the checkpoint before quantizing")
 
 
-def refuse_overflow(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def check_fp16_range(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """`NumericError` naming the first tensor with a number beyond the range of `dtype`, in which the model is to run.
 
     Every tensor is read where that is float16 and they are stored in another dtype; a wider dtype holds all there is.
@@ -107,10 +107,10 @@ def _folder(checkpoint: Checkpoint) -> Iterator[str]:
     index = checkpoint.folder / INDEX
     if index.exists():
         metadata = read_json(index).get("metadata")
-        said = metadata.get("total_size") if isinstance(metadata, dict) else None
+        declared = metadata.get("total_size") if isinstance(metadata, dict) else None
         total = sum(checkpoint.raw_entry(name).nbytes for name in checkpoint.raw_names())
-        if said != total:
-            yield f"{index} says total_size {said!r}, its shards hold {total} bytes of tensors"
+        if declared != total:
+            yield f"{index} says total_size {declared!r}, its shards hold {total} bytes of tensors"
 
 
 def _names(checkpoint: Checkpoint, manifest: Mapping[str, Fingerprint]) -> Iterator[str]:
@@ -124,13 +124,13 @@ def _names(checkpoint: Checkpoint, manifest: Mapping[str, Fingerprint]) -> Itera
 
 def _changed(checkpoint: Checkpoint, name: str, tensor: Tensor, written: Fingerprint) -> Iterator[str]:
     """A tensor that is not what was written."""
-    found = fingerprint(tensor, bytes_of(tensor))
-    if (found.dtype, found.shape) != (written.dtype, written.shape):
+    actual = fingerprint(tensor, bytes_of(tensor))
+    if (actual.dtype, actual.shape) != (written.dtype, written.shape):
         yield (
-            f"{checkpoint.folder}: tensor {name!r} is {found.dtype} {found.shape}, where {written.dtype} "
+            f"{checkpoint.folder}: tensor {name!r} is {actual.dtype} {actual.shape}, where {written.dtype} "
             f"{written.shape} was written"
         )
-    elif found.sha256 != written.sha256:
+    elif actual.sha256 != written.sha256:
         yield f"{checkpoint.folder}: tensor {name!r} has changed since it was written: its sha256 is another"
 
 

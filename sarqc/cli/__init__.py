@@ -97,7 +97,7 @@ milliseconds in which it keeps others from its core. `benchmarks.contention` mea
 """
 
 
-def wait_briefly(environment: MutableMapping[str, str]) -> None:
+def set_wait_policy(environment: MutableMapping[str, str]) -> None:
     """Make idle threads leave their core soon, where nobody has said how they wait. torch's library reads that when it
     is loaded, so only the command line does this, in the process that is its own."""
     if not any(name in environment for name in WAITING):
@@ -106,7 +106,7 @@ def wait_briefly(environment: MutableMapping[str, str]) -> None:
 
 def main() -> NoReturn:
     """Run the command line; errors of the user become one line on stderr and exit code 2."""
-    wait_briefly(os.environ)
+    set_wait_policy(os.environ)
     code = _run()
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -132,13 +132,13 @@ def _run() -> int:
     except KeyboardInterrupt:
         return 130
     except Interrupted as error:
-        return _said(str(error), 130)
+        return _exit(str(error), 130)
     except SarqcError as error:
-        return _said(str(error))
+        return _exit(str(error))
     except _UsageError as error:
-        return _said(_usage(error))
+        return _exit(_usage(error))
     except typer.Abort:
-        return _said("stopped", 130)
+        return _exit("stopped", 130)
     except BrokenPipeError:
         return 128 + signal.SIGPIPE  # `sarqc ... | head`: there is nobody to tell
     except (RuntimeError, MemoryError) as error:
@@ -146,40 +146,40 @@ def _run() -> int:
 
         if not out_of_memory(error):
             raise
-        return _said(_full(error))
+        return _exit(_memory_advice(error))
     except OSError as error:
         where = "standard output" if error.filename is None else repr(os.fspath(error.filename))
-        return _said(f"{where} cannot be used: {error.strerror or error}; give another place, or make room there")
+        return _exit(f"{where} cannot be used: {error.strerror or error}; give another place, or make room there")
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: object, **options: object) -> None:
     """A warning as one line, where it is about an earlier name; others as Python shows them."""
     if issubclass(category, RenamedWarning):
-        _said(str(message))
+        _exit(str(message))
     else:
         _SHOW(message, category, *rest, **options)  # type: ignore[arg-type]  # passed on as they came
 
 
 def _usage(error: Exception) -> str:
     """What is wrong with a command line; where there is nothing on it, its help was printed instead."""
-    context, told = getattr(error, "ctx", None), getattr(error, "format_message", lambda: str(error))()
-    if not told:
+    context, message = getattr(error, "ctx", None), getattr(error, "format_message", lambda: str(error))()
+    if not message:
         return f"no command: {', '.join(COMMANDS)} are known; `sarqc COMMAND --help` explains one"
     command = "sarqc" if context is None else context.command_path
     for old, new in REMOVED.items():
-        if f"No such command {old!r}" in told:
+        if f"No such command {old!r}" in message:
             return f"`sarqc {old}` is gone: {new}"
-    return f"{told.rstrip('.')}; `{command} --help` lists what there is"
+    return f"{message.rstrip('.')}; `{command} --help` lists what there is"
 
 
-def _full(error: Exception) -> str:
+def _memory_advice(error: Exception) -> str:
     """That memory ran out, and what the command in `sys.argv` could do with less of it."""
     command = next((word for word in sys.argv[1:] if word in COMMANDS), "")
     what = f"{LESS[command]}, or another --device" if command in LESS else "a machine with more"
     return f"{command}: out of memory ({str(error).partition(chr(10))[0] or 'of this machine'}); use {what}"
 
 
-def _said(line: str, code: int = 2) -> int:
+def _exit(line: str, code: int = 2) -> int:
     with suppress(OSError):
         print(f"sarqc: {' '.join(line.split())}", file=sys.stderr)
     return code

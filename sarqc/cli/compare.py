@@ -32,13 +32,13 @@ def compare(
     from sarqc.entrypoints.compare import compare as run
 
     with RunProgress(stderr()) as progress:
-        found = run(model, output, progress=progress, **given)
+        result = run(model, output, progress=progress, **given)
     if as_json:
-        print_json({"out": str(found.out)} | found.table)
+        print_json({"out": str(result.out)} | result.table)
         return
     from sarqc.cli.comparison import comparison_tables
 
     console = stdout()
-    for table in comparison_tables(found.table):
+    for table in comparison_tables(result.table):
         console.print(table)
-    console.print(f"{found.out}/compare.html, .json, .csv, .svg", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{result.out}/compare.html, .json, .csv, .svg", markup=False, highlight=False, soft_wrap=True)

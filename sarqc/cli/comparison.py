@@ -16,10 +16,10 @@ from sarqc.report.summary import figure
 _HEADINGS = ("format", "sequences", "method", "perplexity", "", "agrees", "KL", "solve s")
 
 
-def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
+def comparison_tables(comparison: dict[str, Any]) -> Iterator[Table]:
     """A line for each method, the best bold, ties with the best marked; what the unquantized model has below."""
-    protocol = found["protocol"]
-    several = any(row["seeds"] > 1 for row in found["rows"])
+    protocol = comparison["protocol"]
+    several = any(row["seeds"] > 1 for row in comparison["rows"])
     note = "≈: no further from the best than that distance varies over seeds" if several else "one seed: no spread"
     for text in protocol["texts"]:
         table = Table(
@@ -38,7 +38,7 @@ def comparison_tables(found: dict[str, Any]) -> Iterator[Table]:
                 overflow="fold",
                 justify="left" if heading in {"format", "method", ""} else "right",
             )
-        _fill(table, [row for row in found["rows"] if row["text"] == text["text"]])
+        _fill(table, [row for row in comparison["rows"] if row["text"] == text["text"]])
         yield table
 
 

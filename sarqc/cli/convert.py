@@ -13,7 +13,7 @@ from sarqc.cli.options import (
     OverwriteOption,
     TrustOption,
     print_json,
-    sentence,
+    print_line,
     stderr,
     stdout,
 )
@@ -50,7 +50,7 @@ def convert(
     if as_json:
         print_json(record)
     else:
-        sentence(
+        print_line(
             stdout(),
             f"{done.out}: {record['from']} -> {record['format']}, {record['quantized_linears']} Linears, "
             f"{record['bits_per_weight']:.3f} bits per weight, every code, scale and zero compared",

@@ -19,38 +19,38 @@ def doctor(as_json: JsonOption = False) -> None:
     """
     from sarqc.entrypoints.doctor import examine
 
-    found = examine()
+    examination = examine()
     if as_json:
-        print_json(found)
+        print_json(examination)
     else:
-        stdout().print(_shown(found))
-    if not found["healthy"]:
+        stdout().print(_render(examination))
+    if not examination["healthy"]:
         raise typer.Exit(1)
 
 
-def _shown(found: dict[str, Any]) -> Group:
-    return Group(_machine(found), Text(), _operations(found["operations"]), *_end(found))
+def _render(examination: dict[str, Any]) -> Group:
+    return Group(_machine(examination), Text(), _operations(examination["operations"]), *_footer(examination))
 
 
-def _machine(found: dict[str, Any]) -> Table:
+def _machine(examination: dict[str, Any]) -> Table:
     from sarqc.report.summary import human
 
     table = facts("machine")
-    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
-    table.add_row("python", f"{found['machine']['python']} on {found['machine']['platform']}")
-    for gpu in found["gpus"]:
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in examination["versions"].items()))
+    table.add_row("python", f"{examination['machine']['python']} on {examination['machine']['platform']}")
+    for gpu in examination["gpus"]:
         memory = f"{human(gpu['free'])} of {human(gpu['memory'])} free"
         table.add_row(gpu["device"], f"{gpu['name']}, sm_{gpu['arch']}, {gpu['multiprocessors']} processors, {memory}")
-    if not found["gpus"]:
+    if not examination["gpus"]:
         table.add_row("GPU", "none: everything runs on the CPU")
-    csrc = found["csrc"]
+    csrc = examination["csrc"]
     table.add_row("nvcc", csrc["nvcc"])
     for device, state in csrc["libraries"].items():
         table.add_row(f"csrc {device}", state)
-    free = found["free"]
+    free = examination["free"]
     table.add_row("free", f"memory {human(free['memory'])}; disk {human(free['here'])} here, {human(free['cache'])} at "
                           f"the cache {csrc['cache']}")  # fmt: skip
-    for variable, value in found["environment"].items():
+    for variable, value in examination["environment"].items():
         table.add_row("set", f"{variable}={value}")
     return table
 
@@ -69,12 +69,12 @@ def _operations(verdicts: list[dict[str, Any]]) -> Table:
         chosen, where = same[0]["chosen"], (op, device)
         names = ", ".join(verdict["backend"] for verdict in same)
         shown = Text(f"{'>' if chosen else ' '} {names}", "bold" if chosen else "")
-        table.add_row(*(("", "") if where == last else where), shown, _said(same[0]))
+        table.add_row(*(("", "") if where == last else where), shown, _status(same[0]))
         last = where
     return table
 
 
-def _said(verdict: dict[str, Any]) -> Text:
+def _status(verdict: dict[str, Any]) -> Text:
     if verdict["reason"] is not None:
         return Text(verdict["reason"], "dim")
     if verdict["failed"] is not None:
@@ -82,8 +82,8 @@ def _said(verdict: dict[str, Any]) -> Text:
     return Text(f"ok, off by {verdict['error']:.1e} in {verdict['seconds']:.1f} s", "green")
 
 
-def _end(found: dict[str, Any]) -> list[Text]:
-    lines = [Text(f"known trouble: {warning}", "yellow") for warning in found["warnings"]]
-    if not found["healthy"]:
+def _footer(examination: dict[str, Any]) -> list[Text]:
+    lines = [Text(f"known trouble: {warning}", "yellow") for warning in examination["warnings"]]
+    if not examination["healthy"]:
         lines.append(Text("a self-test failed: results of that implementation cannot be trusted", "bold red"))
     return lines

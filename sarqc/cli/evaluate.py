@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sarqc.cli.flags import with_options
-from sarqc.cli.options import JsonOption, ModelArgument, print_json, sentence, stderr, stdout
+from sarqc.cli.options import JsonOption, ModelArgument, print_json, print_line, stderr, stdout
 from sarqc.config_compare import EVALUATE
 
 
@@ -35,21 +35,21 @@ def evaluate(
     if tasks and save:
         raise ArgumentError("--save puts perplexity into the report: leave out --tasks, or run twice")
     if tasks:
-        _ask(model, [task for task in tasks.split(",") if task], given, as_json)
+        _zero_shot(model, [task for task in tasks.split(",") if task], given, as_json)
     elif save:  # beside the original, block by block, both expanded
         _save(model, original, given, as_json)
     else:
         _show(model, given, as_json)
 
 
-def _ask(model: str, tasks: list[str], how: dict[str, Any], as_json: bool) -> None:
+def _zero_shot(model: str, tasks: list[str], how: dict[str, Any], as_json: bool) -> None:
     from sarqc.entrypoints.evaluate import zero_shot
 
-    found = zero_shot(model, tasks, **how)
+    results = zero_shot(model, tasks, **how)
     if as_json:
-        print_json({"model": model, "tasks": found})
+        print_json({"model": model, "tasks": results})
         return
-    for task, metrics in found.items():
+    for task, metrics in results.items():
         print(f"{task}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
 
 
@@ -66,14 +66,14 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
                 ticker.begin("sequences", total)
             ticker.advance(f"perplexity {so_far:.3f}")
 
-        found = run(model, on_window=on_window, **how)
+        result = run(model, on_window=on_window, **how)
     if as_json:
-        print_json({"model": model} | asdict(found))
+        print_json({"model": model} | asdict(result))
         return
-    windows, length = found.protocol["windows"], found.protocol["seqlen"]
-    form = f"{'packed' if found.protocol['packed'] else 'dense'} weights, {found.protocol['dtype']}"
-    about = f"{windows} sequences of {length} tokens of {found.protocol['text']}, {form}, {found.seconds:.0f} s"
-    sentence(stdout(), f"perplexity {found.perplexity:.3f}  ({about})")
+    windows, length = result.protocol["windows"], result.protocol["seqlen"]
+    form = f"{'packed' if result.protocol['packed'] else 'dense'} weights, {result.protocol['dtype']}"
+    about = f"{windows} sequences of {length} tokens of {result.protocol['text']}, {form}, {result.seconds:.0f} s"
+    print_line(stdout(), f"perplexity {result.perplexity:.3f}  ({about})")
 
 
 def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) -> None:
@@ -87,16 +87,16 @@ def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) 
                 ticker.begin("blocks", total)
             ticker.advance("original" if done < total // 2 else "quantized")
 
-        found = evaluate_and_save(model, original=original, on_block=on_block, **how)
-    entry = found.entry
+        result = evaluate_and_save(model, original=original, on_block=on_block, **how)
+    entry = result.entry
     if as_json:
-        print_json({"model": model, "card": found.card} | entry)
+        print_json({"model": model, "card": result.card} | entry)
         return
-    sentence(
+    print_line(
         stdout(),
         f"perplexity {entry['before']:.3f} -> {entry['after']:.3f}, next token agrees {entry['agreement']:.1%}, "
         f"KL {entry['kl']:.4f}  ({entry['windows']} sequences of {entry['seqlen']} tokens of {entry['text']}, "
         f"both in {entry['dtype']})",
     )
-    card = "" if found.card else "; README.md was edited and is left as it is"
+    card = "" if result.card else "; README.md was edited and is left as it is"
     print(f"saved in {model}/report.json and report.html{card}")

@@ -59,15 +59,15 @@ def _parameters(kind: type[Config], name: str) -> Iterator[inspect.Parameter]:
     The flag that turns a switch off is a parameter of its own, which help hides: as a pair they leave no room for text.
     """
     one = options(kind)[name]
-    flags, said = one.flags(name), f"{one.help} Default: {kind.default_text(name)}."
+    flags, help_text = one.flags(name), f"{one.help} Default: {kind.default_text(name)}."
     pair = len(flags) == 2 and flags[1] == f"--no-{flags[0][2:]}"
     if one.kind.form == "switch" and len(flags) == 1:
-        said = one.help
+        help_text = one.help
     elif pair:
-        said = f"{said} {flags[1]} turns it off."
+        help_text = f"{help_text} {flags[1]} turns it off."
     info = typer.Option(
         flags[0] if pair else "/".join(flags),
-        help=said,
+        help=help_text,
         metavar=one.kind.metavar,
         rich_help_panel=one.panel or kind.panel,
         show_default=False,
@@ -115,34 +115,34 @@ def command_class(command: Command) -> type[OptionCommand]:
 
 def present_names(kinds: Iterable[type[Config]], words: Iterable[str]) -> list[str]:
     """A command line with the present names of flags; what stands behind `--` is left alone."""
-    kinds, old, found = tuple(kinds), _old_flags(kinds), list[str]()
+    kinds, old, present = tuple(kinds), _old_flags(kinds), list[str]()
     left = iter(words)
     for word in left:
         if word == "--":
-            return [*found, word, *left]
+            return [*present, word, *left]
         flag, equals, value = word.partition("=")
         if flag.startswith("--") and warn_removed(kinds, flag[2:].replace("-", "_")):
             continue
         if flag in old:
             warn_renamed(flag, old[flag])
             word = f"{old[flag]}{equals}{value}"
-        found.append(word)
-    return found
+        present.append(word)
+    return present
 
 
 def _old_flags(kinds: Iterable[type[Config]]) -> dict[str, str]:
     """Earlier flag -> present flag."""
-    found = {}
+    renamed = {}
     for kind in kinds:
         for name, one in options(kind).items():
             flags = one.flags(name)
             for old in one.old:
                 dashed = old.replace("_", "-")
-                found[f"--{dashed}"] = flags[0]
+                renamed[f"--{dashed}"] = flags[0]
                 if one.kind.form == "switch":
-                    found[f"--no-{dashed}"] = flags[1]
-            found |= {f"--{old.replace('_', '-')}": flags[1] for old in one.old_opposite}
-    return found
+                    renamed[f"--no-{dashed}"] = flags[1]
+            renamed |= {f"--{old.replace('_', '-')}": flags[1] for old in one.old_opposite}
+    return renamed
 
 
 # -- --config ---------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def _defaults(command: TyperCommand, path: Path, values: Mapping[Any, Any]) -> d
         for word in param.opts
         if word.startswith("--") or word == param.name
     }
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for key, value in values.items():
         word, where = str(key).replace("-", "_"), f"--config {path}: "
         if warn_removed(kinds, word):
@@ -186,13 +186,13 @@ def _defaults(command: TyperCommand, path: Path, values: Mapping[Any, Any]) -> d
         if name not in ours and name not in others:
             raise unknown(key, [*ours, *others], where)
         target = name if name in ours else str(others[name].name)
-        if target in found:
+        if target in defaults:
             raise ArgumentError(f"{where}{target} is given twice: give it once")
         if name in ours:
-            found[target] = _from_yaml(name, ours[name], value, where)
+            defaults[target] = _from_yaml(name, ours[name], value, where)
         else:
-            found[target] = [value] if others[name].multiple and isinstance(value, str) else value
-    return {name: value for name, value in found.items() if value is not None}
+            defaults[target] = [value] if others[name].multiple and isinstance(value, str) else value
+    return {name: value for name, value in defaults.items() if value is not None}
 
 
 def _from_yaml(name: str, one: Option, value: Any, where: str) -> Any:

@@ -17,10 +17,10 @@ def inspect(
     """Show format, bits and size of a quantized checkpoint, and the summary of its run."""
     from sarqc.entrypoints.inspect import inspect as run
 
-    found = run(checkpoint)
+    contents = run(checkpoint)
     if as_json:
-        print_json(found)
+        print_json(contents)
         return
     from sarqc.cli.summary import checkpoint_summary
 
-    stdout().print(checkpoint_summary(found))
+    stdout().print(checkpoint_summary(contents))

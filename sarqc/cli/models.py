@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sarqc.cli.options import JsonOption, print_json, sentence, stdout
+from sarqc.cli.options import JsonOption, print_json, print_line, stdout
 
 
 def models(
@@ -16,23 +16,23 @@ def models(
     """Which model classes are quantized, which of their layers, and what loads the result, by tests on tiny models."""
     from sarqc.entrypoints.models import models as run
 
-    found = run(word)
+    support = run(word)
     if as_json:
-        print_json(found)
+        print_json(support)
         return
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("model", "result", "share", "layers", "transformers", "with sarqc"):
         table.add_column(title, overflow="fold", header_style="dim")
-    for row in found["rows"]:
+    for row in support["rows"]:
         share = f"{row['share']:.1%}" if "share" in row else ""
         table.add_row(row["name"], row["result"], share, _layers(row), row["transformers"], row["sarqc"])
     stdout().print(table)
-    rows = found["rows"]
+    rows = support["rows"]
     if len(rows) <= 3:
         for line in (f"{row['name']}: {row['reason']}" for row in rows if row["reason"]):
-            sentence(stdout(), line)
+            print_line(stdout(), line)
 
 
 def _layers(row: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help=options(RunCo
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help=options(RunConfig)["trust_remote_code"].help)]
 
 
-class _Aside(Console):
+class _Stderr(Console):
     """stderr; where it is closed (`2>&1 | head`, a closed terminal), the command continues."""
 
     def on_broken_pipe(self) -> None:
@@ -42,7 +42,7 @@ class _Aside(Console):
         self.quiet = True
 
 
-class _Results(Console):
+class _Stdout(Console):
     """stdout; where it is closed, the command ends as other programs do."""
 
     def on_broken_pipe(self) -> None:
@@ -52,15 +52,15 @@ class _Results(Console):
 
 def stdout() -> Console:
     """Where results go."""
-    return _Results()
+    return _Stdout()
 
 
 def stderr() -> Console:
     """Where progress goes, so that stdout holds results alone."""
-    return _Aside(stderr=True)
+    return _Stderr(stderr=True)
 
 
-def sentence(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
     """Print a line as it is: a terminal has it broken between words, a file or a pipe whole."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=not console.is_terminal)
 

@@ -15,59 +15,59 @@ if TYPE_CHECKING:
     from sarqc.serving.rules import RuntimeSupport
 
 
-def show(console: Console, found: Preflight) -> None:
+def show(console: Console, preflight: Preflight) -> None:
     """Print everything that is known before a run."""
     from sarqc.report.summary import human
 
-    title = f"[bold]{escape(found.model)}[/]  {found.architecture}, {found.headline()}"
+    title = f"[bold]{escape(preflight.model)}[/]  {preflight.architecture}, {preflight.headline()}"
     console.print(title, highlight=False, soft_wrap=not console.is_terminal)
-    for note in found.notes:
+    for note in preflight.notes:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
-    console.print(_layers(found))
+    console.print(_layers(preflight))
     known = facts()
-    text = f"{found.windows} sequences of {found.seqlen} tokens" if found.windows else "none"
+    text = f"{preflight.windows} sequences of {preflight.seqlen} tokens" if preflight.windows else "none"
     known.add_row("text", text)
-    ranks = f" on {found.ranks} ranks" if found.ranks > 1 else ""
-    known.add_row("runs on", f"{found.device} in {found.dtype}{ranks}")
+    ranks = f" on {preflight.ranks} ranks" if preflight.ranks > 1 else ""
+    known.add_row("runs on", f"{preflight.device} in {preflight.dtype}{ranks}")
     stages = "  ".join(
-        f"{one.stage} {human(one.host)}" + (f"+{human(one.device)}" if one.device else "") for one in found.memory
+        f"{one.stage} {human(one.host)}" + (f"+{human(one.device)}" if one.device else "") for one in preflight.memory
     )
-    known.add_row("memory", f"{stages}" + ("  (host+device)" if any(one.device for one in found.memory) else ""))
-    known.add_row("buffers", _waiting(found))
-    for disk in found.disk:
+    known.add_row("memory", f"{stages}" + ("  (host+device)" if any(one.device for one in preflight.memory) else ""))
+    known.add_row("buffers", _buffers(preflight))
+    for disk in preflight.disk:
         paths = escape(" and ".join(disk.paths))
         known.add_row("disk", f"{human(disk.needed)} of {human(disk.free)} free, for {paths}")
-    spent = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.time.seconds.items())
-    known.add_row("time", f"{spent}; basis: {found.time.basis}")
+    spent = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in preflight.time.seconds.items())
+    known.add_row("time", f"{spent}; basis: {preflight.time.basis}")
     console.print(known)
-    console.print(_serve(found.serve))
-    for line, where in _failures(found.serve).items():
+    console.print(_serve(preflight.serve))
+    for line, where in _failures(preflight.serve).items():
         console.print(f"[red]fails[/] {escape(line)}  [dim]{', '.join(where)}[/]", highlight=False)
-    for problem in found.problems:
+    for problem in preflight.problems:
         console.print(f"[bold red]refused[/] {escape(problem)}", highlight=False)
 
 
-def _waiting(found: Preflight) -> str:
+def _buffers(preflight: Preflight) -> str:
     from sarqc.report.summary import human
 
-    said = []
-    if found.waiting.states:
-        said.append(f"{human(found.waiting.states)} of activations in memory")
-    if found.waiting.mapped:
-        said.append(f"{human(found.waiting.mapped)} of activations in a file (over --activation-budget)")
-    if found.waiting.prefetched:
-        said.append(f"the next block prefetched, {human(found.waiting.prefetched)}")
-    elif found.blocks > 1:
-        said.append("no prefetch: there is no memory for it")
-    return "; ".join(said) or "nothing"
+    parts = []
+    if preflight.waiting.states:
+        parts.append(f"{human(preflight.waiting.states)} of activations in memory")
+    if preflight.waiting.mapped:
+        parts.append(f"{human(preflight.waiting.mapped)} of activations in a file (over --activation-budget)")
+    if preflight.waiting.prefetched:
+        parts.append(f"the next block prefetched, {human(preflight.waiting.prefetched)}")
+    elif preflight.blocks > 1:
+        parts.append("no prefetch: there is no memory for it")
+    return "; ".join(parts) or "nothing"
 
 
-def _layers(found: Preflight) -> Table:
+def _layers(preflight: Preflight) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("layers", "count", "shape", ""):
         justify: Literal["left", "right"] = "right" if title == "count" else "left"
         table.add_column(title, justify=justify, no_wrap=title == "layers", overflow="fold")
-    for kind in found.kinds:
+    for kind in preflight.kinds:
         shape = " x ".join(map(str, kind.shape))
         became = f"left: {escape(kind.left)}" if kind.left else "quantized"
         table.add_row(escape(kind.name), str(kind.count), shape, became)
@@ -96,15 +96,15 @@ def _cell(one: RuntimeSupport) -> str:
 
 def _failures(outlooks: tuple[RuntimeSupport, ...]) -> dict[str, list[str]]:
     """Each reason once, with the ranks for which every server has it, and the servers that have it alone."""
-    found: dict[str, dict[int, list[str]]] = {}
+    failures: dict[str, dict[int, list[str]]] = {}
     for one in outlooks:
         for line in one.failures:
-            found.setdefault(line, {}).setdefault(one.ranks, []).append(one.server)
-    everyone = max((len(servers) for places in found.values() for servers in places.values()), default=0)
+            failures.setdefault(line, {}).setdefault(one.ranks, []).append(one.server)
+    everyone = max((len(servers) for places in failures.values() for servers in places.values()), default=0)
     return {
         line: [
             f"tp {ranks}" if len(servers) == everyone else f"tp {ranks} ({', '.join(servers)})"
             for ranks, servers in places.items()
         ]
-        for line, places in found.items()
+        for line, places in failures.items()
     }

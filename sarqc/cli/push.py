@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sarqc.cli.options import JsonOption, TrustOption, print_json, sentence, stderr, stdout
+from sarqc.cli.options import JsonOption, TrustOption, print_json, print_line, stderr, stdout
 
 
 def push(
@@ -41,4 +41,4 @@ def push(
     if as_json:
         print_json({"repo": repo, "revision": revision, "commit": address})
     else:
-        sentence(stdout(), f"{checkpoint}: sound, uploaded to {repo}: {address}")
+        print_line(stdout(), f"{checkpoint}: sound, uploaded to {repo}: {address}")

@@ -36,14 +36,14 @@ def quantize(
 
     Several GPUs: torchrun --nproc-per-node N -m sarqc quantize ...
     """
-    from sarqc.pipeline.distributed import leads
+    from sarqc.pipeline.distributed import is_leader
 
     if dry_run:
-        if leads():
+        if is_leader():
             estimate_run(model, output, given, as_json)
         return
     result = execute(model, output, given)
-    if not leads():
+    if not is_leader():
         return
     if as_json:
         print_json({"out": str(result.out)} | result.report)
@@ -69,17 +69,17 @@ def execute(model: str, output: Path, given: dict[str, Any]) -> Result:
 
 def estimate_run(model: str, output: Path, given: dict[str, Any], as_json: bool) -> None:
     """Print the preflight; an error where the run could not begin."""
-    from sarqc.checkpoint.folders import refuse_existing
+    from sarqc.checkpoint.folders import check_existing
     from sarqc.cli.preflight import show
     from sarqc.entrypoints.estimate import estimate
 
-    refuse_existing(output.expanduser(), given.get("overwrite", False))
-    found = estimate(model, output, **given)
+    check_existing(output.expanduser(), given.get("overwrite", False))
+    preflight = estimate(model, output, **given)
     if as_json:
-        print_json(found.to_json())
+        print_json(preflight.to_json())
     else:
-        show(stdout(), found)
-    found.refuse()
+        show(stdout(), preflight)
+    preflight.refuse()
 
 
 # \b keeps the lines of a paragraph apart in the help.

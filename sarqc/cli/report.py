@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sarqc.cli.options import JsonOption, print_json, sentence, stdout
+from sarqc.cli.options import JsonOption, print_json, print_line, stdout
 
 
 def report(
@@ -19,9 +19,9 @@ def report(
     from sarqc.report.summary import verdict
 
     page = reports.rebuild(checkpoint)
-    found = verdict(reports.load(checkpoint))
+    result = verdict(reports.load(checkpoint))
     if as_json:
-        print_json({"page": str(page), "good": found.good, "verdict": found.sentence, "concerns": found.concerns})
+        print_json({"page": str(page), "good": result.good, "verdict": result.sentence, "concerns": result.concerns})
         return
-    for line in (found.sentence, *(f"- {concern}" for concern in found.concerns), str(page)):
-        sentence(stdout(), line)
+    for line in (result.sentence, *(f"- {concern}" for concern in result.concerns), str(page)):
+        print_line(stdout(), line)

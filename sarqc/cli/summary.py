@@ -27,20 +27,24 @@ def run_summary(out: Path, report: dict[str, Any]) -> Table:
     return table
 
 
-def checkpoint_summary(found: dict[str, Any]) -> Table:
+def checkpoint_summary(contents: dict[str, Any]) -> Table:
     """What `inspect` found."""
     from sarqc.report.summary import counted, human
 
     table = facts("checkpoint")
-    table.add_row("folder", escape(found["folder"]))
-    table.add_row("format", found["format"])
-    table.add_row("tensors", f"{found['tensors']} in {counted(found['shards'], 'file')}, {human(found['bytes'])}")
-    table.add_row("quantized", f"{found['quantized_linears']} Linears, {found['bits_per_weight']:.3f} bits per weight")
-    if found["report"] is None:
+    table.add_row("folder", escape(contents["folder"]))
+    table.add_row("format", contents["format"])
+    table.add_row(
+        "tensors", f"{contents['tensors']} in {counted(contents['shards'], 'file')}, {human(contents['bytes'])}"
+    )
+    table.add_row(
+        "quantized", f"{contents['quantized_linears']} Linears, {contents['bits_per_weight']:.3f} bits per weight"
+    )
+    if contents["report"] is None:
         table.add_row("run", "no report.json: not written by sarqc, or removed")
         return table
     try:
-        rows = list(_report_rows(found["report"]))
+        rows = list(_report_rows(contents["report"]))
     except (KeyError, TypeError, ValueError, AttributeError):  # the file may have been edited
         rows = [("run", "report.json does not hold what sarqc writes there")]
     for row in rows:

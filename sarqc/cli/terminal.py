@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
-from sarqc.cli.options import sentence, stderr
+from sarqc.cli.options import print_line, stderr
 
 if TYPE_CHECKING:
     from sarqc.pipeline.driver import BlockResult
@@ -91,7 +91,7 @@ class Ticker:
 
     def _print(self, text: str) -> None:
         with suppress(OSError):  # a full disk under `2> log` is no reason to end a run
-            sentence(self.console, text)
+            print_line(self.console, text)
 
     def follow(self, label: str) -> Callable[[int, int, str], None]:
         """A function of (done, total, text) that moves this on."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sarqc.cli.options import JsonOption, TrustOption, print_json, sentence, stderr, stdout
+from sarqc.cli.options import JsonOption, TrustOption, print_json, print_line, stderr, stdout
 
 
 def verify(
@@ -27,14 +27,16 @@ def verify(
     from sarqc.serving.compatibility import by_runtime
 
     with Ticker(stderr()) as ticker:
-        found = run(checkpoint, against=against, trust_remote_code=trust_remote_code, progress=ticker.follow("tensors"))
+        result = run(
+            checkpoint, against=against, trust_remote_code=trust_remote_code, progress=ticker.follow("tensors")
+        )
     if as_json:
-        print_json(found.record())
+        print_json(result.record())
     else:
-        servers = (f"  {server}" for server in by_runtime(found.serve))
-        for line in (*found.problems, _verdict(found.record(), against), *servers):
-            sentence(stdout(), line)
-    if not found.sound:
+        servers = (f"  {server}" for server in by_runtime(result.serve))
+        for line in (*result.problems, _verdict(result.record(), against), *servers):
+            print_line(stdout(), line)
+    if not result.sound:
         raise typer.Exit(1)
 
 
@@ -44,10 +46,10 @@ def _verdict(record: dict[str, Any], against: str | None) -> str:
 
     if not record["sound"]:
         return f"{record['folder']}: not sound"
-    told = "readable (no manifest to compare the bits with)"
+    message = "readable (no manifest to compare the bits with)"
     if record["manifest"]:
-        told = "as written, bit for bit" if record["files"] else "tensors as written, bit for bit"
-        told += "" if record["files"] else " (its manifest, of an earlier version, has no side files)"
+        message = "as written, bit for bit" if record["files"] else "tensors as written, bit for bit"
+        message += "" if record["files"] else " (its manifest, of an earlier version, has no side files)"
     error, files = record["weight_error"], counted(record["shards"], "file")
     beside = f"; relative weight error {error:.4f} against {against}" if isinstance(error, float) else ""
-    return f"{record['folder']}: sound; {record['tensors']} tensors in {files}, {told}{beside}"
+    return f"{record['folder']}: sound; {record['tensors']} tensors in {files}, {message}{beside}"

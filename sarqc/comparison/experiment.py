@@ -33,9 +33,9 @@ from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import PatchedSource
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.options import record
-from sarqc.pipeline import driver, passage
+from sarqc.pipeline import blockwise_forward, driver
+from sarqc.pipeline.blockwise_forward import BlockOutput
 from sarqc.pipeline.execution import Execution
-from sarqc.pipeline.passage import Left
 from sarqc.system import resolve_device, resolve_dtype, versions
 
 Detail = Callable[[str], None]
@@ -69,17 +69,17 @@ class Other:
     folder: Path
 
     @classmethod
-    def parsed(cls, said: str) -> Other:
+    def parsed(cls, text: str) -> Other:
         """From METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER, windows and seed empty where it was not calibrated."""
-        what, _, folder = said.partition("=")
+        what, _, folder = text.partition("=")
         parts = what.split(":")
         try:
             method, bits, group_size = parts[0], int(parts[1]), int(parts[2])
             windows, seed = (int(part) if part else None for part in parts[3:])
         except (ValueError, IndexError):
-            raise ArgumentError(f"also = {said!r}: write METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER") from None
+            raise ArgumentError(f"also = {text!r}: write METHOD:BITS:GROUP:WINDOWS:SEED=FOLDER") from None
         if not (Path(folder) / "config.json").is_file():
-            raise ArgumentError(f"also = {said!r}: {folder!r} is no folder of a checkpoint")
+            raise ArgumentError(f"also = {text!r}: {folder!r} is no folder of a checkpoint")
         return cls(method, bits, group_size, windows, seed, Path(folder))
 
     def record(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Text:
     """A text to judge on. reference: what leaves the last block of the unquantized model."""
 
     windows: dataset.Windows
-    reference: Left
+    reference: BlockOutput
     perplexity: float
 
 
@@ -105,7 +105,7 @@ class Experiment:
     folder: Path
     checkpoint: Checkpoint
     solver: LazyModel
-    judge: LazyModel
+    evaluator: LazyModel
     device: torch.device
     dtype: torch.dtype
     drawn: dict[int, Tensor]
@@ -122,24 +122,24 @@ def make(folder: Path, what: ComparisonConfig, column: str | None) -> Experiment
     tokenizer = partial(load_tokenizer, folder, trust_remote_code=trust)
     text = windows(what.dataset, tokenizer, what.seqlen, column=column)
     where = resolve_device(what.device)
-    solver, judge = (LazyModel.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
+    solver, evaluator = (LazyModel.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
     dataset.check_seqlen(text.tokens.shape[1], solver.text_config, folder)
     kept = resolve_dtype(what.dtype, where, solver.dtype)
-    judge.load_outer(checkpoint, where, kept, head=True)
+    evaluator.load_outer(checkpoint, where, kept, head=True)
     drawn = {seed: text.nested(sizes, seed).tokens for seed in what.seeds}
-    return Experiment(folder_fingerprint(folder), folder, checkpoint, solver, judge, where, kept, drawn, text)
+    return Experiment(folder_fingerprint(folder), folder, checkpoint, solver, evaluator, where, kept, drawn, text)
 
 
 def add_texts(experiment: Experiment, measure: MeasureConfig, trust: bool) -> None:
     """Take the last windows of each text, and run the unquantized model over them."""
-    dataset.check_seqlen(measure.eval_seqlen, experiment.judge.text_config, experiment.folder, "eval_seqlen")
+    dataset.check_seqlen(measure.eval_seqlen, experiment.evaluator.text_config, experiment.folder, "eval_seqlen")
     tokenizer = partial(load_tokenizer, experiment.folder, trust_remote_code=trust)
     for name in measure.texts:
-        found = windows(name, tokenizer, measure.eval_seqlen, part="evaluation", column=measure.column)
-        found = found.last(measure.eval_windows)
-        reference = passage.leave(experiment.judge, experiment.checkpoint, found.tokens)
-        perplexity = passage.judge(experiment.judge, found, reference).perplexity
-        experiment.texts.append(Text(found, reference, perplexity))
+        evaluation = windows(name, tokenizer, measure.eval_seqlen, part="evaluation", column=measure.column)
+        evaluation = evaluation.last(measure.eval_windows)
+        reference = blockwise_forward.last_block_output(experiment.evaluator, experiment.checkpoint, evaluation.tokens)
+        perplexity = blockwise_forward.score(experiment.evaluator, evaluation, reference).perplexity
+        experiment.texts.append(Text(evaluation, reference, perplexity))
 
 
 def identity(experiment: Experiment, cell: Cell | Other) -> str:
@@ -172,20 +172,21 @@ def measure(experiment: Experiment, cell: Cell, detail: Detail) -> dict[str, Any
     reports: list[LayerReport] = []
     solving = 0.0
     with ExitStack() as stack:
-        passages = [
-            stack.enter_context(passage.Passage(experiment.judge, text.windows.tokens)) for text in experiment.texts
+        forwards = [
+            stack.enter_context(blockwise_forward.BlockwiseForward(experiment.evaluator, text.windows.tokens))
+            for text in experiment.texts
         ]
         for result in _solved(experiment, cell, detail):
             solving += sum(result.seconds.get(stage, 0.0) for stage in ("scale", "solve"))
             reports += result.reports
             after = PatchedSource(experiment.checkpoint, result.weights, result.changed)
-            experiment.judge.load_block(result.index, after, experiment.device, experiment.dtype)
-            for each in passages:
-                each.through(result.index)
-            experiment.judge.unload_block(result.index)
-        left = [each.left() for each in passages]
+            experiment.evaluator.load_block(result.index, after, experiment.device, experiment.dtype)
+            for each in forwards:
+                each.finish_block(result.index)
+            experiment.evaluator.unload_block(result.index)
+        outputs = [each.hidden_states() for each in forwards]
     return cell.record() | {
-        **_judged(experiment, left),
+        **_quality_of(experiment, outputs),
         "error": sum(report.error for report in reports) / len(reports),
         "rtn_error": sum(report.rtn_error for report in reports) / len(reports),
         "reg_lambda": [min(r.reg_lambda for r in reports), max(r.reg_lambda for r in reports)],
@@ -221,27 +222,30 @@ def measure_other(experiment: Experiment, other: Other, detail: Detail) -> dict[
     def on_block(index: int) -> None:
         detail(f"{other.method}, block {index}")
 
-    left = [passage.leave(lazy, checkpoint, text.windows.tokens, on_block) for text in experiment.texts]
+    outputs = [
+        blockwise_forward.last_block_output(lazy, checkpoint, text.windows.tokens, on_block)
+        for text in experiment.texts
+    ]
     return other.record() | {
-        **_judged(experiment, left),
+        **_quality_of(experiment, outputs),
         "error": None,
         "seconds": {"solve": None, "total": round(time.perf_counter() - began, 3)},
     }
 
 
-def _judged(experiment: Experiment, left: Sequence[Left]) -> dict[str, Any]:
+def _quality_of(experiment: Experiment, outputs: Sequence[BlockOutput]) -> dict[str, Any]:
     """quality: numbers by text. failed: why there are none for some of them, or None."""
-    found: dict[str, Any] = {}
+    quality: dict[str, Any] = {}
     failed = None
-    for text, own in zip(experiment.texts, left):
+    for text, own in zip(experiment.texts, outputs):
         try:
-            tally = passage.judge(experiment.judge, text.windows, own, text.reference)
+            tally = blockwise_forward.score(experiment.evaluator, text.windows, own, text.reference)
         except NumericError as error:
             failed = str(error)
             continue
-        found[text.windows.text] = {
+        quality[text.windows.text] = {
             "perplexity": tally.perplexity,
             "agreement": tally.agreement,
             "kl": tally.kl,
         }
-    return {"quality": found, "failed": failed}
+    return {"quality": quality, "failed": failed}

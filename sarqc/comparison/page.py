@@ -14,37 +14,37 @@ from sarqc.report.summary import figure, text_name
 _HEAD = ("method", "format", "sequences", "perplexity", "", "next token agrees", "KL, nats", "solving, s")
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
+def write(folder: Path, comparison: dict[str, Any]) -> None:
     """All four in `folder`."""
-    write_text(folder / "compare.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_text(folder / "compare.csv", as_csv(found))
-    write_text(folder / "compare.svg", plot(found))
-    write_text(folder / "compare.html", page(found))
+    write_text(folder / "compare.json", json.dumps(comparison, indent=1, allow_nan=False) + "\n")
+    write_text(folder / "compare.csv", as_csv(comparison))
+    write_text(folder / "compare.svg", plot(comparison))
+    write_text(folder / "compare.html", page(comparison))
 
 
-def page(found: dict[str, Any]) -> str:
+def page(comparison: dict[str, Any]) -> str:
     """The page of a comparison."""
-    protocol = found["protocol"]
+    protocol = comparison["protocol"]
     name = str(protocol["model"]).rstrip("/").rpartition("/")[2] or str(protocol["model"])
-    sections = [_text(found, entry) for entry in protocol["texts"]]
-    header = headline(f"{name}: methods compared", _verdict(found), good=True)
+    sections = [_text(comparison, entry) for entry in protocol["texts"]]
+    header = headline(f"{name}: methods compared", _verdict(comparison), good=True)
     return document(f"{name}, methods compared · sarqc", header, [*sections, _protocol(protocol)])
 
 
-def _verdict(found: dict[str, Any]) -> str:
+def _verdict(comparison: dict[str, Any]) -> str:
     """The best method of each width on the first text."""
-    entry = found["protocol"]["texts"][0]
-    best = [row for row in found["rows"] if row["best"] and row["text"] == entry["text"]]
+    entry = comparison["protocol"]["texts"][0]
+    best = [row for row in comparison["rows"] if row["best"] and row["text"] == entry["text"]]
     last = {(row["bits"], row["group_size"]): row for row in best}  # with most sequences
-    told = [f"{row['method']} {figure(row['perplexity'])} at {row['bits']} bits" for row in last.values()]
+    parts = [f"{row['method']} {figure(row['perplexity'])} at {row['bits']} bits" for row in last.values()]
     plain = f"unquantized {figure(entry['perplexity'])}"
-    if not told:
+    if not parts:
         return f"Perplexity on {text_name(entry['text'])}: {plain}; no method is measured yet."
-    return f"Lowest perplexity on {text_name(entry['text'])}: {', '.join(told)}; {plain}."
+    return f"Lowest perplexity on {text_name(entry['text'])}: {', '.join(parts)}; {plain}."
 
 
-def _text(found: dict[str, Any], entry: dict[str, Any]) -> str:
-    rows = [row for row in found["rows"] if row["text"] == entry["text"]]
+def _text(comparison: dict[str, Any], entry: dict[str, Any]) -> str:
+    rows = [row for row in comparison["rows"] if row["text"] == entry["text"]]
     lines = []
     for row in rows:
         measured = row["perplexity"] is not None
@@ -58,15 +58,15 @@ def _text(found: dict[str, Any], entry: dict[str, Any]) -> str:
             f"{row['kl']:.4f}" if measured else "",
             "" if row["seconds"] is None else f"{row['seconds']:.1f}",
         ))  # fmt: skip
-    told = (
+    caption = (
         f"Perplexity of the unquantized model: {figure(entry['perplexity'])}, on {entry['windows']} sequences of "
         f"{entry['seqlen']} tokens."
     )
     if any(row["seeds"] > 1 for row in rows):
-        told += " ≈: no further from the best than that distance varies over seeds."
+        caption += " ≈: no further from the best than that distance varies over seeds."
     best = [row["best"] for row in rows]
-    shown = (figures(*plots(found, entry["text"])), table(_HEAD, lines, numbers=5, best=best))
-    return section(text_name(entry["text"]), told, *shown)
+    shown = (figures(*plots(comparison, entry["text"])), table(_HEAD, lines, numbers=5, best=best))
+    return section(text_name(entry["text"]), caption, *shown)
 
 
 def _protocol(protocol: dict[str, Any]) -> str:

@@ -63,14 +63,14 @@ class Cells:
             return {}
         raw = self._path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        found: dict[str, dict[str, Any]] = {}
+        records: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = json.loads(line)
-                found[record.pop("cell")] = record
+                records[record.pop("cell")] = record
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{self._path}, line {number}, is not a cell: delete that line") from error
         if len(whole) < len(raw):
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
-        return found
+        return records

@@ -35,19 +35,19 @@ def table(protocol: dict[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str
         for bits, group_size in sorted({(c["bits"], c["group_size"]) for c in cells}, reverse=True):
             here = [c for c in cells if (c["bits"], c["group_size"]) == (bits, group_size)]
             for windows in sizes or [None]:
-                found = [c for c in here if c["windows"] in {windows, None}]
-                rows += _group(text, windows, found)
+                group = [c for c in here if c["windows"] in {windows, None}]
+                rows += _group(text, windows, group)
     return {"protocol": protocol, "rows": rows, "cells": list(cells)}
 
 
-def as_csv(found: dict[str, Any]) -> str:
+def as_csv(comparison: dict[str, Any]) -> str:
     """A line for each cell and text."""
     lines = io.StringIO()
     out = csv.writer(lines, lineterminator="\n")
     out.writerow(_CSV)
-    for entry in found["protocol"]["texts"]:
+    for entry in comparison["protocol"]["texts"]:
         out.writerow(["unquantized", "", "", "", "", entry["text"], entry["perplexity"], 1.0, 0.0, "", ""])
-    for cell in found["cells"]:
+    for cell in comparison["cells"]:
         for text, quality in cell["quality"].items():
             what = [cell[key] for key in IDENTITY]
             out.writerow([*what, text, *(quality[m] for m in METRICS), cell["error"], cell["seconds"]["total"]])
@@ -65,11 +65,11 @@ def with_spread(row: Row) -> str:
     return "not finite" if row["perplexity"] is None else figure(row["perplexity"], row["spread"])
 
 
-def plots(found: dict[str, Any], text: str) -> list[str]:
+def plots(comparison: dict[str, Any], text: str) -> list[str]:
     """A chart of one text for each width: perplexity over calibration size, a line for each method; or the methods
     below each other, where there is one size."""
-    rows = [row for row in found["rows"] if row["text"] == text]
-    plain = next(entry["perplexity"] for entry in found["protocol"]["texts"] if entry["text"] == text)
+    rows = [row for row in comparison["rows"] if row["text"] == text]
+    plain = next(entry["perplexity"] for entry in comparison["protocol"]["texts"] if entry["text"] == text)
     several = len({row["windows"] for row in rows}) > 1
     charts = []
     for bits, group_size in dict.fromkeys((row["bits"], row["group_size"]) for row in rows):
@@ -80,9 +80,9 @@ def plots(found: dict[str, Any], text: str) -> list[str]:
     return [chart for chart in charts if chart]
 
 
-def plot(found: dict[str, Any]) -> str:
+def plot(comparison: dict[str, Any]) -> str:
     """The charts of all texts as one drawing, a row for each text."""
-    drawn = [plots(found, entry["text"]) for entry in found["protocol"]["texts"]]
+    drawn = [plots(comparison, entry["text"]) for entry in comparison["protocol"]["texts"]]
     charts = [chart for row in drawn for chart in row]
     return standalone(beside(charts, columns=max(map(len, drawn)))) if charts else ""
 
@@ -147,10 +147,10 @@ def _group(text: str, windows: int | None, cells: Sequence[dict[str, Any]]) -> l
 def _row(text: str, windows: int | None, cells: dict[int | None, dict[str, Any]]) -> Row:
     first = next(iter(cells.values()))
     by_seed = {str(seed): cell["quality"].get(text) for seed, cell in cells.items()}
-    found = [quality for quality in by_seed.values() if quality is not None]
-    whole = len(found) == len(by_seed)
+    qualities = [quality for quality in by_seed.values() if quality is not None]
+    whole = len(qualities) == len(by_seed)
     spent = [cell["seconds"]["solve"] for cell in cells.values()]
-    values = [quality["perplexity"] for quality in found]
+    values = [quality["perplexity"] for quality in qualities]
     mean = sum(values) / len(values) if whole else None
     return {
         "text": text,
@@ -163,8 +163,8 @@ def _row(text: str, windows: int | None, cells: dict[int | None, dict[str, Any]]
         "spread": max(abs(v - mean) for v in values) if mean is not None and len(values) > 1 else None,
         "lowest": min(values, default=None),
         "highest": max(values, default=None),
-        "agreement": sum(q["agreement"] for q in found) / len(found) if whole else None,
-        "kl": sum(q["kl"] for q in found) / len(found) if whole else None,
+        "agreement": sum(q["agreement"] for q in qualities) / len(qualities) if whole else None,
+        "kl": sum(q["kl"] for q in qualities) / len(qualities) if whole else None,
         "seconds": None if None in spent else sum(spent) / len(spent),
         "by_seed": {seed: None if quality is None else quality["perplexity"] for seed, quality in by_seed.items()},
         "best": False,
@@ -175,12 +175,12 @@ def _row(text: str, windows: int | None, cells: dict[int | None, dict[str, Any]]
 def _tied(best: dict[str, float], other: dict[str, float]) -> bool:
     """Whether two methods differ by no more than their difference varies over seeds."""
     # A method that reads no text is the same for every seed; of others only seeds that both have can be compared.
-    known = [set(found) for found in (best, other) if "None" not in found]
+    known = [set(values) for values in (best, other) if "None" not in values]
     seeds = sorted(set.intersection(*known)) if known else []
     if len(seeds) < 2:
         return False
     one, two = (
-        [math.log(found["None"] if "None" in found else found[seed]) for seed in seeds] for found in (best, other)
+        [math.log(values["None"] if "None" in values else values[seed]) for seed in seeds] for values in (best, other)
     )
     gaps = [b - a for a, b in zip(one, two)]
     mean = sum(gaps) / len(gaps)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
-from sarqc.checkpoint.folders import refuse_overlap, refuse_place
+from sarqc.checkpoint.folders import check_overlap, check_place
 from sarqc.comparison import experiment as benches
 from sarqc.comparison import page as pages
 from sarqc.comparison import table as tables
@@ -27,7 +27,7 @@ from sarqc.errors import ArgumentError, CheckpointError
 from sarqc.keywords import CompareKeywords
 from sarqc.model.hub import locate_source
 from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
-from sarqc.options import also_named, documented, sorted_out
+from sarqc.options import documented, split_by_config, with_alias
 from sarqc.report.summary import figure
 from sarqc.system import versions
 
@@ -77,7 +77,7 @@ class Comparison:
     table: dict[str, Any]
 
 
-@also_named(watcher="progress")
+@with_alias(watcher="progress")
 @documented(*COMPARE)
 def compare(
     model: str | Path,
@@ -108,14 +108,14 @@ def compare(
     Raises:
         SarqcError: Anything wrong with the input.
     """
-    given = sorted_out(COMPARE, options)
+    given = split_by_config(COMPARE, options)
     what = ComparisonConfig.made(what, given[ComparisonConfig])
     measure = MeasureConfig.made(measure, given[MeasureConfig])
     also = [Other.parsed(one) if isinstance(one, str) else one for one in measure.also]
     progress, out = progress or NoProgress(), Path(out).expanduser()
     folder = locate_source(model, trust_remote_code=what.trust_remote_code)
-    refuse_place(out)
-    refuse_overlap(out, folder)
+    check_place(out)
+    check_overlap(out, folder)
     if out.is_dir() and any(out.iterdir()) and not (out / CELLS).exists():
         raise CheckpointError(f"output folder {out} holds something else than a comparison: choose another one")
     for name, values in (
@@ -125,8 +125,8 @@ def compare(
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
     experiment = benches.make(folder, what, measure.column)
-    found = targets(experiment.solver, QuantConfig(ignore=what.ignore))
-    cells = _cells(what, list(_quants(found, what)))
+    selected = targets(experiment.solver, QuantConfig(ignore=what.ignore))
+    cells = _cells(what, list(_quants(selected, what)))
     progress.note("measuring the unquantized model")
     benches.add_texts(experiment, measure, what.trust_remote_code)
     protocol = _protocol(experiment, str(model))
@@ -150,12 +150,12 @@ def parse_method(method: str) -> MethodConfig:
     return MethodConfig(name, **given)
 
 
-def _quants(found: Targets, what: ComparisonConfig) -> Iterator[QuantConfig]:
+def _quants(selected: Targets, what: ComparisonConfig) -> Iterator[QuantConfig]:
     for group_size in what.group_sizes:
-        size = auto_group_size(found) if group_size == AUTO else group_size
+        size = auto_group_size(selected) if group_size == AUTO else group_size
         for width in what.bits:
             quant = QuantConfig(bits=width, group_size=size, sym=what.sym, ignore=what.ignore)
-            check_group_size(found, quant)
+            check_group_size(selected, quant)
             yield quant
 
 
@@ -189,7 +189,7 @@ def _work(
         record = benches.measure(experiment, cell, progress.detail)
         done.add(cell, record)
         pages.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
-        progress.advance(_told(record))
+        progress.advance(_cell_line(record))
 
 
 def _protocol(experiment: Experiment, model: str) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _protocol(experiment: Experiment, model: str) -> dict[str, Any]:
     }
 
 
-def _told(record: dict[str, Any]) -> str:
+def _cell_line(record: dict[str, Any]) -> str:
     text = "" if record["windows"] is None else f", {record['windows']} sequences, seed {record['seed']}"
-    found = ", ".join(figure(entry["perplexity"]) for entry in record["quality"].values()) or record["failed"]
-    return f"{record['method']} {record['bits']} bits g{record['group_size']}{text}: perplexity {found}"
+    numbers = ", ".join(figure(entry["perplexity"]) for entry in record["quality"].values()) or record["failed"]
+    return f"{record['method']} {record['bits']} bits g{record['group_size']}{text}: perplexity {numbers}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sarqc.checkpoint.convert import Conversion, Progress
-from sarqc.checkpoint.folders import atomic_folder, refuse_existing, refuse_overlap
+from sarqc.checkpoint.folders import atomic_folder, check_existing, check_overlap
 from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import ArgumentError
@@ -55,9 +55,9 @@ def convert(
     if format not in FORMATS:
         raise ArgumentError(f"format = {format!r} is not known: use {', '.join(FORMATS)}")
     out = Path(out).expanduser()
-    refuse_existing(out, overwrite)
+    check_existing(out, overwrite)
     folder = locate(source, trust_remote_code=trust_remote_code)
-    refuse_overlap(out, folder)
+    check_overlap(out, folder)
     with open_checkpoint(folder) as checkpoint:
         conversion = Conversion(checkpoint, FORMATS[format])
         with atomic_folder(out, overwrite=overwrite) as partial:

@@ -27,7 +27,7 @@ from sarqc_kernels.device import device_info, interpreting
 
 
 @dataclass(frozen=True)
-class Verdict:
+class OperationCheck:
     """One implementation of one operation on one device.
 
     reason: why it does not run here, or None. chosen: it is the one that runs. error: of its self-test, next to
@@ -47,7 +47,9 @@ class Verdict:
 
 def examine() -> dict[str, Any]:
     """Everything that `sarqc doctor` shows, as JSON values; `healthy` is False where a self-test failed."""
-    verdicts = [verdict for device in devices() for probe in selftest.PROBES for verdict in judge(probe, device)]
+    verdicts = [
+        verdict for device in devices() for probe in selftest.PROBES for verdict in check_operation(probe, device)
+    ]
     return {
         "versions": versions() | packages(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": sys.executable},
@@ -67,9 +69,9 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
 
 
-def judge(probe: selftest.Probe, device: torch.device) -> list[Verdict]:
+def check_operation(probe: selftest.Probe, device: torch.device) -> list[OperationCheck]:
     """What each implementation of a probe's operation says on a device, and how those that run do."""
-    found, chosen_yet = [], False
+    results, chosen_yet = [], False
     implementations = probe.implementations(device)
     known = {implementation.name: implementation for implementation in implementations}
     reasons = dict(explain(probe.op, implementations, probe.arguments(device)))
@@ -79,8 +81,8 @@ def judge(probe: selftest.Probe, device: torch.device) -> list[Verdict]:
         chosen = reason is None and not chosen_yet and forced in (None, "", name)
         chosen_yet |= chosen
         error, failed, seconds = _tested(probe, known[name], device) if reason is None else (None, None, 0.0)
-        found.append(Verdict(probe.op, str(device), name, reason, chosen, error, probe.limit, failed, seconds))
-    return found
+        results.append(OperationCheck(probe.op, str(device), name, reason, chosen, error, probe.limit, failed, seconds))
+    return results
 
 
 def _tested(
@@ -91,8 +93,8 @@ def _tested(
     try:
         error = probe.error(implementation.name, device)
     except Exception as problem:  # noqa: BLE001  (whatever a compiler of kernels raises is what there is to say)
-        said = " ".join(str(problem).split())[:200]
-        return None, f"{type(problem).__name__}: {said}", time.perf_counter() - began
+        message = " ".join(str(problem).split())[:200]
+        return None, f"{type(problem).__name__}: {message}", time.perf_counter() - began
     failed = None if error <= probe.limit else f"off by {error:.2g}, allowed is {probe.limit:.2g}"
     return error, failed, time.perf_counter() - began
 
@@ -101,22 +103,22 @@ def packages() -> dict[str, str]:
     """Versions of what is used where it is installed, and of CUDA as torch was built with it."""
     from importlib import metadata
 
-    found = {}
+    versions = {}
     for name in ("huggingface_hub", "accelerate", "compressed-tensors", "numpy", "datasets", "gguf", "vllm"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    return versions | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def gpus() -> list[dict[str, Any]]:
     """Name, capability, processors and memory of every GPU; empty where there is none."""
-    found = []
+    gpus = []
     for device in devices()[1:]:
         properties = torch.cuda.get_device_properties(device)
         free_bytes, total = torch.cuda.mem_get_info(device)
-        found.append(
+        gpus.append(
             {
                 "device": str(device),
                 "name": properties.name,
@@ -126,28 +128,28 @@ def gpus() -> list[dict[str, Any]]:
                 "memory": total,
             }
         )
-    return found
+    return gpus
 
 
 def csrc() -> dict[str, Any]:
     """State of the CUDA C++ sources: the compiler, the cache, and for each GPU why a library cannot be had."""
     asked = (("cache", build.cache_folder), ("nvcc", build.nvcc), ("sources", build.sources))
-    found: dict[str, Any] = {name: _or_reason(ask) for name, ask in asked}
+    status: dict[str, Any] = {name: _or_reason(ask) for name, ask in asked}
     cuda = [] if interpreting() else devices()[1:]
-    found["libraries"] = {
-        str(device): build.why_not("columns", device_info(device).arch, device) or "built" for device in cuda
+    status["libraries"] = {
+        str(device): build.unsupported_reason("columns", device_info(device).arch, device) or "built" for device in cuda
     }
-    return found
+    return status
 
 
 def free() -> dict[str, int]:
     """Bytes: memory of the host that can be taken, and disk at the cache and at the current folder."""
-    found = {"memory": _free_memory()}
+    sizes = {"memory": _free_memory()}
     for name, folder in (("cache", build.cache_folder()), ("here", Path.cwd())):
         while not folder.exists():  # the cache may not be there yet; its disk is that of what would hold it
             folder = folder.parent
-        found[name] = shutil.disk_usage(folder).free
-    return found
+        sizes[name] = shutil.disk_usage(folder).free
+    return sizes
 
 
 def warnings(installed: dict[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from sarqc.checkpoint.folders import refuse_place
+from sarqc.checkpoint.folders import check_place
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import AUTO
 from sarqc.config_compare import EVALUATE, EvaluationConfig
@@ -21,8 +21,8 @@ from sarqc.model.lazy_model import LazyModel
 from sarqc.model.packed_linear import is_packed
 from sarqc.model.perplexity import Perplexity, perplexity
 from sarqc.model.tokenizer import load_tokenizer
-from sarqc.options import documented, sorted_out
-from sarqc.pipeline import passage
+from sarqc.options import documented, split_by_config
+from sarqc.pipeline import blockwise_forward
 from sarqc.report import report as reports
 from sarqc.system import resolve_device, resolve_dtype
 
@@ -52,11 +52,11 @@ def evaluate(
     Raises:
         SarqcError: Anything wrong with the input.
     """
-    how = EvaluationConfig.made(config, sorted_out(EVALUATE, options)[EvaluationConfig])
+    how = EvaluationConfig.made(config, split_by_config(EVALUATE, options)[EvaluationConfig])
     built, tokenizer = _loaded(model, how)
     dataset.check_seqlen(how.seqlen, built.config.get_text_config(), model)
-    found = perplexity(built, _windows(how, tokenizer), on_window=on_window)
-    return replace(found, protocol=found.protocol | {"packed": is_packed(built)})
+    result = perplexity(built, _windows(how, tokenizer), on_window=on_window)
+    return replace(result, protocol=result.protocol | {"packed": is_packed(built)})
 
 
 def zero_shot(
@@ -67,7 +67,7 @@ def zero_shot(
     **options: Unpack[EvaluationKeywords],
 ) -> dict[str, dict[str, float]]:
     """Metrics by task from lm-eval; tasks and text as in `sarqc.model.lm_eval.zero_shot`, options as in `evaluate`."""
-    how = EvaluationConfig.made(config, sorted_out(EVALUATE, options)[EvaluationConfig])
+    how = EvaluationConfig.made(config, split_by_config(EVALUATE, options)[EvaluationConfig])
     built, tokenizer = _loaded(model, how)
     return lm_eval.zero_shot(built, tokenizer, tasks, text=how.text, limit=how.limit)
 
@@ -79,8 +79,8 @@ def _loaded(model: str | Path, how: EvaluationConfig) -> tuple[Any, Any]:
 
 
 def _windows(how: EvaluationConfig, tokenizer: Any) -> dataset.Windows:
-    found = windows(how.text, lambda: tokenizer, how.seqlen, part="evaluation", column=how.column)
-    return found if how.max_windows is None else found.last(how.max_windows)
+    text = windows(how.text, lambda: tokenizer, how.seqlen, part="evaluation", column=how.column)
+    return text if how.max_windows is None else text.last(how.max_windows)
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ def evaluate_and_save(
     now; by default where the report says it was. config, options: as in `evaluate`. on_block(done, total). Another
     measurement of the same windows replaces the first.
     """
-    how = EvaluationConfig.made(config, sorted_out(EVALUATE, options)[EvaluationConfig])
+    how = EvaluationConfig.made(config, split_by_config(EVALUATE, options)[EvaluationConfig])
     trust_remote_code = how.trust_remote_code
     folder = Path(out).expanduser()
     report = reports.load(folder)
-    refuse_place(folder / reports.REPORT, "report")
+    check_place(folder / reports.REPORT, "report")
     source = locate(original or report["model"], trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     text, kept = _windows(how, tokenizer), None
-    where, left = resolve_device(how.device), []
+    where, outputs = resolve_device(how.device), []
     for number, place in enumerate((source, folder)):
         checkpoint = open_checkpoint(place)
         if place is source and checkpoint.format is not None:
@@ -124,14 +124,14 @@ def evaluate_and_save(
         kept, total = kept or resolve_dtype(how.dtype, where, lazy.dtype), 2 * len(lazy.blocks)
         lazy.load_outer(checkpoint, where, kept, head=True)
 
-        def told(index: int, done: int = number * len(lazy.blocks), total: int = total) -> None:
+        def progress(index: int, done: int = number * len(lazy.blocks), total: int = total) -> None:
             if on_block:
                 on_block(done + index, total)
 
-        left.append(passage.leave(lazy, checkpoint, text.tokens, told))
+        outputs.append(blockwise_forward.last_block_output(lazy, checkpoint, text.tokens, progress))
     # What stands outside the blocks is the original's, byte for byte, so that one head serves both.
-    before = passage.judge(lazy, text, left[0]).perplexity
-    after = passage.judge(lazy, text, left[1], left[0])
+    before = blockwise_forward.score(lazy, text, outputs[0]).perplexity
+    after = blockwise_forward.score(lazy, text, outputs[1], outputs[0])
     entry = text.record() | {
         "before": before,
         "after": after.perplexity,

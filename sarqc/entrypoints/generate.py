@@ -65,22 +65,22 @@ class Chat:
         conversation exceeds the positions of the model; the history is then as before.
         """
         self.turns.append({"role": "user", "content": text})
-        said, ids = "", []
+        answer, ids = "", []
         self.produced = 0
         try:
             for token in self._answer(self._prompt()):
                 ids.append(token)
                 self.produced = len(ids)
                 now = self.tokenizer.decode(ids, skip_special_tokens=True)
-                if len(now) > len(said) and not now.endswith(UNFINISHED):
-                    piece, said = now[len(said) :], now
+                if len(now) > len(answer) and not now.endswith(UNFINISHED):
+                    piece, answer = now[len(answer) :], now
                     yield piece
         except ArgumentError as error:
             self.turns.pop()
             raise ArgumentError(f"{error}; begin anew with /reset") from error
         finally:
             if self.turns and self.turns[-1]["role"] == "user":
-                self.turns.append({"role": "assistant", "content": said})
+                self.turns.append({"role": "assistant", "content": answer})
 
     def _prompt(self) -> list[int]:
         """Tokens of the conversation so far."""

@@ -20,13 +20,13 @@ def models(word: str = "") -> dict[str, Any]:
         ArgumentError: nothing is found.
         ModelError: the model's configuration cannot be read, or it is none that is quantized.
     """
-    found: dict[str, Any] = json.loads(PACKAGED.read_text())
+    table: dict[str, Any] = json.loads(PACKAGED.read_text())
     if word and (Path(word).is_dir() or "/" in word):
-        return found | _of_model(word, found["rows"])
-    rows = [row for row in found["rows"] if word.lower() in f"{row['name']} {row['class']}".lower()]
+        return table | _of_model(word, table["rows"])
+    rows = [row for row in table["rows"] if word.lower() in f"{row['name']} {row['class']}".lower()]
     if not rows:
-        raise ArgumentError(f"word = {word!r} is in no name of the {len(found['rows'])} models; give a shorter part")
-    return found | {"rows": rows}
+        raise ArgumentError(f"word = {word!r} is in no name of the {len(table['rows'])} models; give a shorter part")
+    return table | {"rows": rows}
 
 
 def _of_model(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

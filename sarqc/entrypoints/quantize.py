@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from sarqc.checkpoint.folders import refuse_existing
+from sarqc.checkpoint.folders import check_existing
 from sarqc.checkpoint.side_files import side_files
-from sarqc.checkpoint.verify import refuse_overflow, refuse_poison
+from sarqc.checkpoint.verify import check_finite, check_fp16_range
 from sarqc.config import (
     AUTO,
     DEFAULT_METHOD,
@@ -35,15 +35,15 @@ from sarqc.estimation.memory import estimate_memory
 from sarqc.keywords import QuantizeKeywords
 from sarqc.model import dataset
 from sarqc.model.in_memory import is_name, model_name, saved
-from sarqc.options import also_named, documented
+from sarqc.options import documented, with_alias
 from sarqc.pipeline import driver
+from sarqc.pipeline.activation_memory import suspended_memory
 from sarqc.pipeline.bit_allocation import BitAllocation, allocate_bits
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
-from sarqc.pipeline.distributed import Following, joined, named, same_everywhere, start_everywhere
+from sarqc.pipeline.distributed import Following, broadcast_errors, named, process_group, start_everywhere
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.fingerprint import fingerprint
-from sarqc.pipeline.holding import hold
 from sarqc.pipeline.plan import Plan, make_plan, read_windows
 from sarqc.pipeline.progress import NoProgress, Progress
 from sarqc.pipeline.resume import WorkFolder, begin, recorded, work_place
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@also_named(watcher="progress")
+@with_alias(watcher="progress")
 @documented(*QUANTIZE)
 def quantize(
     model: str | Path | PreTrainedModel,
@@ -105,8 +105,8 @@ def quantize(
     named_model = is_name(model)
     if named_model and tokenizer is not None:
         raise ArgumentError("tokenizer is for a model in memory: a folder or a hub model has its own; leave it out")
-    with joined(own.device, ordered=own.ordered) as (comm, own_device):
-        refuse_existing(out, own.overwrite)
+    with process_group(own.device, ordered=own.ordered) as (comm, own_device):
+        check_existing(out, own.overwrite)
         configs, progress = replace(configs, run=replace(own, device=own_device)), progress or NoProgress()
         if named_model:
             return _execute(make_plan(model, configs), out, comm, progress)
@@ -136,7 +136,7 @@ def _execute(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
     plan = _with_dtype(plan, place, comm)
     windows = read_windows(plan)
     run = _Run(plan, windows, place, comm, progress if comm.rank == 0 else Following(progress))
-    same_everywhere(comm, run.fingerprint)
+    broadcast_errors(comm, run.fingerprint)
     if comm.rank > 0:
         run.solve_blocks(None)
         return run.shared(None)
@@ -188,12 +188,12 @@ class _Run:
     def estimate_run(self, out: Path) -> None:
         """The preflight: `SarqcError` where the run must not begin, or could not end."""
         side_files(self.plan.folder, self.plan.run.trust_remote_code)
-        refuse_poison(self.plan.checkpoint, f"{self.plan.lazy.prefix}.")
-        refuse_overflow(self.plan.checkpoint, self.plan.dtype)
-        found = preflight.estimate_run(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
-        for note in (*found.notes, found.headline()):
+        check_finite(self.plan.checkpoint, f"{self.plan.lazy.prefix}.")
+        check_fp16_range(self.plan.checkpoint, self.plan.dtype)
+        result = preflight.estimate_run(self.plan, None if self.tokens is None else self.tokens.shape, out, self.place)
+        for note in (*result.notes, result.headline()):
             self.progress.note(note)
-        found.refuse()
+        result.refuse()
 
     def lead(self, work: WorkFolder, out: Path) -> Result:
         """What rank 0 does: all blocks, then the checkpoint, and then the work folder goes."""
@@ -206,9 +206,9 @@ class _Run:
     def shared(self, result: Result | None) -> Result:
         """Rank 0's result on every rank, once it is there."""
         with named(self.comm, lambda: "waiting for the checkpoint"):
-            told = self.comm.all_gather_object(result)[0]
-        assert told is not None
-        return told
+            leader = self.comm.all_gather_object(result)[0]
+        assert leader is not None
+        return leader
 
     def solve_blocks(self, work: WorkFolder | None) -> None:
         """Finish every block that is not finished yet; rank 0, which has the work folder, saves each."""
@@ -270,7 +270,7 @@ class _Run:
                 micro_batch=plan.run.micro_batch,
                 gram_budget=plan.run.gram_budget,
                 comm=self.comm,
-                memory=hold(plan, -(-windows // self.comm.size) * seqlen, self.place),
+                memory=suspended_memory(plan, -(-windows // self.comm.size) * seqlen, self.place),
                 prefetch=waiting.prefetched > 0,
                 bit_widths=bit_widths,
                 on_progress=self._stage,
@@ -282,8 +282,8 @@ class _Run:
                 now = time.perf_counter()
                 if work:
                     work.save(result, now - began, tensors_of_block(plan.lazy, plan.checkpoint, result.index))
-                elif result.handover:
-                    deque(result.handover.hidden.each(), maxlen=0)  # they go to rank 0, which saves them
+                elif result.stored_states:
+                    deque(result.stored_states.hidden.each(), maxlen=0)  # they go to rank 0, which saves them
                 trim_host_memory()
                 began = now
                 for note in result.notes:

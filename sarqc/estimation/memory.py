@@ -13,8 +13,8 @@ from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS, TRIAL_BYTES
 from sarqc.model.layers import Target
 from sarqc.model.sites import Site, SiteChunk
+from sarqc.pipeline.activation_memory import activation_memory
 from sarqc.pipeline.grams import gram_bytes, portions
-from sarqc.pipeline.holding import held
 from sarqc.pipeline.plan import Plan
 from sarqc.pipeline.sensitivity import TOKENS, TRIED_LENGTH, TRIED_WINDOWS
 from sarqc.pipeline.work_split import solving_bytes, work_items
@@ -48,7 +48,7 @@ class HostBuffers:
 def estimate_memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tuple[HostBuffers, list[Memory]]:
     """Host buffers, and peak memory of each stage with them. The next block is prefetched where there is more than one
     block and this machine has the memory for it on all its ranks."""
-    waiting = _waiting(plan, windows, seqlen, ranks)
+    waiting = _buffers(plan, windows, seqlen, ranks)
     stages = memory(plan, windows, seqlen, waiting)
     if waiting.prefetched and max(stage.host for stage in stages) * ranks_here() > host_memory():
         waiting = replace(waiting, prefetched=0)
@@ -56,14 +56,14 @@ def estimate_memory(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> tu
     return waiting, stages
 
 
-def _waiting(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
-    """As `pipeline.holding` does it. The reference is counted also where the first block will show that no layer writes
-    into the stream as it is, and it is let go: it is there until then, and shapes do not tell."""
-    found = held(plan, -(-windows // ranks) * seqlen)
+def _buffers(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
+    """As in `pipeline.activation_memory`. The reference counts even where the first block will show that no layer
+    writes into the stream as it is: it is held until then, and shapes do not show it."""
+    buffers = activation_memory(plan, -(-windows // ranks) * seqlen)
     prefetched = max((_stored(plan, index) for index in range(1, len(plan.lazy.blocks))), default=0)
     if plan.device.type == "cpu":
-        return HostBuffers(found.in_place, found.file, prefetched)
-    return HostBuffers(found.host, found.file, prefetched, found.in_place)
+        return HostBuffers(buffers.in_place, buffers.file, prefetched)
+    return HostBuffers(buffers.host, buffers.file, prefetched, buffers.in_place)
 
 
 def _stored(plan: Plan, index: int) -> int:
@@ -130,11 +130,13 @@ def _outer(plan: Plan) -> int:
 
 def _solved(plan: Plan, sites: list[Site], folds: int) -> tuple[int, int]:
     """Bytes of the Grams that are held at once, and of solving the largest chunk beside them."""
-    found = list(portions(sites, folds, plan.run.gram_budget))
-    grams = max((sum(gram_bytes(chunk, folds) for chunk in chunks) for chunks in found), default=0)
-    solved = [item.chunk for chunks in found for item in work_items(chunks, 1, plan.device, gram=folds > 0)]
+    portions_of_block = list(portions(sites, folds, plan.run.gram_budget))
+    grams = max((sum(gram_bytes(chunk, folds) for chunk in chunks) for chunks in portions_of_block), default=0)
+    solved = [item.chunk for chunks in portions_of_block for item in work_items(chunks, 1, plan.device, gram=folds > 0)]
     solving = max((solving_bytes(chunk, folds > 0) for chunk in solved), default=0)
-    choosing = max((_choosing(chunk) for chunks in found for chunk in chunks), default=0) if folds > 1 else 0
+    choosing = (
+        max((_choosing(chunk) for chunks in portions_of_block for chunk in chunks), default=0) if folds > 1 else 0
+    )
     return grams, max(solving, choosing)
 
 
@@ -154,9 +156,9 @@ def _choosing(chunk: SiteChunk) -> int:
     """Bytes that choosing a chunk's lambda takes: up to three trials of some experts go through what solving takes,
     together, beside the chunk's weight."""
     count, one = chunk.stop - chunk.first, 4 * chunk.site.in_features**2
-    held = min(count, EXPERTS) * one
-    weight = 4 * count * chunk.site.in_features * sum(rows for _, _, rows in chunk.site.slabs)
-    return weight + 4 * held + 5 * min(3 * held, max(held, TRIAL_BYTES))
+    activation_memory = min(count, EXPERTS) * one
+    weight = 4 * count * chunk.site.in_features * sum(rows for _, _, rows in chunk.site.row_ranges)
+    return weight + 4 * activation_memory + 5 * min(3 * activation_memory, max(activation_memory, TRIAL_BYTES))
 
 
 def _flow(plan: Plan, members: list[Target]) -> int:

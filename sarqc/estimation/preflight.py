@@ -103,10 +103,10 @@ class Preflight(ModelSummary):
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        found = asdict(self)
-        found["output_bytes"], found["work_bytes"] = self.sizes.output, self.sizes.work
-        found["time"]["total"] = self.time.total
-        return found
+        values = asdict(self)
+        values["output_bytes"], values["work_bytes"] = self.sizes.output, self.sizes.work
+        values["time"]["total"] = self.time.total
+        return values
 
 
 def estimate_run(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) -> Preflight:
@@ -167,14 +167,14 @@ def _disk(plan: Plan, size: Sizes, waiting: HostBuffers, out: Path, work: Path) 
     here = size.work + ranks_here() * waiting.mapped + _SPARE
     places = [_existing(path) for path in (work, out)]
     apart = places[0].stat().st_dev != places[1].stat().st_dev
-    found: dict[int, Disk] = {}
+    disks: dict[int, Disk] = {}
     for path, place, needed, freed in zip(
         (work, out), places, (here, _beside_work(plan, size, apart)), (there, 0), strict=True
     ):
         system = place.stat().st_dev
-        before = found.get(system, Disk((), 0, shutil.disk_usage(place).free))
-        found[system] = Disk((*before.paths, str(path)), before.needed + needed, before.free + freed)
-    return list(found.values())
+        before = disks.get(system, Disk((), 0, shutil.disk_usage(place).free))
+        disks[system] = Disk((*before.paths, str(path)), before.needed + needed, before.free + freed)
+    return list(disks.values())
 
 
 def _beside_work(plan: Plan, size: Sizes, apart: bool) -> int:
@@ -203,13 +203,13 @@ def _too_little_disk(disk: Sequence[Disk]) -> list[str]:
 
 
 def _too_little_memory(plan: Plan, stages: Sequence[Memory]) -> list[str]:
-    found = []
+    problems = []
     host = host_memory()
     worst = max(stages, key=lambda stage: stage.host)
     way_out = "lower --gram-budget, --activation-budget, --num-samples or --seqlen"
     here = ranks_here()
     if here * worst.host > host:
-        found.append(
+        problems.append(
             f"stage {worst.stage} needs about {human(worst.host)} of memory{f' on each of {here} ranks' * (here > 1)}, "
             f"this machine has {human(host)}: {way_out}"
         )
@@ -217,11 +217,11 @@ def _too_little_memory(plan: Plan, stages: Sequence[Memory]) -> list[str]:
         total = torch.cuda.get_device_properties(plan.device).total_memory
         worst = max(stages, key=lambda stage: stage.device)
         if worst.device > total:
-            found.append(
+            problems.append(
                 f"stage {worst.stage} needs about {human(worst.device)} on {plan.device}, which has {human(total)}: "
                 f"{way_out}, or --device cpu"
             )
-    return found
+    return problems
 
 
 def _no_server(runtime_support: Sequence[rules.RuntimeSupport], tp: int | None) -> list[str]:

@@ -74,9 +74,9 @@ def products(method: MethodConfig) -> int:
 
 def measure(plan: Plan) -> Rates:
     """The rates of this machine, at sizes no larger than the plan's."""
-    sites = max((found for _, found in shapes.blocks(plan)), key=len)
+    sites = max((members for _, members in shapes.blocks(plan)), key=len)
     widest = max((site.in_features for site in sites), default=WIDTH)
-    rows = min(ROWS, max((sum(count for _, _, count in site.slabs) for site in sites), default=ROWS))
+    rows = min(ROWS, max((sum(count for _, _, count in site.row_ranges) for site in sites), default=ROWS))
     size = plan.quant.group_size
     step = size if isinstance(size, int) and size > 0 else 1
     width = max(step, min(widest, WIDTH) // step * step)
@@ -108,7 +108,7 @@ def _measure(
     hessian = Gram.zeros(1, factored, device)
     hessian.add(random(2 * factored, factored))
     strength = torch.ones(1, device=device)
-    found = Rates(
+    rates = Rates(
         forward=flops / _least(lambda: layer(x), device),
         gram=flops / _least(lambda: sums.add(x), device),
         product=flops / _least(lambda: single @ square, device),
@@ -130,18 +130,18 @@ def _measure(
         return _least(lambda: solve("probe", weight, gram, strength, quant, method, torch.bfloat16), device)
 
     few, many = max(1, rows // 4), rows
-    beside = [solving(count) - found.solve(count, width, products(method)) for count in (few, many)]
+    beside = [solving(count) - rates.solve(count, width, products(method)) for count in (few, many)]
     element = max(0.0, (beside[1] - beside[0]) / max(1, many - few) / width)
-    return replace(found, element=element, column=max(0.0, beside[1] / width - element * many))
+    return replace(rates, element=element, column=max(0.0, beside[1] / width - element * many))
 
 
 def _least(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the quickest of several calls, which is the one that was disturbed least."""
-    found: list[float] = []
-    while len(found) < 2 or (len(found) < 7 and sum(found) < SECONDS):
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 7 and sum(times) < SECONDS):
         began = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return max(min(found), 1e-7)
+        times.append(time.perf_counter() - began)
+    return max(min(times), 1e-7)

@@ -67,31 +67,33 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     spent = dict.fromkeys(("load", "reference", "forward", "solve", "write"), 0.0)
     if plan.quant.avg_bits is not None:
         spent["sensitivity"] = 0.0
-    blocks = [shapes.joined(sites) for _, sites in shapes.blocks(plan)]
+    blocks = [shapes.merged_sites(sites) for _, sites in shapes.blocks(plan)]
     for sites in blocks:
-        forward = passing(plan, sites, text, rates)
-        solving = sum(quantizing(plan, site, rates, ranks, gram=windows > 0) for site in sites)
+        forward = forward_seconds(plan, sites, text, rates)
+        solving = sum(solve_seconds(plan, site, rates, ranks, gram=windows > 0) for site in sites)
         if windows:
             times = 2 if method.channel_scales else 1  # scales are searched for in a run of the block that is dropped
-            grams = sum(summing(plan, site, text, rates) for site in sites)
+            grams = sum(gram_seconds(plan, site, text, rates) for site in sites)
             looks = LOOKS * _calls(plan, sites) * rates.call
             spent["forward"] += times * (forward + grams) + looks
             spent["reference"] += method.error_correction * forward
-            solving += sum(correcting(site, rates, ranks) for site in sites if site.residual_write)
+            solving += sum(correction_seconds(site, rates, ranks) for site in sites if site.residual_write)
             if method.reg_lambda == AUTO and windows > 1:
-                solving += measured_share(len(blocks)) * sum(choosing(site, method, rates, ranks) for site in sites)
+                solving += measured_share(len(blocks)) * sum(
+                    lambda_seconds(site, method, rates, ranks) for site in sites
+                )
         spent["solve"] += solving
         if plan.device.type == "cpu":
             passed = sum(site.experts * rows_of(site) * site.in_features for site in sites) / rates.stream
             spent["load"] += LOAD_PASSES * passed
             spent["write"] += WRITE_PASSES * passed
         if plan.quant.avg_bits is not None:
-            spent["sensitivity"] += probing(plan, sites, len(blocks), text, rates) / ranks
-    told = f", nor what {ranks} ranks tell each other" if ranks > 1 else ""
-    return Time(spent, f"{rates}, measured on {plan.device}; disk not counted{told}")
+            spent["sensitivity"] += sensitivity_seconds(plan, sites, len(blocks), text, rates) / ranks
+    exclusion = f", nor what {ranks} ranks tell each other" if ranks > 1 else ""
+    return Time(spent, f"{rates}, measured on {plan.device}; disk not counted{exclusion}")
 
 
-def passing(plan: Plan, sites: list[Site], text: Text, rates: Rates) -> float:
+def forward_seconds(plan: Plan, sites: list[Site], text: Text, rates: Rates) -> float:
     """Seconds that all micro-batches take through a block."""
     hidden, widest = shapes.hidden_size(plan), max((rows_of(site) for site in sites), default=0)
     flops = (
@@ -103,7 +105,7 @@ def passing(plan: Plan, sites: list[Site], text: Text, rates: Rates) -> float:
     )
 
 
-def summing(plan: Plan, site: Site, text: Text, rates: Rates) -> float:
+def gram_seconds(plan: Plan, site: Site, text: Text, rates: Rates) -> float:
     """Seconds of a site's Grams, and of what a layer that corrects the residual error is handed."""
     rows = text.tokens * visits(plan, site)
     spent = 2.0 * rows * site.in_features**2 / rates.gram + text.batches * min(site.experts, 2) * rates.call
@@ -113,7 +115,7 @@ def summing(plan: Plan, site: Site, text: Text, rates: Rates) -> float:
     return spent
 
 
-def quantizing(plan: Plan, site: Site, rates: Rates, ranks: int, *, gram: bool) -> float:
+def solve_seconds(plan: Plan, site: Site, rates: Rates, ranks: int, *, gram: bool) -> float:
     """Seconds that the rank with most to do takes for a site's codes; a dense layer is factored on every rank."""
     one = rates.solve(rows_of(site), site.in_features, products(plan.method))
     if site.experts > 1 or not gram:
@@ -122,15 +124,15 @@ def quantizing(plan: Plan, site: Site, rates: Rates, ranks: int, *, gram: bool) 
     return shared + (one - shared) / ranks
 
 
-def correcting(site: Site, rates: Rates, ranks: int) -> float:
+def correction_seconds(site: Site, rates: Rates, ranks: int) -> float:
     """Seconds of the shift of each fold, which ranks share, and of all, whose rows they share: a factor and two
     triangular solves."""
     factor, solves = rates.factor(site.in_features), 4.0 * rows_of(site) * site.in_features**2 / rates.product
-    told = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
-    return -(-FOLDS // ranks) * (factor + told) + factor + solves / ranks
+    sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
+    return -(-FOLDS // ranks) * (factor + sampled) + factor + solves / ranks
 
 
-def choosing(site: Site, method: MethodConfig, rates: Rates, ranks: int) -> float:
+def lambda_seconds(site: Site, method: MethodConfig, rates: Rates, ranks: int) -> float:
     """Seconds of the trials of a site at which lambda is measured; ranks share them."""
     trial = rates.solve(min(ROWS, rows_of(site)), site.in_features, min(1, products(method)))
     return -(-TRIED * min(site.experts, EXPERTS) // ranks) * trial
@@ -143,7 +145,7 @@ def measured_share(sites: int) -> float:
     ) / sites
 
 
-def probing(plan: Plan, sites: list[Site], blocks: int, text: Text, rates: Rates) -> float:
+def sensitivity_seconds(plan: Plan, sites: list[Site], blocks: int, text: Text, rates: Rates) -> float:
     """Seconds of a block's sensitivity: it is observed, and of each site so far a few sequences go through it."""
     length = text.length or 1
     windows = max(1, min(text.windows, OBSERVED // length))
@@ -151,9 +153,12 @@ def probing(plan: Plan, sites: list[Site], blocks: int, text: Text, rates: Rates
     tried = Text(TRIED_WINDOWS, TRIED_LENGTH, 1)
     streams = len(sites) * blocks / 2
     solving = sum(min(site.experts, EXPERTS) * rates.factor(site.in_features) for site in sites)
-    grams = sum(summing(plan, site, observed, rates) for site in sites)
+    grams = sum(gram_seconds(plan, site, observed, rates) for site in sites)
     return (
-        2 * passing(plan, sites, observed, rates) + grams + streams * passing(plan, sites, tried, rates) + 3 * solving
+        2 * forward_seconds(plan, sites, observed, rates)
+        + grams
+        + streams * forward_seconds(plan, sites, tried, rates)
+        + 3 * solving
     )
 
 
@@ -177,4 +182,4 @@ def visits(plan: Plan, site: Site) -> int:
 
 def rows_of(site: Site) -> int:
     """Rows of a site's weight."""
-    return sum(rows for _, _, rows in site.slabs)
+    return sum(rows for _, _, rows in site.row_ranges)

@@ -29,14 +29,14 @@ def blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
     ]
 
 
-def joined(sites: list[Site]) -> list[Site]:
+def merged_sites(sites: list[Site]) -> list[Site]:
     """The sites as a forward is likely to show them: Linears of one module with equally many inputs read one tensor."""
-    found: dict[Any, list[Site]] = {}
+    groups: dict[Any, list[Site]] = {}
     for site in sites:
         read = site.name if site.residual_write or site.experts > 1 else site.name.rpartition(".")[0]
-        found.setdefault((read, site.in_features), []).append(site)
+        groups.setdefault((read, site.in_features), []).append(site)
     return [
-        replace(first, members=sum((one.members for one in (first, *others)), ())) for first, *others in found.values()
+        replace(first, members=sum((one.members for one in (first, *others)), ())) for first, *others in groups.values()
     ]
 
 

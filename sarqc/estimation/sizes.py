@@ -55,9 +55,9 @@ def sizes(plan: Plan, windows: int, seqlen: int) -> Sizes:
     return Sizes(quantized, left, neutral, shapes.states_bytes(plan, windows, seqlen))
 
 
-def bits_per_weight(plan: Plan, found: Sizes) -> float:
+def bits_per_weight(plan: Plan, sizes: Sizes) -> float:
     """Bits on disk of each quantized weight, scales and zeros included."""
-    return 8 * found.quantized / sum(prod(target.shape) for target in plan.targets.selected)
+    return 8 * sizes.quantized / sum(prod(target.shape) for target in plan.targets.selected)
 
 
 def _packed_bytes(format: Format, quant: QuantConfig, rows: int, columns: int, dtype: torch.dtype) -> int:

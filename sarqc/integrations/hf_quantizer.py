@@ -110,13 +110,13 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
             taken |= {stored.name for stored in slot.slices}
         if any(moe.is_experts(slot.owner) for slot in self._slots):
             moe.use_sorted_experts(model)
-        for parameter, found in slices.items():
-            if any(stored.linear in self._packers and stored.name not in taken for stored in found):
+        for parameter, parts in slices.items():
+            if any(stored.linear in self._packers and stored.name not in taken for stored in parts):
                 if parameter in tied:
                     raise ModelError(
                         f"{parameter!r} is quantized and tied to another parameter; such models are not run"
                     )
-                self._dense[parameter] = found
+                self._dense[parameter] = parts
                 _hide(model, parameter)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),

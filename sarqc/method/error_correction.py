@@ -37,7 +37,7 @@ gain on text like the folds; on other text, whose best share is smaller, the sec
 """
 
 
-def shifted(
+def corrected_target(
     site: str, weight: Tensor, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig
 ) -> tuple[Tensor, float]:
     """The target T fp32 [1, N, K] and its share a, from 0 to `CAUTION`; the weight itself where a is 0.
@@ -47,24 +47,24 @@ def shifted(
     """
     if statistics.folds[0].cross_gram is None or len(statistics.folds) < 2:
         return weight, 0.0
-    share = share_of(fits(site, statistics, reg_lambda, method, range(len(statistics.folds))))
-    change, sums = change_of(site, weight, statistics, reg_lambda, method, share)
-    return held(weight, change, sums, share)
+    share = correction_share(fold_fits(site, statistics, reg_lambda, method, range(len(statistics.folds))))
+    change, sums = weight_change(site, weight, statistics, reg_lambda, method, share)
+    return limited_target(weight, change, sums, share)
 
 
-def change_of(
+def weight_change(
     site: str, weight: Tensor, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig, share: float
 ) -> tuple[Tensor, Tensor]:
     """What a share of the error changes of the weight [1, N, K], and the squared norms of change and weight, float64
     [2]. Rows do not depend on each other; those that are zero stay so."""
     change = torch.zeros_like(weight)
     if share and bool((weight != 0).any()):
-        change = share * shift(site, statistics.total(), reg_lambda, method)
+        change = share * correction(site, statistics.total(), reg_lambda, method)
         change = change.where((weight != 0).any(-1, keepdim=True), 0)
     return change, torch.stack([each.square().sum(dtype=torch.float64) for each in (change, weight)]).cpu()
 
 
-def held(weight: Tensor, change: Tensor, sums: Tensor, share: float) -> tuple[Tensor, float]:
+def limited_target(weight: Tensor, change: Tensor, sums: Tensor, share: float) -> tuple[Tensor, float]:
     """The target and its share, with a change no larger than the weight. sums: squared norms of both, of all rows."""
     changed, whole = sums.tolist()
     part = min(1.0, (whole / changed) ** 0.5) if changed > 0 else 0.0
@@ -75,7 +75,7 @@ SHARE_ROWS = 128
 """Rows of the weight that the share is estimated from: it is one number, and each row is a sample of it."""
 
 
-def shift(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig, step: int = 1) -> Tensor:
+def correction(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig, step: int = 1) -> Tensor:
     """Every `step`-th row of C H^-1, fp32 [1, N / step, K], by two triangular solves; H includes the regulariser."""
     upper = factor(regularised_hessian(gram, reg_lambda, method), site).matrix
     half = torch.linalg.solve_triangular(upper.mT, gram.cross_mean(step), upper=False, left=False)
@@ -83,25 +83,27 @@ def shift(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig, step:
     return full
 
 
-def fits(site: str, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig, folds: Sequence[int]) -> Tensor:
+def fold_fits(
+    site: str, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig, folds: Sequence[int]
+) -> Tensor:
     """Of the shift that is fitted on each of these folds, its correlation with the error on all others and its energy
     there, float64 [folds, 2]; from at most `SHARE_ROWS` evenly spaced rows."""
     first, *_ = statistics.folds
     assert first.cross_gram is not None
     step = -(-first.cross_gram.shape[1] // SHARE_ROWS)
-    found = []
+    fitted = []
     for number in folds:
-        fit = shift(site, statistics.folds[number], reg_lambda, method, step)
+        fit = correction(site, statistics.folds[number], reg_lambda, method, step)
         correlation = energy = 0.0
         for held_out in (fold for at, fold in enumerate(statistics.folds) if at != number):
             correlation += float((held_out.cross_mean(step) * fit).sum(dtype=torch.float64))
             energy += float(((fit @ held_out.second_moment()) * fit).sum(dtype=torch.float64))
-        found.append((correlation, energy))
-    return torch.tensor(found, dtype=torch.float64)
+        fitted.append((correlation, energy))
+    return torch.tensor(fitted, dtype=torch.float64)
 
 
-def share_of(fitted: Tensor) -> float:
+def correction_share(fitted: Tensor) -> float:
     """The share a of the error to correct: of what is best on held-out folds, over all pairs of folds, clipped to 0 ..
-    1, the part `CAUTION`. fitted: the `fits` of all folds."""
+    1, the part `CAUTION`. fitted: the `fold_fits` of all folds."""
     correlation, energy = fitted.sum(0).tolist()
     return CAUTION * min(max(correlation / energy, 0.0), 1.0) if energy > 0 else 0.0

@@ -11,7 +11,7 @@ gate and up, H_pool is exactly the average over the layer's tokens, each counted
 For down it is the average over what experts made of their own tokens; the exact average would need a forward of every
 token through every expert.
 
-`finite_rows` and `shortening` keep non-finite and outlier rows out of the sums.
+`finite_rows` and `row_scales` keep non-finite and outlier rows out of the sums.
 """
 
 from __future__ import annotations
@@ -170,18 +170,18 @@ class Statistics:
 
     def total(self) -> Gram:
         """The sum of all folds; the only fold itself where there is one."""
-        return together(self.folds)
+        return merged(self.folds)
 
-    def in_one(self) -> Statistics:
+    def as_single_fold(self) -> Statistics:
         """The same with one fold: itself where there is one, otherwise in memory of its own."""
-        return Statistics((self.total(),), (together(self.rest),) if self.rest else ())
+        return Statistics((self.total(),), (merged(self.rest),) if self.rest else ())
 
     def total_rest(self) -> Gram | None:
         """The sum of all folds of `rest`."""
-        return together(self.rest) if self.rest else None
+        return merged(self.rest) if self.rest else None
 
 
-def together(folds: Iterable[Gram]) -> Gram:
+def merged(folds: Iterable[Gram]) -> Gram:
     """The sum of Grams of one site: the only one itself where there is one, otherwise in memory of its own."""
     first, *others = folds
     if not others:
@@ -198,7 +198,9 @@ def prior_rows(in_features: int, shrinkage: float) -> int:
     return round(shrinkage * in_features)
 
 
-def shrunk(gram: Gram, shrinkage: float, others: Gram | None = None, experts: slice | Tensor = slice(None)) -> Gram:
+def shrink_gram(
+    gram: Gram, shrinkage: float, others: Gram | None = None, experts: slice | Tensor = slice(None)
+) -> Gram:
     """The Gram in which each expert has kappa rows of the pooled Gram added; a dense layer (E = 1) is its own pool.
 
     Args:
@@ -225,7 +227,7 @@ def shrunk(gram: Gram, shrinkage: float, others: Gram | None = None, experts: sl
 
 def shrink_experts(statistics: Statistics, shrinkage: float, experts: slice = slice(None)) -> Gram:
     """The sum of all folds, each of `experts` shrunk towards the pooled Gram of the whole layer."""
-    return shrunk(statistics.total(), shrinkage, statistics.total_rest(), experts)
+    return shrink_gram(statistics.total(), shrinkage, statistics.total_rest(), experts)
 
 
 MAX_LOST = 0.01
@@ -240,7 +242,7 @@ input of a `down_proj`, and then makes up 99.8 % of the layer's Gram.
 """
 
 
-def shortening(x: Tensor, window: int) -> Tensor:
+def row_scales(x: Tensor, window: int) -> Tensor:
     """Factors [T, 1] for the rows of x [T, K] in sequences of `window` rows: below 1 for rows longer than `LONGEST`
     medians.
 
@@ -261,6 +263,6 @@ def finite_rows(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | Non
     return x[keep], counted[offsets]
 
 
-def lost_rows(hidden: Tensor) -> int:
+def non_finite_rows(hidden: Tensor) -> int:
     """Number of rows of [..., K] with NaN or Inf."""
     return int((~torch.isfinite(hidden)).any(-1).sum())

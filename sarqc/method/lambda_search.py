@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sarqc.config import AUTO, MethodConfig
 from sarqc.kinds import PRIOR, saliency_exponent
-from sarqc.method.gram import Gram, Statistics, shrunk, together
+from sarqc.method.gram import Gram, Statistics, merged, shrink_gram
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Candidates for lambda. The loss is flat around its minimum: half a decade is fine enough."""
@@ -282,8 +282,8 @@ class HeldOutValidation:
             parts = [tasks[start : start + at_once] for start in range(0, len(tasks), at_once)]
             return torch.cat([self._side_by_side(part, lambdas, fitted, fit_fold) for part in parts])
 
-        found = self.spread(len(lambdas) * experts, work)
-        losses: list[float] = found.view(len(lambdas), experts).sum(-1).tolist()
+        by_task = self.spread(len(lambdas) * experts, work)
+        losses: list[float] = by_task.view(len(lambdas), experts).sum(-1).tolist()
         return losses
 
     def rtn_loss(self, fit_fold: int) -> float:
@@ -299,7 +299,7 @@ class HeldOutValidation:
         """Of the sample's experts."""
         fold = fit_fold % len(self.statistics.folds)
         others = self.statistics.rest[fold] if self.statistics.rest else None
-        return shrunk(self.statistics.folds[fold], self.shrinkage, others, self.experts)
+        return shrink_gram(self.statistics.folds[fold], self.shrinkage, others, self.experts)
 
     def _side_by_side(self, tasks: Sequence[int], lambdas: Sequence[float], fitted: Gram, fit_fold: int) -> Tensor:
         """Losses of tasks, each one expert at one lambda: number lambda * experts + expert."""
@@ -315,6 +315,6 @@ class HeldOutValidation:
         chosen = torch.arange(self.statistics.folds[0].rows.numel(), device=error.device)[self.experts][own]
         part = slice(None) if len(chosen) == len(self.statistics.folds[0].rows) else chosen
         folds = self.statistics.folds
-        gram = together(fold.part(part) for number, fold in enumerate(folds) if number != fit_fold % len(folds))
+        gram = merged(fold.part(part) for number, fold in enumerate(folds) if number != fit_fold % len(folds))
         hessian = (gram.second_moment() * gram.rows[:, None, None])[[own.index(expert) for expert in experts]]
         return ((error @ hessian) * error).sum((-2, -1), dtype=torch.float64)

@@ -16,14 +16,14 @@ from torch import Tensor
 from sarqc.config import AUTO, MethodConfig, QuantConfig
 from sarqc.errors import NumericError
 from sarqc.method.awq import Scaling
-from sarqc.method.error_correction import shifted
+from sarqc.method.error_correction import corrected_target
 from sarqc.method.gptq import solve_gptq
 from sarqc.method.gram import Gram, Statistics, prior_rows, shrink_experts
 from sarqc.method.lambda_search import HeldOutValidation, LambdaChoice, LambdaSearch, Record
 from sarqc.method.rtn import Solution, quantize_rtn, solve_rtn
 from sarqc.method.weight import QuantizedWeight
 
-JUDGED_ROWS = 128
+SAMPLED_ROWS = 128
 """Rows of a matrix that the report's errors are measured on; all of them would cost as much as solving."""
 
 
@@ -132,15 +132,17 @@ def solve_site(
     if statistics is None or not method.calibrated:
         solution = Solution(quantize_rtn(weight, quant, method.scales, scale_dtype), torch.zeros(1))
     else:
-        whole = statistics.in_one()  # once: with two folds it is a copy of what can be most of the memory
+        whole = statistics.as_single_fold()  # once: with two folds it is a copy of what can be most of the memory
         choice = choice or choose_lambda(
             site, "", weight, statistics, quant, method, scale_dtype=scale_dtype, search=LambdaSearch()
         )
         gram = whole.folds[0].part(choice.experts)
         if not choice.rounded:
-            target, correction_share = choice.target or shifted(site, weight, statistics, choice.reg_lambda, method)
+            target, correction_share = choice.target or corrected_target(
+                site, weight, statistics, choice.reg_lambda, method
+            )
         solution = _solve_chosen(site, target, whole, choice, quant, method, scale_dtype, scaling)
-    sampled = torch.arange(0, weight.shape[1], -(-weight.shape[1] // JUDGED_ROWS), device=weight.device)
+    sampled = torch.arange(0, weight.shape[1], -(-weight.shape[1] // SAMPLED_ROWS), device=weight.device)
     sample = target[:, sampled]
     rtn = quantize_rtn(sample, quant, "minmax", scale_dtype).dequantize()
     quantized = solution.weight.rows(sampled).dequantize()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels.columns import fit_grid
-from sarqc_kernels.columns.grid import GridRule, grid_of, levels_of, span_factors, span_of, turned
+from sarqc_kernels.columns.grid import GridRule, grid_of, levels_of, negated, span_factors, span_of
 
 ELEMENTS = 1 << 22
 """Weights in flight: rows are taken in chunks of about this many."""
@@ -68,7 +68,7 @@ def _search(part: Tensor, blocks: Tensor, rule: GridRule) -> tuple[Tensor, Tenso
     scale, zero = grid_of(span, low, 1.0, rule)
     work = torch.empty_like(part)
     least = _loss(part, blocks, scale, zero, rule, work)
-    span = turned(span, low, high, rule)
+    span = negated(span, low, high, rule)
     for factor in span_factors(rule.bits)[1:]:
         trial, trial_zero = grid_of(span, low, factor, rule)
         loss = _loss(part, blocks, trial, trial_zero, rule, work)

@@ -46,8 +46,8 @@ def _named_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
     kind, named = config.get("model_type"), config.get("architectures")
     if not isinstance(kind, str) or kind in CONFIG_MAPPING or not isinstance(named, list) or not named:
         return None
-    found = getattr(transformers, str(named[0]), None)
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+    cls = getattr(transformers, str(named[0]), None)
+    return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
 def language_model(config: PreTrainedConfig) -> PreTrainedConfig:

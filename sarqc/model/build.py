@@ -97,16 +97,16 @@ def gather(slices: Sequence[TensorSlice], quantized: Callable[[str], QuantizedWe
 
     quantized: the codes of a linear layer by the checkpoint's name, E = 1, or None.
     """
-    found: dict[int, list[QuantizedWeight]] = {}
+    members: dict[int, list[QuantizedWeight]] = {}
     for stored in slices:
         weight = quantized(stored.linear) if stored.linear else None
         if weight is None:
             return None
-        found.setdefault(stored.expert or 0, []).append(weight)
-    every = [weight for row in found.values() for weight in row]
+        members.setdefault(stored.expert or 0, []).append(weight)
+    every = [weight for row in members.values() for weight in row]
     if not every or len({(weight.bits, weight.group_size, weight.scales.dtype) for weight in every}) > 1:
         return None
-    stacks = [found[expert] for expert in sorted(found)]
+    stacks = [members[expert] for expert in sorted(members)]
     return QuantizedWeight(
         codes=torch.cat([torch.cat([weight.codes for weight in row], 1) for row in stacks]),
         scales=torch.cat([torch.cat([weight.scales for weight in row], 1) for row in stacks]),

@@ -82,8 +82,8 @@ def windows(
 
 def read_text(name: str, part: Part) -> str:
     """The text behind a name, or the texts of its rows; `ArgumentError` for rows without."""
-    found = contents(name, part)
-    return found if isinstance(found, str) else joined(map(_text, _begun(found, None)[1]))
+    content = contents(name, part)
+    return content if isinstance(content, str) else joined(map(_text, _begun(content, None)[1]))
 
 
 def counts_at_once(data: Any) -> bool:

@@ -101,7 +101,9 @@ def _stacked(lazy: LazyModel, index: int, name: str, module: Any, projection: st
     inputs = weight.shape[1 if module.is_transposed else 2]
     for stored in lazy.slices[parameter]:
         rows = stored.rows or weight.numel() // inputs // len(lazy.slices[parameter])
-        refusal = moe.why_not(module, per_expert_names=stored.expert is not None and stored.linear is not None)
+        refusal = moe.unsupported_reason(
+            module, per_expert_names=stored.expert is not None and stored.linear is not None
+        )
         where = (stored.expert or 0, stored.start)
         yield Candidate(
             Target(stored.linear or stored.name, (rows, inputs), index, name, parameter, *where), None, refusal
@@ -154,10 +156,10 @@ def _multiplies(module: nn.Linear) -> bool:
     tried = object.__new__(type(module))
     tried.__dict__ = module.__dict__ | {"_parameters": parameters}
     try:
-        found = tried(x)
+        actual = tried(x)
     except Exception:  # noqa: BLE001  # a forward that takes something else is none of Linear's
         return False
     weight = parameters["weight"]
     assert weight is not None
     wanted = nn.functional.linear(x, weight, parameters["bias"])
-    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, 1e-4, 1e-4)
+    return isinstance(actual, Tensor) and actual.shape == wanted.shape and torch.allclose(actual, wanted, 1e-4, 1e-4)

@@ -27,11 +27,11 @@ class HeaderSource:
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-    def split(self, slabs: Mapping[str, ExpertSlice]) -> HeaderSource:
+    def split(self, slices: Mapping[str, ExpertSlice]) -> HeaderSource:
         """The source with single experts in the place of tensors of all experts."""
-        whole = {slab.tensor for slab in slabs.values()}
+        whole = {part.tensor for part in slices.values()}
         plain = {name: header for name, header in self.tensors.items() if name not in whole}
-        return HeaderSource(plain | {name: (slab.shape, self.tensors[slab.tensor][1]) for name, slab in slabs.items()})
+        return HeaderSource(plain | {name: (part.shape, self.tensors[part.tensor][1]) for name, part in slices.items()})
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -61,8 +61,8 @@ def header_source(folder: str | Path, *, trust_remote_code: bool = False) -> Hea
     model = build_on_meta(config, trust_remote_code, dtype)
     tied = model.all_tied_weights_keys
     saved = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
-    found = revert_weight_conversion(model, saved)
-    return HeaderSource({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()})
+    reverted = revert_weight_conversion(model, saved)
+    return HeaderSource({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in reverted.items()})
 
 
 def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -182,8 +182,8 @@ def windows_of_text(raw: str, text: str, tokenizer: Any, seqlen: int) -> Windows
 
 def positions(config: Any) -> int | None:
     """How many tokens a model was made to read, where its configuration says it."""
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((most for most in found if isinstance(most, int) and most > 0), None)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((most for most in limits if isinstance(most, int) and most > 0), None)
 
 
 def check_seqlen(seqlen: int, config: Any, model: str | Path, name: str = "seqlen") -> None:

@@ -23,10 +23,10 @@ _NUMBERED = (("w1", "w3"), ("w1",), ("w2",))
 
 def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
     """The tensors, on meta, that transformers would save a parameter as."""
-    found: Mapping[str, Tensor] = revert_weight_conversion(
+    reverted: Mapping[str, Tensor] = revert_weight_conversion(
         model, {parameter: model.get_parameter(parameter).to("meta")}
     )
-    return found
+    return reverted
 
 
 def single_experts(model: Any, parameter: str, stored: Sequence[str], flipped: bool = False) -> dict[str, ExpertSlice]:
@@ -45,15 +45,15 @@ def single_experts(model: Any, parameter: str, stored: Sequence[str], flipped: b
         return {}
     rows, apart = outputs // len(leaves), len(stored) > 1
     interleaved = gated and not apart and not getattr(module, "is_concatenated", True)
-    found = {}
+    single = {}
     for expert in range(experts):
         for part, leaf in enumerate(leaves):
             tensor = stored[part if apart else 0]
             start, step = (part, len(leaves)) if interleaved else (0 if apart else part * rows, 1)
             name = f"{_parent(tensor)}.{expert}.{leaf}.weight"
             transposed = module.is_transposed != flipped
-            found[name] = ExpertSlice(tensor, expert, start, step, (rows, inputs), transposed, part * rows)
-    return found
+            single[name] = ExpertSlice(tensor, expert, start, step, (rows, inputs), transposed, part * rows)
+    return single
 
 
 def _parent(fused: str) -> str:

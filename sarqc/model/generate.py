@@ -34,8 +34,8 @@ class Stream:
     @property
     def ends(self) -> frozenset[int]:
         """Tokens after which the model has nothing more to say."""
-        found = self.model.generation_config.eos_token_id
-        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+        eos = self.model.generation_config.eos_token_id
+        return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
     def tokens(
         self, tokens: Sequence[int], *, limit: int, temperature: float, generator: torch.Generator

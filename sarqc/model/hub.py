@@ -107,13 +107,13 @@ def hub_headers(hub_id: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
     try:
         repo, revision = split_revision(hub_id)
-        found = HfApi().get_safetensors_metadata(repo, revision=revision).files_metadata.values()
+        files = HfApi().get_safetensors_metadata(repo, revision=revision).files_metadata.values()
     except (NotASafetensorsRepoError, SafetensorsParsingError):
         return {}
     except Exception as error:  # without a network that of the client's own client, which changes with its versions
         raise ModelError(f"the hub did not give the headers of {hub_id!r}: {first_line(error)}") from error
     tensors = {}
-    for file in found:
+    for file in files:
         for name, info in file.tensors.items():
             if info.dtype not in DTYPES:
                 raise ModelError(f"{hub_id}: tensor {name!r} has dtype {info.dtype}, which is not read")

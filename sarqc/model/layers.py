@@ -72,10 +72,10 @@ class Targets:
 
     @cached_property
     def _by_block(self) -> dict[int, list[Target]]:
-        found: dict[int, list[Target]] = {}
+        by_block: dict[int, list[Target]] = {}
         for target in self.selected:
-            found.setdefault(target.block, []).append(target)
-        return found
+            by_block.setdefault(target.block, []).append(target)
+        return by_block
 
     def of_block(self, index: int) -> list[Target]:
         """Targets of one decoder block."""
@@ -119,11 +119,11 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
     ignored: list[tuple[str, str]] = []
     ruled: list[tuple[str, str]] = []
     refused: list[Candidate] = []
-    found: set[str] = set()
+    matched: set[str] = set()
     for candidate in candidates(lazy):
         target = candidate.target
         finders = [p.pattern for p in patterns if any(map(p.search, target.names))]
-        found.update(finders)
+        matched.update(finders)
         if finders:
             ignored.append((target.linear, finders[0]))
         elif candidate.rule is not None:
@@ -136,7 +136,7 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
     left = ruled + [(one.target.linear, str(one.refusal)) for one in refused]
     untouched, modules = _others(lazy, selected, (name for name, _ in (*ignored, *left)))
     for compiled in patterns:
-        if compiled.pattern not in found and not any(map(compiled.search, (*untouched, *modules))):
+        if compiled.pattern not in matched and not any(map(compiled.search, (*untouched, *modules))):
             raise ArgumentError(
                 f"ignore = {compiled.pattern!r} finds no Linear of the model; "
                 f"names look like {next((target.linear for target in selected), '?')!r}"
@@ -173,32 +173,32 @@ def _check_share(refused: Sequence[Candidate], selected: Sequence[Target]) -> No
     )
 
 
-def pattern_of(found: Iterable[Target]) -> str:
+def pattern_of(layers: Iterable[Target]) -> str:
     """A regular expression that finds these layers in every block."""
-    tails = dict.fromkeys(re.split(r"\.\d+\.", target.linear, maxsplit=1)[-1] for target in found)
+    tails = dict.fromkeys(re.split(r"\.\d+\.", target.linear, maxsplit=1)[-1] for target in layers)
     stars = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", tail) for tail in tails)
     escaped = [re.escape(star).replace(r"\*", r"\d+") for star in stars]
     return rf"\.({'|'.join(escaped)})$" if len(escaped) > 1 else rf"\.{escaped[0]}$"
 
 
-def auto_group_size(found: Targets) -> int:
+def auto_group_size(targets: Targets) -> int:
     """The largest of 128, 64, 32 that divides every targeted layer's inputs; `ArgumentError` naming a layer if none."""
     for group_size in GROUP_SIZES:
-        if all(target.shape[1] % group_size == 0 for target in found.selected):
+        if all(target.shape[1] % group_size == 0 for target in targets.selected):
             return group_size
-    odd = [target for target in found.selected if target.shape[1] % GROUP_SIZES[-1]]
+    odd = [target for target in targets.selected if target.shape[1] % GROUP_SIZES[-1]]
     raise ArgumentError(
         f"group_size = 'auto' has no answer: {odd[0].linear} has {odd[0].shape[1]} inputs, which 32 does not divide; "
         f"use -1 (one scale per row), a size that fits, or leave such layers with --ignore '{pattern_of(odd)}'"
     )
 
 
-def check_group_size(found: Targets, quant: QuantConfig) -> None:
+def check_group_size(targets: Targets, quant: QuantConfig) -> None:
     """`ArgumentError`, with a layer and what would fit, where the group size does not divide some layer's inputs."""
-    odd = [target for target in found.selected if not quant.divides(target.shape[1])]
+    odd = [target for target in targets.selected if not quant.divides(target.shape[1])]
     if not odd:
         return
-    fitting = [g for g in GROUP_SIZES if all(target.shape[1] % g == 0 for target in found.selected)]
+    fitting = [g for g in GROUP_SIZES if all(target.shape[1] % g == 0 for target in targets.selected)]
     advice = f"use {', '.join(map(str, fitting))} or -1" if fitting else "use -1 (one scale per row)"
     raise ArgumentError(
         f"group_size = {quant.group_size} does not divide the {odd[0].shape[1]} inputs of {odd[0].linear}: {advice}, "

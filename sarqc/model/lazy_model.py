@@ -91,8 +91,8 @@ class LazyModel:
     @property
     def hidden_size(self) -> int:
         """Numbers in a hidden state; those of an embedding where the configuration does not say."""
-        said = getattr(self.text_config, "hidden_size", None)
-        return int(said or self.model.get_input_embeddings().weight.shape[1])
+        size = getattr(self.text_config, "hidden_size", None)
+        return int(size or self.model.get_input_embeddings().weight.shape[1])
 
     def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, ExpertSlice]:
         """Take apart the experts that the checkpoint stores in one tensor; where each matrix lies, by its own name.
@@ -100,7 +100,7 @@ class LazyModel:
         The source has to give the matrices by these names from now on. wanted: whether the layer of these two
         names is to be quantized; a module of which none is stays whole. It belongs before anything is loaded.
         """
-        found: dict[str, ExpertSlice] = {}
+        slices: dict[str, ExpertSlice] = {}
         for path, module in self.model.named_modules():
             if not path.startswith(f"{self.prefix}.") or not moe.is_experts(module):
                 continue
@@ -112,9 +112,9 @@ class LazyModel:
             if any(wanted((name.removesuffix(".weight"), p)) for p, single in parts.items() for name in single):
                 for parameter, single in parts.items():
                     self.slices[parameter] = slices_of(single)
-                    found |= single
-                moe.take_apart(module)
-        return found
+                    slices |= single
+                moe.separate_projections(module)
+        return slices
 
     def _single(self, parameter: str, stored: tuple[str, ...], flipped: bool) -> dict[str, ExpertSlice]:
         single = single_experts(self.model, parameter, stored, flipped)

@@ -24,12 +24,12 @@ def last_words(text: str) -> list[dict[str, str]]:
 
     A paragraph is what stands between empty lines; a word has three letters at least, so that it says something.
     """
-    found = []
+    items = []
     for paragraph in re.split(r"\n\s*\n", text):
         ended = re.fullmatch(r"(.*\s)?([A-Za-z]{3,})[.!?]", " ".join(paragraph.split()))
         if ended and len((ended.group(1) or "").split()) >= CLOZE_WORDS:
-            found.append({"context": ended.group(1).rstrip(), "word": ended.group(2)})
-    return found
+            items.append({"context": ended.group(1).rstrip(), "word": ended.group(2)})
+    return items
 
 
 def zero_shot(
@@ -65,7 +65,7 @@ def zero_shot(
         torch_random_seed=None,
         fewshot_random_seed=None,
     )
-    return {task: _numbers(found) for task, found in results["results"].items()}
+    return {task: _numbers(metrics) for task, metrics in results["results"].items()}
 
 
 def _cloze(text: str) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def _cloze(text: str) -> dict[str, Any]:
     }
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, float]:
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics without the filter's name behind the comma; what is no number ("alias", a missing error) is left out."""
     return {
         name.partition(",")[0]: float(value)
-        for name, value in found.items()
+        for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }

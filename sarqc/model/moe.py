@@ -129,7 +129,7 @@ def is_experts(module: Any) -> bool:
     return all(hasattr(module, name) for name in _DECLARED) and hasattr(module, projections(module)[0])
 
 
-def take_apart(module: Any) -> None:
+def separate_projections(module: Any) -> None:
     """Let an experts module on meta hold its matrices as [experts, outputs, inputs], with gate rows before up rows.
 
     That is how they lie where each has a name of its own; `sorted_experts` computes the same with them. Biases stay as
@@ -170,7 +170,7 @@ def observed(module: nn.Module, observer: Observer, power: int = 0) -> Iterator[
             setattr(module, _OBSERVER, before)
 
 
-def why_not(module: Any, per_expert_names: bool) -> str | None:
+def unsupported_reason(module: Any, per_expert_names: bool) -> str | None:
     """Why the projections of an experts module cannot be quantized, or None.
 
     per_expert_names: whether the checkpoint stores one tensor per expert and projection.

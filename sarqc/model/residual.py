@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sarqc.model.lazy_model import LazyModel
-from sarqc.model.sites import ResidualWrite, Site, reading
+from sarqc.model.sites import ResidualWrite, Site, observing_input
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 """Of the noise's norm, what may be lost of it to rounding."""
@@ -41,26 +41,26 @@ def residual_writes(
         return {}
     dense = [site for site in reversed(sites) if site.experts == 1 and len(site.members) == 1]
     whole = [site for site in dense if site.members[0].shape[0] == hidden.shape[-1]]
-    found: dict[str, ResidualWrite] = {}
-    ending = next((site for site in whole if _ends(lazy, site, run)), None)
+    writes: dict[str, ResidualWrite] = {}
+    ending = next((site for site in whole if _ends_block(lazy, site, run)), None)
     if ending is not None:
-        found[ending.name] = ResidualWrite(None)
-    for site in whole if inside or not found else ():
+        writes[ending.name] = ResidualWrite(None)
+    for site in whole if inside or not writes else ():
         reader = None if site is ending else _reader(lazy, index, site, hidden, run)
-        if reader is not None and ResidualWrite(reader) not in found.values():
-            found[site.name] = ResidualWrite(reader)
-    return found
+        if reader is not None and ResidualWrite(reader) not in writes.values():
+            writes[site.name] = ResidualWrite(reader)
+    return writes
 
 
-def _ends(lazy: LazyModel, site: Site, run: Run) -> bool:
+def _ends_block(lazy: LazyModel, site: Site, run: Run) -> bool:
     """Whether noise that is added to what a site puts out leaves the block as it is."""
     expected = run()
     size = expected.float().pow(2).mean().sqrt()
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).to(expected.device) * size
     noise = noise.to(expected.dtype)
-    with _writing(lazy, site, lambda out: out + noise.view(out.shape)):
-        found = run()
-    lost = (found - expected - noise).float().norm() / noise.float().norm()
+    with _replacing_output(lazy, site, lambda out: out + noise.view(out.shape)):
+        actual = run()
+    lost = (actual - expected - noise).float().norm() / noise.float().norm()
     return bool(lost < TOLERANCE[expected.dtype])
 
 
@@ -75,22 +75,22 @@ def _reader(lazy: LazyModel, index: int, site: Site, hidden: Tensor, run: Run) -
             readers.append((name, x, x._version))
 
     with ExitStack() as hooks:
-        hooks.enter_context(_writing(lazy, site, lambda out: stream.append(hidden + out.view(hidden.shape))))
+        hooks.enter_context(_replacing_output(lazy, site, lambda out: stream.append(hidden + out.view(hidden.shape))))
         for name, module in lazy.blocks[index].named_modules(prefix=f"{lazy.prefix}.{index}"):
-            hooks.enter_context(reading(module, partial(look, name)))
+            hooks.enter_context(observing_input(module, partial(look, name)))
         expected = run()
     if not readers or readers[0][1]._version != readers[0][2]:  # somebody writes into it later
         return None
     name = readers[0][0]
-    with _writing(lazy, site, torch.zeros_like):
+    with _replacing_output(lazy, site, torch.zeros_like):
         without = run()
-    with reading(lazy.model.get_submodule(name), lambda x: x.copy_(hidden)):
+    with observing_input(lazy.model.get_submodule(name), lambda x: x.copy_(hidden)):
         emptied = run()
     return name if torch.equal(without, emptied) and not torch.equal(without, expected) else None
 
 
 @contextmanager
-def _writing(lazy: LazyModel, site: Site, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def _replacing_output(lazy: LazyModel, site: Site, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Hand what a site puts out to `change`, and put out what it answers, if it does."""
     module = lazy.model.get_submodule(site.members[0].module)
     handle = module.register_forward_hook(lambda _module, _args, out: change(out))

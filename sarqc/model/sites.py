@@ -49,21 +49,21 @@ class Site:
     @property
     def cross_rows(self) -> int:
         """N where the site corrects the residual error, else 0."""
-        return sum(rows for _, _, rows in self.slabs) if self.residual_write else 0
+        return sum(rows for _, _, rows in self.row_ranges) if self.residual_write else 0
 
     @property
-    def slabs(self) -> tuple[tuple[str, int, int], ...]:
+    def row_ranges(self) -> tuple[tuple[str, int, int], ...]:
         """(parameter, first row, rows) of what is concatenated to the site's weight, in order, each once."""
         return tuple(dict.fromkeys((target.parameter, target.start, target.shape[0]) for target in self.members))
 
     def weight(self, model: Any, first: int, stop: int) -> Tensor:
         """Weights fp32 [stop - first, N, K] of experts first .. stop, rows of all members concatenated."""
-        rows = [stack(model, name)[first:stop, start : start + out] for name, start, out in self.slabs]
+        rows = [stack(model, name)[first:stop, start : start + out] for name, start, out in self.row_ranges]
         return torch.cat(rows, 1).float()
 
     def split(self, weight: QuantizedWeight, first: int) -> Iterator[tuple[Target, QuantizedWeight]]:
         """Each member of the quantized weight of experts `first` and on, E = 1; those of other experts are left out."""
-        parts = dict(zip(self.slabs, weight.split([rows for _, _, rows in self.slabs])))
+        parts = dict(zip(self.row_ranges, weight.split([rows for _, _, rows in self.row_ranges])))
         for target in self.members:
             if first <= target.expert < first + weight.codes.shape[0]:
                 part = parts[target.parameter, target.start, target.shape[0]]
@@ -103,13 +103,13 @@ def write_back(model: Any, target: Target, weight: QuantizedWeight) -> None:
     rows.copy_(weight.to(rows.device).dequantize(rows.dtype)[0])  # codes move: a byte each
 
 
-def separate_sites(lazy: LazyModel, found: Sequence[Target]) -> list[Site]:
+def separate_sites(lazy: LazyModel, block_targets: Sequence[Target]) -> list[Site]:
     """Every parameter a site of its own: for methods that do not look at inputs, and need no forward."""
-    return _sites(lazy, found, {})
+    return _sites(lazy, block_targets, {})
 
 
 @torch.no_grad()
-def find_sites(lazy: LazyModel, found: Sequence[Target], run: Callable[[], object]) -> list[Site]:
+def find_sites(lazy: LazyModel, block_targets: Sequence[Target], run: Callable[[], object]) -> list[Site]:
     """The sites of a loaded block, seen in one run of it, in the order in which it first calls them.
 
     found: the block's targets. run: the block on a few tokens. Raises `ModelError` naming a targeted Linear that this
@@ -126,20 +126,20 @@ def find_sites(lazy: LazyModel, found: Sequence[Target], run: Callable[[], objec
         order.setdefault(f"{name}.{projection}")
 
     with ExitStack() as hooks:
-        for name in dict.fromkeys(target.module for target in found):
+        for name in dict.fromkeys(target.module for target in block_targets):
             module = lazy.model.get_submodule(name)
             if moe.is_experts(module):
                 hooks.enter_context(moe.observed(module, partial(projected, name)))
             else:
                 inputs[name] = []
-                hooks.enter_context(reading(module, partial(called, name)))
+                hooks.enter_context(observing_input(module, partial(called, name)))
         run()
-    if silent := [target for target in found if target.parameter not in order]:
+    if silent := [target for target in block_targets if target.parameter not in order]:
         raise ModelError(
             f"{silent[0].linear} is never called in its block's forward, so its inputs cannot be seen: "
             f"leave it and its like with --ignore '{pattern_of(silent)}'"
         )
-    sites = _sites(lazy, found, {name: tuple(map(id, seen)) for name, seen in inputs.items()})
+    sites = _sites(lazy, block_targets, {name: tuple(map(id, seen)) for name, seen in inputs.items()})
     at = {parameter: number for number, parameter in enumerate(order)}
     seen_at = [min((target.parameter for target in site.members), key=at.__getitem__) for site in sites]
     ordered = sorted(zip(seen_at, sites), key=lambda pair: at[pair[0]])
@@ -167,7 +167,7 @@ def observe(lazy: LazyModel, sites: Sequence[Site], sink: Sink, power: int = 0) 
             if moe.is_experts(module):
                 stacks.setdefault(first.module, {})[first.parameter.rpartition(".")[2]] = site
             else:
-                hooks.enter_context(reading(module, partial(pass_on, site, offsets=None)))
+                hooks.enter_context(observing_input(module, partial(pass_on, site, offsets=None)))
         for name, by_projection in stacks.items():
             module = lazy.model.get_submodule(name)
             hooks.enter_context(moe.observed(module, partial(_dispatch, by_projection, pass_on), power))
@@ -183,7 +183,7 @@ def _dispatch(by_projection: dict[str, Site], sink: Sink, projection: str, x: Te
 
 
 @contextmanager
-def reading(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[None]:
+def observing_input(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[None]:
     """Hand the first tensor that a module is called with, if there is one, to `seen`, for the time of the context."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,10 +198,10 @@ def reading(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[Non
         handle.remove()
 
 
-def _sites(lazy: LazyModel, found: Sequence[Target], inputs: dict[str, tuple[int, ...]]) -> list[Site]:
+def _sites(lazy: LazyModel, block_targets: Sequence[Target], inputs: dict[str, tuple[int, ...]]) -> list[Site]:
     """Group targets by what their module read, or by their parameter where that is not known."""
     groups: dict[object, list[Target]] = {}
-    for target in found:
+    for target in block_targets:
         groups.setdefault(inputs.get(target.module, target.parameter), []).append(target)
     return [
         Site(

@@ -77,7 +77,7 @@ def find_mappings(
 
     run: calls the block on a few tokens and returns what leaves it.
     """
-    traced = _look(lazy, index, run)
+    traced = _trace(lazy, index, run)
     mappings: list[SmoothingMapping] = []
     reasons: dict[str, str] = {}
     by_norm: dict[str, list[Site]] = {}
@@ -85,14 +85,14 @@ def find_mappings(
         norm = traced.norm_behind(lazy.model, site)
         if norm is not None:
             by_norm.setdefault(norm, []).append(site)
-        elif (mapping := _behind(lazy, site, traced, run)) is not None:
+        elif (mapping := _linear_mapping(lazy, site, traced, run)) is not None:
             mappings.append(mapping)
         else:
             reasons[site.name] = "no layer was found that makes its inputs and can be divided by scales"
-    mappings += [_of_norm(lazy.model, norm, members, traced) for norm, members in by_norm.items()]
+    mappings += [_norm_mapping(lazy.model, norm, members, traced) for norm, members in by_norm.items()]
     expected, proved = run(), []
     for mapping in mappings:
-        reason = _why_not(lazy.model, mapping, run, expected)
+        reason = _unsupported_reason(lazy.model, mapping, run, expected)
         if reason is None:
             proved.append(mapping)
         else:
@@ -114,13 +114,13 @@ class _Traced:
     def balance_layers(self, model: Any, norm: str) -> list[str]:
         """Parameters with a column for each channel of a norm's output, in modules that read it."""
         out = self.norms[norm]
-        found = []
+        layers = []
         for name, x in self.inputs.items():
             if name != norm and _same_storage(x, out):
                 module = model.get_submodule(name)
                 own = moe.projections(module)[:1] if moe.is_experts(module) else _matrices(module)
-                found += [f"{name}.{p}" for p in own if getattr(module, p).shape[-1] == out.shape[-1]]
-        return found
+                layers += [f"{name}.{p}" for p in own if getattr(module, p).shape[-1] == out.shape[-1]]
+        return layers
 
     def norm_behind(self, model: Any, site: Site) -> str | None:
         """The norm whose output a site reads."""
@@ -131,7 +131,7 @@ class _Traced:
         return next((name for name, out in self.norms.items() if _same_storage(x, out)), None)
 
 
-def _look(lazy: LazyModel, index: int, run: Callable[[], Tensor]) -> _Traced:
+def _trace(lazy: LazyModel, index: int, run: Callable[[], Tensor]) -> _Traced:
     traced = _Traced({}, {})
 
     def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ def _is_second_projection(model: Any, site: Site) -> bool:
 # -- proposing ----------------------------------------------------------------------------------------------------
 
 
-def _of_norm(model: Any, norm: str, sites: Sequence[Site], traced: _Traced) -> SmoothingMapping:
+def _norm_mapping(model: Any, norm: str, sites: Sequence[Site], traced: _Traced) -> SmoothingMapping:
     module = model.get_submodule(norm)
     return SmoothingMapping(
         sites=tuple(sites),
@@ -202,7 +202,7 @@ def _offset(module: Any, x: Tensor) -> float:
     return float(((none * unit).sum() / unit.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).round())
 
 
-def _behind(lazy: LazyModel, site: Site, traced: _Traced, run: Callable[[], Tensor]) -> SmoothingMapping | None:
+def _linear_mapping(lazy: LazyModel, site: Site, traced: _Traced, run: Callable[[], Tensor]) -> SmoothingMapping | None:
     """A fold into rows of the Linear called last before the site whose rows its inputs follow, or into its stack's."""
     model, first = lazy.model, site.members[0]
     if _is_second_projection(model, site):
@@ -224,14 +224,14 @@ def _behind(lazy: LazyModel, site: Site, traced: _Traced, run: Callable[[], Tens
                 (site,), tuple(dict.fromkeys(t.parameter for t in site.members)),
                 smooth_layer, bias, rows - channels, channels, None, 0.0, len(stack(model, smooth_layer)),
             )  # fmt: skip
-            source = _follow(lazy, mapping, run)
+            source = _source_channels(lazy, mapping, run)
             if source is not None:
                 identity = torch.equal(source, torch.arange(channels, device=source.device))
                 return replace(mapping, source=None if identity else source)
     return None
 
 
-def _follow(lazy: LazyModel, mapping: SmoothingMapping, run: Callable[[], Tensor]) -> Tensor | None:
+def _source_channels(lazy: LazyModel, mapping: SmoothingMapping, run: Callable[[], Tensor]) -> Tensor | None:
     """The giver's row behind each input of the fold's one site, int64 [K]; None where that is no plain scaling."""
     site = mapping.sites[0]
 
@@ -264,7 +264,9 @@ def _follow(lazy: LazyModel, mapping: SmoothingMapping, run: Callable[[], Tensor
 # -- proving ------------------------------------------------------------------------------------------------------
 
 
-def _why_not(model: Any, mapping: SmoothingMapping, run: Callable[[], Tensor], expected: Tensor) -> str | None:
+def _unsupported_reason(
+    model: Any, mapping: SmoothingMapping, run: Callable[[], Tensor], expected: Tensor
+) -> str | None:
     """Why a fold changes the block, or None."""
     generator = torch.Generator().manual_seed(0)
     powers = torch.randint(-1, 2, (mapping.experts, mapping.channels), generator=generator)
@@ -291,10 +293,10 @@ def _divided(model: Any, mapping: SmoothingMapping, scales: Tensor) -> Iterator[
             undo.callback(setattr, weight, "data", weight.data)
             weight.data = divided_norm(weight.float() if mapping.offset else weight, scales[0], mapping.offset)
         else:
-            part = undo.enter_context(_kept(stack(model, mapping.smooth_layer)[:, rows]))
+            part = undo.enter_context(_restored(stack(model, mapping.smooth_layer)[:, rows]))
             part.div_(scales[:, :, None].to(part.dtype))
         if mapping.bias is not None:
-            part = undo.enter_context(_kept(model.get_parameter(mapping.bias)[rows]))
+            part = undo.enter_context(_restored(model.get_parameter(mapping.bias)[rows]))
             part.div_(scales[0].to(part.dtype))
         yield
 
@@ -305,7 +307,7 @@ def _multiplied(model: Any, mapping: SmoothingMapping, scales: Tensor) -> Iterat
     inputs = mapping.inputs(scales)
     with ExitStack() as undo:
         for balance_layer in mapping.balance_layers:
-            columns = undo.enter_context(_kept(stack(model, balance_layer)))
+            columns = undo.enter_context(_restored(stack(model, balance_layer)))
             columns.mul_(inputs[:, None, :].to(columns.dtype))
         yield
 
@@ -316,7 +318,7 @@ def divided_norm(weight: Tensor, scales: Tensor, offset: float) -> Tensor:
 
 
 @contextmanager
-def _kept(tensor: Tensor) -> Iterator[Tensor]:
+def _restored(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor that may be written into for the time of the context and then holds again what it did."""
     kept = tensor.clone()
     try:

@@ -91,10 +91,10 @@ def _rows(text: str, name: str, json_lines: set[str] | frozenset[str], whole: bo
     if start != "[":
         return None
     try:
-        found = json.loads(text)
+        rows = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return iter(found) if isinstance(found, list) and all(isinstance(row, dict | str | list) for row in found) else None
+    return iter(rows) if isinstance(rows, list) and all(isinstance(row, dict | str | list) for row in rows) else None
 
 
 def _begins_with_objects(text: str) -> bool:

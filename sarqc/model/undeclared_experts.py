@@ -30,10 +30,10 @@ def adopt(model: Any) -> None:
             continue
         kind = (type(module), *(tuple(getattr(module, name).shape) for name in _PARAMETERS))
         if kind not in seen:
-            tries = ((run, how) for run, how in product(_INPUTS, (False, True)) if _does(module, run, how))
+            tries = ((run, how) for run, how in product(_INPUTS, (False, True)) if _matches(module, run, how))
             seen[kind] = next(tries, None)
-        if (found := seen[kind]) is not None:
-            _declare(module, *found)
+        if (declaration := seen[kind]) is not None:
+            _declare(module, *declaration)
 
 
 def _declare(module: Any, run: Run, transposed: bool) -> None:
@@ -45,21 +45,21 @@ def _declare(module: Any, run: Run, transposed: bool) -> None:
 
 
 @torch.no_grad()
-def _does(module: nn.Module, run: Run, transposed: bool) -> bool:
+def _matches(module: nn.Module, run: Run, transposed: bool) -> bool:
     """Whether a small copy of the module, with its own code, gives what `run` gives."""
-    own, ours = _small(module, transposed), _small(module, transposed)
+    own, ours = _small_copy(module, transposed), _small_copy(module, transposed)
     if own is None or ours is None:
         return False
     _declare(ours, run, transposed)
     inputs = _INPUTS[run](own.down_proj.shape[2 if transposed else 1])
     try:
-        found, wanted = own(*inputs), ours(*inputs)
+        actual, wanted = own(*inputs), ours(*inputs)
     except Exception:  # noqa: BLE001  # code that takes something else fails with whatever it happens to raise
         return False
-    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, 1e-4, 1e-4)
+    return isinstance(actual, Tensor) and actual.shape == wanted.shape and torch.allclose(actual, wanted, 1e-4, 1e-4)
 
 
-def _small(module: Any, transposed: bool) -> Any:
+def _small_copy(module: Any, transposed: bool) -> Any:
     """A copy with small random matrices, and with small numbers where the module remembers their sizes; None where the
     shapes are not those of gated experts."""
     experts, hidden, inner = module.down_proj.mT.shape if transposed else module.down_proj.shape
@@ -80,17 +80,20 @@ def _small(module: Any, transposed: bool) -> Any:
     return small
 
 
-def _routed(hidden: int) -> tuple[Tensor, ...]:
+def _random_routing(hidden: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     scores = torch.rand(_TOKENS, _EXPERTS, generator=generator)
     weights, chosen = scores.topk(_CHOICES)
     return torch.randn(_TOKENS, hidden, generator=generator), chosen, weights
 
 
-def _of_each(hidden: int) -> tuple[Tensor, ...]:
+def _random_expert_inputs(hidden: int) -> tuple[Tensor, ...]:
     x = torch.randn(_EXPERTS * _TOKENS, hidden, generator=torch.Generator().manual_seed(1))
     x[::2] = 0
     return (x,)
 
 
-_INPUTS: dict[Run, Callable[[int], tuple[Tensor, ...]]] = {moe.sorted_experts: _routed, moe.all_experts: _of_each}
+_INPUTS: dict[Run, Callable[[int], tuple[Tensor, ...]]] = {
+    moe.sorted_experts: _random_routing,
+    moe.all_experts: _random_expert_inputs,
+}

@@ -68,11 +68,11 @@ class _Seen:
 
     def selectors(self) -> frozenset[str]:
         """Parameters whose outputs choose, and those that only such ones read."""
-        found = self.chosen | {name for name in self.chosen_compared if not self.readers.get(name)}
-        found &= self.multiplied
-        while more := {name for name, by in self.readers.items() if by <= found} - found:
-            found |= more
-        return frozenset(found)
+        selectors = self.chosen | {name for name in self.chosen_compared if not self.readers.get(name)}
+        selectors &= self.multiplied
+        while more := {name for name, by in self.readers.items() if by <= selectors} - selectors:
+            selectors |= more
+        return frozenset(selectors)
 
 
 def usage(model: Any, tokens: int = TOKENS) -> Usage | None:
@@ -136,8 +136,8 @@ class _Watch(TorchDispatchMode):
         if (name := self.names.get(id(tensor))) is not None:
             self.seen.touched.add(name)
             return _Origin(parameter=name)
-        found: _Origin = self._origins.get(tensor, _Origin())
-        return found
+        origin: _Origin = self._origins.get(tensor, _Origin())
+        return origin
 
     def _note(self, func: Any, operands: list[Tensor], origins: list[_Origin], out: Any) -> None:
         name = func.overloadpacket.__name__.removesuffix("_")
@@ -197,6 +197,6 @@ def _without_masks(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     positions: list[Any] = []
     for index in args[1]:
         mask = isinstance(index, Tensor) and index.dtype == torch.bool
-        found = torch.empty(_FOUND, dtype=torch.int64, device="meta")
-        positions += [found] * index.dim() if mask else [index]
+        indices = torch.empty(_FOUND, dtype=torch.int64, device="meta")
+        positions += [indices] * index.dim() if mask else [index]
     return (args[0], positions, *args[2:])

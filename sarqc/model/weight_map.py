@@ -112,38 +112,38 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[TensorSlice, ...]
     """
     wanted: dict[str, Tensor] = model.state_dict()
     whole, stacked = _sort_names(model, source, wanted)
-    found: dict[str, tuple[TensorSlice, ...]] = {p: (TensorSlice(name, None, 0, 0),) for p, name in whole.items()}
+    slices: dict[str, tuple[TensorSlice, ...]] = {p: (TensorSlice(name, None, 0, 0),) for p, name in whole.items()}
     for first, (converter, names) in stacked.items():
-        found |= _follow(model, first, converter, names, source)
-    found |= _one_by_one(model, source, [parameter for parameter in wanted if parameter not in found])
+        slices |= _follow(model, first, converter, names, source)
+    slices |= _one_by_one(model, source, [parameter for parameter in wanted if parameter not in slices])
     wanted = model.state_dict()
     for parameter, tensor in wanted.items():
-        if parameter in found:
-            _check_shape(model, parameter, tensor, found[parameter], source)
-        elif not _tied(model, parameter, found):
+        if parameter in slices:
+            _check_shape(model, parameter, tensor, slices[parameter], source)
+        elif not _tied(model, parameter, slices):
             missing = _missing(model, parameter, tensor, source)
             raise ModelError(f"the checkpoint lacks tensor {missing!r}, which {type(model).__name__} needs")
-    return found
+    return slices
 
 
 def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dict[str, tuple[TensorSlice, ...]]:
     """Experts that the checkpoint has one by one where transformers reads them all in one tensor: as we write them."""
-    present, found = set(source.names()), {}
+    present, slices = set(source.names()), {}
     for parameter in lacking:
         module = model.get_submodule(parameter.rpartition(".")[0])
         if not moe.is_experts(module) or parameter.rpartition(".")[2] not in moe.projections(module):
             continue
         single = single_experts(model, parameter, list(stored_names(model, parameter)))
         if single and single.keys() <= present:
-            found[parameter] = slices_of(single)
-    for path in dict.fromkeys(parameter.rpartition(".")[0] for parameter in found):
-        moe.take_apart(model.get_submodule(path))
-    return found
+            slices[parameter] = slices_of(single)
+    for path in dict.fromkeys(parameter.rpartition(".")[0] for parameter in slices):
+        moe.separate_projections(model.get_submodule(path))
+    return slices
 
 
 def slices_of(single: Mapping[str, ExpertSlice]) -> tuple[TensorSlice, ...]:
-    """Slices of an experts module's parameter whose matrices lie in slabs, once it is taken apart."""
-    return tuple(TensorSlice(name, slab.expert, slab.row, slab.shape[0]) for name, slab in single.items())
+    """Slices of an experts module's parameter whose matrices are read one by one."""
+    return tuple(TensorSlice(name, part.expert, part.row, part.shape[0]) for name, part in single.items())
 
 
 def tensors_of_experts(slices: Sequence[TensorSlice]) -> tuple[tuple[str, ...], bool] | None:
@@ -161,10 +161,10 @@ def own_names(model: Any, parameter: str) -> tuple[TensorSlice, ...] | None:
     whole, stacked = _sort_names(model, source, {parameter: model.get_parameter(parameter)})
     if whole or len(stored) == 1:
         return None
-    found: dict[str, tuple[TensorSlice, ...]] = {}
+    pieces: dict[str, tuple[TensorSlice, ...]] = {}
     for first, (converter, names) in stacked.items():
-        found |= _follow(model, first, converter, names, source)
-    slices = found.get(parameter, ())
+        pieces |= _follow(model, first, converter, names, source)
+    slices = pieces.get(parameter, ())
     return slices if slices and all(stored.expert is not None and stored.linear for stored in slices) else None
 
 
@@ -218,12 +218,12 @@ def _follow(
         shapes = _convert(converter, model, first, order, lambda name: torch.empty(source.shape(name), device="meta"))
     except Exception as error:  # so does one that is given tensors that do not go together
         lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in number]
-        what = f"lacks tensor {lost[0]!r}" if lost else f"has {_odd_one(names, source)}: {first_line(error)}"
+        what = f"lacks tensor {lost[0]!r}" if lost else f"has {_outlier(names, source)}: {first_line(error)}"
         raise ModelError(f"the checkpoint {what}; {first!r} is made of {len(order)} tensors") from error
     return {parameter: _made(Conversion(converter, model, first, parameter, order)) for parameter in shapes}
 
 
-def _odd_one(names: Named, source: TensorSource) -> str:
+def _outlier(names: Named, source: TensorSource) -> str:
     """The first tensor whose shape differs from that of most others under its pattern."""
     for group in names.values():
         shapes = [tuple(source.shape(name)) for name in group]
@@ -302,11 +302,11 @@ def _check_shape(
         raise ModelError(f"parameter {parameter!r} holds {experts} matrices, and the checkpoint {what}")
 
 
-def _tied(model: Any, parameter: str, found: Mapping[str, object]) -> bool:
+def _tied(model: Any, parameter: str, slices: Mapping[str, object]) -> bool:
     """Whether transformers ties this parameter to one that the checkpoint has."""
     tied: dict[str, str] = model.all_tied_weights_keys
     partner = tied.get(parameter) or next((target for target, origin in tied.items() if origin == parameter), None)
-    return partner in found
+    return partner in slices
 
 
 def _expected(model: Any, parameter: str, tensor: Tensor) -> list[str]:

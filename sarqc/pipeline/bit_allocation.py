@@ -72,8 +72,8 @@ class BitAllocation:
         shares = dict.fromkeys(sorted({unit.bits for unit in self.units}), 0)
         for unit in self.units:
             shares[unit.bits] += unit.weights
-        told = ", ".join(f"{count / total:.0%} of the weights at {bits} bits" for bits, count in shares.items())
-        return f"{self.average:.3f} bits on average: {told}"
+        shares_text = ", ".join(f"{count / total:.0%} of the weights at {bits} bits" for bits, count in shares.items())
+        return f"{self.average:.3f} bits on average: {shares_text}"
 
 
 def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_progress: OnProgress) -> BitAllocation:
@@ -99,8 +99,8 @@ def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_progress: OnProgres
             mine=lambda index: index % comm.size == comm.rank,
         )
 
-    told = [one for part in comm.all_gather_object(synchronize_oom(comm, own)) for one in part]
-    sites = [site for _, site in sorted(told, key=lambda one: one[0])]  # stable: in a block they keep their order
+    measured = [one for part in comm.all_gather_object(synchronize_oom(comm, own)) for one in part]
+    sites = [site for _, site in sorted(measured, key=lambda one: one[0])]  # stable: in a block they keep their order
     return choose(sites, plan.quant, comm.all_gather_object(time.perf_counter() - began)[0])
 
 
@@ -126,16 +126,16 @@ def choose(sites: Sequence[SiteSensitivity], quant: QuantConfig, seconds: float 
 
 def _joined(sites: Sequence[SiteSensitivity]) -> list[list[SiteSensitivity]]:
     """Sites that must have one bit-width, in order of the first of each: of one module, or fused by name."""
-    found: list[_Joined] = []
+    groups: list[_Joined] = []
     for site in sites:
         keys = {*site.modules, *(name for linear in site.linears if (name := _fused(linear)))}
         mine = _Joined(keys, [site])
-        for other in [other for other in found if other.keys & keys]:
+        for other in [other for other in groups if other.keys & keys]:
             mine = _Joined(other.keys | mine.keys, [*other.sites, *mine.sites])
-            found.remove(other)
-        found.append(mine)
+            groups.remove(other)
+        groups.append(mine)
     order = {site.site: number for number, site in enumerate(sites)}
-    return [sorted(one.sites, key=lambda site: order[site.site]) for one in _in_order(found, order)]
+    return [sorted(one.sites, key=lambda site: order[site.site]) for one in _in_order(groups, order)]
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class _Joined:
     sites: list[SiteSensitivity] = field(default_factory=list)
 
 
-def _in_order(found: Sequence[_Joined], order: dict[str, int]) -> list[_Joined]:
-    return sorted(found, key=lambda one: min(order[site.site] for site in one.sites))
+def _in_order(groups: Sequence[_Joined], order: dict[str, int]) -> list[_Joined]:
+    return sorted(groups, key=lambda one: min(order[site.site] for site in one.sites))
 
 
 def _fused(linear: str) -> str | None:

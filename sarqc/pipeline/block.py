@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import NumericError
-from sarqc.method.gram import Gram, Statistics, shortening, shrink_experts
+from sarqc.method.gram import Gram, Statistics, row_scales, shrink_experts
 from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
 from sarqc.model.lazy_model import LazyModel
@@ -42,11 +42,11 @@ class Portions:
 
     def of(self, sites: Sequence[Site], folds: int) -> list[list[SiteChunk]]:
         """The sites in portions whose Grams fit."""
-        found = list(portions(sites, folds, self.budget))
-        for chunks in found:
+        result = list(portions(sites, folds, self.budget))
+        for chunks in result:
             self.together = max(self.together, sum(chunk.stop - chunk.first for chunk in chunks))
             self.bytes = max(self.bytes, sum(gram_bytes(chunk, folds) for chunk in chunks))
-        return found
+        return result
 
     def halve(self) -> None:
         """Half as many bytes from now on."""
@@ -117,7 +117,7 @@ class Block:
         for chunks in self.portions.of(self.sites, 0):
             with self.journal.stage(self.index, "solve"):
                 weights, reports = self.solving.quantize(self.index, chunks, None, None)
-            self.journal.notes += vanished(self.solving.lazy, self.members, weights)
+            self.journal.notes += underflowed(self.solving.lazy, self.members, weights)
             self.weights |= weights
             self.reports += reports
 
@@ -141,14 +141,14 @@ class Block:
         inside = not solving.method.channel_scales
         return sites, residual_writes(solving.lazy, self.index, sites, call.hidden, call, inside=inside)
 
-    def _take_residual_writes(self, streams: Streams, found: dict[str, ResidualWrite]) -> None:
-        if not found and self.first:
+    def _take_residual_writes(self, streams: Streams, writes: dict[str, ResidualWrite]) -> None:
+        if not writes and self.first:
             streams.drop_reference()
             where = f"{self.solving.lazy.prefix}.{self.index}"
             self.journal.notes.append(
                 f"no layer of {where} writes into the stream as it is: the error of earlier layers is not corrected"
             )
-        self.sites = [replace(site, residual_write=found.get(site.name)) for site in self.sites]
+        self.sites = [replace(site, residual_write=writes.get(site.name)) for site in self.sites]
 
     def _entry(self, site: Site) -> Point:
         return Point("site", self.index, site.entry)
@@ -194,13 +194,13 @@ class Block:
                 collected, notes = collector.collect(chunks, source)
             self.journal.notes += notes
             with self.journal.stage(self.index, "solve", site.name):
-                weights, told = self.solving.quantize(self.index, chunks, collected, self.scales)
+                weights, chunk_reports = self.solving.quantize(self.index, chunks, collected, self.scales)
                 del collected
-                self.journal.notes += vanished(self.solving.lazy, site.members, weights)
+                self.journal.notes += underflowed(self.solving.lazy, site.members, weights)
                 self.weights |= weights
                 if not site.residual_write:
                     synchronize_oom(comm, partial(self._put, site, weights))
-            reports += told
+            reports += chunk_reports
         self.reports.append(replace(merge_reports(reports), site=site.name))
         if site.residual_write:
             streams.quantized.correct(point, self._entry(site), synchronize_oom(comm, partial(self._change, site)))
@@ -220,11 +220,11 @@ class Block:
         entry = self._entry(site)
         reader = point if site.residual_write.reader else None
         wanted = streams.reference.with_kept(Point("leave", self.index), reader)
-        found = streams.quantized.with_kept(point, entry)
-        for (arrival, x), (left, read), (_, fold) in zip(found, wanted, streams.text.batches):
+        collected = streams.quantized.with_kept(point, entry)
+        for (arrival, x), (left, read), (_, fold) in zip(collected, wanted, streams.text.batches):
             assert x is not None
             rows = x.reshape(-1, site.in_features)
-            held = shortening(rows, arrival.x.shape[1])
+            held = row_scales(rows, arrival.x.shape[1])
             lacking = _drift(left.x if read is None else read, arrival.x).mul_(held)
             yield Rows(site, fold, rows * held, None, lacking)
 
@@ -263,7 +263,7 @@ def check_weights(lazy: LazyModel, members: Sequence[Target]) -> None:
                 raise NumericError(f"{target.linear}.weight holds NaN or Inf; repair the checkpoint before quantizing")
 
 
-def vanished(lazy: LazyModel, members: Sequence[Target], weights: Weights) -> Iterator[str]:
+def underflowed(lazy: LazyModel, members: Sequence[Target], weights: Weights) -> Iterator[str]:
     """A line for each weight with groups that need a smaller scale than its stored dtype has."""
     for target in members:
         if (weight := weights.get(target.linear)) is None:

@@ -71,17 +71,17 @@ class BlockScales:
         given = {chunk.site.name: (chunk, gram) for chunk, gram in zip(chunks, grams)}
         open_: list[tuple[SmoothingMapping, list[tuple[SiteChunk, Gram]]]] = []
         for mapping in self._mappings:
-            found = [given[site.name] for site in mapping.sites if site.name in given]
-            if found and not (mapping.experts == 1 and mapping.smooth_layer in self._chosen):
-                open_.append((mapping, found))
-        owners = partition([sum(price(chunk) for chunk, _ in found) for _, found in open_], self._comm.size)
+            collected = [given[site.name] for site in mapping.sites if site.name in given]
+            if collected and not (mapping.experts == 1 and mapping.smooth_layer in self._chosen):
+                open_.append((mapping, collected))
+        owners = partition([sum(price(chunk) for chunk, _ in collected) for _, collected in open_], self._comm.size)
 
         def search_own() -> dict[int, ChannelScales]:
             return {
                 number: search(
                     [
                         BalanceLayer(chunk.weight(model), cost(chunk, gram), gram, quant(chunk.site))
-                        for chunk, gram in found
+                        for chunk, gram in collected
                     ],
                     scale_dtype,
                     shared=mapping.experts == 1,
@@ -89,15 +89,15 @@ class BlockScales:
                     source=mapping.source,
                     channels=mapping.channels,
                 ).to("cpu")
-                for number, (mapping, found) in enumerate(open_)
+                for number, (mapping, collected) in enumerate(open_)
                 if owners[number] == self._comm.rank
             }
 
         answers = self._comm.all_gather_object(synchronize_oom(self._comm, search_own))
 
         def take() -> None:
-            for number, (mapping, found) in enumerate(open_):
-                self._take(mapping, answers[owners[number]][number].to(found[0][1].rows.device))
+            for number, (mapping, collected) in enumerate(open_):
+                self._take(mapping, answers[owners[number]][number].to(collected[0][1].rows.device))
 
         synchronize_oom(self._comm, take)
 
@@ -116,7 +116,7 @@ class BlockScales:
         """What happens to the weight of a chunk; ones where nothing does."""
         site, device = chunk.site, stack(self._lazy.model, chunk.site.members[0].parameter).device
         inputs = torch.ones(1, site.in_features, device=device)
-        rows = torch.ones(1, sum(count for _, _, count in site.slabs), device=device)
+        rows = torch.ones(1, sum(count for _, _, count in site.row_ranges), device=device)
         exponent = 0.0
         for mapping, chosen in self._decided():
             at = slice(None) if mapping.experts == 1 else slice(chunk.first, chunk.stop)
@@ -124,7 +124,7 @@ class BlockScales:
             if site in mapping.sites:
                 inputs, exponent = mapping.inputs(own), float(chosen.exponents[at].mean())
             begin = 0
-            for parameter, start, count in site.slabs:
+            for parameter, start, count in site.row_ranges:
                 if parameter == mapping.smooth_layer:
                     rows = rows.expand(max(len(rows), len(own)), -1).clone()
                     taken, scales = _overlap(rows[:, begin : begin + count], own, mapping.start - start)

@@ -109,7 +109,7 @@ def synchronize_oom(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
     return result[0]
 
 
-def in_turn(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
+def one_rank_at_a_time(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
     """`attempt()`, in which ranks wait for each other; it cannot be repeated where one runs out of memory."""
     try:
         return attempt()

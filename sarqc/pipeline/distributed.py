@@ -27,8 +27,8 @@ from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import first_difference
 from sarqc.pipeline.progress import NoProgress, Progress
 from sarqc.pipeline.quantize_site import Weights
-from sarqc.pipeline.streams import Handover
-from sarqc.pipeline.watchdog import beating
+from sarqc.pipeline.streams import StoredStates
+from sarqc.pipeline.watchdog import heartbeats
 from sarqc.system import from_torchrun
 
 COLLECTIVE_TIMEOUT = timedelta(days=7)
@@ -45,13 +45,13 @@ def world() -> int:
     return from_torchrun("WORLD_SIZE", 1)
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this process writes and prints: it is rank 0, or alone."""
     return world() == 1 or from_torchrun("RANK", 0) == 0
 
 
 @contextmanager
-def joined(device: str, *, ordered: bool) -> Iterator[tuple[Comm, str]]:
+def process_group(device: str, *, ordered: bool) -> Iterator[tuple[Comm, str]]:
     """The group that torchrun started this process in, and the device of this process; alone without torchrun.
 
     device: `auto` and `cuda` become the GPU of this rank. Raises `ArgumentError` where a machine has fewer GPUs than
@@ -72,7 +72,7 @@ def joined(device: str, *, ordered: bool) -> Iterator[tuple[Comm, str]]:
     with ExitStack() as stack:
         try:
             store, rank, size = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
-            stack.enter_context(beating(store.clone(), rank, size))
+            stack.enter_context(heartbeats(store.clone(), rank, size))
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
@@ -111,9 +111,9 @@ class Ranks:
 
     def all_gather_object(self, value: _Value) -> list[_Value]:
         """Values of all ranks."""
-        found: list[Any] = [None] * self.size
-        self._talk(lambda: dist.all_gather_object(found, value))
-        return found
+        gathered: list[Any] = [None] * self.size
+        self._talk(lambda: dist.all_gather_object(gathered, value))
+        return gathered
 
     def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
         """Rows of all ranks on rank 0, one message each."""
@@ -172,7 +172,7 @@ def named(comm: Comm, where: Callable[[], str]) -> Iterator[None]:
         raise type(error)(f"rank {comm.rank} of {comm.size}, {where()}: {error}") from error
 
 
-def same_everywhere(comm: Comm, fingerprint: Mapping[str, Any]) -> None:
+def broadcast_errors(comm: Comm, fingerprint: Mapping[str, Any]) -> None:
     """`ArgumentError` where ranks see different models or texts, or run different versions."""
     for rank, other in enumerate(comm.all_gather_object(fingerprint)):
         if difference := first_difference(fingerprint, other):
@@ -195,21 +195,21 @@ class Following(NoProgress):
 
 def start_everywhere(comm: Comm, start: Start | None) -> Start:
     """Rank 0's start on every rank; the others, which have no work folder, give None."""
-    handed = start.handover if start else None
-    told = None if start is None else (start.block, _told(handed), start.lambda_search)
-    found = comm.all_gather_object(told)[0]
-    assert found is not None
-    block, kind, lambda_search = found
+    states = start.stored_states if start else None
+    described = None if start is None else (start.block, _describe(states), start.lambda_search)
+    shared = comm.all_gather_object(described)[0]
+    assert shared is not None
+    block, kind, lambda_search = shared
 
     def each() -> Iterator[Tensor]:
         shape, dtype = kind[0]
-        here = handed.hidden.rows() if handed else None
+        here = states.hidden.rows() if states else None
         for _ in range(shape[0]):
             row = next(here) if here else torch.empty(shape[1:], dtype=dtype)
             comm.broadcast([row], 0)
             yield row[None]
 
-    everywhere = Handover(ChunkedTensor(kind[0][0], kind[0][1], each), *kind[1:]) if kind else None
+    everywhere = StoredStates(ChunkedTensor(kind[0][0], kind[0][1], each), *kind[1:]) if kind else None
 
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(comm, start.stored(index) if start else ({}, {}))
@@ -237,11 +237,11 @@ def _stored_everywhere(comm: Comm, stored: tuple[Weights, dict[str, Tensor]]) ->
     return weights, changed
 
 
-def _told(handed: Handover | None) -> Any:
+def _describe(states: StoredStates | None) -> Any:
     """All of it that is small: the hidden states' shape and dtype, and the rest as it is."""
-    if handed is None:
+    if states is None:
         return None
-    return _shape(handed.hidden), handed.form, handed.fingerprint, handed.probe, handed.reference
+    return _shape(states.hidden), states.form, states.fingerprint, states.probe, states.reference
 
 
 def _shape(tensor: Tensor | ChunkedTensor) -> tuple[tuple[int, ...], torch.dtype]:

@@ -27,7 +27,7 @@ from sarqc.pipeline.comm import synchronize_oom
 from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
-from sarqc.pipeline.streams import Handover, Streams, Text, cut
+from sarqc.pipeline.streams import StoredStates, Streams, Text, cut
 from sarqc.system import range_advice
 
 
@@ -45,7 +45,7 @@ class BlockResult:
     seconds: dict[str, float]
     changed: dict[str, Tensor]
     notes: list[str]
-    handover: Handover | None
+    stored_states: StoredStates | None
 
 
 def _nothing_stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
@@ -54,7 +54,7 @@ def _nothing_stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a continued run begins: at `block`, which is entered with `handover`.
+    """Where a continued run begins: at `block`, which is entered with `stored_states`.
 
     Without one (and for the reference) the text is run through the blocks before once more, with the weights and the
     changed tensors that `stored(index)` hands back: forward passes, no solving, and the same bits. lambda_search: the
@@ -62,7 +62,7 @@ class Start:
     """
 
     block: int = 0
-    handover: Handover | None = None
+    stored_states: StoredStates | None = None
     stored: Callable[[int], tuple[Weights, dict[str, Tensor]]] = _nothing_stored
     lambda_search: LambdaSearch = field(default_factory=LambdaSearch)
 
@@ -98,8 +98,8 @@ def run(
         NumericError: Weights, or more than 1 % of the rows of activations, are not finite; names the layer.
         ResourceError: Memory runs out with one sequence and one Gram at a time.
     """
-    found = targets(lazy, quant)
-    check_group_size(found, quant)
+    selected = targets(lazy, quant)
+    check_group_size(selected, quant)
     execution, start = execution or Execution(), start or Start()
     prefetched = PrefetchingSource(source) if execution.prefetch else None
     source = prefetched or source
@@ -107,7 +107,7 @@ def run(
         lazy, source, quant, method, execution.place, start.lambda_search, execution.comm, execution.bit_widths
     )
     journal = Journal(execution.on_progress, execution.place)
-    driver = _Driver(solving, found, execution.dtype, journal, Portions(execution.gram_budget), prefetched)
+    driver = _Driver(solving, selected, execution.dtype, journal, Portions(execution.gram_budget), prefetched)
     with prefetched or nullcontext():
         if not method.calibrated:
             yield from driver.without_text(start.block)
@@ -136,7 +136,7 @@ class _Driver:
     def __init__(
         self,
         solving: SiteQuantizer,
-        found: Targets,
+        selected: Targets,
         dtype: torch.dtype | None,
         journal: Journal,
         portions: Portions,
@@ -145,7 +145,7 @@ class _Driver:
         self._solving = solving
         self._lazy = solving.lazy
         self._comm = solving.comm
-        self._found = found
+        self._found = selected
         self._dtype = dtype
         self._journal = journal
         self._portions = portions
@@ -175,11 +175,11 @@ class _Driver:
             block = self._with_memory(index, streams)
             self._lazy.unload_block(index)
             last = index + 1 == len(self._lazy.blocks)
-            yield self._result(block, None if last else streams.handover(index, self._comm))
+            yield self._result(block, None if last else streams.stored_states(index, self._comm))
 
     def _go_to(self, streams: Streams, text: Text, start: Start) -> None:
         """Bring the streams to the block that the run begins with; those before have their stored weights."""
-        reference, stored = self._solving.method.error_correction, start.handover
+        reference, stored = self._solving.method.error_correction, start.stored_states
         handed = stored is not None and streams.begin(
             text, reference=reference and stored.reference, stored=stored, block=start.block
         )
@@ -210,7 +210,7 @@ class _Driver:
                     raise
                 reason = first_line(error)
             # Only out here are the frames of the attempt gone, and with them the tensors that filled the device.
-            self._take_less(index, streams, reason)
+            self._reduce_memory(index, streams, reason)
 
     def _attempt(self, index: int, streams: Streams) -> Block:
         self._load(index)
@@ -225,7 +225,7 @@ class _Driver:
         self._check_leaving(index, lost, streams)
         return block
 
-    def _take_less(self, index: int, streams: Streams, reason: str) -> None:
+    def _reduce_memory(self, index: int, streams: Streams, reason: str) -> None:
         """Halve the micro-batches or the Grams at a time, and run the streams to the block again."""
         self._lazy.unload_block(index)
         if self._solving.device.type == "cuda":
@@ -288,12 +288,12 @@ class _Driver:
                 raise NumericError(f"{where} on the calibration text: {range_advice(self._lazy.dtype)}")
             self._journal.notes.append(where)
 
-    def _result(self, block: Block, handover: Handover | None) -> BlockResult:
+    def _result(self, block: Block, stored_states: StoredStates | None) -> BlockResult:
         lost = [target.linear for target in block.members if target.linear not in block.weights]
         if lost:
             raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
         ordered = {target.linear: block.weights[target.linear] for target in block.members}
         notes = list(dict.fromkeys(self._journal.notes))
         return BlockResult(
-            block.index, ordered, block.reports, dict(self._journal.seconds), block.changed, notes, handover
+            block.index, ordered, block.reports, dict(self._journal.seconds), block.changed, notes, stored_states
         )

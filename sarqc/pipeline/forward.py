@@ -5,7 +5,7 @@ there until a further point is asked for. Points of a block are asked for in the
 each as often as needed. What happens in between (a layer's weight is replaced, a block is loaded) holds for what
 follows.
 
-Where suspended micro-batches take too much memory, what they hold is parked (`pipeline.parking`); or the block is
+Where suspended micro-batches take too much memory, what they hold is offloaded (`pipeline.offload`); or the block is
 *recomputed*: they wait at its entry, and for every point inside it each runs from there and is dropped. The results are
 the same to the bit.
 """
@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sarqc.pipeline.activation_store import Store
-from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.micro_batch import MicroBatch, StopOrder, model_errors
+from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.points import Arrival, Point, first_tensor
-from sarqc.pipeline.walk import Route, Walk, model_errors
 
 
 class Forward:
@@ -43,25 +43,25 @@ class Forward:
         budget: int = 0,
     ) -> None:
         self._blocks = list(blocks)
-        self._route = Route(len(blocks))
+        self._order = StopOrder(len(blocks))
         self._recompute = recompute
         self._budget = budget if store else None
-        owners: dict[int, Parking] = {}
-        self._walks = [
-            Walk(call, number, self._route, Point("enter", first), Parking(store, owners) if store else None)
+        owners: dict[int, Offload] = {}
+        self._batches = [
+            MicroBatch(call, number, self._order, Point("enter", first), Offload(store, owners) if store else None)
             for number, call in enumerate(calls)
         ]
 
     def __len__(self) -> int:
-        return len(self._walks)
+        return len(self._batches)
 
     def begin_block(self, inside: Sequence[Point] = (), kept: Sequence[Point] = ()) -> None:
         """Say which points the block has that all micro-batches wait to enter, in the order it reaches them.
 
         kept: sites among them whose inputs are kept until the block is left, for a correction.
         """
-        self._route.inside, self._route.kept = list(inside), set(kept)
-        self._route.corrections.clear()
+        self._order.inside, self._order.kept = list(inside), set(kept)
+        self._order.corrections.clear()
 
     def at(self, point: Point) -> Iterator[Arrival]:
         """Run every micro-batch to a point and yield its activations there; another call yields them once more.
@@ -75,73 +75,73 @@ class Forward:
     def with_kept(self, point: Point, site: Point | None) -> Iterator[tuple[Arrival, Tensor | None]]:
         """As `at`, with the inputs of a site that `begin_block` listed in `kept`, of the same micro-batch."""
         inside = point.kind not in ("enter", "end")
-        for walk in self._awake():
-            if self._recompute and inside and not walk.waits_at(point):
-                walk.go(Point("enter", point.block))
-                with self._from_entry(walk) as again:
-                    arrival = again.go(point)
+        for batch in self._resident():
+            if self._recompute and inside and not batch.is_at(point):
+                batch.run_to(Point("enter", point.block))
+                with self._from_entry(batch) as again:
+                    arrival = again.run_to(point)
                     yield arrival, None if site is None else again.kept[site]
             else:
-                arrival = walk.go(point)
-                yield arrival, None if site is None else walk.kept[site]
+                arrival = batch.run_to(point)
+                yield arrival, None if site is None else batch.kept[site]
 
     def look(self, block: int) -> Iterator[Iterator[Arrival]]:
         """For every micro-batch at a block's entry, its activations at each point of the block, in order. The run of
         the block is dropped."""
-        for walk in self._awake():
-            walk.go(Point("enter", block))
-            with self._from_entry(walk) as again:
-                yield (again.go(point) for point in self._route.inside)
+        for batch in self._resident():
+            batch.run_to(Point("enter", block))
+            with self._from_entry(batch) as again:
+                yield (again.run_to(point) for point in self._order.inside)
 
     def leave(self, block: int) -> Iterator[Arrival]:
         """Run every micro-batch to the end of a block, with all corrections added to the residual."""
-        for walk in self._awake():
-            arrival = walk.go(Point("leave", block))
-            walk.correct()
+        for batch in self._resident():
+            arrival = batch.run_to(Point("leave", block))
+            batch.correct()
             yield arrival
 
     def correct(self, at: Point, site: Point, change: Tensor) -> None:
         """Add x @ change^T to the residual at a point that all micro-batches have reached; x is the input of the site,
         change [N, K]."""
-        self._route.corrections[at] = site, change
+        self._order.corrections[at] = site, change
 
-    def left_whole(self) -> bool:
-        """Whether the residual after the previous block is kept, so that `dissolve` can yield it."""
-        return all(walk.left_whole for walk in self._walks)
+    def residual_intact(self) -> bool:
+        """Whether the residual after the previous block is kept, so that `pop_residuals` can yield it."""
+        return all(batch.residual_intact for batch in self._batches)
 
-    def lefts(self) -> list[Tensor]:
+    def residuals(self) -> list[Tensor]:
         """The residual of every micro-batch after the previous block; empty before the first one."""
-        return [walk.left for walk in self._walks if walk.left is not None]
+        return [batch.residual for batch in self._batches if batch.residual is not None]
 
-    def dissolve(self) -> Iterator[Tensor]:
+    def pop_residuals(self) -> Iterator[Tensor]:
         """End all forwards one by one, and yield the residual after the previous block."""
-        while self._walks:
-            walk = self._walks.pop(0)
-            walk.wake()
-            left = walk.left
-            walk.close()
-            assert left is not None
-            yield left
+        while self._batches:
+            batch = self._batches.pop(0)
+            batch.restore()
+            residual = batch.residual
+            batch.close()
+            assert residual is not None
+            yield residual
 
     def close(self) -> None:
         """End all forwards."""
-        while self._walks:
-            self._walks.pop().close()
+        while self._batches:
+            self._batches.pop().close()
 
-    def _awake(self) -> Iterator[Walk]:
+    def _resident(self) -> Iterator[MicroBatch]:
         """Every micro-batch, with its tensors in memory while it is in use."""
         held = 0
-        for walk in self._walks:
-            walk.wake()
-            yield walk
-            held = walk.rest(held, self._budget)
+        for batch in self._batches:
+            batch.restore()
+            yield batch
+            held = batch.suspend(held, self._budget)
 
-    def _from_entry(self, walk: Walk) -> Walk:
-        """A walk of the same micro-batch through the block that it waits to enter."""
-        entry = walk.arrival
+    def _from_entry(self, batch: MicroBatch) -> MicroBatch:
+        """The same micro-batch through the block that it waits to enter."""
+        entry = batch.arrival
         assert entry is not None
         call = BlockCall(self._blocks[entry.point.block], entry)
-        return Walk(call.run, walk.number, self._route, entry.point)
+        return MicroBatch(call.run, batch.number, self._order, entry.point)
 
     def __enter__(self) -> Forward:
         return self
@@ -177,5 +177,5 @@ class BlockCall:
 
     def __call__(self) -> Tensor:
         """What leaves the block: the first tensor of what it returns."""
-        found = first_tensor(self.run())
-        return self._entry.x if found is None else found
+        hidden = first_tensor(self.run())
+        return self._entry.x if hidden is None else hidden

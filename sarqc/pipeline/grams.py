@@ -16,7 +16,7 @@ from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
 from sarqc.method.gram import MAX_LOST, Statistics, finite_rows
 from sarqc.model.sites import Site, SiteChunk
-from sarqc.pipeline.comm import Comm, in_turn, synchronize_oom
+from sarqc.pipeline.comm import Comm, one_rank_at_a_time, synchronize_oom
 from sarqc.system import range_advice
 
 
@@ -110,7 +110,7 @@ class Collector:
             return self._own(chunks, source, lost)
 
         comm = self._comm
-        kept = in_turn(comm, attempt) if comm.ordered else synchronize_oom(comm, attempt)
+        kept = one_rank_at_a_time(comm, attempt) if comm.ordered else synchronize_oom(comm, attempt)
         for sums in (statistics.tensors(fold) for statistics in kept for fold in range(self.folds)):
             if comm.ordered:
                 comm.broadcast(sums, comm.size - 1)

@@ -125,30 +125,32 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     """The plan, with options that fit the tensors of the model."""
     quant, method, run = configs.quant, configs.method, configs.run
     lazy = LazyModel.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
-    if slabs := lazy.split_experts(partial(is_wanted, quant)):
+    if slices := lazy.split_experts(partial(is_wanted, quant)):
         assert isinstance(source, Checkpoint | HeaderSource)
-        source = source.split(slabs)
-    found = targets(lazy, quant)
-    notes = (*_expansion(source), *_renamed(lazy, slabs), *_adapter(folder))
+        source = source.split(slices)
+    selected = targets(lazy, quant)
+    notes = (*_expansion(source), *_renamed(lazy, slices), *_adapter(folder))
     if quant.group_size == AUTO:
-        quant = replace(quant, group_size=auto_group_size(found))
+        quant = replace(quant, group_size=auto_group_size(selected))
         notes += (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
-    check_group_size(found, quant)
+    check_group_size(selected, quant)
     if quant.avg_bits is not None:
-        _check_average(quant, method, found)
+        _check_average(quant, method, selected)
         choices = ", ".join(map(str, quant.bit_options))
         notes += (f"bits of each layer: chosen after the first pass, out of {choices}; {quant.avg_bits:g} on average",)
     FORMATS[quant.format].check(quant)
-    _check_layers(FORMATS[quant.format], found, quant)
+    _check_layers(FORMATS[quant.format], selected, quant)
     device = resolve_device(run.device)
     dtype = calibration_dtype(run.dtype, device, lazy.dtype)
-    return Plan(str(model), folder, source, lazy, found, quant, method, configs.calibration, run, device, dtype, notes)
+    return Plan(
+        str(model), folder, source, lazy, selected, quant, method, configs.calibration, run, device, dtype, notes
+    )
 
 
-def _check_layers(format: Format, found: Targets, quant: QuantConfig) -> None:
+def _check_layers(format: Format, selected: Targets, quant: QuantConfig) -> None:
     """`CheckpointError` for the layers that the format cannot hold, with the pattern that leaves them all."""
     refused: dict[Target, CheckpointError] = {}
-    for target in found.selected:
+    for target in selected.selected:
         try:
             format.check_layer(target.linear, target.shape, quant)
         except CheckpointError as error:
@@ -158,7 +160,7 @@ def _check_layers(format: Format, found: Targets, quant: QuantConfig) -> None:
         raise CheckpointError(f"{first}; --ignore '{pattern_of(refused)}' leaves all {len(refused)} of them") from first
 
 
-def _check_average(quant: QuantConfig, method: MethodConfig, found: Targets) -> None:
+def _check_average(quant: QuantConfig, method: MethodConfig, selected: Targets) -> None:
     """`ArgumentError` for an average that cannot be reached."""
     assert quant.avg_bits is not None
     if not method.calibrated:
@@ -166,7 +168,7 @@ def _check_average(quant: QuantConfig, method: MethodConfig, found: Targets) -> 
             f"avg_bits = {quant.avg_bits:g} needs losses measured on calibration data, which method {method.method} "
             "does not use: use another method"
         )
-    least, most = average_range([target.shape for target in found.selected], quant)
+    least, most = average_range([target.shape for target in selected.selected], quant)
     if not least <= quant.avg_bits <= most:
         raise ArgumentError(
             f"avg_bits = {quant.avg_bits:g} is out of range: with scales, {min(quant.bit_options)} to "
@@ -197,12 +199,12 @@ def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype
     return HeaderSource(dense_headers(tensors, read_json(folder / "config.json")))
 
 
-def _renamed(lazy: LazyModel, slabs: Mapping[str, ExpertSlice]) -> tuple[str, ...]:
+def _renamed(lazy: LazyModel, slices: Mapping[str, ExpertSlice]) -> tuple[str, ...]:
     """A note where experts get names that transformers itself has not."""
-    alone = [name for name in slabs if name in lazy.own_expert_names]
-    if len(alone) == len(slabs):
+    alone = [name for name in slices if name in lazy.own_expert_names]
+    if len(alone) == len(slices):
         return ()
-    first = next(name for name in slabs if name not in lazy.own_expert_names)
+    first = next(name for name in slices if name not in lazy.own_expert_names)
     return (
         f"experts that the model stores in one tensor are written one by one, as {first.removesuffix('.weight')}: "
         "transformers loads them when sarqc is imported, and not without it",
@@ -234,10 +236,10 @@ def read_windows(plan: Plan) -> dataset.Windows | None:
     if not plan.method.calibrated:
         return None
     tokenizer = partial(load_tokenizer, plan.folder, trust_remote_code=plan.run.trust_remote_code)
-    found = windows(asked.dataset, tokenizer, plan.seqlen, column=asked.column)
-    dataset.check_seqlen(found.tokens.shape[1], plan.lazy.text_config, plan.model, "sequence length")
-    count = min(DEFAULT_SAMPLES, found.available) if asked.num_samples is None else asked.num_samples
-    return found.draw(count, asked.seed)
+    drawn = windows(asked.dataset, tokenizer, plan.seqlen, column=asked.column)
+    dataset.check_seqlen(drawn.tokens.shape[1], plan.lazy.text_config, plan.model, "sequence length")
+    count = min(DEFAULT_SAMPLES, drawn.available) if asked.num_samples is None else asked.num_samples
+    return drawn.draw(count, asked.seed)
 
 
 def expected_windows(plan: Plan) -> tuple[int, int]:
@@ -248,7 +250,7 @@ def expected_windows(plan: Plan) -> tuple[int, int]:
         return 0, 0
     model_here = isinstance(plan.source, Checkpoint)  # and so its tokenizer
     if isinstance(asked.dataset, Tensor) or (model_here and counts_at_once(asked.dataset)):
-        found = read_windows(plan)
-        assert found is not None
-        return len(found.tokens), found.tokens.shape[1]
+        drawn = read_windows(plan)
+        assert drawn is not None
+        return len(drawn.tokens), drawn.tokens.shape[1]
     return asked.num_samples or DEFAULT_SAMPLES, plan.seqlen

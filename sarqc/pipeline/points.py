@@ -73,13 +73,13 @@ def first_tensor(values: Any) -> Tensor | None:
 
 def order_of(points: Iterable[Point], run: Callable[[], object]) -> list[Point]:
     """Points in the order in which a run reaches them; hooks have to be there."""
-    wanted, found = set(points), []
+    wanted, order = set(points), []
     task = Task(run, 0, wanted.__contains__)
     while not task.ended:
         arrival = task.resume()
         if isinstance(arrival, Arrival):
-            found.append(arrival.point)
-    return found
+            order.append(arrival.point)
+    return order
 
 
 class Hooks:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sarqc.config import AUTO, MethodConfig, QuantConfig
-from sarqc.method.error_correction import change_of, fits, held, share_of
+from sarqc.method.error_correction import correction_share, fold_fits, limited_target, weight_change
 from sarqc.method.gptq import loss_weight
 from sarqc.method.gram import Gram, Statistics
 from sarqc.method.lambda_search import LambdaChoice, LambdaSearch
@@ -85,8 +85,8 @@ class SiteQuantizer:
         choice = self.choices[chunk.name]
         if statistics.folds[0].cross_gram is None or choice.rounded or len(statistics.folds) < 2:
             return 0.0
-        work = partial(fits, chunk.name, statistics, choice.reg_lambda, self.method)
-        return share_of(self._spread(len(statistics.folds), work))
+        work = partial(fold_fits, chunk.name, statistics, choice.reg_lambda, self.method)
+        return correction_share(self._spread(len(statistics.folds), work))
 
     def _targets(
         self, todo: Sequence[WorkItem], chunks: Sequence[SiteChunk], collected: Sequence[Statistics]
@@ -105,17 +105,17 @@ class SiteQuantizer:
             return {}
         mine = synchronize_oom(self.comm, own)
         sums = _merged(self.comm.all_gather_object({number: sums for number, (_, _, sums) in mine.items()}))
-        found = {}
+        targets = {}
         for number, (weight, change, _) in mine.items():
             chunk = todo[number].number
             whole = torch.stack([sums[other] for other in sorted(sums) if todo[other].number == chunk]).sum(0)
-            found[number] = held(weight, change, whole, shares[chunk])
-        return found
+            targets[number] = limited_target(weight, change, whole, shares[chunk])
+        return targets
 
     def _change(self, item: WorkItem, statistics: Statistics, share: float) -> tuple[Tensor, Tensor, Tensor]:
         weight, statistics = self._part(item, statistics)
         reg_lambda = self.choices[item.chunk.name].reg_lambda
-        return weight, *change_of(item.chunk.name, weight, statistics, reg_lambda, self.method, share)
+        return weight, *weight_change(item.chunk.name, weight, statistics, reg_lambda, self.method, share)
 
     def _part(self, item: WorkItem, statistics: Statistics) -> tuple[Tensor, Statistics]:
         """The weight of an item, and the statistics of its outputs."""
@@ -128,10 +128,10 @@ class SiteQuantizer:
         dealt = [range(first, count, size) for first in range(min(size, count))]
         own = synchronize_oom(self.comm, lambda: work(dealt[rank]).cpu() if rank < len(dealt) else None)
         parts = [part for part in self.comm.all_gather_object(own) if part is not None]
-        found = parts[0].new_empty(count, *parts[0].shape[1:])
+        values = parts[0].new_empty(count, *parts[0].shape[1:])
         for tasks, part in zip(dealt, parts):
-            found[tasks.start :: size] = part
-        return found
+            values[tasks.start :: size] = part
+        return values
 
     def cost(self, chunk: SiteChunk, gram: Gram) -> Tensor:
         """What errors in a chunk's weight cost, for the scale search."""

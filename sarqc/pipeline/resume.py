@@ -30,7 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from sarqc.checkpoint.assemble import shard_number
-from sarqc.checkpoint.folders import refuse_overlap, refuse_place
+from sarqc.checkpoint.folders import check_overlap, check_place
 from sarqc.checkpoint.formats import NEUTRAL
 from sarqc.checkpoint.manifest import Fingerprint, fingerprints
 from sarqc.checkpoint.state import (
@@ -54,7 +54,7 @@ from sarqc.pipeline.driver import BlockResult, Start
 from sarqc.pipeline.fingerprint import MAY_CHANGE, first_difference
 from sarqc.pipeline.lock import LOCK, locked
 from sarqc.pipeline.quantize_site import Weights
-from sarqc.pipeline.streams import Handover
+from sarqc.pipeline.streams import StoredStates
 
 LAYOUT = 2
 """Of the work folder. 1 held codes, scales and zeros in a form of its own."""
@@ -73,10 +73,10 @@ def default_work(out: Path | str) -> Path:
 
 def work_place(out: str | Path, work: str | Path | None, model: Path) -> Path:
     """The work folder, which must lie outside the model and the output."""
-    refuse_overlap(out, model)
+    check_overlap(out, model)
     place = default_work(out) if work is None else Path(work).expanduser()
-    refuse_place(place, "work folder")
-    refuse_overlap(place, model, "work folder")
+    check_place(place, "work folder")
+    check_overlap(place, model, "work folder")
     inner, outer = place.resolve(), Path(out).resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise ArgumentError(
@@ -158,11 +158,11 @@ class WorkFolder:
         sums = write_shard(self.shard(result.index), left | packed | result.changed)
         record = BlockRecord(result.reports, result.seconds, result.notes, wall, bits, list(result.changed), sums)
         write_sealed(self._record_file(result.index), asdict(record) | {"block": result.index})
-        handed = result.handover
-        if handed is not None:
-            told = {"block": result.index + 1, "form": handed.form, "entry": handed.fingerprint}
-            told["reference"] = handed.reference
-            write_state(self.folder / _HIDDEN, {"hidden": handed.hidden, "probe": handed.probe}, told)
+        states = result.stored_states
+        if states is not None:
+            metadata = {"block": result.index + 1, "form": states.form, "entry": states.fingerprint}
+            metadata["reference"] = states.reference
+            write_state(self.folder / _HIDDEN, {"hidden": states.hidden, "probe": states.probe}, metadata)
 
     def start(self, gram: bool) -> tuple[Start, str | None]:
         """Where to go on, and a word on what was found damaged. gram: whether hidden states are needed."""
@@ -182,10 +182,12 @@ class WorkFolder:
                 entering = int(state.record["block"])
                 if entering <= finished:
                     state.check()
-                    whole, told = state.parts("hidden"), state.record
+                    whole, record = state.parts("hidden"), state.record
                     hidden = ChunkedTensor(whole.shape, whole.dtype, self._hidden)
-                    handed = Handover(hidden, told["form"], told["entry"], state.load("probe"), told["reference"])
-                    return self._start(entering, handed), trouble
+                    states = StoredStates(
+                        hidden, record["form"], record["entry"], state.load("probe"), record["reference"]
+                    )
+                    return self._start(entering, states), trouble
         except CheckpointError as error:
             trouble = trouble or str(error)
         return self._start(finished, None), trouble
@@ -195,9 +197,9 @@ class WorkFolder:
         with State(self.folder / _HIDDEN) as state:
             yield from state.parts("hidden").each()
 
-    def _start(self, block: int, handed: Handover | None) -> Start:
-        said = [report.held_out for index in range(block) for report in self.record(index).reports]
-        return Start(block, handed, self.stored, LambdaSearch.restored(said, self.fingerprint["seed"]))
+    def _start(self, block: int, states: StoredStates | None) -> Start:
+        choices = [report.held_out for index in range(block) for report in self.record(index).reports]
+        return Start(block, states, self.stored, LambdaSearch.restored(choices, self.fingerprint["seed"]))
 
     def stored(self, index: int) -> tuple[Weights, dict[str, Tensor]]:
         """The weights of a finished block (E = 1) and what it changed, as whoever loads the checkpoint will read them;
@@ -211,11 +213,11 @@ class WorkFolder:
     def record(self, index: int) -> BlockRecord:
         """What is known of a finished block."""
         path = self._record_file(index)
-        found = read_sealed(path)
-        if found.pop("block", None) != index:
+        sealed = read_sealed(path)
+        if sealed.pop("block", None) != index:
             raise CheckpointError(f"{path} is the record of another block: it was renamed")
-        reports = [LayerReport(**report | {"rows": tuple(report["rows"])}) for report in found["reports"]]
-        return BlockRecord(**found | {"reports": reports, "sums": fingerprints(found["sums"], path)})
+        reports = [LayerReport(**report | {"rows": tuple(report["rows"])}) for report in sealed["reports"]]
+        return BlockRecord(**sealed | {"reports": reports, "sums": fingerprints(sealed["sums"], path)})
 
     def shard(self, index: int) -> Path:
         """The file of a finished block's tensors."""
@@ -270,12 +272,12 @@ def begin(
         if restart or not (folder / _PLAN).exists():
             _clear(folder)
             write_sealed(folder / _PLAN, manifest)
-        found = _read(folder / _PLAN)
-        if found.get("layout") != LAYOUT:
+        plan = _read(folder / _PLAN)
+        if plan.get("layout") != LAYOUT:
             raise CheckpointError(
                 f"work folder {folder} was begun by another version of sarqc: finish the run with that one; {_AGAIN}"
             )
-        work = WorkFolder(folder, found)
+        work = WorkFolder(folder, plan)
         if difference := first_difference(work.fingerprint, fingerprint):
             name, old, new = difference
             raise ArgumentError(

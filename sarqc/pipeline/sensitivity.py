@@ -39,9 +39,9 @@ from sarqc.pipeline.comm import SINGLE_PROCESS
 from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.forward import Forward
 from sarqc.pipeline.grams import Collector, Rows
-from sarqc.pipeline.handed import fingerprint, handing_on
 from sarqc.pipeline.points import Point, order_of
 from sarqc.pipeline.quantize_site import SiteQuantizer
+from sarqc.pipeline.stored_states import fingerprint, replaying
 from sarqc.pipeline.streams import Streams, Text, cut
 from sarqc.pipeline.work_split import work_items
 
@@ -96,7 +96,7 @@ class _Trial:
 def measure_sensitivity(
     lazy: LazyModel,
     source: TensorSource,
-    found: Targets,
+    selected: Targets,
     tokens: Tensor,
     quant: QuantConfig,
     method: MethodConfig,
@@ -120,17 +120,17 @@ def measure_sensitivity(
     Returns:
         (block, sensitivity) in the order of blocks.
     """
-    windows, device = _evenly(tokens), execution.place
-    members = [found.of_block(index) if mine(index) else [] for index in range(len(lazy.blocks))]
+    windows, device = _evenly_spaced(tokens), execution.place
+    members = [selected.of_block(index) if mine(index) else [] for index in range(len(lazy.blocks))]
     solving = SiteQuantizer(lazy, source, quant, method, device, LambdaSearch(seed=execution.seed), SINGLE_PROCESS)
     try:
         return _measured(solving, members, windows, execution, 0)
-    except _NotHandedOn:
+    except _MoreThanHiddenStates:
         lazy.unload_outer()
         return _measured(solving, members, windows, execution, sum(len(separate_sites(lazy, each)) for each in members))
 
 
-class _NotHandedOn(Exception):
+class _MoreThanHiddenStates(Exception):
     """A block is entered with more than hidden states."""
 
 
@@ -148,7 +148,7 @@ def _measured(
         streams = stack_.enter_context(Streams(lazy, source, device, dtype, execution.memory))
         streams.begin(text, reference=False)
         lazy.load_outer(source, device, dtype)  # trials begin with the embeddings, too
-        looking = _Looking(solving, streams, few, Portions(execution.gram_budget), spares)
+        looking = _SensitivityStreams(solving, streams, few, Portions(execution.gram_budget), spares)
         stack_.callback(looking.close)
         for index, targeted in enumerate(members):
             announce(index, "sensitivity")
@@ -162,7 +162,7 @@ def _measured(
     return results
 
 
-class _Looking:
+class _SensitivityStreams:
     """The streams of a measurement: the text, the few windows through the model as it is, and through each trial."""
 
     def __init__(self, solving: SiteQuantizer, streams: Streams, few: Tensor, portions: Portions, spares: int) -> None:
@@ -185,10 +185,10 @@ class _Looking:
 
     def leave(self, index: int, members: Sequence[Target]) -> None:
         """Try each site of a loaded block, then run all streams through it with its own weights."""
-        found, form = self._losses(index, members) if members else [], self._streams.form
+        losses, form = self._losses(index, members) if members else [], self._streams.form
         self._streams.leave_quantized(index)
         self._streams.leave_probe(index)
-        begun = [self._begin(index, form, *one) for one in found]
+        begun = [self._begin(index, form, *one) for one in losses]
         for stream in self._all():
             for _ in stream.leave(index):
                 pass
@@ -272,8 +272,8 @@ class _Looking:
     def _begin(self, index: int, form: str | None, site: Site, solved: dict[int, float], weights: _Weights) -> _Trial:
         """A trial of a site through its block, with these weights in its place; its own are put back."""
         model = self._lazy.model
-        stream = self._handed(index, form)
-        originals = {name: stack(model, name).clone() for name, _, _ in site.slabs}
+        stream = self._replay(index, form)
+        originals = {name: stack(model, name).clone() for name, _, _ in site.row_ranges}
         for target, weight in weights:
             write_back(model, target, weight)
         for _ in stream.leave(index):
@@ -282,28 +282,28 @@ class _Looking:
             stack(model, name).copy_(original)
         return _Trial(index, site, solved, stream)
 
-    def _handed(self, index: int, form: str | None) -> Forward:
+    def _replay(self, index: int, form: str | None) -> Forward:
         """The few windows, waiting to enter a block as they do in the model as it is. form: how the one before returns
         them."""
         if self._spares:
             return self._spares.pop()
         stream = self._stream(index)
-        hidden = self._plain.lefts()
+        hidden = self._plain.residuals()
         if index == 0:
             self._arrive(stream, 0)
             return stream
         if form is None:
-            raise _NotHandedOn
-        with handing_on(self._lazy.layers, index, form, lambda number: hidden[number]):
+            raise _MoreThanHiddenStates
+        with replaying(self._lazy.layers, index, form, lambda number: hidden[number]):
             (met,) = stream.at(Point("enter", index))
         (entry,) = self._plain.at(Point("enter", index))
         if fingerprint(met) != fingerprint(entry):
             stream.close()
-            raise _NotHandedOn
+            raise _MoreThanHiddenStates
         return stream
 
 
-def _evenly(tokens: Tensor) -> Tensor:
+def _evenly_spaced(tokens: Tensor) -> Tensor:
     """Evenly spaced windows of at most `TOKENS` tokens together, two at least: one alone is cut in two."""
     count = min(len(tokens), max(FOLDS, TOKENS // tokens.shape[1]))
     windows = tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.errors import NumericError
-from sarqc.method.gram import lost_rows
+from sarqc.method.gram import non_finite_rows
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
 from sarqc.pipeline.activation_store import Store
 from sarqc.pipeline.comm import Comm
 from sarqc.pipeline.forward import BlockCall, Forward
-from sarqc.pipeline.handed import fingerprint, handing_on, returned
 from sarqc.pipeline.points import Arrival, Hooks, Point
+from sarqc.pipeline.stored_states import fingerprint, output_form, replaying
 from sarqc.pipeline.work_split import Batches, partition_batches, positions, renumbered
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
@@ -100,7 +100,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Handover:
+class StoredStates:
     """What is stored of a stream between two blocks, so that a run can go on there.
 
     hidden: [S, L, H] of all windows of the text, as they leave a block; from all ranks to rank 0, every rank has to go
@@ -141,7 +141,7 @@ class Streams:
         self._dtype = dtype
         self._memory = memory
 
-    def begin(self, text: Text, *, reference: bool, stored: Handover | None = None, block: int = 0) -> bool:
+    def begin(self, text: Text, *, reference: bool, stored: StoredStates | None = None, block: int = 0) -> bool:
         """Bring all streams to a block: to the first one, or with `stored` the quantized stream and the probe to
         `block`; whether that could be done. False: what is stored is not all that the block needs.
 
@@ -174,19 +174,19 @@ class Streams:
     def again(self, text: Text, block: int) -> bool:
         """Bring all streams to a block behind the first anew, with other micro-batches of the same windows, from what
         has left the block before; whether that could be done."""
-        if self.form is None or not all(forward.left_whole() for forward in self._all()):
+        if self.form is None or not all(forward.residual_intact() for forward in self._all()):
             return False
         before = fingerprint(self.entry(block))
         quantized, probe, reference = self.quantized, self.probe, self.reference
         self.text = text
         self.lazy.load_outer(self._source, self._device, self._dtype)
         self.quantized = self._forward(text, block)
-        self._hand(self.quantized, block, self.form, text.grouped(_windows(quantized.dissolve())))
+        self._hand(self.quantized, block, self.form, text.grouped(_windows(quantized.pop_residuals())))
         self.probe = self._probe(text, block)
-        self._hand(self.probe, block, self.form, probe.dissolve())
+        self._hand(self.probe, block, self.form, probe.pop_residuals())
         if reference is not None:
             self.reference = self._forward(text, block)
-            self._hand(self.reference, block, self.form, text.grouped(_windows(reference.dissolve())))
+            self._hand(self.reference, block, self.form, text.grouped(_windows(reference.pop_residuals())))
         self.lazy.unload_embeddings()
         return fingerprint(self.entry(block)) == before
 
@@ -208,8 +208,8 @@ class Streams:
         """Bring the quantized stream to the end of a block; how many rows of it hold NaN or Inf."""
         lost = 0
         for arrival in self.quantized.leave(block):
-            self.form = returned(arrival) if arrival.x.dim() == 3 else None
-            lost += lost_rows(arrival.x)
+            self.form = output_form(arrival) if arrival.x.dim() == 3 else None
+            lost += non_finite_rows(arrival.x)
         return lost
 
     def leave_probe(self, block: int) -> None:
@@ -227,7 +227,7 @@ class Streams:
             self.reference.close()
         self.reference = None
 
-    def handover(self, block: int, comm: Comm) -> Handover | None:
+    def stored_states(self, block: int, comm: Comm) -> StoredStates | None:
         """What is to be stored where a block is left and another one follows; None where that would not be enough."""
         if self.form is None:
             return None
@@ -236,7 +236,7 @@ class Streams:
         shape = (sum(map(len, self.text.places)), *self.text.tokens.shape[1:], probe.shape[-1])
         rows = partial(comm.gather_rows, places=self.text.places)
         hidden = ChunkedTensor(shape, probe.dtype, lambda: rows(self._windows(block)))
-        return Handover(hidden, self.form, fingerprint(self.entry(block + 1)), probe, self.reference is not None)
+        return StoredStates(hidden, self.form, fingerprint(self.entry(block + 1)), probe, self.reference is not None)
 
     def close(self) -> None:
         """End all streams, and take the hooks off."""
@@ -272,14 +272,14 @@ class Streams:
 
     def _hand(self, forward: Forward, block: int, form: str, hidden: Iterator[Tensor]) -> None:
         """Bring a stream to a block, with what each micro-batch has brought out of the one before."""
-        with handing_on(self.lazy.layers, block, form, lambda _: next(hidden).to(self._device)):
+        with replaying(self.lazy.layers, block, form, lambda _: next(hidden).to(self._device)):
             _arrive(forward, block)
 
     def _all(self) -> Iterator[Forward]:
         return (forward for forward in (self.quantized, self.probe, self.reference) if forward is not None)
 
     def _refuse_lost(self, entering: Iterator[Arrival]) -> None:
-        if sum(lost_rows(arrival.x) for arrival in entering):
+        if sum(non_finite_rows(arrival.x) for arrival in entering):
             raise NumericError("the embeddings of the calibration tokens hold NaN or Inf: repair the checkpoint")
 
     def __enter__(self) -> Streams:

@@ -37,7 +37,7 @@ class Task(greenlet):
         self.number = number
         self.wanted = wanted
         self.ended = False
-        self.handed: torch.Tensor | None = None  # hidden states that it has entered the model's middle with
+        self.replayed: torch.Tensor | None = None  # hidden states that it has entered the model's middle with
         self._call = call
         self._within = within or nullcontext()
         self._state: ThreadState | None = None

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sarqc.checkpoint import verify as files
-from sarqc.checkpoint.differences import compare, lacking
+from sarqc.checkpoint.differences import compare, missing_names
 from sarqc.checkpoint.file_sums import has_record
 from sarqc.checkpoint.formats import NEUTRAL, quantization_of
 from sarqc.checkpoint.formats.compressed_tensors_config import takes
@@ -101,22 +101,22 @@ def check(
         trust_remote_code: Run the Python files of the model.
         progress: Called as progress(done, total, tensor).
     """
-    found = Verified(folder)
+    result = Verified(folder)
     try:
         with open_checkpoint(folder) as checkpoint:
             steps = _Steps(progress, len(checkpoint.parts()))
-            found.manifest, found.files = (folder / MANIFEST).exists(), has_record(folder)
+            result.manifest, result.files = (folder / MANIFEST).exists(), has_record(folder)
             if source is not None:
                 _split_alike(checkpoint, source, trust_remote_code)
-            beside = None if source is None else _Beside(found, checkpoint, source, rescaled)
-            found.problems += lacking(checkpoint, source) if source else ()
-            found.problems += files.problems(checkpoint, steps.step, beside)
-            found.stored = checkpoint.storage()
-            found.facts = _facts(checkpoint, found.stored)
-            _model(found, checkpoint, trust_remote_code)
+            beside = None if source is None else _SourceComparison(result, checkpoint, source, rescaled)
+            result.problems += missing_names(checkpoint, source) if source else ()
+            result.problems += files.problems(checkpoint, steps.step, beside)
+            result.stored = checkpoint.storage()
+            result.facts = _facts(checkpoint, result.stored)
+            _model(result, checkpoint, trust_remote_code)
     except CheckpointError as error:
-        found.problems.append(str(error))
-    return found
+        result.problems.append(str(error))
+    return result
 
 
 def _split_alike(checkpoint: Checkpoint, source: Checkpoint, trust_remote_code: bool) -> None:
@@ -154,15 +154,15 @@ def _facts(checkpoint: Checkpoint, stored: Storage) -> dict[str, Any]:
     }
 
 
-def _model(found: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+def _model(result: Verified, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     """Adds what keeps transformers from finding every weight of the model, each once and of the right shape; or what
     servers make of the model."""
     try:
         lazy = LazyModel.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
-        found.problems += _taken_for_quantized(checkpoint, lazy)
-        found.serve = checkpoint_support(checkpoint, lazy) if found.sound else []
+        result.problems += _taken_for_quantized(checkpoint, lazy)
+        result.serve = checkpoint_support(checkpoint, lazy) if result.sound else []
     except ModelError as error:
-        found.problems.append(f"{checkpoint.folder} is no whole model: {error}")
+        result.problems.append(f"{checkpoint.folder} is no whole model: {error}")
 
 
 def _taken_for_quantized(checkpoint: Checkpoint, lazy: LazyModel) -> Iterator[str]:
@@ -178,19 +178,19 @@ def _taken_for_quantized(checkpoint: Checkpoint, lazy: LazyModel) -> Iterator[st
             yield f"{checkpoint.folder / 'config.json'} takes {name} for quantized, which it is not: add it to ignore"
 
 
-class _Beside:
+class _SourceComparison:
     """Holds each tensor beside the source's, and each weight's error beside the one that the run recorded."""
 
     def __init__(
-        self, found: Verified, checkpoint: Checkpoint, source: Checkpoint, rescaled: Collection[str] | None
+        self, result: Verified, checkpoint: Checkpoint, source: Checkpoint, rescaled: Collection[str] | None
     ) -> None:
-        report = reports.read(found.folder) or {}
+        report = reports.read(result.folder) or {}
         recorded, named = report.get("weight_errors"), report.get("rescaled")
         self._recorded: Mapping[str, Any] = recorded if isinstance(recorded, dict) else {}
         if rescaled is None:
             rescaled = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
         self._compared = set(source.names()) - set(rescaled)
-        self._found, self._checkpoint, self._source = found, checkpoint, source
+        self._found, self._checkpoint, self._source = result, checkpoint, source
 
     def __call__(self, name: str, stored: Tensor | QuantizedWeight) -> list[str]:
         """What is wrong with a tensor, beside the source's of the same name."""
@@ -201,7 +201,13 @@ class _Beside:
             self._found.errors[name] = tensor.error
         if tensor.problem is not None:
             return [tensor.problem]
-        said = self._recorded.get(name)
-        if tensor.error is None or not isinstance(said, float) or math.isclose(said, tensor.error, rel_tol=_TOLERANCE):
+        recorded = self._recorded.get(name)
+        if (
+            tensor.error is None
+            or not isinstance(recorded, float)
+            or math.isclose(recorded, tensor.error, rel_tol=_TOLERANCE)
+        ):
             return []
-        return [f"{self._found.folder}: {name!r} has an error of {tensor.error:.6g}, where the run recorded {said:.6g}"]
+        return [
+            f"{self._found.folder}: {name!r} has an error of {tensor.error:.6g}, where the run recorded {recorded:.6g}"
+        ]

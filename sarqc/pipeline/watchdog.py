@@ -41,7 +41,7 @@ class Store(Protocol):
         """That text, once it is there."""
 
 
-class Heart:
+class Heartbeat:
     """The rank that beats. heard: the last number of each other rank; 0 for one that has not come yet. names: who those
     are that have. answers: rounds in which the store answered."""
 
@@ -67,35 +67,35 @@ class Heart:
 class Watch:
     """Rounds in which a heart heard nothing new. limit: so many are too many."""
 
-    def __init__(self, heart: Heart, limit: int) -> None:
-        self._heart, self._limit = heart, limit
+    def __init__(self, heartbeat: Heartbeat, limit: int) -> None:
+        self._heart, self._limit = heartbeat, limit
         self._before: dict[int, int] = {}
         self._silent: dict[int, int] = {}
 
     def look(self) -> str | None:
         """One round; the stuck rank, or None. The store is checked first: every heartbeat goes through it."""
-        heart = self._heart
-        for who, number in ({heart.rank: heart.answers} | heart.heard).items():
+        heartbeat = self._heart
+        for who, number in ({heartbeat.rank: heartbeat.answers} | heartbeat.heard).items():
             self._silent[who] = self._silent.get(who, 0) + 1 if self._before.get(who) == number else 0
             self._before[who] = number
-        if self._silent[heart.rank] >= self._limit:
+        if self._silent[heartbeat.rank] >= self._limit:
             return "the process that keeps the ranks together (torchrun's, or rank 0) has not answered"
-        stuck = [who for who in heart.heard if self._silent[who] >= self._limit]
+        stuck = [who for who in heartbeat.heard if self._silent[who] >= self._limit]
         if not stuck:
             return None
-        name = f"rank {stuck[0]} ({heart.names.get(stuck[0], 'which never began')})"
+        name = f"rank {stuck[0]} ({heartbeat.names.get(stuck[0], 'which never began')})"
         return f"{name}{f' and {len(stuck) - 1} more' if stuck[1:] else ''} has given no sign of life"
 
 
 @contextmanager
-def beating(store: Store, rank: int, size: int) -> Iterator[None]:
+def heartbeats(store: Store, rank: int, size: int) -> Iterator[None]:
     """Give signs of life, and end this process where another rank gives none for `WATCHDOG_TIMEOUT` seconds.
 
     store: a connection of its own, for a blocked one blocks all who share it.
     """
-    heart, done = Heart(store, rank, size), threading.Event()
-    watch = Watch(heart, max(2, round(WATCHDOG_TIMEOUT / BEAT)))
-    for work in (lambda: _beats(heart, done), lambda: _looks(watch, heart, done)):
+    heartbeat, done = Heartbeat(store, rank, size), threading.Event()
+    watch = Watch(heartbeat, max(2, round(WATCHDOG_TIMEOUT / BEAT)))
+    for work in (lambda: _beats(heartbeat, done), lambda: _looks(watch, heartbeat, done)):
         threading.Thread(target=work, daemon=True).start()
     try:
         yield
@@ -103,20 +103,20 @@ def beating(store: Store, rank: int, size: int) -> Iterator[None]:
         done.set()
 
 
-def _beats(heart: Heart, done: threading.Event) -> None:
+def _beats(heartbeat: Heartbeat, done: threading.Event) -> None:
     while not done.is_set():
         try:
-            heart.beat()
+            heartbeat.beat()
         except RuntimeError:  # the store is gone: the watch will say so, unless a broken connection does before
             return
         done.wait(BEAT)
 
 
-def _looks(watch: Watch, heart: Heart, done: threading.Event) -> None:
+def _looks(watch: Watch, heartbeat: Heartbeat, done: threading.Event) -> None:
     while not done.wait(BEAT):
         if stuck := watch.look():
             _end(
-                f"rank {heart.rank} of {heart.size}: {stuck} for {WATCHDOG_TIMEOUT:g} seconds: see whether it "
+                f"rank {heartbeat.rank} of {heartbeat.size}: {stuck} for {WATCHDOG_TIMEOUT:g} seconds: see whether it "
                 "is stopped or its machine hangs; the same command resumes at the last block, with any number of ranks"
             )
 

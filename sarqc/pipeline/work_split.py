@@ -45,13 +45,13 @@ def positions(batches: Batches) -> Tensor:
 
 def renumbered(batches: Batches) -> Batches:
     """The same micro-batches where no others are: their windows counted from 0."""
-    found: Batches = []
+    renumbered: Batches = []
     start = 0
     for windows, fold in batches:
         stop = start + windows.stop - windows.start
-        found.append((slice(start, stop), fold))
+        renumbered.append((slice(start, stop), fold))
         start = stop
-    return found
+    return renumbered
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class WorkItem:
 
 def cost(chunk: SiteChunk) -> float:
     """What solving takes: K^3 / 3 for the factor and N K^2 for the columns, for each expert."""
-    columns, rows = chunk.site.in_features, sum(count for _, _, count in chunk.site.slabs)
+    columns, rows = chunk.site.in_features, sum(count for _, _, count in chunk.site.row_ranges)
     return (chunk.stop - chunk.first) * (columns**3 / 3 + rows * columns**2)
 
 
@@ -77,7 +77,7 @@ def solving_bytes(chunk: SiteChunk, gram: bool) -> int:
     Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
     its workspace) and six of the weight's, of which RTN needs four.
     """
-    columns, rows = chunk.site.in_features, sum(count for _, _, count in chunk.site.slabs)
+    columns, rows = chunk.site.in_features, sum(count for _, _, count in chunk.site.row_ranges)
     return (chunk.stop - chunk.first) * (
         5 * 4 * columns**2 + 6 * 4 * rows * columns if gram else 4 * 4 * rows * columns
     )
@@ -90,21 +90,21 @@ def work_items(chunks: Sequence[SiteChunk], size: int, device: torch.device, *, 
     Pieces of a chunk are of nearly equal length and follow each other. A dense layer is cut between rows.
     """
     if size > 1 and gram and len(chunks) == 1 and chunks[0].site.experts == 1:
-        count = sum(rows for _, _, rows in chunks[0].site.slabs)
+        count = sum(rows for _, _, rows in chunks[0].site.row_ranges)
         edges = [rank * count // size for rank in range(size + 1)]
         stretches = [slice(first, stop) for first, stop in pairwise(edges)]
         return [WorkItem(0, chunks[0], owner, rows) for owner, rows in enumerate(stretches) if rows.start < rows.stop]
     least = sum(map(cost, chunks)) / (2 * size)  # half of what is due to a rank, so that the rest can even out
-    found: list[tuple[int, SiteChunk]] = []
+    items: list[tuple[int, SiteChunk]] = []
     for number, chunk in enumerate(chunks):
         count = chunk.stop - chunk.first
         due = round(cost(chunk) / least) if size > 1 else 1
         fitting = max(1, SOLVE_BYTES[device.type] * count // solving_bytes(chunk, gram))
         parts = min(count, max(1, due, -(-count // fitting)))
         edges = [chunk.first + part * count // parts for part in range(parts + 1)]
-        found += [(number, SiteChunk(chunk.site, first, stop)) for first, stop in pairwise(edges)]
-    owners = partition([cost(chunk) for _, chunk in found], size)
-    return [WorkItem(number, chunk, owner) for (number, chunk), owner in zip(found, owners)]
+        items += [(number, SiteChunk(chunk.site, first, stop)) for first, stop in pairwise(edges)]
+    owners = partition([cost(chunk) for _, chunk in items], size)
+    return [WorkItem(number, chunk, owner) for (number, chunk), owner in zip(items, owners)]
 
 
 def partition(costs: Sequence[float], size: int) -> list[int]:

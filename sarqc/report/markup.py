@@ -71,9 +71,9 @@ def tiles(numbers: Sequence[tuple[str, str]]) -> str:
     return f'\n<div class="tiles">{"".join(cells)}</div>'
 
 
-def section(heading: str, told: str, *parts: str) -> str:
+def section(heading: str, caption: str, *parts: str) -> str:
     """A heading, a sentence or two, and what follows."""
-    return f'<section><h2>{text(heading)}</h2><p class="dim">{text(told)}</p>{"".join(parts)}</section>'
+    return f'<section><h2>{text(heading)}</h2><p class="dim">{text(caption)}</p>{"".join(parts)}</section>'
 
 
 def figures(*charts: str) -> str:

@@ -30,10 +30,10 @@ _LICENCE = re.compile(rf"^({'|'.join(_TERMS)}):[ \t]*['\"]?({_PLAIN})['\"]?[ \t]
 def licence(folder: Path) -> dict[str, str]:
     """license, license_name and license_link as the card in `folder` states them, those that are plain words."""
     try:
-        found = (folder / CARD).read_text(encoding="utf-8")
+        content = (folder / CARD).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return {}
-    front = re.match(r"---\r?\n(.*?)\r?\n---\s", found, re.DOTALL)
+    front = re.match(r"---\r?\n(.*?)\r?\n---\s", content, re.DOTALL)
     return dict(_LICENCE.findall(front.group(1).replace("\r", ""))) if front else {}
 
 
@@ -70,12 +70,12 @@ def card(report: summary.Report) -> str:
 def edited(folder: Path) -> bool:
     """Whether the card in `folder` is not as some version of this module wrote it; one that is missing is not."""
     try:
-        found = (folder / CARD).read_text(encoding="utf-8")
+        content = (folder / CARD).read_text(encoding="utf-8")
     except FileNotFoundError:
         return False
     except (OSError, UnicodeDecodeError):
         return True
-    return found != _sealed(found.rpartition("\n<!-- sarqc")[0])
+    return content != _sealed(content.rpartition("\n<!-- sarqc")[0])
 
 
 def _sealed(words: str) -> str:
@@ -151,21 +151,21 @@ def _readers(report: summary.Report) -> str:
     quant, format = report["quant"], _format_name(report)
     if format == MLX:
         return "mlx-lm reads the format from config.json; vLLM, SGLang and transformers do not read it."
-    said = ["The servers read the format from config.json."]
+    lines = ["The servers read the format from config.json."]
     for server in _SERVERS:
         if (taken := summary.serves(report, server)) is None:
-            said.append(f"Kernels of {server} were not checked.")
+            lines.append(f"Kernels of {server} were not checked.")
         elif not taken:
-            said.append(f"{server} has no kernels for all of its layers.")
+            lines.append(f"{server} has no kernels for all of its layers.")
     if format != "compressed-tensors":
-        said.append("transformers needs the package `gptqmodel`, or `import sarqc` before.")
+        lines.append("transformers needs the package `gptqmodel`, or `import sarqc` before.")
     elif quant["sym"]:
-        said.append("transformers needs the package `compressed-tensors`.")
+        lines.append("transformers needs the package `compressed-tensors`.")
     else:
-        said.append("transformers needs `import sarqc` before: alone it does not load asymmetric weights.")
+        lines.append("transformers needs `import sarqc` before: alone it does not load asymmetric weights.")
     if quant.get("avg_bits") is not None:
-        said.append("Layers have different widths: experts of several ones need `import sarqc` too.")
-    return " ".join([*said, "None of them was run for this checkpoint."])
+        lines.append("Layers have different widths: experts of several ones need `import sarqc` too.")
+    return " ".join([*lines, "None of them was run for this checkpoint."])
 
 
 def _format_name(report: summary.Report) -> str:

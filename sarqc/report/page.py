@@ -20,7 +20,7 @@ _NAMED = 40
 
 def page(report: summary.Report) -> str:
     """The page of a report (as `sarqc.report.report.read` returns it)."""
-    found = summary.verdict(report)
+    result = summary.verdict(report)
     sections = (
         _losses(report),
         _quality(report),
@@ -34,7 +34,7 @@ def page(report: summary.Report) -> str:
         _left_alone(report),
         _settings(report),
     )
-    header = headline(_model(report), found.sentence, found.good, found.concerns) + tiles(_numbers(report))
+    header = headline(_model(report), result.sentence, result.good, result.concerns) + tiles(_numbers(report))
     return document(f"{_model(report)} · sarqc", header, sections)
 
 
@@ -54,7 +54,7 @@ def _numbers(report: summary.Report) -> list[tuple[str, str]]:
     sizes, memory = report["size"], report["peak_memory_mib"]
     before = report.get("source", {}).get("bytes")
     kind = "output" if summary.calibrated(report) else "weight"
-    found = [
+    rows = [
         (f"{sizes['bits_per_weight']:.3g}", "bits per quantized weight"),
         (
             f"{summary.human(before)} → {summary.human(sizes['bytes'])}" if before else summary.human(sizes["bytes"]),
@@ -66,9 +66,9 @@ def _numbers(report: summary.Report) -> list[tuple[str, str]]:
         ),
     ]
     for entry in report.get("quality", [])[:1]:
-        told = " → ".join(summary.figure(entry[when]) for when in ("before", "after") if entry.get(when))
-        found.append((told, f"perplexity on {summary.text_name(entry['text'])}"))
-    found += [
+        change = " → ".join(summary.figure(entry[when]) for when in ("before", "after") if entry.get(when))
+        rows.append((change, f"perplexity on {summary.text_name(entry['text'])}"))
+    rows += [
         (str(len(report["fallbacks"])), f"fallbacks in {len(report['sites'])} sites"),
         (duration(report["seconds"].get("total", 0.0)), f"on {report['device']}"),
         (
@@ -76,60 +76,62 @@ def _numbers(report: summary.Report) -> list[tuple[str, str]]:
             f"peak memory, {max(memory, key=memory.get, default='host')}",
         ),
     ]
-    return found
+    return rows
 
 
 # -- where it was lost ----------------------------------------------------------------------------------------------
 
 
 def _losses(report: summary.Report) -> str:
-    found = summary.sites(report)
+    sites = summary.sites(report)
     plain = "weight error" if not summary.calibrated(report) else "output error"
-    errors = _by_kind(found, lambda site: site.error, lambda v: f"{plain} {summary.share(v)}")
+    errors = _by_kind(sites, lambda site: site.error, lambda v: f"{plain} {summary.share(v)}")
     charts = [line_chart(errors, Axes("block", plain, "log", unit=lambda v: f"{100 * v:.3g} %"))]
-    told = f"Each point is a site: the layers that read one input, named by the first. {plain.capitalize()} by depth."
+    caption = (
+        f"Each point is a site: the layers that read one input, named by the first. {plain.capitalize()} by depth."
+    )
     if summary.calibrated(report):
-        losses = _by_kind(found, lambda site: site.loss, lambda v: f"{v:.3g} of RTN")
+        losses = _by_kind(sites, lambda site: site.loss, lambda v: f"{v:.3g} of RTN")
         charts.insert(0, line_chart(losses, Axes("block", "error / RTN", "log"), mark=(1.0, "RTN")))
-        told += " The first chart shows it as a share of what RTN loses; a point above the dashed line was harmed."
-    return section("Where it was lost", told, figures(*charts))
+        caption += " The first chart shows it as a share of what RTN loses; a point above the dashed line was harmed."
+    return section("Where it was lost", caption, figures(*charts))
 
 
 def _widths(report: summary.Report) -> str:
-    found = [site for site in summary.sites(report) if site.bits]
-    if len({site.bits for site in found}) < 2:
+    sites = [site for site in summary.sites(report) if site.bits]
+    if len({site.bits for site in sites}) < 2:
         return ""
-    series = _by_kind(found, lambda site: site.bits, lambda v: f"{v:.0f} bits")
+    series = _by_kind(sites, lambda site: site.bits, lambda v: f"{v:.0f} bits")
     chart = line_chart(series, Axes("block", "bits"))
     average = report["size"]["bits_per_weight"]
-    told = (
+    caption = (
         f"{average} bits per weight on average, scales included. Bit-widths were allocated "
         "before any block was quantized: they minimise the sum of the measured sensitivities of all sites."
     )
-    return section("Bits by layer", told, figures(chart))
+    return section("Bits by layer", caption, figures(chart))
 
 
 def _lambdas(report: summary.Report) -> str:
-    found = [site for site in summary.sites(report) if site.reg_lambda > 0]
-    told = "Weight of the regulariser relative to the output error. More calibration text needs a smaller lambda."
-    if (one := _constant([site.reg_lambda for site in found])) is not None:
-        return section("Regularisation lambda", f"{told} It is {one:.3g} in all {len(found)} sites.")
-    series = _by_kind(found, lambda site: site.reg_lambda, lambda v: f"lambda {v:.3g}")
+    sites = [site for site in summary.sites(report) if site.reg_lambda > 0]
+    caption = "Weight of the regulariser relative to the output error. More calibration text needs a smaller lambda."
+    if (one := _constant([site.reg_lambda for site in sites])) is not None:
+        return section("Regularisation lambda", f"{caption} It is {one:.3g} in all {len(sites)} sites.")
+    series = _by_kind(sites, lambda site: site.reg_lambda, lambda v: f"lambda {v:.3g}")
     chart = line_chart(series, Axes("block", "lambda", "log"))
-    return section("Regularisation lambda", told, figures(chart)) if chart else ""
+    return section("Regularisation lambda", caption, figures(chart)) if chart else ""
 
 
 def _corrections(report: summary.Report) -> str:
-    found = [site for site in summary.sites(report) if site.correction_share > 0]
-    told = (
+    sites = [site for site in summary.sites(report) if site.correction_share > 0]
+    caption = (
         "One layer of each block also corrects the drift of the hidden states from the original model, by this share: "
         "half of the share that is best on held-out text."
     )
-    if (one := _constant([site.correction_share for site in found])) is not None:
-        return section("Residual error correction", f"{told} It is {one:.2g} in all {len(found)} of them.")
-    series = _by_kind(found, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
+    if (one := _constant([site.correction_share for site in sites])) is not None:
+        return section("Residual error correction", f"{caption} It is {one:.2g} in all {len(sites)} of them.")
+    series = _by_kind(sites, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
     chart = line_chart(series, Axes("block", "share"))
-    return section("Residual error correction", told, figures(chart)) if chart else ""
+    return section("Residual error correction", caption, figures(chart)) if chart else ""
 
 
 def _constant(values: Sequence[float]) -> float | None:
@@ -137,10 +139,10 @@ def _constant(values: Sequence[float]) -> float | None:
     return values[0] if len(set(values)) == 1 else None
 
 
-def _by_kind(found: list[summary.SiteFacts], value: Any, said: Any) -> list[Series]:
+def _by_kind(sites: list[summary.SiteFacts], value: Any, text_of: Any) -> list[Series]:
     return [
-        Series(kind, tuple((block, number, f"{site.name}: {said(number)}") for block, number, site in points))
-        for kind, points in summary.lines(found, value).items()
+        Series(kind, tuple((block, number, f"{site.name}: {text_of(number)}") for block, number, site in points))
+        for kind, points in summary.lines(sites, value).items()
     ]
 
 
@@ -158,8 +160,8 @@ def _quality(report: summary.Report) -> str:
         for entry in report.get("quality", [])
     ]
     head = ("text", "sequences", "perplexity before", "after", "change", "next token agrees", "KL, nats")
-    told = "On text that stands beside the number, by the same code for the original and the result."
-    return section("Quality, measured", told, table(head, rows, numbers=6)) if rows else ""
+    caption = "On text that stands beside the number, by the same code for the original and the result."
+    return section("Quality, measured", caption, table(head, rows, numbers=6)) if rows else ""
 
 
 def _experts(report: summary.Report) -> str:
@@ -182,13 +184,13 @@ def _experts(report: summary.Report) -> str:
         for expert, tokens in load.starved
     ]
     rest = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-    told = (
+    caption = (
         f"Starved, with at most a tenth of their layer's median: {', '.join(named[:_NAMED])}{rest}."
         if named
         else "No expert had less than a tenth of its layer's median."
     )
     chart = range_chart(rows, x_label="block", y_label="tokens per expert")
-    return section("Who saw how much text", told, figures(chart))
+    return section("Who saw how much text", caption, figures(chart))
 
 
 def _worst(report: summary.Report) -> str:
@@ -209,25 +211,25 @@ def _worst(report: summary.Report) -> str:
 
 def _fallbacks(report: summary.Report) -> str:
     rows = list(report["fallbacks"].items())
-    told = "Sites that were quantized by RTN instead of solved, and why."
-    return section("Fallbacks", told, table(("site", "reason"), rows)) if rows else ""
+    caption = "Sites that were quantized by RTN instead of solved, and why."
+    return section("Fallbacks", caption, table(("site", "reason"), rows)) if rows else ""
 
 
 # -- what it cost ---------------------------------------------------------------------------------------------------
 
 
 def _sizes(report: summary.Report) -> str:
-    found = report["size"]
-    left = found["bytes"] - found["quantized_bytes"]
+    size = report["size"]
+    left = size["bytes"] - size["quantized_bytes"]
     rows = [
-        ("quantized weights", f"{found['quantized_weights']:,}", summary.human(found["quantized_bytes"])),
+        ("quantized weights", f"{size['quantized_weights']:,}", summary.human(size["quantized_bytes"])),
         ("everything else, as it was", "", summary.human(left)),
-        ("together", "", summary.human(found["bytes"])),
+        ("together", "", summary.human(size["bytes"])),
     ]
     if before := report.get("source", {}).get("bytes"):
         rows.append(("the original", "", summary.human(before)))
-    told = f"{found['bits_per_weight']} bits per quantized weight, with scales and zeros."
-    return section("Size", told, table(("", "weights", "size"), rows, numbers=2))
+    caption = f"{size['bits_per_weight']} bits per quantized weight, with scales and zeros."
+    return section("Size", caption, table(("", "weights", "size"), rows, numbers=2))
 
 
 def _time(report: summary.Report) -> str:
@@ -250,9 +252,9 @@ def _time(report: summary.Report) -> str:
 
 
 def _left_alone(report: summary.Report) -> str:
-    found = report["targets"]
-    ignored: dict[str, str] = found.get("ignored", {})
-    left: dict[str, str] = found.get("left", {})
+    targets = report["targets"]
+    ignored: dict[str, str] = targets.get("ignored", {})
+    left: dict[str, str] = targets.get("left", {})
     rows = [
         (
             name,
@@ -260,11 +262,11 @@ def _left_alone(report: summary.Report) -> str:
             reason or "outside the blocks, or not used by transformers",
         )
         for (name, reason), count in _folded(
-            (name, _reason(name, ignored, left)) for name in found.get("untouched", [])
+            (name, _reason(name, ignored, left)) for name in targets.get("untouched", [])
         )
     ]
-    told = f"{found['quantized']} layers were quantized. Norms and embeddings always stay; so do these:"
-    return section("Left unquantized", told, table(("layer (* counts)", "how many", "why"), rows))
+    caption = f"{targets['quantized']} layers were quantized. Norms and embeddings always stay; so do these:"
+    return section("Left unquantized", caption, table(("layer (* counts)", "how many", "why"), rows))
 
 
 def _reason(name: str, ignored: Mapping[str, str], left: Mapping[str, str]) -> str:
@@ -287,8 +289,8 @@ def _settings(report: summary.Report) -> str:
         if isinstance(values, dict):
             rows = [(name, _plain(value)) for name, value in values.items()]
             parts.append(f"<details><summary>{heading}</summary>{table(('', ''), rows)}</details>")
-    told = f"Model: {report['model']}. On disk: {report.get('format', 'compressed-tensors')}."
-    return section("Settings and versions", told, *parts)
+    caption = f"Model: {report['model']}. On disk: {report.get('format', 'compressed-tensors')}."
+    return section("Settings and versions", caption, *parts)
 
 
 _SETTINGS = {

@@ -90,10 +90,10 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def source_record(folder: Path, source: TensorSource) -> dict[str, Any]:
     """Of the original: bytes of its tensors, and the licence its own card states."""
-    found = 0
+    size = 0
     for name in source.names():
-        found += math.prod(source.shape(name)) * source.dtype(name).itemsize
-    return {"bytes": found, **model_card.licence(folder)}
+        size += math.prod(source.shape(name)) * source.dtype(name).itemsize
+    return {"bytes": size, **model_card.licence(folder)}
 
 
 def write(folder: Path, report: dict[str, Any], *, card: bool = True) -> None:
@@ -134,13 +134,13 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def load(folder: Path) -> dict[str, Any]:
     """The report in `folder`, with everything in it that is shown; `CheckpointError` saying what is missing."""
-    found = read(folder)
-    if found is None:
+    content = read(folder)
+    if content is None:
         raise CheckpointError(
             f"{folder / REPORT} is not there or is not JSON: give a folder that `sarqc quantize` wrote"
         )
-    check(found, str(folder / REPORT))
-    return found
+    check(content, str(folder / REPORT))
+    return content
 
 
 def whole(folder: Path) -> dict[str, Any] | None:

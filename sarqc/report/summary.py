@@ -80,11 +80,11 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def lines(
-    found: list[SiteFacts], value: Callable[[SiteFacts], float | None]
+    sites: list[SiteFacts], value: Callable[[SiteFacts], float | None]
 ) -> dict[str, list[tuple[int, float, SiteFacts]]]:
     """Points (block, value, site) by kind, kinds in the order of the run; sites without block or value left out."""
     by_kind: dict[str, list[tuple[int, float, SiteFacts]]] = {}
-    for site in found:
+    for site in sites:
         number = value(site)
         if site.block is not None and number is not None:
             by_kind.setdefault(site.kind, []).append((site.block, number, site))
@@ -101,13 +101,13 @@ def loads(report: Report) -> list[Load]:
         first = int(split.group(2)) if split else 0
         name = split.group(1) if split else site.name
         rows.setdefault((site.block, name), {}).update({first + i: count for i, count in enumerate(site.rows)})
-    found: dict[tuple[int, tuple[int, ...]], Load] = {}
+    by_place: dict[tuple[int, tuple[int, ...]], Load] = {}
     for (block, name), counts in rows.items():
         ordered = tuple(counts[expert] for expert in sorted(counts))
         floor = STARVED * statistics.median(ordered)
         starved = tuple((expert, counts[expert]) for expert in sorted(counts) if counts[expert] <= floor)
-        found.setdefault((block, ordered), Load(name, block, ordered, starved))
-    return list(found.values())
+        by_place.setdefault((block, ordered), Load(name, block, ordered, starved))
+    return list(by_place.values())
 
 
 def worst(report: Report, count: int = 10) -> list[SiteFacts]:
@@ -160,8 +160,10 @@ def counted(count: int, noun: str) -> str:
 
 def serves(report: Report, server: str) -> bool | None:
     """Whether a server, `vLLM` or `SGLang`, has kernels for all layers; None where the report does not know."""
-    said = report.get("serve")
-    ranks = [found for name, found in (said if isinstance(said, dict) else {}).items() if name.startswith(server)]
+    support = report.get("serve")
+    ranks = [
+        ranks_of for name, ranks_of in (support if isinstance(support, dict) else {}).items() if name.startswith(server)
+    ]
     return None if not ranks or None in ranks else any(ranks)
 
 
@@ -183,37 +185,37 @@ def verdict(report: Report) -> Verdict:
     what = f"{width(quant)} by {report['method']['method']}"
     error, plain = share(report["error"]), share(report["rtn_error"])
     if not calibrated(report):
-        told = f"{what}, without calibration; weight error {error}"
+        sentence = f"{what}, without calibration; weight error {error}"
     elif (times := gain(report)) is None:
-        told = f"{what}; output error {error}, RTN {plain}"
+        sentence = f"{what}; output error {error}, RTN {plain}"
     elif times >= 1:
-        told = f"{what}; output error {error}, {times:.1f} times smaller than RTN's {plain}"
+        sentence = f"{what}; output error {error}, {times:.1f} times smaller than RTN's {plain}"
     else:
-        told = f"{what}; output error {error}, larger than RTN's {plain}"
+        sentence = f"{what}; output error {error}, larger than RTN's {plain}"
     after = [entry for entry in report.get("quality", []) if entry.get("before")]
     if after:
         kept = max(after, key=lambda entry: entry["after"] / entry["before"])
-        told += f"; perplexity {figure(kept['before'])} → {figure(kept['after'])}"
+        sentence += f"; perplexity {figure(kept['before'])} → {figure(kept['after'])}"
     opening = "It went well" if not concerns else "Look closer"
-    return Verdict(not concerns, f"{opening}: {told}.", tuple(concerns))
+    return Verdict(not concerns, f"{opening}: {sentence}.", tuple(concerns))
 
 
 def _concerns(report: Report) -> list[str]:
-    found = []
+    concerns = []
     if fallbacks := len(report["fallbacks"]):
-        found.append(f"{counted(fallbacks, 'site')} fell back to RTN")
+        concerns.append(f"{counted(fallbacks, 'site')} fell back to RTN")
     if calibrated(report):
         harmed = [s for s in sites(report) if s.loss is not None and s.loss > HARMED]
         if harmed:
             first = max(harmed, key=lambda site: site.loss or 0.0)
-            found.append(f"{counted(len(harmed), 'site')} lost more than RTN would, most {first.name}")
+            concerns.append(f"{counted(len(harmed), 'site')} lost more than RTN would, most {first.name}")
     unseen = sum(count == 0 for load in loads(report) for count in load.rows)
     if unseen:
-        found.append(f"{counted(unseen, 'expert')} received no token: use more or other calibration data")
+        concerns.append(f"{counted(unseen, 'expert')} received no token: use more or other calibration data")
     for entry in report.get("quality", []):
         if entry.get("before") and entry["after"] > 1.25 * entry["before"]:
-            found.append(f"perplexity rose by {entry['after'] / entry['before'] - 1:.0%} on {entry['text']}")
-    return found
+            concerns.append(f"perplexity rose by {entry['after'] / entry['before'] - 1:.0%} on {entry['text']}")
+    return concerns
 
 
 def _site(record: dict[str, Any]) -> SiteFacts:

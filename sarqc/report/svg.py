@@ -69,9 +69,9 @@ class Scale:
         first = max(first, 0) if self.kind == "count" else first
         step = 1 + (last - first) // 6
         fine = (1, 2, 5) if self.high < 40 * self.low else (1,)
-        found = [m * 10.0**e for e in range(first, last + 1, step) for m in fine]
-        found = [0.0, *found] if self.kind == "count" else found
-        inside = [value for value in found if self.low <= value * (1 + 1e-9) and value <= self.high * (1 + 1e-9)]
+        ticks = [m * 10.0**e for e in range(first, last + 1, step) for m in fine]
+        ticks = [0.0, *ticks] if self.kind == "count" else ticks
+        inside = [value for value in ticks if self.low <= value * (1 + 1e-9) and value <= self.high * (1 + 1e-9)]
         return inside if len(inside) > 1 else _round_steps(self.low, self.high)
 
 
@@ -123,7 +123,7 @@ def line_chart(
     kind = axes.kind
     ends = [[p[1] for p in s.points if _drawable(p[1], kind)] for s in series]
     xs = [x for s in series for x, at, _ in s.points if _drawable(at, kind)]
-    ys = [at for found in ends for at in found]
+    ys = [at for values in ends for at in values]
     ys += [at for s in series for span in s.spans for at in span[1:] if _drawable(at, kind)]
     if not xs:
         return ""
@@ -151,10 +151,10 @@ def range_chart(
     values = [value for row in rows for value in row[1:4]]
     y = _y_scale(values, "linear" if 20 * min(values) > max(values) else "count")
     parts = [*_grid(x, y, x_label, y_label, short, _whole(x.ticks()), title)]
-    for at, low, middle, high, said in rows:
+    for at, low, middle, high, tooltip in rows:
         px = x(at)
         parts.append(
-            f'<g style="stroke:var(--c0)" fill="var(--c0)"><title>{text(said)}</title>'
+            f'<g style="stroke:var(--c0)" fill="var(--c0)"><title>{text(tooltip)}</title>'
             f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}" stroke-width="5" opacity=".35"/>'
             f'<circle cx="{px:.1f}" cy="{y(middle):.1f}" r="3.5"/></g>'
         )
@@ -182,10 +182,10 @@ def stacked_bars(
         for index, part in enumerate(parts):
             top, bottom = y(base + part), y(base)
             base += part
-            said = text(f"{x_label} {short(at)}, {labels[index]}: {unit(part)}")
+            tooltip = text(f"{x_label} {short(at)}, {labels[index]}: {unit(part)}")
             drawn.append(
                 f'<rect x="{x(at) - bar / 2:.1f}" y="{top:.1f}" width="{bar:.1f}" height="{bottom - top:.1f}" '
-                f'fill="var(--c{index % COLOURS})"><title>{said}</title></rect>'
+                f'fill="var(--c{index % COLOURS})"><title>{tooltip}</title></rect>'
             )
     drawn += _legend([(label, index) for index, label in enumerate(labels)])
     most = max(sum(parts) for _, parts in columns)
@@ -200,7 +200,7 @@ class Ranked:
 
     label: str
     value: float
-    told: str
+    value_text: str
     span: tuple[float, float] | None = None
     best: bool = False
 
@@ -235,11 +235,13 @@ def ranked_chart(rows: Sequence[Ranked], x_label: str, *, mark: tuple[float, str
             f'style="stroke:{colour}" stroke-width="2" opacity=".45"/>'
             f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:.0f}" y2="{y:.0f}" style="stroke:{colour}" '
             f'stroke-width="6" opacity=".45"/><circle cx="{x(row.value):.1f}" cy="{y:.0f}" r="5" fill="{colour}">'
-            f"<title>{text(f'{row.label}: {row.told}')}</title></circle>"
-            f'<text class="ink"{heavy} x="{right + 12}" y="{y + 4:.0f}">{text(row.told)}</text>'
+            f"<title>{text(f'{row.label}: {row.value_text}')}</title></circle>"
+            f'<text class="ink"{heavy} x="{right + 12}" y="{y + 4:.0f}">{text(row.value_text)}</text>'
         )
-    found = ", ".join(f"{row.label} {row.told}" for row in rows)
-    return _svg(parts, bottom + 44, f"{title}: {x_label}. {mark[1]} {short(mark[0])}, {found}" if title else found)
+    description = ", ".join(f"{row.label} {row.value_text}" for row in rows)
+    return _svg(
+        parts, bottom + 44, f"{title}: {x_label}. {mark[1]} {short(mark[0])}, {description}" if title else description
+    )
 
 
 def beside(charts: Sequence[str], *, columns: int) -> str:
@@ -335,11 +337,11 @@ def _line(s: Series, index: int, x: Scale, y: Scale, kind: Kind) -> list[str]:
                 f'style="stroke:{colour}" opacity=".6"/>'
             )
     radius = 2.6 if len(s.points) <= 60 else 1.6
-    for px, py, said in s.points:
+    for px, py, tooltip in s.points:
         if _drawable(py, kind):
             parts.append(
                 f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="{radius}" fill="{colour}">'
-                f"<title>{text(said)}</title></circle>"
+                f"<title>{text(tooltip)}</title></circle>"
             )
     return parts
 

@@ -30,13 +30,13 @@ def runtime_model(lazy: LazyModel, quantized: Sequence[Target], left: Sequence[s
 def _partial_experts(lazy: LazyModel, quantized: Sequence[Target]) -> tuple[str, ...]:
     """Modules of experts, with * for numbers, of which some matrices are quantized and others are not."""
     chosen = Counter(target.module for target in quantized)
-    found: dict[str, None] = {}
+    partial: dict[str, None] = {}
     for name, count in chosen.items():
         module = lazy.model.get_submodule(name)
         if moe.is_experts(module):
             whole = sum(len(lazy.slices[f"{name}.{projection}"]) for projection in moe.projections(module))
-            found |= {star(name): None} if count < whole else {}
-    return tuple(found)
+            partial |= {star(name): None} if count < whole else {}
+    return tuple(partial)
 
 
 def checkpoint_support(checkpoint: Checkpoint, lazy: LazyModel) -> list[RuntimeSupport]:
@@ -48,15 +48,15 @@ def checkpoint_support(checkpoint: Checkpoint, lazy: LazyModel) -> list[RuntimeS
     kinds = _kinds(checkpoint)
     if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
         return []
-    found = targets_of(lazy, checkpoint.linears())
-    told = []
+    targets = targets_of(lazy, checkpoint.linears())
+    supports = []
     for kind, linears in kinds.items():
-        quantized = [target for target in found.selected if target.linear in linears]
-        others = [target.linear for target in found.selected if target.linear not in linears]
+        quantized = [target for target in targets.selected if target.linear in linears]
+        others = [target.linear for target in targets.selected if target.linear not in linears]
         quant = QuantConfig(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
-        model = runtime_model(lazy, quantized, [*found.untouched, *others])
-        told.append(runtime_support(model, quant, checkpoint.format.name))
-    return [_together(ones) for ones in zip(*told, strict=True)]
+        model = runtime_model(lazy, quantized, [*targets.untouched, *others])
+        supports.append(runtime_support(model, quant, checkpoint.format.name))
+    return [_together(ones) for ones in zip(*supports, strict=True)]
 
 
 class _Kind(NamedTuple):
@@ -71,11 +71,11 @@ def _kinds(checkpoint: Checkpoint) -> dict[_Kind, set[str]]:
     """The quantized Linears of each kind."""
     infos = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
     channel = all(info.groups == 1 for info in infos.values())
-    found: dict[_Kind, set[str]] = {}
+    kinds: dict[_Kind, set[str]] = {}
     for linear, info in infos.items():
         kind = _Kind(info.bits, -1 if channel else info.shape[1] // info.groups, info.sym)
-        found.setdefault(kind, set()).add(linear)
-    return found
+        kinds.setdefault(kind, set()).add(linear)
+    return kinds
 
 
 def _together(ones: Sequence[RuntimeSupport]) -> RuntimeSupport:
@@ -112,7 +112,7 @@ class Server:
 
 def by_runtime(outlooks: Sequence[RuntimeSupport]) -> list[Server]:
     """Support summed up for each runtime."""
-    found = []
+    runtimes = []
     for name in dict.fromkeys(one.server for one in outlooks):
         mine = sorted((one for one in outlooks if one.server == name and one.known), key=lambda one: one.ranks)
         good = [one for one in mine if not one.failures]
@@ -122,8 +122,8 @@ def by_runtime(outlooks: Sequence[RuntimeSupport]) -> list[Server]:
                 reasons.setdefault(line, one.ranks)
         failures = tuple((ranks, line) for line, ranks in reasons.items())
         kernels = good[0].kernels if good else {}
-        found.append(Server(name, tuple(one.ranks for one in good), kernels, failures, bool(mine)))
-    return found
+        runtimes.append(Server(name, tuple(one.ranks for one in good), kernels, failures, bool(mine)))
+    return runtimes
 
 
 def ranks_by_server(outlooks: Sequence[RuntimeSupport]) -> dict[str, list[int] | None]:

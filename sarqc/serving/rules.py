@@ -193,13 +193,13 @@ def _kernel(server: str, layer: Layer, ranks: int, quant: QuantConfig) -> tuple[
     shape = layer.on(ranks)
     if isinstance(shape, str):
         return None, shape
-    found: dict[str, None] = {}
+    kernels: dict[str, None] = {}
     for bits in quant.bit_options or (quant.bits,):
         kernel, reason = SERVERS[server](layer, *shape, quant.at(bits))
         if kernel is None:
             return None, reason
-        found[kernel] = None
-    return " or ".join(found), ""
+        kernels[kernel] = None
+    return " or ".join(kernels), ""
 
 
 def star(name: str) -> str:

@@ -27,7 +27,7 @@ from sarqc_kernels.columns.reference import Work
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.products import columns_product
 
-__all__ = ["coordinate_descent", "fit_grid", "quantize_columns", "unsupported", "why_not"]
+__all__ = ["coordinate_descent", "fit_grid", "quantize_columns", "unsupported", "unsupported_reason"]
 
 _CUT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Bits of mantissa that a dtype has less than fp32."""
@@ -128,19 +128,19 @@ class CppSteps:
 
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """`sarqc_kernels.columns.quantize_columns` on a CPU."""
-    return reference.walk(problem, CppSteps(_library()))
+    return reference.run_panels(problem, CppSteps(_library()))
 
 
 def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, rule: GridRule) -> tuple[Tensor, Tensor]:
     """`sarqc_kernels.columns.fit_grid` on a CPU."""
     steps = CppSteps(_library())
 
-    def fit(slab: Tensor, counts: Tensor | None, rule: GridRule) -> tuple[Tensor, Tensor]:
-        scales, zeros = slab.new_empty(slab.shape[1:]), slab.new_empty(slab.shape[1:])
-        steps.fit(slab, counts, rule, scales, zeros)
+    def fit(tile: Tensor, counts: Tensor | None, rule: GridRule) -> tuple[Tensor, Tensor]:
+        scales, zeros = tile.new_empty(tile.shape[1:]), tile.new_empty(tile.shape[1:])
+        steps.fit(tile, counts, rule, scales, zeros)
         return scales, zeros
 
-    return grid.fit_by_slabs(weight, importance, group_size, rule, fit)
+    return grid.fit_by_tiles(weight, importance, group_size, rule, fit)
 
 
 def coordinate_descent(
@@ -172,11 +172,13 @@ def coordinate_descent(
 
 def unsupported(weight: Tensor) -> str | None:
     """Why a weight cannot be taken; None where it can. The first call builds the library and compares it with torch."""
-    return why_not() if weight.device.type == "cpu" else f"tensors are on {weight.device.type}, not on the CPU"
+    return (
+        unsupported_reason() if weight.device.type == "cpu" else f"tensors are on {weight.device.type}, not on the CPU"
+    )
 
 
 @functools.cache
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """The reason why this implementation does not run on this machine; None where it does."""
     try:
         return None if _equals_torch(CppSteps(_library())) else (

@@ -21,7 +21,7 @@ from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize, too
 from sarqc_kernels.device import device_info, interpreting, triton_unsupported
 from sarqc_kernels.errors import BackendError
 
-__all__ = ["Columns", "Steps", "bind", "filled", "quantize_columns", "unsupported"]
+__all__ = ["Columns", "Steps", "bind", "launch_arguments", "quantize_columns", "unsupported"]
 
 _SCALE_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTERS = ("weight", "delta", "codes", "pull", "factor", "usable", "inverse", "importance", "group_of", "scales",
@@ -50,7 +50,7 @@ def unsupported(problem: Problem) -> str | None:
     if weight.device.type != "cuda":
         return f"tensors are on {weight.device.type}, not on an NVIDIA card"
     reason = triton_unsupported(weight) or too_large(weight.shape[2])
-    return reason or build.why_not("columns", device_info(weight.device).arch, weight.device)
+    return reason or build.unsupported_reason("columns", device_info(weight.device).arch, weight.device)
 
 
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def filled(work: Work, first: int, last: int, action: Action) -> Columns:
+def launch_arguments(work: Work, first: int, last: int, action: Action) -> Columns:
     """What the launcher gets for columns first .. last - 1."""
     rule, fits = work.rule, action == "fit"
     kept = torch.finfo(rule.scale_dtype)
@@ -123,6 +123,6 @@ class Steps:
     def columns(self, work: Work, first: int, last: int, action: Action) -> None:
         """See `panels.Steps`."""
         stream = torch.cuda.current_stream(work.weight.device).cuda_stream
-        error = self.library.sarqc_columns(filled(work, first, last, action), self.config.rows, stream)
+        error = self.library.sarqc_columns(launch_arguments(work, first, last, action), self.config.rows, stream)
         if error:
             raise BackendError(f"csrc/columns.cu did not launch: {self.library.sarqc_error(error).decode()}")

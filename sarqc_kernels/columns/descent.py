@@ -142,8 +142,8 @@ def _coordinate_descent(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     args = (weight, codes, scales, zeros, hessian, bits, passes)
-    found, better = pick("coordinate_descent", fastest_first(_DESCENT, weight), args, backend).run(*args)
-    return found, better
+    result, better = pick("coordinate_descent", fastest_first(_DESCENT, weight), args, backend).run(*args)
+    return result, better
 
 
 @_coordinate_descent.register_fake

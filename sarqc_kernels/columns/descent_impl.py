@@ -63,14 +63,14 @@ def _choose(
     data, scale, zero, size, lanes, SCALE: tl.constexpr, REACH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
 ):
     """The new scale of a group, codes and weights of the rows that take it, and the change of their weights."""
-    values, codes, found, scale_at, gradient, rest, curved, change = data
+    values, codes, best, scale_at, gradient, rest, curved, change = data
     row, live, rows = lanes
     over = tl.zeros((CHUNK, ROWS), dtype=tl.float32)
     under = tl.zeros((CHUNK, ROWS), dtype=tl.float32)
     for first in range(0, size, CHUNK):
         j = first + tl.arange(0, CHUNK)
         at, mask = j[:, None] * rows + row[None, :], (j < size)[:, None] & live[None, :]
-        level = tl.load(found + at, mask=mask, other=0).to(tl.float32) - tl.where(mask, zero[None, :], 0.0)
+        level = tl.load(best + at, mask=mask, other=0).to(tl.float32) - tl.where(mask, zero[None, :], 0.0)
         over += level * tl.load(rest + at, mask=mask, other=0.0)
         under += level * tl.load(curved + at, mask=mask, other=0.0)
     wanted = (scale + tl.div_rn(tl.sum(over, 0), tl.sum(under, 0))).to(SCALE).to(tl.float32)
@@ -80,7 +80,7 @@ def _choose(
     for first in range(0, size, CHUNK):
         j = first + tl.arange(0, CHUNK)
         at, mask = j[:, None] * rows + row[None, :], (j < size)[:, None] & live[None, :]
-        level = tl.load(found + at, mask=mask, other=0).to(tl.float32) - tl.where(mask, zero[None, :], 0.0)
+        level = tl.load(best + at, mask=mask, other=0).to(tl.float32) - tl.where(mask, zero[None, :], 0.0)
         moved = level * new[None, :] - tl.load(values + at, mask=mask, other=0.0)
         bend = (new - scale)[None, :] * tl.load(curved + at, mask=mask, other=0.0)
         pull = tl.load(gradient + at, mask=mask, other=0.0) + tl.load(rest + at, mask=mask, other=0.0)
@@ -90,7 +90,7 @@ def _choose(
     for first in range(0, size, CHUNK):
         j = first + tl.arange(0, CHUNK)
         at, mask = j[:, None] * rows + row[None, :], (j < size)[:, None] & live[None, :]
-        code = tl.load(found + at, mask=mask, other=0)
+        code = tl.load(best + at, mask=mask, other=0)
         before = tl.load(values + at, mask=mask, other=0.0)
         after = (code.to(tl.float32) - zero[None, :]) * new[None, :]
         takes = mask & better[None, :]
@@ -101,7 +101,7 @@ def _choose(
 
 @triton.jit
 def _descend(
-    values, codes, gradient, hessian, usable, inverse, scales, zeros, ahead, change, rest, curved, found, group_of,
+    values, codes, gradient, hessian, usable, inverse, scales, zeros, ahead, change, rest, curved, best, group_of,
     rows, columns, groups, size, passes, hessian_expert, top, SCALE: tl.constexpr, REACH: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, MICRO: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _descend(
         hessian += expert * hessian_expert
         matrix, part = expert * columns * rows, expert * size * rows
         values, codes, gradient = values + matrix, codes + matrix, gradient + matrix
-        change, rest, curved, found = change + part, rest + part, curved + part, found + part
+        change, rest, curved, best = change + part, rest + part, curved + part, best + part
         scales, zeros = scales + expert * groups * rows, zeros + expert * groups * rows
         inverse, ahead = inverse + expert * columns, ahead + expert * MICRO * rows
         for step in range(0, passes * groups):
@@ -123,7 +123,7 @@ def _descend(
             scale = tl.load(scales + group * rows + row, mask=live, other=1.0)
             zero = tl.load(zeros + group * rows + row, mask=live, other=0.0)
             own = first * rows
-            panel = (values + own, change, found, ahead, square, inverse + first, group_of, scales + group * rows,
+            panel = (values + own, change, best, ahead, square, inverse + first, group_of, scales + group * rows,
                      zeros + group * rows)  # fmt: skip
             _advance(panel, gradient + own, (row, live, True, rows, columns, top), 0, size, True, MICRO, DEPTH)
             for tile in range(0, size, TILE):
@@ -133,10 +133,19 @@ def _descend(
                 acc = _add_pull(acc, square, change, 0, size, j, j < size, row, live, rows, columns, DEPTH)
                 tl.store(rest + at, acc, mask=mask)
                 acc = tl.zeros((TILE, ROWS), dtype=tl.float32)
-                acc = _level_product(acc, square, found, zero, size, j, j < size, row, live, rows, columns, DEPTH)
+                acc = _level_product(acc, square, best, zero, size, j, j < size, row, live, rows, columns, DEPTH)
                 tl.store(curved + at, acc, mask=mask)
             tl.debug_barrier()
-            data = (values + own, codes + own, found, scales + group * rows, gradient + own, rest, curved, change)
+            data = (
+                values + own,
+                codes + own,
+                best,
+                scales + group * rows,
+                gradient + own,
+                rest,
+                curved,
+                change,
+            )
             _choose(data, scale, zero, size, (row, live, rows), SCALE, REACH, MICRO, ROWS)
             tl.debug_barrier()
             line = hessian + tl.cast(first, tl.int64) * columns
@@ -176,7 +185,7 @@ def _batch(
     scratch = values.new_empty((3, experts, size, rows))
     _descend[(-(-rows // ROWS), experts)](
         values, own, gradient, hessian, usable.int(), torch.where(usable[:, None], diagonal, 1.0).reciprocal(), scale,
-        zero, values.new_empty((experts, MICRO, rows)), *scratch.unbind(0), found=own.new_empty((experts, size, rows)),
+        zero, values.new_empty((experts, MICRO, rows)), *scratch.unbind(0), best=own.new_empty((experts, size, rows)),
         group_of=torch.zeros(size, dtype=torch.int32, device=weight.device), rows=rows, columns=columns, groups=groups,
         size=size, passes=passes, hessian_expert=hessian.stride(0), top=float((1 << bits) - 1),
         SCALE=SCALES[scales.dtype], REACH=REACH, ROWS=ROWS, TILE=TILE, MICRO=MICRO, DEPTH=DEPTH, num_warps=WARPS,

@@ -1,10 +1,10 @@
 """Grids: which scale and zero a group of weights gets, and what its weights become on that grid.
 
 A group is the weights of one row that share a scale s and an integer zero z; code c in 0 .. 2^bits - 1 stands for the
-weight (c - z) * s. Everything here works on *slabs* [g, B, N]: the g members of a group first, then B blocks that have
+weight (c - z) * s. Everything here works on *tiles* [g, B, N]: the g members of a group first, then B blocks that have
 an importance of their own (experts, or the groups of one matrix), then N rows. Members first means that every step is
 one long contiguous vector operation and that sums run over the slowest axis. torch adds the last columns of such a
-sum, those that do not fill LANES, in another order. So slabs are padded: the grid of a row is the same whatever rows
+sum, those that do not fill LANES, in another order. So tiles are padded: the grid of a row is the same whatever rows
 stand beside it.
 
 The search scales the span of the min-max grid by every factor of `span_factors` and keeps the one with the least
@@ -28,22 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "FitSlab",
+    "FitTile",
     "GridRule",
     "Problem",
     "empty_grid",
-    "fit_by_slabs",
+    "fit_by_tiles",
     "fit_grid",
-    "fit_slab",
-    "fit_slabs",
+    "fit_tile",
+    "fit_tiles",
     "given_grid",
     "grid_of",
     "levels_of",
+    "negated",
     "round_to_grid",
     "safe_scale",
     "span_factors",
     "span_of",
-    "turned",
 ]
 
 TRIALS = 24  # with 80 the loss is 0.1 to 0.3 % lower
@@ -51,7 +51,7 @@ WIDEST = 1.08  # a little beyond the span, where the largest weight lies nearer 
 
 LANES = 64  # four vectors of the widest kind
 
-SLAB = 1 << 17  # elements in flight: a slab and its two work buffers stay in the second-level caches
+TILE_ELEMENTS = 1 << 17  # elements in flight: a tile and its two work buffers stay in the second-level caches
 
 
 def span_factors(bits: int) -> tuple[float, ...]:
@@ -118,23 +118,23 @@ def given_grid(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def fit_grid(weight: Tensor, importance: Tensor | None, group_size: int, rule: GridRule) -> tuple[Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.fit_grid`."""
-    return fit_by_slabs(weight, importance, group_size, rule, fit_slab)
+    return fit_by_tiles(weight, importance, group_size, rule, fit_tile)
 
 
-FitSlab = Callable[[Tensor, Tensor | None, GridRule], tuple[Tensor, Tensor]]
-"""A function like `fit_slab`."""
+FitTile = Callable[[Tensor, Tensor | None, GridRule], tuple[Tensor, Tensor]]
+"""A function like `fit_tile`."""
 
 
-def fit_by_slabs(
-    weight: Tensor, importance: Tensor | None, group_size: int, rule: GridRule, fit: FitSlab
+def fit_by_tiles(
+    weight: Tensor, importance: Tensor | None, group_size: int, rule: GridRule, fit: FitTile
 ) -> tuple[Tensor, Tensor]:
-    """`fit_grid` with a given way to fit a slab."""
+    """`fit_grid` with a given way to fit a tile."""
     scales, zeros = empty_grid(weight, group_size, rule)
     if not weight.numel():
         return scales, zeros
     (experts, rows, _), groups = weight.shape, scales.shape[2]
-    tall = max(64, min(2048, SLAB // group_size))  # rows in a slab: long vectors first,
-    wide = max(1, SLAB // (min(tall, rows) * group_size))  # then as many groups as fit
+    tall = max(64, min(2048, TILE_ELEMENTS // group_size))  # rows in a tile: long vectors first,
+    wide = max(1, TILE_ELEMENTS // (min(tall, rows) * group_size))  # then as many groups as fit
     for expert in range(experts):
         for first in range(0, groups, wide):
             at = slice(first, min(first + wide, groups))
@@ -144,38 +144,38 @@ def fit_by_slabs(
                 counts = importance[expert, span].unflatten(0, (-1, group_size)).T.contiguous()
             for row in range(0, rows, tall):
                 part = weight[expert, row : row + tall, span].T.contiguous()
-                slab = part.unflatten(0, (-1, group_size)).transpose(0, 1).contiguous()
-                scale, zero = fit(slab, counts, rule)
+                tile = part.unflatten(0, (-1, group_size)).transpose(0, 1).contiguous()
+                scale, zero = fit(tile, counts, rule)
                 scales[expert, row : row + tall, at] = scale.T.to(rule.scale_dtype)
                 zeros[expert, row : row + tall, at] = zero.T.to(torch.uint8)
     return scales, zeros
 
 
-def fit_slabs(groups: Tensor, importance: Tensor | None, rule: GridRule, scales: Tensor, zeros: Tensor) -> None:
-    """`fit_slab` of [g, B, N], as many rows at a time as a slab may have, written into fp32 scales and zeros [B, N]."""
-    tall = max(64, SLAB // max(1, groups[..., 0].numel()))
+def fit_tiles(groups: Tensor, importance: Tensor | None, rule: GridRule, scales: Tensor, zeros: Tensor) -> None:
+    """`fit_tile` of [g, B, N], as many rows at a time as a tile may have, written into fp32 scales and zeros [B, N]."""
+    tall = max(64, TILE_ELEMENTS // max(1, groups[..., 0].numel()))
     for row in range(0, groups.shape[2], tall):
         at = (..., slice(row, row + tall))
-        scales[at], zeros[at] = fit_slab(groups[at], importance, rule)
+        scales[at], zeros[at] = fit_tile(groups[at], importance, rule)
 
 
-def fit_slab(slab: Tensor, importance: Tensor | None, rule: GridRule) -> tuple[Tensor, Tensor]:
-    """Scales and zeros, fp32 [B, N] both, of a slab [g, B, N] fp32 with importance [g, B] or None for all ones."""
-    rows = slab.shape[-1]
+def fit_tile(tile: Tensor, importance: Tensor | None, rule: GridRule) -> tuple[Tensor, Tensor]:
+    """Scales and zeros, fp32 [B, N] both, of a tile [g, B, N] fp32 with importance [g, B] or None for all ones."""
+    rows = tile.shape[-1]
     if rule.search and rows % LANES:
-        slab = F.pad(slab, (0, -rows % LANES))
-    low, high = slab.amin(0), slab.amax(0)
+        tile = F.pad(tile, (0, -rows % LANES))
+    low, high = tile.amin(0), tile.amax(0)
     span, low = span_of(low, high, rule)
     scale, zero = grid_of(span, low, 1.0, rule)
     if not rule.search:
         return scale, zero
     counts = None if importance is None else importance.unsqueeze(-1)
-    work = (slab.new_empty(slab.shape), slab.new_empty(slab.shape))
-    span = turned(span, low, high, rule)
-    least = _loss(slab, counts, scale, zero, rule, work)
+    work = (tile.new_empty(tile.shape), tile.new_empty(tile.shape))
+    span = negated(span, low, high, rule)
+    least = _loss(tile, counts, scale, zero, rule, work)
     for factor in span_factors(rule.bits)[1:]:
         trial, trial_zero = grid_of(span, low, factor, rule)
-        loss = _loss(slab, counts, trial, trial_zero, rule, work)
+        loss = _loss(tile, counts, trial, trial_zero, rule, work)
         better = loss < least
         torch.where(better, loss, least, out=least)
         torch.where(better, trial, scale, out=scale)
@@ -191,7 +191,7 @@ def span_of(low: Tensor, high: Tensor, rule: GridRule) -> tuple[Tensor, Tensor]:
     return high.clamp(min=0) - low, low
 
 
-def turned(span: Tensor, low: Tensor, high: Tensor, rule: GridRule) -> Tensor:
+def negated(span: Tensor, low: Tensor, high: Tensor, rule: GridRule) -> Tensor:
     """Spans as the search tries them: below zero where a symmetric grid has to reach further up than down."""
     return torch.where(high > -low, -span, span) if rule.sym else span
 
@@ -208,14 +208,14 @@ def grid_of(span: Tensor, low: Tensor, factor: float, rule: GridRule) -> tuple[T
 
 
 def _loss(
-    slab: Tensor, counts: Tensor | None, scale: Tensor, zero: Tensor, rule: GridRule, work: tuple[Tensor, Tensor]
+    tile: Tensor, counts: Tensor | None, scale: Tensor, zero: Tensor, rule: GridRule, work: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Weighted squared rounding error [B, N]. In units of the scale until the end, which saves a pass over the slab.
+    """Weighted squared rounding error [B, N]. In units of the scale until the end, which saves a pass over the tile.
 
     Multiplying by 1 / scale may round a weight half-way between two codes to the other one; that changes no loss.
     """
     steps, error = work
-    torch.mul(slab, scale.reciprocal(), out=steps)
+    torch.mul(tile, scale.reciprocal(), out=steps)
     torch.round(steps, out=error)
     if rule.sym:
         error.clamp_(-rule.middle, rule.top - rule.middle)
@@ -247,7 +247,7 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> T
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     if not weight.numel():
         return codes
-    tall = max(1, SLAB // columns)
+    tall = max(1, TILE_ELEMENTS // columns)
     groups = scales.shape[-1]
     for expert in range(experts):
         for row in range(0, rows, tall):

@@ -2,7 +2,7 @@
 
 The group is what a free pass of `_columns` left (see `panels.py`), weight - delta, or the weight itself (`fit_impl`).
 It is read once for its range and once for every trial of the search, from the first-level cache; a trial costs about 8
-flops per weight. Steps are those of `grid.fit_slab`, so a grid differs from the reference's only where the sums of two
+flops per weight. Steps are those of `grid.fit_tile`, so a grid differs from the reference's only where the sums of two
 trials are equal but for the order in which they were taken.
 """
 
@@ -53,7 +53,7 @@ def fit(
     data, begin, end, lanes, limits, SYM: tl.constexpr, SEARCH: tl.constexpr, SCALE: tl.constexpr,
     TRIALS: tl.constexpr, MOVED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Scale and zero [rows] of the group begin .. end - 1; `grid.fit_slab` says what and why.
+    """Scale and zero [rows] of the group begin .. end - 1; `grid.fit_tile` says what and why.
 
     data: (weight, delta, importance, table). lanes: (row, which rows there are, rows). limits: (top, middle, tiny,
     most).

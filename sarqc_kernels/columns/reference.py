@@ -23,10 +23,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sarqc_kernels.columns.grid import GridRule, Problem, fit_slabs, given_grid, levels_of, safe_scale
+from sarqc_kernels.columns.grid import GridRule, Problem, fit_tiles, given_grid, levels_of, safe_scale
 from sarqc_kernels.products import columns_product, solve_columns
 
-__all__ = ["MICRO", "PANEL", "Steps", "TorchSteps", "Work", "quantize_columns", "walk"]
+__all__ = ["MICRO", "PANEL", "Steps", "TorchSteps", "Work", "quantize_columns", "run_panels"]
 
 PANEL = 128
 MICRO = 16
@@ -69,10 +69,10 @@ class Steps(Protocol):
 
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.quantize_columns`."""
-    return walk(problem, TorchSteps())
+    return run_panels(problem, TorchSteps())
 
 
-def walk(problem: Problem, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
+def run_panels(problem: Problem, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_columns` with the given steps."""
     weight, factor, order, scales, _, group_size, rule = problem
     experts, rows, columns = weight.shape
@@ -197,7 +197,7 @@ class TorchSteps:
 
     def fit(self, groups: Tensor, importance: Tensor, rule: GridRule, scales: Tensor, zeros: Tensor) -> None:
         """See `Steps`."""
-        fit_slabs(groups, importance, rule, scales, zeros)
+        fit_tiles(groups, importance, rule, scales, zeros)
 
     def columns(self, work: Work, inside: Tensor, pull: Tensor, first: int, begin: int, end: int) -> None:
         """See `Steps`: micro-panel by micro-panel, a product with each for the rest of the panel."""

@@ -112,25 +112,25 @@ def _batch(panel, lanes, start, end, errors, ROUND: tl.constexpr, BATCH: tl.cons
             m = tl.load(factor + (start + i) * columns + j, mask=inside & good, other=0.0)
             total = tl.fma(errors[i], m, total)
         asked = asked + (total,)
-    found, levels = (), ()
+    deltas, levels = (), ()
     for k in tl.static_range(BATCH):
         total = asked[k]
         for i in tl.static_range(k):
-            total = tl.fma(found[i], corner[k * (k - 1) // 2 + i], total)
+            total = tl.fma(deltas[i], corner[k * (k - 1) // 2 + i], total)
         moved = total * inverses[k]
         if ROUND:
             level = clamped(half_even(tl.div_rn(values[k] + moved, steps[k])), -middles[k], top - middles[k])
-            found = found + (values[k] - level * steps[k],)
+            deltas = deltas + (values[k] - level * steps[k],)
             levels = levels + (level + middles[k],)
         else:
-            found = found + (-moved,)
+            deltas = deltas + (-moved,)
     for k in tl.static_range(BATCH):
         j = start + BEFORE + k
         both = live & (j < end)
-        tl.store(delta + j * rows + row, found[k], mask=both)
+        tl.store(delta + j * rows + row, deltas[k], mask=both)
         if ROUND:
             tl.store(codes + j * rows + row, levels[k].to(tl.int32).to(tl.uint8), mask=both)
-    return errors + found
+    return errors + deltas
 
 
 @triton.jit

@@ -108,8 +108,8 @@ _FINALIZE = (
 
 def implementations() -> dict[str, Sequence[Implementation]]:
     """What there is of each operation, fastest first on a card; for `backend.explain`."""
-    found = {"gram_accumulate_": _ACCUMULATE, "gram_finalize": _FINALIZE}
-    return {**found, **cross.implementations(), **cholesky.implementations()}
+    tables = {"gram_accumulate_": _ACCUMULATE, "gram_finalize": _FINALIZE}
+    return {**tables, **cross.implementations(), **cholesky.implementations()}
 
 
 def gram_accumulate_(

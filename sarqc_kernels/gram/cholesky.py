@@ -2,7 +2,7 @@
 
 Of few matrices, torch's `cholesky_ex` (cuSOLVER on a GPU) of the matrix with both axes reversed gives M with both axes
 reversed. For many it calls a batched routine or one after another, and most of a GPU stands idle: there a program of
-our own takes each matrix. `pays` counts where that is faster; neither was timed on a GPU.
+our own takes each matrix. `is_faster` counts where that is faster; neither was timed on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sarqc_kernels.backend import Implementation, pick, takes_all
 from sarqc_kernels.device import Device, device_info, fastest_first, triton_unsupported
 from sarqc_kernels.errors import ArgumentError
 
-__all__ = ["cholesky_upper", "implementations", "pays"]
+__all__ = ["cholesky_upper", "implementations", "is_faster"]
 
 RATE = 0.45e12
 """Flops a second of a program on a multiprocessor of its own: three TF32 products each, and the chain of pivots."""
@@ -25,16 +25,16 @@ CUSOLVER = 0.5e-6
 """Seconds for each input of a matrix that others measured on an L40S: 0.95 ms at 2048 inputs, 2.37 at 4096."""
 
 
-def pays(experts: int, inputs: int, device: Device) -> bool:
+def is_faster(experts: int, inputs: int, device: Device) -> bool:
     """Whether a program for each matrix is counted to take half as long as cuSOLVER, one matrix after another."""
     return 2 * -(-experts // device.multiprocessors) * inputs**3 / 3 / RATE < experts * inputs * CUSOLVER
 
 
 def _reference(hessian: Tensor) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(hessian.flip(-1, -2))
-    found = lower.flip(-1, -2)
+    upper = lower.flip(-1, -2)
     # On a CPU columns stay in one piece, as LAPACK leaves them: products with another layout sum in another order.
-    return found if found.device.type == "cpu" else found.contiguous(), info
+    return upper if upper.device.type == "cpu" else upper.contiguous(), info
 
 
 def _unsupported(hessian: Tensor) -> str | None:
@@ -78,20 +78,20 @@ def cholesky_upper(hessian: Tensor, *, backend: str | None = None) -> tuple[Tens
         raise ArgumentError(
             f"hessian is {hessian.dtype} {list(hessian.shape)}: pass torch.float32 [experts, inputs, inputs]"
         )
-    found: tuple[Tensor, Tensor] = _cholesky_upper(hessian, backend)
-    return found
+    result: tuple[Tensor, Tensor] = _cholesky_upper(hessian, backend)
+    return result
 
 
 @torch.library.custom_op("sarqc::cholesky_upper", mutates_args=())
 def _cholesky_upper(hessian: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    own_first = pays(hessian.shape[0], hessian.shape[1], device_info(hessian.device))
+    own_first = is_faster(hessian.shape[0], hessian.shape[1], device_info(hessian.device))
     ranked = fastest_first(_CHOLESKY if own_first else _CHOLESKY[::-1], hessian)
-    found: tuple[Tensor, Tensor] = pick("cholesky_upper", ranked, (hessian,), backend).run(hessian)
-    return found
+    result: tuple[Tensor, Tensor] = pick("cholesky_upper", ranked, (hessian,), backend).run(hessian)
+    return result
 
 
 @_cholesky_upper.register_fake
 def _(hessian: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    found = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    upper = torch.empty_like(hessian, memory_format=torch.contiguous_format)
     info = hessian.new_empty(hessian.shape[:1], dtype=torch.int32)
-    return found.mT if hessian.device.type == "cpu" and backend != "triton" else found, info
+    return upper.mT if hessian.device.type == "cpu" and backend != "triton" else upper, info

@@ -123,8 +123,8 @@ def key(experts: int, tokens: int, inputs: int, dtype: torch.dtype, even: bool) 
 
 def tiles(arch: int, dtype: torch.dtype, even: bool) -> dict[str, Tile]:
     """Tiles that are checked ahead of time for such calls, by name: what a table may choose from."""
-    found = [tile for *known, tile in configurations() if known == [arch, dtype, even]]
-    return {f"{tile.m}x{tile.n}x{tile.depth}": tile for tile in found}
+    matching = [tile for *known, tile in configurations() if known == [arch, dtype, even]]
+    return {f"{tile.m}x{tile.n}x{tile.depth}": tile for tile in matching}
 
 
 def configurations() -> Iterator[tuple[int, torch.dtype, bool, Tile]]:

@@ -24,7 +24,7 @@ __all__ = [
     "gram_accumulate_",
     "gram_finalize",
     "gram_unsupported",
-    "why_not",
+    "unsupported_reason",
 ]
 
 PORTABLE, TILES = 0, 1
@@ -112,11 +112,11 @@ def _unsupported(x: Tensor) -> str | None:
         return f"activations are {x.dtype}, not torch.bfloat16"
     if x.shape[1] > 1 and x.stride(1) != 1:
         return "the elements of a row do not lie side by side"
-    return why_not()
+    return unsupported_reason()
 
 
 @functools.cache
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """The reason why this implementation does not run on this machine; None where it does."""
     if reason := _no_library():
         return reason

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.utils import replace_parameter
 
 from sarqc_kernels.vllm_plugin.linear import codes_of
-from sarqc_kernels.vllm_plugin.linear import why_not as why_not_matrix
+from sarqc_kernels.vllm_plugin.linear import unsupported_reason as why_not_matrix
 from sarqc_kernels.w4a16 import RepackedWeight, repack, route, w4a16_experts
 
 logger = init_logger("vllm.sarqc")
@@ -33,7 +33,7 @@ def offer() -> None:
     place.CompressedTensorsWNA16MoEMethod = SarqcExperts
 
 
-def why_not(weights: Any, moe: Any) -> str | None:
+def unsupported_reason(weights: Any, moe: Any) -> str | None:
     """Why these kernels do not take a layer of experts; None where they do."""
     if moe.activation != MoEActivation.SILU or moe.swiglu_limit is not None:
         return f"the activation is {moe.activation}, not a plain silu gate"
@@ -54,7 +54,7 @@ class SarqcExperts(_OWN):  # type: ignore[misc, valid-type]
 
     def __new__(cls, weight_quant: Any, input_quant: Any, moe: Any, layer_name: str | None = None) -> Any:
         """vLLM's own method where these kernels do not take the layer."""
-        if reason := why_not(weight_quant, moe):
+        if reason := unsupported_reason(weight_quant, moe):
             logger.info_once("sarqc does not take experts: %s", reason)
             return _OWN(weight_quant, input_quant, moe, layer_name)
         logger.info_once("Using SarqcExperts for packed experts")

@@ -30,7 +30,7 @@ def offer() -> None:
             kernels.insert(0, kernels.pop())
 
 
-def why_not(bits: int, group_size: int, inputs: int, dtype: torch.dtype) -> str | None:
+def unsupported_reason(bits: int, group_size: int, inputs: int, dtype: torch.dtype) -> str | None:
     """Why these kernels do not take a weight of this rank; None where they do. group_size -1: one group a row."""
     group_size = inputs if group_size == -1 else group_size
     if not 2 <= bits <= 8:
@@ -66,7 +66,7 @@ class SarqcLinearKernel(MPLinearKernel):  # type: ignore[misc]
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
         """Whether these kernels take the layer, or why not."""
         kind = c.weight_type
-        reason = why_not(kind.size_bits, c.group_size, c.partition_weight_shape[0], c.act_type)
+        reason = unsupported_reason(kind.size_bits, c.group_size, c.partition_weight_shape[0], c.act_type)
         if kind.is_floating_point() or kind.is_signed() or (kind.has_bias() and kind.bias != 1 << (kind.size_bits - 1)):
             reason = f"codes are {kind}, not unsigned integers about their middle"
         elif not (kind.has_bias() or c.zero_points):

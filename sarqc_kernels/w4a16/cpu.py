@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sarqc_kernels.w4a16.layout import INT4PACK, INT4PACK_ROWS, RepackedWeight, grid_of, int4pack_block, lift
+from sarqc_kernels.w4a16.layout import INT4PACK, INT4PACK_ROWS, RepackedWeight, grid_of, int4pack_block, nibble_offset
 
 __all__ = ["FEW", "unsupported", "w4a16_matmul"]
 
@@ -102,6 +102,6 @@ def _expand(weight: RepackedWeight, expert: int, rows: slice, scales: Tensor, ze
     nibbles &= _LOW_NIBBLES  # eight codes to a 64-bit integer: bytes would take eight times the operations
     codes = nibbles.view(torch.uint8).view(scales.shape[1], weight.group_size, -1)[..., : rows.stop - rows.start]
     scale = scales.mT.unsqueeze(1)
-    offset = scale * -8.0 if zeros is None else (zeros.mT.unsqueeze(1) + lift(weight.bits)) * -scale
+    offset = scale * -8.0 if zeros is None else (zeros.mT.unsqueeze(1) + nibble_offset(weight.bits)) * -scale
     tile = codes.float()
     return torch.addcmul(offset, tile, scale, out=tile).flatten(0, 1)  # exact: bf16 scales times 4 bits have 12 bits

@@ -20,8 +20,19 @@ from sarqc_kernels.w4a16.gemv import MOST_GROUPED_ROWS, MOST_TOKENS, GemvPlan, g
 from sarqc_kernels.w4a16.layout import TILE_K, TILE_N, TILES, RepackedWeight
 from sarqc_kernels.w4a16.routing import Routing
 
-__all__ = ["BITS", "Gemv", "bind", "defines", "filled", "product", "unfit", "unsupported", "unsupported_experts",
-           "w4a16_experts", "w4a16_matmul"]  # fmt: skip
+__all__ = [
+    "BITS",
+    "Gemv",
+    "bind",
+    "defines",
+    "launch_arguments",
+    "product",
+    "unsupported",
+    "unsupported_experts",
+    "unsupported_product",
+    "w4a16_experts",
+    "w4a16_matmul",
+]  # fmt: skip
 
 BITS = (2, 3, 4, 8)
 _SLICES = 8  # of 16 inputs in a tile
@@ -44,8 +55,8 @@ def unsupported(x: Tensor, weight: RepackedWeight, offsets: Tensor | None, bias:
         return "TRITON_INTERPRET is set"
     if x.device.type != "cuda":
         return f"tensors are on {x.device.type}, not on an NVIDIA card"
-    reason = unfit(x, weight, x.shape[0], offsets is not None) or triton_unsupported(x)
-    return reason or build.why_not("gemv", device_info(x.device).arch, x.device, defines(x, weight))
+    reason = unsupported_product(x, weight, x.shape[0], offsets is not None) or triton_unsupported(x)
+    return reason or build.unsupported_reason("gemv", device_info(x.device).arch, x.device, defines(x, weight))
 
 
 def unsupported_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, routing: Routing) -> str | None:
@@ -54,14 +65,14 @@ def unsupported_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight
         return f"gate has {gate_up.out_features // 2} rows: it takes multiples of 16"
     rows = routing.tokens.shape[0]
     for weight in (gate_up, down):
-        if reason := unfit(x, weight, rows, grouped=True):
+        if reason := unsupported_product(x, weight, rows, grouped=True):
             return reason
     return next(
         (reason for weight in (gate_up, down) if (reason := unsupported(x, weight, routing.offsets, None))), None
     )
 
 
-def unfit(x: Tensor, weight: RepackedWeight, rows: int, grouped: bool) -> str | None:
+def unsupported_product(x: Tensor, weight: RepackedWeight, rows: int, grouped: bool) -> str | None:
     """Why csrc/gemv.cu does not compute this product, whatever the device; None where it does."""
     most = min(MOST_GROUPED_ROWS, 8 * weight.words.shape[0]) if grouped else MOST_TOKENS
     if rows > most:
@@ -107,7 +118,7 @@ def product(
     gated: bool = False,
     covered: bool = False,
 ) -> Tensor:
-    """[rows, N] of what `unfit` lets through. index, gated, covered: as of `triton.launch.product`."""
+    """[rows, N] of what `unsupported_product` lets through. index, gated, covered: as of `triton.launch.product`."""
     rows = x.shape[0] if index is None else index.shape[0]
     outputs = weight.out_features // 2 if gated else weight.out_features
     make = x.new_zeros if offsets is not None and not covered else x.new_empty
@@ -119,7 +130,7 @@ def product(
     plan = gemv_plan(rows, outputs, weight.words.shape[2], weight.bits, experts, gated, device)
     x, bias = _aligned(x.contiguous()), None if bias is None else bias.to(x.dtype).contiguous()
     offsets, index = (None if part is None else part.contiguous() for part in (offsets, index))
-    call = filled(x, weight, out, plan, bias=bias, offsets=offsets, index=index, gated=gated)
+    call = launch_arguments(x, weight, out, plan, bias=bias, offsets=offsets, index=index, gated=gated)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     library = _library(device.arch, defines(x, weight))
     with torch.cuda.device_of(x):
@@ -144,7 +155,7 @@ def bind(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def filled(
+def launch_arguments(
     x: Tensor,
     weight: RepackedWeight,
     out: Tensor,

@@ -51,7 +51,7 @@ __all__ = [
     "codes_of",
     "grid_of",
     "int4pack_block",
-    "lift",
+    "nibble_offset",
     "planes",
     "repack",
     "unpack_weight",
@@ -173,11 +173,13 @@ def codes_of(weight: RepackedWeight, expert: int, rows: slice) -> Tensor:
     else:
         half = _known_block() // 2
         stretch = words[first * block : last * block].reshape(-1, weight.in_features, half)
-        codes = torch.stack([stretch & 15, stretch >> 4], 1).transpose(-1, -2).flatten(0, 2) - lift(weight.bits)
+        codes = torch.stack([stretch & 15, stretch >> 4], 1).transpose(-1, -2).flatten(0, 2) - nibble_offset(
+            weight.bits
+        )
     return codes[rows.start - first * block : rows.stop - first * block, : weight.in_features]
 
 
-def lift(bits: int) -> int:
+def nibble_offset(bits: int) -> int:
     """How far codes of so many bits are moved up to make nibbles whose middle is 8."""
     return 8 - (1 << (bits - 1))
 
@@ -218,7 +220,7 @@ def _to_int4pack(
             f"torch.bfloat16 and groups of {', '.join(map(str, INT4PACK_GROUPS))}; use {STREAM!r}"
         )
     rows = -codes.shape[1] % INT4PACK_ROWS
-    words = _interleave(pad(codes + lift(bits), (0, 0, 0, rows)), _known_block())
+    words = _interleave(pad(codes + nibble_offset(bits), (0, 0, 0, rows)), _known_block())
     middle = float(1 << (bits - 1))
     offset = torch.zeros_like(scales) if zeros is None else ((middle - zeros.float()) * scales.float()).bfloat16()
     grid = pad(torch.stack([scales, offset], -1), (0, 0, 0, 0, 0, rows))
@@ -277,6 +279,6 @@ def _from_tiles(words: Tensor, bits: int) -> Tensor:
         rows = plane.unflatten(-1, (TILE_N, 4 * width))
         for i in range(slices.shape[-2]):
             for share, inputs in enumerate(_shares(width)):
-                found = (rows >> (4 * i + width * share)) & ((1 << width) - 1)
-                slices[..., i, inputs] |= found.to(torch.uint8) << low
+                fields = (rows >> (4 * i + width * share)) & ((1 << width) - 1)
+                slices[..., i, inputs] |= fields.to(torch.uint8) << low
     return codes.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -99,8 +99,8 @@ def _run(
     choices: Tensor, weights: Tensor, experts: int, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args = (choices, weights, experts)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = pick("route", implementations(choices), args, backend).run(*args)
-    return found
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = pick("route", implementations(choices), args, backend).run(*args)
+    return result
 
 
 def _fake(

@@ -73,9 +73,9 @@ def _weights_of(weights: nn.Module | RepackedWeight | Iterable[RepackedWeight]) 
     elif isinstance(weights, nn.Module):
         for module in weights.modules():
             held = getattr(module, "prepared", None)
-            found = held() if callable(held) else None
-            if isinstance(found, RepackedWeight):
-                yield found
+            held_weights = held() if callable(held) else None
+            if isinstance(held_weights, RepackedWeight):
+                yield held_weights
     else:
         yield from weights
 

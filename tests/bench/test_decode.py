@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 def test_a_quick_run_times_every_model_at_every_batch(tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     assert run.main(["decode", "--quick", "--skip-tests", "--device", "cpu", "--out", str(out)]) == 0
-    found = records.read(out)
-    assert {record["status"] for record in found} == {"timed"} and len(found) == 2 * 3 * 3
-    for record in found:
+    result = records.read(out)
+    assert {record["status"] for record in result} == {"timed"} and len(result) == 2 * 3 * 3
+    for record in result:
         rate = record["sizes"]["batch"] / record["seconds"]["p50"]
         assert record["tokens_per_second"] == pytest.approx(rate) and record["op"] == "decode"
         assert record["ours"] == (record["error"] is not None)
         assert record["share"] == pytest.approx(record["roof_seconds"] / record["seconds"]["p50"])
-    traffic = {record["contender"]: record["traffic"] for record in found if record["point"] == "small batch 1"}
+    traffic = {record["contender"]: record["traffic"] for record in result if record["point"] == "small batch 1"}
     assert traffic["sarqc W4"] < 0.5 * traffic["transformers bf16"]
     assert "small-moe batch 64: sarqc W4" in capsys.readouterr().out
 
@@ -83,16 +83,16 @@ def test_a_wrong_product_is_not_timed(monkeypatch, tmp_path):
 
 def test_a_model_is_judged_once_at_its_smallest_batch(monkeypatch, tmp_path):
     """The reference may take minutes of launches on a card; larger batches are left to the tests of the kernels."""
-    judged = []
+    evaluated = []
     right = command._error
-    monkeypatch.setattr(command, "_error", lambda call: judged.append(len(call())) or right(call))
+    monkeypatch.setattr(command, "_error", lambda call: evaluated.append(len(call())) or right(call))
     out = tmp_path / "r.jsonl"
     arguments = ["--shape", "small", "--batch", "3", "--batch", "2", "--quick", "--skip-tests", "--device", "cpu"]
     command.main([*arguments, "--out", str(out)])
-    assert judged == [2, 2]  # W4 and W3
-    found = {(r["point"], r["contender"]): r["error"] for r in records.read(out)}
+    assert evaluated == [2, 2]  # W4 and W3
+    errors = {(r["point"], r["contender"]): r["error"] for r in records.read(out)}
     for name in ("sarqc W4", "sarqc W3"):
-        assert found["small batch 2", name] == found["small batch 3", name] < command.MOST_ERROR
+        assert errors["small batch 2", name] == errors["small batch 3", name] < command.MOST_ERROR
 
 
 def test_what_cannot_be_made_or_has_no_time_is_listed(monkeypatch, tmp_path):

@@ -32,13 +32,13 @@ def test_no_part_takes_anything_from_the_others(tmp_path: Path) -> None:
     ]
     began = time.monotonic()
     environment = {"PYTHONPATH": f"{tmp_path}:{command.ROOT}", "PATH": "/usr/bin:/bin"}
-    found = command.run(todo, Budget(0.8), tmp_path / "out", environment)
+    result = command.run(todo, Budget(0.8), tmp_path / "out", environment)
     assert time.monotonic() - began < 48
-    assert [each.status for each in found] == ["failed", "failed", "timed out", "passed"]
-    assert "why it failed" in found[0].tail and "minutes" in found[3].tail
+    assert [each.status for each in result] == ["failed", "failed", "timed out", "passed"]
+    assert "why it failed" in result[0].tail and "minutes" in result[3].tail
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [each["name"] for each in summary["outcomes"]] == [each.name for each in todo] and summary["to come"] == []
-    lines = command.last_lines(found, tmp_path / "out")
+    lines = command.last_lines(result, tmp_path / "out")
     assert lines[0].startswith("1 of 4 parts passed, 0 numbers") and "hang: timed out" in lines[3]
 
 
@@ -47,14 +47,14 @@ def test_where_time_is_short_the_first_parts_have_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(command, "_outcome", lambda part, *given: Outcome(part.name, "passed", given[0], ""))
     clock = iter(range(0, 10_000, 3))
     budget = Budget(1.0, clock=lambda: float(next(clock)))
-    found = command.run([Part(f"tests {i}", ("this",), 1) for i in range(20)], budget, tmp_path, {})
-    statuses = [each.status for each in found]
+    result = command.run([Part(f"tests {i}", ("this",), 1) for i in range(20)], budget, tmp_path, {})
+    statuses = [each.status for each in result]
     assert statuses[0] == "passed" and statuses[-1] == "left out" and statuses == sorted(statuses, reverse=True)
 
 
 def test_what_has_no_time_is_said(tmp_path: Path) -> None:
-    (found,) = command.run([Part("fine", ("this",), 1)], Budget(0.0), tmp_path, {})
-    assert found.status == "left out"
+    (result,) = command.run([Part("fine", ("this",), 1)], Budget(0.0), tmp_path, {})
+    assert result.status == "left out"
 
 
 def record(op: str, point: str, seconds: float, contender: str = "sarqc triton", **own) -> dict:
@@ -65,7 +65,7 @@ def record(op: str, point: str, seconds: float, contender: str = "sarqc triton",
 
 def test_goals_that_are_missed_are_the_last_lines() -> None:
     """The best of ours counts; the farthest from its goal comes first; parts and rivals do not count."""
-    found = [
+    values = [
         record("w4a16", "a", 30e-6, goal_share=0.5),
         record("w4a16", "a", 12e-6, "sarqc cuda", goal_share=0.5),
         record("w4a16", "b", 9e-6, goal_share=0.5),
@@ -74,16 +74,16 @@ def test_goals_that_are_missed_are_the_last_lines() -> None:
         record("gram", "d", 9e-3),
         record("gram", "e", 9e-3, goal_share=0.5, ours=False),
     ]
-    lines = command.missing(found)
+    lines = command.missing(values)
     assert [line.split(":")[0] for line in lines] == ["columns c", "w4a16 a"]
     assert "12.0 us by sarqc cuda, 1.20 of the goal of 10.0 us" in lines[1]
 
 
 def test_parts_are_tests_first_and_cover_every_operation(tmp_path: Path) -> None:
-    found = command.parts(tmp_path, quick=True, device="cpu")
-    names = [each.name for each in found]
+    result = command.parts(tmp_path, quick=True, device="cpu")
+    names = [each.name for each in result]
     assert set(command.ORDER) == set(OPS) and all((command.ROOT / each.arguments[-1]).exists()
-                                                  for each in found if each.name.startswith("tests "))  # fmt: skip
+                                                  for each in result if each.name.startswith("tests "))  # fmt: skip
     first = next(at for at, name in enumerate(names) if not name.startswith("tests "))
     assert names[first:] == [*command.ORDER, "decode", "quantize"]
 
@@ -94,8 +94,8 @@ def test_a_run_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(command, "parts", lambda *given: [each for each in every(*given) if each.name == "gram"])
     none = ["--cache", str(tmp_path / "none")]
     assert command.main(["--quick", "--device", "cpu", "--minutes", "4", "--out", str(tmp_path / "out"), *none]) == 0
-    found = records.read(tmp_path / "out" / "records.jsonl")
-    assert records.of_status(found, "timed") and {each["op"] for each in found} == {"gram"}
+    result = records.read(tmp_path / "out" / "records.jsonl")
+    assert records.of_status(result, "timed") and {each["op"] for each in result} == {"gram"}
     assert (tmp_path / "out" / "summary.txt").read_text().startswith("1 of 1 parts passed")
     assert "1 of 1 parts passed" in capsys.readouterr().out
 

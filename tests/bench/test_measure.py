@@ -45,7 +45,7 @@ def test_every_contender_leaves_a_record_with_the_reason(tmp_path):
     def breaks():
         raise ValueError("no such thing\nsecond line")
 
-    found = measured(
+    result = measured(
         operation(
             contender("right"),
             contender("absent", unsupported=lambda point, device: "it is not installed"),
@@ -56,10 +56,10 @@ def test_every_contender_leaves_a_record_with_the_reason(tmp_path):
         ),
         tmp_path,
     )
-    status = {record["contender"]: record["status"] for record in found}
+    status = {record["contender"]: record["status"] for record in result}
     assert status == {"right": "timed", "absent": "absent", "wrong": "wrong", "not a number": "wrong",
                       "broken": "failed", "half": "timed"}  # fmt: skip
-    reasons = {record["contender"]: record.get("reason") for record in found}
+    reasons = {record["contender"]: record.get("reason") for record in result}
     assert reasons["absent"] == "it is not installed" and reasons["broken"] == "ValueError: no such thing"
     assert "0.7 > 0.5" in reasons["wrong"]
 
@@ -91,8 +91,8 @@ def test_points_come_by_rank_and_what_time_does_not_reach_is_listed(tmp_path):
         return 0.0
 
     budget = Budget(25 / 60, first_guess=1.0, clock=lambda: now[0])
-    found = measured(operation(contender("c", takes_ten_seconds), points=4), tmp_path, budget)
-    assert [(record["point"], record["status"]) for record in found] == [
+    result = measured(operation(contender("c", takes_ten_seconds), points=4), tmp_path, budget)
+    assert [(record["point"], record["status"]) for record in result] == [
         ("p0", "timed"), ("p1", "timed"), ("p2", "left out"), ("p3", "left out"),
     ]  # fmt: skip
     assert now[0] <= 25
@@ -133,8 +133,8 @@ def test_the_gate_lets_through_what_passes_and_says_what_fails(tmp_path):
     good.write_text("def test_it(): pass\n")
     bad.write_text("def test_it(): assert 1 == 2\n")
     slow.write_text("import time\ndef test_it(): time.sleep(600)\n")
-    found = gate.verdicts({"good": [str(good)], "bad": [str(good), str(bad)]}, 300)
-    assert found["good"] is None and "test_bad.py::test_it" in found["bad"]
+    result = gate.verdicts({"good": [str(good)], "bad": [str(good), str(bad)]}, 300)
+    assert result["good"] is None and "test_bad.py::test_it" in result["bad"]
     assert "did not end in time" in gate.verdicts({"slow": [str(slow)]}, 0.5)["slow"]
 
 

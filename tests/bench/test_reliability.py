@@ -20,14 +20,14 @@ ROWS = json.loads(reliability.OUT.read_text(encoding="utf-8"))
 
 def marked() -> set[str]:
     """Names of the faults that tests say they try."""
-    found = set()
+    names = set()
     for path in TESTS.rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
                 [name] = node.args
                 assert isinstance(name, ast.Constant) and not node.keywords, f"{path}:{node.lineno}"
-                found.add(str(name.value))
-    return found
+                names.add(str(name.value))
+    return names
 
 
 def test_every_fault_has_a_committed_result():

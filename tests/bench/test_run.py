@@ -30,17 +30,17 @@ def results(tmp_path_factory) -> Path:
 
 
 def test_a_quick_run_times_the_references_and_lists_every_rival(results):
-    found = records.read(results)
+    result = records.read(results)
     for op in OPS.values():
-        mine = [record for record in found if record["op"] == op.name]
+        mine = [record for record in result if record["op"] == op.name]
         timed = records.of_status(mine, "timed")
         assert {record["status"] for record in mine} == {"timed", "absent"}
         assert {record["contender"] for record in mine} == {contender.name for contender in op.contenders}
         assert any(record["contender"] == "sarqc reference" for record in timed)
         assert all(record["error"] is None or record["error"] <= op.most_error for record in timed)
-    assert all(record["gpu"] is None and record["device"] == "cpu" for record in found)  # never claims a GPU
-    assert all(record["versions"]["torch"] == torch.__version__ for record in found)
-    assert not any(record["tested"] for record in found) and all(record["quick"] for record in found)
+    assert all(record["gpu"] is None and record["device"] == "cpu" for record in result)  # never claims a GPU
+    assert all(record["versions"]["torch"] == torch.__version__ for record in result)
+    assert not any(record["tested"] for record in result) and all(record["quick"] for record in result)
 
 
 def test_pictures_of_what_was_measured(results, tmp_path):
@@ -70,8 +70,8 @@ def test_what_a_benchmark_runs_first_needs_nothing_but_pytest():
 def test_no_time_no_points(tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     run.main(["w4a16", "--quick", "--skip-tests", "--device", "cpu", "--minutes", "0.001", "--out", str(out)])
-    found = records.read(out)
-    assert {record["status"] for record in found} == {"left out"} and len(found) == len(OPS["w4a16"].points(True))
+    result = records.read(out)
+    assert {record["status"] for record in result} == {"left out"} and len(result) == len(OPS["w4a16"].points(True))
     assert "left out" in capsys.readouterr().out
 
 

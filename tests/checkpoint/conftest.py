@@ -32,14 +32,14 @@ DTYPES = (
 def tensors() -> dict[str, Tensor]:
     """A tensor of each dtype, odd sizes, a scalar and an empty one; NaN and infinity patterns among the bf16 bits."""
     rng = torch.Generator().manual_seed(0)
-    found = {}
+    stored = {}
     for number, dtype in enumerate(DTYPES):
         shape = (3 + number, 5)
         raw = torch.randint(0, 256, (*shape[:1], shape[1] * dtype.itemsize), generator=rng, dtype=torch.uint8)
-        found[f"layer.{number}.weight"] = (raw & 1).bool() if dtype == torch.bool else raw.view(dtype)
-    found["scalar"] = torch.tensor(7, dtype=torch.int64)
-    found["empty"] = torch.empty(0, 4, dtype=torch.float16)
-    return found
+        stored[f"layer.{number}.weight"] = (raw & 1).bool() if dtype == torch.bool else raw.view(dtype)
+    stored["scalar"] = torch.tensor(7, dtype=torch.int64)
+    stored["empty"] = torch.empty(0, 4, dtype=torch.float16)
+    return stored
 
 
 @pytest.fixture

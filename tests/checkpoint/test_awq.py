@@ -19,14 +19,14 @@ OUTPUTS = [0, 2, 4, 6, 1, 3, 5, 7]  # of nibble 0, 1, ... of a word
 
 def nibbles(table: torch.Tensor) -> list[list[int]]:
     """[*, N / 8] words -> [*, N] numbers, by the description of the format."""
-    found = []
+    items = []
     for row in table.tolist():
         numbers = [0] * (8 * len(row))
         for place, word in enumerate(row):
             for nibble, output in enumerate(OUTPUTS):
                 numbers[8 * place + output] = (word >> (4 * nibble)) & 15
-        found.append(numbers)
-    return found
+        items.append(numbers)
+    return items
 
 
 def test_golden_words():

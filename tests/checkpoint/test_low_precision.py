@@ -43,10 +43,10 @@ def test_published_models_read_as_transformers_reads_them(row, tmp_path):
     config = FineGrainedFP8Config(dequantize=True) if "fp8" in row else Mxfp4Config(dequantize=True)
     wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).state_dict()
     model, _ = sarqc.load(folder, dtype="bfloat16")
-    found = model.state_dict()
-    assert found.keys() == wanted.keys()
+    state = model.state_dict()
+    assert state.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(state[name], tensor), name
 
 
 CT = {  # format of compressed-tensors: what the weights are
@@ -126,8 +126,8 @@ def test_headers_alone_have_the_same_view(tmp_path):
     folder = in_condition("gpt_oss@mxfp4", tmp_path)
     with open_checkpoint(folder) as checkpoint:
         raw = {name: checkpoint.raw_entry(name) for name in checkpoint.raw_names()}
-        found = dense_headers({name: (entry.shape, entry.dtype) for name, entry in raw.items()}, checkpoint.config)
-        assert found == {name: (checkpoint.shape(name), checkpoint.dtype(name)) for name in checkpoint.names()}
+        result = dense_headers({name: (entry.shape, entry.dtype) for name, entry in raw.items()}, checkpoint.config)
+        assert result == {name: (checkpoint.shape(name), checkpoint.dtype(name)) for name in checkpoint.names()}
 
 
 @pytest.mark.parametrize("row", ["qwen3@fp8", "qwen3_moe@4bit"])

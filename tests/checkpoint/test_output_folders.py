@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sarqc.checkpoint import folders
-from sarqc.checkpoint.folders import atomic_folder, refuse_existing, refuse_overlap
+from sarqc.checkpoint.folders import atomic_folder, check_existing, check_overlap
 from sarqc.errors import CheckpointError
 
 
@@ -108,7 +108,7 @@ def test_a_folder_that_is_no_checkpoint_is_never_overwritten(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        refuse_existing(tmp_path / "home", overwrite=True)
+        check_existing(tmp_path / "home", overwrite=True)
     with pytest.raises(CheckpointError), atomic_folder(tmp_path / "home", overwrite=True):
         pytest.fail("the block must not run")
     assert tree(tmp_path) == {"home/thesis.txt": "years"}
@@ -147,18 +147,18 @@ def test_overlap_with_the_source(tmp_path, out, how):
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to("model")
     with pytest.raises(CheckpointError, match=how):
-        refuse_overlap(f"{tmp_path}/{out}", tmp_path / "model")
+        check_overlap(f"{tmp_path}/{out}", tmp_path / "model")
 
 
 def test_neighbours_do_not_overlap(tmp_path):
     (tmp_path / "model").mkdir()
     for out in ("model-w4", "mode", "out/model", "x"):
-        refuse_overlap(tmp_path / out, tmp_path / "model")
+        check_overlap(tmp_path / out, tmp_path / "model")
 
 
 def test_a_mount_point_is_refused_because_nothing_can_be_renamed_to_it(tmp_path, monkeypatch):
     """As /out of `docker -v FOLDER:/out` is."""
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
     with pytest.raises(CheckpointError, match="is a mount point, and cannot be replaced: give a folder inside it"):
-        refuse_existing(tmp_path)
-    refuse_existing(tmp_path / "inside")
+        check_existing(tmp_path)
+    check_existing(tmp_path / "inside")

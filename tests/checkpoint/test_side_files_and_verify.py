@@ -37,8 +37,8 @@ def test_exactly_the_usable_files_with_exact_bytes(tmp_path, source):
     out = tmp_path / "out"
     out.mkdir()
     assert sorted(copy_side_files(source, out)) == sorted(USABLE)
-    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert found == {name: f"<{name}>\r\n".encode() for name in USABLE}
+    by_name = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert by_name == {name: f"<{name}>\r\n".encode() for name in USABLE}
     assert "modeling_x.py" in copy_side_files(source, tmp_path / "more", code=True)
 
 

@@ -48,9 +48,9 @@ def test_pieces_that_are_read_are_the_whole(hidden, tmp_path, monkeypatch, piece
     write_state(tmp_path / "file", tensors, {})
     with State(tmp_path / "file") as state:
         parts = state.parts("hidden")
-        found = list(parts.each())
-        assert torch.equal(torch.cat(found), hidden) and (parts.shape, parts.dtype) == (hidden.shape, hidden.dtype)
-        assert len(found) == {1: 7, 31: 7, 10**6: 1}[piece]
+        result = list(parts.each())
+        assert torch.equal(torch.cat(result), hidden) and (parts.shape, parts.dtype) == (hidden.shape, hidden.dtype)
+        assert len(result) == {1: 7, 31: 7, 10**6: 1}[piece]
         assert all(torch.equal(row, own) for row, own in zip(parts.rows(), hidden, strict=True))
         for name in ("scalar", "empty"):
             assert torch.equal(next(state.parts(name).each()), tensors[name])
@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_found_behind_the_last_piece(hidden, tmp_path, monkeypa
     ("error", "says"),
     [(OSError(28, "No space left on device"), "No space left"), (ResourceError("a rank ended"), "^a rank ended$")],
 )
-def test_pieces_that_fail_leave_what_was_there(hidden, tmp_path, error, says):
+def test_pieces_that_fail_leave_what_was_there(hidden, tmp_path, error, result):
     path = tmp_path / "file"
     write_state(path, {"hidden": hidden}, {})
     before = path.read_bytes()
@@ -84,6 +84,6 @@ def test_pieces_that_fail_leave_what_was_there(hidden, tmp_path, error, says):
         yield hidden[:2]
         raise error
 
-    with pytest.raises(ResourceError, match=says):
+    with pytest.raises(ResourceError, match=result):
         write_state(path, {"hidden": ChunkedTensor(tuple(hidden.shape), hidden.dtype, failing)}, {})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

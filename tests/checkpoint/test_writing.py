@@ -113,9 +113,9 @@ def test_the_manifest_holds_the_sum_of_each_tensor_whatever_the_shards(tmp_path,
         write_weights(tmp_path / folder, tensors, size)
     written = (tmp_path / "one" / MANIFEST).read_bytes()
     assert written == (tmp_path / "many" / MANIFEST).read_bytes()
-    said = json.loads(written)
-    assert said["algorithm"] == "sha256" and said["tensors"].keys() == tensors.keys()
-    plain = said["tensors"]["layer.2.weight"]
+    printed = json.loads(written)
+    assert printed["algorithm"] == "sha256" and printed["tensors"].keys() == tensors.keys()
+    plain = printed["tensors"]["layer.2.weight"]
     assert plain["sha256"] == hashlib.sha256(tensors["layer.2.weight"].numpy().tobytes()).hexdigest()
     assert (plain["dtype"], plain["shape"]) == ("F32", [5, 5])
-    assert said["tensors"]["empty"]["sha256"] == hashlib.sha256(b"").hexdigest()
+    assert printed["tensors"]["empty"]["sha256"] == hashlib.sha256(b"").hexdigest()

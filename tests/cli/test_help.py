@@ -16,7 +16,7 @@ from sarqc.options import options
 PARAMS = {name: command.params for name, command in getattr(get_command(cli.app), "commands").items()}  # noqa: B009
 
 
-def said(monkeypatch, capsys, *arguments: str) -> str:
+def output(monkeypatch, capsys, *arguments: str) -> str:
     """What stdout shows of a command that ends well."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", ["sarqc", *arguments])
@@ -29,7 +29,7 @@ def said(monkeypatch, capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize("name", PARAMS)
 def test_help_fits_80_columns_with_no_word_cut_off(name, monkeypatch, capsys):
-    shown = said(monkeypatch, capsys, name, "--help")
+    shown = output(monkeypatch, capsys, name, "--help")
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
     for param in PARAMS[name]:
         for option in (*param.opts, *param.secondary_opts):
@@ -40,7 +40,7 @@ def test_help_fits_80_columns_with_no_word_cut_off(name, monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "kinds"), [("quantize", QUANTIZE), ("compare", COMPARE), ("eval", EVALUATE)])
 def test_every_option_is_a_flag_with_its_help(name, kinds, monkeypatch, capsys):
     """In the order of the fields, and none of an earlier name."""
-    shown = " ".join(said(monkeypatch, capsys, name, "--help").replace("│", " ").split())
+    shown = " ".join(output(monkeypatch, capsys, name, "--help").replace("│", " ").split())
     params = [param.name for param in PARAMS[name]]
     fields = [field for kind in kinds for field in options(kind)]
     assert [param for param in params if param in fields] == fields
@@ -61,17 +61,17 @@ def test_every_option_is_a_flag_with_its_help(name, kinds, monkeypatch, capsys):
         (("--keep-work", "--bits", "9"), "keep_work has no effect"),
     ],
 )
-def test_an_earlier_flag_is_one_line_that_names_the_new_one(words, says, monkeypatch, capsys):
+def test_an_earlier_flag_is_one_line_that_names_the_new_one(words, result, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sarqc", "quantize", "smollm2", "-o", "nowhere", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     first, last = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and first.startswith(f"sarqc: {says}")
+    assert ended.value.code == 2 and first.startswith(f"sarqc: {result}")
     assert last.startswith(("sarqc: bits = 9", "sarqc: seed = -1"))
 
 
 def test_the_version(monkeypatch, capsys):
-    assert said(monkeypatch, capsys, "--version") == f"sarqc {sarqc.__version__}\n"
+    assert output(monkeypatch, capsys, "--version") == f"sarqc {sarqc.__version__}\n"
 
 
 def test_a_removed_command_names_what_serves_now(monkeypatch, capsys):

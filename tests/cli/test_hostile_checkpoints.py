@@ -78,17 +78,17 @@ def mutate_file(path: Path, draw: random.Random) -> None:
 def models(tmp_path_factory) -> dict[str, Path]:
     """A model, and quantized ones: in shards with an index, and as GPTQ and AWQ."""
     base = tmp_path_factory.mktemp("models")
-    found = {"source": tiny.save("llama", base / "source"), "moe": tiny.save("qwen3_moe", base / "moe")}
-    whole = sarqc.quantize(found["source"], base / "whole", method="rtn", group_size=32, sym=False).out
-    found["shards"] = base / "shards"
+    folders = {"source": tiny.save("llama", base / "source"), "moe": tiny.save("qwen3_moe", base / "moe")}
+    whole = sarqc.quantize(folders["source"], base / "whole", method="rtn", group_size=32, sym=False).out
+    folders["shards"] = base / "shards"
     with open_checkpoint(whole) as checkpoint:
         tensors = {name: checkpoint.raw_load(name) for name in checkpoint.raw_names()}
-        write_weights(found["shards"], tensors, shard_bytes=60_000)
+        write_weights(folders["shards"], tensors, shard_bytes=60_000)
     for name in ("config.json", "report.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(whole / name, found["shards"])
+        shutil.copy(whole / name, folders["shards"])
     for format in ("gptq", "awq"):
-        found[format] = convert(whole, base / format, format=format).out
-    return found
+        folders[format] = convert(whole, base / format, format=format).out
+    return folders
 
 
 def names(folder: Path) -> set[str]:

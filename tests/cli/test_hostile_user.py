@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sarqc import cli
-from sarqc.checkpoint.folders import refuse_place
+from sarqc.checkpoint.folders import check_place
 from sarqc.errors import CheckpointError
 from tests.support import tiny
 
@@ -53,9 +53,9 @@ def spoiled(source: Path, folder: Path, name: str) -> Path:
         (("compare", "m", "-o", "o", "--also", "rtn:4:32::=/nope"), "'/nope' is no folder of a checkpoint"),
     ],
 )
-def test_words_that_make_no_command(door, arguments, says):
+def test_words_that_make_no_command(door, arguments, result):
     code, line = door(*arguments)
-    assert code == 2 and says in line, line
+    assert code == 2 and result in line, line
 
 
 def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(source, door, tmp_path):
@@ -83,9 +83,9 @@ def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(source, door, tmp
         (("--dataset", "~nobody-of-this-name/x.txt", *SHORT), "no such file"),
     ],
 )
-def test_settings_that_cannot_be(source, door, tmp_path, arguments, says):
+def test_settings_that_cannot_be(source, door, tmp_path, arguments, result):
     code, line = door("quantize", source, "-o", tmp_path / "out", *arguments)
-    assert code == 2 and says in line and list(tmp_path.iterdir()) == [], line
+    assert code == 2 and result in line and list(tmp_path.iterdir()) == [], line
 
 
 def test_a_text_in_another_encoding(source, door, tmp_path):
@@ -127,7 +127,7 @@ def test_places_where_nothing_may_be_written(tmp_path, monkeypatch, outcomes, pl
     """Asked of the operating system, whose answer is another for the superuser."""
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(CheckpointError, match=f"{place} .*no right to write in") as caught:
-        refuse_place(tmp_path / "deep" / "er" / "out", place)
+        check_place(tmp_path / "deep" / "er" / "out", place)
     outcomes.clear_error(caught.value)
 
 
@@ -175,10 +175,10 @@ def test_a_configuration_that_builds_and_does_not_run(door, tmp_path):
         ("!!python/object/apply:os.abort []", "cannot be read as YAML"),
     ],
 )
-def test_config_files(source, door, tmp_path, text, says):
+def test_config_files(source, door, tmp_path, text, result):
     (tmp_path / "run.yaml").write_text(text)
     code, line = door("quantize", source, "-o", tmp_path / "out", "--config", tmp_path / "run.yaml", *RTN)
-    assert code == 2 and says in line, line
+    assert code == 2 and result in line, line
 
 
 def test_a_config_file_has_the_names_of_the_options(source, door, tmp_path, capsys):
@@ -208,14 +208,14 @@ HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 
         (("compare", "m", "-o", "o"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "CUBLAS_STATUS_ALLOC_FAILED); use"),
     ],
 )
-def test_memory_that_runs_out(door, monkeypatch, command, error, says):
+def test_memory_that_runs_out(door, monkeypatch, command, error, result):
     def full(*args, **options):
         raise error
 
     for place in ("load.locate", "compare.locate_source"):
         monkeypatch.setattr(f"sarqc.entrypoints.{place}", full)
     code, line = door(*command)
-    assert code == 2 and line.startswith(f"sarqc: {command[0]}: out of memory ({says}"), line
+    assert code == 2 and line.startswith(f"sarqc: {command[0]}: out of memory ({result}"), line
 
 
 def test_an_error_that_is_none_of_memory_stays_what_it_is(monkeypatch):
@@ -237,24 +237,26 @@ def test_an_environment_that_torchrun_did_not_make(source, door, tmp_path, monke
 
 def test_a_rank_of_nothing_is_nothing(source, tmp_path, monkeypatch, capsys):
     """RANK alone, as some schedulers set it: one process, which shows what it did."""
-    from sarqc.pipeline.distributed import leads
+    from sarqc.pipeline.distributed import is_leader
 
     for rank in ("1", "x"):
         monkeypatch.setenv("RANK", rank)
-        assert leads()
+        assert is_leader()
 
 
 def test_serving_is_told_by_verify(source, door, tmp_path, monkeypatch, capsys):
     assert door("quantize", source, "-o", tmp_path / "out", *RTN)[0] == 0
     printed: list[str] = []
-    monkeypatch.setattr(sys.modules["sarqc.cli.verify"], "sentence", lambda console, line: printed.append(line))
+    monkeypatch.setattr(sys.modules["sarqc.cli.verify"], "print_line", lambda console, line: printed.append(line))
     monkeypatch.setattr("builtins.print", lambda *words, **how: printed.extend(map(str, words)))
     assert door("verify", tmp_path / "out")[0] == 0
     assert "sound; " in printed[0]
-    told = dict(line.strip().split(": ", 1) for line in printed[1:])
-    assert told["vLLM 0.33, sm_80"].startswith("tp 1, 2 (Marlin 14); not at tp 4: model.layers.*.self_attn.o_proj: 16 ")
-    assert told["transformers 5.23"] == "tp 1 (expanded on loading 14)"
+    support = dict(line.strip().split(": ", 1) for line in printed[1:])
+    assert support["vLLM 0.33, sm_80"].startswith(
+        "tp 1, 2 (Marlin 14); not at tp 4: model.layers.*.self_attn.o_proj: 16 "
+    )
+    assert support["transformers 5.23"] == "tp 1 (expanded on loading 14)"
     printed.clear()
     assert door("verify", tmp_path / "out", "--json")[0] == 0
     serve = json.loads(printed[0])["serve"]
-    assert {one["server"] for one in serve} == set(told) and serve[0]["kernels"] == {"Marlin": 14}
+    assert {one["server"] for one in serve} == set(support) and serve[0]["kernels"] == {"Marlin": 14}

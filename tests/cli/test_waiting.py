@@ -25,7 +25,7 @@ finally:
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "1"}])
 def test_what_a_user_has_said_stays(own):
     environment = dict(own)
-    cli.wait_briefly(environment)
+    cli.set_wait_policy(environment)
     assert environment == (own or {"GOMP_SPINCOUNT": str(cli.SPINS)})
 
 

@@ -42,14 +42,14 @@ ALL_OPTIONS = {name for command in COMMANDS.values() for name in options(command
 
 def shown_commands() -> list[tuple[str, list[str]]]:
     """(page, words) of every `sarqc ...` line in the pages' code."""
-    found = []
+    items = []
     for page, text in PAGES.items():
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             for line in [] if language else block.splitlines():
                 command = re.match(r"(?:[A-Z_]+=\w+ |torchrun .* -m )?sarqc (.*)", line)
                 if command:
-                    found.append((page, shlex.split(command[1], comments=True)))
-    return found
+                    items.append((page, shlex.split(command[1], comments=True)))
+    return items
 
 
 @pytest.mark.parametrize(("page", "words"), shown_commands(), ids=lambda value: " ".join(value)[:50])
@@ -95,12 +95,12 @@ def resolves(name: str) -> bool:
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
-            found: Any = importlib.import_module(".".join(parts[:length]))
+            result: Any = importlib.import_module(".".join(parts[:length]))
         except ModuleNotFoundError:
             continue
         for part in parts[length:]:
-            found = getattr(found, part, None)
-        return found is not None
+            result = getattr(result, part, None)
+        return result is not None
     return False
 
 

@@ -48,16 +48,16 @@ def test_json_is_one_object_and_nothing_else(source, quantized, tmp_path):
         ("generate", quantized, "--prompt", "a list", "--max-new-tokens", 3),
         ("inspect", quantized),
     ]
-    found = [json.loads(sarqc(*command, "--json").stdout) for command in commands]
-    assert found[0]["method"]["method"] == "sarqc-gptq" and found[0]["out"] == str(tmp_path / "out")
-    assert found[1]["perplexity"] > 1 and found[1]["protocol"]["windows"] == 2
-    assert (found[1]["protocol"]["packed"], found[1]["protocol"]["dtype"]) == (True, "float32")
-    assert (found[2]["protocol"]["packed"], found[2]["protocol"]["dtype"]) == (False, "float32")
-    assert found[1]["perplexity"] == pytest.approx(found[2]["perplexity"], rel=0.01)
-    assert found[3]["text"].startswith("a list")
+    values = [json.loads(sarqc(*command, "--json").stdout) for command in commands]
+    assert values[0]["method"]["method"] == "sarqc-gptq" and values[0]["out"] == str(tmp_path / "out")
+    assert values[1]["perplexity"] > 1 and values[1]["protocol"]["windows"] == 2
+    assert (values[1]["protocol"]["packed"], values[1]["protocol"]["dtype"]) == (True, "float32")
+    assert (values[2]["protocol"]["packed"], values[2]["protocol"]["dtype"]) == (False, "float32")
+    assert values[1]["perplexity"] == pytest.approx(values[2]["perplexity"], rel=0.01)
+    assert values[3]["text"].startswith("a list")
     planned = sarqc("quantize", source, "-o", tmp_path / "dry", *RUN, "--dry-run", "--json")
-    assert json.loads(planned.stdout)["output_bytes"] == found[0]["size"]["bytes"] and not (tmp_path / "dry").exists()
-    assert found[4]["quantized_linears"] == 14 and found[4]["report"]["quant"]["bits"] == 4
+    assert json.loads(planned.stdout)["output_bytes"] == values[0]["size"]["bytes"] and not (tmp_path / "dry").exists()
+    assert values[4]["quantized_linears"] == 14 and values[4]["report"]["quant"]["bits"] == 4
 
 
 def test_a_config_file_gives_defaults_and_the_command_line_wins(source, tmp_path):
@@ -202,13 +202,13 @@ main()
 
 
 @pytest.mark.parametrize(("times", "says"), [(1, "stopped after block 1 of 2"), (2, "stopped at once")])
-def test_ctrl_c_is_exit_130_and_the_same_command_goes_on(source, quantized, tmp_path, times, says):
+def test_ctrl_c_is_exit_130_and_the_same_command_goes_on(source, quantized, tmp_path, times, result):
     out = tmp_path / "out"
     command = ["quantize", str(source), "-o", str(out), *RUN]
     pressed = subprocess.run([sys.executable, "-c", PRESS, *command, str(times)], capture_output=True, text=True)
     assert pressed.returncode == 130 and not out.exists(), pressed.stderr
     last = pressed.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"sarqc: {says}") and "command" in last
+    assert last.startswith(f"sarqc: {result}") and "command" in last
     if times == 1:
         done = sarqc(*command)
         assert done.returncode == 0 and "block 2 of 2" in done.stderr
@@ -240,8 +240,8 @@ def test_a_report_is_made_again_and_quality_is_saved_into_it(source, quantized, 
     assert (copy / "report.html").read_bytes() == (quantized / "report.html").read_bytes()
     saved = json.loads(sarqc("eval", copy, "--save", "--seqlen", 64, "--max-windows", 2, "--json").stdout)
     assert saved["before"] > 1 and saved["card"]
-    told = json.loads(sarqc("report", copy, "--json").stdout)
-    assert f"perplexity {saved['before']:.2f}" in told["verdict"] and told["good"]
+    printed = json.loads(sarqc("report", copy, "--json").stdout)
+    assert f"perplexity {saved['before']:.2f}" in printed["verdict"] and printed["good"]
     refused(sarqc("report", source), "report.json")
     refused(sarqc("eval", source, "--save"), "report.json")
     refused(sarqc("eval", copy, "--save", "--tasks", "cloze"), "--save")

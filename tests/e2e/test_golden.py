@@ -46,11 +46,11 @@ def digest(out: Path) -> str:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 entries[name] = file.get_tensor(name)
-    found = hashlib.sha256()
+    digest_sum = hashlib.sha256()
     for name in sorted(entries):
-        found.update(f"{name} {entries[name].dtype} {list(entries[name].shape)}".encode())
-        found.update(entries[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:32]
+        digest_sum.update(f"{name} {entries[name].dtype} {list(entries[name].shape)}".encode())
+        digest_sum.update(entries[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest_sum.hexdigest()[:32]
 
 
 @pytest.fixture(autouse=True)
@@ -106,13 +106,13 @@ def _record() -> None:
     import tempfile
 
     torch.set_num_threads(1)
-    found = {}
+    hashes = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (kind, options) in RUNS.items():
             source = tiny.save(kind, Path(folder) / name / kind, num_hidden_layers=2)
             sarqc.quantize(source, Path(folder) / name / "out", **SMALL | options)
-            found[name] = digest(Path(folder) / name / "out")
-    print(json.dumps({machine(): found}, indent=2))
+            hashes[name] = digest(Path(folder) / name / "out")
+    print(json.dumps({machine(): hashes}, indent=2))
 
 
 if __name__ == "__main__":

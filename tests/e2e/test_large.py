@@ -57,9 +57,9 @@ def test_blocks_leave_memory_as_they_are_done(tmp_path):
 def test_a_model_of_eight_gigabytes_takes_less_than_three(tmp_path, method):
     source = large.save(tmp_path / "model")
     assert size_of(source) > 8e9
-    found = peak(source, tmp_path / "out", method)
-    print(f"peak memory of {method}: {found / 1e9:.2f} GB")
-    assert found < 3e9
+    result = peak(source, tmp_path / "out", method)
+    print(f"peak memory of {method}: {result / 1e9:.2f} GB")
+    assert result < 3e9
 
 
 @pytest.mark.slow
@@ -68,6 +68,6 @@ def test_a_model_of_eight_gigabytes_takes_less_than_three(tmp_path, method):
 def test_six_gigabytes_of_fp8_take_less_than_two_and_a_half(tmp_path, method):
     source = large.save(tmp_path / "model", blocks=94, fp8=True)
     assert size_of(source) > 6e9
-    found = peak(source, tmp_path / "out", method)
-    print(f"peak memory of {method} from fp8: {found / 1e9:.2f} GB")
-    assert found < 2.5e9
+    result = peak(source, tmp_path / "out", method)
+    print(f"peak memory of {method} from fp8: {result / 1e9:.2f} GB")
+    assert result < 2.5e9

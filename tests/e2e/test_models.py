@@ -17,19 +17,19 @@ ROWS = ("qwen3_moe", "gemma3+vl", "gpt_oss@mxfp4", "qwen3@fp8", "deepseek_v32", 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_ends_as_the_results_say(row, tmp_path):
-    found = run.one(row, tmp_path, "rtn")
+    actual = run.one(row, tmp_path, "rtn")
     wanted = RESULTS["rows"][row]
-    reasons = [found.get("reference"), *(found.get(key, {}).get("error") for key in ("transformers", "sarqc"))]
-    assert found["kind"] == wanted["kind"], f"{reasons} {found}"
-    assert found.get("share") == wanted.get("share")
+    reasons = [actual.get("reference"), *(actual.get(key, {}).get("error") for key in ("transformers", "sarqc"))]
+    assert actual["kind"] == wanted["kind"], f"{reasons} {actual}"
+    assert actual.get("share") == wanted.get("share")
 
 
 def _parallel() -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    found = float(torch.ones(1 << 17).exp().mean())
+    result = float(torch.ones(1 << 17).exp().mean())
     torch.set_num_threads(before)
-    return found
+    return result
 
 
 def test_a_stage_runs_whatever_ran_here_before(monkeypatch):

@@ -61,8 +61,8 @@ def test_the_default_method_beats_gptq_and_rounding_on_text_it_has_not_seen(kind
         out = sarqc.quantize(
             folder, tmp_path / method, method=method, bits=3, group_size=64, num_samples=16, seqlen=128
         ).out
-        found = output_of(out, tokens).log_softmax(-1)
-        divergence[method] = float((original.exp() * (original - found)).sum(-1).mean())
+        result = output_of(out, tokens).log_softmax(-1)
+        divergence[method] = float((original.exp() * (original - result)).sum(-1).mean())
     assert divergence["sarqc-gptq"] < 0.95 * divergence["gptq"] < 0.95 * divergence["rtn"], divergence
 
 

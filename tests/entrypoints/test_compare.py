@@ -37,24 +37,24 @@ def deep(tmp_path_factory):
     return tiny.save("llama", tmp_path_factory.mktemp("models") / "deep")
 
 
-def cell(found, method, **what):
-    (one,) = [c for c in found.table["cells"] if c["method"] == method and all(c[key] == what[key] for key in what)]
+def cell(result, method, **what):
+    (one,) = [c for c in result.table["cells"] if c["method"] == method and all(c[key] == what[key] for key in what)]
     return one
 
 
 def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
     """Judged another way: the run's checkpoint, loaded whole; and the same checkpoint taken into the table."""
     methods = ("rtn", "gptq")
-    found = compare(shallow, tmp_path / "table", methods=methods, bits=(3,), seeds=(5,), **HOW)
+    comparison = compare(shallow, tmp_path / "table", methods=methods, bits=(3,), seeds=(5,), **HOW)
     for method in methods:
         run = sarqc.quantize(shallow, tmp_path / method, method=method, bits=3, num_samples=4, seqlen=32, seed=5)
-        judged = sarqc.evaluate(run.out, seqlen=48, max_windows=3, packed=False)
-        one = cell(found, method)
+        measured = sarqc.evaluate(run.out, seqlen=48, max_windows=3, packed=False)
+        one = cell(comparison, method)
         # Micro-batches and folds add up in another order, so that a code at a tie may fall the other way.
-        assert one["quality"]["builtin"]["perplexity"] == pytest.approx(judged.perplexity, rel=2e-4), method
+        assert one["quality"]["builtin"]["perplexity"] == pytest.approx(measured.perplexity, rel=2e-4), method
         assert one["error"] == pytest.approx(run.report["error"], rel=0.02), method
         assert one["rtn_error"] == pytest.approx(run.report["rtn_error"], rel=0.02), method
-    text = found.table["protocol"]["texts"][0]
+    text = comparison.table["protocol"]["texts"][0]
     assert text["perplexity"] == pytest.approx(sarqc.evaluate(shallow, seqlen=48, max_windows=3).perplexity, rel=1e-4)
     also = [Other("the run", 3, 64, 4, 5, tmp_path / "gptq")]
     grown = compare(shallow, tmp_path / "table", methods=methods, bits=(3,), seeds=(5,), also=also, **HOW)
@@ -62,12 +62,12 @@ def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
     assert quality["perplexity"] == pytest.approx(
         sarqc.evaluate(tmp_path / "gptq", seqlen=48, max_windows=3, packed=False).perplexity
     )
-    assert quality["kl"] == pytest.approx(cell(found, "gptq")["quality"]["builtin"]["kl"], rel=0.02)
+    assert quality["kl"] == pytest.approx(cell(comparison, "gptq")["quality"]["builtin"]["kl"], rel=0.02)
     assert len(grown.table["cells"]) == len(methods) + 1
 
 
 def test_agreement_and_divergence_are_those_of_the_two_models(deep, tmp_path):
-    found = compare(deep, tmp_path / "table", methods=("rtn",), bits=(2, 8), **HOW)
+    comparison = compare(deep, tmp_path / "table", methods=("rtn",), bits=(2, 8), **HOW)
     out = sarqc.quantize(deep, tmp_path / "out", method="rtn", bits=2).out
     texts = windows("builtin", tiny.tokenizer, 48, part="evaluation").last(3)
     with torch.no_grad():
@@ -75,12 +75,12 @@ def test_agreement_and_divergence_are_those_of_the_two_models(deep, tmp_path):
             torch.log_softmax(sarqc.load(folder, packed=False)[0](texts.tokens).logits[:, :-1], -1)
             for folder in (deep, out)
         )
-    quality = cell(found, "rtn", bits=2)["quality"]["builtin"]
+    quality = cell(comparison, "rtn", bits=2)["quality"]["builtin"]
     assert quality["kl"] == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-3)
     # Two tokens that tie within rounding may come out either way.
     expected = float((before.argmax(-1) == after.argmax(-1)).float().mean())
     assert quality["agreement"] == pytest.approx(expected, abs=2 / before[..., 0].numel())
-    assert cell(found, "rtn", bits=8)["quality"]["builtin"]["kl"] < 0.01 * quality["kl"]
+    assert cell(comparison, "rtn", bits=8)["quality"]["builtin"]["kl"] < 0.01 * quality["kl"]
 
 
 class Stop(Exception):
@@ -99,8 +99,8 @@ class StopAfter(NoProgress):
             raise Stop
 
 
-def without_times(found):
-    return [{k: v for k, v in c.items() if k != "seconds"} for c in found.table["cells"]]
+def without_times(result):
+    return [{k: v for k, v in c.items() if k != "seconds"} for c in result.table["cells"]]
 
 
 def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_path, monkeypatch):
@@ -125,9 +125,11 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
     text = tmp_path / "b|<i>.txt"
     text.write_text("one thing leads to another and that to a third " * 200)
     how = HOW | dict(bits=(4,), num_samples=(2, 4), seeds=(0, 1), texts=("builtin", str(text)))
-    found = compare(deep, tmp_path / "out", methods=("rtn", "gptq"), **how)
-    assert len(found.table["rows"]) == 2 * 2 * 2
-    assert [row["method"] for row in found.table["rows"] if row["best"]] and found.table["rows"][1]["seeds"] == 2
+    comparison = compare(deep, tmp_path / "out", methods=("rtn", "gptq"), **how)
+    assert len(comparison.table["rows"]) == 2 * 2 * 2
+    assert [row["method"] for row in comparison.table["rows"] if row["best"]] and comparison.table["rows"][1][
+        "seeds"
+    ] == 2
     with (tmp_path / "out" / "compare.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 + 2 * 5 and lines[0]["method"] == "unquantized"
@@ -135,7 +137,7 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
     assert svg.count("polyline") == 2 * 2 and "<i>" not in svg
     page = (tmp_path / "out" / "compare.html").read_text()
     assert page.count("<figure>") == 2 and "<i>" not in page and page.count('class="best"') == 2 * 2
-    markdown = as_markdown(found.table)
+    markdown = as_markdown(comparison.table)
     assert len(markdown.splitlines()) == 2 + 4 and "b\\|<i>.txt" in markdown
 
 
@@ -155,8 +157,8 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
         (dict(eval_seqlen=257), ArgumentError, "eval_seqlen = 257 is more than the 256 positions"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how, error, result):
+    with pytest.raises(error, match=result):
         compare(deep, tmp_path / "out", **HOW | how)
     assert not (tmp_path / "out").exists()
 
@@ -188,9 +190,9 @@ def test_other_checkpoints_are_written_in_one_word(tmp_path):
     (folder / "config.json").write_text("{}")
     assert Other.parsed(f"AWQ:4:64:16:0={folder}") == Other("AWQ", 4, 64, 16, 0, folder)
     assert Other.parsed(f"RTN:4:64::={folder}") == Other("RTN", 4, 64, None, None, folder)
-    for said in ("AWQ", "AWQ:four:64:16:0=x", "AWQ:4:64:16=x", "AWQ:4:64:16:0:9=x"):
+    for argument in ("AWQ", "AWQ:four:64:16:0=x", "AWQ:4:64:16=x", "AWQ:4:64:16:0:9=x"):
         with pytest.raises(ArgumentError, match="METHOD:BITS:GROUP"):
-            Other.parsed(said)
+            Other.parsed(argument)
 
 
 def record(method, seed, perplexity, windows=16):
@@ -239,10 +241,10 @@ def test_thousands_have_no_decimals():
 def test_a_narrow_terminal_cuts_no_number():
     """A long name, of another tool's checkpoint, goes on in the next line."""
     long = [record("the gptq of another tool", seed, 130.0 + seed) for seed in (0, 1)]
-    found = tables.table(PROTOCOL | {"model": "m"}, [*long, record("rtn", 0, 1234567.0)])
+    result = tables.table(PROTOCOL | {"model": "m"}, [*long, record("rtn", 0, 1234567.0)])
     for width in (80, 70):
         out = StringIO()
-        for shown in comparison_tables(found):
+        for shown in comparison_tables(result):
             Console(file=out, width=width).print(shown)
         lines = out.getvalue().splitlines()
         assert any("130.50 ± 0.50" in line for line in lines) and any("1,234,567" in line for line in lines)

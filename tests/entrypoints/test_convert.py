@@ -43,8 +43,8 @@ def asymmetric(tmp_path_factory) -> Path:
 
 def files(folder: Path) -> dict[str, bytes]:
     """What a checkpoint is; the report and what is made of it hold times."""
-    told = ("report.json", "report.html", "README.md")
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in told}
+    names = ("report.json", "report.html", "README.md")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in names}
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2", "awq"])
@@ -84,8 +84,8 @@ def test_it_runs_and_says_the_same(symmetric, tmp_path, format):
     out = convert(symmetric, tmp_path / "out", format=format).out
     tokens = torch.arange(24).reshape(1, 24)
     for packed in (False, True):
-        found = [sarqc.load(folder, packed=packed)[0](tokens).logits for folder in (symmetric, out)]
-        assert torch.equal(*found)
+        values = [sarqc.load(folder, packed=packed)[0](tokens).logits for folder in (symmetric, out)]
+        assert torch.equal(*values)
 
 
 def test_quantize_writes_the_format_itself(tmp_path, symmetric):
@@ -99,7 +99,7 @@ def test_quantize_writes_the_format_itself(tmp_path, symmetric):
         for name in direct_files.keys() - {"config.json", "quantize_config.json"}:
             assert direct_files[name] == there_files[name], name
         # the model knows its routers, the converter sees matrices: the same layers, maybe in another order
-        first, second = (json.loads(found["config.json"]) for found in (direct_files, there_files))
+        first, second = (json.loads(result["config.json"]) for result in (direct_files, there_files))
         known = FORMATS[format]
         assert set(known.ignored(first["quantization_config"])) == set(known.ignored(second["quantization_config"]))
 
@@ -212,8 +212,8 @@ def test_zeros_that_are_all_in_the_middle_make_it_symmetric(tmp_path, random_wei
     source = write(tmp_path / "in", {"p": (weight, QuantConfig(4, 32, sym=False))})
     assert convert(source, tmp_path / "out", format="gptq").record["format"] == "gptq"
     channel = write(tmp_path / "row", {"p": (random_weight(32, 64, 4, -1, False), QuantConfig(4, -1, sym=False))})
-    found = convert(channel, tmp_path / "row-out", format="awq").record
-    assert found["quant"] == {"bits": 4, "group_size": -1, "sym": False}
+    converted = convert(channel, tmp_path / "row-out", format="awq").record
+    assert converted["quant"] == {"bits": 4, "group_size": -1, "sym": False}
 
 
 def test_bad_places_are_refused(tmp_path, symmetric):

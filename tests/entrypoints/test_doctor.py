@@ -26,20 +26,20 @@ def no_interpreter(monkeypatch):
 
 
 def test_every_operation_has_one_implementation_that_runs_and_is_right():
-    found = doctor.examine()
-    on_cpu = [verdict for verdict in found["operations"] if verdict["device"] == "cpu"]
-    assert found["healthy"] and not any(verdict["failed"] for verdict in on_cpu)
+    examination = doctor.examine()
+    on_cpu = [verdict for verdict in examination["operations"] if verdict["device"] == "cpu"]
+    assert examination["healthy"] and not any(verdict["failed"] for verdict in on_cpu)
     ops = {probe.op for probe in selftest.PROBES}
     assert {verdict["op"] for verdict in on_cpu if verdict["chosen"]} == ops
     for verdict in on_cpu:
         assert (verdict["reason"] is None) == (verdict["error"] is not None)
         assert verdict["error"] is None or verdict["error"] <= verdict["limit"]
     chosen = {verdict["op"]: verdict["backend"] for verdict in on_cpu if verdict["chosen"]}
-    assert chosen["gram_accumulate_"] == ("reference" if amx.why_not() else "cpu")
-    assert chosen["quantize_columns"] == ("reference" if cpu_impl.why_not() else "cpu")
-    assert found["versions"]["torch"] == torch.__version__
-    assert all(count > 0 for count in found["free"].values())
-    json.dumps(found, allow_nan=False)
+    assert chosen["gram_accumulate_"] == ("reference" if amx.unsupported_reason() else "cpu")
+    assert chosen["quantize_columns"] == ("reference" if cpu_impl.unsupported_reason() else "cpu")
+    assert examination["versions"]["torch"] == torch.__version__
+    assert all(count > 0 for count in examination["free"].values())
+    json.dumps(examination, allow_nan=False)
 
 
 def test_probes_cover_every_operation_of_the_kernels():
@@ -71,7 +71,7 @@ def test_a_self_test_notices_a_wrong_implementation(probe, monkeypatch):
     for room in rooms:
         if hasattr(room, name):
             monkeypatch.setattr(room, name, wrong)
-    chosen = next(verdict for verdict in doctor.judge(probe, CPU) if verdict.chosen)
+    chosen = next(verdict for verdict in doctor.check_operation(probe, CPU) if verdict.chosen)
     assert chosen.failed is not None and "off by" in chosen.failed
 
 
@@ -87,16 +87,16 @@ def test_an_implementation_that_raises_is_a_failure_with_its_words(kind, monkeyp
         raise kind("no kernel image\nis available")
 
     monkeypatch.setattr(selftest.gram, probe.op, breaks)
-    chosen = next(verdict for verdict in doctor.judge(probe, CPU) if verdict.chosen)
+    chosen = next(verdict for verdict in doctor.check_operation(probe, CPU) if verdict.chosen)
     assert chosen.failed == f"{kind.__name__}: no kernel image is available"
 
 
 def test_a_wish_decides_what_is_marked(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "reference")
     probe = next(probe for probe in selftest.PROBES if probe.op == "w4a16_matmul")
-    assert [verdict.backend for verdict in doctor.judge(probe, CPU) if verdict.chosen] == ["reference"]
+    assert [verdict.backend for verdict in doctor.check_operation(probe, CPU) if verdict.chosen] == ["reference"]
     monkeypatch.setenv(ENVIRONMENT, "cuda")
-    assert not any(verdict.chosen for verdict in doctor.judge(probe, CPU))
+    assert not any(verdict.chosen for verdict in doctor.check_operation(probe, CPU))
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_good_versions_are_not_warned_of(monkeypatch):
 
 def test_the_command():
     run = subprocess.run([sys.executable, "-m", "sarqc", "doctor", "--json"], capture_output=True, text=True)
-    found = json.loads(run.stdout)
-    assert run.returncode == 0 and found["healthy"] and run.stderr == ""
+    content = json.loads(run.stdout)
+    assert run.returncode == 0 and content["healthy"] and run.stderr == ""
 
 
 def test_the_table_and_the_exit_code(monkeypatch, capsys):

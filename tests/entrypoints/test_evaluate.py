@@ -23,9 +23,9 @@ def test_before_and_after_are_saved_and_measured_again(tmp_path):
     for key, folder in (("before", source), ("after", out)):
         assert saved.entry[key] == pytest.approx(sarqc.evaluate(folder, packed=False, **how).perplexity, rel=1e-4)
     for dtype in ("auto", "bfloat16"):
-        found = [sarqc.evaluate(folder, dtype=dtype, seqlen=32, max_windows=1).protocol for folder in (source, out)]
-        assert {one["dtype"] for one in found} == {"float32" if dtype == "auto" else dtype}
-        assert [one["packed"] for one in found] == [False, True]
+        values = [sarqc.evaluate(folder, dtype=dtype, seqlen=32, max_windows=1).protocol for folder in (source, out)]
+        assert {one["dtype"] for one in values} == {"float32" if dtype == "auto" else dtype}
+        assert [one["packed"] for one in values] == [False, True]
     assert 0 < saved.entry["agreement"] < 1 and saved.entry["kl"] > 0 and saved.card
     assert report.load(out)["quality"] == [saved.entry]
     evaluate_and_save(out, **how)
@@ -41,6 +41,6 @@ def test_before_and_after_are_saved_and_measured_again(tmp_path):
     with pytest.raises(ArgumentError, match="is quantized itself: give the model before that"):
         evaluate_and_save(out, original=out, **how)
     assert report.load(out)["quality"][-1] == saved.entry
-    for judge in (partial(evaluate_and_save, original=tmp_path / "moved"), sarqc.evaluate):
+    for measure in (partial(evaluate_and_save, original=tmp_path / "moved"), sarqc.evaluate):
         with pytest.raises(ArgumentError, match=r"seqlen = 4096 is more than the \d+ positions of .*: use \d+ or less"):
-            judge(out, seqlen=4096)
+            measure(out, seqlen=4096)

@@ -99,11 +99,11 @@ def test_mlx_lm_gives_the_same_logits_and_tokens(model):
         wanted = exact(torch.tensor([IDS])).logits[0]
         own = sarqc.load(folder)[0](torch.tensor([IDS])).logits[0].float()
     if "deepseek" not in str(folder):  # MLX multiplies unquantized experts on a CPU in fp32 alone
-        said = torch.tensor(theirs(mx.array([IDS])).astype(mx.float32).tolist())[0]
-        assert (said - wanted).abs().mean() <= 3 * (own - wanted).abs().mean() + 1e-6
+        logits = torch.tensor(theirs(mx.array([IDS])).astype(mx.float32).tolist())[0]
+        assert (logits - wanted).abs().mean() <= 3 * (own - wanted).abs().mean() + 1e-6
     theirs.set_dtype(mx.float32)
-    said = torch.tensor(theirs(mx.array([IDS])).tolist())[0]
-    assert (said - wanted).abs().max() <= 2e-5 * wanted.abs().max() + 1e-6
+    logits = torch.tensor(theirs(mx.array([IDS])).tolist())[0]
+    assert (logits - wanted).abs().max() <= 2e-5 * wanted.abs().max() + 1e-6
     text = list(IDS[:8])
     for _ in range(12):
         text.append(int(mx.argmax(theirs(mx.array([text]))[0, -1])))

@@ -38,7 +38,7 @@ converted = sarqc.convert("me/made@w4", out / "converted", format="gptq")
 print(json.dumps({
     "sound": verified.sound and verified.errors != {},
     "kinds": len(sarqc.estimate("me/base@v1", out / "other", **quick).kinds),
-    "said": sarqc.generate("me/made@w4", "One", max_new_tokens=2) != "One",
+    "generates": sarqc.generate("me/made@w4", "One", max_new_tokens=2) != "One",
     "perplexity": sarqc.evaluate(
         "me/made@w4", text=str(text), seqlen=32, max_windows=1).perplexity > 1,
 }))
@@ -70,10 +70,15 @@ def test_a_run_from_a_hub_to_a_hub(folders, tmp_path):
         server.fail = 1
         done = run(server, tmp_path / "home", "-c", SCRIPT, str(tmp_path))
         assert done.returncode == 0, done.stderr
-        broken, address, told = done.stdout.strip().splitlines()[-3:]
+        broken, address, message = done.stdout.strip().splitlines()[-3:]
         assert "was not uploaded" in broken or "the hub refused 'me/made'" in broken
         assert address.startswith(f"{server.address}/me/made/commit/")
-        assert json.loads(told) == {"sound": True, "kinds": json.loads(told)["kinds"], "said": True, "perplexity": True}
+        assert json.loads(message) == {
+            "sound": True,
+            "kinds": json.loads(message)["kinds"],
+            "generates": True,
+            "perplexity": True,
+        }
         there = server.branches["me/made"]
         assert there["main"] == {} and server.private["me/made"]
         assert there["w4"] == content(tmp_path / "made")

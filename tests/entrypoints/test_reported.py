@@ -31,37 +31,39 @@ def sources(tmp_path_factory):
 )
 def test_a_part_of_the_experts_of_a_layer_is_refused_by_every_runtime(sources, tmp_path, pattern):
     how = {"method": "rtn", "group_size": 32, "ignore": [pattern]}
-    found = estimate(sources["qwen3_moe"], tmp_path / "out", **how)
+    preflight = estimate(sources["qwen3_moe"], tmp_path / "out", **how)
     reason = "mlp.experts: all its experts must be quantized alike, or none"
-    alone = [one for one in found.serve if one.known]
+    alone = [one for one in preflight.serve if one.known]
     assert alone and all(any(reason in line for line in one.failures) for one in alone)
-    assert any("no server is known to load the result" in note for note in found.notes)
+    assert any("no server is known to load the result" in note for note in preflight.notes)
     result = sarqc.quantize(sources["qwen3_moe"], tmp_path / "out", **how)
     assert not any(result.report["serve"].values())
     assert all(one.failures for one in verify(result.out).serve if one.known)
 
 
 def test_all_experts_of_a_layer_may_be_left(sources, tmp_path):
-    found = estimate(sources["qwen3_moe"], tmp_path / "out", method="rtn", group_size=32, ignore=[r"layers\.0\.mlp"])
-    assert not any("all its experts" in line for one in found.serve for line in one.failures)
+    preflight = estimate(
+        sources["qwen3_moe"], tmp_path / "out", method="rtn", group_size=32, ignore=[r"layers\.0\.mlp"]
+    )
+    assert not any("all its experts" in line for one in preflight.serve for line in one.failures)
 
 
 def test_the_run_says_that_no_server_fuses_what_is_left_in_part(sources, tmp_path):
     class Notes(NoProgress):
-        told: list[str] = []  # noqa: RUF012
+        notes: list[str] = []  # noqa: RUF012
 
         def note(self, text):
-            self.told.append(text)
+            self.notes.append(text)
 
     sarqc.quantize(sources["llama"], tmp_path / "out", method="rtn", ignore=["q_proj"], progress=Notes(), group_size=32)
-    assert any("no server is known to load the result" in text and "q_proj+k_proj" in text for text in Notes.told)
+    assert any("no server is known to load the result" in text and "q_proj+k_proj" in text for text in Notes.notes)
 
 
 def test_an_adapter_beside_a_model_is_said_and_one_alone_refused(sources, tmp_path):
     model = shutil.copytree(sources["llama"], tmp_path / "model")
     (model / "adapter_config.json").write_text("{}")
-    found = estimate(model, tmp_path / "out", **SMALL)
-    assert any("adapter is left out" in note for note in found.notes)
+    preflight = estimate(model, tmp_path / "out", **SMALL)
+    assert any("adapter is left out" in note for note in preflight.notes)
     (model / "model.safetensors").unlink()
     with pytest.raises(sarqc.SarqcError, match="holds an adapter and no model: merge it"):
         sarqc.quantize(model, tmp_path / "out", **SMALL)
@@ -83,8 +85,8 @@ def test_offline_headers_come_from_what_was_fetched_before(sources, tmp_path, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     how = {"method": "rtn", "group_size": 32}
-    found = estimate("some/model", tmp_path / "out", **how)
-    assert found.sizes.output == sarqc.quantize("some/model", tmp_path / "out", **how).report["size"]["bytes"]
+    preflight = estimate("some/model", tmp_path / "out", **how)
+    assert preflight.sizes.output == sarqc.quantize("some/model", tmp_path / "out", **how).report["size"]["bytes"]
     with pytest.raises(sarqc.SarqcError, match=r"group_size = 48"):
         estimate("some/model", tmp_path / "other", **how | {"group_size": 48})
     (tmp_path / "elsewhere").write_bytes((disk / "0").read_bytes())
@@ -179,13 +181,13 @@ def test_the_pattern_in_an_error_leaves_all_layers_that_do_not_fit(tmp_path, kin
         ),
     ],
 )
-def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, where, how, says):
+def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, where, how, result):
     source = tiny.save("llama", tmp_path / "model")
     how = {"method": "gptq", "group_size": 32} | how
     if "work_dir" in how:
         how["work_dir"] = tmp_path / how["work_dir"]
     for ask in (estimate, sarqc.quantize):
-        with pytest.raises(sarqc.SarqcError, match=says):
+        with pytest.raises(sarqc.SarqcError, match=result):
             ask(source, tmp_path / where, **how)
 
 

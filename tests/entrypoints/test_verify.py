@@ -61,17 +61,17 @@ def test_groups_that_no_server_has_rules_for_are_sound(out):
     change_tensors(out, lambda tensors: tensors.update(scales(tensors)))
     group = lambda config: config["quantization_config"]["config_groups"]["group_0"]["weights"]  # noqa: E731
     change_json(out / "config.json", lambda config: group(config).update(group_size=4))
-    found = verify(out)
-    assert found.problems == [] and found.serve == []
+    verified = verify(out)
+    assert verified.problems == [] and verified.serve == []
 
 
 def test_a_sound_checkpoint(whole, source):
     steps: list[tuple[int, int, str]] = []
-    found = verify(whole, against=source, progress=lambda *step: steps.append(step))
-    assert found.sound and found.problems == [] and found.manifest
-    found.require()
+    verified = verify(whole, against=source, progress=lambda *step: steps.append(step))
+    assert verified.sound and verified.problems == [] and verified.manifest
+    verified.require()
     assert steps[-1][0] == steps[-1][1] == len(steps)
-    record = found.record()
+    record = verified.record()
     assert record["sound"] and record["format"] == "compressed-tensors" and record["quantized_linears"] == 14
     assert 0.05 < record["weight_error"] < 0.2 and len(record["weight_errors"]) == 14
     assert record["weight_errors"] == json.loads((whole / "report.json").read_text())["weight_errors"]
@@ -81,10 +81,10 @@ def test_a_sound_checkpoint(whole, source):
 
 def test_every_byte_is_read_once(whole, source, monkeypatch):
     """But for the 16 bytes of a Linear's shape, which say what it is before it is read."""
-    found, read = Counter(), Shard._read
+    result, read = Counter(), Shard._read
 
     def counted(self, name, begin, count):
-        found[self.path.parent, name.endswith("weight_shape")] += count
+        result[self.path.parent, name.endswith("weight_shape")] += count
         return read(self, name, begin, count)
 
     monkeypatch.setattr(Shard, "_read", counted)
@@ -92,7 +92,7 @@ def test_every_byte_is_read_once(whole, source, monkeypatch):
     for folder in (whole, source):
         with open_checkpoint(folder) as checkpoint:
             entries = [checkpoint.raw_entry(name) for name in checkpoint.raw_names() if "weight_shape" not in name]
-        assert found[folder, False] == sum(entry.nbytes for entry in entries)
+        assert result[folder, False] == sum(entry.nbytes for entry in entries)
 
 
 def test_the_error_is_that_of_the_definition(whole, source):
@@ -120,10 +120,10 @@ def test_any_flipped_bit_is_found_and_its_tensor_named(out, outcomes):
         file.write_bytes(data)
         name = ends[min(end for end in ends if end > place - begin)]
         with open_checkpoint(out) as checkpoint:
-            found = list(job.files.problems(checkpoint))
-        told = [line for line in found if f"tensor {name!r} has changed since it was written" in line]
-        assert told, (place, found)
-        outcomes.clear_error(told[0])
+            result = list(job.files.problems(checkpoint))
+        lines = [line for line in result if f"tensor {name!r} has changed since it was written" in line]
+        assert lines, (place, result)
+        outcomes.clear_error(lines[0])
         data[place] ^= bit
     file.write_bytes(data)
     assert verify(out).sound
@@ -145,11 +145,11 @@ def test_a_flipped_bit_in_the_header_is_found(out, outcomes):
         file.write_bytes(data)
         try:
             with open_checkpoint(out) as checkpoint:
-                found = list(job.files.problems(checkpoint))
+                result = list(job.files.problems(checkpoint))
         except CheckpointError as error:
-            found = [str(error)]
-        assert found and all(str(out) in line for line in found), (place, found)
-        outcomes.clear_error(found[0])
+            result = [str(error)]
+        assert result and all(str(out) in line for line in result), (place, result)
+        outcomes.clear_error(result[0])
         data[place] ^= bit
 
 
@@ -172,10 +172,10 @@ def poison(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.fault("a missing, doubled or changed tensor")
 def test_what_is_changed_is_named(out, outcomes, change, message):
     change_tensors(out, change)
-    found = verify(out)
-    assert not found.sound and any(message in line for line in found.problems), found.problems
+    verified = verify(out)
+    assert not verified.sound and any(message in line for line in verified.problems), verified.problems
     with pytest.raises(CheckpointError) as caught:
-        found.require()
+        verified.require()
     outcomes.clear_error(caught.value)
 
 
@@ -185,10 +185,10 @@ def test_all_problems_are_told_not_the_first(out):
         tensors["model.norm.weight"] += 1
 
     change_tensors(out, change)
-    found = verify(out)
-    assert len(found.problems) == 3 and "model.norm.weight" in " ".join(found.problems)
+    verified = verify(out)
+    assert len(verified.problems) == 3 and "model.norm.weight" in " ".join(verified.problems)
     with pytest.raises(CheckpointError, match=r"\(and 2 more\)"):
-        found.require()
+        verified.require()
 
 
 @pytest.mark.fault("a weight of the model that is in no file")
@@ -197,16 +197,16 @@ def test_every_weight_of_the_model_must_be_there(out, outcomes):
     (out / MANIFEST).unlink()
     assert verify(out).sound and not verify(out).manifest
     change_json(out / "config.json", lambda config: config.update(num_hidden_layers=3))
-    found = verify(out)
-    assert "is no whole model" in found.problems[0] and "model.layers.2" in found.problems[0]
-    outcomes.clear_error(found.problems[0])
+    verified = verify(out)
+    assert "is no whole model" in verified.problems[0] and "model.layers.2" in verified.problems[0]
+    outcomes.clear_error(verified.problems[0])
 
 
 def test_against_another_model(out, source, tmp_path):
     other = tiny.save("llama", tmp_path / "other", seed=1)
-    found = verify(out, against=other)
-    assert not found.sound and any(f"'{UP}.weight' is 1.4" in line for line in found.problems), found.problems
-    assert any("tensor 'model.embed_tokens.weight' is not the one in" in line for line in found.problems)
+    verified = verify(out, against=other)
+    assert not verified.sound and any(f"'{UP}.weight' is 1.4" in line for line in verified.problems), verified.problems
+    assert any("tensor 'model.embed_tokens.weight' is not the one in" in line for line in verified.problems)
     smaller = tiny.save("llama", tmp_path / "smaller", intermediate_size=64)
     assert any("is [128, 64], where" in line for line in verify(out, against=smaller).problems)
     with pytest.raises(ModelError):
@@ -223,8 +223,8 @@ def test_the_record_of_the_run_is_held(out, source):
     [problem] = verify(out, against=source).problems
     assert f"'{name}' has an error of" in problem and "where the run recorded" in problem
     change_json(out / "report.json", lambda report: report.update(rescaled=[name]))
-    found = verify(out, against=source)
-    assert found.sound and name not in found.errors
+    verified = verify(out, against=source)
+    assert verified.sound and name not in verified.errors
     (out / "report.json").unlink()
     assert verify(out, against=source).sound
 

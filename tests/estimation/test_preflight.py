@@ -43,18 +43,18 @@ def sources(tmp_path_factory):
 )
 def test_sizes_are_those_of_the_run(sources, tmp_path, kind, quant):
     settings = SMALL | quant
-    found = estimate(sources[kind], tmp_path / "out", **settings)
+    preflight = estimate(sources[kind], tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
     result = kept.quantize(sources[kind], tmp_path / "out", **settings)
-    assert found.sizes.output == result.report["size"]["bytes"]
-    assert found.bits_per_weight == pytest.approx(result.report["size"]["bits_per_weight"], abs=1e-3)
-    assert found.quantized_linears == result.report["targets"]["quantized"]
-    assert found.sites >= len(result.report["sites"])
+    assert preflight.sizes.output == result.report["size"]["bytes"]
+    assert preflight.bits_per_weight == pytest.approx(result.report["size"]["bits_per_weight"], abs=1e-3)
+    assert preflight.quantized_linears == result.report["targets"]["quantized"]
+    assert preflight.sites >= len(result.report["sites"])
     # the shards of the output were those of the work folder
     folders = (result.out, tmp_path / ".out.work")
     stored = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
-    headers = 400 * found.quantized_linears * 3 + 50_000
-    assert found.sizes.work - found.sizes.hidden <= stored <= found.sizes.work + headers
+    headers = 400 * preflight.quantized_linears * 3 + 50_000
+    assert preflight.sizes.work - preflight.sizes.hidden <= stored <= preflight.sizes.work + headers
 
 
 def test_a_configuration_is_enough(sources, tmp_path):
@@ -88,8 +88,8 @@ def test_a_model_on_a_hub_is_known_by_its_headers(sources, tmp_path, monkeypatch
     repo = SafetensorsRepoMetadata(None, False, dict.fromkeys(tensors, "a"), {"a": file})
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr(HfApi, "get_safetensors_metadata", lambda self, hub_id, revision: repo)
-    found = estimate("owner/name", tmp_path / "out", **SMALL)
-    assert found.sizes == estimate(source, tmp_path / "out", **SMALL).sizes
+    preflight = estimate("owner/name", tmp_path / "out", **SMALL)
+    assert preflight.sizes == estimate(source, tmp_path / "out", **SMALL).sizes
     assert asked[0][0] == "owner/name" and "*.safetensors" not in asked[0][1]
 
 
@@ -151,8 +151,8 @@ def test_disk_is_asked_for_what_will_be_written(sources, tmp_path, monkeypatch):
     module = sys.modules[Preflight.__module__]
 
     def needed(**how):
-        found = estimate(sources["llama"], tmp_path / "out", **SMALL | how)
-        return sum(one.needed for one in found.disk) - found.sizes.work - module._SPARE, found.sizes.output
+        preflight = estimate(sources["llama"], tmp_path / "out", **SMALL | how)
+        return sum(one.needed for one in preflight.disk) - preflight.sizes.work - module._SPARE, preflight.sizes.output
 
     merged, output = needed()
     assert merged == output
@@ -164,8 +164,8 @@ def test_disk_is_asked_for_what_will_be_written(sources, tmp_path, monkeypatch):
     assert needed(format="gptq")[0] == output + 1000
     memory = Path("/dev/shm")
     if memory.is_dir() and memory.stat().st_dev != tmp_path.stat().st_dev:
-        found, output = needed(work_dir=memory / "sarqc-test-work")
-        assert found == output
+        result, output = needed(work_dir=memory / "sarqc-test-work")
+        assert result == output
 
 
 def test_text_that_is_here_is_counted_and_text_that_is_not_refused(sources, tmp_path):
@@ -173,15 +173,15 @@ def test_text_that_is_here_is_counted_and_text_that_is_not_refused(sources, tmp_
     few = tmp_path / "few.txt"
     few.write_text("a few words of text " * 60)
     how = {key: value for key, value in SMALL.items() if key not in ("num_samples", "dataset")}
-    found = estimate(sources["llama"], tmp_path / "out", dataset=str(few), **how)
-    assert 0 < found.windows < 128
+    preflight = estimate(sources["llama"], tmp_path / "out", dataset=str(few), **how)
+    assert 0 < preflight.windows < 128
     with pytest.raises(sarqc.SarqcError, match=r"gone\.txt.*no such file"):
         estimate(sources["llama"], tmp_path / "out", dataset=str(tmp_path / "gone.txt"), **how)
 
 
 def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
-    found = estimate(sources["qwen3_moe"], tmp_path / "out", ignore=["o_proj$"], **SMALL)
-    left = {kind.name: (kind.count, kind.left) for kind in found.kinds if kind.left}
+    preflight = estimate(sources["qwen3_moe"], tmp_path / "out", ignore=["o_proj$"], **SMALL)
+    left = {kind.name: (kind.count, kind.left) for kind in preflight.kinds if kind.left}
     assert left == {
         "model.layers.*.self_attn.o_proj": (2, "ignore o_proj$"),
         "model.layers.*.mlp.gate": (2, "its outputs choose experts or positions"),
@@ -190,8 +190,8 @@ def test_what_is_left_is_said_with_the_reason(sources, tmp_path):
 
 
 def test_half_of_a_fused_layer_is_seen(sources, tmp_path):
-    found = estimate(sources["llama"], tmp_path / "out", ignore=["up_proj$"], **SMALL)
-    vllm = next(one for one in found.serve if one.ranks == 1)
+    preflight = estimate(sources["llama"], tmp_path / "out", ignore=["up_proj$"], **SMALL)
+    vllm = next(one for one in preflight.serve if one.ranks == 1)
     assert vllm.failures == ("model.layers.*.mlp.gate_proj+up_proj: only a part of what is fused here is quantized",)
 
 
@@ -206,8 +206,8 @@ def test_ranks_that_no_server_takes_are_refused_before_the_run(sources, tmp_path
 
 def test_the_first_look_is_counted_where_there_is_one(sources, tmp_path):
     def stages(**how):
-        found = estimate(sources["qwen3_moe"], tmp_path / "out", **SMALL | {"method": "gptq"} | how).memory
-        return {stage.stage: stage.host for stage in found}
+        preflight = estimate(sources["qwen3_moe"], tmp_path / "out", **SMALL | {"method": "gptq"} | how).memory
+        return {stage.stage: stage.host for stage in preflight}
 
     assert "sensitivity" not in stages()
     mixed = stages(avg_bits=4.5)
@@ -233,11 +233,11 @@ def test_unknown_settings_and_models_are_one_line(sources, tmp_path):
 def test_everything_is_json_and_fits_a_terminal(sources, tmp_path, capsys):
     from rich.console import Console
 
-    found = estimate(sources["qwen3_moe"], tmp_path / "out", **SMALL)
-    again = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert again["output_bytes"] == found.sizes.output and again["time"]["basis"] == found.time.basis
-    assert {one["server"] for one in again["serve"]} == {one.server for one in found.serve}
-    show(Console(width=120), found)
+    preflight = estimate(sources["qwen3_moe"], tmp_path / "out", **SMALL)
+    again = json.loads(json.dumps(preflight.to_json(), allow_nan=False))
+    assert again["output_bytes"] == preflight.sizes.output and again["time"]["basis"] == preflight.time.basis
+    assert {one["server"] for one in again["serve"]} == {one.server for one in preflight.serve}
+    show(Console(width=120), preflight)
     shown = capsys.readouterr().out
     assert "basis:" in shown and "Humming MoE" in shown and "experts.*.down_proj" in shown
 
@@ -247,8 +247,8 @@ def test_brackets_in_names_and_patterns_are_shown_as_they_are(sources, tmp_path,
     from rich.console import Console
 
     model = shutil.copytree(sources["llama"], tmp_path / "a[bold]b")
-    found = estimate(model, tmp_path / "out[dim]", ignore=["[ok]_proj[/]?$"], **SMALL)
-    show(Console(width=300), found)
+    preflight = estimate(model, tmp_path / "out[dim]", ignore=["[ok]_proj[/]?$"], **SMALL)
+    show(Console(width=300), preflight)
     shown = capsys.readouterr().out
     assert "a[bold]b" in shown and "out[dim]" in shown and "ignore [ok]_proj[/]?$" in shown
     with RunProgress(Console()) as progress:

@@ -45,9 +45,9 @@ def test_each_is_short_and_run_here():
 def test_quantize_a_hub_model(llama, tmp_path, capsys):
     result = example("quantize_a_hub_model").main(str(llama), tmp_path / "out", **SMALL)
     assert result.report["quant"]["bits"] == 4
-    said = capsys.readouterr().out
-    assert f"{result.report['size']['bits_per_weight']} bits per quantized weight" in said
-    assert "The most important thing about a library is" in said
+    printed = capsys.readouterr().out
+    assert f"{result.report['size']['bits_per_weight']} bits per quantized weight" in printed
+    assert "The most important thing about a library is" in printed
 
 
 def test_chat_calibration(tmp_path):
@@ -99,9 +99,9 @@ def test_starved_experts(tmp_path, capsys):
     starved = [site["rows"].count(0) for site in result.report["sites"] if len(site["rows"]) > 1]
     assert len(starved) == 4 and min(starved) > 0
     assert all(site["error"] < site["rtn_error"] for site in result.report["sites"])
-    said = capsys.readouterr().out
-    assert all(f" {count} " in said for count in starved) and "borrows from its layer: 16" in said  # of 64 inputs
-    assert "quantized by RTN instead of solved: none" in said
+    printed = capsys.readouterr().out
+    assert all(f" {count} " in printed for count in starved) and "borrows from its layer: 16" in printed  # of 64 inputs
+    assert "quantized by RTN instead of solved: none" in printed
     assert sarqc.load(result.out)[0].config.num_experts == 16
 
 

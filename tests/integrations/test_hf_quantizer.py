@@ -202,19 +202,19 @@ SEAT = (
 
 
 @pytest.mark.parametrize(
-    ("statement", "found"),
+    ("statement", "result"),
     [
         ("import sarqc; sarqc.register(); from transformers import AutoModelForCausalLM", "TableEntry"),
         ("from transformers import AutoModelForCausalLM; import sarqc", "TableEntry"),
         ("import sarqc; sarqc.unregister(); import transformers", "ABCMeta"),
     ],
 )
-def test_the_order_of_imports_does_not_matter(statement, found):
+def test_the_order_of_imports_does_not_matter(statement, result):
     hooks = "[f for f in sys.meta_path if type(f).__name__ == 'PostImportHook']"
     check = f"{statement}; {SEAT}; import sys; assert not {hooks}"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == found
+    assert done.stdout.split()[-1] == result
 
 
 @pytest.mark.parametrize("row", ["hunyuan_v1_moe", "deepseek_v32", "mamba"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc_kernels.columns.grid import fit_slab
+from sarqc_kernels.columns.grid import fit_tile
 from sarqc_kernels.columns.panels import Work
 
 
@@ -59,7 +59,7 @@ class TorchProducts:
 
     def fit(self, work: Work, first: int, last: int) -> None:
         group = (work.weight - work.delta)[:, first:last].transpose(0, 1)
-        scales, zeros = fit_slab(group.contiguous(), work.importance[:, first:last].T, work.rule)
+        scales, zeros = fit_tile(group.contiguous(), work.importance[:, first:last].T, work.rule)
         for expert in range(work.experts):
             at = int(work.group_of[expert, first])
             work.scales[expert, at], work.zeros[expert, at] = scales[expert], zeros[expert]

@@ -19,13 +19,13 @@ from tests.kernels import interpreter
 DEVICE = interpreter.prepare()
 
 
-def why_not(backend: str) -> str | None:
+def unsupported_reason(backend: str) -> str | None:
     """The reason why no operation can run on this machine with `backend`; None where one can."""
     if backend == "cuda" and DEVICE != "cuda":
         return "no CUDA device"
     if backend == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-        return build.why_not("columns", device_info(device).arch, device)
+        return build.unsupported_reason("columns", device_info(device).arch, device)
     if backend == "cpu" and DEVICE == "cuda":
         return "tensors are on a GPU"
     if backend in ("cuda", "triton") and importlib.util.find_spec("triton") is None:
@@ -38,8 +38,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames or own:
         return
     names = getattr(metafunc.module, "BACKENDS", ("reference", "triton"))
-    also = getattr(metafunc.module, "why_not", lambda name: None)  # what only this module's operation needs
-    reasons = {name: why_not(name) or also(name) for name in names}
+    also = getattr(metafunc.module, "unsupported_reason", lambda name: None)  # what only this module's operation needs
+    reasons = {name: unsupported_reason(name) or also(name) for name in names}
     marks = {name: [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else [] for name, reason in reasons.items()}
     metafunc.parametrize("backend", [pytest.param(name, marks=marks[name], id=name) for name in names])
 

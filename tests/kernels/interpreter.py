@@ -108,15 +108,15 @@ def repair(module: Any) -> None:
         def wrapper(self: Any, first: Any, second: Any, op: Any) -> Any:
             if not (is_bf16(first) and is_bf16(second)):
                 return refusing(operation)(self, first, second, op)
-            found = operation(self, wide(first), wide(second), op)  # fp32 has more than twice the bits: one rounding
-            return handle(round_to_bf16(found.data), bfloat16) if found.data.dtype == np.float32 else found
+            result = operation(self, wide(first), wide(second), op)  # fp32 has more than twice the bits: one rounding
+            return handle(round_to_bf16(result.data), bfloat16) if result.data.dtype == np.float32 else result
 
         return wrapper
 
     def assembly(self: Any, text: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int) -> Any:
         kinds = [module._get_np_dtype(each) for each in types]
-        found = ptx.elementwise(text, [value.data for value in values], kinds, pack)
-        return ptx.Results([handle(data, each.scalar) for data, each in zip(found, types)])
+        result = ptx.elementwise(text, [value.data for value in values], kinds, pack)
+        return ptx.Results([handle(data, each.scalar) for data, each in zip(result, types)])
 
     builder.create_dot = widening(builder.create_dot)
     builder.binary_op = rounded(builder.binary_op)

@@ -33,10 +33,10 @@ def elementwise(text: str, inputs: Sequence[np.ndarray], kinds: Sequence[Any], p
     given = [np.ascontiguousarray(each).reshape(-1).view(np.uint32) for each in inputs]
     registers = [each.reshape(-1, each.size * pack // np.prod(shape)) for each in given]
     counts = [pack * np.dtype(kind).itemsize // 4 for kind in kinds]
-    found = run(text, [column for each in registers for column in each.T], sum(counts))
+    result = run(text, [column for each in registers for column in each.T], sum(counts))
     ends = np.cumsum(counts)
     return [
-        np.stack(found[end - count : end], axis=1).reshape(-1).view(kind).reshape(shape)
+        np.stack(result[end - count : end], axis=1).reshape(-1).view(kind).reshape(shape)
         for kind, count, end in zip(kinds, counts, ends)
     ]
 

@@ -32,10 +32,10 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     """A cache of the test's own; what it made of a library is not what the tests after it find."""
     monkeypatch.setenv("SARQC_CACHE", str(tmp_path / "cache"))
     build.library.cache_clear()
-    build.why_not.cache_clear()
+    build.unsupported_reason.cache_clear()
     yield
     build.library.cache_clear()
-    build.why_not.cache_clear()
+    build.unsupported_reason.cache_clear()
 
 
 @pytest.fixture
@@ -80,16 +80,16 @@ def test_builds_once_for_each_source_card_and_compiler(
 
 
 def test_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretended: Path) -> None:
-    assert "there is no" in str(build.why_not("nothing_of_that_name", 90))
+    assert "there is no" in str(build.unsupported_reason("nothing_of_that_name", 90))
     pretended.write_text("#!/bin/sh\necho bad luck >&2\nexit 1\n")
-    assert "nvcc failed for columns-sm90a" in str(build.why_not("columns", 90))
-    assert "bad luck" in str(build.why_not("columns", 90))
+    assert "nvcc failed for columns-sm90a" in str(build.unsupported_reason("columns", 90))
+    assert "bad luck" in str(build.unsupported_reason("columns", 90))
     pretended.write_text(PRETENDED.format(version="3", log=tmp_path / "log"))
-    build.why_not.cache_clear()
-    assert "does not load" in str(build.why_not("columns", 90))
+    build.unsupported_reason.cache_clear()
+    assert "does not load" in str(build.unsupported_reason("columns", 90))
     monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
-    build.why_not.cache_clear()
-    assert "nvcc is neither on PATH" in str(build.why_not("columns", 90))
+    build.unsupported_reason.cache_clear()
+    assert "nvcc is neither on PATH" in str(build.unsupported_reason("columns", 90))
     monkeypatch.setattr(build, "PLACES", (tmp_path,))
     with pytest.raises(BackendError, match=r"no csrc/\*.cu"):
         build.sources()
@@ -98,7 +98,7 @@ def test_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
 def test_an_unwritable_cache_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pretended: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SARQC_CACHE", str(tmp_path / "file"))
-    assert "set SARQC_CACHE" in str(build.why_not("columns", 80))
+    assert "set SARQC_CACHE" in str(build.unsupported_reason("columns", 80))
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +120,10 @@ def test_a_library_that_loads_may_not_run_here() -> None:
     real_nvcc()
     if torch.cuda.is_available():
         arch = device_info(torch.device("cuda", 0)).arch
-        assert [build.why_not(name, arch) for name in ("columns", "gemv")] == [None, None]
+        assert [build.unsupported_reason(name, arch) for name in ("columns", "gemv")] == [None, None]
         return
     for name in ("columns", "gemv"):
-        reason = build.why_not(name, 90)
+        reason = build.unsupported_reason(name, 90)
         assert re.search(r"do not run: .* \(CUDA [\d.]+, the driver takes up to none\); update the driver", str(reason))
 
 
@@ -134,16 +134,16 @@ def test_without_a_home_the_reason_says_so(monkeypatch: pytest.MonkeyPatch, pret
     monkeypatch.delenv("SARQC_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    assert re.search("no home folder.*set SARQC_CACHE", str(build.why_not("columns", 90)))
+    assert re.search("no home folder.*set SARQC_CACHE", str(build.unsupported_reason("columns", 90)))
 
 
 def test_a_compiler_that_cannot_be_asked_is_a_reason(monkeypatch: pytest.MonkeyPatch, pretended: Path) -> None:
     """What goes wrong before anything is built, and what is said in no known encoding."""
     pretended.write_bytes(b"#!/bin/sh\nprintf '\\377\\n'; printf '\\377 bad luck\\n' >&2; exit 1\n")
-    assert "bad luck" in str(build.why_not("columns", 90))
+    assert "bad luck" in str(build.unsupported_reason("columns", 90))
     pretended.write_text("no interpreter line that exists")
-    build.why_not.cache_clear()
-    assert "cannot build columns.cu" in str(build.why_not("columns", 90))
+    build.unsupported_reason.cache_clear()
+    assert "cannot build columns.cu" in str(build.unsupported_reason("columns", 90))
 
 
 def test_fields_are_those_of_the_source() -> None:
@@ -181,7 +181,7 @@ def test_only_the_device_of_the_call_gets_a_context(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(build, "library", functools.cache(lambda name, arch, defines: Ready()))
-    assert build.why_not("columns", 90, torch.device("cuda", 3)) is None
+    assert build.unsupported_reason("columns", 90, torch.device("cuda", 3)) is None
     assert current == ["cuda:3"]
 
 
@@ -191,8 +191,8 @@ def test_one_process_builds_while_the_others_wait(
     pretended.write_text(pretended.read_text().replace('echo made > "$2"', 'sleep 0.3; echo made > "$2"'))
     code = "from sarqc_kernels import build; print(build.compile_library('columns', 90))"
     runs = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [run.communicate()[1] for run in runs]
+    outputs = [run.communicate()[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert len((tmp_path / "log").read_text().splitlines()) == 1
-    assert sum("nvcc builds columns.cu" in text for text in said) == 1
+    assert sum("nvcc builds columns.cu" in text for text in outputs) == 1
     assert not list((tmp_path / "cache").glob("*.lock"))

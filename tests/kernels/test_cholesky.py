@@ -34,12 +34,12 @@ def test_the_product_of_the_factor_is_the_matrix(
 ) -> None:
     """Three TF32 products keep 21 bits: four times what torch's fp32 loses is allowed."""
     hessian = hessians(generator, experts, inputs)
-    found, info = factor_of(hessian.to(device), backend)
-    assert not info.any() and torch.equal(found, found.triu()) and (found.diagonal(dim1=1, dim2=2) > 0).all()
+    actual, info = factor_of(hessian.to(device), backend)
+    assert not info.any() and torch.equal(actual, actual.triu()) and (actual.diagonal(dim1=1, dim2=2) > 0).all()
     exact = torch.linalg.cholesky(hessian.double().flip(-1, -2)).flip(-1, -2)
     own = torch.linalg.cholesky(hessian.flip(-1, -2)).flip(-1, -2)
-    assert relative_error(found.cpu(), exact) <= 4 * relative_error(own, exact) + 1e-7
-    product = found.cpu().double() @ found.cpu().double().mT
+    assert relative_error(actual.cpu(), exact) <= 4 * relative_error(own, exact) + 1e-7
+    product = actual.cpu().double() @ actual.cpu().double().mT
     assert relative_error(product, hessian.double()) < 1e-6
 
 
@@ -47,16 +47,24 @@ def test_one_failure_leaves_the_others(backend: str, device: str, generator: tor
     hessian = hessians(generator, 3, 24)
     hessian[1, 20, 20] = -1.0
     hessian[2, 3] = hessian[2, :, 3] = float("nan")
-    found, info = factor_of(hessian.to(device), backend)
+    result, info = factor_of(hessian.to(device), backend)
     assert (info != 0).tolist() == [False, True, True]
-    assert relative_error(found[0].cpu() @ found[0].cpu().T, hessian[0].double()) < 1e-5
+    assert relative_error(result[0].cpu() @ result[0].cpu().T, hessian[0].double()) < 1e-5
 
 
 def test_many_small_matrices_get_a_program_each() -> None:
     """By counting: 128 experts yes; a dense layer, and eight experts of 4096 inputs, no."""
     h200 = Device(90, 132)
-    assert cholesky.pays(128, 2048, h200) and cholesky.pays(128, 768, h200) and cholesky.pays(64, 4096, h200)
-    assert not cholesky.pays(1, 2048, h200) and not cholesky.pays(8, 4096, h200) and not cholesky.pays(1, 14336, h200)
+    assert (
+        cholesky.is_faster(128, 2048, h200)
+        and cholesky.is_faster(128, 768, h200)
+        and cholesky.is_faster(64, 4096, h200)
+    )
+    assert (
+        not cholesky.is_faster(1, 2048, h200)
+        and not cholesky.is_faster(8, 4096, h200)
+        and not cholesky.is_faster(1, 14336, h200)
+    )
 
 
 def test_refuses_what_does_not_fit() -> None:

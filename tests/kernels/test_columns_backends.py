@@ -22,8 +22,8 @@ from tests.kernels.test_columns import objective, permuted, textbook
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
-def why_not(backend: str) -> str | None:
-    return cpu_impl.why_not() if backend == "cpu" else None
+def unsupported_reason(backend: str) -> str | None:
+    return cpu_impl.unsupported_reason() if backend == "cpu" else None
 
 
 SMALL = [

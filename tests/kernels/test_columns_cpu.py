@@ -29,15 +29,15 @@ CASES = [
 @pytest.fixture
 def fresh():
     """What is remembered of a library is forgotten before and after."""
-    for known in (cpu_impl.why_not, cpu_build.library):
+    for known in (cpu_impl.unsupported_reason, cpu_build.library):
         known.cache_clear()
     yield
-    for known in (cpu_impl.why_not, cpu_build.library):
+    for known in (cpu_impl.unsupported_reason, cpu_build.library):
         known.cache_clear()
 
 
 def needed() -> None:
-    if reason := cpu_impl.why_not():
+    if reason := cpu_impl.unsupported_reason():
         pytest.skip(reason)
 
 
@@ -62,12 +62,12 @@ def test_the_same_bits(case: Case, generator: torch.Generator) -> None:
 def test_losses_are_added_in_the_order_of_torch(members: int, generator: torch.Generator) -> None:
     """All sizes around the runs of 16 that sums are made of, with rows that do not fill a vector."""
     needed()
-    slab = torch.randn(members, 2, 33, generator=generator)
+    tile = torch.randn(members, 2, 33, generator=generator)
     counts = torch.rand(members, 2, generator=generator)
     rule = grid.GridRule(3, True, True, torch.float32)
     scales, zeros = torch.empty(2, 33), torch.empty(2, 33)
-    cpu_impl.CppSteps(cpu_impl._library()).fit(slab, counts, rule, scales, zeros)
-    want = grid.fit_slab(slab, counts, rule)
+    cpu_impl.CppSteps(cpu_impl._library()).fit(tile, counts, rule, scales, zeros)
+    want = grid.fit_tile(tile, counts, rule)
     assert torch.equal(scales, want[0]) and torch.equal(zeros, want[1])
 
 
@@ -81,7 +81,7 @@ def test_it_goes_first_on_a_cpu() -> None:
 def test_a_sum_in_another_order_is_refused(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
     """One unit in the last place of one sum is enough."""
     needed()
-    cpu_impl.why_not.cache_clear()
+    cpu_impl.unsupported_reason.cache_clear()
     columns = reference.TorchSteps.columns
 
     def other(self, work, inside, pull, first, begin, end):
@@ -90,7 +90,7 @@ def test_a_sum_in_another_order_is_refused(fresh, monkeypatch: pytest.MonkeyPatc
             pull[110, 0, 69] = torch.nextafter(pull[110, 0, 69], torch.tensor(9.0))
 
     monkeypatch.setattr(reference.TorchSteps, "columns", other)
-    assert "another order" in str(cpu_impl.why_not())
+    assert "another order" in str(cpu_impl.unsupported_reason())
     problem = grid.Problem(torch.zeros(1, 4, 16), torch.eye(16)[None], None, None, None, 16,
                            grid.GridRule(4, True, True, torch.float16))  # fmt: skip
     assert "another order" in str(
@@ -105,11 +105,11 @@ def test_a_sum_in_another_order_is_refused(fresh, monkeypatch: pytest.MonkeyPatc
 def test_the_first_call_can_come_while_a_model_is_built(fresh) -> None:
     """Another default dtype and device are set then."""
     needed()
-    cpu_impl.why_not.cache_clear()
+    cpu_impl.unsupported_reason.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            assert cpu_impl.why_not() is None
+            assert cpu_impl.unsupported_reason() is None
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -117,7 +117,7 @@ def test_the_first_call_can_come_while_a_model_is_built(fresh) -> None:
 def test_no_compiler_is_a_reason(fresh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SARQC_CXX", raising=False)
-    assert "no C++ compiler" in str(cpu_impl.why_not())
+    assert "no C++ compiler" in str(cpu_impl.unsupported_reason())
 
 
 @pytest.mark.parametrize(("script", "words"), [("exit 3", "failed for columns_cpu.cpp"), (None, "SARQC_CXX = ")])
@@ -130,7 +130,7 @@ def test_a_compiler_that_fails_is_a_reason(
         tool.chmod(0o755)
     monkeypatch.setenv("SARQC_CXX", str(tool))
     monkeypatch.setenv("SARQC_CACHE", str(tmp_path / "cache"))
-    assert words in str(cpu_impl.why_not())
+    assert words in str(cpu_impl.unsupported_reason())
 
 
 def test_is_built_once(fresh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_is_built_once(fresh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_grids_do_not_depend_on_the_rows_beside(generator: torch.Generator) -> None:
     """Losses, bit for bit, in the reference: torch adds the columns that do not fill a vector in another order."""
-    slab, counts = torch.randn(64, 1, 200, generator=generator), torch.rand(64, 1, generator=generator)
+    tile, counts = torch.randn(64, 1, 200, generator=generator), torch.rand(64, 1, generator=generator)
     seen: list[torch.Tensor] = []
     loss = grid._loss
 
@@ -161,9 +161,9 @@ def test_grids_do_not_depend_on_the_rows_beside(generator: torch.Generator) -> N
     rule = grid.GridRule(3, True, True, torch.float32)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(grid, "_loss", spying)
-        grid.fit_slab(slab, counts, rule)
+        grid.fit_tile(tile, counts, rule)
         whole = [each.clone() for each in seen]
         for count in (1, 3, 20, 33, 65, 130, 199):
             seen.clear()
-            grid.fit_slab(slab[..., 200 - count :].contiguous(), counts, rule)
+            grid.fit_tile(tile[..., 200 - count :].contiguous(), counts, rule)
             assert all(torch.equal(ours[..., :count], all_[..., 200 - count : 200]) for ours, all_ in zip(seen, whole))

@@ -30,7 +30,9 @@ class HostSteps(TorchProducts):
         self.library, self.threads = library, threads
 
     def columns(self, work: panels.Work, first: int, last: int, action: panels.Action) -> None:
-        assert self.library.sarqc_columns(cuda_impl.filled(work, first, last, action), self.threads, None) == 0
+        assert (
+            self.library.sarqc_columns(cuda_impl.launch_arguments(work, first, last, action), self.threads, None) == 0
+        )
 
 
 def compiled(folder: Path) -> ctypes.CDLL:

@@ -80,7 +80,7 @@ def test_csrc(work: panels.Work, tmp_path: Path) -> None:
         def columns(self, work: panels.Work, first: int, last: int, action: panels.Action) -> None:
             from sarqc_kernels.columns import cuda_impl
 
-            assert library.sarqc_columns(cuda_impl.filled(work, first, last, action), 1, None) == 0
+            assert library.sarqc_columns(cuda_impl.launch_arguments(work, first, last, action), 1, None) == 0
 
     library: ctypes.CDLL = compiled(tmp_path)
     assert torch.equal(last_panels(Steps(), work), wanted(work))

@@ -25,8 +25,8 @@ CASES = [  # experts, rows, columns, group, bits, sym, dtype
 ]
 
 
-def why_not(backend: str) -> str | None:
-    return cpu_impl.why_not() if backend == "cpu" else None
+def unsupported_reason(backend: str) -> str | None:
+    return cpu_impl.unsupported_reason() if backend == "cpu" else None
 
 
 def problem(case, generator: torch.Generator) -> tuple[Tensor, Quantized, Tensor]:
@@ -35,10 +35,10 @@ def problem(case, generator: torch.Generator) -> tuple[Tensor, Quantized, Tensor
     weight = torch.randn(experts, rows, columns, generator=generator) * 0.02
     hessian = random_gram(generator, experts, columns, spread=5.0)
     factor = upper_factor(hessian).float()
-    found = quantize_columns(weight, factor, None, None, None, bits=bits, group_size=group, sym=sym, search=True,
+    result = quantize_columns(weight, factor, None, None, None, bits=bits, group_size=group, sym=sym, search=True,
                              scale_dtype=dtype, backend="reference")  # fmt: skip
     hessian = hessian.float()
-    return weight, Quantized(*found), (hessian + hessian.mT) / 2
+    return weight, Quantized(*result), (hessian + hessian.mT) / 2
 
 
 def losses(weight: Tensor, quantized: Quantized, hessian: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def test_like_the_reference_and_never_worse(case, backend: str, device: str, gen
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_scales_at_the_ends_of_their_dtype(dtype: torch.dtype, generator: torch.Generator) -> None:
     """Subnormal scales and those near the largest are rounded as torch rounds them."""
-    if reason := cpu_impl.why_not():
+    if reason := cpu_impl.unsupported_reason():
         pytest.skip(reason)
     _, start, hessian = problem((1, 64, 32, 8, 3, True, dtype), generator)
     limits = torch.finfo(dtype)

@@ -23,7 +23,7 @@ from sarqc_kernels.testing import (
 )
 from sarqc_kernels.w4a16 import repack
 from tests.kernels.columns_cases import Case
-from tests.kernels.conftest import DEVICE, why_not
+from tests.kernels.conftest import DEVICE, unsupported_reason
 from tests.kernels.test_columns import group_order, options
 from tests.kernels.test_w4a16 import check as check_product
 
@@ -34,7 +34,7 @@ DRAWN = settings(
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-needs_triton = pytest.mark.skipif(bool(why_not("triton")), reason=str(why_not("triton")))
+needs_triton = pytest.mark.skipif(bool(unsupported_reason("triton")), reason=str(unsupported_reason("triton")))
 
 
 @needs_triton
@@ -119,11 +119,11 @@ def assert_recurrence(case: Case, problem: tuple[torch.Tensor, ...], result: tup
         slack = 1e-5 * terms.amax(-1)
         low, high = moved.amin(-1).clamp(max=0), moved.amax(-1).clamp(min=0)
         span = 2 * torch.maximum(-low, high) if case.sym else high - low
-        kept, found = torch.finfo(case.dtype), scale[..., begin]
-        assert ((found * top - span).abs() <= 2 * slack + top * (kept.eps * found + kept.tiny)).all()
-        exact = (-low / found).clamp(0, top)
+        kept, actual = torch.finfo(case.dtype), scale[..., begin]
+        assert ((actual * top - span).abs() <= 2 * slack + top * (kept.eps * actual + kept.tiny)).all()
+        exact = (-low / actual).clamp(0, top)
         middle = 1 << (case.bits - 1)
-        assert case.sym or ((zero[..., begin] - exact).abs() <= 0.5 + slack / found).all()
+        assert case.sym or ((zero[..., begin] - exact).abs() <= 0.5 + slack / actual).all()
         assert not case.sym or (zero[..., begin] == middle).all()
 
 

@@ -18,7 +18,7 @@ def kind(request: pytest.FixtureRequest) -> int:
         cpu_build.library("gram_cpu", gram=cpu_impl.Call)
     except BackendError as error:
         pytest.skip(str(error))
-    if request.param == cpu_impl.TILES and (reason := cpu_impl.why_not()):
+    if request.param == cpu_impl.TILES and (reason := cpu_impl.unsupported_reason()):
         pytest.skip(reason)
     return request.param
 
@@ -62,15 +62,15 @@ def test_a_cross_product_against_float64(kind, generator):
 
 def test_parts_make_no_difference(kind, generator, monkeypatch):
     x = bf16(generator, 70, 200)
-    found = []
+    items = []
     for parts in (1, 2, 3):
         monkeypatch.setattr(cpu_impl, "SHARED_WORK", 0)
         monkeypatch.setattr(torch, "get_num_threads", lambda parts=parts: parts)
         cross, gram, abs_sum = torch.zeros(200, 200), torch.zeros(1, 200, 200), torch.zeros(1, 200)
         cpu_impl.cross_gram_accumulate_(cross, x, x, kind)
         cpu_impl.gram_accumulate_(gram, torch.zeros(1, dtype=torch.int64), abs_sum, x, None, kind)
-        found.append(torch.stack([cross, gram[0].tril(), abs_sum.expand(200, -1)]))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        items.append(torch.stack([cross, gram[0].tril(), abs_sum.expand(200, -1)]))
+    assert torch.equal(items[0], items[1]) and torch.equal(items[0], items[2])
 
 
 def test_other_activations_are_left_to_the_reference():

@@ -62,10 +62,10 @@ def test_the_search_is_never_worse_than_min_max(
     weight = torch.randn(2, rows, groups * group, generator=generator) ** 3
     importance = torch.rand(2, groups * group, generator=generator) if weighted else None
     plain = loss(weight, importance, *fit_grid(weight, importance, **options(bits, group, sym, False, dtype)), bits)
-    found = fit_grid(weight, importance, **options(bits, group, sym, True, dtype))
-    assert found[0].dtype == dtype and found[0].shape == (2, rows, groups)
+    result = fit_grid(weight, importance, **options(bits, group, sym, True, dtype))
+    assert result[0].dtype == dtype and result[0].shape == (2, rows, groups)
     # the search multiplies by 1 / scale and sums in fp32, hence the last bits
-    assert (loss(weight, importance, *found, bits) <= plain * (1 + 1e-4) + 1e-30).all()
+    assert (loss(weight, importance, *result, bits) <= plain * (1 + 1e-4) + 1e-30).all()
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -103,9 +103,9 @@ def test_searched_symmetric_grids_turn_to_the_side_of_the_largest_weight(bits: i
     mirrored, _ = fit_grid(-weight, None, **options(bits, 32, True, True))
     groups = weight.unflatten(-1, (-1, 32))
     upward = groups.amax(-1) > -groups.amin(-1)
-    turned = scales < 0
-    assert not turned[~upward].any() and turned[upward].float().mean() > 0.99  # the rest kept the min-max grid itself
-    both = turned == (mirrored > 0)
+    negated = scales < 0
+    assert not negated[~upward].any() and negated[upward].float().mean() > 0.99  # the rest kept the min-max grid itself
+    both = negated == (mirrored > 0)
     assert torch.equal(scales[both], -mirrored[both]) and both.float().mean() > 0.99
 
     def direction(grid: tuple[Tensor, Tensor]) -> float:
@@ -174,12 +174,12 @@ def test_weights_on_the_grid_come_back(bits: int, generator: torch.Generator) ->
     assert torch.equal(codes, weight.codes)
 
 
-@pytest.mark.parametrize("slab", [1, 1 << 30])
-def test_slabs_change_nothing(slab: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("tile", [1, 1 << 30])
+def test_tiles_change_nothing(tile: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     weight = torch.randn(2, 150, 48, generator=generator)
     want = fit_grid(weight, None, **options(4, 16, False, True))
     codes = round_to_grid(weight, *want, bits=4)
-    monkeypatch.setattr(grid, "SLAB", slab)
+    monkeypatch.setattr(grid, "TILE_ELEMENTS", tile)
     again = fit_grid(weight, None, **options(4, 16, False, True))
     assert all(torch.equal(a, b) for a, b in zip(want, again))
     assert torch.equal(round_to_grid(weight, *want, bits=4), codes)

@@ -26,9 +26,9 @@ def test_fields_are_above_a_power_of_two(width: int, low: int, half: bool, gener
     words = torch.randint(-(1 << 31), 1 << 31, (2, WORDS), generator=generator).to(torch.int32).numpy()
     text, power = plain(unpack.dequant_ptx)(width, low, half), plain(unpack.magic_of)(width, low, half)[2]
     fields = 32 // width
-    found = ptx.elementwise(text, [words], [np.uint16] * fields, 2)
+    result = ptx.elementwise(text, [words], [np.uint16] * fields, 2)
     dtype = torch.float16 if half else torch.bfloat16
-    for field, bits in enumerate(found):
+    for field, bits in enumerate(result):
         values = torch.from_numpy(bits.view(np.int16)).view(dtype).double()
         code = torch.from_numpy(words.view(np.uint32).astype(np.int64)) >> field * width & ((1 << width) - 1)
         assert torch.equal(values, power + (code << low).double())

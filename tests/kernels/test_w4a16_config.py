@@ -79,11 +79,11 @@ TOKEN_COUNTS = sorted({*range(1, 290), *(m + d for m in range(256, 4097, 64) for
 
 def shards() -> list[tuple[int, int]]:
     """The layers, whole and as tensor parallelism over 2, 4 and 8 devices cuts them: outputs or inputs."""
-    found = set(LAYERS)
+    names = set(LAYERS)
     for outputs, inputs in LAYERS:
         for parts in (2, 4, 8):
-            found |= {(outputs // parts, inputs), (outputs, inputs // parts)}
-    return sorted(found)
+            names |= {(outputs // parts, inputs), (outputs, inputs // parts)}
+    return sorted(names)
 
 
 @pytest.mark.parametrize("outputs_inputs", shards(), ids=str)

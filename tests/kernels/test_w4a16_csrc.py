@@ -63,7 +63,7 @@ def run(
     rows = len(x) if more.get("index") is None else len(more["index"])
     outputs = weight.out_features // 2 if more.get("gated") else weight.out_features
     out = torch.full((rows, outputs), float("nan"), dtype=x.dtype)
-    call = cuda.filled(x, weight, out, plan, **more)
+    call = cuda.launch_arguments(x, weight, out, plan, **more)
     assert libraries(cuda.defines(x, weight)).sarqc_gemv(call, plan.columns, plan.blocks, plan.tiles, None) == 0
     return out
 
@@ -105,7 +105,7 @@ def test_within_the_bound_of_float64(
     scale_dtype = torch.float32 if width == (3, 1) else torch.bfloat16
 
     def on_the_host(x: Tensor, ready: RepackedWeight, bias: Tensor | None) -> Tensor:
-        assert cuda.unfit(x, ready, len(x), False) is None
+        assert cuda.unsupported_product(x, ready, len(x), False) is None
         return run(libraries, x, ready, plan_of(len(x), ready, **case[-1]), bias=bias)
 
     check(case, dtype, scale_dtype, generator, on_the_host, bits)
@@ -230,8 +230,8 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str
 def test_instructions_of_a_weight(columns: int, asym: int, most: float, machine_code: dict[str, list[str]]) -> None:
     """In the loop over tiles, groups of 128. An mma has 8 weights of a lane for each column of 8 tokens."""
     name = f"gemvILi4ELb0ELi{columns}ELb1ELb{asym}E"
-    found = [loop for kernel, body in machine_code.items() if name in kernel for loop in sass.loops(body)]
-    counts = [loop.total() * columns / (8 * loop["HMMA"]) for loop in found if loop["HMMA"] and not loop["BAR"]]
+    values = [loop for kernel, body in machine_code.items() if name in kernel for loop in sass.loops(body)]
+    counts = [loop.total() * columns / (8 * loop["HMMA"]) for loop in values if loop["HMMA"] and not loop["BAR"]]
     assert counts and min(counts) <= most
     assert not any("LDL" in line or "STL" in line for body in machine_code.values() for line in body)
 
@@ -282,4 +282,4 @@ def test_says_what_it_does_not_take(generator: torch.Generator) -> None:
         ((x.float(), ready(), 4, False), "x is torch.float32"),
         ((x, ready(inputs=132), 4, False), "132 inputs"),
     ):
-        assert reason in (cuda.unfit(*args) or "")
+        assert reason in (cuda.unsupported_product(*args) or "")

@@ -145,9 +145,9 @@ def test_nothing_is_zeroed_that_is_written_anyway(device: str, generator: torch.
     ready = prepared(layer(generator, 3, 128, 64, 2, True), "triton", device, True)
     routing = random_routing(generator, 20, 2, 3, torch.bfloat16)
     x = torch.randn(20, 128, generator=generator).bfloat16().to(device)
-    with Filled() as filled:
+    with Filled() as launch_arguments:
         launcher.w4a16_experts(x, *ready, Routing(*(part.to(device) for part in routing)))
-    assert filled.names == []
+    assert launch_arguments.names == []
 
 
 class Filled(TorchDispatchMode):

@@ -28,9 +28,9 @@ def test_nothing_is_lost(
     )
     zeros = None if sym else weight.zeros
     ready = repack(weight.codes, weight.scales, zeros, bits=bits, layout=layout)
-    codes, scales, found = unpack_weight(ready)
+    codes, scales, result = unpack_weight(ready)
     assert torch.equal(codes, weight.codes) and torch.equal(scales, weight.scales)
-    assert (found is None) if zeros is None else torch.equal(found, zeros)
+    assert (result is None) if zeros is None else torch.equal(result, zeros)
     some = slice(rows // 3, rows)
     assert torch.equal(codes_of(ready, experts - 1, some), weight.codes[experts - 1, some])
     assert ready[3:] == (layout, bits, rows, groups * group, group)

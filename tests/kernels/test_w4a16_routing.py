@@ -22,36 +22,36 @@ def test_rows_are_those_of_a_slow_sort(
     choices = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :top_k].contiguous()
     weights = torch.rand(tokens, top_k, generator=generator).bfloat16()
     with poisoned_empty():
-        found = route(choices.to(device), weights.to(device), experts, backend=backend)
-    found = type(found)(*(part.cpu() for part in found))
+        result = route(choices.to(device), weights.to(device), experts, backend=backend)
+    result = type(result)(*(part.cpu() for part in result))
     slow = routed(choices, weights, experts)
-    assert torch.equal(found.offsets, slow.offsets) and found.slots.shape == (top_k, tokens)
+    assert torch.equal(result.offsets, slow.offsets) and result.slots.shape == (top_k, tokens)
     pairs = sorted((int(e), c, t) for t, row in enumerate(choices.tolist()) for c, e in enumerate(row))
-    assert found.tokens.tolist() == [t for _, _, t in pairs]
-    assert torch.equal(found.weights, torch.tensor([float(weights[t, c]) for _, c, t in pairs]).bfloat16())
+    assert result.tokens.tolist() == [t for _, _, t in pairs]
+    assert torch.equal(result.weights, torch.tensor([float(weights[t, c]) for _, c, t in pairs]).bfloat16())
     for token in range(tokens):
-        rows = found.slots[:, token].tolist()
-        assert rows == sorted(rows) and all(found.tokens[row] == token for row in rows) and len(set(rows)) == top_k
+        rows = result.slots[:, token].tolist()
+        assert rows == sorted(rows) and all(result.tokens[row] == token for row in rows) and len(set(rows)) == top_k
 
 
 def test_a_token_may_choose_an_expert_twice(backend: str, device: str) -> None:
     choices = torch.tensor([[1, 1], [0, 1]], device=device)
-    found = route(choices, torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device), 2, backend=backend)
-    assert found.offsets.tolist() == [0, 1, 4] and found.tokens.tolist() == [1, 0, 0, 1]
-    assert found.weights.tolist() == [3.0, 1.0, 2.0, 4.0] and found.slots.T.tolist() == [[1, 2], [0, 3]]
+    result = route(choices, torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device), 2, backend=backend)
+    assert result.offsets.tolist() == [0, 1, 4] and result.tokens.tolist() == [1, 0, 0, 1]
+    assert result.weights.tolist() == [3.0, 1.0, 2.0, 4.0] and result.slots.T.tolist() == [[1, 2], [0, 3]]
 
 
 def test_strided_choices(backend: str, device: str, generator: torch.Generator) -> None:
     wide = torch.randint(0, 5, (7, 6), generator=generator).to(device)
     weights = torch.rand(6, 7, generator=generator).to(device).T
-    found, same = (
+    result, same = (
         route(choices, share, 5, backend=backend)
         for choices, share in (
             (wide[:, ::2], weights[:, ::2]),
             (wide[:, ::2].contiguous(), weights[:, ::2].contiguous()),
         )
     )
-    assert all(torch.equal(*pair) for pair in zip(found, same))
+    assert all(torch.equal(*pair) for pair in zip(result, same))
 
 
 def test_one_launch(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -40,11 +40,11 @@ class Memory:
 
     def begin(self, arguments: Iterable[Any]) -> None:
         """A launch with these arguments: tensors, descriptors, tuples of them, and what else there is."""
-        found: dict[int, int] = {}
+        addresses: dict[int, int] = {}
         for tensor in _tensors(arguments):
             storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-        self.regions = [Region(start, size) for start, size in found.items()]
+            addresses[storage.data_ptr()] = storage.nbytes()
+        self.regions = [Region(start, size) for start, size in addresses.items()]
         self.number = 0
 
     def enter(self, program: tuple[int, int, int]) -> None:

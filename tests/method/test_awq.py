@@ -84,8 +84,8 @@ def test_the_gram_solver_is_served_on_the_grids_it_will_use(generator):
         scales = scales_for(gram.abs_mean()[0], exponent)
         scaled = (weight[0] * scales).float()[None]
         grid = {"bits": QUANT.bits, "group_size": QUANT.group_size, "sym": QUANT.sym, "search": True}
-        found = fit_grid(scaled, (price / scales**2).float()[None], scale_dtype=torch.float32, **grid)
-        rounded = QuantizedWeight(round_to_grid(scaled, *found, bits=QUANT.bits), *found, QUANT.bits).dequantize()
+        result = fit_grid(scaled, (price / scales**2).float()[None], scale_dtype=torch.float32, **grid)
+        rounded = QuantizedWeight(round_to_grid(scaled, *result, bits=QUANT.bits), *result, QUANT.bits).dequantize()
         error = weight[0].double() - rounded[0].double() / scales
         losses.append(float((error.square() * price).sum()))
     chosen = float(find([only]).exponents[0])
@@ -218,10 +218,10 @@ def test_solving_scaled_is_solving_the_scaled_problem(method, generator):
     before, after = Statistics.zeros(1, INPUTS), Statistics.zeros(1, INPUTS)
     before.add(x)
     after.add(x / inputs)
-    found, report = solve_site("site", weight, before, QUANT, spec, scale_dtype=torch.bfloat16, scaling=scaling)
+    result, report = solve_site("site", weight, before, QUANT, spec, scale_dtype=torch.bfloat16, scaling=scaling)
     direct, _ = solve_site("site", scaling.apply(weight), after, QUANT, spec, scale_dtype=torch.bfloat16)
-    assert (found.codes != direct.codes).float().mean() < 0.01
-    error = ((weight - scaling.undo(found.dequantize()))[0].double() @ x.double().T).square().sum()
+    assert (result.codes != direct.codes).float().mean() < 0.01
+    error = ((weight - scaling.undo(result.dequantize()))[0].double() @ x.double().T).square().sum()
     signal = (weight[0].double() @ x.double().T).square().sum()
     assert report.error == pytest.approx(float(error / signal), rel=1e-3)
     assert (report.exponent, report.unscaled) == (0.5, "because")

@@ -64,10 +64,10 @@ def by_the_book(weight: Tensor, start: QuantizedWeight, hessian: Tensor, sweeps:
 def test_it_is_coordinate_descent_by_the_book(quant, generator):
     weight, hessian = torch.randn(1, 12, 64, generator=generator), metric_of(1, 64, generator)
     start = greedy(weight, hessian, quant, torch.float32)
-    found, wanted = descend(weight, start, hessian, 2), by_the_book(weight, start, hessian, 2)
-    assert torch.equal(found.codes, wanted.codes)
-    torch.testing.assert_close(found.scales, wanted.scales, rtol=1e-4, atol=0)
-    assert not torch.equal(found.codes, start.codes) and torch.equal(found.zeros, start.zeros)
+    actual, wanted = descend(weight, start, hessian, 2), by_the_book(weight, start, hessian, 2)
+    assert torch.equal(actual.codes, wanted.codes)
+    torch.testing.assert_close(actual.scales, wanted.scales, rtol=1e-4, atol=0)
+    assert not torch.equal(actual.codes, start.codes) and torch.equal(actual.zeros, start.zeros)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_no_row_becomes_worse_and_each_sweep_helps(quant, dtype, generator):
     start = greedy(weight, hessian, quant, dtype)
     losses = [loss(weight, start, hessian)]
     for sweeps in (1, 2, 4):
-        found = descend(weight, start, hessian, sweeps)
-        assert found.scales.dtype == dtype and int(found.codes.max()) < 1 << quant.bits
-        losses.append(loss(weight, found, hessian))
+        result = descend(weight, start, hessian, sweeps)
+        assert result.scales.dtype == dtype and int(result.codes.max()) < 1 << quant.bits
+        losses.append(loss(weight, result, hessian))
         assert (losses[-1] <= losses[0] * (1 + 1e-5)).all()
     totals = [float(each.sum()) for each in losses]
     assert totals == sorted(totals, reverse=True) and totals[1] < 0.99 * totals[0]
@@ -89,13 +89,13 @@ def test_no_row_becomes_worse_and_each_sweep_helps(quant, dtype, generator):
 
 def test_in_the_end_no_code_can_be_bettered_by_itself(generator):
     weight, hessian = torch.randn(1, 6, 16, generator=generator), metric_of(1, 16, generator)
-    found = descend(weight, greedy(weight, hessian, QuantConfig(2, 8)), hessian, 50)
-    least = loss(weight, found, hessian)
+    result = descend(weight, greedy(weight, hessian, QuantConfig(2, 8)), hessian, 50)
+    least = loss(weight, result, hessian)
     for column in range(16):
         for code in range(4):
-            codes = found.codes.clone()
+            codes = result.codes.clone()
             codes[..., column] = code
-            other = QuantizedWeight(codes, found.scales, found.zeros, 2)
+            other = QuantizedWeight(codes, result.scales, result.zeros, 2)
             assert (loss(weight, other, hessian) >= least * (1 - 1e-5)).all()
 
 
@@ -105,10 +105,10 @@ def test_an_expert_without_a_metric_stays_and_disturbs_nobody(spoiled, generator
     start = greedy(weight, hessian, QuantConfig(2, 16))
     alone = [descend(weight[e : e + 1], start.expert(e), hessian[e : e + 1], 2) for e in (0, 2)]
     hessian[1] = spoiled
-    found = descend(weight, start, hessian, 2)
+    actual = descend(weight, start, hessian, 2)
     for expert, wanted in ((0, alone[0]), (1, start.expert(1)), (2, alone[1])):
-        assert torch.equal(found.expert(expert).codes, wanted.codes)
-        assert torch.equal(found.expert(expert).scales, wanted.scales)
+        assert torch.equal(actual.expert(expert).codes, wanted.codes)
+        assert torch.equal(actual.expert(expert).scales, wanted.scales)
 
 
 def test_a_group_of_zeros_keeps_its_scale(generator):
@@ -116,9 +116,9 @@ def test_a_group_of_zeros_keeps_its_scale(generator):
     hessian[:, :16, 16:] = hessian[:, 16:, :16] = 0
     weight[..., :16] = 0
     start = greedy(weight, hessian, QuantConfig(3, 16))
-    found = descend(weight, start, hessian, 2)
-    assert torch.equal(found.scales[..., 0], start.scales[..., 0])
-    assert (found.dequantize()[..., :16] == 0).all()
+    result = descend(weight, start, hessian, 2)
+    assert torch.equal(result.scales[..., 0], start.scales[..., 0])
+    assert (result.dequantize()[..., :16] == 0).all()
 
 
 def test_the_solver_sweeps_as_often_as_it_is_told(generator):

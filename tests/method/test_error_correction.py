@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.error_correction import CAUTION, change_of, fits, held, share_of, shift, shifted
+from sarqc.method.error_correction import (
+    CAUTION,
+    corrected_target,
+    correction,
+    correction_share,
+    fold_fits,
+    limited_target,
+    weight_change,
+)
 from sarqc.method.gram import Gram, Statistics
 from sarqc.method.hessian import regularised_hessian
 from sarqc.method.layer import solve_site
@@ -49,7 +57,7 @@ def test_completing_the_square(generator):
     x, cross_gram = drifted(40, 12, 5, generator)
     weight = torch.randn(1, 5, 12, generator=generator)
     gram = seen((x, cross_gram)).total()
-    full = shift("s", gram, LAMBDA, SPEC)[0].double()
+    full = correction("s", gram, LAMBDA, SPEC)[0].double()
     hessian = regularised_hessian(gram, LAMBDA, SPEC)[0].double()
     anchor = hessian - gram.second_moment()[0].double()
     w, r, y = weight[0].double(), cross_gram.double(), x.double()
@@ -68,14 +76,14 @@ def test_completing_the_square(generator):
 def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
     folds = [drifted(60, 12, 6, generator, noise=1.0) for _ in range(2)]
     statistics = seen(*folds)
-    apart = [fits("s", statistics, LAMBDA, SPEC, [fold]) for fold in range(2)]  # as two ranks do it
-    share = share_of(torch.cat(apart)) / CAUTION
-    assert share_of(fits("s", statistics, LAMBDA, SPEC, range(2))) == CAUTION * share
+    apart = [fold_fits("s", statistics, LAMBDA, SPEC, [fold]) for fold in range(2)]  # as two ranks do it
+    share = correction_share(torch.cat(apart)) / CAUTION
+    assert correction_share(fold_fits("s", statistics, LAMBDA, SPEC, range(2))) == CAUTION * share
 
     def loss(a: float) -> float:
         total = 0.0
         for (x, cross_gram), fitted in zip(reversed(folds), statistics.folds):
-            gained = a * shift("s", fitted, LAMBDA, SPEC)[0].double()
+            gained = a * correction("s", fitted, LAMBDA, SPEC)[0].double()
             total += float((x.double() @ gained.T - cross_gram.double()).pow(2).sum() / 60)
         return total
 
@@ -86,12 +94,15 @@ def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
 def test_no_drift_no_shift(generator):
     x, weight = torch.randn(40, 12, generator=generator), torch.randn(1, 6, 12, generator=generator)
     none = torch.zeros(20, 6)
-    assert shifted("s", weight, seen((x[:20], none), (x[20:], none)), LAMBDA, SPEC) == (weight, 0.0)
-    assert shifted("s", weight, seen((x, x[:, :6])), LAMBDA, SPEC) == (weight, 0.0)  # one fold: no one to judge
+    assert corrected_target("s", weight, seen((x[:20], none), (x[20:], none)), LAMBDA, SPEC) == (weight, 0.0)
+    assert corrected_target("s", weight, seen((x, x[:, :6])), LAMBDA, SPEC) == (
+        weight,
+        0.0,
+    )  # one fold: no one to judge
     plain = Statistics.zeros(1, 12, 2)
     plain.add(x[:20])
     plain.add(x[20:], fold=1)
-    assert shifted("s", weight, plain, LAMBDA, SPEC) == (weight, 0.0)  # not the last of its block
+    assert corrected_target("s", weight, plain, LAMBDA, SPEC) == (weight, 0.0)  # not the last of its block
 
 
 def test_rows_of_the_weight_are_corrected_one_by_one(generator):
@@ -100,15 +111,15 @@ def test_rows_of_the_weight_are_corrected_one_by_one(generator):
     statistics = seen(*(drifted(60, 12, 6, generator) for _ in range(2)))
     for size in (1.0, 1e-3):
         small = size * weight
-        target, share = shifted("s", small, statistics, LAMBDA, SPEC)
-        best = share_of(fits("s", statistics, LAMBDA, SPEC, range(2)))
+        target, share = corrected_target("s", small, statistics, LAMBDA, SPEC)
+        best = correction_share(fold_fits("s", statistics, LAMBDA, SPEC, range(2)))
         assert not torch.equal(target, small) and (share < best) is (size < 1)
         parts = []
         for rows in (slice(0, 2), slice(2, 6)):
             own = statistics.of_outputs(rows)
-            parts.append((small[:, rows], *change_of("s", small[:, rows], own, LAMBDA, SPEC, best)))
+            parts.append((small[:, rows], *weight_change("s", small[:, rows], own, LAMBDA, SPEC, best)))
         sums = torch.stack([sums for _, _, sums in parts]).sum(0)
-        together = torch.cat([held(weight, change, sums, best)[0] for weight, change, _ in parts], 1)
+        together = torch.cat([limited_target(weight, change, sums, best)[0] for weight, change, _ in parts], 1)
         torch.testing.assert_close(together, target)
 
 
@@ -116,7 +127,9 @@ def test_unrelated_errors_are_left_alone(generator):
     """Folds that drift in opposite directions: what one teaches is wrong on the other."""
     x, cross_gram = drifted(80, 12, 6, generator)
     weight = torch.randn(1, 6, 12, generator=generator)
-    target, share = shifted("s", weight, seen((x[:40], cross_gram[:40]), (x[40:], -cross_gram[40:])), LAMBDA, SPEC)
+    target, share = corrected_target(
+        "s", weight, seen((x[:40], cross_gram[:40]), (x[40:], -cross_gram[40:])), LAMBDA, SPEC
+    )
     assert share == 0.0 and target is weight
 
 
@@ -142,13 +155,13 @@ def test_a_correction_is_at_most_as_large_as_the_weight_and_zero_rows_stay_zero(
     x, cross_gram = drifted(60, 12, 5, generator)
     statistics = seen((x[:30], cross_gram[:30]), (x[30:], cross_gram[30:]))
     weight = torch.randn(1, 5, 12, generator=generator)
-    target, share = shifted("s", weight, statistics, LAMBDA, SPEC)
+    target, share = corrected_target("s", weight, statistics, LAMBDA, SPEC)
     assert 0 < (target - weight).norm() < weight.norm()
     small = 1e-4 * weight
-    bounded, less = shifted("s", small, statistics, LAMBDA, SPEC)
+    bounded, less = corrected_target("s", small, statistics, LAMBDA, SPEC)
     assert (bounded - small).norm() == pytest.approx(float(small.norm()), rel=1e-4)
     assert less == pytest.approx(share * float(small.norm() / (target - weight).norm()), rel=1e-3)
     weight[0, 2] = 0
-    target, _ = shifted("s", weight, statistics, LAMBDA, SPEC)
+    target, _ = corrected_target("s", weight, statistics, LAMBDA, SPEC)
     assert not target[0, 2].any() and target[0, 3].ne(weight[0, 3]).any()
-    assert shifted("s", torch.zeros_like(weight), statistics, LAMBDA, SPEC)[1] == 0
+    assert corrected_target("s", torch.zeros_like(weight), statistics, LAMBDA, SPEC)[1] == 0

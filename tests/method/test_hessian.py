@@ -46,10 +46,10 @@ def test_an_expert_without_rows_is_held_evenly():
 
 def test_the_metric_is_the_mean_the_pull_and_the_floor(generator):
     hessian, reg_lambda = spd(2, 10, generator), torch.tensor([0.5, 2.0])
-    found = regularised_hessian(gram_of(hessian, rows=7), reg_lambda, MethodConfig(saliency="energy", damp=1e-2))
+    result = regularised_hessian(gram_of(hessian, rows=7), reg_lambda, MethodConfig(saliency="energy", damp=1e-2))
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     added = reg_lambda[:, None] * diagonal + 1e-2 * diagonal.mean(-1, keepdim=True)
-    torch.testing.assert_close(found, hessian + torch.diag_embed(added), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(result, hessian + torch.diag_embed(added), rtol=1e-3, atol=1e-6)
 
 
 def test_lambda_is_free_of_scale(generator):
@@ -61,11 +61,11 @@ def test_lambda_is_free_of_scale(generator):
 
 def test_factor_is_upper_triangular_and_multiplies_back(generator):
     hessian = spd(3, 40, generator)
-    found = factor(hessian, "site")
-    assert torch.equal(found.matrix, found.matrix.triu())
-    assert (found.matrix.diagonal(dim1=-2, dim2=-1) > 0).all()
-    torch.testing.assert_close(found.matrix @ found.matrix.mT, hessian, rtol=1e-4, atol=1e-4)
-    assert not found.damping.any()
+    result = factor(hessian, "site")
+    assert torch.equal(result.matrix, result.matrix.triu())
+    assert (result.matrix.diagonal(dim1=-2, dim2=-1) > 0).all()
+    torch.testing.assert_close(result.matrix @ result.matrix.mT, hessian, rtol=1e-4, atol=1e-4)
+    assert not result.damping.any()
 
 
 def test_one_bad_matrix_climbs_the_ladder_and_leaves_the_others_alone(generator):
@@ -73,18 +73,18 @@ def test_one_bad_matrix_climbs_the_ladder_and_leaves_the_others_alone(generator)
     alone = factor(hessian[:1], "site").matrix[0]
     hessian[1] = 0
     hessian[1, 0, 0] = 1.0  # rank one: no factor without damping
-    found = factor(hessian, "site")
-    assert torch.equal(found.matrix[0], alone)
-    assert found.damping[1] == 1e-3 and found.damping[0] == found.damping[2] == 0
-    assert torch.isfinite(found.matrix).all()
+    result = factor(hessian, "site")
+    assert torch.equal(result.matrix[0], alone)
+    assert result.damping[1] == 1e-3 and result.damping[0] == result.damping[2] == 0
+    assert torch.isfinite(result.matrix).all()
 
 
 def test_a_matrix_beyond_help_is_rounded_plainly():
     hessian = torch.eye(6).repeat(2, 1, 1)
     hessian[1, 0, 1] = hessian[1, 1, 0] = -50.0
-    found = factor(hessian, "site")
-    assert torch.isinf(found.damping[1]) and found.damping[0] == 0
-    assert torch.equal(found.matrix[1], torch.eye(6))
+    result = factor(hessian, "site")
+    assert torch.isinf(result.damping[1]) and result.damping[0] == 0
+    assert torch.equal(result.matrix[1], torch.eye(6))
 
 
 def test_not_finite_names_the_site():

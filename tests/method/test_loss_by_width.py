@@ -42,11 +42,11 @@ def test_what_is_tried_lies_within_the_average():
         assert probe_bits(QuantConfig(avg_bits=average)) == width
     assert probe_bits(QuantConfig(avg_bits=4.1, bit_options=(5, 8))) == 5
     weight, statistics = site(2)
-    found = probe_weight("site", weight, statistics, QUANT, MethodConfig(), torch.bfloat16)
-    assert found.bits == 4 and float((found.dequantize() - weight).norm() / weight.norm()) < 0.2
+    result = probe_weight("site", weight, statistics, QUANT, MethodConfig(), torch.bfloat16)
+    assert result.bits == 4 and float((result.dequantize() - weight).norm() / weight.norm()) < 0.2
 
 
 def test_a_site_that_saw_nothing_loses_nothing():
     weight, _ = site(2)
-    found = loss_by_bits("site", weight, Statistics.zeros(2, 64, 2), QUANT, MethodConfig(), torch.bfloat16)
-    assert set(found.by_width.values()) == set(found.relative(4).values()) == {0.0}
+    result = loss_by_bits("site", weight, Statistics.zeros(2, 64, 2), QUANT, MethodConfig(), torch.bfloat16)
+    assert set(result.by_width.values()) == set(result.relative(4).values()) == {0.0}

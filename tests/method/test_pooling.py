@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.method.gram import Gram, Statistics, prior_rows, shrunk
+from sarqc.method.gram import Gram, Statistics, prior_rows, shrink_gram
 from sarqc.method.layer import solve_site
 
 OFFSETS = torch.tensor([0, 9, 9, 10, 40])
@@ -22,7 +22,7 @@ def routed(generator: torch.Generator, size: int = 16) -> tuple[Gram, torch.Tens
 
 def test_each_expert_is_a_weighted_mean_of_its_own_and_the_pool(generator):
     gram, x = routed(generator)
-    shrink_experts = shrunk(gram, 0.5)
+    shrink_experts = shrink_gram(gram, 0.5)
     double = x.double()
     pool = double.T @ double / 40
     for expert, (start, stop) in enumerate(pairwise(OFFSETS.tolist())):
@@ -36,12 +36,12 @@ def test_each_expert_is_a_weighted_mean_of_its_own_and_the_pool(generator):
 
 def test_nothing_borrowed_is_the_gram_itself(generator):
     gram, _ = routed(generator)
-    assert shrunk(gram, 0.0) is gram and prior_rows(16, 0.5) == 8
+    assert shrink_gram(gram, 0.0) is gram and prior_rows(16, 0.5) == 8
     dense = Gram.zeros(1, 16)
     dense.add(torch.randn(5, 16, generator=generator))
-    assert shrunk(dense, 0.5) is dense
+    assert shrink_gram(dense, 0.5) is dense
     unseen = Gram.zeros(3, 16)
-    assert shrunk(unseen, 0.5) is unseen
+    assert shrink_gram(unseen, 0.5) is unseen
 
 
 def test_part_of_a_layer_borrows_from_the_whole(generator):
@@ -52,7 +52,7 @@ def test_part_of_a_layer_borrows_from_the_whole(generator):
     some.add(x[9:10], torch.tensor([0, 0, 1]))
     rest.add(x[:9])
     rest.add(x[10:])
-    whole, part = shrunk(gram, 0.25), shrunk(some, 0.25, rest)
+    whole, part = shrink_gram(gram, 0.25), shrink_gram(some, 0.25, rest)
     assert torch.equal(whole.second_moment()[1:3], part.second_moment())
     assert torch.equal(whole.abs_mean()[1:3], part.abs_mean())
 

@@ -42,11 +42,11 @@ def group_loss(weight, scales, zeros, hessian, bits):
 def test_every_group_gets_the_best_of_all_candidates(weight, hessian, bits, sym):
     rule = GridRule(bits, sym, True, torch.float32)
     scales, zeros = search_scales(weight, hessian, rule, GROUP)
-    found = group_loss(weight, scales, zeros, hessian, bits)
+    result = group_loss(weight, scales, zeros, hessian, bits)
     grouped = weight.unflatten(-1, (-1, GROUP))
     low, high = grouped.amin(-1), grouped.amax(-1)
     top = 2**bits - 1
-    least = torch.full_like(found, torch.inf)
+    least = torch.full_like(result, torch.inf)
     for factor in span_factors(bits):
         if sym:
             trial, zero = torch.maximum(-low, high) * (2 * factor / top), torch.full_like(low, 2 ** (bits - 1))
@@ -56,7 +56,7 @@ def test_every_group_gets_the_best_of_all_candidates(weight, hessian, bits, sym)
             trial = (high.clamp(min=0) - low.clamp(max=0)) * (factor / top)
             zero = (-factor * low.clamp(max=0) / trial).round().clamp(0, top)
         least = torch.minimum(least, group_loss(weight, trial, zero.to(torch.uint8), hessian, bits))
-    torch.testing.assert_close(found, least, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(result, least, rtol=1e-3, atol=1e-6)
 
 
 def test_a_diagonal_metric_is_the_kernels_weighted_search(weight, hessian):
@@ -70,10 +70,10 @@ def test_a_diagonal_metric_is_the_kernels_weighted_search(weight, hessian):
 
 def test_no_group_is_worse_than_min_max(weight, hessian):
     rule = GridRule(3, True, True, torch.bfloat16)
-    found = group_loss(weight, *search_scales(weight, hessian, rule, GROUP), hessian, 3)
+    result = group_loss(weight, *search_scales(weight, hessian, rule, GROUP), hessian, 3)
     plain = quantize_rtn(weight, QuantConfig(bits=3, group_size=GROUP), "minmax", torch.bfloat16)
     before = group_loss(weight, plain.scales, plain.zeros, hessian, 3)
-    assert (found <= before * (1 + 1e-5)).all() and found.sum() < 0.8 * before.sum()
+    assert (result <= before * (1 + 1e-5)).all() and result.sum() < 0.8 * before.sum()
 
 
 def test_rows_are_taken_in_portions_that_change_nothing(weight, hessian, monkeypatch):

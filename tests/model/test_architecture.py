@@ -42,12 +42,12 @@ def test_the_blocks_of_a_wrapper_are_those_of_its_text(row, tmp_path):
 
 def test_towers_projectors_and_heads_stay(tmp_path):
     lazy = families.lazy(families.save("gemma3+vl", tmp_path))
-    found = targets(lazy, QUANT)
+    selected = targets(lazy, QUANT)
     assert isinstance(lazy.model.config, Gemma3Config)
-    assert all(".language_model." in target.module for target in found.selected)
-    assert any("vision" in name for name in found.unquantized)
+    assert all(".language_model." in target.module for target in selected.selected)
+    assert any("vision" in name for name in selected.unquantized)
     linears = {path for path, module in lazy.model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert linears <= {target.module for target in found.selected} | set(found.unquantized)
+    assert linears <= {target.module for target in selected.selected} | set(selected.unquantized)
 
 
 def test_a_tower_is_not_loaded_for_text(tmp_path):
@@ -74,10 +74,10 @@ def test_what_transformers_converts_is_what_it_loads(row, tmp_path):
     auto = AutoModelForMultimodalLM if row.endswith("+vl") else AutoModelForCausalLM
     wanted = auto.from_pretrained(folder).state_dict()
     model, _ = sarqc.load(folder, dtype="bfloat16")
-    found = model.state_dict()
-    assert found.keys() == wanted.keys()
+    state = model.state_dict()
+    assert state.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(state[name], tensor), name
 
 
 def test_a_wrapper_is_quantized_in_its_text_alone(tmp_path, registered):

@@ -36,9 +36,9 @@ def test_packed_and_dense_agree(tiny, arch, rounded):
     packed = build(case.lazy(source), source, packed=True)
     linears = sum(isinstance(module, QuantLinear) for module in packed.modules())
     stacks = sum(isinstance(module, QuantExperts) for module in packed.modules())
-    found = targets(case.lazy(), QUANT).selected
-    assert linears + stacks == len({target.parameter for target in found})
-    assert stacks == len({target.parameter for target in found if ".experts." in target.parameter})
+    selected = targets(case.lazy(), QUANT).selected
+    assert linears + stacks == len({target.parameter for target in selected})
+    assert stacks == len({target.parameter for target in selected if ".experts." in target.parameter})
     assert not any(tensor.is_meta for tensor in (*packed.parameters(), *packed.buffers()))
     expected = logits(dense, case.tokens)
     assert not torch.equal(expected, logits(case.model, case.tokens))
@@ -71,8 +71,8 @@ def test_packed_weights_are_small_and_give_their_codes_back(tiny, rounded):
     case = tiny("mixtral", torch.bfloat16)
     source = rounded(case, QUANT)
     packed = build(case.lazy(source), source, packed=True)
-    found = [module for module in packed.modules() if isinstance(module, (QuantLinear, QuantExperts))]
-    for module in found:
+    actual = [module for module in packed.modules() if isinstance(module, (QuantLinear, QuantExperts))]
+    for module in actual:
         stored = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
         assert stored <= (0.5 + 4 / 32) * module.words.shape[0] * (
             -(-module.out_features // 64) * 64 * module.in_features

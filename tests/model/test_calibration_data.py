@@ -58,8 +58,8 @@ def test_texts_are_the_text_of_all_of_them(text):
         Rows([{"text": line} for line in lines]),
         [{"text": x} for x in lines],
     ):
-        found = read(data)
-        assert torch.equal(found.tokens, expected.tokens) and found.text == GIVEN_TEXTS
+        records = read(data)
+        assert torch.equal(records.tokens, expected.tokens) and records.text == GIVEN_TEXTS
 
 
 def test_conversations_go_through_the_template():
@@ -71,9 +71,9 @@ def test_conversations_go_through_the_template():
         Rows([{"messages": CHAT, "source": "x"}] * 3),
         Rows([{"conversations": CHAT}] * 3),
     ):
-        found = read(data)
-        assert found.tokens.flatten().tolist() == expected[: len(expected) // 32 * 32]
-        assert (found.bos, found.text) == (False, GIVEN_CHATS)
+        records = read(data)
+        assert records.tokens.flatten().tolist() == expected[: len(expected) // 32 * 32]
+        assert (records.bos, records.text) == (False, GIVEN_CHATS)
 
 
 def test_conversations_with_images_are_refused():
@@ -91,8 +91,8 @@ def test_token_ids_need_no_tokenizer():
         [tokens],
         [{"input_ids": tokens.tolist()}],
     ):
-        found = windows(data, none, 32)
-        assert torch.equal(found.tokens, tokens[:64].view(2, 32)) and found.text == GIVEN
+        drawn = windows(data, none, 32)
+        assert torch.equal(drawn.tokens, tokens[:64].view(2, 32)) and drawn.text == GIVEN
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_token_ids_need_no_tokenizer():
         (object(), ArgumentError, "dataset holds a object"),
     ],
 )
-def test_what_is_not_read_is_one_line(data, family, says):
-    with pytest.raises(family, match=says) as caught:
+def test_what_is_not_read_is_one_line(data, family, result):
+    with pytest.raises(family, match=result) as caught:
         read(data)
     assert "\n" not in str(caught.value)
 

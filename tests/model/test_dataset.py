@@ -23,10 +23,10 @@ def test_builtin_parts_share_no_topic():
 
 def test_windows_are_the_text_in_order():
     tokenizer = tiny.tokenizer()
-    found = windows("builtin", lambda: tokenizer, 32, part="evaluation")
+    drawn = windows("builtin", lambda: tokenizer, 32, part="evaluation")
     everything = tokenizer(builtin_text("evaluation"))["input_ids"]
-    assert found.tokens.flatten().tolist() == everything[: found.tokens.numel()]
-    assert found.available == len(found.tokens) == len(everything) // 32 and not found.bos
+    assert drawn.tokens.flatten().tolist() == everything[: drawn.tokens.numel()]
+    assert drawn.available == len(drawn.tokens) == len(everything) // 32 and not drawn.bos
 
 
 def test_a_tokenizer_that_begins_texts_begins_every_window():
@@ -35,10 +35,10 @@ def test_a_tokenizer_that_begins_texts_begins_every_window():
 
     backend = type(tiny.tokenizer().backend_tokenizer).from_str(tiny.tokenizer().backend_tokenizer.to_str())
     backend.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
-    found = windows("builtin", lambda: PreTrainedTokenizerFast(tokenizer_object=backend), 20, part="evaluation")
+    drawn = windows("builtin", lambda: PreTrainedTokenizerFast(tokenizer_object=backend), 20, part="evaluation")
     plain = windows("builtin", tiny.tokenizer, 19, part="evaluation")
-    assert found.bos and (found.tokens[:, 0] == 0).all()
-    assert torch.equal(found.tokens[:, 1:], plain.tokens)
+    assert drawn.bos and (drawn.tokens[:, 0] == 0).all()
+    assert torch.equal(drawn.tokens[:, 1:], plain.tokens)
 
 
 def test_drawing_is_by_seed_and_in_order_of_the_text():

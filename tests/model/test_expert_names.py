@@ -63,9 +63,9 @@ def test_each_matrix_has_a_name_and_is_what_it_was(row, tmp_path):
     assert name in source.names() and fused not in source.names()
     assert torch.equal(source.load(name), part(stored[fused]))
     assert source.shape(name) == tuple(part(stored[fused]).shape) and source.dtype(name) == stored[fused].dtype
-    found = targets(lazy, QuantConfig(group_size=32))
-    assert name.removesuffix(".weight") in found.linears
-    assert not any("experts" in left for left, _ in found.left)
+    selected = targets(lazy, QuantConfig(group_size=32))
+    assert name.removesuffix(".weight") in selected.linears
+    assert not any("experts" in left for left, _ in selected.left)
 
 
 @pytest.mark.parametrize("row", NAMES)
@@ -83,9 +83,9 @@ def test_a_quantized_model_is_read_back_packed(row, tmp_path, registered):
     source = saved(row, tmp_path / "in")
     out = families.rounded(source, tmp_path / "out", bits=8)
     wanted = families.ours(out)
-    for found in (families.logits(out, row), wanted):
+    for actual in (families.logits(out, row), wanted):
         for other, least in ((wanted, 0.05), (families.ours(source), 0.2)):
-            assert ((found - other).abs().amax(-1) / other.std()).median() < least
+            assert ((actual - other).abs().amax(-1) / other.std()).median() < least
     assert sarqc.verify(out, against=source).sound
 
 

@@ -38,21 +38,21 @@ def test_block_by_block_gives_the_models_own_logits(tiny, any_arch, dtype):
     case = tiny(any_arch, dtype)
     with torch.no_grad():
         expected = case.model(case.tokens, use_cache=False).logits
-    found = run_by_block(case.lazy(), case.source, case.tokens)
+    actual = run_by_block(case.lazy(), case.source, case.tokens)
     if any_arch == "gpt_oss":  # its eager adds the bias after the product, a Linear inside it: one rounding apart
-        torch.testing.assert_close(found, expected, rtol=0, atol=2 * torch.finfo(dtype).eps * expected.abs().max())
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2 * torch.finfo(dtype).eps * expected.abs().max())
     else:
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 @HALF
 def test_buffers_are_those_of_an_ordinary_model(tiny, any_arch, dtype):
     case = tiny(any_arch, dtype)
     expected = dict(case.model.named_non_persistent_buffers())
-    found = dict(case.lazy().model.named_non_persistent_buffers())
-    assert found.keys() == expected.keys() and found
+    buffers = dict(case.lazy().model.named_non_persistent_buffers())
+    assert buffers.keys() == expected.keys() and buffers
     for name, buffer in expected.items():
-        assert found[name].dtype == buffer.dtype and torch.equal(found[name], buffer)
+        assert buffers[name].dtype == buffer.dtype and torch.equal(buffers[name], buffer)
 
 
 def test_every_checkpoint_name_is_used_exactly_once(tiny, any_arch):

@@ -19,9 +19,9 @@ from tests.support import families
 QUANT = QuantConfig(group_size=32)
 
 
-def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def apart(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     """Median over positions of the largest difference, in units of the logits' spread: choices of experts may flip."""
-    return ((found - wanted).abs().amax(-1) / wanted.std()).median().item()
+    return ((actual - wanted).abs().amax(-1) / wanted.std()).median().item()
 
 
 @pytest.mark.parametrize("row", ["dbrx"])
@@ -63,19 +63,19 @@ def test_packed_layers_stand_in_their_place(row, tmp_path, registered):
 
 
 def test_routers_and_indexes_are_left_and_said(tmp_path):
-    found = targets(families.lazy(families.save("deepseek_v32", tmp_path)), QUANT)
-    left = {re.sub(r".*\.\d+\.", "", name): reason for name, reason in found.left}
+    selected = targets(families.lazy(families.save("deepseek_v32", tmp_path)), QUANT)
+    left = {re.sub(r".*\.\d+\.", "", name): reason for name, reason in selected.left}
     assert {"self_attn.indexer.weights_proj", "self_attn.indexer.wk", "self_attn.indexer.wq_b"} <= left.keys()
     assert all("choose" in reason for reason in left.values())
-    assert not any("indexer" in name or name.endswith("mlp.gate") for name in found.linears)
+    assert not any("indexer" in name or name.endswith("mlp.gate") for name in selected.linears)
 
 
 def test_narrow_layers_are_left_by_rule(tiny):
     lazy = tiny("llama").lazy()
-    found = targets(lazy, QUANT)
+    selected = targets(lazy, QUANT)
     lazy.blocks[0].mlp.down_proj = nn.Linear(16, 64, bias=False)
     left = targets(lazy, QUANT)
-    assert set(found.linears) - set(left.linears) == {"model.layers.0.mlp.down_proj"}
+    assert set(selected.linears) - set(left.linears) == {"model.layers.0.mlp.down_proj"}
     assert dict(left.left) == {"model.layers.0.mlp.down_proj": "it has fewer than 32 inputs"}
 
 

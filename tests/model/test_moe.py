@@ -126,7 +126,7 @@ def test_declared_flags_are_honoured():
         expected = module(x, index, weights)
         config._experts_implementation = moe.IMPLEMENTATION
         torch.testing.assert_close(module(x, index, weights), expected)
-    reason = moe.why_not(module, per_expert_names=True)
+    reason = moe.unsupported_reason(module, per_expert_names=True)
     assert "transposed" in reason
 
 

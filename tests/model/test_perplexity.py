@@ -28,16 +28,16 @@ WINDOWS = Windows.of_tokens(torch.arange(30).view(3, 10) % 8)
 
 
 def test_knowing_nothing_is_the_size_of_the_vocabulary():
-    found = perplexity(Fixed(torch.zeros(8)), WINDOWS)
-    assert found.perplexity == pytest.approx(8) and found.predicted == 27
-    assert found.nll == pytest.approx(27 * math.log(8))
-    assert found.protocol["stride"] == found.protocol["seqlen"] == 10 and found.protocol["tokens"] == 30
+    measured = perplexity(Fixed(torch.zeros(8)), WINDOWS)
+    assert measured.perplexity == pytest.approx(8) and measured.predicted == 27
+    assert measured.nll == pytest.approx(27 * math.log(8))
+    assert measured.protocol["stride"] == measured.protocol["seqlen"] == 10 and measured.protocol["tokens"] == 30
 
 
 def test_progress_is_told_window_by_window():
     seen = []
-    perplexity(Fixed(torch.zeros(8)), WINDOWS, on_window=lambda *told: seen.append(told))
-    assert [told[:2] for told in seen] == [(1, 3), (2, 3), (3, 3)]
+    perplexity(Fixed(torch.zeros(8)), WINDOWS, on_window=lambda *call: seen.append(call))
+    assert [call[:2] for call in seen] == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_logits_that_are_not_finite_are_an_error():

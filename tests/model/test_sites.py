@@ -21,9 +21,9 @@ def sites_of(case, index, quant=QUANT):
     lazy = case.lazy()
     lazy.load_outer(case.source)
     lazy.load_block(index, case.source)
-    found = targets(lazy, quant)
+    selected = targets(lazy, quant)
     hidden = torch.randn(1, 8, lazy.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    return lazy, find_sites(lazy, found.of_block(index), block_call(lazy, index, hidden))
+    return lazy, find_sites(lazy, selected.of_block(index), block_call(lazy, index, hidden))
 
 
 def leaves(site):
@@ -61,7 +61,7 @@ def test_layers_with_one_input_are_one_site(tiny, name, index, expected):
 def test_an_experts_site_has_all_experts_and_their_rows(tiny):
     case = tiny("qwen3_moe")
     lazy, sites = sites_of(case, 1)
-    site = next(site for site in sites if site.experts > 1 and len(site.slabs) == 2)
+    site = next(site for site in sites if site.experts > 1 and len(site.row_ranges) == 2)
     assert (site.experts, site.in_features, len(site.members)) == (4, 64, 8)
     weight = site.weight(lazy.model, 0, 4)
     assert weight.shape == (4, 64, 64) and weight.dtype == torch.float32
@@ -71,15 +71,15 @@ def test_an_experts_site_has_all_experts_and_their_rows(tiny):
 
 def test_targets_are_the_checkpoints_linears(tiny, arch):
     case = tiny(arch)
-    found = targets(case.lazy(), QUANT)
-    assert len(set(found.linears)) == len(found.linears)
+    selected = targets(case.lazy(), QUANT)
+    assert len(set(selected.linears)) == len(selected.linears)
     every = {
         n.removesuffix(".weight") for n in case.source.names() if ".layers." in n and len(case.source.shape(n)) == 2
     }
     routers = {name for name in every if name.rpartition(".")[2] in ("gate", "shared_expert_gate")}
-    assert set(found.linears) == every - routers
-    assert set(found.untouched) == routers | {"lm_head"}
-    for target in found.selected:
+    assert set(selected.linears) == every - routers
+    assert set(selected.untouched) == routers | {"lm_head"}
+    for target in selected.selected:
         assert target.shape == case.source.shape(f"{target.linear}.weight")
     assert not case.source.reads
 
@@ -96,21 +96,25 @@ def test_layers_that_the_model_has_no_use_for_are_left_by_name(tiny):
         f"{start}enorm.weight": torch.zeros(64),
     }
     before = targets(case.lazy(), QUANT)
-    found = targets(case.lazy(StateDictSource(case.tensors() | more)), QUANT)
+    selected = targets(case.lazy(StateDictSource(case.tensors() | more)), QUANT)
     left = (f"{start}eh_proj", f"{start}mlp.experts.0.gate_proj", f"{start}shared_head.head")
-    assert found.selected == before.selected and sorted(set(found.untouched) - set(before.untouched)) == sorted(left)
+    assert selected.selected == before.selected and sorted(set(selected.untouched) - set(before.untouched)) == sorted(
+        left
+    )
 
 
 def test_ignored_layers_are_left_with_the_pattern_that_found_them(tiny):
     case = tiny("mixtral")
     quant = QuantConfig(group_size=32, ignore=(r"layers\.0\..*k_proj$", r"experts\.3\.w1", "lm_head"))
-    found = targets(case.lazy(), quant)
-    assert dict(found.ignored) == {
+    selected = targets(case.lazy(), quant)
+    assert dict(selected.ignored) == {
         "model.layers.0.self_attn.k_proj": r"layers\.0\..*k_proj$",
         "model.layers.0.block_sparse_moe.experts.3.w1": r"experts\.3\.w1",
         "model.layers.1.block_sparse_moe.experts.3.w1": r"experts\.3\.w1",
     }
-    assert set(dict(found.ignored)) < set(found.untouched) and not set(dict(found.ignored)) & set(found.linears)
+    assert set(dict(selected.ignored)) < set(selected.untouched) and not set(dict(selected.ignored)) & set(
+        selected.linears
+    )
     _, sites = sites_of(case, 0, quant)
     assert ["q_proj", "v_proj"] in map(leaves, sites)
 
@@ -127,27 +131,27 @@ def test_ignoring_everything_is_an_error(tiny):
 
 
 def test_a_group_size_that_does_not_fit_names_the_layer_and_what_would(tiny):
-    found = targets(tiny("llama").lazy(), QUANT)
-    assert auto_group_size(found) == 32  # 96 inputs of down_proj
-    check_group_size(found, QUANT)
-    check_group_size(found, QuantConfig(group_size=-1))
+    selected = targets(tiny("llama").lazy(), QUANT)
+    assert auto_group_size(selected) == 32  # 96 inputs of down_proj
+    check_group_size(selected, QUANT)
+    check_group_size(selected, QuantConfig(group_size=-1))
     with pytest.raises(ArgumentError, match=r"64 does not divide the 96 inputs of .*down_proj: use 32 or -1"):
-        check_group_size(found, QuantConfig(group_size=64))
-    found = targets(tiny("llama", intermediate_size=40).lazy(), QUANT)
+        check_group_size(selected, QuantConfig(group_size=64))
+    selected = targets(tiny("llama", intermediate_size=40).lazy(), QUANT)
     with pytest.raises(ArgumentError, match=r"down_proj has 40 inputs"):
-        auto_group_size(found)
+        auto_group_size(selected)
     with pytest.raises(ArgumentError, match=r"down_proj: use -1"):
-        check_group_size(found, QUANT)
+        check_group_size(selected, QUANT)
 
 
 def test_routers_are_told_by_name_and_width(tiny):
     case = tiny("qwen2_moe")
     lazy = case.lazy()
-    found = targets(lazy, QUANT)
+    selected = targets(lazy, QUANT)
     gate = "model.layers.0.mlp.shared_expert_gate"  # a Linear to one number
     assert isinstance(lazy.blocks[0].mlp.shared_expert_gate, nn.Linear)
-    assert gate in found.untouched and gate not in found.linears
-    assert "model.layers.0.mlp.shared_expert.gate_proj" in found.linears
+    assert gate in selected.untouched and gate not in selected.linears
+    assert "model.layers.0.mlp.shared_expert.gate_proj" in selected.linears
     wide = "model.layers.0.self_attn.gate"  # the name of a router, and the width of none
     lazy.blocks[0].self_attn.gate = nn.Linear(64, 48, bias=False)
     lazy.slices[f"{wide}.weight"] = (TensorSlice(f"{wide}.weight", None, 0, 0),)
@@ -159,12 +163,12 @@ def test_a_linear_that_is_never_called_is_named(tiny):
     lazy = case.lazy()
     lazy.load_outer(case.source)
     lazy.load_block(0, case.source)
-    found = targets(lazy, QUANT).of_block(0)
+    selected = targets(lazy, QUANT).of_block(0)
     mlp = lazy.blocks[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj is never called"):
-        find_sites(lazy, found, block_call(lazy, 0, torch.zeros(1, 4, 64)))
-    sites = separate_sites(lazy, found)
+        find_sites(lazy, selected, block_call(lazy, 0, torch.zeros(1, 4, 64)))
+    sites = separate_sites(lazy, selected)
     with pytest.raises(ModelError, match=r"up_proj was never called"), observe(lazy, sites, lambda *_: None):
         call_block(lazy, 0, torch.zeros(1, 4, 64))
 

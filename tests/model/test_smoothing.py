@@ -83,11 +83,11 @@ def test_givers_and_readers_are_found_and_nothing_is_left_changed(tiny, name, in
     lazy, sites, run = loaded(tiny(name, dtype), index)
     before = {name: tensor.clone() for name, tensor in lazy.blocks[index].state_dict().items()}
     mappings, reasons = smoothing.find_mappings(lazy, index, sites, run)
-    found = {
+    by_name = {
         leaf(mapping.smooth_layer): [leaf(balance_layer) for balance_layer in mapping.balance_layers]
         for mapping in mappings
     }
-    assert found == EXPECTED[name, index]
+    assert by_name == EXPECTED[name, index]
     unscaled = {leaf(site.name) for site in sites} - {leaf(site.name) for mapping in mappings for site in mapping.sites}
     assert {leaf(site) for site in reasons} == unscaled == ({"o_proj"} if name == "deepseek_v3" else set())
     after = lazy.blocks[index].state_dict()
@@ -170,9 +170,9 @@ def folded(case, quant=QUANT, seed=0):
 
         def draw(balance_layers, *_, shared, binary, source, channels):
             experts = 1 if shared else len(balance_layers[0].weight)
-            found = torch.exp(0.5 * torch.randn(experts, channels, generator=generator))
-            found = found.log2().round().exp2() if binary else found
-            return ChannelScales(found, torch.ones(experts, dtype=torch.float64))
+            result = torch.exp(0.5 * torch.randn(experts, channels, generator=generator))
+            result = result.log2().round().exp2() if binary else result
+            return ChannelScales(result, torch.ones(experts, dtype=torch.float64))
 
         chunks = [SiteChunk(site, 0, site.experts) for site in sites]
         gram = SimpleNamespace(rows=torch.ones(1, dtype=torch.int64))  # all that a choice drawn at random looks at
@@ -188,7 +188,7 @@ def folded(case, quant=QUANT, seed=0):
         for chunk in chunks:
             weight = scales.of(chunk).apply(chunk.weight(lazy.model))
             starts = dict(
-                zip(chunk.site.slabs, torch.tensor([0, *(s[2] for s in chunk.site.slabs)]).cumsum(0).tolist())
+                zip(chunk.site.row_ranges, torch.tensor([0, *(s[2] for s in chunk.site.row_ranges)]).cumsum(0).tolist())
             )
             for target in chunk.site.members:
                 start = starts[target.parameter, target.start, target.shape[0]]
@@ -210,9 +210,9 @@ def test_logits_of_the_unquantized_model_stay_the_same(tiny, arch, dtype):
     before = build(case.lazy(), case.source, dtype=torch.float32)
     after = build(case.lazy(source), source, dtype=torch.float32)
     with torch.no_grad():
-        expected, found = before(case.tokens).logits, after(case.tokens).logits
+        expected, actual = before(case.tokens).logits, after(case.tokens).logits
     assert any("norm" in name for name in changed)
-    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert (actual - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 def test_ignored_layers_take_their_part_exactly(tiny):
@@ -229,8 +229,8 @@ def test_ignored_layers_take_their_part_exactly(tiny):
     before = build(case.lazy(), case.source, dtype=torch.float32)
     after = build(case.lazy(source), source, dtype=torch.float32)
     with torch.no_grad():
-        expected, found = before(case.tokens).logits, after(case.tokens).logits
-    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+        expected, actual = before(case.tokens).logits, after(case.tokens).logits
+    assert (actual - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 def test_a_closed_channel_of_a_norm_stays_closed(tiny):

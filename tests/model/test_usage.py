@@ -41,18 +41,18 @@ def built(row):
 
 @pytest.mark.parametrize("row", SELECTORS)
 def test_selectors_are_found_by_what_they_do(row):
-    found = usage(built(row))
-    assert found is not None
-    inside = {re.sub(r".*?\.\d+\.", "", name, count=1) for name in found.selectors}
+    observed = usage(built(row))
+    assert observed is not None
+    inside = {re.sub(r".*?\.\d+\.", "", name, count=1) for name in observed.selectors}
     assert sorted(inside) == sorted(SELECTORS[row])
-    assert {"lm_head.weight", "model.embed_tokens.weight"} & found.multiplied  # tied in some
+    assert {"lm_head.weight", "model.embed_tokens.weight"} & observed.multiplied  # tied in some
 
 
 def test_a_weight_that_other_code_multiplies_is_not_called():
-    found = usage(built("jamba"))
-    assert found is not None
-    bypassed = {name for name in found.multiplied if name.endswith("dt_proj.weight")}
-    assert bypassed and not {name.removesuffix(".weight") for name in bypassed} & found.called
+    observed = usage(built("jamba"))
+    assert observed is not None
+    bypassed = {name for name in observed.multiplied if name.endswith("dt_proj.weight")}
+    assert bypassed and not {name.removesuffix(".weight") for name in bypassed} & observed.called
 
 
 def test_a_tower_is_not_touched_by_text():
@@ -60,10 +60,10 @@ def test_a_tower_is_not_touched_by_text():
 
     with torch.device("meta"):
         model = Gemma3ForConditionalGeneration._from_config(tiny_config("gemma3")).eval()
-    found = usage(model)
-    assert found is not None
-    assert not any("vision" in name or "projector" in name for name in found.touched)
-    assert any("language_model" in name for name in found.touched)
+    observed = usage(model)
+    assert observed is not None
+    assert not any("vision" in name or "projector" in name for name in observed.touched)
+    assert any("language_model" in name for name in observed.touched)
 
 
 class SparseAttention(nn.Module):
@@ -86,8 +86,8 @@ class SparseAttention(nn.Module):
 
 def test_queries_that_also_attend_are_no_selectors():
     with torch.device("meta"):
-        found = usage(SparseAttention())
-    assert found is not None and found.selectors == {"score.weight"}
+        observed = usage(SparseAttention())
+    assert observed is not None and observed.selectors == {"score.weight"}
 
 
 def test_code_that_needs_data_is_admitted():

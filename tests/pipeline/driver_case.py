@@ -51,12 +51,12 @@ def block(case, lazy, index, weights, changed=None):
 @pytest.fixture
 def handed_over(monkeypatch):
     """Statistics of every site that was solved, by name."""
-    found = {}
+    by_site = {}
     solve_site = quantize_site.solve_site
 
     def spy(name, weight, statistics, *rest, **options):
-        found[name] = statistics
+        by_site[name] = statistics
         return solve_site(name, weight, statistics, *rest, **options)
 
     monkeypatch.setattr(quantize_site, "solve_site", spy)
-    return found
+    return by_site

@@ -17,7 +17,7 @@ from sarqc.entrypoints.estimate import estimate
 from sarqc.errors import ArgumentError, Interrupted, ResourceError
 from sarqc.estimation import memory
 from sarqc.pipeline.activation_store import PREFIX, FileStore
-from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.resume import default_work
 from tests.support import tiny
 from tests.support.killing import contents, count_operations, in_child
@@ -52,7 +52,7 @@ def straight(source, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tensors here are tiny: whatever is over the budget is parked."""
-    monkeypatch.setattr(Parking.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(Offload.__init__, "__defaults__", (1,))
 
 
 @pytest.fixture
@@ -169,26 +169,26 @@ def test_the_preflight_says_what_waits_and_where(source, tmp_path, capsys):
     assert outside.to_json()["waiting"]["mapped"] == HELD - 1000
     block = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 3
     assert 0.5 * block < inside.waiting.prefetched < block
-    for found, says in ((inside, "in memory"), (outside, "in a file (over --activation-budget)")):
-        show(Console(width=160), found)
+    for result, place in ((inside, "in memory"), (outside, "in a file (over --activation-budget)")):
+        show(Console(width=160), result)
         shown = " ".join(capsys.readouterr().out.split())
-        assert f"of activations {says}" in shown and "the next block prefetched" in shown
+        assert f"of activations {place}" in shown and "the next block prefetched" in shown
 
 
 def test_text_that_nobody_looks_at_waits_nowhere(source, tmp_path):
-    found = estimate(source, tmp_path / "out", method="rtn", activation_budget=0)
-    assert (found.waiting.states, found.waiting.mapped) == (0, 0) and found.waiting.prefetched > 0
+    preflight = estimate(source, tmp_path / "out", method="rtn", activation_budget=0)
+    assert (preflight.waiting.states, preflight.waiting.mapped) == (0, 0) and preflight.waiting.prefetched > 0
 
 
 def test_nothing_is_read_ahead_without_memory_for_it(source, straight, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "peak_memory_mib", lambda: {"host": 100})  # it grows from test to test
-    found = estimate(source, tmp_path / "out", **SMALL)
-    peak = max(stage.host for stage in found.memory)
+    preflight = estimate(source, tmp_path / "out", **SMALL)
+    peak = max(stage.host for stage in preflight.memory)
     monkeypatch.setattr(memory, "host_memory", lambda: peak)
-    assert estimate(source, tmp_path / "out", **SMALL).waiting == found.waiting
+    assert estimate(source, tmp_path / "out", **SMALL).waiting == preflight.waiting
     monkeypatch.setattr(memory, "host_memory", lambda: peak - 1)
     tight = estimate(source, tmp_path / "out", **SMALL)
-    assert tight.waiting == replace(found.waiting, prefetched=0)
+    assert tight.waiting == replace(preflight.waiting, prefetched=0)
     assert max(stage.host for stage in tight.memory) < peak
     monkeypatch.setattr("sarqc.pipeline.driver.PrefetchingSource", None)  # whoever would use it fails
     sarqc.quantize(source, tmp_path / "out", **SMALL)

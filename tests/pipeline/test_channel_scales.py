@@ -75,12 +75,12 @@ def test_the_next_block_sees_the_quantized_and_scaled_one(tiny, monkeypatch):
     quant = QuantConfig(bits=8, group_size=32)
     results = run(case, AWQ, quant)
     run(case, MethodConfig("gptq"), QuantConfig(bits=8, group_size=32, ignore=(r"layers\.0\.(?!.*o_proj)",)))
-    found, expected = left
+    actual, expected = left
     lazy = case.lazy()
     lazy.load_outer(case.source, "cpu", torch.float32)
     entering = embed(lazy, case.tokens)
     assert results[0].changed
-    assert (found - expected).norm() < 0.03 * (expected - entering).norm()
+    assert (actual - expected).norm() < 0.03 * (expected - entering).norm()
 
 
 def test_a_small_gram_budget_means_more_passes_and_sound_scales(tiny):
@@ -105,7 +105,7 @@ def test_an_expert_without_tokens_is_sound(tiny):
     case.source.load = lambda name: tensors[name].clone()
     results = run(case)
     rows = [report.rows for report in results[1].reports if len(report.rows) == 8]
-    assert len(rows) == 2 and all(found[2] == 0 and sum(found) > 0 for found in rows)
+    assert len(rows) == 2 and all(result[2] == 0 and sum(result) > 0 for result in rows)
     for name, weight in results[1].weights.items():
         scaled = weight.dequantize()
         assert scaled.isfinite().all() and scaled.norm() > 0, name
@@ -123,8 +123,8 @@ def test_same_input_same_bytes(tiny):
 
 
 def test_scales_are_a_stage_of_their_own(tiny):
-    told = []
-    run(tiny("llama"), on_progress=lambda index, stage: told.append((index, stage)))
-    stages = [stage.partition(" ")[0] for index, stage in told if index == 0]
+    lines = []
+    run(tiny("llama"), on_progress=lambda index, stage: lines.append((index, stage)))
+    stages = [stage.partition(" ")[0] for index, stage in lines if index == 0]
     # the reference on its way, a look at all sites for their scales, and then site after site
     assert stages == ["load", "reference", "scale", "forward", "scale", *["forward", "solve"] * 4, "forward"]

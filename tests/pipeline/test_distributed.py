@@ -141,9 +141,9 @@ def test_a_rank_that_ends_early_ends_all(models, straight, tmp_path, outcomes, h
         sarqc.quantize(source, out, ordered=ordered, **SMALL)
 
     began = time.monotonic()
-    (first, said), (second, word) = in_ranks(2, failing, tmp_path / "log")
+    (first, message), (second, word) = in_ranks(2, failing, tmp_path / "log")
     assert time.monotonic() - began < 60
-    assert first == 2 and said.startswith("rank 0 of 2, block 2: another rank ended or cannot be reached")
+    assert first == 2 and message.startswith("rank 0 of 2, block 2: another rank ended or cannot be reached")
     if how == "raises":
         assert second == 2 and word.startswith("rank 1 of 2, block 2: model.layers.1.") and word.endswith("no good")
     else:
@@ -153,7 +153,7 @@ def test_a_rank_that_ends_early_ends_all(models, straight, tmp_path, outcomes, h
         sarqc.quantize(source, out, **SMALL)
         outcomes.recovered(weights(out), weights(straight["qwen3_moe"].out))
     else:
-        outcomes.clear_error(said)
+        outcomes.clear_error(message)
 
 
 @pytest.mark.fault("device out of memory on one of two ranks")
@@ -264,6 +264,6 @@ def test_torchrun_starts_the_command(models, tmp_path):
 def test_without_torchrun_there_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert distributed.world() == 1 and distributed.leads()
-    with distributed.joined("cpu", ordered=True) as (comm, device):
+    assert distributed.world() == 1 and distributed.is_leader()
+    with distributed.process_group("cpu", ordered=True) as (comm, device):
         assert (comm.rank, comm.size, comm.ordered, device) == (0, 1, False, "cpu")

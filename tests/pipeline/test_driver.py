@@ -17,7 +17,7 @@ from sarqc.model.layers import targets
 from sarqc.model.source import StateDictSource
 from sarqc.pipeline import block, driver, quantize_site
 from sarqc.pipeline.activation_store import FileStore
-from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.streams import Memory
 from tests.support.blocks import run_blocks
 
@@ -45,10 +45,10 @@ def same(a, b):
 def test_every_target_comes_out_once_in_its_shape(tiny, arch, method):
     case = tiny(arch, torch.bfloat16)
     results = run(case, method=method, micro_batch=2)
-    found = targets(case.lazy(), QUANT)
+    selected = targets(case.lazy(), QUANT)
     assert [result.index for result in results] == list(range(len(results)))
     names = [name for result in results for name in result.weights]
-    assert names == list(found.linears)
+    assert names == list(selected.linears)
     for name, weight in weights_of(results).items():
         shape = case.source.shape(f"{name}.weight")
         assert tuple(weight.codes.shape) == (1, *shape) and weight.scales.dtype == torch.bfloat16
@@ -101,10 +101,10 @@ def test_a_small_gram_budget_only_means_more_passes(tiny):
         parts = run(case, gram_budget=budget)
         assert same(weights_of(whole), weights_of(parts))
         for one, other in zip(whole, parts):
-            told = [
+            lines = [
                 [(report.site, report.rows, report.reg_lambda) for report in block.reports] for block in (one, other)
             ]
-            assert told[0] == told[1]  # however many passes a site took, it is told of as one
+            assert lines[0] == lines[1]  # however many passes a site took, it is told of as one
 
 
 def test_micro_batches_do_not_matter_beyond_rounding_of_sums(tiny):
@@ -199,25 +199,25 @@ def test_scales_take_the_checkpoints_dtype(tiny, dtype, expected):
 
 
 def test_progress_and_seconds_name_the_stages(tiny):
-    told = []
-    results = run(tiny("llama"), on_progress=lambda index, stage: told.append((index, stage)))
+    lines = []
+    results = run(tiny("llama"), on_progress=lambda index, stage: lines.append((index, stage)))
     sites = ("q_proj", "o_proj", "gate_proj", "down_proj")
     stages = ["load", *(f"{stage} {site}" for site in sites for stage in ("forward", "solve")), "forward"]
-    assert told == [(index, stage) for index in range(2) for stage in stages]
+    assert lines == [(index, stage) for index in range(2) for stage in stages]
     assert list(results[0].seconds) == ["load", "forward", "solve"] and all(
         seconds >= 0 for seconds in results[0].seconds.values()
     )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("how", ["parked", "some parked", "recomputed", "recomputed and parked"])
+@pytest.mark.parametrize("how", ["offloaded", "some offloaded", "recomputed", "recomputed and offloaded"])
 def test_however_micro_batches_are_held_the_codes_are_the_same(tiny, tmp_path, monkeypatch, kind, how):
     """Error correction included: where a block is recomputed, what is corrected is the same to the bit."""
-    monkeypatch.setattr(Parking.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(Offload.__init__, "__defaults__", (1,))
     case, method = tiny(kind), MethodConfig()
     whole = run(case, method=method, micro_batch=2)
     assert any(report.correction_share > 0 for result in whole for report in result.reports)
-    store = FileStore(tmp_path) if "parked" in how else None
+    store = FileStore(tmp_path) if "offloaded" in how else None
     memory = Memory(100_000 if "some" in how else 0, store, recompute="recomputed" in how)
     assert same(weights_of(whole), weights_of(run(case, method=method, micro_batch=2, memory=memory)))
     assert store is None or store.size > 0

@@ -42,8 +42,8 @@ def test_the_last_layer_is_asked_for_what_the_stream_lacks(tiny, handed_over):
     hook.remove()
     lacking[:, 0] = 0
     expected = asked_of(inputs[0], lacking)
-    found = handed_over[asked[1]].total().cross_gram[0].double()
-    assert (found - expected).norm() < 1e-3 * expected.norm()
+    actual = handed_over[asked[1]].total().cross_gram[0].double()
+    assert (actual - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_a_layer_inside_the_block_is_asked_for_what_its_stream_lacks(tiny, handed_over):
@@ -69,8 +69,8 @@ def test_a_layer_inside_the_block_is_asked_for_what_its_stream_lacks(tiny, hande
     lacking = read["post_attention_layernorm", False] - read["post_attention_layernorm", True]
     lacking[:, 0] = 0
     expected = asked_of(read["self_attn.o_proj", True], lacking)
-    found = handed_over["model.layers.0.self_attn.o_proj"].total().cross_gram[0].double()
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    actual = handed_over["model.layers.0.self_attn.o_proj"].total().cross_gram[0].double()
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize(("kind", "method"), [("llama", "gptq"), ("qwen3_moe", "gptq"), ("llama", "sarqc-awq-gptq")])
@@ -111,8 +111,8 @@ def test_only_a_layer_that_writes_into_the_stream_is_asked(tiny, handed_over, ki
     asked = [name for name, statistics in handed_over.items() if statistics.folds[0].cross_gram is not None]
     assert asked == [f"model.layers.{name}" for name in asking]
     notes = [note for result in results for note in result.notes]
-    told = [note for note in notes if "the error of earlier layers is not corrected" in note]
-    assert len(told) == (0 if asking else 1)
+    lines = [note for note in notes if "the error of earlier layers is not corrected" in note]
+    assert len(lines) == (0 if asking else 1)
     without = list(run(case, MethodConfig(reg_lambda=0.3, error_correction=False), micro_batch=2, folds=2))
     assert all(same(*pair) for pair in zip(results, without, strict=True)) is not bool(asking)
 
@@ -127,11 +127,13 @@ def test_a_first_block_that_is_left_alone_says_nothing_of_the_others(tiny, hande
     assert not results[0].reports and not any(result.notes for result in results)
 
 
-def kept(handover):
+def kept(stored_states):
     """The same in memory of its own, as if it had been stored."""
-    if handover is None:
+    if stored_states is None:
         return None
-    return replace(handover, hidden=ChunkedTensor.of(torch.stack([row.clone() for row in handover.hidden.rows()])))
+    return replace(
+        stored_states, hidden=ChunkedTensor.of(torch.stack([row.clone() for row in stored_states.hidden.rows()]))
+    )
 
 
 @pytest.mark.parametrize("handed", [True, False])
@@ -141,7 +143,7 @@ def test_going_on_carries_the_same_errors(tiny, kind, handed):
     case, handovers, whole = tiny(kind), [], []
     for result in run(case, CARRY, micro_batch=2):
         whole.append(result)
-        handovers.append(kept(result.handover))
+        handovers.append(kept(result.stored_states))
     assert all(any(report.correction_share > 0 for report in result.reports) for result in whole[1:])
     *_, last = whole
     lambda_search = LambdaSearch.restored(report.held_out for result in whole[:-1] for report in result.reports)
@@ -160,7 +162,7 @@ def test_states_that_are_not_all_that_a_block_needs_are_made_again(tiny):
     case, handovers, whole, asked = tiny("llama"), [], [], []
     for result in run(case, CARRY, micro_batch=2):
         whole.append(result)
-        handovers.append(kept(result.handover))
+        handovers.append(kept(result.stored_states))
 
     def stored(index):
         asked.append(index)
@@ -205,8 +207,8 @@ def test_the_layer_that_makes_up_for_errors_has_no_channel_scales(tiny, handed_o
     hook.remove()
     lacking[:, 0] = 0
     expected = asked_of(inputs[0], lacking)
-    found = handed_over[last.site].total().cross_gram[0].double()
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    actual = handed_over[last.site].total().cross_gram[0].double()
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("method", ["sarqc-gptq", "sarqc-awq-gptq"])

@@ -73,13 +73,13 @@ def test_a_layer_of_experts_answers_once_however_it_is_cut(tiny, monkeypatch, me
     answers = []
     for budget in (1 << 30, 1):
         lambda_search = LambdaSearch()
-        found = list(
+        result = list(
             run(tiny("qwen3_moe"), MethodConfig(method), gram_budget=budget, start=from_the_first(lambda_search))
         )
         answers.append({kind: (track.seen, len(track.curves)) for kind, track in lambda_search.tracks.items()})
-        records = [report.held_out for block in found for report in block.reports]
+        records = [report.held_out for block in result for report in block.reports]
         assert LambdaSearch.restored(json.loads(json.dumps(records))) == lambda_search
-        for block in found:
+        for block in result:
             asked = [report for report in block.reports if len(report.rows) > 1]
             assert len(asked) == 2 and all(len(report.rows) == 4 for report in asked)
     assert answers[0] == answers[1] and len(portions) > 2 * len(set(portions))

@@ -135,9 +135,9 @@ def poisoned(case, windows):
 @pytest.mark.fault("NaN in under 1 % of the rows of activations")
 def test_few_rows_not_finite(case):
     report = poisoned(case, 1).report
-    found = [note for note in report["notes"] if "self_attn.q_proj" in note]
-    assert found[0].startswith("1 of 2048 rows of the inputs of model.layers.1.self_attn.q_proj hold NaN or Inf")
-    assert found[1].startswith("16 of 2048 rows of the inputs of model.layers.2.self_attn.q_proj")
+    values = [note for note in report["notes"] if "self_attn.q_proj" in note]
+    assert values[0].startswith("1 of 2048 rows of the inputs of model.layers.1.self_attn.q_proj hold NaN or Inf")
+    assert values[1].startswith("16 of 2048 rows of the inputs of model.layers.2.self_attn.q_proj")
     rows = [sum(site["rows"]) for site in report["sites"] if "q_proj" in site["site"]]
     assert rows == [2048, 2047, 2032]
     assert all(0 <= site["error"] < 1 for site in report["sites"])
@@ -186,19 +186,19 @@ def test_nan_in_one_expert(case):
 
 @pytest.mark.fault("one expert of one layer whose outputs overflow")
 def test_an_expert_that_overflows(case):
-    said = spoiled(case, lambda weight: weight.fill_(3e38))
-    assert "hold NaN or Inf on the calibration text" in said and "model.layers.1.mlp.experts" in said
+    message = spoiled(case, lambda weight: weight.fill_(3e38))
+    assert "hold NaN or Inf on the calibration text" in message and "model.layers.1.mlp.experts" in message
 
 
 def indefinite(case, shift):
     """The matrices of one site are no longer positive definite: `shift` times their mean diagonal is taken off."""
 
     def spoil(gram, *args):
-        found = regularised_hessian(gram, *args)
-        if len(found) == 4 and found.shape[-1] == 64:  # experts, in every layer
-            diagonal = found.diagonal(dim1=-2, dim2=-1)
+        result = regularised_hessian(gram, *args)
+        if len(result) == 4 and result.shape[-1] == 64:  # experts, in every layer
+            diagonal = result.diagonal(dim1=-2, dim2=-1)
             diagonal -= shift * diagonal.mean(-1, keepdim=True)
-        return found
+        return result
 
     case.patch.setattr(gptq, "regularised_hessian", spoil)
     report = sarqc.quantize(case.source, case.out, **SMALL).report

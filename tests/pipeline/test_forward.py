@@ -60,9 +60,9 @@ def hooks_left(model):
 
 @pytest.fixture(params=sorted(CONFIGS))
 def model(request):
-    found = build(request.param)
-    moe.use_sorted_experts(found)
-    return found
+    result = build(request.param)
+    moe.use_sorted_experts(result)
+    return result
 
 
 def run(model, forward, hooks, visit):
@@ -90,8 +90,8 @@ def test_suspended_at_every_layer_the_logits_keep_every_bit(model, recompute):
     ):
         hooks.watch([point for block in sites for point in block], model)
         seen = []
-        found = run(model, f, sites, lambda arrivals, point: seen.append([a.x.shape for a in arrivals]))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        result = run(model, f, sites, lambda arrivals, point: seen.append([a.x.shape for a in arrivals]))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     assert all(len(shapes) == len(batches) for shapes in seen)
     assert hooks_left(model) == 0
 
@@ -115,10 +115,10 @@ def test_weights_replaced_at_stops_are_those_of_the_rest_of_the_forward(model, r
         Forward(calls_of(model, batches), blocks_of(model), recompute=recompute) as f,
     ):
         hooks.watch([point for block in sites for point in block], model)
-        found = run(model, f, sites, halve)
+        result = run(model, f, sites, halve)
     expected = plain(model, batches)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not torch.equal(found[0], before[0])
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert not torch.equal(result[0], before[0])
     with Hooks(blocks_of(model)) as hooks, Forward(calls_of(model, batches), blocks_of(model)) as f:
         hooks.watch([point for block in sites for point in block], model)
 
@@ -143,8 +143,8 @@ def test_blocks_can_be_empty_until_they_are_entered():
                 block.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             list(forward.leave(index))
             empty(block)
-        found = [arrival.output for arrival in forward.at(Point(END, 2))]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual = [arrival.output for arrival in forward.at(Point(END, 2))]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def empty(block):
@@ -246,12 +246,12 @@ def test_a_correction_is_what_the_other_weight_would_have_given():
             forward.correct(end, down, change)
             after = [a.x.clone() for a in forward.leave(0)]
             again = [a.x.clone() for a in forward.leave(0)]  # once, however often it is asked for
-            found = [arrival.output for arrival in forward.at(Point(END, 2))]
+            values = [arrival.output for arrival in forward.at(Point(END, 2))]
         for (leaving, x), corrected, once in zip(before, after, again):
             torch.testing.assert_close(corrected - leaving, x @ change.T, rtol=1e-4, atol=1e-5)
             assert torch.equal(corrected, once)
         layer.weight.data += change
-        for logits, direct in zip(found, plain(model, batches)):
+        for logits, direct in zip(values, plain(model, batches)):
             torch.testing.assert_close(logits, direct, rtol=1e-4, atol=1e-4)
 
 

@@ -56,28 +56,28 @@ def widths_on_disk(folder):
 @pytest.mark.parametrize("kind", AVERAGE)
 def test_widths_differ_within_the_average_and_never_where_servers_fuse(models, runs, kind):
     run = runs[kind]
-    found = widths_on_disk(run.out)
-    assert len(set(found.values())) > 1
+    result = widths_on_disk(run.out)
+    assert len(set(result.values())) > 1
     average = run.report["widths"]["average"]
     assert 3.5 < average <= 4.0
-    shapes = 128 * len(found) / run.report["size"]["quantized_weights"]  # each Linear's shape is stored beside it
+    shapes = 128 * len(result) / run.report["size"]["quantized_weights"]  # each Linear's shape is stored beside it
     assert average + shapes == pytest.approx(run.report["size"]["bits_per_weight"], abs=6e-4)
-    for linear, bits in found.items():
+    for linear, bits in result.items():
         parent, _, leaf = linear.rpartition(".")
         for family in (names for names in FUSED if leaf in names):
-            assert {found.get(f"{parent}.{other}", bits) for other in family} == {bits}, linear
+            assert {result.get(f"{parent}.{other}", bits) for other in family} == {bits}, linear
         if ".experts." in linear:
             stack = linear.partition(".experts.")[0]
-            assert {b for name, b in found.items() if name.startswith(f"{stack}.experts.")} == {bits}
+            assert {b for name, b in result.items() if name.startswith(f"{stack}.experts.")} == {bits}
     assert verify(run.out, against=models[kind]).sound
 
 
 def test_verify_says_which_server_runs_layers_of_each_width(runs):
     bits = list(widths_on_disk(runs["llama"].out).values())
-    found = {one.server: one for one in verify(runs["llama"].out).serve if one.ranks == 1}
+    by_name = {one.server: one for one in verify(runs["llama"].out).serve if one.ranks == 1}
     marlin = sum(width in (4, 8) for width in bits)
-    assert found["vLLM 0.33, sm_80"].kernels == {"Marlin": marlin, "Humming": len(bits) - marlin}
-    refused = " ".join(found["SGLang 0.5.23"].failures)
+    assert by_name["vLLM 0.33, sm_80"].kernels == {"Marlin": marlin, "Humming": len(bits) - marlin}
+    refused = " ".join(by_name["SGLang 0.5.23"].failures)
     for width in (2, 3, 4, 5, 6, 8):
         assert (f"{width} bits symmetric" in refused) is (width in set(bits) - {4, 8})
 
@@ -89,11 +89,11 @@ def test_what_loses_more_gets_more():
 
     sites = [site("b.0.q_proj", 1.0, "q"), site("b.0.o_proj", 0.1, "o"), site("b.0.gate_proj", 0.01, "gate")]
     sites += [site("b.0.experts.0.a", 0.01, "e"), site("b.0.experts.0.b", 50.0, "e"), site("b.0.up_proj", 9.0, "up")]
-    found = choose(sites, QuantConfig(group_size=64, avg_bits=3.7, bit_options=(2, 3, 4)))
-    bits = found.by_linear()
+    result = choose(sites, QuantConfig(group_size=64, avg_bits=3.7, bit_options=(2, 3, 4)))
+    bits = result.by_linear()
     assert bits["b.0.experts.0.a"] == bits["b.0.experts.0.b"] == 4  # one module
     assert bits["b.0.gate_proj"] == bits["b.0.up_proj"] > bits["b.0.o_proj"]  # one matrix, by their names
-    assert found.average <= 3.7 and BitAllocation.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert result.average <= 3.7 and BitAllocation.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
 def logits_and_expanded(out, **how):
@@ -105,18 +105,18 @@ def logits_and_expanded(out, **how):
         return model(tokens).logits, load(out, device="cpu", dtype="float32", packed=False)[0](tokens).logits
 
 
-def away(found, expected):
-    return float((found - expected).norm() / expected.norm())
+def away(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("kind", AVERAGE)
 def test_packed_by_transformers_and_by_us(runs, registered, kind):
-    found, expected = logits_and_expanded(runs[kind].out)
-    assert away(found, expected) < 0.01
+    actual, expected = logits_and_expanded(runs[kind].out)
+    assert away(actual, expected) < 0.01
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
     model, _ = load(runs[kind].out, device="cpu", dtype="float32")
     with torch.inference_mode():
-        assert torch.equal(model(tokens).logits, found)
+        assert torch.equal(model(tokens).logits, actual)
     assert len({module.bits for module in model.modules() if isinstance(module, PackedWeight)}) > 1
 
 
@@ -253,19 +253,19 @@ def test_several_ranks_choose_alike(models, runs, tmp_path):
         ({"expert_shrinkage": -1.0}, ArgumentError, "expert_shrinkage = -1.0"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_read(models, tmp_path, settings, error, says):
-    with pytest.raises(error, match=says):
+def test_what_cannot_be_is_refused_before_anything_is_read(models, tmp_path, settings, error, result):
+    with pytest.raises(error, match=result):
         sarqc.quantize(models["llama"], tmp_path / "out", **SMALL | settings)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_says_what_is_known(models, tmp_path):
-    found = sarqc.estimate(models["qwen3_moe"], tmp_path / "out", **SMALL)
-    assert found.bits_per_weight == pytest.approx(4.0) and "sensitivity" in found.time.seconds
-    assert any("chosen after the first pass, out of 2, 3, 4, 5, 6, 8; 4 on average" in note for note in found.notes)
-    kernels = {kernel for one in found.serve for kernel in one.kernels}
+    preflight = sarqc.estimate(models["qwen3_moe"], tmp_path / "out", **SMALL)
+    assert preflight.bits_per_weight == pytest.approx(4.0) and "sensitivity" in preflight.time.seconds
+    assert any("chosen after the first pass, out of 2, 3, 4, 5, 6, 8; 4 on average" in note for note in preflight.notes)
+    kernels = {kernel for one in preflight.serve for kernel in one.kernels}
     assert "Humming or Marlin" in kernels or "Humming" in kernels
-    assert all(one.failures for one in found.serve if one.server.startswith("SGLang"))
+    assert all(one.failures for one in preflight.serve if one.server.startswith("SGLang"))
     marlin = sarqc.estimate(models["llama"], tmp_path / "out", **SMALL | {"avg_bits": 6.0, "bit_options": (4, 8)})
     assert not any(one.failures for one in marlin.serve if one.server.startswith("SGLang") and one.ranks == 1)
 
@@ -297,7 +297,7 @@ def test_every_option_reaches_the_run(models, tmp_path):
         2,
         False,
     )
-    said = (tmp_path / "out" / "README.md").read_text()
-    assert "--expert-shrinkage 0.5 --router-weight-power 2" in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--expert-shrinkage 0.5 --router-weight-power 2" in card
     refused = CliRunner().invoke(app, [*words[:7], "3,x"])
     assert refused.exit_code != 0 and "bit_options = '3,x'" in str(refused.exception) + refused.output

@@ -25,10 +25,10 @@ def measure_sensitivity(case, tokens=None, lazy=None, **options):
     lazy = lazy or case.lazy()
     mine = options.pop("mine", lambda _: True)
     execution = Execution(**dict(dtype=torch.float32, micro_batch=2, gram_budget=1 << 30) | options)
-    found = targets(lazy, QUANT)
+    selected = targets(lazy, QUANT)
     tokens = case.tokens if tokens is None else tokens
     return list(
-        sensitivity.measure_sensitivity(lazy, case.source, found, tokens, QUANT, MethodConfig(), execution, mine)
+        sensitivity.measure_sensitivity(lazy, case.source, selected, tokens, QUANT, MethodConfig(), execution, mine)
     )
 
 
@@ -75,9 +75,9 @@ def test_blocks_that_share_keys_and_values_are_measured_too(tmp_path, monkeypatc
     source, tokens = open_checkpoint(tmp_path), torch.cat(classes.windows())[:5]
     case = SimpleNamespace(source=source, tokens=tokens, lazy=lambda: LazyModel.from_folder(tmp_path, source))
     monkeypatch.setattr(sensitivity, "probe_weight", rounded)
-    found = [site for _, site in measure_sensitivity(case)]
-    assert len({linear for site in found for linear in site.linears}) == sum(len(site.linears) for site in found)
-    alone = [site for site in found if len(site.linears) == 1]
+    values = [site for _, site in measure_sensitivity(case)]
+    assert len({linear for site in values for linear in site.linears}) == sum(len(site.linears) for site in values)
+    alone = [site for site in values if len(site.linears) == 1]
     assert {int(site.site.split(".")[2]) for site in alone} == {0, 1, 2, 3}
     for site in alone[::3]:
         assert site.divergence == pytest.approx(by_hand(model, site.site, tokens[::3]), rel=1e-2, abs=1e-7)

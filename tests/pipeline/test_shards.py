@@ -71,11 +71,11 @@ class Inodes(Stopping):
 
     def __init__(self, work):
         super().__init__()
-        self.work, self.found = work, []
+        self.work, self.inodes = work, []
 
     def block(self, result):
         super().block(result)
-        self.found.append((self.work / "blocks" / f"{result.index:05d}.safetensors").stat().st_ino)
+        self.inodes.append((self.work / "blocks" / f"{result.index:05d}.safetensors").stat().st_ino)
 
 
 def tensors(folder):
@@ -88,7 +88,7 @@ def test_the_shards_of_the_output_are_the_files_of_the_blocks(source, merged, se
     inodes = Inodes(default_work(out))
     sarqc.quantize(source, out, progress=inodes, **SMALL)
     assert sorted(path.name for path in out.glob("*.safetensors")) == NAMES
-    assert [(out / name).stat().st_ino for name in NAMES[:BLOCKS]] == inodes.found
+    assert [(out / name).stat().st_ino for name in NAMES[:BLOCKS]] == inodes.inodes
     index = json.loads((out / "model.safetensors.index.json").read_text())
     home = index["weight_map"]
     assert all(home[name] == NAMES[int(name.split(".")[2])] for name in home if ".layers." in name)
@@ -129,11 +129,11 @@ def test_a_run_writes_every_weight_once(tmp_path, monkeypatch, limit, times):
     monkeypatch.setattr(assemble, "MERGE_BYTES", limit)
     monkeypatch.setattr(shutil, "copyfile", _copy)  # the other one writes inside the kernel, where nobody counts
     out = tmp_path / "out"
-    found = written(lambda: sarqc.quantize(source, out, **SMALL), tmp_path / "written")
+    result = written(lambda: sarqc.quantize(source, out, **SMALL), tmp_path / "written")
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     hidden = 3 * SMALL["num_samples"] * SMALL["seqlen"] * 512 * 4
     assert weights > 5_000_000
-    assert weights <= found <= (times + 0.15) * weights + hidden
+    assert weights <= result <= (times + 0.15) * weights + hidden
 
 
 def _copy(source, target):

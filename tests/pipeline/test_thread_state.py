@@ -63,18 +63,18 @@ def stop():
 @pytest.mark.parametrize("inside", CONTEXTS)
 @pytest.mark.parametrize("outside", [None, *CONTEXTS])
 def test_neither_the_driver_nor_the_next_micro_batch_sees_it(inside, outside):
-    found = {}
+    states = {}
 
     def setting():
         with CONTEXTS[inside]():
-            found["before"] = seen()
+            states["before"] = seen()
             stop()
-            found["after"] = seen()
+            states["after"] = seen()
 
     def other():
-        found["other before"] = seen()
+        states["other before"] = seen()
         stop()
-        found["other after"] = seen()
+        states["other after"] = seen()
 
     with CONTEXTS[outside]() if outside else contextlib.nullcontext(), torch.no_grad():
         driver = seen()
@@ -84,8 +84,8 @@ def test_neither_the_driver_nor_the_next_micro_batch_sees_it(inside, outside):
                 task.resume()
                 assert seen() == driver
         assert all(task.ended for task in tasks)
-    assert found["before"] == found["after"] != driver or inside == outside
-    assert found["other before"] == found["other after"] == driver
+    assert states["before"] == states["after"] != driver or inside == outside
+    assert states["other before"] == states["other after"] == driver
     assert ThreadState.capture() == ThreadState.capture() and not torch.is_inference_mode_enabled()
 
 

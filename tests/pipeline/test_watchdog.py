@@ -12,7 +12,7 @@ import torch
 import sarqc
 from sarqc.pipeline import quantize_site, watchdog
 from sarqc.pipeline.resume import default_work
-from sarqc.pipeline.watchdog import Heart, Watch
+from sarqc.pipeline.watchdog import Heartbeat, Watch
 from tests.support import tiny
 from tests.support.ranks import in_ranks
 
@@ -39,43 +39,43 @@ class Dict:
 @pytest.fixture
 def hearts():
     store = Dict()
-    return [Heart(store, rank, 3) for rank in range(3)]
+    return [Heartbeat(store, rank, 3) for rank in range(3)]
 
 
 def test_all_beat(hearts):
     watch = Watch(hearts[0], 3)
     for _ in range(20):
-        for heart in hearts:
-            heart.beat()
+        for heartbeat in hearts:
+            heartbeat.beat()
         assert watch.look() is None
 
 
 def test_one_falls_silent_and_is_named(hearts):
     watch = Watch(hearts[0], 3)
-    found = []
+    items = []
     for turn in range(8):
-        for heart in hearts:
-            if turn < 4 or heart.rank != 2:
-                heart.beat()
-        found.append(watch.look())
+        for heartbeat in hearts:
+            if turn < 4 or heartbeat.rank != 2:
+                heartbeat.beat()
+        items.append(watch.look())
     # Rank 0 beats first, so that it hears the last beat of turn 3 in turn 4: silent in turns 5, 6 and 7.
-    assert found[:7] == [None] * 7
-    assert found[7].startswith(f"rank 2 (process {os.getpid()} on ") and found[7].endswith("has given no sign of life")
+    assert items[:7] == [None] * 7
+    assert items[7].startswith(f"rank 2 (process {os.getpid()} on ") and items[7].endswith("has given no sign of life")
 
 
 def test_one_that_never_came(hearts):
     watch = Watch(hearts[0], 3)
-    found = []
+    items = []
     for _ in range(4):
         hearts[0].beat()
-        found.append(watch.look())
-    assert found == [None] * 3 + ["rank 1 (which never began) and 1 more has given no sign of life"]
+        items.append(watch.look())
+    assert items == [None] * 3 + ["rank 1 (which never began) and 1 more has given no sign of life"]
 
 
 def test_a_store_that_does_not_answer_is_told_apart(hearts):
     watch = Watch(hearts[0], 2)
-    for heart in (*hearts, hearts[0]):
-        heart.beat()
+    for heartbeat in (*hearts, hearts[0]):
+        heartbeat.beat()
     assert [watch.look(), watch.look()] == [None, None]
     assert "the process that keeps the ranks together" in watch.look()
 
@@ -83,8 +83,8 @@ def test_a_store_that_does_not_answer_is_told_apart(hearts):
 def test_who_slept_blames_nobody(hearts):
     """Silence is counted in own rounds: there is none between two looks, however long a rank was stopped."""
     watch = Watch(hearts[0], 2)
-    for heart in hearts:
-        heart.beat()
+    for heartbeat in hearts:
+        heartbeat.beat()
     assert watch.look() is None
     for _ in range(100):  # rank 0 sleeps
         hearts[1].beat()
@@ -133,7 +133,7 @@ def in_the_second_block(who, what):
     ("stuck", "says"),
     [(1, "rank 1 (process "), (0, "the process that keeps the ranks together (torchrun's, or rank 0)")],
 )
-def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_path, stuck, says, outcomes):
+def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_path, stuck, result, outcomes):
     """Stopped as by SIGSTOP: it lives, keeps its connections and does nothing. Rank 0 keeps the store, too."""
     out, other = tmp_path / "out", 1 - stuck
 
@@ -145,7 +145,7 @@ def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_pat
     ended = in_ranks(2, stopping, tmp_path / "log", seconds=40)
     assert (ended[other][0], ended[stuck][0]) == (2, -signal.SIGKILL), ended
     [line] = [one for one in (tmp_path / f"stderr {other}").read_text().splitlines() if one.startswith("sarqc: ")]
-    assert line.startswith(f"sarqc: rank {other} of 2: {says}") and "for 3 seconds" in line and "last block" in line
+    assert line.startswith(f"sarqc: rank {other} of 2: {result}") and "for 3 seconds" in line and "last block" in line
     assert not out.exists() and default_work(out).exists()
     sarqc.quantize(source, out, **SMALL)
     outcomes.recovered(weights(out), weights(straight))
@@ -167,7 +167,7 @@ def test_a_rank_that_is_slow_is_waited_for(source, straight, quick, tmp_path):
 def test_work_in_torch_lets_the_heart_beat(quick):
     """One long call of torch, as a factorisation is, in the main thread; a second thread must run meanwhile."""
     store, matrix = Dict(), torch.eye(256).repeat(64, 1, 1)
-    with watchdog.beating(store, 0, 1):
+    with watchdog.heartbeats(store, 0, 1):
         began = time.monotonic()
         while time.monotonic() - began < 1:
             torch.linalg.cholesky(matrix)

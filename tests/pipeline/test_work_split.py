@@ -11,7 +11,7 @@ from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
 from sarqc.model.sites import Site, SiteChunk
-from sarqc.pipeline.comm import SINGLE_PROCESS, in_turn, synchronize_oom
+from sarqc.pipeline.comm import SINGLE_PROCESS, one_rank_at_a_time, synchronize_oom
 from sarqc.pipeline.grams import portions
 from sarqc.pipeline.streams import cut, windows_at_once
 from sarqc.pipeline.work_split import (
@@ -62,9 +62,9 @@ def test_the_dearest_go_first_to_whoever_has_least():
 @example([(1, 8)], 2)
 def test_work_items_cover_every_row_of_every_expert_once(shapes, size):
     chunks = [SiteChunk(site(f"s{n}", experts, 16, k), 0, experts) for n, (experts, k) in enumerate(shapes)]
-    found = work_items(chunks, size, torch.device("cpu"), gram=True)
+    items = work_items(chunks, size, torch.device("cpu"), gram=True)
     for number, chunk in enumerate(chunks):
-        own = [item for item in found if item.number == number]
+        own = [item for item in items if item.number == number]
         covered = [
             (expert, row)
             for item in own
@@ -72,10 +72,10 @@ def test_work_items_cover_every_row_of_every_expert_once(shapes, size):
             for row in range(16)[item.rows or slice(None)]
         ]
         assert covered == [(expert, row) for expert in range(chunk.stop) for row in range(16)]
-    loads = [sum(cost(item.chunk) for item in found if item.owner == rank) for rank in range(size)]
-    assert max(loads) <= sum(loads) / size + max(cost(item.chunk) for item in found)
+    loads = [sum(cost(item.chunk) for item in items if item.owner == rank) for rank in range(size)]
+    assert max(loads) <= sum(loads) / size + max(cost(item.chunk) for item in items)
     if size == 1:
-        assert [item.chunk for item in found] == chunks
+        assert [item.chunk for item in items] == chunks
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_no_more_experts_are_solved_at_once_than_there_is_memory_for(monkeypatch
     one = solving_bytes(SiteChunk(chunk.site, 0, 1), gram=True)
     assert one == 5 * 4 * 64 * 64 + 6 * 4 * 16 * 64 and solving_bytes(chunk, gram=False) == 5 * 16 * 16 * 64
     monkeypatch.setitem(SOLVE_BYTES, "cpu", room * one)
-    found = work_items([chunk], 1, torch.device("cpu"), gram=True)
-    assert [item.chunk.stop - item.chunk.first for item in found] == lengths
+    items = work_items([chunk], 1, torch.device("cpu"), gram=True)
+    assert [item.chunk.stop - item.chunk.first for item in items] == lengths
 
 
 def test_many_like_experts_are_shared_evenly():
@@ -100,8 +100,8 @@ def test_many_like_experts_are_shared_evenly():
 
 def test_no_portion_holds_more_than_one_gram_where_none_fits_the_budget():
     sites = [site("a", 4, 16, 64), site("b", 2, 16, 64)]
-    found = list(portions(sites, 1, 1))
-    assert [[(chunk.site.name, chunk.first, chunk.stop) for chunk in portion] for portion in found] == [
+    result = list(portions(sites, 1, 1))
+    assert [[(chunk.site.name, chunk.first, chunk.stop) for chunk in portion] for portion in result] == [
         [(name, e, e + 1)] for name, experts in (("a", 4), ("b", 2)) for e in range(experts)
     ]
 
@@ -153,12 +153,12 @@ def test_memory_that_runs_out_while_ranks_wait_in_turn_ends_the_run(monkeypatch)
     def full():
         raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")
 
-    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED when calling") as told:
-        in_turn(SINGLE_PROCESS, full)
-    assert not isinstance(told.value, ResourceError)
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED when calling") as raised:
+        one_rank_at_a_time(SINGLE_PROCESS, full)
+    assert not isinstance(raised.value, ResourceError)
     monkeypatch.setattr(type(SINGLE_PROCESS), "size", 2)
     with pytest.raises(ResourceError, match="while ranks wait for each other, in ordered sums"):
-        in_turn(SINGLE_PROCESS, full)
+        one_rank_at_a_time(SINGLE_PROCESS, full)
 
 
 def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_error_is():
@@ -172,9 +172,9 @@ def test_a_library_that_finds_no_memory_is_memory_that_runs_out_and_no_other_err
         )
     with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
         synchronize_oom(SINGLE_PROCESS, lambda: failing("DefaultCPUAllocator: can't allocate memory"))
-    with pytest.raises(RuntimeError, match="an illegal access") as told:
+    with pytest.raises(RuntimeError, match="an illegal access") as raised:
         synchronize_oom(SINGLE_PROCESS, lambda: failing("an illegal access"))
-    assert not isinstance(told.value, torch.OutOfMemoryError)
+    assert not isinstance(raised.value, torch.OutOfMemoryError)
 
 
 def test_a_cpu_takes_twice_the_tokens_at_once_in_16_bits():

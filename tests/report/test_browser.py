@@ -42,24 +42,24 @@ def comparison(sizes):
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     source = tiny.save("qwen3_moe", folder / "moe")
-    found = report.load(sarqc.quantize(source, folder / "out", num_samples=8, seqlen=64, group_size=32).out)
-    found["quality"] = [{"text": "x" * 90, "windows": 4, "seqlen": 64, "before": 9.0, "after": 9.5, "kl": 0.1}]
-    for number, each in enumerate(found["sites"]):
+    result = report.load(sarqc.quantize(source, folder / "out", num_samples=8, seqlen=64, group_size=32).out)
+    result["quality"] = [{"text": "x" * 90, "windows": 4, "seqlen": 64, "before": 9.0, "after": 9.5, "kl": 0.1}]
+    for number, each in enumerate(result["sites"]):
         each["reg_lambda"] = 0.1 * (1 + number % 3)
         each["bits"] = 3 + number % 2
-    return {"report": page(found), "one size": comparison((16,)), "sizes": comparison((4, 16))}
+    return {"report": page(result), "one size": comparison((16,)), "sizes": comparison((4, 16))}
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (400, False), (400, True)])
 @pytest.mark.parametrize("name", ["report", "one size", "sizes"])
 def test_a_page_is_readable_and_asks_for_nothing(pages, name, width, dark):
-    found = measure(pages[name], width, dark=dark)
-    assert (found["width"], found["dark"], found["errors"], found["requests"]) == (width, dark, [], [])
-    assert found["scrolls"] <= width, "it has to be scrolled sideways"
-    assert found["contrast"][0] >= CONTRAST, found["contrast"]
-    assert found["smallest"][0] >= 9, found["smallest"]
-    assert found["cut"] == []
-    assert found["figures"] == len(found["named"]) > 1 and all(found["named"])
+    result = measure(pages[name], width, dark=dark)
+    assert (result["width"], result["dark"], result["errors"], result["requests"]) == (width, dark, [], [])
+    assert result["scrolls"] <= width, "it has to be scrolled sideways"
+    assert result["contrast"][0] >= CONTRAST, result["contrast"]
+    assert result["smallest"][0] >= 9, result["smallest"]
+    assert result["cut"] == []
+    assert result["figures"] == len(result["named"]) > 1 and all(result["named"])
 
 
 def test_what_the_browser_finds_wrong_is_found(pages):
@@ -69,6 +69,6 @@ def test_what_the_browser_finds_wrong_is_found(pages):
     )
     bad = bad.replace('<circle cx="', '<text x="999" y="5">cut</text><circle cx="', 1).replace("<script", "")
     bad = bad.replace("<body>", "<body><script>nothing.there()</script>")
-    found = measure(bad, 400)
-    assert found["scrolls"] > 400 and found["contrast"][0] < 2 and "cut" in found["cut"]
-    assert any("nothing" in error for error in found["errors"]) and found["requests"] == ["http://a/"]
+    result = measure(bad, 400)
+    assert result["scrolls"] > 400 and result["contrast"][0] < 2 and "cut" in result["cut"]
+    assert any("nothing" in error for error in result["errors"]) and result["requests"] == ["http://a/"]

@@ -66,7 +66,7 @@ def out(source, tmp_path_factory):
 
 
 @pytest.fixture
-def found(out):
+def loaded(out):
     return copy.deepcopy(report.load(out))
 
 
@@ -74,29 +74,29 @@ def site(name, rows=(100,), error=0.01, plain=0.02, reg_lambda=0.3):
     return dict(site=name, rows=list(rows), error=error, rtn_error=plain, reg_lambda=reg_lambda, damping=0.0)
 
 
-def test_a_run_leaves_a_page_and_a_card(out, found):
+def test_a_run_leaves_a_page_and_a_card(out, loaded):
     shown = Outline((out / "report.html").read_text())
     words = " ".join(shown.text)
     assert shown.links == [] and "script" not in shown.tags and shown.tags.count("svg") == 6
     assert "It went well" in words and "Left unquantized" in words and "model.layers.*.mlp.gate" in words
     stored = sum(path.stat().st_size for path in out.parent.rglob("*.safetensors"))
-    assert found["source"]["bytes"] > stored
-    assert found["source"]["license_name"] == "qwen-research"
-    assert [block["index"] for block in found["blocks"]] == [0, 1]
+    assert loaded["source"]["bytes"] > stored
+    assert loaded["source"]["license_name"] == "qwen-research"
+    assert [block["index"] for block in loaded["blocks"]] == [0, 1]
     for stage in ("load", "forward", "solve"):
-        spent = sum(block["seconds"][stage] for block in found["blocks"])
-        assert spent == pytest.approx(found["seconds"][stage], abs=0.003)
+        spent = sum(block["seconds"][stage] for block in loaded["blocks"])
+        assert spent == pytest.approx(loaded["seconds"][stage], abs=0.003)
 
 
-def test_the_card_says_what_was_done_and_claims_nothing_else(source, out, found):
+def test_the_card_says_what_was_done_and_claims_nothing_else(source, out, loaded):
     written = (out / "README.md").read_text()
     front = written.split("---\n")[1]
     assert "license: other" in front and "qwen-research" in front and "base_model:" not in front
     assert "AutoModelForCausalLM" in written and "Great model" not in written
     assert "--num-samples 8 --seqlen 64 --seed 0" in written and str(source.parent) not in written
     assert "perplexity" not in written.lower()
-    found["model"] = "Qwen/Qwen3-8B"
-    front = model_card.card(found).split("---\n")[1]
+    loaded["model"] = "Qwen/Qwen3-8B"
+    front = model_card.card(loaded).split("---\n")[1]
     assert "base_model: Qwen/Qwen3-8B" in front and "base_model_relation: quantized" in front
 
 
@@ -122,19 +122,19 @@ def test_a_card_that_is_no_text_or_not_there_states_nothing(tmp_path):
     assert model_card.licence(tmp_path) == {}
 
 
-def test_the_command_has_the_effort_and_what_differs_from_it(found):
+def test_the_command_has_the_effort_and_what_differs_from_it(loaded):
     fast = record(MethodConfig(effort="fast", cd_passes=1))
-    words = model_card.command(found | {"effort": "fast", "method": fast}).split()
+    words = model_card.command(loaded | {"effort": "fast", "method": fast}).split()
     assert words[words.index("--effort") + 1] == "fast" and "--reg-lambda" not in words
-    assert words[words.index("--cd-passes") + 1] == "1" and "--effort" not in model_card.command(found)
-    assert "effort fast, lambda prior" in model_card.card(found | {"effort": "fast", "method": fast})
-    assert "--effort" not in model_card.command(found | {"effort": "edited by hand"})
+    assert words[words.index("--cd-passes") + 1] == "1" and "--effort" not in model_card.command(loaded)
+    assert "effort fast, lambda prior" in model_card.card(loaded | {"effort": "fast", "method": fast})
+    assert "--effort" not in model_card.command(loaded | {"effort": "edited by hand"})
 
 
-def test_the_command_repeats_the_run(source, found, tmp_path):
-    found["method"]["reg_lambda"], found["quant"]["sym"] = 0.5, False
-    found["quant"]["ignore"] = ["o_proj$", "it's"]
-    line = model_card.command(found)
+def test_the_command_repeats_the_run(source, loaded, tmp_path):
+    loaded["method"]["reg_lambda"], loaded["quant"]["sym"] = 0.5, False
+    loaded["quant"]["ignore"] = ["o_proj$", "it's"]
+    line = model_card.command(loaded)
     assert " --seed 0" in line and " --ignore 'o_proj$' --ignore 'it'\"'\"'s' " in line
     assert " --asym " in line and " --reg-lambda 0.5 " in line and "--saliency" not in line
     for text, shown in (
@@ -143,52 +143,52 @@ def test_the_command_repeats_the_run(source, found, tmp_path):
         ("builtin", "builtin"),
         ("given tokens", "YOUR_DATA"),
     ):
-        found["calibration"]["text"] = text
-        assert f" --dataset {shown} " in model_card.command(found)
-        written = model_card.card(found)
+        loaded["calibration"]["text"] = text
+        assert f" --dataset {shown} " in model_card.command(loaded)
+        written = model_card.card(loaded)
         assert ("YOUR_DATA stands for given tokens" in written) is (text == "given tokens")
         assert f"tokens of {text if shown == 'YOUR_DATA' else shown} (sha256" in written
 
 
-def test_what_calls_for_a_look_is_said_where_the_run_ends(found, out):
+def test_what_calls_for_a_look_is_said_where_the_run_ends(loaded, out):
     def shown():
         printed = StringIO()
-        Console(file=printed, width=200).print(run_summary(out, found))
+        Console(file=printed, width=200).print(run_summary(out, loaded))
         return printed.getvalue()
 
     assert "look closer" not in shown()
-    found["fallbacks"] = {"model.layers.0.mlp.down_proj": "no factor"}
+    loaded["fallbacks"] = {"model.layers.0.mlp.down_proj": "no factor"}
     assert re.search(r"look closer +1 site fell back to RTN", shown())
 
 
-def test_the_card_loads_with_what_transformers_needs(found):
-    assert "import sarqc" not in model_card.card(found)
-    found["quant"]["sym"] = False
-    assert "import sarqc  # so that transformers reads it\nfrom transformers import" in model_card.card(found)
+def test_the_card_loads_with_what_transformers_needs(loaded):
+    assert "import sarqc" not in model_card.card(loaded)
+    loaded["quant"]["sym"] = False
+    assert "import sarqc  # so that transformers reads it\nfrom transformers import" in model_card.card(loaded)
 
 
 @pytest.mark.parametrize(
-    ("value", "told"), [(0.0000123, "0.00123%"), (0.01012, "1.01%"), (0.25, "25%"), (0.0, "0%"), (12.3456, "1235%")]
+    ("value", "text"), [(0.0000123, "0.00123%"), (0.01012, "1.01%"), (0.25, "25%"), (0.0, "0%"), (12.3456, "1235%")]
 )
-def test_small_errors_keep_their_digits(value, told):
-    assert summary.share(value) == told
+def test_small_errors_keep_their_digits(value, text):
+    assert summary.share(value) == text
 
 
-def test_hostile_names_stay_text(found):
-    found["model"] = f"folder/{HOSTILE}"
-    found["sites"] = [site(f"model.layers.{i}.{HOSTILE}") for i in range(3)]
-    found["fallbacks"] = {HOSTILE: HOSTILE}
-    found["calibration"]["text"] = HOSTILE
-    found["targets"] |= {"untouched": [HOSTILE], "ignored": {HOSTILE: HOSTILE}}
-    found["versions"] = {HOSTILE: HOSTILE}
-    found["source"]["license"] = HOSTILE.replace("\ud800", "")
-    found["quality"] = [{"text": HOSTILE, "before": 10.0, "after": 11.0}]
-    shown = Outline(page(found))
+def test_hostile_names_stay_text(loaded):
+    loaded["model"] = f"folder/{HOSTILE}"
+    loaded["sites"] = [site(f"model.layers.{i}.{HOSTILE}") for i in range(3)]
+    loaded["fallbacks"] = {HOSTILE: HOSTILE}
+    loaded["calibration"]["text"] = HOSTILE
+    loaded["targets"] |= {"untouched": [HOSTILE], "ignored": {HOSTILE: HOSTILE}}
+    loaded["versions"] = {HOSTILE: HOSTILE}
+    loaded["source"]["license"] = HOSTILE.replace("\ud800", "")
+    loaded["quality"] = [{"text": HOSTILE, "before": 10.0, "after": 11.0}]
+    shown = Outline(page(loaded))
     assert "script" not in shown.tags and "img" not in shown.tags and shown.links == []
-    page(found).encode(), model_card.card(found).encode()
-    lines = model_card.card(found).splitlines()
+    page(loaded).encode(), model_card.card(loaded).encode()
+    lines = model_card.card(loaded).splitlines()
     assert not any(line.startswith("# not") for line in lines)
-    outside = [part for at, part in enumerate(model_card.card(found).split("\n````")) if at % 2 == 0]
+    outside = [part for at, part in enumerate(model_card.card(loaded).split("\n````")) if at % 2 == 0]
     assert "<script" not in "".join(outside) and "<img" not in "".join(outside)
 
 
@@ -199,30 +199,30 @@ def test_names_fall_into_blocks_and_kinds():
     assert summary.place("") == (None, "")
 
 
-def test_tokens_per_expert_join_the_parts_of_a_layer(found):
-    found["sites"] = [
+def test_tokens_per_expert_join_the_parts_of_a_layer(loaded):
+    loaded["sites"] = [
         site("model.layers.0.mlp.experts.0.up[0:2]", rows=(0, 100)),
         site("model.layers.0.mlp.experts.0.up[2:4]", rows=(9, 120)),
         site("model.layers.0.mlp.experts.0.down", rows=(0, 100, 9, 120)),
         site("model.layers.1.mlp.experts.0.up", rows=(50, 60, 70, 80)),
         site("model.layers.1.self_attn.q_proj", rows=(400,)),
     ]
-    first, second = summary.loads(found)
+    first, second = summary.loads(loaded)
     assert first.rows == (0, 100, 9, 120) and first.median == 54.5 and first.starved == ((0, 0),)
     assert second.starved == ()
-    assert "received no token" in " ".join(summary.verdict(found).concerns)
-    assert "block 0: expert 0 (0 tokens)" in page(found)
+    assert "received no token" in " ".join(summary.verdict(loaded).concerns)
+    assert "block 0: expert 0 (0 tokens)" in page(loaded)
 
 
-def test_the_verdict_names_what_calls_for_a_look(found):
-    assert summary.verdict(found).good
-    found["fallbacks"] = {"a": "why"}
-    found["sites"][0] |= {"error": 0.5, "rtn_error": 0.1}
-    found["quality"] = [{"text": "t", "before": 10.0, "after": 20.0}]
-    verdict = summary.verdict(found)
+def test_the_verdict_names_what_calls_for_a_look(loaded):
+    assert summary.verdict(loaded).good
+    loaded["fallbacks"] = {"a": "why"}
+    loaded["sites"][0] |= {"error": 0.5, "rtn_error": 0.1}
+    loaded["quality"] = [{"text": "t", "before": 10.0, "after": 20.0}]
+    verdict = summary.verdict(loaded)
     assert not verdict.good and len(verdict.concerns) == 3
-    assert found["sites"][0]["site"] in " ".join(verdict.concerns) and "10.00 → 20.00" in verdict.sentence
-    assert summary.worst(found)[0].name == found["sites"][0]["site"]
+    assert loaded["sites"][0]["site"] in " ".join(verdict.concerns) and "10.00 → 20.00" in verdict.sentence
+    assert summary.worst(loaded)[0].name == loaded["sites"][0]["site"]
 
 
 def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypatch):
@@ -235,34 +235,34 @@ def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypa
     assert report.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
 
 
-def test_a_constant_is_told_and_not_drawn(found):
+def test_a_constant_is_told_and_not_drawn(loaded):
     """One lambda in all layers is a sentence."""
-    for each in found["sites"]:
+    for each in loaded["sites"]:
         each["reg_lambda"] = 0.3
-    shown = page(found)
+    shown = page(loaded)
     assert "It is 0.3 in all" in shown and 'aria-label="lambda' not in shown
-    found["sites"][0]["reg_lambda"] = 1.0
-    assert 'aria-label="lambda by block, from 0.3 to 1' in page(found)
+    loaded["sites"][0]["reg_lambda"] = 1.0
+    assert 'aria-label="lambda by block, from 0.3 to 1' in page(loaded)
 
 
-def test_error_correction_is_drawn_where_layers_did_it(found):
-    found["sites"] = [site | {"correction_share": 0.0} for site in found["sites"]]
-    assert "Residual error correction" not in page(found)
-    found["sites"] = [
+def test_error_correction_is_drawn_where_layers_did_it(loaded):
+    loaded["sites"] = [site | {"correction_share": 0.0} for site in loaded["sites"]]
+    assert "Residual error correction" not in page(loaded)
+    loaded["sites"] = [
         site(f"model.layers.{index}.mlp.down_proj") | {"correction_share": index / 10} for index in range(4)
     ]
-    shown = " ".join(Outline(page(found)).text)
+    shown = " ".join(Outline(page(loaded)).text)
     assert "Residual error correction" in shown and "layers.3.mlp.down_proj: share 0.30" in shown
     assert "layers.0.mlp.down_proj: share" not in shown
 
 
-def test_an_older_report_and_one_without_text_are_shown(found):
+def test_an_older_report_and_one_without_text_are_shown(loaded):
     for key in ("blocks", "source"):
-        found.pop(key)
-    found |= {"calibration": None, "sites": [site("model.layers.0.x", rows=(), reg_lambda=0.0)]}
-    shown = " ".join(Outline(page(found)).text)
+        loaded.pop(key)
+    loaded |= {"calibration": None, "sites": [site("model.layers.0.x", rows=(), reg_lambda=0.0)]}
+    shown = " ".join(Outline(page(loaded)).text)
     assert "without calibration" in shown and "How strongly" not in shown
-    assert "no calibration text" in model_card.card(found)
+    assert "no calibration text" in model_card.card(loaded)
 
 
 def test_the_page_is_made_again_from_the_json_alone(out, tmp_path):
@@ -285,38 +285,38 @@ def test_the_page_is_made_again_from_the_json_alone(out, tmp_path):
         (lambda r: r["targets"].update(untouched=[1]), "'targets'"),
     ],
 )
-def test_a_report_that_was_bent_is_one_error(found, tmp_path, change, says):
-    change(found)
-    (tmp_path / "report.json").write_text(json.dumps(found))
-    with pytest.raises(CheckpointError, match=says):
+def test_a_report_that_was_bent_is_one_error(loaded, tmp_path, change, result):
+    change(loaded)
+    (tmp_path / "report.json").write_text(json.dumps(loaded))
+    with pytest.raises(CheckpointError, match=result):
         report.rebuild(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_grown_report_renews_the_card_but_not_over_somebodys_words(out, found, tmp_path):
-    report.write(tmp_path, found)
-    found["quality"] = [{"text": "wiki.txt", "windows": 2, "seqlen": 64, "before": 10.0, "after": 10.5}]
-    assert report.update(tmp_path, found)
+def test_a_grown_report_renews_the_card_but_not_over_somebodys_words(out, loaded, tmp_path):
+    report.write(tmp_path, loaded)
+    loaded["quality"] = [{"text": "wiki.txt", "windows": 2, "seqlen": 64, "before": 10.0, "after": 10.5}]
+    assert report.update(tmp_path, loaded)
     assert "| wiki.txt | 2 of 64 | 10.000 | 10.500 |" in (tmp_path / "README.md").read_text()
     assert "perplexity 10.00 → 10.50" in (tmp_path / "report.html").read_text()
     (tmp_path / "README.md").write_text("my own words")
-    found["quality"][0]["after"] = 11.0
-    assert not report.update(tmp_path, found)
+    loaded["quality"][0]["after"] = 11.0
+    assert not report.update(tmp_path, loaded)
     assert (tmp_path / "README.md").read_text() == "my own words"
     assert report.load(tmp_path)["quality"][0]["after"] == 11.0
 
 
-def test_the_card_sends_nobody_to_a_server_that_refuses(found):
-    assert found["format"] == "compressed-tensors" and "--format" not in model_card.command(found)
-    assert found["serve"]["transformers 5.23"] == [1]
-    found["serve"] = {"vLLM 0.33, sm_80": [], "vLLM 0.33, sm_90": [1, 2], "SGLang 0.5.23": []}
-    half = model_card.card(found)
+def test_the_card_sends_nobody_to_a_server_that_refuses(loaded):
+    assert loaded["format"] == "compressed-tensors" and "--format" not in model_card.command(loaded)
+    assert loaded["serve"]["transformers 5.23"] == [1]
+    loaded["serve"] = {"vLLM 0.33, sm_80": [], "vLLM 0.33, sm_90": [1, 2], "SGLang 0.5.23": []}
+    half = model_card.card(loaded)
     assert "vllm serve ." in half and "vLLM has" not in half
     assert "sglang.launch_server" not in half and "SGLang has no kernels for all of its layers" in half
-    found["serve"] = {"vLLM 0.33, sm_80": None}
-    assert "vllm serve ." in model_card.card(found) and "Kernels of vLLM were not checked" in model_card.card(found)
-    found["quant"]["sym"] = False
-    assert "transformers needs `import sarqc`" in model_card.card(found)
-    found["format"] = "gptq"
-    assert "- gptq\n" in model_card.card(found) and "`gptqmodel`" in model_card.card(found)
-    assert "--format gptq" in model_card.command(found)
+    loaded["serve"] = {"vLLM 0.33, sm_80": None}
+    assert "vllm serve ." in model_card.card(loaded) and "Kernels of vLLM were not checked" in model_card.card(loaded)
+    loaded["quant"]["sym"] = False
+    assert "transformers needs `import sarqc`" in model_card.card(loaded)
+    loaded["format"] = "gptq"
+    assert "- gptq\n" in model_card.card(loaded) and "`gptqmodel`" in model_card.card(loaded)
+    assert "--format gptq" in model_card.command(loaded)

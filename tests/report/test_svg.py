@@ -50,9 +50,11 @@ def test_ticks_are_round_and_inside():
         assert all(scale.low <= tick <= scale.high for tick in scale.ticks())
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.00312, "0.00312"), (18000, "18 k"), (2.5e9, "2.5 G"), (math.nan, "?")])
-def test_short_numbers(value, said):
-    assert short(value) == said
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.00312, "0.00312"), (18000, "18 k"), (2.5e9, "2.5 G"), (math.nan, "?")]
+)
+def test_short_numbers(value, expected):
+    assert short(value) == expected
 
 
 def test_a_line_breaks_where_a_number_is_missing():

@@ -84,13 +84,13 @@ def test_a_group_that_a_rank_cannot_hold_is_named():
     """Qwen3-235B-A22B: 1536 inputs of each expert's down_proj, in groups of 128, over 8 ranks."""
     linears = [(f"model.layers.{i}.mlp.experts.0.down_proj", (4096, 1536), True) for i in range(2)]
     runtime_model = RuntimeModel(fused_layers(linears, 4), (), (), 64, 4)
-    found = {
+    by_name = {
         (one.server, one.ranks): one
         for one in runtime_support(runtime_model, QuantConfig(group_size=128), "compressed-tensors")
     }
-    assert found[AMPERE, 4].failures == () and found[AMPERE, 4].kernels == {"Marlin MoE": 2}
+    assert by_name[AMPERE, 4].failures == () and by_name[AMPERE, 4].kernels == {"Marlin MoE": 2}
     reason = "192 inputs on each rank are no multiple of the group size 128"
-    assert found[AMPERE, 8].failures == (f"model.layers.*.mlp.experts.*.down_proj: {reason}",)
+    assert by_name[AMPERE, 8].failures == (f"model.layers.*.mlp.experts.*.down_proj: {reason}",)
     assert runtime_support(runtime_model, QuantConfig(group_size=64), "compressed-tensors", (8,))[0].failures == ()
 
 

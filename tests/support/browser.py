@@ -65,9 +65,9 @@ def measure(page: str, width: int, *, dark: bool = False) -> dict[str, Any]:
     """What the browser finds in a page that is `width` pixels wide."""
     script = f"<head><script>{_MEASURE}</script>"
     dom = _chromium(page.replace("<head>", script, 1), width, 4000, dark, "--dump-dom", "--virtual-time-budget=3000")
-    found = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
-    assert found and found[1], "the page did not load"
-    measured: dict[str, Any] = json.loads(unescape(found[1]))
+    match = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
+    assert match and match[1], "the page did not load"
+    measured: dict[str, Any] = json.loads(unescape(match[1]))
     return measured
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sarqc.model.lazy_model import LazyModel
-from sarqc.pipeline import passage
+from sarqc.pipeline import blockwise_forward
 from sarqc.pipeline.forward import BlockCall, Forward
-from sarqc.pipeline.handed import handing_on
 from sarqc.pipeline.points import Arrival, Hooks, Point
+from sarqc.pipeline.stored_states import replaying
 
 
 def _entry(lazy: LazyModel, index: int, tokens: Tensor) -> Arrival:
@@ -18,7 +18,7 @@ def _entry(lazy: LazyModel, index: int, tokens: Tensor) -> Arrival:
 
     nothing = torch.zeros(*tokens.shape, lazy.text_config.hidden_size, dtype=lazy.dtype)
     with Hooks(lazy.blocks), Forward([run], lazy.blocks, first=index) as forward:
-        with handing_on(lazy.layers, index, "tensor", lambda _: nothing):
+        with replaying(lazy.layers, index, "tensor", lambda _: nothing):
             (entry,) = forward.at(Point("enter", index))
         return Arrival(entry.point, entry.tensor, args=entry.args, kwargs=entry.kwargs)
 
@@ -44,4 +44,4 @@ def call_block(lazy: LazyModel, index: int, hidden: Tensor) -> Tensor:
 
 def finish(lazy: LazyModel, hidden: Tensor) -> Tensor:
     """Logits [B, L, V] of what leaves the last block."""
-    return torch.stack([passage.logits(lazy, "tensor", window[None]) for window in hidden])
+    return torch.stack([blockwise_forward.logits(lazy, "tensor", window[None]) for window in hidden])

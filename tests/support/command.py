@@ -21,17 +21,17 @@ def door(monkeypatch, capsys, outcomes) -> Callable[..., tuple[int, str]]:
         monkeypatch.setattr(sys, "argv", ["sarqc", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        said = capsys.readouterr()
-        lines = said.err.strip().splitlines()
+        captured = capsys.readouterr()
+        lines = captured.err.strip().splitlines()
         last = lines[-1] if lines else ""
         assert ended.value.code in (0, 1, 2)
         assert ended.value.code != 2 or last.startswith("sarqc: "), last
-        assert ended.value.code != 2 or not arguments or "Usage:" not in said.out, (
+        assert ended.value.code != 2 or not arguments or "Usage:" not in captured.out, (
             "a line is lost behind a page of help"
         )
         assert "Traceback" not in last and "\x1b" not in last
         if ended.value.code:
-            outcomes.clear_error(last if ended.value.code == 2 else said.out.splitlines()[0])
+            outcomes.clear_error(last if ended.value.code == 2 else captured.out.splitlines()[0])
         else:
             outcomes.still_valid()
         return int(ended.value.code), last

@@ -24,9 +24,9 @@ class Outcomes:
         assert text and "\n" not in text and "\x1b" not in text and "Traceback" not in text, text
         self._count(CLEAR, trials)
 
-    def recovered(self, found: object, expected: object, trials: int = 1) -> None:
+    def recovered(self, actual: object, expected: object, trials: int = 1) -> None:
         """So many faults struck a run that then came to this, where one without them comes to that."""
-        assert found == expected, "data was lost"
+        assert actual == expected, "data was lost"
         self._count(RECOVERED, trials)
 
     def still_valid(self) -> None:

@@ -93,9 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         for pattern, answer in _ROUTES.items():
             method, _, form = pattern.partition(" ")
-            found = re.fullmatch(form, path)
-            if found and self.command in method.split("|"):
-                answer(self, body, *found.groups())
+            match = re.fullmatch(form, path)
+            if match and self.command in method.split("|"):
+                answer(self, body, *match.groups())
                 return
         self._answer(404, {"error": "no such thing"}, X_Error_Code="RepoNotFound")
 
@@ -123,19 +123,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
         files = json.loads(body)["files"]
-        told = [
+        replies = [
             {"path": one["path"], "uploadMode": "lfs" if one["size"] >= LARGE else "regular", "shouldIgnore": False}
             for one in files
         ]
-        self._answer(200, {"files": told})
+        self._answer(200, {"files": replies})
 
     def batch(self, body: bytes, repo: str) -> None:
-        told = []
+        answers = []
         for one in json.loads(body)["objects"]:
             where = {"href": f"{self.server.address}/objects/{one['oid']}", "header": {}}
             known = one["oid"] in self.server.objects
-            told.append(one | ({} if known else {"actions": {"upload": where}}))
-        self._answer(200, {"transfer": "basic", "objects": told}, Content_Type="application/vnd.git-lfs+json")
+            answers.append(one | ({} if known else {"actions": {"upload": where}}))
+        self._answer(200, {"transfer": "basic", "objects": answers}, Content_Type="application/vnd.git-lfs+json")
 
     def store(self, body: bytes, oid: str) -> None:
         if self.server.fail:
@@ -164,12 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             self._answer(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
             return
-        told = {"id": repo, "modelId": repo, "sha": commit_of(files), "siblings": [{"rfilename": one} for one in files]}
-        self._answer(200, told | {"private": self.server.private[repo], "tags": [], "downloads": 0})
+        info = {"id": repo, "modelId": repo, "sha": commit_of(files), "siblings": [{"rfilename": one} for one in files]}
+        self._answer(200, info | {"private": self.server.private[repo], "tags": [], "downloads": 0})
 
     def tree(self, body: bytes, repo: str, revision: str) -> None:
         files = self._files(repo, revision) or {}
-        told = [
+        entries = [
             {
                 "type": "file",
                 "path": path,
@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             | ({"lfs": _pointer(content)} if len(content) >= LARGE else {})
             for path, content in files.items()
         ]
-        self._answer(200, told)
+        self._answer(200, entries)
 
     def _files(self, repo: str, revision: str) -> dict[str, bytes] | None:
         there = self.server.branches.get(repo, {})
@@ -192,10 +192,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = files[path]
         begin, end = 0, len(content)
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            begin, end = int(found[1]), int(found[2] or end - 1) + 1
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            begin, end = int(match[1]), int(match[2] or end - 1) + 1
         self._answer(
-            206 if found else 200,
+            206 if match else 200,
             content[begin:end],
             X_Repo_Commit=commit_of(files),
             ETag=f'"{hashlib.sha256(content).hexdigest()}"',

@@ -94,14 +94,14 @@ def _block(drawn: _Drawn, index: int, experts: int, hidden: int, inner: int) -> 
 
 def _in_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The projections with `weight_scale_inv`, as DeepSeek and Qwen publish."""
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if "proj" not in name:
-            found[name] = tensor
+            stored[name] = tensor
             continue
-        found[name] = (tensor.float() / SCALE).clamp(-448, 448).to(torch.float8_e4m3fn)
-        found[f"{name}_scale_inv"] = torch.full([-(-size // TILE) for size in tensor.shape], SCALE)
-    return found
+        stored[name] = (tensor.float() / SCALE).clamp(-448, 448).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = torch.full([-(-size // TILE) for size in tensor.shape], SCALE)
+    return stored
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -64,8 +64,8 @@ def _product(
     x, by_expert = torch.zeros(TOKENS, weight.in_features, dtype=dtype), weight.words.shape[0] > 1
     groups = config.groups_per_tile(weight.group_size, weight.in_features)
     plan = plan.fitting(gated=gated, asymmetric=weight.zeros is not None, experts=int(by_expert), groups=groups)
-    said = (("persistent", plan.resident), ("ragged", weight.in_features % TILE_K), ("gated", gated))
-    kinds = [word for word, true in said if true]
+    flags = (("persistent", plan.resident), ("ragged", weight.in_features % TILE_K), ("gated", gated))
+    kinds = [word for word, true in flags if true]
     grid = f"g{weight.group_size}{'s' if weight.zeros is None else 'a'}{' by expert' * by_expert}"
     block = f"{plan.tokens}x{plan.block_n} split{plan.splits}" if plan.kernel == "dot" else f"{plan.block_n} rows"
     name = " ".join([f"{weight.bits} bits", block, *kinds, NAMES[dtype], grid])

@@ -26,12 +26,12 @@ from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
+    check_uniform_bits,
     check_weight,
+    complete_linears,
+    describe_tensor,
     group_size_of,
-    refuse_mixed,
-    say,
     strings,
-    whole_linears,
     with_fused,
     without_fused,
 )
@@ -60,7 +60,7 @@ class Awq(FormatDefaults):
 
     def check(self, quant: QuantConfig) -> None:
         """4 bits alone."""
-        refuse_mixed(quant, self.name)
+        check_uniform_bits(quant, self.name)
         if quant.bits != BITS:
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name}: use 4, or another format")
 
@@ -106,7 +106,7 @@ class Awq(FormatDefaults):
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""
         _numbers(quantization)
-        return whole_linears(_PART, names, lambda _: _PARTS, "AWQ has")
+        return complete_linears(_PART, names, lambda _: _PARTS, "AWQ has")
 
     def describe(
         self,
@@ -121,9 +121,9 @@ class Awq(FormatDefaults):
     def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
         """Codes, scales and zeros of `linear`; E = 1."""
         tensors = {part: load(f"{linear}.{part}") for part in _PARTS}
-        found = _check(linear, quantization, tensors)
-        codes, zeros = (_unpack(tensors[part], found.shape[0]) for part in ("qweight", "qzeros"))
-        if found.sym and not bool((zeros == 1 << (BITS - 1)).all()):
+        info = _check(linear, quantization, tensors)
+        codes, zeros = (_unpack(tensors[part], info.shape[0]) for part in ("qweight", "qzeros"))
+        if info.sym and not bool((zeros == 1 << (BITS - 1)).all()):
             raise CheckpointError(f"{linear!r} has zeros off the middle code 8, where its config says no zero_point")
         return QuantizedWeight(
             codes.unsqueeze(0), tensors["scales"].T.contiguous().unsqueeze(0), zeros.unsqueeze(0), BITS
@@ -159,7 +159,9 @@ def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, T
     group_size, zero_point = _numbers(quantization)
     words = tensors["qweight"]
     if words.dtype != torch.int32 or len(words.shape) != 2 or 0 in words.shape:
-        raise CheckpointError(f"qweight of {linear!r} is {say(words)}, where int32 [inputs, outputs / 8] is expected")
+        raise CheckpointError(
+            f"qweight of {linear!r} is {describe_tensor(words)}, where int32 [inputs, outputs / 8] is expected"
+        )
     columns, rows = words.shape[0], words.shape[1] * _LANES
     groups = 1 if group_size == -1 else columns // group_size
     if group_size != -1 and columns % group_size:

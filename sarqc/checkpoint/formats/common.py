@@ -32,7 +32,7 @@ def check_weight(linear: str, weight: QuantizedWeight, quant: QuantConfig) -> No
         raise NumericError(f"{linear!r} has a scale that is not finite: its weights or activations were not")
 
 
-def refuse_mixed(quant: QuantConfig, name: str) -> None:
+def check_uniform_bits(quant: QuantConfig, name: str) -> None:
     """`CheckpointError` where layers have different widths, for a format `name` whose config has one for all."""
     if quant.avg_bits is not None:
         raise CheckpointError(
@@ -50,7 +50,7 @@ def check_scale_dtype(linear: str, dtype: torch.dtype, accepted: tuple[torch.dty
         )
 
 
-def whole_linears(
+def complete_linears(
     pattern: re.Pattern[str], names: Iterable[str], parts: Callable[[str], set[str]], whose: str
 ) -> dict[str, tuple[str, ...]]:
     """The quantized Linears among `names` and their tensors, sorted; `CheckpointError` for a set that is not whole.
@@ -59,18 +59,18 @@ def whole_linears(
     plain weight beside it does not. whose: says who asks for that, in the message.
     """
     every = set(names)
-    found: dict[str, set[str]] = {}
+    parts_of: dict[str, set[str]] = {}
     for name in sorted(every):
         if match := pattern.fullmatch(name):
-            found.setdefault(match["linear"], set()).add(match["part"])
-    for linear, stored in found.items():
+            parts_of.setdefault(match["linear"], set()).add(match["part"])
+    for linear, stored in parts_of.items():
         expected, plain = parts(linear), f"{linear}.weight" in every
         if stored != expected or plain:
             raise CheckpointError(
                 f"{linear!r} is stored as {', '.join([*sorted(stored), *['weight'] * plain])}, where {whose} "
                 f"{', '.join(sorted(expected))}"
             )
-    return {linear: tuple(f"{linear}.{part}" for part in sorted(stored)) for linear, stored in found.items()}
+    return {linear: tuple(f"{linear}.{part}" for part in sorted(stored)) for linear, stored in parts_of.items()}
 
 
 def group_size_of(value: object) -> int:
@@ -80,12 +80,12 @@ def group_size_of(value: object) -> int:
     return value
 
 
-def compiled(pattern: str, said: str) -> re.Pattern[str]:
+def compiled(pattern: str, message: str) -> re.Pattern[str]:
     """A config's regular expression; `CheckpointError` beginning with `said` for what is none."""
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{said} is no regular expression: {error}") from error
+        raise CheckpointError(f"{message} is no regular expression: {error}") from error
 
 
 def check_tensor(
@@ -94,10 +94,12 @@ def check_tensor(
     """`CheckpointError` where a tensor has not this shape and one of these dtypes; `why` says what asks for it."""
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise CheckpointError(f"{part} of {linear!r} is {say(tensor)}, where {why} needs {wanted} {list(shape)}")
+        raise CheckpointError(
+            f"{part} of {linear!r} is {describe_tensor(tensor)}, where {why} needs {wanted} {list(shape)}"
+        )
 
 
-def say(tensor: TensorInfo) -> str:
+def describe_tensor(tensor: TensorInfo) -> str:
     """Dtype and shape for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
@@ -106,12 +108,12 @@ def with_fused(names: Iterable[str]) -> list[str]:
     """Names of Linears left unquantized, each once, and behind them those of the matrices that servers make of some of
     them: SGLang asks for these alone. Not of single experts, which are part of a larger one."""
     given = dict.fromkeys(names)
-    found: dict[str, None] = {}
+    unique: dict[str, None] = {}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in given):
         if not parent.rpartition(".")[2].isdigit():
             whole = (one for one, parts in FUSED_NAMES.items() if all(f"{parent}.{part}" in given for part in parts))
-            found |= dict.fromkeys(f"{parent}.{one}" for one in whole)
-    return list(given | found)
+            unique |= dict.fromkeys(f"{parent}.{one}" for one in whole)
+    return list(given | unique)
 
 
 def without_fused(names: Iterable[str]) -> list[str]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
-from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, say, strings, whole_linears
+from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, complete_linears, describe_tensor, strings
 from sarqc.checkpoint.formats.compressed_tensors_config import (
     LAYOUT,
     Scheme,
@@ -111,7 +111,7 @@ class CompressedTensors(FormatDefaults):
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears and their tensors, sorted; refuses a set that is not whole."""
         check_config(quantization)
-        return whole_linears(_PART, names, lambda linear: _parts(scheme_of(linear, quantization)), "its config says")
+        return complete_linears(_PART, names, lambda linear: _parts(scheme_of(linear, quantization)), "its config says")
 
     def describe(
         self,
@@ -180,7 +180,9 @@ def _parts(scheme: Scheme) -> set[str]:
 def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weight_shape: Tensor) -> WeightInfo:
     """Compares the tensors of one Linear with each other and with its scheme; `CheckpointError` where they differ."""
     if weight_shape.dtype != torch.int64 or tuple(weight_shape.shape) != (2,):
-        raise CheckpointError(f"weight_shape of {linear!r} is {say(weight_shape)}, where int64 [2] is expected")
+        raise CheckpointError(
+            f"weight_shape of {linear!r} is {describe_tensor(weight_shape)}, where int64 [2] is expected"
+        )
     rows, columns = (int(size) for size in weight_shape)
     group_size = columns if scheme.group_size == -1 else scheme.group_size
     if rows < 1 or columns < 1 or columns % group_size:
@@ -197,11 +199,12 @@ def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], weigh
     for part, tensor in tensors.items():
         if tuple(tensor.shape) not in expected[part]:
             raise CheckpointError(
-                f"{part} of {linear!r} is {say(tensor)}, where a weight [{rows}, {columns}] of {scheme.bits} bits and "
-                f"{groups} groups needs {' or '.join(str(list(shape)) for shape in expected[part])}"
+                f"{part} of {linear!r} is {describe_tensor(tensor)}, where a weight [{rows}, {columns}] of "
+                f"{scheme.bits} bits and {groups} groups needs "
+                f"{' or '.join(str(list(shape)) for shape in expected[part])}"
             )
         if part in ("weight_packed", "weight_zero_point") and tensor.dtype != torch.int32:
-            raise CheckpointError(f"{part} of {linear!r} is {say(tensor)}, where int32 is expected")
+            raise CheckpointError(f"{part} of {linear!r} is {describe_tensor(tensor)}, where int32 is expected")
     dtype = tensors["weight_scale"].dtype
     check_scale_dtype(linear, dtype, _SCALES, LAYOUT)
     return WeightInfo((rows, columns), dtype, scheme.bits, groups, scheme.sym)

@@ -81,12 +81,12 @@ def targets_by_width(widths: Mapping[str, int]) -> dict[int, list[str]]:
     for linear, width in widths.items():
         if match := _STACKED.match(linear):
             stacks.setdefault(match[1], set()).add(width)
-    found: dict[int, dict[str, None]] = {width: {} for width in sorted(set(widths.values()), reverse=True)}
+    by_width: dict[int, dict[str, None]] = {width: {} for width in sorted(set(widths.values()), reverse=True)}
     for linear, width in widths.items():
         match = _STACKED.match(linear)
         alike = match is not None and len(stacks[match[1]]) == 1
-        found[width][f"re:{re.escape(match[1])}\\.\\d+\\..*" if match and alike else linear] = None
-    return {width: list(targets) for width, targets in found.items()}
+        by_width[width][f"re:{re.escape(match[1])}\\.\\d+\\..*" if match and alike else linear] = None
+    return {width: list(targets) for width, targets in by_width.items()}
 
 
 def is_padded(scheme: Scheme, count: int, words: int) -> bool:

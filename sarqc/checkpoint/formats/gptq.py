@@ -29,10 +29,10 @@ from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
 from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
+    check_uniform_bits,
     check_weight,
-    refuse_mixed,
-    say,
-    whole_linears,
+    complete_linears,
+    describe_tensor,
     with_fused,
     without_fused,
 )
@@ -72,7 +72,7 @@ class Gptq(FormatDefaults):
 
     def check(self, quant: QuantConfig) -> None:
         """2, 3, 4 and 8 bits have words that come out even."""
-        refuse_mixed(quant, self.name)
+        check_uniform_bits(quant, self.name)
         if quant.bits not in BITS:
             raise CheckpointError(
                 f"bits = {quant.bits} cannot be held by {self.name}: use 2, 3, 4 or 8, or format compressed-tensors"
@@ -145,7 +145,7 @@ class Gptq(FormatDefaults):
             scheme_of(linear, quantization)  # a layer that its config leaves out is refused
             return _PARTS
 
-        return whole_linears(_PART, names, parts, "GPTQ has")
+        return complete_linears(_PART, names, parts, "GPTQ has")
 
     def describe(
         self,
@@ -177,7 +177,8 @@ def _check(linear: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], index
     words = tensors["qweight"]
     if words.dtype != torch.int32 or len(words.shape) != 2 or 0 in words.shape or words.shape[0] * 32 % scheme.bits:
         raise CheckpointError(
-            f"qweight of {linear!r} is {say(words)}, where int32 [words of {scheme.bits} bits, outputs] is expected"
+            f"qweight of {linear!r} is {describe_tensor(words)}, where int32 [words of {scheme.bits} bits, outputs] is "
+            "expected"
         )
     rows, columns = words.shape[1], words.shape[0] * 32 // scheme.bits
     group_size = columns if scheme.group_size == -1 else scheme.group_size

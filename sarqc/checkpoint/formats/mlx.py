@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
-from sarqc.checkpoint.formats.common import check_scale_dtype, check_tensor, check_weight, say
+from sarqc.checkpoint.formats.common import check_scale_dtype, check_tensor, check_weight, describe_tensor
 from sarqc.checkpoint.formats.stacked import OWN_NAMES, own_names, stack_of
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
@@ -117,12 +117,12 @@ class Mlx(FormatDefaults):
     def also(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The older names of values that mlx-lm reads and that transformers 5 saves under others."""
         rope, experts = config.get("rope_parameters"), config.get("num_local_experts")
-        found = {} if experts is None else {"num_experts": experts}
+        extra = {} if experts is None else {"num_experts": experts}
         if isinstance(rope, dict) and "rope_theta" in rope:
-            found["rope_theta"] = rope["rope_theta"]
+            extra["rope_theta"] = rope["rope_theta"]
             if rope.get("rope_type", "default") != "default":
-                found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        return found
+                extra["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        return extra
 
     def ignored(self, quantization: Mapping[str, Any]) -> tuple[str, ...]:
         """`lm_head`; what else has no scales is seen from the tensors."""
@@ -134,13 +134,13 @@ class Mlx(FormatDefaults):
         if (mode := quantization.get("mode", "affine")) != "affine":
             raise CheckpointError(f"MLX weights of mode {mode!r} are not read: only 'affine' is")
         every = set(names)
-        found = {match["linear"] for name in every if (match := _PART.fullmatch(name))}
-        for linear in sorted(found):
-            if lacking := [part for part in _PARTS if f"{linear}.{part}" not in every]:
+        linears = {match["linear"] for name in every if (match := _PART.fullmatch(name))}
+        for linear in sorted(linears):
+            if missing_names := [part for part in _PARTS if f"{linear}.{part}" not in every]:
                 raise CheckpointError(
-                    f"{linear!r} has no {' and no '.join(lacking)}, where MLX has {', '.join(_PARTS)}"
+                    f"{linear!r} has no {' and no '.join(missing_names)}, where MLX has {', '.join(_PARTS)}"
                 )
-        return {linear: tuple(f"{linear}.{part}" for part in sorted(_PARTS)) for linear in sorted(found)}
+        return {linear: tuple(f"{linear}.{part}" for part in sorted(_PARTS)) for linear in sorted(linears)}
 
     def describe(
         self,
@@ -156,27 +156,27 @@ class Mlx(FormatDefaults):
     def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
         """Codes, scales and zeros of `linear`; E = 1. `CheckpointError` where a bias is no multiple of its scale."""
         tensors = {part: load(f"{linear}.{part}") for part in _PARTS}
-        found = _check(linear, quantization, tensors)
+        info = _check(linear, quantization, tensors)
         scales, biases = tensors["scales"].double(), tensors["biases"].double()
-        middle = torch.tensor(1 << (found.bits - 1)).double()
+        middle = torch.tensor(1 << (info.bits - 1)).double()
         zeros = torch.where(scales == 0, middle, -(biases / scales).round()).nan_to_num(-1, -1, -1)
-        good = (zeros >= 0) & (zeros < 1 << found.bits) & (-zeros * scales == biases)
+        good = (zeros >= 0) & (zeros < 1 << info.bits) & (-zeros * scales == biases)
         if wrong := int((~good).sum()):
             raise CheckpointError(
                 f"{linear!r} has {wrong} of {good.numel()} groups whose bias is not minus an integer zero from 0 to "
-                f"{(1 << found.bits) - 1} times the scale: such MLX files are not read without loss; start from the "
+                f"{(1 << info.bits) - 1} times the scale: such MLX files are not read without loss; start from the "
                 "unquantized model"
             )
-        codes = unpack(tensors["weight"].view(torch.int32), found.bits, found.shape[1])
+        codes = unpack(tensors["weight"].view(torch.int32), info.bits, info.shape[1])
         return QuantizedWeight(
-            codes.unsqueeze(0), tensors["scales"].unsqueeze(0), zeros.to(torch.uint8).unsqueeze(0), found.bits
+            codes.unsqueeze(0), tensors["scales"].unsqueeze(0), zeros.to(torch.uint8).unsqueeze(0), info.bits
         )
 
 
 def _path(linear: str) -> str:
     """The module of mlx-lm that a Linear is part of."""
-    found = stack_of(linear)
-    return found[0] if found else linear
+    stack = stack_of(linear)
+    return stack[0] if stack else linear
 
 
 def _scheme(numbers: Mapping[str, Any], base: Mapping[str, Any]) -> _Scheme:
@@ -192,7 +192,9 @@ def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, T
     scheme = _scheme(own if isinstance(own, dict) else {}, quantization)
     words, scales = tensors["weight"], tensors["scales"]
     if words.dtype != torch.uint32 or len(words.shape) != 2 or words.shape[1] * 32 % scheme.bits:
-        raise CheckpointError(f"weight of {linear!r} is {say(words)}, where uint32 [outputs, words] is expected")
+        raise CheckpointError(
+            f"weight of {linear!r} is {describe_tensor(words)}, where uint32 [outputs, words] is expected"
+        )
     rows, columns = words.shape[0], words.shape[1] * 32 // scheme.bits
     if 0 in words.shape or columns % scheme.group_size:
         raise CheckpointError(

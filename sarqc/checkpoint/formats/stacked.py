@@ -22,21 +22,21 @@ _ALL = re.compile(r"(?P<parent>.+)\.switch_mlp\.(?P<leaf>\w+)\.(?P<part>\w+)")
 
 def stack_of(name: str) -> tuple[str, int] | None:
     """The stack that a tensor or a Linear of one expert belongs to, and its place there; None for any other name."""
-    if (found := _ONE.fullmatch(name)) is None:
+    if (match := _ONE.fullmatch(name)) is None:
         return None
-    leaf = dict(zip(_NUMBERED, _LEAVES)).get(found["leaf"], found["leaf"])
-    return f"{found['parent']}.switch_mlp.{leaf}{found['part']}", int(found["expert"])
+    leaf = dict(zip(_NUMBERED, _LEAVES)).get(match["leaf"], match["leaf"])
+    return f"{match['parent']}.switch_mlp.{leaf}{match['part']}", int(match["expert"])
 
 
 def experts_of(name: str, count: int, quantization: Mapping[str, Any]) -> list[str]:
     """Names of the tensors of the `count` single experts in the stack `name`; none where it is no stack."""
-    if (found := _ALL.fullmatch(name)) is None:
+    if (match := _ALL.fullmatch(name)) is None:
         return []
-    leaf = dict(zip(_LEAVES, quantization.get(OWN_NAMES) or _LEAVES)).get(found["leaf"], found["leaf"])
-    return [f"{found['parent']}.experts.{expert}.{leaf}.{found['part']}" for expert in range(count)]
+    leaf = dict(zip(_LEAVES, quantization.get(OWN_NAMES) or _LEAVES)).get(match["leaf"], match["leaf"])
+    return [f"{match['parent']}.experts.{expert}.{leaf}.{match['part']}" for expert in range(count)]
 
 
 def own_names(linears: Iterable[str]) -> list[str] | None:
     """The model's own names of gate, up and down, where they are not mlx-lm's."""
-    numbered = any((found := _ONE.fullmatch(name)) and found["leaf"] in _NUMBERED for name in linears)
+    numbered = any((match := _ONE.fullmatch(name)) and match["leaf"] in _NUMBERED for name in linears)
     return list(_NUMBERED) if numbered else None

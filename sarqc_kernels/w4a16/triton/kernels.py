@@ -49,11 +49,11 @@ def locate(offsets, block, tokens, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SI
     blocks = (end - begin + SIZE - 1) // SIZE
     upto = tl.cumsum(blocks, 0)
     mine = (block >= upto - blocks) & (block < upto)  # of at most one expert
-    found = tl.sum(tl.where(mine, expert, 0), 0)
+    owner = tl.sum(tl.where(mine, expert, 0), 0)
     first = tl.sum(tl.where(mine, begin + (block - upto + blocks) * SIZE, 0), 0)
     stop = tl.sum(tl.where(mine, end, 0), 0)
     any_block = tl.sum(mine.to(tl.int32), 0)
-    return tl.where(any_block > 0, found, EXPERTS), first, stop
+    return tl.where(any_block > 0, owner, EXPERTS), first, stop
 
 
 @triton.jit

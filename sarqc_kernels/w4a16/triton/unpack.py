@@ -99,11 +99,11 @@ def plane_fields(words, WIDTH: tl.constexpr, LOW: tl.constexpr, DTYPE: tl.conste
 def fields_of(words, row, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Of each plane of rows `row` [R] of a tile that begins at `words` [R], what `plane_fields` makes of it."""
     PLANES: tl.constexpr = planes_of(BITS)
-    found = ()
+    planes = ()
     for k in tl.static_range(len(PLANES)):
         plane = plane_words(words, row, PLANES[k][0], PLANES[k][1])
-        found = found + (plane_fields(plane, PLANES[k][0], PLANES[k][1], DTYPE),)
-    return found
+        planes = planes + (plane_fields(plane, PLANES[k][0], PLANES[k][1], DTYPE),)
+    return planes
 
 
 @triton.jit
@@ -189,10 +189,10 @@ def words_at(words, row, depth, BITS: tl.constexpr):
     """For input `depth` (below 16) of a slice, the word of each plane that holds it, so shifted that slice i begins at
     bit 4 i. words: where tiles begin. row: of a tile."""
     PLANES: tl.constexpr = planes_of(BITS)
-    found = ()
+    planes = ()
     for k in tl.static_range(len(PLANES)):
-        found = found + (word_at(words, row, depth, PLANES[k][0], PLANES[k][1]),)
-    return found
+        planes = planes + (word_at(words, row, depth, PLANES[k][0], PLANES[k][1]),)
+    return planes
 
 
 @triton.jit

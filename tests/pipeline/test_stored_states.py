@@ -7,8 +7,8 @@ import torch
 
 from sarqc.model import moe
 from sarqc.pipeline.forward import Forward
-from sarqc.pipeline.handed import fingerprint, handing_on, returned
 from sarqc.pipeline.points import Hooks, Point
+from sarqc.pipeline.stored_states import fingerprint, output_form, replaying
 from tests.pipeline.classes import CONFIGS, blocks_of, build, windows
 from tests.pipeline.test_forward import END, calls_of, plain
 
@@ -25,17 +25,17 @@ def test_handed_on_states_give_the_same_logits_or_another_fingerprint(name):
     expected = plain(model, batches)
     with Hooks(blocks), Forward(calls_of(model, batches), blocks) as forward:
         leaving = list(forward.leave(first - 1))
-        hidden, form = [arrival.x.clone() for arrival in leaving], returned(leaving[0])
+        hidden, form = [arrival.x.clone() for arrival in leaving], output_form(leaving[0])
         stored = [fingerprint(arrival) for arrival in forward.at(Point("enter", first))]
     assert form is not None
     with Hooks(blocks), Forward(calls_of(model, batches), blocks, first=first) as forward:
-        with handing_on(blocks, first, form, hidden.__getitem__):
+        with replaying(blocks, first, form, hidden.__getitem__):
             met = [fingerprint(arrival) for arrival in forward.at(Point("enter", first))]
         assert (met == stored) == (name not in CARRYING)
         if met == stored:
-            found = [arrival.output for arrival in forward.at(Point(END, len(blocks)))]
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert all(type(block).__name__ != "Handing" for block in blocks)
+            actual = [arrival.output for arrival in forward.at(Point(END, len(blocks)))]
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert all(type(block).__name__ != "ReplayBlock" for block in blocks)
 
 
 def test_a_fingerprint_is_of_everything_but_the_stream():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import ModelError, SarqcError, first_line, out_of_memory
-from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.points import Arrival, Point
 from sarqc.pipeline.task import Task
 
@@ -33,7 +33,7 @@ def model_errors(place: str) -> Iterator[None]:
 
 
 @dataclass
-class Route:
+class StopOrder:
     """Points in the order of the forward. blocks: how many there are. inside: those in the block at work.
 
     kept: sites among them whose inputs are needed later. corrections: by point, what is added to the stream there: the
@@ -60,112 +60,112 @@ class Route:
         return way[way.index(point) + 1]
 
 
-class Walk:
+class MicroBatch:
     """A context: the forward is ended when it ends. arrival: where the micro-batch waits; None before it has begun.
     kept: what it brought to sites whose inputs are needed later, in this block. left: the stream as it has left the
     block before; None in the first one."""
 
     def __init__(
-        self, call: Callable[[], object], number: int, route: Route, first: Point, parking: Parking | None = None
+        self, call: Callable[[], object], number: int, order: StopOrder, first: Point, offload: Offload | None = None
     ) -> None:
         self.number = number
         self.arrival: Arrival | None = None
         self.kept: dict[Point, Tensor] = {}
-        self.left: Tensor | None = None
+        self.residual: Tensor | None = None
         self._left_version = 0
-        self._route = route
+        self._order = order
         self._first = first
-        self._parking = parking
+        self._offload = offload
         self._corrected = False
-        self._task = Task(call, number, route.wanted, parking)
+        self._task = Task(call, number, order.wanted, offload)
 
-    def go(self, target: Point) -> Arrival:
+    def run_to(self, target: Point) -> Arrival:
         """Run to a point, through those before it; returns the activations there."""
         while self.arrival is None or self.arrival.point != target:
             self._step()
         return self.arrival
 
-    def waits_at(self, point: Point) -> bool:
+    def is_at(self, point: Point) -> bool:
         """Whether the micro-batch is there."""
         return self.arrival is not None and self.arrival.point == point
 
     def correct(self) -> None:
         """Make the correction of the stream that belongs to the point where the micro-batch waits, once."""
         assert self.arrival is not None
-        if self._corrected or self.arrival.point not in self._route.corrections:
+        if self._corrected or self.arrival.point not in self._order.corrections:
             return
-        site, change = self._route.corrections[self.arrival.point]
+        site, change = self._order.corrections[self.arrival.point]
         stream = self.arrival.x
         stream.add_(torch.nn.functional.linear(self.kept[site], change).view_as(stream))
         self._corrected = True
 
-    def wake(self) -> None:
-        """Bring back what was parked."""
-        if self._parking is not None:
-            self._parking.restore()
+    def restore(self) -> None:
+        """Bring back what was offloaded."""
+        if self._offload is not None:
+            self._offload.restore()
 
-    def rest(self, held: int, budget: int | None) -> int:
+    def suspend(self, alive: int, budget: int | None) -> int:
         """Park what the micro-batch holds where it goes over the budget. held: bytes of the micro-batches before it
         that stay; returned with its own."""
-        if self._parking is None or budget is None:
-            return held
+        if self._offload is None or budget is None:
+            return alive
         if self._task.ended:  # what it returned is the caller's
-            self._parking.discard()
-            return held
-        size = sum(storage.nbytes() for storage in self._parking.held().values())
-        if held + size <= budget:
-            return held + size
-        self._parking.park()
-        return held
+            self._offload.discard()
+            return alive
+        size = sum(storage.nbytes() for storage in self._offload.alive().values())
+        if alive + size <= budget:
+            return alive + size
+        self._offload.offload()
+        return alive
 
     @property
-    def left_whole(self) -> bool:
+    def residual_intact(self) -> bool:
         """Whether what has left the block before is still what it was: the model may have written into it."""
-        return self.left is not None and self.left._version == self._left_version
+        return self.residual is not None and self.residual._version == self._left_version
 
     def close(self) -> None:
         """End the forward."""
         try:
             self._task.close()
         finally:
-            self.arrival = self.left = None
+            self.arrival = self.residual = None
             self.kept.clear()
-            if self._parking is not None:
-                self._parking.discard()
+            if self._offload is not None:
+                self._offload.discard()
 
     def _step(self) -> None:
         expected = self._first
         if self.arrival is not None:
-            expected = self._route.after(self.arrival.point)
+            expected = self._order.after(self.arrival.point)
             self.correct()
-            if self.arrival.point in self._route.kept:
+            if self.arrival.point in self._order.kept:
                 self.kept[self.arrival.point] = self.arrival.x
             elif self.arrival.point.kind == "leave":
                 self.kept.clear()
                 self._leave(self.arrival.tensor)
         self.arrival, self._corrected = None, False
-        found = self._resume(expected)
-        if not isinstance(found, Arrival):
-            found = Arrival(Point("end", self._route.blocks), output=found)
-        if found.point != expected:
+        arrival = self._resume(expected)
+        if not isinstance(arrival, Arrival):
+            arrival = Arrival(Point("end", self._order.blocks), output=arrival)
+        if arrival.point != expected:
             raise ModelError(
-                f"micro-batch {self.number} reaches {found.point} where {expected} comes first in others: what the "
+                f"micro-batch {self.number} reaches {arrival.point} where {expected} comes first in others: what the "
                 "model computes depends on its tokens; leave that layer with an ignore pattern"
             )
-        self.arrival = found
-        if self._task.handed is not None:
-            self._leave(self._task.handed)
-            self._task.handed = None
+        self.arrival = arrival
+        if self._task.replayed is not None:
+            self._leave(self._task.replayed)
+            self._task.replayed = None
 
     def _leave(self, stream: Tensor | None) -> None:
-        self.left = stream
+        self.residual = stream
         self._left_version = 0 if stream is None else stream._version
 
     def _resume(self, towards: Point) -> object:
         with model_errors(f"before {towards}"):
             return self._task.resume()
 
-    def __enter__(self) -> Walk:
+    def __enter__(self) -> MicroBatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

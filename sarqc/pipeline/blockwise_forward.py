@@ -23,21 +23,21 @@ from sarqc.model.perplexity import POSITIONS_AT_ONCE, Tally
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
 from sarqc.pipeline.forward import Forward
-from sarqc.pipeline.handed import handing_on, returned
 from sarqc.pipeline.points import Hooks, Point
+from sarqc.pipeline.stored_states import output_form, replaying
 from sarqc.pipeline.streams import windows_at_once
 from sarqc.pipeline.task import Task
 
 
 @dataclass(frozen=True)
-class Left:
+class BlockOutput:
     """What leaves the last block. hidden: [S, L, H] on the host. form: how that block returns it."""
 
     hidden: Tensor
     form: str
 
 
-class Passage:
+class BlockwiseForward:
     """Windows of tokens int64 [S, L] in a model's own forward, block after block. A context. Needs `load_outer`."""
 
     def __init__(self, lazy: LazyModel, tokens: Tensor) -> None:
@@ -48,19 +48,19 @@ class Passage:
         calls: list[Callable[[], object]] = [partial(self._run, part) for part in tokens.split(at_once)]
         self._hooks = Hooks(lazy.blocks)
         self._forward = Forward(calls, lazy.blocks)
-        self.enter(0)
+        self.enter_block(0)
 
-    def enter(self, index: int) -> None:
+    def enter_block(self, index: int) -> None:
         """Bring all windows to a block."""
         for _ in self._forward.at(Point("enter", index)):
             pass
 
-    def through(self, index: int) -> None:
+    def finish_block(self, index: int) -> None:
         """Bring all windows to the end of a block, which is loaded."""
         for arrival in self._forward.leave(index):
-            self._form = returned(arrival)
+            self._form = output_form(arrival)
 
-    def left(self) -> Left:
+    def hidden_states(self) -> BlockOutput:
         """What leaves the last block, which all windows are through."""
         leaving = self._forward.leave(len(self._lazy.blocks) - 1)
         hidden = torch.cat([arrival.x.cpu() for arrival in leaving])
@@ -68,7 +68,7 @@ class Passage:
             raise ModelError(
                 f"{self._lazy.prefix} return more than one tensor, so they cannot be evaluated block by block"
             )
-        return Left(hidden, self._form)
+        return BlockOutput(hidden, self._form)
 
     def close(self) -> None:
         """End the forward."""
@@ -78,26 +78,28 @@ class Passage:
     def _run(self, tokens: Tensor) -> object:
         return self._lazy.model.base_model(input_ids=tokens.to(self._lazy.device), use_cache=False)
 
-    def __enter__(self) -> Passage:
+    def __enter__(self) -> BlockwiseForward:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def leave(lazy: LazyModel, source: TensorSource, tokens: Tensor, on_block: Callable[[int], None] | None = None) -> Left:
+def last_block_output(
+    lazy: LazyModel, source: TensorSource, tokens: Tensor, on_block: Callable[[int], None] | None = None
+) -> BlockOutput:
     """Tokens int64 [S, L] through all blocks; needs `load_outer`. on_block(index) is called before each block."""
-    with Passage(lazy, tokens) as passage:
+    with BlockwiseForward(lazy, tokens) as forward:
         for index in range(len(lazy.blocks)):
             if on_block:
                 on_block(index)
             lazy.load_block(index, source, lazy.device, lazy.dtype)
-            passage.through(index)
+            forward.finish_block(index)
             lazy.unload_block(index)
-        return passage.left()
+        return forward.hidden_states()
 
 
-def judge(lazy: LazyModel, windows: Windows, left: Left, reference: Left | None = None) -> Tally:
+def score(lazy: LazyModel, windows: Windows, output: BlockOutput, reference: BlockOutput | None = None) -> Tally:
     """Sums over all positions of all windows, of what leaves the last block and of what left a reference's.
 
     Needs `load_outer(..., head=True)`; both share that head.
@@ -106,7 +108,7 @@ def judge(lazy: LazyModel, windows: Windows, left: Left, reference: Left | None 
     for at, window in enumerate(windows.tokens):
         for start in range(0, len(window) - 1, POSITIONS_AT_ONCE):
             stop = min(start + POSITIONS_AT_ONCE, len(window) - 1)
-            own = logits(lazy, left.form, left.hidden[at : at + 1, start:stop])
+            own = logits(lazy, output.form, output.hidden[at : at + 1, start:stop])
             expected = None
             if reference is not None:
                 expected = logits(lazy, reference.form, reference.hidden[at : at + 1, start:stop])
@@ -119,10 +121,10 @@ def logits(lazy: LazyModel, form: str, hidden: Tensor) -> Tensor:
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=lazy.device)
 
     def run() -> Tensor:
-        found: Tensor = lazy.model(input_ids=tokens, use_cache=False).logits
-        return found
+        output: Tensor = lazy.model(input_ids=tokens, use_cache=False).logits
+        return output
 
-    with handing_on(lazy.layers, len(lazy.blocks), form, lambda _: hidden.to(lazy.device)):
-        found = Task(run, 0, lambda _: False).resume()
-    assert isinstance(found, Tensor)
-    return found[0]
+    with replaying(lazy.layers, len(lazy.blocks), form, lambda _: hidden.to(lazy.device)):
+        result = Task(run, 0, lambda _: False).resume()
+    assert isinstance(result, Tensor)
+    return result[0]

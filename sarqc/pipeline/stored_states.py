@@ -20,7 +20,7 @@ from sarqc.pipeline.points import Arrival, first_tensor
 from sarqc.pipeline.task import Task
 
 
-def returned(arrival: Arrival) -> str | None:
+def output_form(arrival: Arrival) -> str | None:
     """How a block that is left returns the stream: "tensor", or "tuple:stream,none"; None where it is in neither.
 
     What else a block returns (attention weights, say) is left out: if another block needs it, its fingerprint differs.
@@ -34,7 +34,7 @@ def returned(arrival: Arrival) -> str | None:
     return None
 
 
-class Handing(nn.Module):
+class ReplayBlock(nn.Module):
     """Replaces a block. hidden: the residual to return, by the number of the micro-batch; None: its input.
 
     Every other attribute is the block's own, because models read some ("attention_type").
@@ -54,7 +54,7 @@ class Handing(nn.Module):
         stream = first_tensor(args) if args else first_tensor(kwargs)
         task = getcurrent()
         if self.hidden is not None and isinstance(task, Task):
-            stream = task.handed = self.hidden(task.number)
+            stream = task.replayed = self.hidden(task.number)
         kind, _, names = self.returns.partition(":")
         if kind == "tensor":
             return stream
@@ -63,12 +63,12 @@ class Handing(nn.Module):
 
 
 @contextmanager
-def handing_on(layers: nn.ModuleList, first: int, returns: str, hidden: Callable[[int], Tensor]) -> Iterator[None]:
+def replaying(layers: nn.ModuleList, first: int, returns: str, hidden: Callable[[int], Tensor]) -> Iterator[None]:
     """Replace the blocks before `first`, for micro-batches that enter it within this context."""
     blocks = list(layers[:first])
     try:
         for index, block in enumerate(blocks):
-            layers[index] = Handing(block, returns, hidden if index + 1 == first else None)
+            layers[index] = ReplayBlock(block, returns, hidden if index + 1 == first else None)
         yield
     finally:
         for index, block in enumerate(blocks):

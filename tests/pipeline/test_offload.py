@@ -9,7 +9,7 @@ from sarqc.errors import ResourceError
 from sarqc.model import moe
 from sarqc.pipeline.activation_store import FileStore, HostStore, Stores
 from sarqc.pipeline.forward import Forward
-from sarqc.pipeline.parking import Parking
+from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.points import Hooks, Point
 from tests.pipeline.classes import CONFIGS, blocks_of, build, windows
 from tests.pipeline.test_forward import END, calls_of, plain, prefix_of, run, sites_of
@@ -18,7 +18,7 @@ from tests.pipeline.test_forward import END, calls_of, plain, prefix_of, run, si
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tensors here are tiny: park them all."""
-    monkeypatch.setattr(Parking.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(Offload.__init__, "__defaults__", (1,))
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -31,8 +31,8 @@ def test_parked_in_a_file_the_logits_keep_every_bit(name, tmp_path):
     store = FileStore(tmp_path)
     with Hooks(blocks_of(model)) as hooks, Forward(calls_of(model, batches), blocks_of(model), store=store) as forward:
         hooks.watch([point for block in sites for point in block], model)
-        found = run(model, forward, sites, lambda arrivals, point: [list(forward.at(point)) for _ in range(2)])
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        result = run(model, forward, sites, lambda arrivals, point: [list(forward.at(point)) for _ in range(2)])
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     assert store.size > 0 and sum(size for _, size in store._free) == store.size  # everything was taken back
 
 
@@ -50,9 +50,9 @@ def test_what_is_over_the_budget_is_parked_and_nothing_else(budget):
             assert arrival.x.untyped_storage().nbytes() > 0  # in place while it is looked at
             arrivals.append(arrival)
         sizes = [arrival.x.untyped_storage().nbytes() for arrival in arrivals]
-        held = [sum(s.nbytes() for s in walk._parking.held().values()) for walk in forward._walks]
+        alive = [sum(s.nbytes() for s in walk._offload.alive().values()) for walk in forward._batches]
     each = 2 * 32 * (64 + 96) * 4  # what enters down_proj and the residual beside it
-    assert sum(held) <= budget and [size > 0 for size in sizes] == [each * (n + 1) <= budget for n in range(4)]
+    assert sum(alive) <= budget and [size > 0 for size in sizes] == [each * (n + 1) <= budget for n in range(4)]
 
 
 def test_a_table_that_the_model_keeps_is_no_single_micro_batchs():
@@ -81,8 +81,8 @@ def test_a_table_that_the_model_keeps_is_no_single_micro_batchs():
         forward.begin_block([point])
         for _ in range(2):
             list(forward.at(point))
-        found = [arrival.output for arrival in forward.at(Point(END, 1))]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual = [arrival.output for arrival in forward.at(Point(END, 1))]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def storage(count, value=1):

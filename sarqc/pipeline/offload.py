@@ -23,20 +23,20 @@ LEAST_BYTES = 1 << 14
 """Smaller storages stay: rotary tables of a window, router scores, counts."""
 
 
-class Parking(TorchDispatchMode):
+class Offload(TorchDispatchMode):
     """What one micro-batch has made, as a mode that is on while it runs.
 
-    owners: of storages that are parked, shared by all micro-batches. A tensor that one of them has made and another one
-    uses (a table that the model keeps) is filled again and stays from then on.
+    owners: of offloaded storages, shared by all micro-batches. A tensor that one of them has made and another one uses
+    (a table that the model keeps) is filled again and stays from then on.
     """
 
-    def __init__(self, store: Store, owners: dict[int, Parking], least_bytes: int = LEAST_BYTES) -> None:
+    def __init__(self, store: Store, owners: dict[int, Offload], least_bytes: int = LEAST_BYTES) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
         self._store = store
         self._owners = owners
         self._least = least_bytes
         self._made: dict[int, StorageWeakRef] = {}
-        self._parked: dict[int, tuple[UntypedStorage, int, Ticket]] = {}
+        self._offloaded: dict[int, tuple[UntypedStorage, int, Ticket]] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,26 +50,26 @@ class Parking(TorchDispatchMode):
                 self._made[key] = StorageWeakRef(tensor.untyped_storage())
         return out
 
-    def held(self) -> dict[int, UntypedStorage]:
+    def alive(self) -> dict[int, UntypedStorage]:
         """Storages of at least so many bytes that the micro-batch made and that are alive, by their address."""
         self._made = {key: ref for key, ref in self._made.items() if not ref.expired()}
-        found = {key: UntypedStorage._new_with_weak_ptr(ref.cdata) for key, ref in self._made.items()}
+        storages = {key: UntypedStorage._new_with_weak_ptr(ref.cdata) for key, ref in self._made.items()}
         return {
-            key: storage for key, storage in found.items() if storage is not None and storage.nbytes() >= self._least
+            key: storage for key, storage in storages.items() if storage is not None and storage.nbytes() >= self._least
         }
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Move what the micro-batch holds to the store."""
-        for key, storage in self.held().items():
+        for key, storage in self.alive().items():
             if storage.resizable():
                 size = storage.nbytes()
-                self._parked[key] = storage, size, self._store.put(storage)
+                self._offloaded[key] = storage, size, self._store.put(storage)
                 self._owners[key] = self
                 storage.resize_(0)
 
     def restore(self) -> None:
         """Fill all storages again."""
-        for key in list(self._parked):
+        for key in list(self._offloaded):
             self._fill(key)
 
     def share(self, key: int) -> None:
@@ -78,15 +78,15 @@ class Parking(TorchDispatchMode):
         del self._made[key]
 
     def discard(self) -> None:
-        """Forget what is parked: the micro-batch has ended."""
-        for key, (_, _, ticket) in self._parked.items():
+        """Forget what is offloaded: the micro-batch has ended."""
+        for key, (_, _, ticket) in self._offloaded.items():
             self._store.drop(ticket)
             del self._owners[key]
-        self._parked.clear()
+        self._offloaded.clear()
         self._made.clear()
 
     def _fill(self, key: int) -> None:
-        storage, size, ticket = self._parked.pop(key)
+        storage, size, ticket = self._offloaded.pop(key)
         del self._owners[key]
         storage.resize_(size)
         self._store.take(ticket, storage)

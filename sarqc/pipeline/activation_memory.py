@@ -21,7 +21,7 @@ DEVICE_SHARE = 0.4
 
 
 @dataclass(frozen=True)
-class Held:
+class ActivationMemory:
     """Bytes of all streams of a rank where they are. in_place: on the device. host, file: beside it. recompute: whether
     micro-batches wait at a block's entry alone."""
 
@@ -31,30 +31,30 @@ class Held:
     recompute: bool = False
 
 
-def held(plan: Plan, tokens: int) -> Held:
+def activation_memory(plan: Plan, tokens: int) -> ActivationMemory:
     """For so many tokens of a rank. A GPU that is not here is taken to have room for all."""
     suspended = suspended_bytes(plan, tokens)
     if plan.device.type == "cpu":
         in_place = min(suspended, plan.activation_budget)
-        return Held(in_place, file=suspended - in_place)
+        return ActivationMemory(in_place, file=suspended - in_place)
     room = _room(plan.device)
     if room is None or suspended <= room:
-        return Held(suspended)
+        return ActivationMemory(suspended)
     entering = tokens * _hidden(plan) * plan.dtype.itemsize * _streams(plan)
     in_place = min(entering, room // 2)
     host = min(entering - in_place, plan.activation_budget)
-    return Held(in_place, host, entering - in_place - host, recompute=True)
+    return ActivationMemory(in_place, host, entering - in_place - host, recompute=True)
 
 
-def hold(plan: Plan, tokens: int, place: Path) -> Memory:
+def suspended_memory(plan: Plan, tokens: int, place: Path) -> Memory:
     """The same as a run has it; place: a folder for the file."""
-    found = held(plan, tokens)
-    if not found.host and not found.file and not found.recompute:
+    buffers = activation_memory(plan, tokens)
+    if not buffers.host and not buffers.file and not buffers.recompute:
         return Memory()
-    budget = (_room(plan.device) or 0) // 2 if found.recompute else plan.activation_budget
+    budget = (_room(plan.device) or 0) // 2 if buffers.recompute else plan.activation_budget
     file = FileStore(place)
-    store = Stores([HostStore(), file], [plan.activation_budget]) if found.recompute else file
-    return Memory(budget // _streams(plan), store, found.recompute)
+    store = Stores([HostStore(), file], [plan.activation_budget]) if buffers.recompute else file
+    return Memory(budget // _streams(plan), store, buffers.recompute)
 
 
 def suspended_bytes(plan: Plan, tokens: int) -> int:
