@@ -176,7 +176,7 @@ def _collect(gram, abs_sum, offsets, partial, partial_abs, ragged, tokens, input
     unit, expert = item % units, item // units
     begin, end, span = _stretch(offsets, expert, ragged, tokens, splits, DEPTH)
     if begin < end:
-        launch_arguments = tl.cdiv(end - begin, span)
+        filled = tl.cdiv(end - begin, span)
         tile_row, tile_column = tile_of(unit, N // M)
         m, n = tl.program_id(1) * SLICE + tl.arange(0, SLICE), tl.arange(0, N)
         row, column = tile_row * M + m, tile_column * N + n
@@ -184,13 +184,13 @@ def _collect(gram, abs_sum, offsets, partial, partial_abs, ragged, tokens, input
         spot = gram + expert.to(tl.int64) * inputs * inputs + row[:, None].to(tl.int64) * inputs + column[None, :]
         source = partial + item.to(tl.int64) * (M * N) + m[:, None] * N + n[None, :]
         acc = tl.zeros((SLICE, N), tl.float32)
-        for split in range(launch_arguments):
+        for split in range(filled):
             acc += tl.load(source + tl.cast(split, tl.int64) * experts * units * (M * N), mask=inside, other=0.0)
         tl.store(spot, tl.load(spot, mask=inside, other=0.0) + acc, mask=inside)
         if tile_column == tile_row // (N // M):
             here = row < inputs
             total = tl.zeros((SLICE,), tl.float32)
-            for split in range(launch_arguments):
+            for split in range(filled):
                 at = (tl.cast(split, tl.int64) * experts + expert) * inputs
                 total += tl.load(partial_abs + at + row, mask=here, other=0.0)
             spot_abs = abs_sum + expert.to(tl.int64) * inputs + row
