@@ -52,7 +52,8 @@ def changed_files(folder: Path) -> Iterator[str]:
             yield f"{folder} lacks the file {name}, which {MANIFEST} lists"
         elif name not in written:
             yield f"{folder} holds the file {name}, which {MANIFEST} does not list"
-        elif (now := _record(folder / name))["sha256"] != written[name].get("sha256"):
+        elif hashlib.sha256(_content(folder / name)).hexdigest() != written[name].get("sha256"):
+            now = _record(folder / name)
             yield f"{folder / name} has changed since it was written: {_difference(written[name], now)}"
 
 
@@ -60,11 +61,15 @@ def _present(folder: Path) -> list[str]:
     return sorted({*side_files(folder, code=True), *(name for name in _ALSO if file_in(folder, name) is not None)})
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _record(path: Path) -> dict[str, Any]:
+    content = _content(path)
     record: dict[str, Any] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     if path.suffix == ".json":
         with suppress(CheckpointError):  # of no JSON readers will say so; a change is found all the same
@@ -75,10 +80,10 @@ def _record(path: Path) -> dict[str, Any]:
 def _values(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
     """Values of an object by their paths, as JSON."""
     for key, value in content.items():
-        text = json.dumps(value, sort_keys=True)
         if isinstance(value, dict) and 0 < len(value) <= _LONGEST:
             yield from _values(value, f"{above}{key}.")
         else:
+            text = json.dumps(value, sort_keys=True)
             yield f"{above}{key}", text if len(text) <= _LONGEST else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -280,6 +280,9 @@ class _Run:
         with closing(running):  # its thread ends here, however this ends
             for result in running:
                 now = time.perf_counter()
+                due = work is not None and (work.states_due() or self.progress.stop_requested())
+                if not self.comm.all_gather_object(due)[0]:
+                    result = replace(result, stored_states=None)
                 if work:
                     work.save(result, now - began, tensors_of_block(plan.lazy, plan.checkpoint, result.index))
                 elif result.stored_states:

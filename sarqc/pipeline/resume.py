@@ -5,13 +5,14 @@
     bit_allocation.json  bits of every layer, where a run chose them (`--avg-bits`)
     blocks/00000.safetensors ...   a finished block: a shard of the checkpoint, with all tensors of the block
     blocks/00000.json ...          its record: reports, seconds, notes, and the sum of every tensor
-    hidden.safetensors   the hidden states that enter the next block
+    hidden.safetensors   the hidden states that enter the next block, or one before it
     checkpoint/          at the end: the folder that becomes the output
     activations-*        for an instant: activations that are at work and have no room in memory
 
 Every file is whole or absent. A shard is on disk before its record, and the record before the hidden states that
 follow. So whenever a run ended, the blocks from 0 up to the first without a record are good, and so is the file of
-hidden states. If that file is lost, the finished blocks are run forward again.
+hidden states. If that file is lost, the finished blocks are run forward again. If it is of a block before the last,
+the run goes on there, and makes the same shards again.
 
 A finished shard is written once. At the end it is renamed into `checkpoint/`; a run that ends before its output is
 whole finds it there, and moves it back.
@@ -20,6 +21,7 @@ whole finds it there, and moves it back.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -63,6 +65,11 @@ _HIDDEN, _BUILT = "hidden.safetensors", "checkpoint"
 _OURS = {name + end for name in (LOCK, _PLAN, _BITS, _BLOCKS, _HIDDEN, _BUILT) for end in ("", PARTIAL)}
 _OLD = {"widths.json"}  # of layout 1
 _AGAIN = "--no-resume begins again, another --work-dir keeps it"
+
+STATES_SHARE = 1 / 20
+"""Of the time of a run, what storing hidden states may take; one that is killed repeats 20 times that at most."""
+STATES_SHORT = 0.25
+"""Seconds in which hidden states are stored behind every block, whatever the share."""
 
 
 def default_work(out: Path | str) -> Path:
@@ -109,6 +116,7 @@ class WorkFolder:
         self.folder = folder
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
         self.about: dict[str, Any] = manifest["about"]
+        self._stored, self._storing = 0.0, 0.0  # when hidden states were stored last, and how long it took
 
     @property
     def blocks(self) -> int:
@@ -139,7 +147,7 @@ class WorkFolder:
         return None
 
     def save(self, result: BlockResult, wall: float, tensors: Mapping[str, ChunkedTensor]) -> None:
-        """Save a finished block as a shard, then its record, then the hidden states that leave it.
+        """Save a finished block as a shard, then its record, then the hidden states that leave it, if there are any.
 
         Args:
             result: The block.
@@ -162,7 +170,18 @@ class WorkFolder:
         if states is not None:
             metadata = {"block": result.index + 1, "form": states.form, "entry": states.fingerprint}
             metadata["reference"] = states.reference
+            began = time.perf_counter()
             write_state(self.folder / _HIDDEN, {"hidden": states.hidden, "probe": states.probe}, metadata)
+            self._stored = time.perf_counter()
+            self._storing = self._stored - began
+
+    def states_due(self) -> bool:
+        """Whether the block that is saved next is saved with the hidden states that leave it.
+
+        Those of a large model are gigabytes, and a run can go on from any block that it has them of.
+        """
+        since = time.perf_counter() - self._stored
+        return self._storing <= STATES_SHORT or self._storing <= STATES_SHARE * since
 
     def start(self, gram: bool) -> tuple[Start, str | None]:
         """Where to go on, and a word on what was found damaged. gram: whether hidden states are needed."""

@@ -171,10 +171,10 @@ def _taken_for_quantized(checkpoint: Checkpoint, lazy: LazyModel) -> Iterator[st
         return
     quantization, stored = quantization_of(checkpoint.config), set(checkpoint.linears())
     for name, module in lazy.model.named_modules():
-        if not isinstance(module, nn.Linear) or (lazy.usage and f"{name}.weight" not in lazy.usage.touched):
-            continue
         slices = lazy.slices.get(f"{name}.weight", ())
-        if not any(one.linear in stored for one in slices) and takes(name, quantization):
+        if not isinstance(module, nn.Linear) or any(one.linear in stored for one in slices):
+            continue
+        if takes(name, quantization) and not (lazy.usage and f"{name}.weight" not in lazy.usage.touched):
             yield f"{checkpoint.folder / 'config.json'} takes {name} for quantized, which it is not: add it to ignore"
 
 

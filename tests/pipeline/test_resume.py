@@ -15,6 +15,7 @@ from sarqc import system
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.state import read_sealed, write_sealed
 from sarqc.errors import ArgumentError, CheckpointError, Interrupted, ResourceError
+from sarqc.pipeline import resume
 from sarqc.pipeline.resume import begin, default_work
 from tests.support import kept, tiny
 from tests.support.stopping import Stopping
@@ -172,6 +173,16 @@ def test_hidden_states_of_the_block_before_redo_one_block(source, stopped, strai
         sarqc.quantize(source, older, progress=Stopping(1), **SMALL)
     shutil.copy(default_work(older) / "hidden.safetensors", default_work(stopped) / "hidden.safetensors")
     progress = go_on(source, stopped, straight)
+    assert progress.done == 1 and progress.solved == [1, 2]
+
+
+def test_hidden_states_that_take_long_are_stored_less_often(source, straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "STATES_SHORT", 0.0)
+    monkeypatch.setattr(resume, "STATES_SHARE", 0.0)  # after the first block there is no time for them
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        sarqc.quantize(source, out, progress=Stopping(2), **SMALL)
+    progress = go_on(source, out, straight)
     assert progress.done == 1 and progress.solved == [1, 2]
 
 
