@@ -60,7 +60,7 @@ def test_no_name_is_used_twice():
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
         ({"bits": 1}, "bits = 1 "),
         ({"bits": 9}, "bits = 9 "),
@@ -80,8 +80,8 @@ def test_no_name_is_used_twice():
         ({"format": 3}, "format = 3"),
     ],
 )
-def test_a_number_format_is_checked(given, result):
-    with pytest.raises(ArgumentError, match=re.escape(result)):
+def test_a_number_format_is_checked(given, message):
+    with pytest.raises(ArgumentError, match=re.escape(message)):
         QuantConfig(**given)
 
 
@@ -183,7 +183,7 @@ def test_the_default_in_help_follows_the_methods():
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
         ({"method": "guess"}, "method = 'guess'"),
         ({"method": 3}, "method = 3"),
@@ -204,8 +204,8 @@ def test_the_default_in_help_follows_the_methods():
         ({"method": "awq", "error_correction": True}, "error_correction = True has no effect with method 'awq'"),
     ],
 )
-def test_a_method_is_checked(given, result):
-    with pytest.raises(ArgumentError, match=re.escape(result)):
+def test_a_method_is_checked(given, message):
+    with pytest.raises(ArgumentError, match=re.escape(message)):
         MethodConfig(**given)
 
 
@@ -227,7 +227,7 @@ def test_the_earlier_name_of_a_method():
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "says"),
+    ("kind", "given", "message"),
     [
         (CalibrationConfig, {"seed": -1}, "seed = -1"),
         (CalibrationConfig, {"seed": 1 << 63}, "seed = "),
@@ -251,8 +251,8 @@ def test_the_earlier_name_of_a_method():
         (EvaluationConfig, {"packed": 1}, "packed = 1"),
     ],
 )
-def test_the_rest_is_checked(kind, given, result):
-    with pytest.raises(ArgumentError, match=re.escape(result)):
+def test_the_rest_is_checked(kind, given, message):
+    with pytest.raises(ArgumentError, match=re.escape(message)):
         kind(**given)
 
 

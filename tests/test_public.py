@@ -215,7 +215,7 @@ def test_a_registered_solver_is_a_method(own_methods, source, result, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "solver", "own", "says"),
+    ("name", "solver", "own", "message"),
     [
         ("gptq", print, {}, "'gptq' is taken"),
         ("rtn", print, {}, "'rtn' is taken"),
@@ -225,9 +225,9 @@ def test_a_registered_solver_is_a_method(own_methods, source, result, tmp_path):
         ("mine", print, {"bits": 3}, "bits"),
     ],
 )
-def test_what_is_no_solver_is_refused(own_methods, name, solver, own, results):
+def test_what_is_no_solver_is_refused(own_methods, name, solver, own, message):
     before = dict(METHODS)
-    with pytest.raises(ArgumentError, match=results):
+    with pytest.raises(ArgumentError, match=message):
         sarqc.register_solver(name, solver, **own)
     assert before == METHODS
 

@@ -72,10 +72,10 @@ def test_a_flipped_bit_is_found_behind_the_last_piece(hidden, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [(OSError(28, "No space left on device"), "No space left"), (ResourceError("a rank ended"), "^a rank ended$")],
 )
-def test_pieces_that_fail_leave_what_was_there(hidden, tmp_path, error, result):
+def test_pieces_that_fail_leave_what_was_there(hidden, tmp_path, error, message):
     path = tmp_path / "file"
     write_state(path, {"hidden": hidden}, {})
     before = path.read_bytes()
@@ -84,6 +84,6 @@ def test_pieces_that_fail_leave_what_was_there(hidden, tmp_path, error, result):
         yield hidden[:2]
         raise error
 
-    with pytest.raises(ResourceError, match=result):
+    with pytest.raises(ResourceError, match=message):
         write_state(path, {"hidden": ChunkedTensor(tuple(hidden.shape), hidden.dtype, failing)}, {})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -52,7 +52,7 @@ def test_every_option_is_a_flag_with_its_help(name, kinds, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (("--strength", "0.3", "--bits", "9"), "--strength is now --reg-lambda"),
         (("--restart", "--bits", "9"), "--restart is now --no-resume"),
@@ -61,12 +61,12 @@ def test_every_option_is_a_flag_with_its_help(name, kinds, monkeypatch, capsys):
         (("--keep-work", "--bits", "9"), "keep_work has no effect"),
     ],
 )
-def test_an_earlier_flag_is_one_line_that_names_the_new_one(words, result, monkeypatch, capsys):
+def test_an_earlier_flag_is_one_line_that_names_the_new_one(words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sarqc", "quantize", "smollm2", "-o", "nowhere", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     first, last = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and first.startswith(f"sarqc: {result}")
+    assert ended.value.code == 2 and first.startswith(f"sarqc: {message}")
     assert last.startswith(("sarqc: bits = 9", "sarqc: seed = -1"))
 
 

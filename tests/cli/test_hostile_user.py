@@ -38,7 +38,7 @@ def spoiled(source: Path, folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ((), "no command: quantize"),
         (("nonsense",), "No such command 'nonsense'; `sarqc --help`"),
@@ -53,9 +53,9 @@ def spoiled(source: Path, folder: Path, name: str) -> Path:
         (("compare", "m", "-o", "o", "--also", "rtn:4:32::=/nope"), "'/nope' is no folder of a checkpoint"),
     ],
 )
-def test_words_that_make_no_command(door, arguments, result):
+def test_words_that_make_no_command(door, arguments, message):
     code, line = door(*arguments)
-    assert code == 2 and result in line, line
+    assert code == 2 and message in line, line
 
 
 def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(source, door, tmp_path):
@@ -66,7 +66,7 @@ def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(source, door, tmp
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--seqlen", "0"), "seqlen = 0 "),
         (("--seqlen", "300"), "seqlen = 300 is more than the 256 positions of "),
@@ -83,9 +83,9 @@ def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(source, door, tmp
         (("--dataset", "~nobody-of-this-name/x.txt", *SHORT), "no such file"),
     ],
 )
-def test_settings_that_cannot_be(source, door, tmp_path, arguments, result):
+def test_settings_that_cannot_be(source, door, tmp_path, arguments, message):
     code, line = door("quantize", source, "-o", tmp_path / "out", *arguments)
-    assert code == 2 and result in line and list(tmp_path.iterdir()) == [], line
+    assert code == 2 and message in line and list(tmp_path.iterdir()) == [], line
 
 
 def test_a_text_in_another_encoding(source, door, tmp_path):
@@ -165,7 +165,7 @@ def test_a_configuration_that_builds_and_does_not_run(door, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("a: " + "[" * 5000, "cannot be read as YAML"),
         ("- bits", "must hold option: value lines"),
@@ -175,10 +175,10 @@ def test_a_configuration_that_builds_and_does_not_run(door, tmp_path):
         ("!!python/object/apply:os.abort []", "cannot be read as YAML"),
     ],
 )
-def test_config_files(source, door, tmp_path, text, result):
+def test_config_files(source, door, tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     code, line = door("quantize", source, "-o", tmp_path / "out", "--config", tmp_path / "run.yaml", *RTN)
-    assert code == 2 and result in line, line
+    assert code == 2 and message in line, line
 
 
 def test_a_config_file_has_the_names_of_the_options(source, door, tmp_path, capsys):
@@ -196,7 +196,7 @@ HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 
 
 
 @pytest.mark.parametrize(
-    ("command", "error", "says"),
+    ("command", "error", "message"),
     [
         (
             ("eval", "m"),
@@ -208,14 +208,14 @@ HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 
         (("compare", "m", "-o", "o"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "CUBLAS_STATUS_ALLOC_FAILED); use"),
     ],
 )
-def test_memory_that_runs_out(door, monkeypatch, command, error, result):
+def test_memory_that_runs_out(door, monkeypatch, command, error, message):
     def full(*args, **options):
         raise error
 
     for place in ("load.locate", "compare.locate_source"):
         monkeypatch.setattr(f"sarqc.entrypoints.{place}", full)
     code, line = door(*command)
-    assert code == 2 and line.startswith(f"sarqc: {command[0]}: out of memory ({result}"), line
+    assert code == 2 and line.startswith(f"sarqc: {command[0]}: out of memory ({message}"), line
 
 
 def test_an_error_that_is_none_of_memory_stays_what_it_is(monkeypatch):

@@ -201,14 +201,14 @@ main()
 """
 
 
-@pytest.mark.parametrize(("times", "says"), [(1, "stopped after block 1 of 2"), (2, "stopped at once")])
-def test_ctrl_c_is_exit_130_and_the_same_command_goes_on(source, quantized, tmp_path, times, result):
+@pytest.mark.parametrize(("times", "message"), [(1, "stopped after block 1 of 2"), (2, "stopped at once")])
+def test_ctrl_c_is_exit_130_and_the_same_command_goes_on(source, quantized, tmp_path, times, message):
     out = tmp_path / "out"
     command = ["quantize", str(source), "-o", str(out), *RUN]
     pressed = subprocess.run([sys.executable, "-c", PRESS, *command, str(times)], capture_output=True, text=True)
     assert pressed.returncode == 130 and not out.exists(), pressed.stderr
     last = pressed.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"sarqc: {result}") and "command" in last
+    assert last.startswith(f"sarqc: {message}") and "command" in last
     if times == 1:
         done = sarqc(*command)
         assert done.returncode == 0 and "block 2 of 2" in done.stderr

@@ -142,7 +142,7 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "says"),
+    ("how", "error", "message"),
     [
         (dict(methods=()), ArgumentError, "methods is empty"),
         (dict(methods=("gptq@much",)), ArgumentError, "gptq@much"),
@@ -157,8 +157,8 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
         (dict(eval_seqlen=257), ArgumentError, "eval_seqlen = 257 is more than the 256 positions"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how, error, result):
-    with pytest.raises(error, match=result):
+def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how, error, message):
+    with pytest.raises(error, match=message):
         compare(deep, tmp_path / "out", **HOW | how)
     assert not (tmp_path / "out").exists()
 

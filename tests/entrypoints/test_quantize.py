@@ -131,7 +131,7 @@ def test_own_tokens_are_calibrated_on_as_they_are(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "says"),
+    ("settings", "error", "message"),
     [
         ({"format": "ggml"}, ArgumentError, "format = 'ggml'"),
         ({"method": "magic"}, ArgumentError, "magic"),
@@ -144,8 +144,8 @@ def test_own_tokens_are_calibrated_on_as_they_are(source, tmp_path):
         ({"dtype": "int3"}, ArgumentError, "int3"),
     ],
 )
-def test_refusals_come_before_anything_is_written(source, tmp_path, settings, error, result):
-    with pytest.raises(error, match=result):
+def test_refusals_come_before_anything_is_written(source, tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
         sarqc.quantize(source, tmp_path / "out", **{"num_samples": 2, "seqlen": 32} | settings)
     assert list(tmp_path.iterdir()) == []
 

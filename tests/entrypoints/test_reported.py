@@ -169,7 +169,7 @@ def test_the_pattern_in_an_error_leaves_all_layers_that_do_not_fit(tmp_path, kin
 
 
 @pytest.mark.parametrize(
-    ("where", "how", "says"),
+    ("where", "how", "message"),
     [
         ("model/inside", {}, "is inside the model's own folder"),
         ("out", {"work_dir": "model/work"}, "work folder .* is inside the model's own folder"),
@@ -181,13 +181,13 @@ def test_the_pattern_in_an_error_leaves_all_layers_that_do_not_fit(tmp_path, kin
         ),
     ],
 )
-def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, where, how, result):
+def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, where, how, message):
     source = tiny.save("llama", tmp_path / "model")
     how = {"method": "gptq", "group_size": 32} | how
     if "work_dir" in how:
         how["work_dir"] = tmp_path / how["work_dir"]
     for ask in (estimate, sarqc.quantize):
-        with pytest.raises(sarqc.SarqcError, match=result):
+        with pytest.raises(sarqc.SarqcError, match=message):
             ask(source, tmp_path / where, **how)
 
 

@@ -96,7 +96,7 @@ def test_token_ids_need_no_tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("data", "family", "says"),
+    ("data", "family", "message"),
     [
         ([], TextError, "dataset is empty"),
         ([""], TextError, "empty"),
@@ -113,8 +113,8 @@ def test_token_ids_need_no_tokenizer():
         (object(), ArgumentError, "dataset holds a object"),
     ],
 )
-def test_what_is_not_read_is_one_line(data, family, result):
-    with pytest.raises(family, match=result) as caught:
+def test_what_is_not_read_is_one_line(data, family, message):
+    with pytest.raises(family, match=message) as caught:
         read(data)
     assert "\n" not in str(caught.value)
 

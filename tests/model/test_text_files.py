@@ -98,7 +98,7 @@ def test_conversations_and_columns_of_a_file(file):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("weights.txt", b"\x08\0\0\0\0\0\0\0{}      ", "is a binary file"),
         ("noise.bin", bytes(range(256)) * 100, "is a binary file"),
@@ -113,8 +113,8 @@ def test_conversations_and_columns_of_a_file(file):
         ("data.parquet", b"PAR1" + bytes(200) + b"PAR1", "Parquet file"),
     ],
 )
-def test_what_is_not_read_is_one_line(file, name, content, result):
-    with pytest.raises(SarqcError, match=result) as caught:
+def test_what_is_not_read_is_one_line(file, name, content, message):
+    with pytest.raises(SarqcError, match=message) as caught:
         read_text(file(name, content), "calibration")
     assert "\n" not in str(caught.value)
 

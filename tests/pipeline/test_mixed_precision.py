@@ -231,7 +231,7 @@ def test_several_ranks_choose_alike(models, runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "says"),
+    ("settings", "error", "message"),
     [
         (
             {"method": "rtn"},
@@ -253,8 +253,8 @@ def test_several_ranks_choose_alike(models, runs, tmp_path):
         ({"expert_shrinkage": -1.0}, ArgumentError, "expert_shrinkage = -1.0"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_read(models, tmp_path, settings, error, result):
-    with pytest.raises(error, match=result):
+def test_what_cannot_be_is_refused_before_anything_is_read(models, tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
         sarqc.quantize(models["llama"], tmp_path / "out", **SMALL | settings)
     assert list(tmp_path.iterdir()) == []
 

@@ -86,7 +86,7 @@ def test_plain_rounding_goes_on_too(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"bits": 3}, "bits = 4, now it is 3"),
         ({"reg_lambda": 0.5}, "reg_lambda = 'auto', now it is 0.5"),
@@ -97,8 +97,8 @@ def test_plain_rounding_goes_on_too(source, tmp_path):
     ],
 )
 @pytest.mark.fault("a run that goes on with another setting")
-def test_a_changed_setting_is_refused_with_both_values(source, stopped, outcomes, change, result):
-    with pytest.raises(ArgumentError, match=result) as caught:
+def test_a_changed_setting_is_refused_with_both_values(source, stopped, outcomes, change, message):
+    with pytest.raises(ArgumentError, match=message) as caught:
         sarqc.quantize(source, stopped, **SMALL | change)
     assert "--no-resume" in str(caught.value) and "micro_batch" in str(caught.value)
     outcomes.clear_error(caught.value)

@@ -130,10 +130,10 @@ def in_the_second_block(who, what):
 
 @pytest.mark.fault("a rank that is stopped and hangs")
 @pytest.mark.parametrize(
-    ("stuck", "says"),
+    ("stuck", "message"),
     [(1, "rank 1 (process "), (0, "the process that keeps the ranks together (torchrun's, or rank 0)")],
 )
-def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_path, stuck, result, outcomes):
+def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_path, stuck, message, outcomes):
     """Stopped as by SIGSTOP: it lives, keeps its connections and does nothing. Rank 0 keeps the store, too."""
     out, other = tmp_path / "out", 1 - stuck
 
@@ -145,7 +145,7 @@ def test_a_rank_that_is_stopped_ends_the_others(source, straight, quick, tmp_pat
     ended = in_ranks(2, stopping, tmp_path / "log", seconds=40)
     assert (ended[other][0], ended[stuck][0]) == (2, -signal.SIGKILL), ended
     [line] = [one for one in (tmp_path / f"stderr {other}").read_text().splitlines() if one.startswith("sarqc: ")]
-    assert line.startswith(f"sarqc: rank {other} of 2: {result}") and "for 3 seconds" in line and "last block" in line
+    assert line.startswith(f"sarqc: rank {other} of 2: {message}") and "for 3 seconds" in line and "last block" in line
     assert not out.exists() and default_work(out).exists()
     sarqc.quantize(source, out, **SMALL)
     outcomes.recovered(weights(out), weights(straight))

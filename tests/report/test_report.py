@@ -271,7 +271,7 @@ def test_the_page_is_made_again_from_the_json_alone(out, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda r: r.pop("sites"), "'sites'"),
         (lambda r: r["size"].pop("bytes"), "'bytes'"),
@@ -285,10 +285,10 @@ def test_the_page_is_made_again_from_the_json_alone(out, tmp_path):
         (lambda r: r["targets"].update(untouched=[1]), "'targets'"),
     ],
 )
-def test_a_report_that_was_bent_is_one_error(loaded, tmp_path, change, result):
+def test_a_report_that_was_bent_is_one_error(loaded, tmp_path, change, message):
     change(loaded)
     (tmp_path / "report.json").write_text(json.dumps(loaded))
-    with pytest.raises(CheckpointError, match=result):
+    with pytest.raises(CheckpointError, match=message):
         report.rebuild(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
