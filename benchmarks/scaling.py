@@ -25,6 +25,7 @@ from sarqc.method.lambda_search import EXPERTS
 from sarqc.model.sites import Site
 from sarqc.pipeline.activation_memory import DEVICE_SHARE, suspended_bytes
 from sarqc.pipeline.plan import Plan, make_plan
+from sarqc.pipeline.resume import STATES_SHARE
 
 WINDOWS, SEQLEN = 128, 2048
 
@@ -137,13 +138,14 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
                 handed = _pass(plan, site, tokens)
                 spent["gram"] += handed / rates.cross
                 spent["forward"] += handed / rates.forward
-                spent["solve"] += _shifts(site, ranks, rates)
+                spent["solve"] += _shifts(site, ranks, rates, measured_share(len(blocks)))
                 summed += rows_of(site) * site.in_features
         spent["network"] += (
             4 * FOLDS * summed * 2 * (ranks - 1) / ranks + (weights + hidden) * (ranks > 1)
         ) / rates.network
     size = sizes(plan, windows, seqlen)
-    spent["store"] += (2 * size.output + len(blocks) * hidden) / rates.disk
+    spent["store"] += 2 * size.output / rates.disk
+    spent["store"] += min(len(blocks) * hidden / rates.disk, STATES_SHARE * sum(spent.values()))
     room = DEVICE_SHARE * (rates.room - 2 * max(_elements(sites) for sites in blocks))
     return Prediction(spent, suspended_bytes(plan, int(tokens)) <= room)
 
@@ -159,11 +161,12 @@ def _columns(site: Site, rates: Rates) -> float:
     return width * math.ceil(rows / AT_ONCE) * rates.columns + rows * width**2 / rates.product
 
 
-def _shifts(site: Site, ranks: int, rates: Rates) -> float:
-    """Seconds of the shift of each fold, with what it does on the other, and of all; ranks share folds and rows."""
+def _shifts(site: Site, ranks: int, rates: Rates, measured: float) -> float:
+    """Seconds of the shift of each fold, with what it does on the other, at the part of the sites where the share is
+    measured, and of all; ranks share folds and rows."""
     factor, solves = _factor(site) / rates.factor, 2.0 * rows_of(site) * site.in_features**2 / rates.product
     sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
-    return math.ceil(FOLDS / ranks) * (factor + 2 * sampled) + factor + solves / ranks
+    return measured * math.ceil(FOLDS / ranks) * (factor + 2 * sampled) + factor + solves / ranks
 
 
 def _factor(site: Site) -> float:

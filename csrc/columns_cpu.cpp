@@ -78,65 +78,90 @@ inline float stored(float value, uint32_t cut) {
 // The widest vector that this is compiled for.
 #if defined(__AVX512F__)
 struct Vector {
-    static constexpr int kWidth = 16, kTogether = 4;  // of a tile of 4 columns, in 32 registers
+    static constexpr int kWidth = 16, kTogether = 4, kTile = 6;  // vectors at once, times columns that share them
     __m512 value;
     static Vector of(const float* from) { return {_mm512_loadu_ps(from)}; }
     static Vector all(float number) { return {_mm512_set1_ps(number)}; }
     void to(float* place) const { _mm512_storeu_ps(place, value); }
     void add(Vector a, Vector b) { value = _mm512_fmadd_ps(a.value, b.value, value); }
+    Vector plus(Vector other) const { return {_mm512_add_ps(value, other.value)}; }
+    Vector less(Vector other) const { return {_mm512_sub_ps(value, other.value)}; }
 };
 #elif defined(__AVX2__) && defined(__FMA__)
 struct Vector {
-    static constexpr int kWidth = 8, kTogether = 2;
+    static constexpr int kWidth = 8, kTogether = 2, kTile = 6;
     __m256 value;
     static Vector of(const float* from) { return {_mm256_loadu_ps(from)}; }
     static Vector all(float number) { return {_mm256_set1_ps(number)}; }
     void to(float* place) const { _mm256_storeu_ps(place, value); }
     void add(Vector a, Vector b) { value = _mm256_fmadd_ps(a.value, b.value, value); }
+    Vector plus(Vector other) const { return {_mm256_add_ps(value, other.value)}; }
+    Vector less(Vector other) const { return {_mm256_sub_ps(value, other.value)}; }
 };
 #else
 struct Vector {
-    static constexpr int kWidth = 1, kTogether = 8;
+    static constexpr int kWidth = 1, kTogether = 8, kTile = 4;
     float value;
     static Vector of(const float* from) { return {*from}; }
     static Vector all(float number) { return {number}; }
     void to(float* place) const { *place = value; }
     void add(Vector a, Vector b) { value = std::fma(a.value, b.value, value); }
+    Vector plus(Vector other) const { return {value + other.value}; }
+    Vector less(Vector other) const { return {value - other.value}; }
 };
 #endif
 
-constexpr int kTile = 4;    // columns of a product that share what is loaded
-constexpr int kBlock = 16;  // columns whose coefficients are packed together
-constexpr int kDepth = 64;  // the most terms of one product
+constexpr int kBlock = Vector::kTile * (24 / Vector::kTile);  // columns whose coefficients are packed together
+constexpr int kDepth = 64;                                   // the most terms of one product
+constexpr int kAhead = kDepth * Vector::kTile * Vector::kTogether * Vector::kWidth / (kBlock * kLanes);
 
-// out[c] = the sum over i < depth of matrix[i * stride + c] x[i], for `count` columns c, one fused step after another
-// from zero. `take` gets a column and its sums: take(c, sums).
-template <typename Take>
-inline void product(const float* matrix, int64_t stride, int depth, const Lanes* x, int64_t count, Take&& take) {
+// out[c] += the sum over i < depth of matrix[i * stride + c] x[i], or -= it, for `count` columns c; the sum is made one
+// fused step after another from zero. Rows of a large matrix are pages apart, so the next block is fetched ahead.
+template <bool minus>
+inline void product(const float* matrix, int64_t stride, int depth, const Lanes* x, int64_t count, Lanes* out) {
     float packed[kDepth][kBlock];
-    Lanes sums[kTile];
     for (int64_t first = 0; first < count; first += kBlock) {
         const int block = static_cast<int>(count - first < kBlock ? count - first : kBlock);
         for (int i = 0; i < depth; ++i) {
-            for (int c = 0; c < kBlock; ++c) packed[i][c] = c < block ? matrix[i * stride + first + c] : 0.f;
+            const float* line = matrix + i * stride + first;
+            if (block == kBlock) {
+                std::memcpy(packed[i], line, sizeof packed[i]);
+            } else {
+                for (int c = 0; c < kBlock; ++c) packed[i][c] = c < block ? line[c] : 0.f;
+            }
         }
-        for (int tile = 0; tile < block; tile += kTile) {
+        int fetched = 0;  // rows of the next block, a few between any two sums
+        for (int tile = 0; tile < block; tile += Vector::kTile) {
+            const int columns = block - tile < Vector::kTile ? block - tile : Vector::kTile;
             for (int lane = 0; lane < kLanes; lane += Vector::kTogether * Vector::kWidth) {
-                Vector sum[kTile][Vector::kTogether];
+                for (const int end = fetched + kAhead; fetched < end && fetched < depth; ++fetched) {
+                    __builtin_prefetch(matrix + fetched * stride + first + kBlock);
+                    __builtin_prefetch(matrix + fetched * stride + first + 2 * kBlock - 1);
+                }
+                Vector sum[Vector::kTile][Vector::kTogether];
                 for (auto& row : sum)
                     for (auto& each_of : row) each_of = Vector::all(0.f);
                 for (int i = 0; i < depth; ++i) {
                     Vector value[Vector::kTogether];
                     for (int v = 0; v < Vector::kTogether; ++v) value[v] = Vector::of(x[i] + lane + v * Vector::kWidth);
-                    for (int c = 0; c < kTile; ++c) {
+                    for (int c = 0; c < Vector::kTile; ++c) {
                         const Vector factor = Vector::all(packed[i][tile + c]);
                         for (int v = 0; v < Vector::kTogether; ++v) sum[c][v].add(factor, value[v]);
                     }
                 }
-                for (int c = 0; c < kTile; ++c)
-                    for (int v = 0; v < Vector::kTogether; ++v) sum[c][v].to(sums[c] + lane + v * Vector::kWidth);
+                float* place = out[first + tile] + lane;
+                const auto take = [&](int c) {
+                    for (int v = 0; v < Vector::kTogether; ++v) {
+                        float* at = place + c * kLanes + v * Vector::kWidth;
+                        (minus ? Vector::of(at).less(sum[c][v]) : Vector::of(at).plus(sum[c][v])).to(at);
+                    }
+                };
+                if (columns == Vector::kTile) {  // a bound that is known keeps the sums in registers
+                    for (int c = 0; c < Vector::kTile; ++c) take(c);
+                } else {
+                    for (int c = 0; c < columns; ++c) take(c);
+                }
             }
-            for (int c = 0; c < kTile && tile + c < block; ++c) take(first + tile + c, sums[c]);
         }
     }
 }
@@ -214,11 +239,7 @@ void quantize_rows(const Stretch& call, int64_t expert, int64_t row, int rows) {
             }
         }
         const int64_t done = stop - call.first;
-        product(inside + (start - call.first) * width + done, width, depth, delta, call.last - stop,
-                [&](int64_t next, const Lanes& sum) {
-                    Lanes& later = pull[done + next];
-                    each([&](int lane) { later[lane] += sum[lane]; });
-                });
+        product<false>(inside + (start - call.first) * width + done, width, depth, delta, call.last - stop, pull + done);
     }
     for (int64_t j = call.end; j < call.last; ++j)
         store(call.pull + (j - call.first) * line + own, pull[j - call.first], rows);
@@ -348,13 +369,9 @@ void better_codes(const Descent& call, const float* square, int size, const Lane
             for (int i = start; i < stop; ++i)
                 each([&](int lane) { own.rest[i][lane] = std::fma(line[i], error[lane], own.rest[i][lane]); });
         }
-        const auto onto = [&](int from) {
-            return [&own, from](int64_t i, const Lanes& sum) {
-                each([&](int lane) { own.rest[from + i][lane] += sum[lane]; });
-            };
-        };
-        product(square + start * call.columns, call.columns, depth, delta, start, onto(0));
-        product(square + start * call.columns + stop, call.columns, depth, delta, size - stop, onto(stop));
+        const float* lines = square + start * call.columns;
+        product<false>(lines, call.columns, depth, delta, start, own.rest);
+        product<false>(lines + stop, call.columns, depth, delta, size - stop, own.rest + stop);
     }
 }
 
@@ -406,9 +423,7 @@ void improve_group(const Descent& call, const float* hessian, int64_t group, flo
     better_codes(call, square, size, old, zero, own);
     for (int begin = 0; begin < size; begin += kDepth) {
         const int depth = size - begin < kDepth ? size - begin : kDepth;
-        product(square + begin * columns, columns, depth, own.found + begin, size, [&](int64_t j, const Lanes& sum) {
-            each([&](int lane) { own.curved[j][lane] += sum[lane]; });
-        });
+        product<false>(square + begin * columns, columns, depth, own.found + begin, size, own.curved);
     }
     better_scale(call, size, own.gradient + first, own, old, scale, better);
     each([&](int lane) { scale[lane] = better[lane] > 0.f ? scale[lane] : old[lane]; });
@@ -423,24 +438,20 @@ void improve_group(const Descent& call, const float* hessian, int64_t group, flo
     const int64_t from = last ? first + size : 0;  // in the last pass nobody reads what lies before
     for (int begin = 0; begin < size; begin += kDepth) {
         const int depth = size - begin < kDepth ? size - begin : kDepth;
-        product(hessian + (first + begin) * columns + from, columns, depth, own.before + begin, columns - from,
-                [&](int64_t c, const Lanes& sum) {
-                    each([&](int lane) { own.gradient[from + c][lane] -= sum[lane]; });
-                });
+        product<true>(hessian + (first + begin) * columns + from, columns, depth, own.before + begin, columns - from,
+                      own.gradient + from);
     }
 }
 
 void descend_rows(const Descent& call, int64_t expert, int64_t row, const Buffers& own) {
     const int64_t line = call.experts * call.rows, at = expert * call.rows + row;
     const float* hessian = call.hessian + expert * call.columns * call.columns;
-    const auto add = [&own](int64_t c, const Lanes& sum) {
-        each([&](int lane) { own.gradient[c][lane] += sum[lane]; });
-    };
     std::memset(own.gradient, 0, call.columns * sizeof(Lanes));
     for (int64_t j = 0; j < call.columns; ++j) load(own.levels[j], call.error + j * line + at, kLanes, 0.f);
     for (int64_t begin = 0; begin < call.columns; begin += kDepth) {
         const int depth = static_cast<int>(call.columns - begin < kDepth ? call.columns - begin : kDepth);
-        product(hessian + begin * call.columns, call.columns, depth, own.levels + begin, call.columns, add);
+        product<false>(hessian + begin * call.columns, call.columns, depth, own.levels + begin, call.columns,
+                       own.gradient);
     }
     for (int64_t j = 0; j < call.columns; ++j) load(own.levels[j], call.levels + j * line + at, kLanes, 0.f);
     for (int64_t pass = 0; pass < call.passes; ++pass)

@@ -49,7 +49,7 @@ class State:
 
     def results(self, rows: int) -> tuple[Tensor, Tensor]:
         """Codes uint8 [E, N, K] and scales [E, N, G] of the rows that are not padding."""
-        codes = self.levels[..., :rows] + self.zeros[..., :rows].repeat_interleave(self.group_size, 0)
+        codes = (self.levels.unflatten(0, (-1, self.group_size)) + self.zeros[:, None]).flatten(0, 1)[..., :rows]
         scales = self.scales[..., :rows].permute(1, 2, 0).to(self.scale_dtype)
         return codes.to(torch.uint8).permute(1, 2, 0).contiguous(), scales.contiguous()
 
@@ -58,13 +58,14 @@ def initial_state(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, 
     """The buffers of a call, with E^T in the place of the gradient."""
 
     def across(tensor: Tensor, fill: float) -> Tensor:
-        return F.pad(tensor.permute(2, 0, 1).float(), (0, -tensor.shape[1] % LANES), value=fill).contiguous()
+        moved, missing = tensor.permute(2, 0, 1).float(), -tensor.shape[1] % LANES
+        return (F.pad(moved, (0, missing), value=fill) if missing else moved).contiguous()
 
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     size = weight.shape[2] // scales.shape[2]
     scale, zero = across(scales, 1.0), across(zeros, 0.0)
-    levels = across(codes, 0.0) - zero.repeat_interleave(size, 0)
-    error = across(weight, 0.0) - levels * scale.repeat_interleave(size, 0)
+    levels = (across(codes, 0.0).unflatten(0, (-1, size)) - zero[:, None]).flatten(0, 1)
+    error = across(weight, 0.0) - (levels.unflatten(0, (-1, size)) * scale[:, None]).flatten(0, 1)
     usable = (diagonal.isfinite() & (diagonal > 0)).all(1)
     return State(levels, scale, zero, error, hessian, usable, (1 << bits) - 1, scales.dtype)
 
