@@ -98,7 +98,7 @@ class Text:
 
 @dataclass
 class Experiment:
-    """What all cells share. solver, judge: two models, because solving and judging hold a block each. drawn:
+    """What all cells share. solver, evaluator: two models, because solving and judging hold a block each. drawn:
     calibration windows by seed; those of a smaller size are the first of them."""
 
     fingerprint: str

@@ -40,7 +40,7 @@ from sarqc.pipeline import driver
 from sarqc.pipeline.activation_memory import suspended_memory
 from sarqc.pipeline.bit_allocation import BitAllocation, allocate_bits
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
-from sarqc.pipeline.distributed import Following, broadcast_errors, named, process_group, start_everywhere
+from sarqc.pipeline.distributed import Following, check_ranks_agree, named, process_group, start_everywhere
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.fingerprint import fingerprint
@@ -136,7 +136,7 @@ def _execute(plan: Plan, out: Path, comm: Comm, progress: Progress) -> Result:
     plan = _with_dtype(plan, place, comm)
     windows = read_windows(plan)
     run = _Run(plan, windows, place, comm, progress if comm.rank == 0 else Following(progress))
-    broadcast_errors(comm, run.fingerprint)
+    check_ranks_agree(comm, run.fingerprint)
     if comm.rank > 0:
         run.solve_blocks(None)
         return run.shared(None)

@@ -112,8 +112,8 @@ def separate_sites(lazy: LazyModel, block_targets: Sequence[Target]) -> list[Sit
 def find_sites(lazy: LazyModel, block_targets: Sequence[Target], run: Callable[[], object]) -> list[Site]:
     """The sites of a loaded block, seen in one run of it, in the order in which it first calls them.
 
-    found: the block's targets. run: the block on a few tokens. Raises `ModelError` naming a targeted Linear that this
-    run does not call.
+    block_targets: the block's targets. run: the block on a few tokens. Raises `ModelError` naming a targeted Linear
+    that this run does not call.
     """
     inputs: dict[str, list[Tensor]] = {}  # the tensors are kept, or their identities would be used again
     order: dict[str, None] = {}

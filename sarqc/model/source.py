@@ -23,23 +23,18 @@ class TensorSource(Protocol):
 
     def names(self) -> list[str]:
         """Names of the dense tensors, as the checkpoint has them ("model.layers.0.self_attn.q_proj.weight")."""
-        ...
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a dense tensor."""
-        ...
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a dense tensor."""
-        ...
 
     def load(self, name: str) -> Tensor:
         """The dense tensor, on the CPU, in memory of its own."""
-        ...
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
         """Codes of a linear layer (its name without ".weight", E = 1), or None where it is stored dense."""
-        ...
 
 
 class PackedSource(TensorSource, Protocol):
@@ -47,19 +42,15 @@ class PackedSource(TensorSource, Protocol):
 
     def linears(self) -> list[str]:
         """Names of the quantized linear layers, without ".weight"."""
-        ...
 
     def describe(self, linear: str) -> WeightInfo:
         """What a quantized linear layer is; costs no reading of weights."""
-        ...
 
     def raw_members(self, linear: str) -> tuple[str, ...]:
         """Names of the tensors that a quantized linear layer is stored as."""
-        ...
 
     def packer(self, linear: str) -> Callable[[QuantizedWeight], dict[str, Tensor]]:
         """Makes those tensors of a weight (E = 1); works when the source is closed."""
-        ...
 
 
 class StateDictSource:
@@ -109,7 +100,34 @@ class StateDictSource:
         return self._tensors[name]
 
 
-class PatchedSource:
+class _Wrapper(TensorSource):
+    """A source over another one."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+
+    def names(self) -> list[str]:
+        """Names of all dense tensors."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense tensor."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a dense tensor."""
+        return self._source.dtype(name)
+
+    def load(self, name: str) -> Tensor:
+        """The dense tensor."""
+        return self._source.load(name)
+
+    def quantized(self, linear: str) -> QuantizedWeight | None:
+        """Codes of a linear layer, or None where it is dense."""
+        return self._source.quantized(linear)
+
+
+class PatchedSource(_Wrapper):
     """A source with some linear layers quantized in memory: what a checkpoint of them would read back as.
 
     quantized: by name without ".weight", E = 1. changed: other tensors that take the place of the source's.
@@ -121,36 +139,28 @@ class PatchedSource:
         quantized: Mapping[str, QuantizedWeight],
         changed: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._source = source
+        super().__init__(source)
         self._quantized = {f"{linear}.weight": weight for linear, weight in quantized.items()}
         self._changed = dict(changed or {})
-
-    def names(self) -> list[str]:
-        """Names of all dense tensors."""
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a dense tensor."""
-        return self._source.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a dense tensor; that of its scales where it is quantized."""
         if name in self._quantized:
             return self._quantized[name].scales.dtype
-        return self._changed[name].dtype if name in self._changed else self._source.dtype(name)
+        return self._changed[name].dtype if name in self._changed else super().dtype(name)
 
     def load(self, name: str) -> Tensor:
         """The dense tensor, dequantized where need be."""
         if name in self._quantized:
             return self._quantized[name].dequantize(self._quantized[name].scales.dtype)[0].cpu()
-        return self._changed[name].to("cpu", copy=True) if name in self._changed else self._source.load(name)
+        return self._changed[name].to("cpu", copy=True) if name in self._changed else super().load(name)
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
         """Codes of a linear layer, or None where it is dense."""
-        return self._quantized.get(f"{linear}.weight") or self._source.quantized(linear)
+        return self._quantized.get(f"{linear}.weight") or super().quantized(linear)
 
 
-class PrefetchingSource:
+class PrefetchingSource(_Wrapper):
     """A source that reads the next tensors in a background thread. A context manager: the thread ends with it.
 
     Reading waits for the disk and quantization for the processor, so the two overlap. The tensors and their order are
@@ -158,7 +168,7 @@ class PrefetchingSource:
     """
 
     def __init__(self, source: TensorSource) -> None:
-        self._source = source
+        super().__init__(source)
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._coming: dict[str, Future[Tensor]] = {}
 
@@ -171,22 +181,6 @@ class PrefetchingSource:
         """The tensor, prefetched or not; a prefetched tensor is returned once."""
         coming = self._coming.pop(name, None)
         return self._source.load(name) if coming is None else coming.result()
-
-    def names(self) -> list[str]:
-        """Names of the source's tensors."""
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._source.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self._source.dtype(name)
-
-    def quantized(self, linear: str) -> QuantizedWeight | None:
-        """Codes of a linear layer, or None where it is dense."""
-        return self._source.quantized(linear)
 
     def _drop(self) -> None:
         for coming in self._coming.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -126,26 +126,13 @@ def choose(sites: Sequence[SiteSensitivity], quant: QuantConfig, seconds: float 
 
 def _joined(sites: Sequence[SiteSensitivity]) -> list[list[SiteSensitivity]]:
     """Sites that must have one bit-width, in order of the first of each: of one module, or fused by name."""
-    groups: list[_Joined] = []
-    for site in sites:
+    groups: list[tuple[set[str], list[int]]] = []
+    for number, site in enumerate(sites):
         keys = {*site.modules, *(name for linear in site.linears if (name := _fused(linear)))}
-        mine = _Joined(keys, [site])
-        for other in [other for other in groups if other.keys & keys]:
-            mine = _Joined(other.keys | mine.keys, [*other.sites, *mine.sites])
-            groups.remove(other)
-        groups.append(mine)
-    order = {site.site: number for number, site in enumerate(sites)}
-    return [sorted(one.sites, key=lambda site: order[site.site]) for one in _in_order(groups, order)]
-
-
-@dataclass(frozen=True)
-class _Joined:
-    keys: set[str]
-    sites: list[SiteSensitivity] = field(default_factory=list)
-
-
-def _in_order(groups: Sequence[_Joined], order: dict[str, int]) -> list[_Joined]:
-    return sorted(groups, key=lambda one: min(order[site.site] for site in one.sites))
+        touched = [group for group in groups if group[0] & keys]
+        groups = [group for group in groups if group not in touched]
+        groups.append((keys.union(*(own for own, _ in touched)), sum((ones for _, ones in touched), [number])))
+    return [[sites[number] for number in numbers] for numbers in sorted(sorted(numbers) for _, numbers in groups)]
 
 
 def _fused(linear: str) -> str | None:

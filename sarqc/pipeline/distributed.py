@@ -123,7 +123,7 @@ class Ranks:
             return
         owners = {number: rank for rank, place in enumerate(places) for number in place.tolist()}
         row = torch.empty(0)
-        for number in sorted(owners):  # the first is ours, as `sharing.deal` has it
+        for number in sorted(owners):  # the first is ours, as `partition_batches` has it
             if owners[number] == 0:
                 row = next(rows)
                 yield row
@@ -172,7 +172,7 @@ def named(comm: Comm, where: Callable[[], str]) -> Iterator[None]:
         raise type(error)(f"rank {comm.rank} of {comm.size}, {where()}: {error}") from error
 
 
-def broadcast_errors(comm: Comm, fingerprint: Mapping[str, Any]) -> None:
+def check_ranks_agree(comm: Comm, fingerprint: Mapping[str, Any]) -> None:
     """`ArgumentError` where ranks see different models or texts, or run different versions."""
     for rank, other in enumerate(comm.all_gather_object(fingerprint)):
         if difference := first_difference(fingerprint, other):

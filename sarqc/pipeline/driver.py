@@ -23,7 +23,7 @@ from sarqc.model.layers import Targets, check_group_size, targets
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import PrefetchingSource, TensorSource
 from sarqc.pipeline.block import Block, Portions, check_weights, put
-from sarqc.pipeline.comm import synchronize_oom
+from sarqc.pipeline.comm import Comm, synchronize_oom
 from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
@@ -36,8 +36,8 @@ class BlockResult:
     """weights: by the checkpoint's names, without ".weight"; E = 1, on the CPU. reports: one for each site. seconds: of
     each stage (load, reference, scale, forward, solve). changed: tensors that are not quantized and took up channel
     scales (norms, routers, biases), on the CPU; they replace the checkpoint's own, by its names, in its dtypes. notes:
-    what did not go as planned, in words. handover: what a run that is continued behind this block needs; None where
-    that is the weights alone. It is valid until the next block is requested."""
+    what did not go as planned, in words. stored_states: what a run that goes on behind this block needs beside the
+    weights, if anything. They are valid until the next block is requested."""
 
     index: int
     weights: Weights
@@ -130,31 +130,29 @@ def _text(tokens: Tensor | None, method: MethodConfig, execution: Execution) -> 
     return Text.of(tokens, cut(len(tokens), micro_batch, folds), folds, comm)
 
 
+@dataclass
 class _Driver:
     """The loop over blocks."""
 
-    def __init__(
-        self,
-        solving: SiteQuantizer,
-        selected: Targets,
-        dtype: torch.dtype | None,
-        journal: Journal,
-        portions: Portions,
-        prefetched: PrefetchingSource | None,
-    ) -> None:
-        self._solving = solving
-        self._lazy = solving.lazy
-        self._comm = solving.comm
-        self._found = selected
-        self._dtype = dtype
-        self._journal = journal
-        self._portions = portions
-        self._ahead = prefetched
+    solving: SiteQuantizer
+    selected: Targets
+    dtype: torch.dtype | None
+    journal: Journal
+    portions: Portions
+    prefetched: PrefetchingSource | None
+
+    @property
+    def lazy(self) -> LazyModel:
+        return self.solving.lazy
+
+    @property
+    def comm(self) -> Comm:
+        return self.solving.comm
 
     def without_text(self, first: int) -> Generator[BlockResult, None, None]:
         """Every block from `first` on, by a method that looks at weights alone."""
-        for index in range(first, len(self._lazy.blocks)):
-            self._journal.begin_block()
+        for index in range(first, len(self.lazy.blocks)):
+            self.journal.begin_block()
             self._load(index)
             block = self._new_block(index)
             try:
@@ -163,23 +161,23 @@ class _Driver:
                 if not out_of_memory(error):
                     raise
                 raise self._no_memory(index, first_line(error)) from error
-            self._lazy.unload_block(index)
+            self.lazy.unload_block(index)
             yield self._result(block, None)
 
     def with_text(self, streams: Streams, text: Text, start: Start) -> Generator[BlockResult, None, None]:
         """Every block from the start on, as the streams pass it."""
         self._go_to(streams, text, start)
-        for index in range(start.block, len(self._lazy.blocks)):
-            self._journal.begin_block()
+        for index in range(start.block, len(self.lazy.blocks)):
+            self.journal.begin_block()
             streams.enter(index)
             block = self._with_memory(index, streams)
-            self._lazy.unload_block(index)
-            last = index + 1 == len(self._lazy.blocks)
-            yield self._result(block, None if last else streams.stored_states(index, self._comm))
+            self.lazy.unload_block(index)
+            last = index + 1 == len(self.lazy.blocks)
+            yield self._result(block, None if last else streams.stored_states(index, self.comm))
 
     def _go_to(self, streams: Streams, text: Text, start: Start) -> None:
         """Bring the streams to the block that the run begins with; those before have their stored weights."""
-        reference, stored = self._solving.method.error_correction, start.stored_states
+        reference, stored = self.solving.method.error_correction, start.stored_states
         handed = stored is not None and streams.begin(
             text, reference=reference and stored.reference, stored=stored, block=start.block
         )
@@ -193,16 +191,16 @@ class _Driver:
             streams.leave_reference(index)
             if not handed:
                 weights, changed = start.stored(index)
-                put(self._lazy, index, self._found.of_block(index), weights, changed)
+                put(self.lazy, index, self.selected.of_block(index), weights, changed)
                 streams.leave_quantized(index)
                 streams.leave_probe(index)
-            self._lazy.unload_block(index)
+            self.lazy.unload_block(index)
 
     def _with_memory(self, index: int, streams: Streams) -> Block:
         """A block quantized, begun again with less at once for as long as the device runs out of memory."""
-        known = self._solving.lambda_search.copy()
+        known = self.solving.lambda_search.copy()
         while True:
-            self._solving.begin(known)  # what a failed attempt has chosen is chosen, and counted, again
+            self.solving.begin(known)  # what a failed attempt has chosen is chosen, and counted, again
             try:
                 return self._attempt(index, streams)
             except RuntimeError as error:
@@ -217,32 +215,32 @@ class _Driver:
         block = self._new_block(index)
         block.look(streams)
         if streams.reference is not None:
-            with self._journal.stage(index, "reference"):
-                synchronize_oom(self._comm, lambda: streams.leave_reference(index))
+            with self.journal.stage(index, "reference"):
+                synchronize_oom(self.comm, lambda: streams.leave_reference(index))
         block.quantize(streams)
-        with self._journal.stage(index, "forward"):
-            lost = synchronize_oom(self._comm, lambda: self._leave(index, block, streams))
+        with self.journal.stage(index, "forward"):
+            lost = synchronize_oom(self.comm, lambda: self._leave(index, block, streams))
         self._check_leaving(index, lost, streams)
         return block
 
     def _reduce_memory(self, index: int, streams: Streams, reason: str) -> None:
         """Halve the micro-batches or the Grams at a time, and run the streams to the block again."""
-        self._lazy.unload_block(index)
-        if self._solving.device.type == "cuda":
+        self.lazy.unload_block(index)
+        if self.solving.device.type == "cuda":
             torch.cuda.empty_cache()
-        text, at_once = streams.text, max(self._comm.all_gather_object(streams.text.micro_batch))
-        matrices = self._journal.current in ("scale", "solve")  # which the size of a micro-batch hardly changes
-        if self._portions.together > 1 and (matrices or at_once == 1):
-            what = f"{self._portions.together} Grams at a time halved"
-            self._portions.halve()
+        text, at_once = streams.text, max(self.comm.all_gather_object(streams.text.micro_batch))
+        matrices = self.journal.current in ("scale", "solve")  # which the size of a micro-batch hardly changes
+        if self.portions.together > 1 and (matrices or at_once == 1):
+            what = f"{self.portions.together} Grams at a time halved"
+            self.portions.halve()
         elif at_once > 1:
             text, what = text.halved(), f"micro-batch of {at_once} sequences halved"
         else:
             raise self._no_memory(index, reason)
-        self._journal.notes.append(f"{self._place(index)} ({reason}): {what}")
+        self.journal.notes.append(f"{self._place(index)} ({reason}): {what}")
         reference = streams.reference is not None
         again = streams.again(text, index) if index else streams.begin(text, reference=reference)
-        if not all(self._comm.all_gather_object(again)):
+        if not all(self.comm.all_gather_object(again)):
             raise ResourceError(
                 f"{self._place(index)} ({reason}), and what this model passes between blocks is not stored, so the "
                 "block cannot begin again: use a smaller --micro-batch or --gram-budget; a rerun resumes there"
@@ -255,11 +253,11 @@ class _Driver:
         )
 
     def _place(self, index: int) -> str:
-        return f"{self._solving.device} has no memory left at {self._lazy.prefix}.{index}"
+        return f"{self.solving.device} has no memory left at {self.lazy.prefix}.{index}"
 
     def _new_block(self, index: int) -> Block:
-        first = index == self._found.first_block
-        return Block(self._solving, index, self._found.of_block(index), self._journal, self._portions, first)
+        first = index == self.selected.first_block
+        return Block(self.solving, index, self.selected.of_block(index), self.journal, self.portions, first)
 
     def _leave(self, index: int, block: Block, streams: Streams) -> int:
         """Bring the streams to the end of the block; how many rows of what leaves it are not finite."""
@@ -270,30 +268,30 @@ class _Driver:
 
     def _load(self, index: int) -> None:
         """Load a block, and begin to read the one behind it."""
-        lazy = self._lazy
-        with self._journal.stage(index, "load"):
-            lazy.load_block(index, self._solving.source, self._solving.device, self._dtype)
-            check_weights(lazy, self._found.of_block(index))
-            if self._ahead and index + 1 < len(lazy.blocks):
+        lazy = self.lazy
+        with self.journal.stage(index, "load"):
+            lazy.load_block(index, self.solving.source, self.solving.device, self.dtype)
+            check_weights(lazy, self.selected.of_block(index))
+            if self.prefetched and index + 1 < len(lazy.blocks):
                 parameters = lazy.parameters(index + 1)
-                self._ahead.read(stored.name for name in parameters for stored in lazy.slices[name])
+                self.prefetched.read(stored.name for name in parameters for stored in lazy.slices[name])
 
     def _check_leaving(self, index: int, lost: int, streams: Streams) -> None:
         """`NumericError` where too much of what leaves a block, on all ranks, is not finite; a note where something
         is."""
-        lost, rows = map(sum, zip(*self._comm.all_gather_object((lost, streams.text.tokens.numel()))))
+        lost, rows = map(sum, zip(*self.comm.all_gather_object((lost, streams.text.tokens.numel()))))
         if lost:
-            where = f"{lost} of {rows} rows of what leaves {self._lazy.prefix}.{index} hold NaN or Inf"
+            where = f"{lost} of {rows} rows of what leaves {self.lazy.prefix}.{index} hold NaN or Inf"
             if lost > MAX_LOST * rows:
-                raise NumericError(f"{where} on the calibration text: {range_advice(self._lazy.dtype)}")
-            self._journal.notes.append(where)
+                raise NumericError(f"{where} on the calibration text: {range_advice(self.lazy.dtype)}")
+            self.journal.notes.append(where)
 
     def _result(self, block: Block, stored_states: StoredStates | None) -> BlockResult:
         lost = [target.linear for target in block.members if target.linear not in block.weights]
         if lost:
             raise ModelError(f"{lost[0]} was targeted and came out unquantized ({len(lost)} such layers)")
         ordered = {target.linear: block.weights[target.linear] for target in block.members}
-        notes = list(dict.fromkeys(self._journal.notes))
+        notes = list(dict.fromkeys(self.journal.notes))
         return BlockResult(
-            block.index, ordered, block.reports, dict(self._journal.seconds), block.changed, notes, stored_states
+            block.index, ordered, block.reports, dict(self.journal.seconds), block.changed, notes, stored_states
         )

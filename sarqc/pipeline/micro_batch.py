@@ -62,7 +62,7 @@ class StopOrder:
 
 class MicroBatch:
     """A context: the forward is ended when it ends. arrival: where the micro-batch waits; None before it has begun.
-    kept: what it brought to sites whose inputs are needed later, in this block. left: the stream as it has left the
+    kept: what it brought to sites whose inputs are needed later, in this block. residual: the stream as it has left the
     block before; None in the first one."""
 
     def __init__(

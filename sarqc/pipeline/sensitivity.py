@@ -110,7 +110,7 @@ def measure_sensitivity(
     Args:
         lazy: The model, without weights.
         source: Its weights.
-        found: The layers to quantize.
+        selected: The layers to quantize.
         tokens: int64 [S, L]; at most 2^14 tokens of evenly spaced sequences are used.
         quant: The number format, with the bit-widths to choose from.
         method: The method.

@@ -25,7 +25,7 @@ _SHARE = re.compile(r"^(.*)\[(\d+):(\d+)\]$")
 @dataclass(frozen=True)
 class SiteFacts:
     """One site. block: index of its decoder block, None where its name has none. kind: its name inside the block.
-    loss: error / error of RTN, None where that is zero. carried, bits: 0 in reports that lack them."""
+    loss: error / error of RTN, None where that is zero. correction_share, bits: 0 in reports that lack them."""
 
     name: str
     block: int | None

@@ -195,8 +195,8 @@ def stacked_bars(
 
 @dataclass(frozen=True)
 class Ranked:
-    """A row of `ranked_chart`. span: from the lowest to the highest, where it was measured several times. told: the
-    value as it is written. best: whether it stands out."""
+    """A row of `ranked_chart`. span: from the lowest to the highest, where it was measured several times.
+    value_text: the value as it is written. best: whether it stands out."""
 
     label: str
     value: float

@@ -81,7 +81,7 @@ def group_size_of(value: object) -> int:
 
 
 def compiled(pattern: str, message: str) -> re.Pattern[str]:
-    """A config's regular expression; `CheckpointError` beginning with `said` for what is none."""
+    """A config's regular expression; `CheckpointError` beginning with `message` for what is none."""
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
