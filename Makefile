@@ -21,13 +21,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
-.PHONY: versions gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak models keywords hub-kernels
+.PHONY: typecheck-packages typecheck-rest versions gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak models keywords hub-kernels
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Files in their order: by default xdist puts those with few tests last, which are the long ones, and one worker waits.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" \
@@ -41,8 +42,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(MAKE) typecheck
 
-typecheck: $(READY)
+typecheck: typecheck-packages typecheck-rest
+
+typecheck-packages: $(READY)
 	$(BIN)/mypy
+
+typecheck-rest: $(READY)
 	$(BIN)/mypy --config-file tests/mypy.ini
 
 docs: $(DOCS_READY)

@@ -1,4 +1,4 @@
-"""atomic_folder, refuse_existing and refuse_overlap: an output is whole or not there, and never eats its source."""
+"""atomic_folder, check_existing and check_overlap: an output is whole or not there, and never eats its source."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command line, as a separate process: what lands on stdout and stderr, and the exit code."""
+"""The command line, as a process of its own: what lands on stdout and stderr, and the exit code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from sarqc.config import METHODS, MethodConfig
 from sarqc.options import record
 from tests.support import tiny
+from tests.support.command import in_child as sarqc
 
 RUN = ["--num-samples", "4", "--seqlen", "64"]
 
 
-def sarqc(*arguments: object) -> subprocess.CompletedProcess[str]:
+def fresh(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A process that imports everything, as a user starts it."""
     return subprocess.run([sys.executable, "-m", "sarqc", *map(str, arguments)], capture_output=True, text=True)
 
 
@@ -33,7 +35,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(source, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("quantized") / "out"
-    done = sarqc("quantize", source, "-o", out, *RUN)
+    done = fresh("quantize", source, "-o", out, *RUN)
     assert done.returncode == 0, done.stderr
     assert "blocks 2/2" in done.stderr and "group size 64" in done.stderr
     assert "bits with scales" in done.stdout
@@ -216,7 +218,7 @@ def test_ctrl_c_is_exit_130_and_the_same_command_goes_on(source, quantized, tmp_
 
 
 def test_help_teaches_and_is_quick():
-    shown = sarqc("quantize", "--help")
+    shown = fresh("quantize", "--help")
     assert shown.returncode == 0 and "Example:" in shown.stdout and "--group-size" in shown.stdout
     lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
     assert all(f"{method} {about.about}" in lines for method, about in METHODS.items())
