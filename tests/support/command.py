@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -46,32 +47,32 @@ def door(monkeypatch, capsys, outcomes) -> Callable[..., tuple[int, str]]:
 
 
 def in_child(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """A command in a forked child with files as its stdout and stderr: a process of its own, without the seconds in
-    which a fresh one imports torch and transformers."""
+    """A command in a process of its own with files as its stdout and stderr, without the seconds in which a fresh one
+    imports torch and transformers.
+
+    It is forked from a server that only imported them: a fork of this process would wait for ever at its first
+    parallel loop if an OpenMP pool ran here before.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     command = ["sarqc", *map(str, arguments)]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        sys.stdout.flush(), sys.stderr.flush()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
-                sys.argv = command
-                sarqc.register()
-                cli.main()
-            except SystemExit as ended:
-                code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-            except BaseException:  # noqa: BLE001  # it must not go on into the tests that its parent runs
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode())
-    return subprocess.CompletedProcess(command, code, *texts)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("out", "err")]
+        child = context.Process(target=_command, args=(command, dict(os.environ), *files))
+        child.start()
+        child.join()
+        texts = [file.read_text() for file in files]
+    assert child.exitcode is not None
+    return subprocess.CompletedProcess(command, child.exitcode, *texts)
+
+
+def _command(command: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    """What the child does; its exit code is the command's."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for file, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1) for descriptor in (1, 2))  # noqa: SIM115, PTH123
+    sys.argv = command
+    sarqc.register()
+    cli.main()
