@@ -137,37 +137,49 @@ def _place(method: str) -> tuple[int, str]:
 
 
 def speed() -> str:
-    """One run beside a forward pass and a rival."""
-    record = _read("cpu-smollm2-speed")
+    """One run beside a forward pass and a rival, on each processor that there is a record of."""
     names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
-    lines = [
-        f"SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, {record['cpus']} CPU cores, in turns; "
-        f"torch {record['versions']['torch']}, transformers {record['versions']['transformers']}, "
-        f"{record['machine']['cpu']}, medians of {len(record['runs']['sarqc'])} rounds:",
-        "",
-        "| | seconds, without start-up | seconds, whole process | CPU seconds | peak MiB |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in record["medians"].items():
-        cells = (row["inner_seconds"], row["wall_seconds"], row["cpu_seconds"], row["peak_mib"])
-        lines.append(f"| {names[name]} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
-    ratios = record["ratios"]
-    lines += [
-        "",
-        f"SARQC takes {ratios['run / forward']} times as long as one forward pass of the calibration text. "
-        f"llm-compressor takes {ratios['rival / ours, inner_seconds']} times as long as SARQC and "
-        f"{ratios['rival / ours, peak_mib']} times its memory.",
-        "",
-        _contention(),
-    ]
-    return "\n".join(lines)
+    records = [_read(path.stem) for path in sorted(RESULTS.glob("cpu-smollm2-speed*.json"))]
+    first, lines, ratios = records[0], [], []
+    for record in records:
+        processor = _processor(record)
+        for name, row in record["medians"].items():
+            cells = (row["inner_seconds"], row["wall_seconds"], row["cpu_seconds"], row["peak_mib"])
+            lines.append(f"| {processor} | {names[name]} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
+        told = record["ratios"]
+        ratios.append(
+            f"On the {processor} SARQC takes {told['run / forward']} times as long as one forward pass of the "
+            f"calibration text. llm-compressor takes {told['rival / ours, inner_seconds']} times as long as SARQC and "
+            f"{told['rival / ours, peak_mib']} times its memory."
+        )
+    return "\n".join(
+        [
+            f"SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, {first['cpus']} CPU cores, in turns; "
+            f"torch {first['versions']['torch']}, transformers {first['versions']['transformers']}, "
+            f"medians of {' and '.join(str(len(record['runs']['sarqc'])) for record in records)} rounds:",
+            "",
+            "| processor | | seconds, without start-up | seconds, whole process | CPU seconds | peak MiB |",
+            "|---|---|---|---|---|---|",
+            *lines,
+            "",
+            *ratios,
+            "",
+            _contention(),
+        ]
+    )
+
+
+def _processor(record: dict[str, Any]) -> str:
+    """Name of the processor of a record, without marks."""
+    return " ".join(re.sub(r"\((?:R|TM)\)|Processor|CPU", "", record["machine"]["cpu"]).split())
 
 
 def _contention() -> str:
     """What a run takes beside others."""
-    ratios = _read("cpu-contention")["ratios"]
+    record = _read("cpu-contention")
+    ratios = record["ratios"]
     return (
-        f"On the same cores moe-8m takes {ratios['two at once']} times as long when two runs go at once, "
+        f"On the {_processor(record)} moe-8m takes {ratios['two at once']} times as long when two runs go at once, "
         f"{ratios['beside 1 busy']} times beside one busy thread and {ratios['beside 3 busy']} times beside three."
     )
 
