@@ -138,7 +138,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
                 handed = _pass(plan, site, tokens)
                 spent["gram"] += handed / rates.cross
                 spent["forward"] += handed / rates.forward
-                spent["solve"] += _shifts(site, ranks, rates, measured_share(len(blocks)))
+                spent["solve"] += _shifts(site, ranks, rates)
                 summed += rows_of(site) * site.in_features
         spent["network"] += (
             4 * FOLDS * summed * 2 * (ranks - 1) / ranks + (weights + hidden) * (ranks > 1)
@@ -161,12 +161,11 @@ def _columns(site: Site, rates: Rates) -> float:
     return width * math.ceil(rows / AT_ONCE) * rates.columns + rows * width**2 / rates.product
 
 
-def _shifts(site: Site, ranks: int, rates: Rates, measured: float) -> float:
-    """Seconds of the shift of each fold, with what it does on the other, at the part of the sites where the share is
-    measured, and of all; ranks share folds and rows."""
+def _shifts(site: Site, ranks: int, rates: Rates) -> float:
+    """Seconds of the shift of each fold, with what it does on the other, and of all; ranks share folds and rows."""
     factor, solves = _factor(site) / rates.factor, 2.0 * rows_of(site) * site.in_features**2 / rates.product
     sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
-    return measured * math.ceil(FOLDS / ranks) * (factor + 2 * sampled) + factor + solves / ranks
+    return math.ceil(FOLDS / ranks) * (factor + 2 * sampled) + factor + solves / ranks
 
 
 def _factor(site: Site) -> float:

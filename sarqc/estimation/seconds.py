@@ -77,11 +77,11 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             looks = LOOKS * _calls(plan, sites) * rates.call
             spent["forward"] += times * (forward + grams) + looks
             spent["reference"] += method.error_correction * forward
-            searched = method.reg_lambda == AUTO and windows > 1
-            measured = measured_share(len(blocks)) if searched else 1.0
-            solving += sum(correction_seconds(site, rates, ranks, measured) for site in sites if site.residual_write)
-            if searched:
-                solving += measured * sum(lambda_seconds(site, method, rates, ranks) for site in sites)
+            solving += sum(correction_seconds(site, rates, ranks) for site in sites if site.residual_write)
+            if method.reg_lambda == AUTO and windows > 1:
+                solving += measured_share(len(blocks)) * sum(
+                    lambda_seconds(site, method, rates, ranks) for site in sites
+                )
         spent["solve"] += solving
         if plan.device.type == "cpu":
             passed = sum(site.experts * rows_of(site) * site.in_features for site in sites) / rates.stream
@@ -124,12 +124,12 @@ def solve_seconds(plan: Plan, site: Site, rates: Rates, ranks: int, *, gram: boo
     return shared + (one - shared) / ranks
 
 
-def correction_seconds(site: Site, rates: Rates, ranks: int, measured: float) -> float:
-    """Seconds of the shift of each fold, which ranks share, at the part of the sites where the share of the error is
-    measured, and of all, whose rows they share: a factor and two triangular solves."""
+def correction_seconds(site: Site, rates: Rates, ranks: int) -> float:
+    """Seconds of the shift of each fold, which ranks share, and of all, whose rows they share: a factor and two
+    triangular solves."""
     factor, solves = rates.factor(site.in_features), 4.0 * rows_of(site) * site.in_features**2 / rates.product
     sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
-    return measured * -(-FOLDS // ranks) * (factor + sampled) + factor + solves / ranks
+    return -(-FOLDS // ranks) * (factor + sampled) + factor + solves / ranks
 
 
 def lambda_seconds(site: Site, method: MethodConfig, rates: Rates, ranks: int) -> float:

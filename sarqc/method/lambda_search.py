@@ -57,7 +57,6 @@ class LambdaChoice:
         experts: Experts to quantize with it; by default all that `reg_lambda` covers.
         target: What to quantize in the weight's place and the share of the residual error that it corrects, where they
             are known by now (`method.error_correction`).
-        share: The share of the residual error to correct, where it was measured on this site's folds.
     """
 
     reg_lambda: Tensor
@@ -68,7 +67,6 @@ class LambdaChoice:
     by_prior: bool = False
     experts: slice = field(default_factory=lambda: slice(None))
     target: tuple[Tensor, float] | None = None
-    share: float | None = None
 
     def of_others(self, rows: Tensor, in_features: int, method: MethodConfig) -> LambdaChoice:
         """The choice for other experts of the same layer, without measuring them: the same lambda, or the same prior.
@@ -80,9 +78,8 @@ class LambdaChoice:
         return replace(self, reg_lambda=reg_lambda)
 
     def record(self) -> Record:
-        """Kind, reason, curve and share, as JSON values: what `LambdaSearch.restored` reads."""
-        share = {} if self.share is None else {"share": self.share}
-        return {"kind": self.kind, "why": self.why, "curve": [list(point) for point in self.curve.items()]} | share
+        """Kind, reason and curve, as JSON values: what `LambdaSearch.restored` reads."""
+        return {"kind": self.kind, "why": self.why, "curve": [list(point) for point in self.curve.items()]}
 
 
 Spread = Callable[[int, Callable[[Sequence[int]], Tensor]], Tensor]
@@ -96,12 +93,10 @@ def alone(count: int, work: Callable[[Sequence[int]], Tensor]) -> Tensor:
 
 @dataclass
 class KindCurves:
-    """Sites of one kind so far. seen: how many. curves: validation curves of those that were measured. share: the
-    share of the residual error that the last of those corrects."""
+    """Sites of one kind so far. seen: how many. curves: validation curves of those that were measured."""
 
     seen: int = 0
     curves: list[Curve] = field(default_factory=list)
-    share: float | None = None
 
     @property
     def measures_next(self) -> bool:
@@ -128,24 +123,19 @@ class LambdaSearch:
         for record in records:
             if record:
                 search.remember(record["kind"], dict(record["curve"]))
-                search.remember_share(record["kind"], record.get("share"))
         return search
 
     def copy(self) -> LambdaSearch:
         """The same curves, to which others can be added."""
-        tracks = {kind: replace(track, curves=list(track.curves)) for kind, track in self.tracks.items()}
-        return LambdaSearch(tracks, self.seed)
+        return LambdaSearch(
+            {kind: KindCurves(track.seen, list(track.curves)) for kind, track in self.tracks.items()}, self.seed
+        )
 
     def remember(self, kind: str, curve: Curve) -> None:
         """Count a site of `kind`, and its curve if it has one."""
         track = self.tracks.setdefault(kind, KindCurves())
         track.seen += 1
         track.curves += [curve] if curve else []
-
-    def remember_share(self, kind: str, share: float | None) -> None:
-        """Keep a measured share of the residual error for the sites of `kind` that are not measured."""
-        if share is not None:
-            self.tracks.setdefault(kind, KindCurves()).share = share
 
     def choose(
         self, kind: str, rows: Tensor, in_features: int, method: MethodConfig, validation: HeldOutValidation | None

@@ -81,20 +81,12 @@ class SiteQuantizer:
         )
 
     def _share(self, chunk: SiteChunk, statistics: Statistics) -> float:
-        """The share of the residual error that a layer corrects: measured where lambda is, else that of the last layer
-        of its kind which was. Each rank fits on some of the folds."""
+        """The share of the residual error that a layer corrects; each rank fits on some of the folds."""
         choice = self.choices[chunk.name]
         if statistics.folds[0].cross_gram is None or choice.rounded or len(statistics.folds) < 2:
             return 0.0
-        track = self.lambda_search.tracks.get(choice.kind)
-        if track is not None and track.share is not None and not choice.curve:
-            return track.share
         work = partial(fold_fits, chunk.name, statistics, choice.reg_lambda, self.method)
-        share = correction_share(self._spread(len(statistics.folds), work))
-        if track is not None:  # lambda is searched for, so what is measured of a kind serves its other layers
-            self.lambda_search.remember_share(choice.kind, share)
-            self.choices[chunk.name] = replace(choice, share=share)
-        return share
+        return correction_share(self._spread(len(statistics.folds), work))
 
     def _targets(
         self, todo: Sequence[WorkItem], chunks: Sequence[SiteChunk], collected: Sequence[Statistics]

@@ -157,22 +157,6 @@ def test_going_on_carries_the_same_errors(tiny, kind, handed):
     assert same(again, last)
 
 
-def test_layers_whose_share_is_not_measured_take_that_of_the_last_which_was(tiny):
-    case = tiny("llama", num_hidden_layers=6)
-    whole, states = [], None
-    for result in run(case, CARRY, micro_batch=2):
-        states = kept(result.stored_states) or states
-        whole.append(result)
-    last = [result.reports[-1] for result in whole]
-    assert [("share" in report.held_out) for report in last] == [True] * 4 + [False] * 2
-    assert last[5].correction_share == last[4].correction_share == last[3].held_out["share"] > 0
-    search = LambdaSearch.restored(report.held_out for result in whole[:-1] for report in result.reports)
-    stored = [(result.weights, result.changed) for result in whole]
-    start = driver.Start(5, states, stored.__getitem__, search)
-    (again,) = run(case, CARRY, micro_batch=2, start=start)
-    assert same(again, whole[5])
-
-
 def test_states_that_are_not_all_that_a_block_needs_are_made_again(tiny):
     """What else it is entered with has another fingerprint: the blocks before are run."""
     case, handovers, whole, asked = tiny("llama"), [], [], []
