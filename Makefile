@@ -9,6 +9,7 @@
 # make soak   kill a run at 60 random moments and let it go on each time; quantize a random model of 8 GB under 3 GB of
 #             memory, twice (an hour and 14 GB of disk)
 # make aot    compile every kernel for sm_80, sm_90, sm_100 and sm_120 without a GPU and read the machine code (minutes)
+# make gpu-cache   compile what a first run on a GPU would compile; TRITON= is the version of its machine
 # make bench  time the references and the packing on this CPU (under a minute); `python -m benchmarks.run` is for a GPU
 # make models   build, quantize and reload a tiny model of every architecture of transformers; then docs/models.md (an hour)
 # make versions   tests with the oldest and the newest versions that pyproject.toml allows, in environments of their own (10 GB)
@@ -20,6 +21,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
+TRITON ?= 3.6.0
 
 .PHONY: typecheck-packages typecheck-rest versions gpu-cache demo test test-fast quality lint typecheck docs format clean aot bench soak models keywords hub-kernels
 
@@ -63,7 +65,7 @@ soak: $(READY)
 	SARQC_LARGE=1 $(BIN)/python -m pytest -rP tests/e2e/test_large.py
 
 gpu-cache: $(READY)
-	$(BIN)/python -m benchmarks.first_run.cache
+	$(BIN)/python -m benchmarks.first_run.cache --triton $(TRITON)
 
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot --also 3.6.0

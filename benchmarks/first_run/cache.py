@@ -1,8 +1,10 @@
-"""Compile, without a GPU, what its first run would compile: `python -m benchmarks.first_run.cache [--minutes 60]`.
+"""Compile, without a GPU, what its first run would compile: python -m benchmarks.first_run.cache [--triton 3.6.0].
 
-nvcc makes the libraries of csrc for sm_90; the kernel tests, run with a driver that launches nothing (`fake_driver`),
-make Triton compile their variants. All of it lies in build/gpu-cache, and in build/gpu-cache.tar.gz to be carried: it
-must not be larger than 48 MiB. Triton and nvcc have to be of the versions that the GPU's machine has.
+nvcc makes the libraries of csrc for sm_90, one for each set of macros that is tested or timed. Triton makes the kernels
+that models launch (the jobs of `benchmarks.aot`), then those that the kernel tests launch: they run with a driver that
+launches nothing (`fake_driver`). All of it lies in build/gpu-cache, and in build/gpu-cache.tar.gz to be carried, which
+must not be larger than 48 MiB. --triton is the version of the GPU's machine; nvcc has to be of its version too. What is
+there already is kept, so a run that was stopped goes on. Beside them lie the packages of `PACKAGES`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.aot.other import paths_of
 from benchmarks.budget import Budget
-from benchmarks.first_run.command import ORDER
+from benchmarks.first_run import command, portable
 from benchmarks.machine import ROOT
-from benchmarks.ops import OPS
 from sarqc_kernels import build
 from sarqc_kernels.errors import BackendError
 
@@ -26,29 +28,36 @@ MOST_BYTES = 48 << 20
 ARCH = 90
 KEPT = (".cubin", ".json")
 """What a launch reads of Triton's cache; the forms between source and machine code stay behind."""
+GEMV = [(f"SARQC_BITS={bits}", f"SARQC_HALF={half}", "SARQC_SCALE=2") for bits in (4, 3, 2, 8) for half in (0, 1)]
+"""Of csrc/gemv.cu: every width for bf16 and fp16, with scales in bf16."""
+
+PACKAGES = ("greenlet",)
+"""What whole runs need and a machine with torch, transformers and pytest lacks; taken where it has none of its own."""
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_run.cache", description=__doc__)
+    parser.add_argument("--triton", metavar="VERSION", help="of the GPU's machine, fetched into build/; default: ours")
+    parser.add_argument("--python", default="3.12", help="of the GPU's machine (default 3.12)")
     parser.add_argument("--minutes", type=float, default=60.0, help="of compiling (default 60)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-cache")
-    parser.add_argument("tests", nargs="*", help="test files; by default those of every operation")
+    parser.add_argument("tests", nargs="*", help="test files; by default those of a first run")
     options = parser.parse_args(arguments)
     out, budget = options.out.resolve(), Budget(options.minutes)
-    os.environ |= {"TRITON_CACHE_DIR": str(out / "triton"), "SARQC_CACHE": str(out / "sarqc")}
-    for source in sorted(build.sources().glob("*.cu")):
-        try:
-            print(build.compile_library(source.stem, ARCH), flush=True)
-        except BackendError as error:
-            print(f"{source.name}: {error}", flush=True)
-    files = options.tests or list(dict.fromkeys(file for name in ORDER for file in OPS[name].tests))
-    for file in files:
-        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "benchmarks.first_run.fake_driver",
-                   "-p", "no:cacheprovider", "-k", "triton or not (reference or cpu or cuda)", file]  # fmt: skip
-        try:
-            subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=max(1.0, budget.left()))
-        except subprocess.TimeoutExpired:
-            print(f"{file}: no time was left; the GPU's machine compiles what is missing", flush=True)
+    version = options.triton or portable.version()
+    if portable.made_with(out) not in (version, "unknown"):
+        parser.error(f"{out} holds kernels of triton {portable.made_with(out)}: remove it, or give another --out")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(out / "triton"), "PYTHONPATH": paths_of(version)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / portable.NOTE).write_text(version + "\n")
+    _packages(out / portable.SITE, options.python)
+    _libraries(out / "sarqc")
+    jobs = ["benchmarks.aot", "--no-csrc", "--check-only", "--arch", str(ARCH)]
+    _compile(jobs, environment, budget)
+    print(f"[{budget}] launches of models: {_count(out)} kernels so far", flush=True)
+    for file in options.tests or command.test_files():
+        _compile([*command.TESTED, "-p", "benchmarks.first_run.fake_driver", file], environment, budget)
         print(f"[{budget}] {file}: {_count(out)} kernels so far", flush=True)
     size = pack(out, out.with_suffix(".tar.gz"))
     print(f"{out.with_suffix('.tar.gz')}: {size / 2**20:.1f} MiB")
@@ -57,11 +66,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(size > MOST_BYTES)
 
 
+def _packages(folder: Path, python: str) -> None:
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--upgrade",
+               "--target", str(folder), "--python-version", python, *platforms]  # fmt: skip
+    if subprocess.run([*install, *PACKAGES]).returncode:
+        print(f"{', '.join(PACKAGES)} cannot be fetched: the GPU's machine needs its own", flush=True)
+
+
+def _libraries(folder: Path) -> None:
+    os.environ["SARQC_CACHE"] = str(folder)
+    for name, defines in (("columns", ()), *(("gemv", macros) for macros in GEMV)):
+        try:
+            print(build.compile_library(name, ARCH, defines), flush=True)
+        except BackendError as error:
+            print(f"{name}: {error}", flush=True)
+
+
+def _compile(module: Sequence[str], environment: dict[str, str], budget: Budget) -> None:
+    """Run a module with keys that other Pythons share. What it says of its results is of no interest."""
+    run = [sys.executable, "-m", "benchmarks.first_run.portable", *module]
+    try:
+        subprocess.run(run, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, timeout=max(1.0, budget.left()))
+    except subprocess.TimeoutExpired:
+        print(f"{module[-1]}: no time was left; the GPU's machine compiles what is missing", flush=True)
+
+
 def pack(folder: Path, archive: Path) -> int:
     """Everything that a launch reads, in one file; returns its size."""
     with tarfile.open(archive, "w:gz") as file:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and (path.suffix in KEPT or path.is_relative_to(folder / "sarqc")):
+            of_triton = path.is_relative_to(folder / "triton")
+            if path.is_file() and (path.suffix in KEPT or not of_triton):
                 file.add(path, path.relative_to(folder.parent))
     return archive.stat().st_size
 

@@ -2,10 +2,12 @@
 
 Usage: python -m benchmarks.first_run [--minutes 9] [--out FOLDER] [--cache FOLDER] [--quick] [--device auto]
 
-Every part is a process with its share of the time that is left. What it measured is on disk as it is made, and a part
-that crashes, hangs or fails takes nothing from the others. FOLDER holds `summary.json` (rewritten after each part),
-`records.jsonl` (as `benchmarks.run` writes them) and the output of each part. Needs nothing but this repository, torch,
-Triton and pytest; no network. --cache is what `make gpu-cache` made: compiled kernels that need not be compiled here.
+Every part is a process with its share of the time that is left; test files run side by side, as they mostly compile,
+what is timed runs alone. What it measured is on disk as it is made, and a part that crashes, hangs or fails takes
+nothing from the others. FOLDER holds four files in the end: `summary.json` (rewritten after each part),
+`records.jsonl` (as `benchmarks.run` writes them), `log.txt` (the output of each part, added as it ends), `summary.txt`.
+Needs nothing but this repository, torch, Triton and pytest (transformers for whole models); no network. --cache is what
+`make gpu-cache` made, as a folder or as the archive beside it: kernels that need not be compiled here.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,8 +32,14 @@ from benchmarks.ops import OPS
 
 ORDER = ("w4a16", "gram", "columns", "moe")
 """Operations in the order of the questions that a first run has to answer."""
+ALSO = tuple(
+    f"tests/kernels/test_{name}.py" for name in ("cross_gram", "gram_finalize", "cholesky", "descent", "dequant")
+)
+"""Tests of kernels that no benchmark times alone."""
+TESTED = ("pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "benchmarks.first_run.on_device")
 TEST_SHARE = 0.4  # of the time, for all tests
 LEAST = 20.0  # seconds of a part
+LOG = 100_000  # characters of a part's output that are kept
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended. status: "passed", "failed", "timed out" or "left out"."""
+    """How a part ended. status: "passed", "failed", "timed out" or "left out". tail: the end of what it printed."""
 
     name: str
     status: str
@@ -51,42 +61,73 @@ class Outcome:
     tail: str
 
 
+def test_files() -> list[str]:
+    """Of every operation in the order of importance, each once, but for one that holds the reference alone."""
+    files = dict.fromkeys([*(file for name in ORDER for file in OPS[name].tests), *ALSO])
+    return [file for file in files if file != "tests/kernels/test_columns.py"]
+
+
 def parts(out: Path, quick: bool, device: str) -> list[Part]:
     """All parts in their order. The minutes of a benchmark are filled in when it starts."""
-    files: dict[str, None] = {}
-    for name in ORDER:
-        files |= dict.fromkeys(OPS[name].tests)
-    pytest = ("pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider")
-    tests = [Part(f"tests {Path(file).stem.removeprefix('test_')}", (*pytest, file), 1.0) for file in files]
+    tests = [Part(f"tests {Path(file).stem.removeprefix('test_')}", (*TESTED, file), 1.0) for file in test_files()]
     options = ("--out", str(out / "records.jsonl"), "--device", device, *["--quick"] * quick)
     timed = [Part(name, ("benchmarks.run", name, *options, "--skip-tests", "--minutes", "{}"), 3.0) for name in ORDER]
     whole = [Part(name, ("benchmarks.run", name, *options, "--minutes", "{}"), 2.0) for name in ("decode", "quantize")]
     return [*tests, *timed, *whole]
 
 
-def run(todo: Sequence[Part], budget: Budget, out: Path, environment: dict[str, str]) -> list[Outcome]:
-    """Run the parts one after another; the summary is written after each."""
-    out.mkdir(parents=True, exist_ok=True)
-    whole, result = budget.left(), []
-    least = min(LEAST, whole / 20)  # the first parts get it, though none may be left for the last
-    for at, part in enumerate(todo):
-        testing = part.name.startswith("tests ")
-        rest = [each for each in todo[at:] if each.name.startswith("tests ") == testing]
-        left = budget.left() - ((1 - TEST_SHARE) * whole if testing else 0.0)
-        share = max(least, left * part.weight / sum(each.weight for each in rest))
-        result.append(_outcome(part, share, out, environment) if left > least else
-                     Outcome(part.name, "left out", 0.0, "no time was left"))  # fmt: skip
-        print(f"[{budget}] {part.name}: {result[-1].status} in {result[-1].seconds:.0f} s", flush=True)
-        summary = {"outcomes": [asdict(each) for each in result], "to come": [each.name for each in todo[at + 1 :]]}
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return result
+class Run:
+    """Runs parts. budget: of all. environment: of each process."""
+
+    def __init__(self, budget: Budget, out: Path, environment: dict[str, str]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.budget, self.out, self.environment = budget, out, environment
+        self.whole, self.result = budget.left(), list[Outcome]()
+        self.least = min(LEAST, self.whole / 20)  # the first parts get it, though none may be left for the last
+
+    def all(self, todo: Sequence[Part]) -> list[Outcome]:
+        """Tests, as many at a time as there are cores, then the others in turn; the summary is written after each."""
+        tests = [part for part in todo if part.name.startswith("tests ")]
+        for group, together in ((tests, os.cpu_count() or 1), ([part for part in todo if part not in tests], 1)):
+            kept = (1 - TEST_SHARE) * self.whole if group is tests else 0.0
+            with ThreadPoolExecutor(together) as pool:
+                rest = [sum(part.weight for part in group[at:]) / together for at in range(len(group))]
+                jobs = [pool.submit(self.one, part, part.weight / max(part.weight, behind), kept)
+                        for part, behind in zip(group, rest)]  # fmt: skip
+                for job in as_completed(jobs):
+                    self._note(job.result(), [part.name for part in todo])
+        return self.result
+
+    def one(self, part: Part, share: float, kept: float = 0.0) -> Outcome:
+        """A part with this share of the time that is left beside `kept` seconds."""
+        left = self.budget.left() - kept
+        if left <= self.least:
+            return Outcome(part.name, "left out", 0.0, "no time was left")
+        return _outcome(part, max(self.least, left * share), self.out, self.environment)
+
+    def _note(self, outcome: Outcome, names: Sequence[str]) -> None:
+        self.result.append(outcome)
+        print(f"[{self.budget}] {outcome.name}: {outcome.status} in {outcome.seconds:.0f} s", flush=True)
+        done = [each.name for each in self.result]
+        summary = {"outcomes": [asdict(each) for each in self.result], "to come": [n for n in names if n not in done]}
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        own = self.out / f"{_file_name(outcome.name)}.log"
+        if own.exists():
+            with (self.out / "log.txt").open("a") as log:
+                log.write(f"## {outcome.name}: {outcome.status} in {outcome.seconds:.0f} s\n")
+                log.write(own.read_text(errors="replace")[-LOG:].rstrip() + "\n\n")
+            own.unlink()
+
+
+def _file_name(part: str) -> str:
+    return part.replace(" ", "-")
 
 
 def _outcome(part: Part, seconds: float, out: Path, environment: dict[str, str]) -> Outcome:
     minutes = f"{max(seconds - 5, 1) / 60:.3f}"  # it ends by itself before it is ended
     arguments = [minutes if each == "{}" else each for each in part.arguments]
     command = [sys.executable, "-m", "benchmarks.first_run.portable", *arguments]
-    log, began, status = out / f"{part.name.replace(' ', '-')}.log", time.monotonic(), "failed"
+    log, began, status = out / f"{_file_name(part.name)}.log", time.monotonic(), "failed"
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
                                    start_new_session=True)  # fmt: skip
@@ -122,16 +163,31 @@ def missing(result: Iterable[dict]) -> list[str]:
 
 def last_lines(outcomes: Sequence[Outcome], out: Path) -> list[str]:
     """What failed, and what is missing against the goals."""
-    bad = [f"{each.name}: {each.status} ({out / (each.name.replace(' ', '-') + '.log')})"
+    bad = [f"{each.name}: {each.status}: {(each.tail.splitlines() or ['no output'])[-1][:160]}"
            for each in outcomes if each.status != "passed"]  # fmt: skip
     file = out / "records.jsonl"
     result = records.read(file) if file.exists() else []
     timed = len(records.of_status(result, "timed"))
     return [
-        f"{len(outcomes) - len(bad)} of {len(outcomes)} parts passed, {timed} numbers in {file}",
+        f"{len(outcomes) - len(bad)} of {len(outcomes)} parts passed, {timed} numbers, all in {out}",
         *bad,
         *missing(result),
     ]
+
+
+def carried(cache: Path) -> dict[str, str]:
+    """Environment variables with which a carried cache is used; says where it is of no use."""
+    archive = cache.with_suffix(".tar.gz")
+    if not cache.exists() and archive.exists():
+        with tarfile.open(archive) as file:
+            file.extractall(cache.parent, filter="data")
+    if not cache.exists():
+        print(f"no {cache}: every kernel is compiled here, see `make gpu-cache`", flush=True)
+        return {}
+    kernels, made, own = portable.relocate(cache / "triton"), portable.made_with(cache), portable.version()
+    useless = f"; OF NO USE HERE, where triton is {own}" if made != own else ""
+    print(f"{kernels} kernels of triton {made} from {cache}{useless}", flush=True)
+    return portable.variables(cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,12 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
-    environment = dict(os.environ)
-    if options.cache.exists():
-        cache = options.cache.resolve()
-        environment |= {"TRITON_CACHE_DIR": str(cache / "triton"), "SARQC_CACHE": str(cache / "sarqc")}
-        print(f"{portable.relocate(cache / 'triton')} compiled kernels from {cache}", flush=True)
-    outcomes = run(parts(out, options.quick, options.device), Budget(options.minutes), out, environment)
+    budget = Budget(options.minutes)
+    environment = os.environ | carried(options.cache.resolve())
+    outcomes = Run(budget, out, environment).all(parts(out, options.quick, options.device))
     lines = last_lines(outcomes, out)
     (out / "summary.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)

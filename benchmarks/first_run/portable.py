@@ -6,12 +6,46 @@ Pythons. What they compile does not. Here the key holds the version alone, for t
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
 
-__all__ = ["patch", "relocate"]
+__all__ = ["NOTE", "SITE", "made_with", "patch", "relocate", "variables", "version"]
+
+NOTE = "triton.txt"
+"""File of a cache with the version of Triton that compiled it."""
+
+
+SITE = "site"
+"""Folder of a cache with packages; each is an import name."""
+
+
+def variables(cache: Path) -> dict[str, str]:
+    """Environment variables with which a process takes kernels, libraries and packages from a cache."""
+    result = {"TRITON_CACHE_DIR": str(cache / "triton"), "SARQC_CACHE": str(cache / "sarqc")}
+    names = [path.name for path in (cache / SITE).glob("[!_]*") if path.is_dir() and path.suffix != ".dist-info"]
+    if any(importlib.util.find_spec(name) is None for name in names):  # another Python's would hide our own
+        paths = [os.environ.get("PYTHONPATH"), str(cache / SITE)]
+        result["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return result
+
+
+def version() -> str:
+    """Of Triton in this environment; "none" without it. Does not import it."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def made_with(cache: Path) -> str:
+    """The version that compiled a cache; "unknown" where it does not say."""
+    note = cache / NOTE
+    return note.read_text().strip() if note.exists() else "unknown"
 
 
 def patch() -> None:

@@ -137,13 +137,14 @@ def configurations() -> Iterator[tuple[int, torch.dtype, bool, Tile]]:
 
 def _tiles(dtype: torch.dtype, arch: int, even: bool) -> list[Tile]:
     """The tiles to choose from."""
+    crowded = Device(arch, 1).sums_in_registers
     if not even:  # element by element, whatever the card: small, so that the addresses fit into registers
-        return [Tile(64, 64, 16, warps=8 if dtype == torch.float32 and (arch < 90 or arch >= 120) else 4, stages=2)]
+        return [Tile(64, 64, 16, warps=8 if dtype == torch.float32 and crowded else 4, stages=2)]
     roomy = arch in ROOMY  # shared memory of a server's card
     if dtype == torch.float32:
-        if arch < 90:
+        if crowded:
             return [Tile(64, 64, 32, warps=4, stages=3)]
-        return [Tile(128, 128, 32, warps=8, stages=3 if roomy else 2, descriptors=True)]
+        return [Tile(128, 128, 32, warps=8, stages=3, descriptors=True)]
     if arch < 90:
         return [Tile(128, 128, 64 if roomy else 32, warps=8, stages=4)]
     # Two loops on sm_90 alone, and not for fp32: that spills, and on later cards they take too much shared memory.

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.device import device_info, on_device
+from sarqc_kernels.device import Device, device_info, on_device
 from sarqc_kernels.gram.config import FLUSH
 from sarqc_kernels.gram.triton_impl import _load
 
@@ -35,16 +35,19 @@ class Tile(NamedTuple):
 
 
 LARGE, NARROW, SMALL = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 16, 4, 2)
-"""The large one takes 72 KiB of shared memory with halves, which every GPU from sm_80 on has. Before sm_90 it spills,
-and the narrow one does not. The small one is for rows that are read element by element, whose addresses need
-registers, and for fp32, whose products are three."""
+"""The large one takes 72 KiB of shared memory with halves, which every GPU from sm_80 on has. Where sums and operands
+share the registers it spills, and the narrow one does not. The small one is for rows that are read element by element,
+whose addresses need registers (twice the warps where sums are there too), and for fp32, whose products are three."""
 
 
-def tile_of_call(dtype: torch.dtype, even: bool, arch: int) -> Tile:
+def tile_of_call(dtype: torch.dtype, even: bool, device: Device) -> Tile:
     """even: widths, row strides and addresses are multiples of 16, so that copies can be wide."""
-    if not even or dtype == torch.float32:
+    crowded = device.sums_in_registers
+    if not even:
+        return SMALL._replace(warps=8) if crowded else SMALL
+    if dtype == torch.float32:
         return SMALL
-    return LARGE if arch >= 90 else NARROW
+    return NARROW if crowded else LARGE
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -85,7 +88,7 @@ def cross_gram_accumulate_(cross: Tensor, residual: Tensor, x: Tensor) -> None:
             residual, x = residual.float(), x.float()
         high = low = residual
     numbers = (outputs, inputs, *(each for rows in (high, low, x) for each in (rows.stride(0), rows.data_ptr())))
-    own = tile_of_call(x.dtype, not any(number % 16 for number in numbers), device_info(x.device).arch)
+    own = tile_of_call(x.dtype, not any(number % 16 for number in numbers), device_info(x.device))
     with on_device(x):
         _cross[(-(-outputs // own.m) * -(-inputs // own.n),)](
             cross, high, low, x, tokens, outputs, inputs, high.stride(0), low.stride(0), x.stride(0), M=own.m, N=own.n,

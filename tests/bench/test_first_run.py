@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -32,28 +35,56 @@ def test_no_part_takes_anything_from_the_others(tmp_path: Path) -> None:
     ]
     began = time.monotonic()
     environment = {"PYTHONPATH": f"{tmp_path}:{command.ROOT}", "PATH": "/usr/bin:/bin"}
-    result = command.run(todo, Budget(0.8), tmp_path / "out", environment)
+    result = command.Run(Budget(0.8), tmp_path / "out", environment).all(todo)
     assert time.monotonic() - began < 48
-    assert [each.status for each in result] == ["failed", "failed", "timed out", "passed"]
-    assert "why it failed" in result[0].tail and "minutes" in result[3].tail
+    by_name = {each.name: each for each in result}
+    statuses = {name: each.status for name, each in by_name.items()}
+    assert statuses == {"tests fail": "failed", "tests crash": "failed", "hang": "timed out", "fine": "passed"}
+    assert "why it failed" in by_name["tests fail"].tail and "minutes" in by_name["fine"].tail
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [each["name"] for each in summary["outcomes"]] == [each.name for each in todo] and summary["to come"] == []
+    assert {each["name"] for each in summary["outcomes"]} == set(by_name) and summary["to come"] == []
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.json", "log.txt"}
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "## tests fail: failed" in log and "why it failed" in log and "## fine: passed" in log
     lines = command.last_lines(result, tmp_path / "out")
     assert lines[0].startswith("1 of 4 parts passed, 0 numbers") and "hang: timed out" in lines[3]
+
+
+def test_tests_run_side_by_side_and_what_is_timed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 2)
+    text = """
+        import pathlib, time
+        me, folder = pathlib.Path(__file__), pathlib.Path(__file__).parent
+        me.with_suffix(".begun").touch()
+        until = time.monotonic() + {seconds}
+        while time.monotonic() < until and len(list(folder.glob("*.begun"))) < {wanted}:
+            time.sleep(0.05)
+        raise SystemExit(len(list(folder.glob("*.begun"))) != {wanted})
+    """
+    written = [
+        module(tmp_path, name, textwrap.dedent(text.format(seconds=seconds, wanted=wanted)))
+        for name, seconds, wanted in (("one", 15, 2), ("two", 15, 2), ("three", 2, 3), ("four", 0, 4))
+    ]
+    names = ("tests one", "tests two", "three", "four")
+    todo = [Part(name, arguments, 1) for name, arguments in zip(names, written)]
+    environment = {"PYTHONPATH": f"{tmp_path}:{command.ROOT}", "PATH": "/usr/bin:/bin"}
+    result = command.Run(Budget(2.0), tmp_path / "out", environment).all(todo)
+    assert {each.name: each.status for each in result} == dict.fromkeys(names, "passed")
 
 
 def test_where_time_is_short_the_first_parts_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty parts of a minute: the share of each would be less than a part needs at least."""
     monkeypatch.setattr(command, "_outcome", lambda part, *given: Outcome(part.name, "passed", given[0], ""))
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 1)
     clock = iter(range(0, 10_000, 3))
     budget = Budget(1.0, clock=lambda: float(next(clock)))
-    result = command.run([Part(f"tests {i}", ("this",), 1) for i in range(20)], budget, tmp_path, {})
+    result = command.Run(budget, tmp_path, {}).all([Part(f"tests {i}", ("this",), 1) for i in range(20)])
     statuses = [each.status for each in result]
     assert statuses[0] == "passed" and statuses[-1] == "left out" and statuses == sorted(statuses, reverse=True)
 
 
 def test_what_has_no_time_is_said(tmp_path: Path) -> None:
-    (result,) = command.run([Part("fine", ("this",), 1)], Budget(0.0), tmp_path, {})
+    (result,) = command.Run(Budget(0.0), tmp_path, {}).all([Part("fine", ("this",), 1)])
     assert result.status == "left out"
 
 
@@ -65,7 +96,7 @@ def record(op: str, point: str, seconds: float, contender: str = "sarqc triton",
 
 def test_goals_that_are_missed_are_the_last_lines() -> None:
     """The best of ours counts; the farthest from its goal comes first; parts and rivals do not count."""
-    values = [
+    result = [
         record("w4a16", "a", 30e-6, goal_share=0.5),
         record("w4a16", "a", 12e-6, "sarqc cuda", goal_share=0.5),
         record("w4a16", "b", 9e-6, goal_share=0.5),
@@ -74,7 +105,7 @@ def test_goals_that_are_missed_are_the_last_lines() -> None:
         record("gram", "d", 9e-3),
         record("gram", "e", 9e-3, goal_share=0.5, ours=False),
     ]
-    lines = command.missing(values)
+    lines = command.missing(result)
     assert [line.split(":")[0] for line in lines] == ["columns c", "w4a16 a"]
     assert "12.0 us by sarqc cuda, 1.20 of the goal of 10.0 us" in lines[1]
 
@@ -127,6 +158,38 @@ def test_a_cache_that_was_carried_is_found(tmp_path: Path, monkeypatch: pytest.M
     assert set(cache_module.FileCacheManager("key").get_group("k.json")) == {"k.cubin", "k.json"}
 
 
-def test_an_outcome_names_its_log(tmp_path: Path) -> None:
-    lines = command.last_lines([Outcome("tests gram", "failed", 1.0, "")], tmp_path)
-    assert str(tmp_path / "tests-gram.log") in lines[1]
+def test_an_archive_is_unpacked_and_says_what_it_is_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another version's kernels are of no use, and that is said before minutes are spent."""
+    folder = tmp_path / "made" / "gpu-cache"
+    (folder / "triton").mkdir(parents=True)
+    (folder / portable.NOTE).write_text("0.0.1\n")
+    cache.pack(folder, tmp_path / "gpu-cache.tar.gz")
+    result = command.carried(tmp_path / "gpu-cache")
+    assert result["TRITON_CACHE_DIR"] == str(tmp_path / "gpu-cache" / "triton")
+    assert "0 kernels of triton 0.0.1" in (said := capsys.readouterr().out) and "OF NO USE" in said
+    assert command.carried(tmp_path / "none") == {} and "compiled here" in capsys.readouterr().out
+
+
+def test_packages_of_a_cache_are_taken_where_there_are_none(tmp_path: Path) -> None:
+    """One of another Python must not hide the package that is installed."""
+    (tmp_path / portable.SITE / "pytest").mkdir(parents=True)
+    (tmp_path / portable.SITE / "pytest-9.dist-info").mkdir()
+    assert "PYTHONPATH" not in portable.variables(tmp_path)
+    (tmp_path / portable.SITE / "no_such_package").mkdir()
+    assert portable.variables(tmp_path)["PYTHONPATH"].endswith(str(tmp_path / portable.SITE))
+
+
+@pytest.mark.slow
+def test_only_tests_that_a_gpu_can_fail() -> None:
+    """Some of every file that is run, none of those that hold on any machine."""
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p",
+         "benchmarks.first_run.on_device", *command.test_files()],
+        cwd=command.ROOT, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    names = [line for line in collected if "::" in line]
+    files = {line.split("::")[0] for line in names}
+    assert files == set(command.test_files())
+    assert any("[triton-" in line or "[triton]" in line for line in names)
+    assert any("test_on_a_gpu" in line for line in names) and any("test_every_plan_gives" in line for line in names)
+    assert not [line for line in names if any(word in line for word in ("[reference", "test_refuses", "is_chosen"))]
