@@ -121,8 +121,8 @@ SIZES: dict[str, Any] = {
     "ssm_state_size": 16,
     "state_size": 16,
     "mamba_d_ssm": 256,
-    "mamba_dt_rank": 32,
-    "time_step_rank": 32,
+    "mamba_dt_rank": 8,  # a sixteenth of the hidden size, as in the classes that choose it themselves
+    "time_step_rank": 8,
     "mamba_n_groups": 2,
     "n_groups": 2,
     "mamba_chunk_size": 16,

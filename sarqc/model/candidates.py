@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -17,6 +18,7 @@ from sarqc.model.lazy_model import LazyModel
 NARROWEST = 32
 """Inputs of the narrowest layer that is quantized: the smallest group size that servers take."""
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ROUTER = re.compile(r"(^|_)(gate|router)$")
 _NO_MATRICES = (nn.Embedding, nn.modules.conv._ConvNd)
 
@@ -77,11 +79,12 @@ def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: 
     parameter = f"{name}.weight"
     slices = lazy.slices.get(parameter, ())
     whole = Target(name, (module.out_features, module.in_features), index, name, parameter)
-    rule = _rule(lazy, whole, outputs)
-    if rule is None and (seen := lazy.usage) and parameter in seen.multiplied and name not in seen.called:
-        rule = "its weight is multiplied by other code than its own"
-    strange = type(module).forward is not nn.Linear.forward and not _multiplies(module)
-    refusal = f"{type(module).__name__} is not a plain Linear" if strange else None
+    rule = _rule(lazy, whole, outputs) or _unlike_others(lazy, name)
+    refusal = None
+    if rule is None and type(module).forward is not nn.Linear.forward and not _multiplies(module):
+        if _is_block_diagonal(module):
+            rule = "it is block-diagonal: each of its parts reads inputs of its own"
+        refusal = f"{type(module).__name__} is not a plain Linear"
     if not slices or slices[0].linear is None:
         made = slices[0].conversion if slices else None
         how = f"transformers makes it from {slices[0].name} by {made}" if made else "its weight is shared or renamed"
@@ -144,11 +147,46 @@ def _rule(lazy: LazyModel, target: Target, outputs: set[int]) -> str | None:
     return f"it has fewer than {NARROWEST} inputs" if inputs < NARROWEST else None
 
 
-@torch.no_grad()
+def _unlike_others(lazy: LazyModel, name: str) -> str | None:
+    """The rule that leaves a Linear that text does not pass through as it does through others, or None.
+
+    A Linear is passed if the one in its place in any block, or of any number in a list, is: without data one branch of
+    each kind is taken.
+    """
+    seen, parameter = lazy.usage, f"{name}.weight"
+    if seen is None:
+        return None
+    if parameter in seen.multiplied and name not in seen.called:
+        return "its weight is multiplied by other code than its own"
+    return None if _NUMBER.sub("*", parameter) in _kinds(seen.touched) else "text does not pass through it"
+
+
+@cache
+def _kinds(names: frozenset[str]) -> frozenset[str]:
+    return frozenset(_NUMBER.sub("*", name) for name in names)
+
+
 def _multiplies(module: nn.Linear) -> bool:
     """Whether a subclass of Linear with a forward of its own does what Linear does, tried on numbers."""
+    return _computes(module, (2, 3), lambda x, weight, bias: nn.functional.linear(x, weight, bias))
+
+
+def _is_block_diagonal(module: nn.Linear) -> bool:
+    """Whether a subclass of Linear is several matrices, each for one row of its input, tried on numbers."""
+    rows = module.out_features
+
+    def parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.einsum("tgk,gnk->tgn", x, weight.unflatten(0, (x.shape[1], -1)))
+        return out if bias is None else out + bias.view(x.shape[1], -1)
+
+    return any(rows % count == 0 and _computes(module, (2, count), parts) for count in range(2, min(rows, 129)))
+
+
+@torch.no_grad()
+def _computes(module: nn.Linear, tokens: tuple[int, int], wanted: Callable[..., Tensor]) -> bool:
+    """Whether a Linear's own forward gives wanted(x, weight, bias) on random numbers x [*tokens, inputs]."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, module.in_features, generator=generator)
+    x = torch.randn(*tokens, module.in_features, generator=generator)
     parameters = {
         name: None if there is None else nn.Parameter(torch.randn(there.shape, generator=generator))
         for name, there in module._parameters.items()
@@ -159,7 +197,5 @@ def _multiplies(module: nn.Linear) -> bool:
         actual = tried(x)
     except Exception:  # noqa: BLE001  # a forward that takes something else is none of Linear's
         return False
-    weight = parameters["weight"]
-    assert weight is not None
-    wanted = nn.functional.linear(x, weight, parameters["bias"])
-    return isinstance(actual, Tensor) and actual.shape == wanted.shape and torch.allclose(actual, wanted, 1e-4, 1e-4)
+    made = wanted(x, parameters["weight"], parameters["bias"])
+    return isinstance(actual, Tensor) and actual.shape == made.shape and torch.allclose(actual, made, 1e-4, 1e-4)
