@@ -73,6 +73,7 @@ def text(results: dict[str, Any]) -> str:
 
 _KNOWN = {
     r"experts\.\w+$": "it reads all experts of this class from one tensor, and has no rule for single ones",
+    r"c_(attn|fc|proj)\.weight$": "its layers are of `Conv1D`, of which compressed-tensors knows no packed form",
     r"CONVERSION": "its expansion of compressed-tensors, which runs before the class's own conversions, drops what is "
     "stored dense (convolutions, layers left alone)",
     r"ignore_mismatched_sizes": "it joins `weight_shape` of two packed layers as it joins their weights",

@@ -82,7 +82,11 @@ def test_narrow_layers_are_left_by_rule(tiny):
 
 @pytest.mark.parametrize(
     ("row", "layer", "reason"),
-    [("bart", "encoder_attn.", "text does not pass"), ("deepseek_v4", "attn.wo_a", "block-diagonal")],
+    [
+        ("bart", "encoder_attn.", "text does not pass"),
+        ("ernie4_5_vl_moe+vl", "experts.4.", "text does not pass"),
+        ("deepseek_v4", "attn.wo_a", "block-diagonal"),
+    ],
 )
 def test_what_no_packed_linear_can_stand_for_is_left_and_said(row, layer, reason, tmp_path):
     found = targets(families.lazy(families.save(row, tmp_path)), QUANT)
