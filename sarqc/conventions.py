@@ -8,15 +8,16 @@ import torch
 
 
 @dataclass(frozen=True)
-class ExpertSlice:
-    """A matrix of one expert in the tensor of all experts.
+class MatrixSlice:
+    """A matrix that lies in a tensor of several, or is stored transposed.
 
     It is rows start, start + step, ... of matrix `expert` of `tensor`, of its transpose where `transposed`.
-    shape: (rows, inputs). row: its first row in the parameter of the model, once that is taken apart.
+    expert: None where the tensor is one matrix. shape: (rows, inputs). row: its first row in the parameter of the
+    model, once that is taken apart.
     """
 
     tensor: str
-    expert: int
+    expert: int | None
     start: int
     step: int
     shape: tuple[int, int]

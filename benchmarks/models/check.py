@@ -49,15 +49,16 @@ def unpack(source: Path, out: Path, dense: Path) -> int:
 
 
 def _fuse(source: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Put experts that were written one by one back into the tensors that the source has."""
+    """Put what was written one by one back into the tensors that the source has."""
     with open_checkpoint(source) as checkpoint:
-        slices = LazyModel.from_folder(source, checkpoint).split_experts(lambda names: True)
+        slices = LazyModel.from_folder(source, checkpoint).split(lambda names: True)
         for name, part in slices.items():
             if name not in tensors:
                 continue
+            single = tensors.pop(name).float()
             whole = tensors.setdefault(part.tensor, checkpoint.load(part.tensor).float())
-            matrix = whole[part.expert].mT if part.transposed else whole[part.expert]
-            matrix[part.start :: part.step][: part.shape[0]] = tensors.pop(name).float()
+            matrix = whole if part.expert is None else whole[part.expert]
+            (matrix.mT if part.transposed else matrix)[part.start :: part.step][: part.shape[0]] = single
 
 
 def load(row: str, folder: Path) -> tuple[Any, dict[str, Any]]:

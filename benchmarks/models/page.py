@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def text(results: dict[str, Any]) -> str:
         "loaded again. No published weights are part of this test.",
         f"Versions: {versions}. Run `make models` to repeat it.",
         "*same*: the logits are those of a dense model that compressed-tensors unpacked. *share*: quantized weights of "
-        "the decoder blocks; routers and matrices that stay in fp32 are not counted. `+vl` is a multimodal wrapper, "
-        "`@` a condition of published checkpoints.",
+        "the decoder blocks; routers, matrices that stay in fp32 and layers that text does not pass through are not "
+        "counted. `+vl` is a multimodal wrapper, `@` a condition of published checkpoints.",
         "## Most used models and published conditions",
         _table(first, rows),
     ]
@@ -63,17 +64,33 @@ def text(results: dict[str, Any]) -> str:
     if alone := [row for row in (*first, *others) if rows[row]["kind"].startswith("reload in transformers fails")]:
         parts += [
             "## Not loaded by transformers alone",
-            "These load with `import sarqc`. Where transformers has no rule that makes a parameter of the tensors of "
-            "single experts, it leaves that parameter random and warns.",
-            "\n".join(f"- `{row}`: {_why(rows[row]['transformers'])}" for row in alone),
+            "These load with `import sarqc`. The causes are in transformers. Where it finds no tensors for a "
+            "parameter, it leaves that parameter random and warns.",
+            "\n".join(f"- {why}: {', '.join(names)}" for why, names in _causes(alone, rows).items()),
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def _why(reload: dict[str, Any]) -> str:
-    if reload.get("missing"):
-        return f"it looks for `{reload['missing'][0]}` and does not build it from the tensors of single experts"
-    return reload.get("error") or f"logits differ by {reload['difference']} of their spread"
+_KNOWN = {
+    r"experts\.\w+$": "it reads all experts of this class from one tensor, and has no rule for single ones",
+    r"c_(attn|fc|proj)\.weight$": "its layers are of `Conv1D`, of which compressed-tensors knows no packed form",
+    r"CONVERSION": "its expansion of compressed-tensors, which runs before the class's own conversions, drops what is "
+    "stored dense (convolutions, layers left alone)",
+    r"^ValueError: source keys=": "it cuts no tensor into several where compressed-tensors is read (here one of a tower)",
+    r"ignore_mismatched_sizes": "it joins `weight_shape` of two packed layers as it joins their weights",
+    r"has no attribute 'weight'": "it initialises `weight` of a packed layer, which has none",
+}
+"""Causes, by what transformers says or misses; each was traced in its code (5.23.0)."""
+
+
+def _causes(names: list[str], rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Rows by the cause that transformers does not load them."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        reload = rows[name]["transformers"]
+        said = reload.get("error") or (reload["missing"][0] if reload["missing"] else f"logits: {reload['difference']}")
+        found.setdefault(next((why for sign, why in _KNOWN.items() if re.search(sign, said)), said), []).append(name)
+    return {why: [f"`{name}`" for name in alike] for why, alike in found.items()}
 
 
 def _table(names: list[str], rows: dict[str, dict[str, Any]]) -> str:

@@ -17,9 +17,10 @@ from typing import Any
 from benchmarks.models.build import build
 from benchmarks.models.conditions import CONDITION
 
-TIMEOUT = 300
+TIMEOUT = 1800
+"""Seconds of a stage: seconds of work, and long waits on a busy machine."""
 SETTINGS = {"bits": 4, "group_size": 32, "num_samples": 4, "seqlen": 32}
-UNCOUNTED = "choose|router|keeps it in fp32|is no Linear and has fewer"
+UNCOUNTED = "choose|router|keeps it in fp32|is no Linear and has fewer|text does not pass"
 """Reasons to leave a matrix that is not one of the decoder's Linears, or that servers keep in 16 bits."""
 
 

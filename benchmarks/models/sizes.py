@@ -121,8 +121,8 @@ SIZES: dict[str, Any] = {
     "ssm_state_size": 16,
     "state_size": 16,
     "mamba_d_ssm": 256,
-    "mamba_dt_rank": 32,
-    "time_step_rank": 32,
+    "mamba_dt_rank": 8,  # a sixteenth of the hidden size, as in the classes that choose it themselves
+    "time_step_rank": 8,
     "mamba_n_groups": 2,
     "n_groups": 2,
     "mamba_chunk_size": 16,
@@ -341,7 +341,11 @@ OWN: dict[str, dict[str, Any]] = {
     "glm5_next": _in("text_config", {"index_kpool": 4, "qk_rope_head_dim": 0, "qk_head_dim": 32}),
     "deepseek_v2": {"num_experts_per_tok": 2},
     "youtu": {"pad_token_id": None},
-    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config.hidden_size_global": 128,
+        "decoder_config.hidden_size_global": 128,
+    },
     "inkling_mm_model": {"vision_config.patch_size": 4},
     "chameleon": {"vocabulary_map": {"<image>": 4001, "<reserved08706>": 4002, "<racm3:break>": 4003, "<eoss>": 4004}},
     "emu3": {

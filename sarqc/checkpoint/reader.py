@@ -27,7 +27,7 @@ from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.low_precision import Expanded, dense_view, is_low_precision
 from sarqc.checkpoint.shards import INDEX, Shard, check_index, find_shards
 from sarqc.config import QuantConfig
-from sarqc.conventions import ExpertSlice
+from sarqc.conventions import MatrixSlice
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight, WeightInfo
 
@@ -77,7 +77,7 @@ class Checkpoint:
         self.format = None if low else detect(config)
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
-        self._slices: dict[str, ExpertSlice] = {}
+        self._slices: dict[str, MatrixSlice] = {}
         self._rows = self._rows_of_stacks()
         self.expanded: Mapping[str, Expanded] = {}
         hidden: frozenset[str] = frozenset()
@@ -132,15 +132,17 @@ class Checkpoint:
         """The safetensors files."""
         return [shard.path for shard in self._shards]
 
-    def split(self, slices: Mapping[str, ExpertSlice]) -> Checkpoint:
+    def split(self, slices: Mapping[str, MatrixSlice]) -> Checkpoint:
         """Show single matrices, by name, in the place of the tensors that they lie in; this checkpoint, changed."""
         whole = {part.tensor for part in slices.values()}
         self._names = sorted((set(self._names) - whole) | slices.keys())
         self._slices = dict(slices)
         return self
 
-    def _expert(self, tensor: str, expert: int) -> Tensor:
-        """One matrix of a tensor of several, reading no other where that is possible."""
+    def _matrix(self, tensor: str, expert: int | None) -> Tensor:
+        """A tensor that is a matrix, or one matrix of several, reading no other where that is possible."""
+        if expert is None:
+            return self._whole(tensor)
 
         def one(name: str) -> Tensor:
             return self._shard(name).load_row(name, expert)[None]
@@ -168,7 +170,7 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of dense tensor `name`; that of its scales where it is quantized."""
         if name in self._slices:
-            return self.dtype(self._slices[name].tensor)
+            name = self._slices[name].tensor
         if name in self.expanded:
             return self.expanded[name].dtype
         linear = self.linear(name)
@@ -177,9 +179,12 @@ class Checkpoint:
     def load(self, name: str) -> Tensor:
         """Dense tensor `name` on the CPU in memory of its own, dequantized where need be."""
         if (part := self._slices.get(name)) is not None:
-            matrix = self._expert(part.tensor, part.expert)
+            matrix = self._matrix(part.tensor, part.expert)
             rows = (matrix.mT if part.transposed else matrix)[part.start :: part.step][: part.shape[0]]
             return rows.clone(memory_format=torch.contiguous_format)
+        return self._whole(name)
+
+    def _whole(self, name: str) -> Tensor:
         if name in self.expanded:
             return self.expanded[name].load(self.raw_load)
         linear = self.linear(name)

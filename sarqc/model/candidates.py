@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from sarqc.model import moe
 from sarqc.model.lazy_model import LazyModel
+from sarqc.model.transposed import computes
 
 NARROWEST = 32
 """Inputs of the narrowest layer that is quantized: the smallest group size that servers take."""
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ROUTER = re.compile(r"(^|_)(gate|router)$")
 _NO_MATRICES = (nn.Embedding, nn.modules.conv._ConvNd)
 
@@ -77,11 +80,12 @@ def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: 
     parameter = f"{name}.weight"
     slices = lazy.slices.get(parameter, ())
     whole = Target(name, (module.out_features, module.in_features), index, name, parameter)
-    rule = _rule(lazy, whole, outputs)
-    if rule is None and (seen := lazy.usage) and parameter in seen.multiplied and name not in seen.called:
-        rule = "its weight is multiplied by other code than its own"
-    strange = type(module).forward is not nn.Linear.forward and not _multiplies(module)
-    refusal = f"{type(module).__name__} is not a plain Linear" if strange else None
+    rule = _rule(lazy, whole, outputs) or _not_called(lazy, name) or _not_passed(lazy, parameter)
+    refusal = None
+    if rule is None and type(module).forward is not nn.Linear.forward and not _multiplies(module):
+        if _is_block_diagonal(module):
+            rule = "it is block-diagonal: each of its parts reads inputs of its own"
+        refusal = f"{type(module).__name__} is not a plain Linear"
     if not slices or slices[0].linear is None:
         made = slices[0].conversion if slices else None
         how = f"transformers makes it from {slices[0].name} by {made}" if made else "its weight is shared or renamed"
@@ -98,6 +102,7 @@ def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: 
 def _stacked(lazy: LazyModel, index: int, name: str, module: Any, projection: str) -> Iterator[Candidate]:
     parameter = f"{name}.{projection}"
     weight: Tensor = getattr(module, projection)
+    rule = _not_passed(lazy, parameter)
     inputs = weight.shape[1 if module.is_transposed else 2]
     for stored in lazy.slices[parameter]:
         rows = stored.rows or weight.numel() // inputs // len(lazy.slices[parameter])
@@ -105,9 +110,8 @@ def _stacked(lazy: LazyModel, index: int, name: str, module: Any, projection: st
             module, per_expert_names=stored.expert is not None and stored.linear is not None
         )
         where = (stored.expert or 0, stored.start)
-        yield Candidate(
-            Target(stored.linear or stored.name, (rows, inputs), index, name, parameter, *where), None, refusal
-        )
+        target = Target(stored.linear or stored.name, (rows, inputs), index, name, parameter, *where)
+        yield Candidate(target, rule, refusal)
 
 
 def _bare(lazy: LazyModel, index: int, name: str, module: nn.Module, outputs: set[int]) -> Iterator[Candidate]:
@@ -144,22 +148,39 @@ def _rule(lazy: LazyModel, target: Target, outputs: set[int]) -> str | None:
     return f"it has fewer than {NARROWEST} inputs" if inputs < NARROWEST else None
 
 
-@torch.no_grad()
+def _not_called(lazy: LazyModel, name: str) -> str | None:
+    seen = lazy.usage
+    if seen is None or name in seen.called or f"{name}.weight" not in seen.multiplied:
+        return None
+    return "its weight is multiplied by other code than its own"
+
+
+def _not_passed(lazy: LazyModel, parameter: str) -> str | None:
+    """The rule that leaves what text does not pass through, or None.
+
+    A layer is passed if the one in its place in any block, or of any number in a list, is: without data one branch of
+    each kind is taken.
+    """
+    passed = lazy.usage is None or _NUMBER.sub("*", parameter) in _kinds(lazy.usage.touched)
+    return None if passed else "text does not pass through it"
+
+
+@cache
+def _kinds(names: frozenset[str]) -> frozenset[str]:
+    return frozenset(_NUMBER.sub("*", name) for name in names)
+
+
 def _multiplies(module: nn.Linear) -> bool:
     """Whether a subclass of Linear with a forward of its own does what Linear does, tried on numbers."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, module.in_features, generator=generator)
-    parameters = {
-        name: None if there is None else nn.Parameter(torch.randn(there.shape, generator=generator))
-        for name, there in module._parameters.items()
-    }
-    tried = object.__new__(type(module))
-    tried.__dict__ = module.__dict__ | {"_parameters": parameters}
-    try:
-        actual = tried(x)
-    except Exception:  # noqa: BLE001  # a forward that takes something else is none of Linear's
-        return False
-    weight = parameters["weight"]
-    assert weight is not None
-    wanted = nn.functional.linear(x, weight, parameters["bias"])
-    return isinstance(actual, Tensor) and actual.shape == wanted.shape and torch.allclose(actual, wanted, 1e-4, 1e-4)
+    return computes(module, (2, 3, module.in_features), nn.functional.linear)
+
+
+def _is_block_diagonal(module: nn.Linear) -> bool:
+    """Whether a subclass of Linear is several matrices, each for one row of its input, tried on numbers."""
+    rows, inputs = module.weight.shape
+
+    def parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.einsum("tgk,gnk->tgn", x, weight.unflatten(0, (x.shape[1], -1)))
+        return out if bias is None else out + bias.view(x.shape[1], -1)
+
+    return any(rows % count == 0 and computes(module, (2, count, inputs), parts) for count in range(2, min(rows, 129)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from sarqc.conventions import SOURCE_METHODS, ExpertSlice
+from sarqc.conventions import SOURCE_METHODS, MatrixSlice
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.architecture import build_on_meta, language_model, read_config
@@ -27,7 +27,7 @@ class HeaderSource:
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-    def split(self, slices: Mapping[str, ExpertSlice]) -> HeaderSource:
+    def split(self, slices: Mapping[str, MatrixSlice]) -> HeaderSource:
         """The source with single experts in the place of tensors of all experts."""
         whole = {part.tensor for part in slices.values()}
         plain = {name: header for name, header in self.tensors.items() if name not in whole}

@@ -9,12 +9,13 @@ have other names than `gate_up_proj` and `down_proj`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from sarqc.conventions import ExpertSlice
+from sarqc.conventions import MatrixSlice
 from sarqc.model import moe
 
 _PLAIN = (("gate_proj", "up_proj"), ("up_proj",), ("down_proj",))
@@ -29,30 +30,43 @@ def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
     return reverted
 
 
-def single_experts(model: Any, parameter: str, stored: Sequence[str], flipped: bool = False) -> dict[str, ExpertSlice]:
+@dataclass(frozen=True)
+class AllExperts:
+    """How the matrices of all experts are stored that make up a parameter.
+
+    tensors: the one of all, or one for the gates and one for the rest. flipped: they lie there in the transpose of what
+    the parameter is. interleaved: its rows of gates and the rest alternate there.
+    """
+
+    tensors: tuple[str, ...]
+    flipped: bool = False
+    interleaved: bool = False
+
+
+def single_experts(model: Any, parameter: str, stored: AllExperts) -> dict[str, MatrixSlice]:
     """Each matrix of an experts module's parameter by a name of its own; nothing where `stored` has other parts.
 
-    stored: the tensor of all experts, or one for the gates and one for the rest. flipped: they lie there in the
-    transpose of what the parameter is. In the order of the parameter: experts ascending, gate before up.
+    In the order of the parameter: experts ascending, gate before up.
     """
     path, _, projection = parameter.rpartition(".")
     module = model.get_submodule(path)
     weight: Tensor = getattr(module, projection)
     gated = module.has_gate and projection == moe.projections(module)[0]
     experts, outputs, inputs = weight.mT.shape if module.is_transposed else weight.shape
-    leaves = _leaves(stored, gated, projection)
-    if len(stored) not in (1, len(leaves)):
+    tensors = stored.tensors
+    leaves = _leaves(tensors, gated, projection)
+    if len(tensors) not in (1, len(leaves)):
         return {}
-    rows, apart = outputs // len(leaves), len(stored) > 1
-    interleaved = gated and not apart and not getattr(module, "is_concatenated", True)
+    rows, apart = outputs // len(leaves), len(tensors) > 1
+    interleaved = stored.interleaved or (gated and not apart and not getattr(module, "is_concatenated", True))
     single = {}
     for expert in range(experts):
         for part, leaf in enumerate(leaves):
-            tensor = stored[part if apart else 0]
+            tensor = tensors[part if apart else 0]
             start, step = (part, len(leaves)) if interleaved else (0 if apart else part * rows, 1)
             name = f"{_parent(tensor)}.{expert}.{leaf}.weight"
-            transposed = module.is_transposed != flipped
-            single[name] = ExpertSlice(tensor, expert, start, step, (rows, inputs), transposed, part * rows)
+            transposed = module.is_transposed != stored.flipped
+            single[name] = MatrixSlice(tensor, expert, start, step, (rows, inputs), transposed, part * rows)
     return single
 
 

@@ -8,7 +8,8 @@ for it. Left alone are
 - selectors: weights whose outputs choose experts or positions, see `sarqc.model.usage`. Where a model's code does not
   run without data, a router is told by its name (`gate`, `router`) and its width (one output per expert);
 - a Linear with one output, which scales or gates a token: servers keep it in 16 bits;
-- Linears whose weight is multiplied by other code than their own, and Linears with fewer than 32 inputs;
+- Linears whose weight is multiplied by other code than their own, block-diagonal ones, those that text does not pass
+  through (cross-attention without an encoder), and Linears with fewer than 32 inputs;
 - what the model keeps in fp32, and matrices with fewer than 32 outputs that no Linear holds;
 - what a regular expression of `QuantConfig.ignore` finds, in the checkpoint's names or in the model's; one that finds
   no matrix of the model is an error.

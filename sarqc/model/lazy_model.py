@@ -7,20 +7,21 @@ What they are called with is the model's own business: it is run as it is (`sarq
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sarqc.conventions import ExpertSlice
-from sarqc.model import moe
+from sarqc.conventions import MatrixSlice
+from sarqc.model import moe, other_forms
 from sarqc.model.architecture import build_on_meta, find_blocks, language_model, read_config
 from sarqc.model.checks import check_layers
-from sarqc.model.expert_names import single_experts
+from sarqc.model.expert_names import AllExperts, single_experts
+from sarqc.model.other_forms import Wanted
 from sarqc.model.source import TensorSource
 from sarqc.model.undeclared_experts import adopt
 from sarqc.model.usage import Usage, usage
@@ -52,7 +53,7 @@ class LazyModel:
         self.slices: dict[str, tuple[TensorSlice, ...]] = trace(model, source)
         used = {stored.name for slices in self.slices.values() for stored in slices}
         self.unused = _unused(source, used | set(model.all_tied_weights_keys))
-        self.own_expert_names: set[str] = set()  # of those that split_experts gives, what transformers reads too
+        self.own_names: set[str] = set()  # of those that `split` gives, what transformers reads too
 
     @classmethod
     def from_config(
@@ -94,19 +95,32 @@ class LazyModel:
         size = getattr(self.text_config, "hidden_size", None)
         return int(size or self.model.get_input_embeddings().weight.shape[1])
 
-    def split_experts(self, wanted: Callable[[Iterable[str]], bool]) -> dict[str, ExpertSlice]:
-        """Take apart the experts that the checkpoint stores in one tensor; where each matrix lies, by its own name.
+    def split(self, wanted: Wanted) -> dict[str, MatrixSlice]:
+        """Take apart what the checkpoint stores in other forms than Linears'; where each matrix lies, by its own name.
 
         The source has to give the matrices by these names from now on. wanted: whether the layer of these two
-        names is to be quantized; a module of which none is stays whole. It belongs before anything is loaded.
+        names is to be quantized; what has none stays as it is. It belongs before anything is loaded.
         """
-        slices: dict[str, ExpertSlice] = {}
+        slices = self._split_experts(wanted)
+        inside = f"{self.prefix}."
+        modules = ((path, module) for path, module in self.model.named_modules() if path.startswith(inside))
+        linears = [f"{path}.weight" for path, module in modules if isinstance(module, nn.Linear)]
+        for parameter, (name, part) in other_forms.cut(self.model, linears, self.slices, wanted).items():
+            self.slices[parameter] = (TensorSlice(name, None, 0, 0),)
+            self.own_names.add(name)
+            slices[name] = part
+        if turned := other_forms.turn(self.model, inside, self.slices, wanted):
+            self.__dict__.pop("usage", None)  # it knows no Linears there
+        return slices | turned
+
+    def _split_experts(self, wanted: Wanted) -> dict[str, MatrixSlice]:
+        slices: dict[str, MatrixSlice] = {}
         for path, module in self.model.named_modules():
             if not path.startswith(f"{self.prefix}.") or not moe.is_experts(module):
                 continue
             parameters = [f"{path}.{projection}" for projection in moe.projections(module)]
             stored = {p: tensors_of_experts(self.slices[p]) for p in parameters}
-            parts = {p: self._single(p, *tensors) for p, tensors in stored.items() if tensors}
+            parts = {p: self._single(p, tensors) for p, tensors in stored.items() if tensors}
             if len(parts) < len(parameters) or not all(parts.values()):
                 continue
             if any(wanted((name.removesuffix(".weight"), p)) for p, single in parts.items() for name in single):
@@ -116,13 +130,13 @@ class LazyModel:
                 moe.separate_projections(module)
         return slices
 
-    def _single(self, parameter: str, stored: tuple[str, ...], flipped: bool) -> dict[str, ExpertSlice]:
-        single = single_experts(self.model, parameter, stored, flipped)
+    def _single(self, parameter: str, stored: AllExperts) -> dict[str, MatrixSlice]:
+        single = single_experts(self.model, parameter, stored)
         own = own_names(self.model, parameter)
         if own is None or len(own) != len(single):
             return single
         at = {(stored.expert, stored.start): name for stored, name in zip(slices_of(single), single)}
-        self.own_expert_names |= {stored.name for stored in own}
+        self.own_names |= {stored.name for stored in own}
         return {stored.name: single[at[stored.expert, stored.start]] for stored in own}
 
     @cached_property
@@ -148,8 +162,9 @@ class LazyModel:
         """Load what stands outside the blocks: embeddings and norms, with `head` also what turns hidden into logits."""
         self.use_dtype(dtype or self.dtype)
         self.device = torch.device(device)
+        asked = {_first_parameter(path, module) for path, module in self.model.named_modules()}
         for parameter in self._outer():
-            if head or self._is_body(parameter):
+            if head or parameter in asked or self._is_body(parameter):
                 self._load(parameter, source, self.device)
         for target, origin in self.model.all_tied_weights_keys.items():
             if target not in self.slices:
@@ -265,6 +280,12 @@ def assemble(
 def _unused(source: TensorSource, used: set[str]) -> tuple[str, ...]:
     names = (name for name in source.names() if name.endswith(".weight") and name not in used)
     return tuple(name.removesuffix(".weight") for name in names if len(source.shape(name)) == 2)
+
+
+def _first_parameter(path: str, module: nn.Module) -> str:
+    """The parameter whose device transformers takes for that of a model; "" for a module that is none."""
+    first = next(module.named_parameters(), None) if isinstance(module, PreTrainedModel) else None
+    return "" if first is None else f"{path}.{first[0]}".removeprefix(".")
 
 
 def _find(model: Any, name: str) -> Tensor:

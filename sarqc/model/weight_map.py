@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    Interleave,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -29,11 +30,12 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from sarqc.conventions import ExpertSlice
+from sarqc.conventions import MatrixSlice
 from sarqc.errors import ModelError, first_line
 from sarqc.model import moe
-from sarqc.model.expert_names import single_experts, stored_names
+from sarqc.model.expert_names import AllExperts, single_experts, stored_names
 from sarqc.model.source import StateDictSource, TensorSource
+from sarqc.model.transposed import become_linear, is_transposed
 
 _TAG = torch.arange(6).view(2, 3)
 _WEIGHT = ".weight"
@@ -59,15 +61,17 @@ class Conversion:
         tensor: Tensor = value[0] if isinstance(value, list) else value
         return tensor
 
-    def of_experts(self) -> tuple[tuple[str, ...], bool] | None:
-        """The tensors of all experts that follow each other in the parameter's rows, and whether they are transposed;
-        None where the conversion does anything else."""
+    def of_experts(self) -> AllExperts | None:
+        """The tensors of all experts in the order of the rows; None where the conversion makes it of others, or
+        otherwise."""
         order = [name for wanted in self.rule.source_patterns for pattern, name in self.names if pattern == wanted]
         match self.rule.operations:
             case [Transpose(dim0=1, dim1=2)]:
-                return tuple(order), True
+                return AllExperts(tuple(order), flipped=True)
             case [Concatenate(dim=1)]:
-                return tuple(order), False
+                return AllExperts(tuple(order))
+            case [Interleave(dim=1, inverse=False)]:
+                return AllExperts(tuple(order), interleaved=True)
         return None
 
     def __str__(self) -> str:
@@ -115,6 +119,7 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[TensorSlice, ...]
     slices: dict[str, tuple[TensorSlice, ...]] = {p: (TensorSlice(name, None, 0, 0),) for p, name in whole.items()}
     for first, (converter, names) in stacked.items():
         slices |= _follow(model, first, converter, names, source)
+    _turn_packed(model, source, whole)
     slices |= _one_by_one(model, source, [parameter for parameter in wanted if parameter not in slices])
     wanted = model.state_dict()
     for parameter, tensor in wanted.items():
@@ -126,6 +131,15 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[TensorSlice, ...]
     return slices
 
 
+def _turn_packed(model: Any, source: TensorSource, whole: Mapping[str, str]) -> None:
+    """Let modules that multiply from the other side become Linears where the checkpoint has them packed, as we do."""
+    for parameter, name in whole.items():
+        path, _, leaf = parameter.rpartition(".")
+        turned = leaf == "weight" and is_transposed(model.get_submodule(path))
+        if turned and source.quantized(name.removesuffix(_WEIGHT)) is not None:  # a square shape would not say so
+            become_linear(model, path)
+
+
 def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dict[str, tuple[TensorSlice, ...]]:
     """Experts that the checkpoint has one by one where transformers reads them all in one tensor: as we write them."""
     present, slices = set(source.names()), {}
@@ -133,7 +147,7 @@ def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dic
         module = model.get_submodule(parameter.rpartition(".")[0])
         if not moe.is_experts(module) or parameter.rpartition(".")[2] not in moe.projections(module):
             continue
-        single = single_experts(model, parameter, list(stored_names(model, parameter)))
+        single = single_experts(model, parameter, AllExperts(tuple(stored_names(model, parameter))))
         if single and single.keys() <= present:
             slices[parameter] = slices_of(single)
     for path in dict.fromkeys(parameter.rpartition(".")[0] for parameter in slices):
@@ -141,15 +155,15 @@ def _one_by_one(model: Any, source: TensorSource, lacking: Iterable[str]) -> dic
     return slices
 
 
-def slices_of(single: Mapping[str, ExpertSlice]) -> tuple[TensorSlice, ...]:
+def slices_of(single: Mapping[str, MatrixSlice]) -> tuple[TensorSlice, ...]:
     """Slices of an experts module's parameter whose matrices are read one by one."""
     return tuple(TensorSlice(name, part.expert, part.row, part.shape[0]) for name, part in single.items())
 
 
-def tensors_of_experts(slices: Sequence[TensorSlice]) -> tuple[tuple[str, ...], bool] | None:
-    """The tensors of all experts that a parameter is made of, and whether they are its transpose; None for others."""
+def tensors_of_experts(slices: Sequence[TensorSlice]) -> AllExperts | None:
+    """The tensors of all experts that a parameter is made of; None for others."""
     if len(slices) == 1 and slices[0].is_whole:
-        return (slices[0].name,), False
+        return AllExperts((slices[0].name,))
     made = slices[0].conversion
     return None if made is None else made.of_experts()
 
@@ -166,6 +180,15 @@ def own_names(model: Any, parameter: str) -> tuple[TensorSlice, ...] | None:
         pieces |= _follow(model, first, converter, names, source)
     slices = pieces.get(parameter, ())
     return slices if slices and all(stored.expert is not None and stored.linear for stored in slices) else None
+
+
+def alone(model: Any, parameter: str, names: Iterable[str]) -> str | None:
+    """The first of these names that transformers reads, if it stands alone, as the whole parameter."""
+    like = model.get_parameter(parameter).to("meta")
+    for name in names:
+        if _sort_names(model, StateDictSource({name: like}), {parameter: like})[0] == {parameter: name}:
+            return name
+    return None
 
 
 Named = dict[str, list[str]]

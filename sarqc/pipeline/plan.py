@@ -29,7 +29,7 @@ from sarqc.config import (
     QuantConfig,
     RunConfig,
 )
-from sarqc.conventions import ExpertSlice
+from sarqc.conventions import MatrixSlice
 from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
@@ -125,7 +125,7 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     """The plan, with options that fit the tensors of the model."""
     quant, method, run = configs.quant, configs.method, configs.run
     lazy = LazyModel.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
-    if slices := lazy.split_experts(partial(is_wanted, quant)):
+    if slices := lazy.split(partial(is_wanted, quant)):
         assert isinstance(source, Checkpoint | HeaderSource)
         source = source.split(slices)
     selected = targets(lazy, quant)
@@ -199,15 +199,19 @@ def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype
     return HeaderSource(dense_headers(tensors, read_json(folder / "config.json")))
 
 
-def _renamed(lazy: LazyModel, slices: Mapping[str, ExpertSlice]) -> tuple[str, ...]:
-    """A note where experts get names that transformers itself has not."""
-    alone = [name for name in slices if name in lazy.own_expert_names]
-    if len(alone) == len(slices):
-        return ()
-    first = next(name for name in slices if name not in lazy.own_expert_names)
-    return (
-        f"experts that the model stores in one tensor are written one by one, as {first.removesuffix('.weight')}: "
-        "transformers loads them when sarqc is imported, and not without it",
+def _renamed(lazy: LazyModel, slices: Mapping[str, MatrixSlice]) -> tuple[str, ...]:
+    """Notes where matrices are written that the model stores in another form."""
+    first: dict[str, str] = {}
+    for name, part in slices.items():
+        if part.expert is None:
+            kind = "are stored transposed" if part.transposed else "are stored in one tensor"
+            first.setdefault(f"layers that {kind}", name)
+        elif name not in lazy.own_names:
+            first.setdefault("experts that are stored in one tensor", name)
+    only = ": transformers loads them when sarqc is imported, and not without it"
+    return tuple(
+        f"{what} are written one by one, as {name.removesuffix('.weight')}{'' if name in lazy.own_names else only}"
+        for what, name in first.items()
     )
 
 

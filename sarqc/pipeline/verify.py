@@ -120,15 +120,16 @@ def check(
 
 
 def _split_alike(checkpoint: Checkpoint, source: Checkpoint, trust_remote_code: bool) -> None:
-    """Show the source's experts one by one where the checkpoint has them so."""
-    ours = set(checkpoint.names())
-    if set(source.names()) <= ours:
+    """Show the source's matrices one by one, and turned, where the checkpoint has them so."""
+    ours, theirs, packed = set(checkpoint.names()), set(source.names()), set(checkpoint.linears())
+    if theirs <= ours and all(checkpoint.shape(name) == source.shape(name) for name in theirs):
         return
     try:
         lazy = LazyModel.from_folder(source.folder, source, trust_remote_code=trust_remote_code)
     except ModelError:
         return  # the names that differ are reported one by one
-    source.split(lazy.split_experts(lambda names: any(f"{name}.weight" in ours for name in names)))
+    single = {name.removesuffix(".weight") for name in ours - theirs}
+    source.split(lazy.split(lambda names: any(name in single or name in packed for name in names)))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from sarqc.cli.terminal import RunProgress
 from sarqc.entrypoints.estimate import estimate
 from sarqc.errors import ArgumentError, ModelError, ResourceError
 from sarqc.estimation.preflight import Preflight
-from tests.support import kept, tiny
+from tests.support import families, kept, tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
 MEMORY_FACTOR, TIME_FACTOR = 2.0, 4.0
@@ -66,6 +66,17 @@ def test_a_configuration_is_enough(sources, tmp_path):
         assert outline.kinds == whole.kinds and outline.serve == whole.serve and outline.sizes == whole.sizes
         with pytest.raises(sarqc.SarqcError, match="safetensors"):
             sarqc.quantize(bare, tmp_path / "out", **SMALL)
+
+
+@pytest.mark.parametrize("row", ["gemma3+vl", "gpt_oss", "granitemoehybrid", "kimi_linear", "deepseek_v4", "gpt2"])
+def test_a_configuration_is_enough_for_each_kind_of_model(row, tmp_path):
+    """A wrapper, experts in one tensor, joined convolutions, selectors and transposed matrices."""
+    source, bare = families.save(row, tmp_path / "in"), tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(source / "config.json", bare)
+    whole, outline = (estimate(folder, tmp_path / "out", **SMALL) for folder in (source, bare))
+    assert outline.kinds == whole.kinds and outline.serve == whole.serve
+    assert outline.quantized_linears == whole.quantized_linears > 0
 
 
 def test_a_model_on_a_hub_is_known_by_its_headers(sources, tmp_path, monkeypatch):

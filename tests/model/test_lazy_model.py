@@ -7,11 +7,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import ModelError
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import StateDictSource
 from sarqc.pipeline.forward import Forward
 from sarqc.pipeline.points import Hooks, Point
+from tests.support import families
 
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -31,6 +33,16 @@ def run_by_block(lazy: LazyModel, source, tokens: Tensor, dtype: torch.dtype | N
             lazy.unload_block(index)
         (end,) = forward.at(Point("end", len(lazy.blocks)))
         return end.output
+
+
+def test_a_wrapper_says_the_device_that_its_text_runs_on(tmp_path):
+    """transformers takes the first parameter's device for a model's; it may be that of a tower, which is not loaded."""
+    folder = families.save("idefics3+vl", tmp_path)
+    with open_checkpoint(folder) as source:
+        lazy = LazyModel.from_folder(folder, source)
+        lazy.load_outer(source)
+    models = [module for module in lazy.model.modules() if isinstance(module, transformers.PreTrainedModel)]
+    assert len(models) > 2 and {model.device.type for model in models} == {"cpu"}
 
 
 @HALF

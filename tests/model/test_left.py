@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,31 @@ def test_narrow_layers_are_left_by_rule(tiny):
     left = targets(lazy, QUANT)
     assert set(selected.linears) - set(left.linears) == {"model.layers.0.mlp.down_proj"}
     assert dict(left.left) == {"model.layers.0.mlp.down_proj": "it has fewer than 32 inputs"}
+
+
+@pytest.mark.parametrize(
+    ("row", "layer", "reason"),
+    [
+        ("bart", "encoder_attn.", "text does not pass"),
+        ("ernie4_5_vl_moe+vl", "experts.4.", "text does not pass"),
+        ("deepseek_v4", "attn.wo_a", "block-diagonal"),
+    ],
+)
+def test_what_no_packed_linear_can_stand_for_is_left_and_said(row, layer, reason, tmp_path):
+    found = targets(families.lazy(families.save(row, tmp_path)), QUANT)
+    left = {name: why for name, why in found.left if layer in name}
+    assert left and all(reason in why for why in left.values())
+    assert not any(layer in name for name in found.linears)
+
+
+def test_a_layer_is_passed_where_its_like_is(tiny):
+    """Without data one of several experts is called, and one branch of two: its like stand for it."""
+    lazy = tiny("llama").lazy()
+    touched = lazy.usage.touched
+    lazy.usage = replace(lazy.usage, touched=touched - {"model.layers.0.mlp.up_proj.weight"})
+    assert not targets(lazy, QUANT).left
+    lazy.usage = replace(lazy.usage, touched=frozenset(name for name in touched if "up_proj" not in name))
+    assert {name.rpartition(".")[2] for name, _ in targets(lazy, QUANT).left} == {"up_proj"}
 
 
 def test_patterns_find_either_name(tmp_path):
