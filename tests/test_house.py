@@ -25,6 +25,7 @@ CONFIG = tuple(
 GROUND = (
     *CONFIG,
     "sarqc._version",
+    "sarqc.contexts",
     "sarqc.conventions",
     "sarqc.errors",
     "sarqc.system",
@@ -44,6 +45,7 @@ ROOMS = {
     "sarqc_kernels.selftest": (("sarqc_kernels",), ()),
     "sarqc_kernels": (("L0",), ()),
     "sarqc._version": ((), ()),
+    "sarqc.contexts": ((), ()),
     "sarqc.conventions": ((), ()),
     "sarqc.errors": (("sarqc_kernels.errors",), ()),
     **dict.fromkeys(CONFIG, (("sarqc.errors", *CONFIG), ())),

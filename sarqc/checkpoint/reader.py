@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from sarqc.checkpoint.headers import Entry
 from sarqc.checkpoint.low_precision import Expanded, dense_view, is_low_precision
 from sarqc.checkpoint.shards import INDEX, Shard, check_index, find_shards
 from sarqc.config import QuantConfig
+from sarqc.contexts import Closing
 from sarqc.conventions import MatrixSlice
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight, WeightInfo
@@ -62,7 +62,7 @@ class Storage:
         }
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """An open checkpoint; made by `open_checkpoint`. Safe to load from in several threads.
 
     folder: where it lies. config: its config.json. format: the `Format` it is quantized in, or None. expanded: its
@@ -282,12 +282,6 @@ class Checkpoint:
         """Closes the files."""
         for shard in self._shards:
             shard.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:

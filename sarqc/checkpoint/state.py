@@ -15,8 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,7 @@ from sarqc.checkpoint.files import parse_json, read_json, sync, write_all
 from sarqc.checkpoint.headers import Entry, bytes_of, dtype_name, make_header
 from sarqc.checkpoint.manifest import Fingerprint, fingerprints
 from sarqc.checkpoint.shards import Shard
+from sarqc.contexts import Closing
 from sarqc.errors import CheckpointError, ResourceError, SarqcError
 
 _RECORD, _SUMS, _SEAL = "record", "sums", "seal"
@@ -61,7 +61,7 @@ class ChunkedTensor:
         return Entry(self.dtype, self.shape, 0).nbytes
 
 
-class SummedShard:
+class SummedShard(Closing):
     """An open safetensors file. sums: of every tensor it was written with, which are compared as tensors are read.
 
     `CheckpointError` where the file is missing, or holds other tensors than `sums` lists.
@@ -113,12 +113,6 @@ class SummedShard:
     def close(self) -> None:
         """Close the file."""
         self._shard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor | ChunkedTensor]) -> dict[str, Fingerprint]:

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sarqc.contexts import Closing
 from sarqc.errors import ModelError
 from sarqc.model.dataset import Windows
 from sarqc.model.lazy_model import LazyModel
@@ -37,7 +38,7 @@ class BlockOutput:
     form: str
 
 
-class BlockwiseForward:
+class BlockwiseForward(Closing):
     """Windows of tokens int64 [S, L] in a model's own forward, block after block. A context. Needs `load_outer`."""
 
     def __init__(self, lazy: LazyModel, tokens: Tensor) -> None:
@@ -77,12 +78,6 @@ class BlockwiseForward:
 
     def _run(self, tokens: Tensor) -> object:
         return self._lazy.model.base_model(input_ids=tokens.to(self._lazy.device), use_cache=False)
-
-    def __enter__(self) -> BlockwiseForward:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def last_block_output(

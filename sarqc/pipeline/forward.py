@@ -13,18 +13,18 @@ the same to the bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
+from sarqc.contexts import Closing
 from sarqc.pipeline.activation_store import Store
 from sarqc.pipeline.micro_batch import MicroBatch, StopOrder, model_errors
 from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.points import Arrival, Point, first_tensor
 
 
-class Forward:
+class Forward(Closing):
     """The micro-batches of one stream. A context: their forwards are ended when it ends, wherever they are.
 
     calls: each runs the model's own forward on one micro-batch. blocks: the decoder blocks; `Hooks` have to be on them.
@@ -142,12 +142,6 @@ class Forward:
         assert entry is not None
         call = BlockCall(self._blocks[entry.point.block], entry)
         return MicroBatch(call.run, batch.number, self._order, entry.point)
-
-    def __enter__(self) -> Forward:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 class BlockCall:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from sarqc.contexts import Closing
 from sarqc.errors import ModelError, SarqcError, first_line, out_of_memory
 from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.points import Arrival, Point
@@ -60,7 +60,7 @@ class StopOrder:
         return way[way.index(point) + 1]
 
 
-class MicroBatch:
+class MicroBatch(Closing):
     """A context: the forward is ended when it ends. arrival: where the micro-batch waits; None before it has begun.
     kept: what it brought to sites whose inputs are needed later, in this block. residual: the stream as it has left the
     block before; None in the first one."""
@@ -164,9 +164,3 @@ class MicroBatch:
     def _resume(self, towards: Point) -> object:
         with model_errors(f"before {towards}"):
             return self._task.resume()
-
-    def __enter__(self) -> MicroBatch:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Any, Literal
 
 from greenlet import getcurrent
 from torch import Tensor, nn
 
+from sarqc.contexts import Closing
 from sarqc.errors import ModelError
 from sarqc.model import moe
 from sarqc.pipeline.task import Task
@@ -82,7 +82,7 @@ def order_of(points: Iterable[Point], run: Callable[[], object]) -> list[Point]:
     return order
 
 
-class Hooks:
+class Hooks(Closing):
     """Hooks on every block of a model, and on chosen modules in them. A context: all are gone when it ends."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
@@ -117,12 +117,6 @@ class Hooks:
         """Remove every hook."""
         self._inside.close()
         self._blocks.close()
-
-    def __enter__(self) -> Hooks:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def _enter(point: Point, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.state import ChunkedTensor
+from sarqc.contexts import Closing
 from sarqc.errors import NumericError
 from sarqc.method.gram import non_finite_rows
 from sarqc.model.lazy_model import LazyModel
@@ -125,7 +126,7 @@ class Memory:
     recompute: bool = False
 
 
-class Streams:
+class Streams(Closing):
     """A context. quantized, probe: streams; reference: one, or None. hooks: on the model's blocks."""
 
     def __init__(
@@ -281,12 +282,6 @@ class Streams:
     def _refuse_lost(self, entering: Iterator[Arrival]) -> None:
         if sum(non_finite_rows(arrival.x) for arrival in entering):
             raise NumericError("the embeddings of the calibration tokens hold NaN or Inf: repair the checkpoint")
-
-    def __enter__(self) -> Streams:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _windows(micro_batches: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -16,13 +16,13 @@ with zeros only, so what is written here always says true; a reader loses nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
+from sarqc.checkpoint.formats.base import FormatDefaults, Info, Load, TensorInfo, Widths
 from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
@@ -85,9 +85,7 @@ class Awq(FormatDefaults):
             f"{linear}.scales": weight.scales[0].T.contiguous(),
         }
 
-    def config(
-        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
-    ) -> dict[str, Any]:
+    def config(self, quant: QuantConfig, ignored: Sequence[str], widths: Widths = None) -> dict[str, Any]:
         """The `quantization_config` that AutoAWQ writes. Readers match `modules_to_not_convert` as parts of names."""
         self.check(quant)
         return {
@@ -108,17 +106,11 @@ class Awq(FormatDefaults):
         _numbers(quantization)
         return complete_linears(_PART, names, lambda _: _PARTS, "AWQ has")
 
-    def describe(
-        self,
-        linear: str,
-        quantization: Mapping[str, Any],
-        info: Callable[[str], TensorInfo],
-        load: Callable[[str], Tensor],
-    ) -> WeightInfo:
+    def describe(self, linear: str, quantization: Mapping[str, Any], info: Info, load: Load) -> WeightInfo:
         """What `linear` holds, from the headers of its tensors."""
         return _check(linear, quantization, {part: info(f"{linear}.{part}") for part in _PARTS})
 
-    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
+    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Load) -> QuantizedWeight:
         """Codes, scales and zeros of `linear`; E = 1."""
         tensors = {part: load(f"{linear}.{part}") for part in _PARTS}
         info = _check(linear, quantization, tensors)

@@ -24,6 +24,11 @@ class TensorInfo(Protocol):
         """Its dtype."""
 
 
+Widths = Mapping[str, int] | None
+Info = Callable[[str], TensorInfo]
+Load = Callable[[str], Tensor]
+
+
 class Format(Protocol):
     """One layout on disk.
 
@@ -58,9 +63,7 @@ class Format(Protocol):
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The tensors on disk, by full name, of `weight` (E = 1), which must be as `quant` says."""
 
-    def config(
-        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
-    ) -> dict[str, Any]:
+    def config(self, quant: QuantConfig, ignored: Sequence[str], widths: Widths = None) -> dict[str, Any]:
         """The `quantization_config` to write; `ignored` are the full names of the Linears left unquantized.
 
         widths: bits of every quantized Linear, where `quant` lets them differ (`avg_bits`).
@@ -78,16 +81,10 @@ class Format(Protocol):
     def linears(self, names: Iterable[str], quantization: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The quantized Linears among the tensor names of a checkpoint, each with the tensors that make it up."""
 
-    def describe(
-        self,
-        linear: str,
-        quantization: Mapping[str, Any],
-        info: Callable[[str], TensorInfo],
-        load: Callable[[str], Tensor],
-    ) -> WeightInfo:
+    def describe(self, linear: str, quantization: Mapping[str, Any], info: Info, load: Load) -> WeightInfo:
         """Checks the tensors of `linear` against each other from their headers, and says what weight they hold."""
 
-    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
+    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Load) -> QuantizedWeight:
         """Codes, scales and zeros of `linear`; E = 1."""
 
 

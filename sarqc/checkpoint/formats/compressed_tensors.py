@@ -18,13 +18,13 @@ one is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
+from sarqc.checkpoint.formats.base import FormatDefaults, Info, Load, TensorInfo, Widths
 from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, complete_linears, describe_tensor, strings
 from sarqc.checkpoint.formats.compressed_tensors_config import (
     LAYOUT,
@@ -79,9 +79,7 @@ class CompressedTensors(FormatDefaults):
             tensors[f"{linear}.weight_zero_point"] = packed.T.contiguous()
         return tensors
 
-    def config(
-        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
-    ) -> dict[str, Any]:
+    def config(self, quant: QuantConfig, ignored: Sequence[str], widths: Widths = None) -> dict[str, Any]:
         """The `quantization_config` that the compressed-tensors package writes for such a checkpoint.
 
         `ignored` are full names, because readers differ: some match them exactly, some as a part of a name. `widths`
@@ -113,19 +111,13 @@ class CompressedTensors(FormatDefaults):
         check_config(quantization)
         return complete_linears(_PART, names, lambda linear: _parts(scheme_of(linear, quantization)), "its config says")
 
-    def describe(
-        self,
-        linear: str,
-        quantization: Mapping[str, Any],
-        info: Callable[[str], TensorInfo],
-        load: Callable[[str], Tensor],
-    ) -> WeightInfo:
+    def describe(self, linear: str, quantization: Mapping[str, Any], info: Info, load: Load) -> WeightInfo:
         """What `linear` holds, from the headers of its tensors and the two numbers of weight_shape."""
         scheme = scheme_of(linear, quantization)
         infos = {part: info(f"{linear}.{part}") for part in sorted(_parts(scheme))}
         return _check(linear, scheme, infos, load(f"{linear}.weight_shape"))
 
-    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
+    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Load) -> QuantizedWeight:
         """Codes, scales and zeros (the middle code where the file stores none) of `linear`; E = 1."""
         scheme = scheme_of(linear, quantization)
         tensors = {part: load(f"{linear}.{part}") for part in sorted(_parts(scheme))}

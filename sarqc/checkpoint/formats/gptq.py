@@ -18,14 +18,14 @@ symmetric, for servers read little else, and version 2 where not; `gptq_v2` alwa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
+from sarqc.checkpoint.formats.base import FormatDefaults, Info, Load, TensorInfo, Widths
 from sarqc.checkpoint.formats.common import (
     check_scale_dtype,
     check_tensor,
@@ -106,9 +106,7 @@ class Gptq(FormatDefaults):
     def _v2(self, quant: QuantConfig) -> bool:
         return self.name == V2 or not quant.sym
 
-    def config(
-        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
-    ) -> dict[str, Any]:
+    def config(self, quant: QuantConfig, ignored: Sequence[str], widths: Widths = None) -> dict[str, Any]:
         """The `quantization_config` that GPTQModel writes; old and new names of two of its keys."""
         self.check(quant)
         version = V2 if self._v2(quant) else V1
@@ -147,19 +145,13 @@ class Gptq(FormatDefaults):
 
         return complete_linears(_PART, names, parts, "GPTQ has")
 
-    def describe(
-        self,
-        linear: str,
-        quantization: Mapping[str, Any],
-        info: Callable[[str], TensorInfo],
-        load: Callable[[str], Tensor],
-    ) -> WeightInfo:
+    def describe(self, linear: str, quantization: Mapping[str, Any], info: Info, load: Load) -> WeightInfo:
         """What `linear` holds, from the headers of its tensors and the numbers of g_idx."""
         scheme = scheme_of(linear, quantization)
         infos = {part: info(f"{linear}.{part}") for part in _PARTS - {"g_idx"}}
         return _check(linear, scheme, infos, load(f"{linear}.g_idx"))
 
-    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
+    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Load) -> QuantizedWeight:
         """Codes, scales and zeros of `linear`; E = 1."""
         scheme = scheme_of(linear, quantization)
         tensors = {part: load(f"{linear}.{part}") for part in _PARTS}

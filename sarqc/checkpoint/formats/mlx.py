@@ -17,14 +17,14 @@ that mlx-lm quantizes are mostly such.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sarqc.checkpoint.formats.base import FormatDefaults, TensorInfo
+from sarqc.checkpoint.formats.base import FormatDefaults, Info, Load, TensorInfo, Widths
 from sarqc.checkpoint.formats.common import check_scale_dtype, check_tensor, check_weight, describe_tensor
 from sarqc.checkpoint.formats.stacked import OWN_NAMES, own_names, stack_of
 from sarqc.config import QuantConfig
@@ -101,9 +101,7 @@ class Mlx(FormatDefaults):
         words = pack(weight.codes[0], weight.bits).view(torch.uint32)
         return {f"{linear}.weight": words, f"{linear}.scales": scales, f"{linear}.biases": biases}
 
-    def config(
-        self, quant: QuantConfig, ignored: Sequence[str], widths: Mapping[str, int] | None = None
-    ) -> dict[str, Any]:
+    def config(self, quant: QuantConfig, ignored: Sequence[str], widths: Widths = None) -> dict[str, Any]:
         """What mlx-lm writes. A layer of another width has numbers of its own; what has no scales is not quantized."""
         self.check(quant)
         config: dict[str, Any] = {"bits": quant.bits, "group_size": quant.group_size, "mode": "affine"}
@@ -142,18 +140,12 @@ class Mlx(FormatDefaults):
                 )
         return {linear: tuple(f"{linear}.{part}" for part in sorted(_PARTS)) for linear in sorted(linears)}
 
-    def describe(
-        self,
-        linear: str,
-        quantization: Mapping[str, Any],
-        info: Callable[[str], TensorInfo],
-        load: Callable[[str], Tensor],
-    ) -> WeightInfo:
+    def describe(self, linear: str, quantization: Mapping[str, Any], info: Info, load: Load) -> WeightInfo:
         """What `linear` holds, from the headers of its tensors. Its biases, not read here, say whether it is symmetric:
         it counts as asymmetric."""
         return _check(linear, quantization, {part: info(f"{linear}.{part}") for part in _PARTS})
 
-    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Callable[[str], Tensor]) -> QuantizedWeight:
+    def unpack(self, linear: str, quantization: Mapping[str, Any], load: Load) -> QuantizedWeight:
         """Codes, scales and zeros of `linear`; E = 1. `CheckpointError` where a bias is no multiple of its scale."""
         tensors = {part: load(f"{linear}.{part}") for part in _PARTS}
         info = _check(linear, quantization, tensors)
