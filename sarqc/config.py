@@ -70,7 +70,7 @@ class MethodConfig(Config):
     effort: Literal["fast", "default", "best"] = option(
         DEFAULT_EFFORT,
         kinds.one_of(*EFFORTS),
-        "Own values of the options below. fast: no search for lambda, no coordinate descent, no error correction. "
+        "Preset for the options below. fast: no search for lambda, no coordinate descent, no error correction. "
         "best: more coordinate descent.",
         resume="derived",
         needs=CALIBRATION,

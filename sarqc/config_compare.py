@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SEQLEN = 512
+"""Tokens per sequence of a comparison or an evaluation, unless asked for otherwise."""
+_SEQLEN_TEXT = f"{SEQLEN}, or all positions of a shorter model"
+
+
 def _values(kind: type[Config], name: str, default: tuple[Any, ...], help: str, **rest: Any) -> Any:
     """An option with several values of another configuration's option."""
     one = options(kind)[name]
@@ -45,7 +50,7 @@ class ComparisonConfig(Config):
     ignore: Sequence[str] = same(QuantConfig, "ignore")
     dataset: str | Path | Tensor | Sequence[Any] = same(CalibrationConfig, "dataset")
     num_samples: Sequence[int] = _values(CalibrationConfig, "num_samples", (16,), "Numbers of calibration sequences.")
-    seqlen: int = same(CalibrationConfig, "seqlen", default=512, default_text=None)
+    seqlen: int | None = same(CalibrationConfig, "seqlen", default_text=_SEQLEN_TEXT)
     seeds: Sequence[int] = _values(CalibrationConfig, "seed", (0,), "Seeds of the choice of sequences.")
     device: str = same(RunConfig, "device")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = same(RunConfig, "dtype")
@@ -65,7 +70,9 @@ class MeasureConfig(Config):
         "Evaluation data, as --dataset. Repeatable.",
         flag="--eval",
     )
-    eval_seqlen: int = option(512, kinds.whole(MIN_SEQLEN), "Tokens per evaluation sequence.")
+    eval_seqlen: int | None = option(
+        None, kinds.whole(MIN_SEQLEN), "Tokens per evaluation sequence.", default_text=_SEQLEN_TEXT
+    )
     eval_windows: int = option(
         16, kinds.whole(1), "Evaluation sequences: the last of each text, or all of a shorter one."
     )
@@ -91,8 +98,15 @@ class EvaluationConfig(Config):
         "calibration topics).",
     )
     column: str | None = same(CalibrationConfig, "column", panel="Evaluation")
-    seqlen: int = option(512, kinds.whole(MIN_SEQLEN), "Tokens per sequence; sequences do not overlap.")
-    max_windows: int | None = option(None, kinds.whole(1), "Sequences: the last of the text.", default_text="all")
+    seqlen: int | None = option(
+        None,
+        kinds.whole(MIN_SEQLEN),
+        "Tokens per sequence; sequences do not overlap.",
+        default_text=_SEQLEN_TEXT,
+    )
+    max_windows: int | None = option(
+        None, kinds.whole(1), "Sequences to evaluate, from the end of the text.", default_text="all"
+    )
     limit: int | None = option(None, kinds.whole(1), "Questions of each zero-shot task.", default_text="all")
     packed: bool = option(
         True,

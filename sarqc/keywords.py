@@ -74,7 +74,7 @@ class ComparisonKeywords(TypedDict, total=False):
     ignore: Sequence[str]
     dataset: str | Path | Tensor | Sequence[Any]
     num_samples: Sequence[int]
-    seqlen: int
+    seqlen: int | None
     seeds: Sequence[int]
     device: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
@@ -85,7 +85,7 @@ class MeasureKeywords(TypedDict, total=False):
     """Fields of `MeasureConfig`."""
 
     texts: Sequence[str]
-    eval_seqlen: int
+    eval_seqlen: int | None
     eval_windows: int
     column: str | None
     also: Sequence[Any]
@@ -96,7 +96,7 @@ class EvaluationKeywords(TypedDict, total=False):
 
     text: str
     column: str | None
-    seqlen: int
+    seqlen: int | None
     max_windows: int | None
     limit: int | None
     packed: bool

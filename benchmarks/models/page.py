@@ -76,7 +76,8 @@ _KNOWN = {
     r"c_(attn|fc|proj)\.weight$": "its layers are of `Conv1D`, of which compressed-tensors knows no packed form",
     r"CONVERSION": "its expansion of compressed-tensors, which runs before the class's own conversions, drops what is "
     "stored dense (convolutions, layers left alone)",
-    r"^ValueError: source keys=": "it cuts no tensor into several where compressed-tensors is read (here one of a tower)",
+    r"^ValueError: source keys=": "it cuts no tensor into several where compressed-tensors is read "
+    "(here one of a tower)",
     r"ignore_mismatched_sizes": "it joins `weight_shape` of two packed layers as it joins their weights",
     r"has no attribute 'weight'": "it initialises `weight` of a packed layer, which has none",
 }

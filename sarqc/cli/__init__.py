@@ -61,7 +61,13 @@ _SHOW = warnings.showwarning
 REMOVED = {"export": "`sarqc convert` writes a finished checkpoint in another format"}
 """Commands of earlier versions, and what serves now."""
 
-app = typer.Typer(name="sarqc", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="sarqc",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _version(asked: bool) -> None:

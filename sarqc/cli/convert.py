@@ -11,6 +11,7 @@ from sarqc.cli.options import (
     FormatOption,
     JsonOption,
     OverwriteOption,
+    QuantizedArgument,
     TrustOption,
     print_json,
     print_line,
@@ -20,7 +21,7 @@ from sarqc.cli.options import (
 
 
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a quantized checkpoint.")],
+    checkpoint: QuantizedArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")],
     format: FormatOption,
     overwrite: OverwriteOption = False,
@@ -29,8 +30,9 @@ def convert(
 ) -> None:
     """Write a quantized checkpoint in another format, with the same codes, scales and zeros.
 
-    Reads compressed-tensors (both 3-bit layouts), GPTQ v1 and v2 without act-order groups, AWQ gemm, and
-    MLX where each bias is an integer multiple of its scale.
+    Reads compressed-tensors (both 3-bit layouts), GPTQ v1 and v2 without act-order groups, and AWQ gemm.
+
+    Reads MLX where each bias is an integer multiple of its scale.
 
     Example: sarqc convert some-model-AWQ -o some-model-ct --format compressed-tensors
     """

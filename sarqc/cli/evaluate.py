@@ -8,7 +8,7 @@ import typer
 
 from sarqc.cli.flags import with_options
 from sarqc.cli.options import JsonOption, ModelArgument, print_json, print_line, stderr, stdout
-from sarqc.config_compare import EVALUATE
+from sarqc.config_compare import EVALUATE, SEQLEN
 
 
 @with_options(*EVALUATE)
@@ -70,10 +70,17 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json({"model": model} | asdict(result))
         return
-    windows, length = result.protocol["windows"], result.protocol["seqlen"]
+    windows = result.protocol["windows"]
     form = f"{'packed' if result.protocol['packed'] else 'dense'} weights, {result.protocol['dtype']}"
-    about = f"{windows} sequences of {length} tokens of {result.protocol['text']}, {form}, {result.seconds:.0f} s"
+    length = _length(result.protocol["seqlen"], how)
+    about = f"{windows} sequences of {length} of {result.protocol['text']}, {form}, {result.seconds:.0f} s"
     print_line(stdout(), f"perplexity {result.perplexity:.3f}  ({about})")
+
+
+def _length(seqlen: int, how: dict[str, Any]) -> str:
+    """How long a sequence was; that it is shorter than usual, where nobody chose it."""
+    chosen = how.get("seqlen") is not None or seqlen == SEQLEN
+    return f"{seqlen} tokens" + ("" if chosen else " (all positions of the model)")
 
 
 def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) -> None:
@@ -95,7 +102,7 @@ def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) 
     print_line(
         stdout(),
         f"perplexity {entry['before']:.3f} -> {entry['after']:.3f}, next token agrees {entry['agreement']:.1%}, "
-        f"KL {entry['kl']:.4f}  ({entry['windows']} sequences of {entry['seqlen']} tokens of {entry['text']}, "
+        f"KL {entry['kl']:.4f}  ({entry['windows']} sequences of {_length(entry['seqlen'], how)} of {entry['text']}, "
         f"both in {entry['dtype']})",
     )
     card = "" if result.card else "; README.md was edited and is left as it is"

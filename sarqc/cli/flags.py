@@ -101,8 +101,9 @@ class OptionCommand(TyperCommand):
 
 def plain_switches(group: TyperGroup) -> TyperGroup:
     """The same commands, with no type behind switches in help."""
+    context = group.context_class(group, **group.context_settings)
     for command in (group, *group.commands.values()):
-        for option in command.get_params(command.context_class(command)):  # `--help` is not in `params`
+        for option in command.get_params(command.context_class(command, context)):  # `--help` is not in `params`
             if getattr(option, "is_flag", False):
                 option.metavar = ""
     return group
@@ -229,7 +230,9 @@ def _load(path: Path) -> Mapping[Any, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     except ArgumentError:
         raise
-    except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ArgumentError(f"--config {path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError, TypeError, yaml.YAMLError) as error:
         raise ArgumentError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
         raise ArgumentError(f"--config {path} must hold option: value lines, it holds a {type(values).__name__}")

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from sarqc.cli.options import JsonOption, print_json, stdout
+from sarqc.cli.options import JsonOption, QuantizedArgument, print_json, stdout
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that `sarqc quantize` wrote.")],
+    checkpoint: QuantizedArgument,
     as_json: JsonOption = False,
 ) -> None:
     """Show format, bits and size of a quantized checkpoint, and the summary of its run."""

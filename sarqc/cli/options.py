@@ -17,6 +17,9 @@ ModelArgument = Annotated[
     str,
     typer.Argument(help="Local folder, hub id (OWNER/NAME or OWNER/NAME@REVISION), or 'smollm2', the packaged one."),
 ]
+QuantizedArgument = Annotated[
+    str, typer.Argument(help="Quantized checkpoint: local folder, or hub id (OWNER/NAME or OWNER/NAME@REVISION).")
+]
 DeviceOption = Annotated[str, typer.Option(help=options(RunConfig)["device"].help)]
 DtypeOption = Annotated[
     str,

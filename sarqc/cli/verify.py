@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sarqc.cli.options import JsonOption, TrustOption, print_json, print_line, stderr, stdout
+from sarqc.cli.options import JsonOption, QuantizedArgument, TrustOption, print_json, print_line, stderr, stdout
 
 
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that `sarqc quantize` or `convert` wrote.")],
+    checkpoint: QuantizedArgument,
     against: Annotated[
         str | None, typer.Option(help="The model it was made of: every tensor is compared with its own.")
     ] = None,
@@ -20,7 +19,7 @@ def verify(
 ) -> None:
     """Check a checkpoint: checksums of tensors and side files, completeness, errors against the original, runtimes.
 
-    Exit code 0 if it is, 1 if it is not, with a line for each problem.
+    Exit code 0 if it is sound; 1 if not, with a line for each problem.
     """
     from sarqc.cli.terminal import Ticker
     from sarqc.entrypoints.verify import verify as run

@@ -23,7 +23,7 @@ from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.comparison import table as tables
 from sarqc.comparison.store import folder_fingerprint
 from sarqc.config import MethodConfig, QuantConfig
-from sarqc.config_compare import ComparisonConfig, MeasureConfig
+from sarqc.config_compare import SEQLEN, ComparisonConfig, MeasureConfig
 from sarqc.errors import ArgumentError, CheckpointError, NumericError
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import LayerReport
@@ -120,9 +120,10 @@ def make(folder: Path, what: ComparisonConfig, column: str | None) -> Experiment
         raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
     trust, sizes = what.trust_remote_code, sorted(set(what.num_samples))
     tokenizer = partial(load_tokenizer, folder, trust_remote_code=trust)
-    text = windows(what.dataset, tokenizer, what.seqlen, column=column)
     where = resolve_device(what.device)
     solver, evaluator = (LazyModel.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
+    seqlen = dataset.sequence_length(what.seqlen, SEQLEN, solver.text_config, folder)
+    text = windows(what.dataset, tokenizer, seqlen, column=column)
     dataset.check_seqlen(text.tokens.shape[1], solver.text_config, folder)
     kept = resolve_dtype(what.dtype, where, solver.dtype)
     evaluator.load_outer(checkpoint, where, kept, head=True)
@@ -130,12 +131,21 @@ def make(folder: Path, what: ComparisonConfig, column: str | None) -> Experiment
     return Experiment(folder_fingerprint(folder), folder, checkpoint, solver, evaluator, where, kept, drawn, text)
 
 
+def shorter(experiment: Experiment, what: ComparisonConfig, measure: MeasureConfig) -> Iterator[str]:
+    """A line for each kind of sequence that is shorter than usual because the model is."""
+    most = dataset.sequence_length(None, SEQLEN, experiment.evaluator.text_config, experiment.folder)
+    for name, asked in (("calibration", what.seqlen), ("evaluation", measure.eval_seqlen)):
+        if asked is None and most < SEQLEN:
+            yield f"{name} sequences have {most} tokens, all positions of the model"
+
+
 def add_texts(experiment: Experiment, measure: MeasureConfig, trust: bool) -> None:
     """Take the last windows of each text, and run the unquantized model over them."""
-    dataset.check_seqlen(measure.eval_seqlen, experiment.evaluator.text_config, experiment.folder, "eval_seqlen")
+    config = experiment.evaluator.text_config
+    seqlen = dataset.sequence_length(measure.eval_seqlen, SEQLEN, config, experiment.folder, "eval_seqlen")
     tokenizer = partial(load_tokenizer, experiment.folder, trust_remote_code=trust)
     for name in measure.texts:
-        evaluation = windows(name, tokenizer, measure.eval_seqlen, part="evaluation", column=measure.column)
+        evaluation = windows(name, tokenizer, seqlen, part="evaluation", column=measure.column)
         evaluation = evaluation.last(measure.eval_windows)
         reference = blockwise_forward.last_block_output(experiment.evaluator, experiment.checkpoint, evaluation.tokens)
         perplexity = blockwise_forward.score(experiment.evaluator, evaluation, reference).perplexity

@@ -127,6 +127,8 @@ def compare(
     experiment = benches.make(folder, what, measure.column)
     selected = targets(experiment.solver, QuantConfig(ignore=what.ignore))
     cells = _cells(what, list(_quants(selected, what)))
+    for line in benches.shorter(experiment, what, measure):
+        progress.note(line)
     progress.note("measuring the unquantized model")
     benches.add_texts(experiment, measure, what.trust_remote_code)
     protocol = _protocol(experiment, str(model))

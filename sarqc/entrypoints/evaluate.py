@@ -10,11 +10,12 @@ from typing import Any, Unpack
 from sarqc.checkpoint.folders import check_place
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import AUTO
-from sarqc.config_compare import EVALUATE, EvaluationConfig
+from sarqc.config_compare import EVALUATE, SEQLEN, EvaluationConfig
 from sarqc.entrypoints.load import load
 from sarqc.errors import ArgumentError
 from sarqc.keywords import EvaluationKeywords
 from sarqc.model import dataset, lm_eval
+from sarqc.model.architecture import read_config
 from sarqc.model.calibration_data import windows
 from sarqc.model.hub import locate
 from sarqc.model.lazy_model import LazyModel
@@ -54,8 +55,7 @@ def evaluate(
     """
     how = EvaluationConfig.made(config, split_by_config(EVALUATE, options)[EvaluationConfig])
     built, tokenizer = _loaded(model, how)
-    dataset.check_seqlen(how.seqlen, built.config.get_text_config(), model)
-    result = perplexity(built, _windows(how, tokenizer), on_window=on_window)
+    result = perplexity(built, _windows(how, tokenizer, built.config.get_text_config(), model), on_window=on_window)
     return replace(result, protocol=result.protocol | {"packed": is_packed(built)})
 
 
@@ -78,8 +78,9 @@ def _loaded(model: str | Path, how: EvaluationConfig) -> tuple[Any, Any]:
     return load(model, device=how.device, dtype=dtype, packed=how.packed, trust_remote_code=how.trust_remote_code)
 
 
-def _windows(how: EvaluationConfig, tokenizer: Any) -> dataset.Windows:
-    text = windows(how.text, lambda: tokenizer, how.seqlen, part="evaluation", column=how.column)
+def _windows(how: EvaluationConfig, tokenizer: Any, config: Any, model: str | Path) -> dataset.Windows:
+    seqlen = dataset.sequence_length(how.seqlen, SEQLEN, config, model)
+    text = windows(how.text, lambda: tokenizer, seqlen, part="evaluation", column=how.column)
     return text if how.max_windows is None else text.last(how.max_windows)
 
 
@@ -113,14 +114,13 @@ def evaluate_and_save(
     check_place(folder / reports.REPORT, "report")
     source = locate(original or report["model"], trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    text, kept = _windows(how, tokenizer), None
+    text, kept = _windows(how, tokenizer, read_config(folder, trust_remote_code).get_text_config(), folder), None
     where, outputs = resolve_device(how.device), []
     for number, place in enumerate((source, folder)):
         checkpoint = open_checkpoint(place)
         if place is source and checkpoint.format is not None:
             raise ArgumentError(f"original = {str(source)!r} is quantized itself: give the model before that")
         lazy = LazyModel.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
-        dataset.check_seqlen(how.seqlen, lazy.text_config, place)
         kept, total = kept or resolve_dtype(how.dtype, where, lazy.dtype), 2 * len(lazy.blocks)
         lazy.load_outer(checkpoint, where, kept, head=True)
 

@@ -7,25 +7,31 @@ from typing import Any
 
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import CheckpointError
+from sarqc.model.hub import locate
 from sarqc.report import report as reports
 
 
-def inspect(folder: str | Path) -> dict[str, Any]:
-    """Format, tensors, bits per weight and the run's report, as JSON values; `CheckpointError` if not quantized."""
-    checkpoint = open_checkpoint(Path(folder))
-    if checkpoint.format is None:
-        raise CheckpointError(f"{folder} is not quantized: inspect wants a folder that `sarqc quantize` wrote")
-    stored = checkpoint.storage()
+def inspect(checkpoint: str | Path) -> dict[str, Any]:
+    """Format, tensors, bits per weight and the run's report, as JSON values; `CheckpointError` if not quantized.
+
+    Args:
+        checkpoint: Folder or hub id.
+    """
+    folder = locate(checkpoint)
+    found = open_checkpoint(folder)
+    if found.format is None:
+        raise CheckpointError(f"{folder} is not quantized: give a checkpoint that `sarqc quantize` wrote")
+    stored = found.storage()
     if not stored.quantized_linears:
-        raise CheckpointError(f"{folder} says it is quantized ({checkpoint.format.name}) but holds no quantized Linear")
+        raise CheckpointError(f"{folder} says it is quantized ({found.format.name}) but holds no quantized Linear")
     return {
         "folder": str(folder),
-        "format": checkpoint.format.name,
-        "quantization_config": checkpoint.config["quantization_config"],
+        "format": found.format.name,
+        "quantization_config": found.config["quantization_config"],
         "tensors": stored.tensors,
         "shards": stored.shards,
         "bytes": stored.total_bytes,
         "quantized_linears": stored.quantized_linears,
         "bits_per_weight": stored.bits_per_weight,
-        "report": reports.read(Path(folder)),
+        "report": reports.read(folder),
     }

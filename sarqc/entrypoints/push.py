@@ -33,12 +33,14 @@ def push(
         The address of the commit.
 
     Raises:
-        ArgumentError: `repo` is no OWNER/NAME.
+        ArgumentError: `repo` is no OWNER/NAME, or `folder` no folder.
         CheckpointError: The folder is not a whole, sound checkpoint; nothing was uploaded.
         ModelError: The hub refused it, or cannot be reached.
     """
     if not HUB_ID.fullmatch(repo):
         raise ArgumentError(f"repo = {repo!r} is no repository: give OWNER/NAME, and a branch as revision")
+    if not Path(folder).is_dir():
+        raise ArgumentError(f"{str(folder)!r} is not a folder: give one that `sarqc quantize` or `convert` wrote")
     checked = verify(folder, trust_remote_code=trust_remote_code, progress=progress)
     if not checked.sound:
         raise CheckpointError(

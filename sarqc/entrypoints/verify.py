@@ -6,13 +6,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.errors import ArgumentError
 from sarqc.model.hub import locate
+from sarqc.options import also_named
 from sarqc.pipeline.verify import Progress, Verified, check
 
 
+@also_named(folder="checkpoint")
 def verify(
-    folder: str | Path,
+    checkpoint: str | Path,
     *,
     against: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -21,7 +22,7 @@ def verify(
     """Check a checkpoint: tensors against their checksums, names against the model, weights against the original.
 
     Args:
-        folder: The checkpoint.
+        checkpoint: Folder or hub id.
         against: The model it was made of: folder, hub id, or "smollm2". None: weights are not compared.
         trust_remote_code: Run Python code that comes with the models.
         progress: Called as progress(done, total, tensor).
@@ -30,12 +31,9 @@ def verify(
         Whether it is sound, what is wrong with it, and which runtimes support it.
 
     Raises:
-        ArgumentError: `folder` is not a folder.
-        SarqcError: `against` cannot be opened.
+        SarqcError: `checkpoint` or `against` cannot be opened.
     """
-    place = Path(folder)
-    if not place.is_dir():
-        raise ArgumentError(f"checkpoint = {str(folder)!r} is not a folder: give one that `sarqc quantize` wrote")
+    place = locate(checkpoint, trust_remote_code=trust_remote_code)
     original = None if against is None else open_checkpoint(locate(against, trust_remote_code=trust_remote_code))
     with original or nullcontext() as source:
         return check(place, source, trust_remote_code=trust_remote_code, progress=progress)

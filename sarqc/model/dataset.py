@@ -186,6 +186,15 @@ def positions(config: Any) -> int | None:
     return next((most for most in limits if isinstance(most, int) and most > 0), None)
 
 
+def sequence_length(asked: int | None, usual: int, config: Any, model: str | Path, name: str = "seqlen") -> int:
+    """Tokens per sequence: `asked`, `ArgumentError` if the model has fewer positions; for None the usual number, or all
+    positions of a shorter model."""
+    if asked is None:
+        return min(usual, positions(config) or usual)
+    check_seqlen(asked, config, model, name)
+    return asked
+
+
 def check_seqlen(seqlen: int, config: Any, model: str | Path, name: str = "seqlen") -> None:
     """`ArgumentError` for windows that are longer than what the model was trained to read."""
     most = positions(config)

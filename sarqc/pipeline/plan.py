@@ -80,11 +80,7 @@ class Plan:
     def seqlen(self) -> int:
         """Tokens per window of text: as asked, or 2048, or as many as the model has positions; `ArgumentError` for a
         longer one, which the model was never trained to read."""
-        asked, config = self.calibration.seqlen, self.lazy.text_config
-        if asked is None:
-            return min(DEFAULT_SEQLEN, dataset.positions(config) or DEFAULT_SEQLEN)
-        dataset.check_seqlen(asked, config, self.model)
-        return asked
+        return dataset.sequence_length(self.calibration.seqlen, DEFAULT_SEQLEN, self.lazy.text_config, self.model)
 
     @property
     def activation_budget(self) -> int:

@@ -34,6 +34,7 @@ def test_help_fits_80_columns_with_no_word_cut_off(name, monkeypatch, capsys):
     for param in PARAMS[name]:
         for option in (*param.opts, *param.secondary_opts):
             assert not option.startswith("--") or option in shown.split(), option
+    assert output(monkeypatch, capsys, name, "-h") == shown
     assert ("─ Calibration ─" in shown) == (name in ("quantize", "compare"))
 
 

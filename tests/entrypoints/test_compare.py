@@ -16,6 +16,7 @@ from sarqc.cli.comparison import comparison_tables
 from sarqc.comparison import experiment as module
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Other
+from sarqc.config_compare import ComparisonConfig, MeasureConfig
 from sarqc.entrypoints.compare import NoProgress, compare
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.model.calibration_data import windows
@@ -161,6 +162,15 @@ def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how
     with pytest.raises(error, match=message):
         compare(deep, tmp_path / "out", **HOW | how)
     assert not (tmp_path / "out").exists()
+
+
+def test_sequences_are_no_longer_than_the_model_reads(deep):
+    what, measure = ComparisonConfig(num_samples=(1,)), MeasureConfig(eval_windows=1)
+    found = module.make(deep, what, None)
+    module.add_texts(found, measure, False)
+    assert found.calibration.tokens.shape[1] == found.texts[0].windows.tokens.shape[1] == 256
+    assert len(list(module.shorter(found, what, measure))) == 2
+    assert list(module.shorter(found, ComparisonConfig(seqlen=64), MeasureConfig(eval_seqlen=64))) == []
 
 
 def test_one_pattern_is_not_its_letters(deep, tmp_path):

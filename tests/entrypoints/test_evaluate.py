@@ -28,6 +28,7 @@ def test_before_and_after_are_saved_and_measured_again(tmp_path):
         assert [one["packed"] for one in values] == [False, True]
     assert 0 < saved.entry["agreement"] < 1 and saved.entry["kl"] > 0 and saved.card
     assert report.load(out)["quality"] == [saved.entry]
+    assert sarqc.evaluate(source, max_windows=1).protocol["seqlen"] == 256  # all positions of the model
     evaluate_and_save(out, **how)
     evaluate_and_save(out, seqlen=32, max_windows=2)
     assert [entry["seqlen"] for entry in report.load(out)["quality"]] == [48, 32]

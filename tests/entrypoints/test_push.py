@@ -21,6 +21,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import sarqc
+from sarqc.entrypoints.inspect import inspect
 from sarqc.entrypoints.verify import verify
 
 out = Path(sys.argv[1])
@@ -33,11 +34,12 @@ except sarqc.SarqcError as error:
 print(sarqc.push(made.out, "me/made", private=True, revision="w4"))
 text = out / "text"
 text.write_text("One and one are two. " * 60)
-verified = verify(made.out, against="me/base@v1")
+verified = verify("me/made@w4", against="me/base@v1")
 converted = sarqc.convert("me/made@w4", out / "converted", format="gptq")
 print(json.dumps({
-    "sound": verified.sound and verified.errors != {},
+    "sound": verified.sound and verified.manifest and verified.errors != {},
     "kinds": len(sarqc.estimate("me/base@v1", out / "other", **quick).kinds),
+    "linears": inspect("me/made@w4")["quantized_linears"],
     "generates": sarqc.generate("me/made@w4", "One", max_new_tokens=2) != "One",
     "perplexity": sarqc.evaluate(
         "me/made@w4", text=str(text), seqlen=32, max_windows=1).perplexity > 1,
@@ -73,9 +75,11 @@ def test_a_run_from_a_hub_to_a_hub(folders, tmp_path):
         broken, address, message = done.stdout.strip().splitlines()[-3:]
         assert "was not uploaded" in broken or "the hub refused 'me/made'" in broken
         assert address.startswith(f"{server.address}/me/made/commit/")
+        kinds = json.loads(message)["kinds"]
         assert json.loads(message) == {
             "sound": True,
-            "kinds": json.loads(message)["kinds"],
+            "kinds": kinds,
+            "linears": 14,
             "generates": True,
             "perplexity": True,
         }
@@ -124,6 +128,8 @@ def test_what_is_not_whole_is_not_uploaded(folders, tmp_path, monkeypatch):
     for repo in ("made", "me/made@w4", "a/b/c"):
         with pytest.raises(ArgumentError, match="give OWNER/NAME"):
             push(folders[1], repo)
+    with pytest.raises(ArgumentError, match="'me/other' is not a folder"):  # nothing is fetched to be uploaded again
+        push("me/other", "me/made")
 
 
 def test_no_hub_at_all_is_one_line(folders, monkeypatch):

@@ -20,7 +20,7 @@ from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.shards import Shard
 from sarqc.entrypoints.verify import verify
-from sarqc.errors import ArgumentError, CheckpointError, ModelError
+from sarqc.errors import CheckpointError, ModelError
 from sarqc.pipeline import verify as job
 from tests.support import tiny
 
@@ -241,7 +241,7 @@ def test_a_damaged_manifest(out, outcomes, text):
 
 
 def test_no_folder_is_an_error_of_the_caller(tmp_path):
-    with pytest.raises(ArgumentError, match="is not a folder"):
+    with pytest.raises(ModelError, match="no such folder"):
         verify(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in verify(tmp_path / "empty").problems[0]
