@@ -7,11 +7,11 @@ from pathlib import Path
 
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.model.hub import locate
-from sarqc.options import also_named
+from sarqc.options import with_alias
 from sarqc.pipeline.verify import Progress, Verified, check
 
 
-@also_named(folder="checkpoint")
+@with_alias(folder="checkpoint")
 def verify(
     checkpoint: str | Path,
     *,
