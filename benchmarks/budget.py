@@ -1,4 +1,4 @@
-"""A time that is kept: nothing is begun that will not end in it, going by the longest of its kind so far."""
+"""A time that is kept: nothing is begun that will not end in it, going by what steps of its kind took lately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Budget:
     def __init__(self, minutes: float, first_guess: float = 15.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._end = clock() + 60 * minutes
-        self._longest = first_guess
+        self._expected = first_guess
         self._seen = False
 
     def left(self) -> float:
@@ -21,16 +21,17 @@ class Budget:
         return self._end - self._clock()
 
     def has_time(self) -> bool:
-        """Whether a step as long as the longest so far would end in time."""
-        return self.left() > self._longest
+        """Whether a step as long as those before would end in time."""
+        return self.left() > self._expected
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step whose length the next ones are judged by."""
+        """A step by which the next ones are judged: each for half as long as the one after it, and the first for half
+        of what it took, as it compiles what later ones use."""
         began = self._clock()
         yield
         taken = self._clock() - began
-        self._longest = max(self._longest, taken) if self._seen else taken
+        self._expected = max(taken, self._expected / 2) if self._seen else taken / 2
         self._seen = True
 
     def __str__(self) -> str:

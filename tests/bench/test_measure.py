@@ -98,6 +98,20 @@ def test_points_come_by_rank_and_what_time_does_not_reach_is_listed(tmp_path):
     assert now[0] <= 25
 
 
+def test_a_first_point_that_compiles_does_not_take_the_time_of_the_others():
+    now = [0.0]
+    budget = Budget(1.0, clock=lambda: now[0])
+    lengths = iter((35.0, 3.0, 3.0, 3.0))
+    taken = 0
+    for length in lengths:
+        if not budget.has_time():
+            break
+        with budget.step():
+            now[0] += length
+        taken += 1
+    assert taken == 4 and now[0] <= 60
+
+
 def test_contenders_take_turns():
     order: list[str] = []
     turns = {name: Turn(lambda name=name: order.append(name) or 0.001, 1, "x") for name in "abc"}
