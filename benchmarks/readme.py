@@ -146,11 +146,11 @@ def speed() -> str:
         for name, row in record["medians"].items():
             cells = (row["inner_seconds"], row["wall_seconds"], row["cpu_seconds"], row["peak_mib"])
             lines.append(f"| {processor} | {names[name]} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
-        told = record["ratios"]
+        measured = record["ratios"]
         ratios.append(
-            f"On the {processor} SARQC takes {told['run / forward']} times as long as one forward pass of the "
-            f"calibration text. llm-compressor takes {told['rival / ours, inner_seconds']} times as long as SARQC and "
-            f"{told['rival / ours, peak_mib']} times its memory."
+            f"On the {processor} SARQC takes {measured['run / forward']} times as long as one forward pass of the "
+            f"calibration text. llm-compressor takes {measured['rival / ours, inner_seconds']} times as long as SARQC "
+            f"and {measured['rival / ours, peak_mib']} times its memory."
         )
     return "\n".join(
         [

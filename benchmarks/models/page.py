@@ -86,12 +86,16 @@ _KNOWN = {
 
 def _causes(names: list[str], rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Rows by the cause that transformers does not load them."""
-    found: dict[str, list[str]] = {}
+    by_cause: dict[str, list[str]] = {}
     for name in names:
         reload = rows[name]["transformers"]
-        said = reload.get("error") or (reload["missing"][0] if reload["missing"] else f"logits: {reload['difference']}")
-        found.setdefault(next((why for sign, why in _KNOWN.items() if re.search(sign, said)), said), []).append(name)
-    return {why: [f"`{name}`" for name in alike] for why, alike in found.items()}
+        message = reload.get("error") or (
+            reload["missing"][0] if reload["missing"] else f"logits: {reload['difference']}"
+        )
+        by_cause.setdefault(
+            next((why for sign, why in _KNOWN.items() if re.search(sign, message)), message), []
+        ).append(name)
+    return {why: [f"`{name}`" for name in alike] for why, alike in by_cause.items()}
 
 
 def _table(names: list[str], rows: dict[str, dict[str, Any]]) -> str:

@@ -18,16 +18,16 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         checkpoint: Folder or hub id.
     """
     folder = locate(checkpoint)
-    found = open_checkpoint(folder)
-    if found.format is None:
+    opened = open_checkpoint(folder)
+    if opened.format is None:
         raise CheckpointError(f"{folder} is not quantized: give a checkpoint that `sarqc quantize` wrote")
-    stored = found.storage()
+    stored = opened.storage()
     if not stored.quantized_linears:
-        raise CheckpointError(f"{folder} says it is quantized ({found.format.name}) but holds no quantized Linear")
+        raise CheckpointError(f"{folder} says it is quantized ({opened.format.name}) but holds no quantized Linear")
     return {
         "folder": str(folder),
-        "format": found.format.name,
-        "quantization_config": found.config["quantization_config"],
+        "format": opened.format.name,
+        "quantization_config": opened.config["quantization_config"],
         "tensors": stored.tensors,
         "shards": stored.shards,
         "bytes": stored.total_bytes,

@@ -32,19 +32,19 @@ def cut(model: Any, linears: Iterable[str], slices: Slices, wanted: Wanted) -> d
     for parameter, stored in slices.items():
         if (conversion := stored[0].conversion) is not None and len(stored) == 1:
             made.setdefault(stored[0].name, {})[parameter] = conversion
-    found: dict[str, tuple[str, MatrixSlice]] = {}
+    matrices: dict[str, tuple[str, MatrixSlice]] = {}
     for tensor, conversions in made.items():
         pieces = _pieces(model, tensor, conversions) if conversions.keys() <= set(linears) else {}
         if any(wanted((name.removesuffix(".weight"), parameter)) for parameter, (name, _) in pieces.items()):
-            found |= pieces
-    return found
+            matrices |= pieces
+    return matrices
 
 
 def _pieces(model: Any, tensor: str, conversions: Mapping[str, Conversion]) -> dict[str, tuple[str, MatrixSlice]]:
     shapes = {parameter: model.get_parameter(parameter).shape for parameter in conversions}
     taken = torch.zeros(sum(shape[0] for shape in shapes.values()), dtype=torch.int64)
     rows = torch.arange(len(taken))[:, None]
-    found: dict[str, tuple[str, MatrixSlice]] = {}
+    matrices: dict[str, tuple[str, MatrixSlice]] = {}
     for parameter, conversion in conversions.items():
         here = conversion.run(lambda name: rows.clone()).flatten()
         name = alone(model, parameter, _names(tensor, parameter))
@@ -52,8 +52,8 @@ def _pieces(model: Any, tensor: str, conversions: Mapping[str, Conversion]) -> d
         if name is None or step < 1 or not torch.equal(here, torch.arange(len(here)) * step + here[0]):
             return {}
         taken[here] += 1
-        found[parameter] = name, MatrixSlice(tensor, None, int(here[0]), step, tuple(shapes[parameter]), False, 0)
-    return found if taken.eq(1).all() else {}
+        matrices[parameter] = name, MatrixSlice(tensor, None, int(here[0]), step, tuple(shapes[parameter]), False, 0)
+    return matrices if taken.eq(1).all() else {}
 
 
 def _names(tensor: str, parameter: str) -> tuple[str, str]:
@@ -64,13 +64,13 @@ def _names(tensor: str, parameter: str) -> tuple[str, str]:
 
 def turn(model: Any, inside: str, slices: Slices, wanted: Wanted) -> dict[str, MatrixSlice]:
     """The matrices of modules below `inside` that multiply from the other side, which become Linears."""
-    found: dict[str, MatrixSlice] = {}
+    matrices: dict[str, MatrixSlice] = {}
     for path, module in list(model.named_modules()):
         stored = slices.get(f"{path}.weight", ())
         if not path.startswith(inside) or isinstance(module, nn.Linear) or not stored or stored[0].linear is None:
             continue
         if wanted((stored[0].linear, path)) and is_transposed(module):
             inputs, outputs = module.weight.shape
-            found[stored[0].name] = MatrixSlice(stored[0].name, None, 0, 1, (outputs, inputs), True, 0)
+            matrices[stored[0].name] = MatrixSlice(stored[0].name, None, 0, 1, (outputs, inputs), True, 0)
             become_linear(model, path)
-    return found
+    return matrices

@@ -55,11 +55,11 @@ def computes(
     remembered = {name: sizes.get(value, value) for name, value in vars(module).items() if type(value) is int}
     tried.__dict__ = vars(module) | remembered | {"_parameters": parameters}
     try:
-        found = tried(x)
+        actual = tried(x)
     except Exception:  # noqa: BLE001  # a forward that takes something else does something else
         return False
     made = wanted(x, parameters["weight"], parameters.get("bias"))
-    return isinstance(found, Tensor) and found.shape == made.shape and torch.allclose(found, made, 1e-3, 1e-3)
+    return isinstance(actual, Tensor) and actual.shape == made.shape and torch.allclose(actual, made, 1e-3, 1e-3)
 
 
 def _randn(shape: Iterable[int], sizes: Mapping[int, int], generator: torch.Generator) -> Tensor:

@@ -166,7 +166,7 @@ def test_an_archive_is_unpacked_and_says_what_it_is_of(tmp_path: Path, capsys: p
     cache.pack(folder, tmp_path / "gpu-cache.tar.gz")
     result = command.carried(tmp_path / "gpu-cache")
     assert result["TRITON_CACHE_DIR"] == str(tmp_path / "gpu-cache" / "triton")
-    assert "0 kernels of triton 0.0.1" in (said := capsys.readouterr().out) and "OF NO USE" in said
+    assert "0 kernels of triton 0.0.1" in (printed := capsys.readouterr().out) and "OF NO USE" in printed
     assert command.carried(tmp_path / "none") == {} and "compiled here" in capsys.readouterr().out
 
 

@@ -166,11 +166,11 @@ def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how
 
 def test_sequences_are_no_longer_than_the_model_reads(deep):
     what, measure = ComparisonConfig(num_samples=(1,)), MeasureConfig(eval_windows=1)
-    found = module.make(deep, what, None)
-    module.add_texts(found, measure, False)
-    assert found.calibration.tokens.shape[1] == found.texts[0].windows.tokens.shape[1] == 256
-    assert len(list(module.shorter(found, what, measure))) == 2
-    assert list(module.shorter(found, ComparisonConfig(seqlen=64), MeasureConfig(eval_seqlen=64))) == []
+    experiment = module.make(deep, what, None)
+    module.add_texts(experiment, measure, False)
+    assert experiment.calibration.tokens.shape[1] == experiment.texts[0].windows.tokens.shape[1] == 256
+    assert len(list(module.shorter(experiment, what, measure))) == 2
+    assert list(module.shorter(experiment, ComparisonConfig(seqlen=64), MeasureConfig(eval_seqlen=64))) == []
 
 
 def test_one_pattern_is_not_its_letters(deep, tmp_path):

@@ -274,7 +274,7 @@ time.perf_counter = time.process_time  # of the one thread, whatever else this m
 import sarqc
 from sarqc.entrypoints.estimate import estimate
 settings = dict(num_samples=8, seqlen=128, group_size=64)
-found = estimate(sys.argv[1], sys.argv[2], **settings)
+forecast = estimate(sys.argv[1], sys.argv[2], **settings)
 report = sarqc.quantize(sys.argv[1], sys.argv[2], **settings).report
 peak = report["peak_memory_mib"]["host"] << 20
 print(json.dumps([max(stage.host for stage in found.memory), peak, found.time.total, report["seconds"]["total"]]))

@@ -89,10 +89,10 @@ def test_narrow_layers_are_left_by_rule(tiny):
     ],
 )
 def test_what_no_packed_linear_can_stand_for_is_left_and_said(row, layer, reason, tmp_path):
-    found = targets(families.lazy(families.save(row, tmp_path)), QUANT)
-    left = {name: why for name, why in found.left if layer in name}
+    selected = targets(families.lazy(families.save(row, tmp_path)), QUANT)
+    left = {name: why for name, why in selected.left if layer in name}
     assert left and all(reason in why for why in left.values())
-    assert not any(layer in name for name in found.linears)
+    assert not any(layer in name for name in selected.linears)
 
 
 def test_a_layer_is_passed_where_its_like_is(tiny):
