@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks.serve.vllm_generate import CPU, PROMPTS, QUIET, TOKENS, agreement, processor, telling
 
 RESULTS = Path(__file__).parent / "SERVER.md"
-STARTS = 900  # seconds that a server may take to start
+STARTS = 2400  # seconds that a server may take to start; 900 were too few on two overloaded cores
 VARIABLE = "SARQC_VLLM"
 
 
@@ -88,6 +88,16 @@ def completion(address: str, prompt: Sequence[int]) -> list[int]:
     return list(content["choices"][0]["token_ids"])
 
 
+def answers(address: str | None, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], str | None]:
+    """The tokens after each prompt; what went wrong, if something did."""
+    if address is None:
+        return [], "vLLM refuses it."
+    try:
+        return [completion(address, prompt) for prompt in prompts], None
+    except urllib.error.HTTPError as error:
+        return [], f"The server starts, and fails when it is asked: {error}."
+
+
 def section(name: str, folder: str, args: argparse.Namespace, options: Sequence[str]) -> str:
     """Markdown of one checkpoint."""
     import torch
@@ -101,27 +111,28 @@ def section(name: str, folder: str, args: argparse.Namespace, options: Sequence[
         ids = torch.tensor([prompt], device=model.device)
         made = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
         alone.append(made[0, len(prompt) :].tolist())
-    lines = [f"## {name}", ""]
+    lines = [f"## {name}", "", f"Options: `{' '.join(['--device', args.device, *options])}`.", ""]
     for ours in (True, False) if args.both else (True,):
         with tempfile.TemporaryDirectory() as place:
             log = Path(place) / "log"
             with serving(args.python, str(Path(folder).resolve()), ours, args.device, options, log) as address:
-                answers = [completion(address, prompt) for prompt in prompts] if address else None
+                answered, failed = answers(address, prompts)
             message = telling(log.read_text(errors="replace"))
         lines += [f"### {VARIABLE}={int(ours)}", ""]
-        if answers is None:
-            lines += ["vLLM refuses it.", ""]
+        if failed:
+            lines += [failed, ""]
         else:
             lines += [
                 "| prompt | vLLM's continuation | first tokens equal to transformers' | likeliest |",
                 "|---|---|---|---|",
             ]
-            for text, prompt, mine, theirs in zip(PROMPTS, prompts, alone, answers):
+            for text, prompt, mine, theirs in zip(PROMPTS, prompts, alone, answered):
                 same = next((at for at, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1]), TOKENS)
                 shown = json.dumps(tokenizer.decode(theirs), ensure_ascii=False).replace("|", "\\|")
                 lines.append(f"| {text} | `{shown}` | {same} of {TOKENS} | {agreement(model, prompt, theirs)} |")
             lines.append("")
         lines += ["```", *message[-12:], "```", ""]
+        print("\n".join(lines), flush=True)
     return "\n".join(lines)
 
 
@@ -136,26 +147,26 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--both", action="store_true", help=f"serve each a second time without {VARIABLE}")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--append", action="store_true", help="keep the checkpoints that the results already have")
     args = parser.parse_args(own)
     from sarqc.system import versions
 
     parts = []
     for one in args.checkpoints:
         parts.append(section(*one.split("=", 1), args, options))
-        print(parts[-1], flush=True)
     asked = [args.python, "-c", "import vllm; print(vllm.__version__)"]
     version = subprocess.run(asked, capture_output=True, text=True).stdout.split()[-1]
     here = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines = [
         "# A vLLM server with sarqc's kernels",
         "",
-        "Made by `python -m benchmarks.serve.vllm_server PYTHON NAME=FOLDER ...` "
-        f"with `{' '.join(['--device', args.device, *options])}`; that file says how to read it.",
+        "Made by `python -m benchmarks.serve.vllm_server PYTHON NAME=FOLDER ...`; that file says how to read it.",
         "",
         f"Machine: {os.cpu_count()} cores, {processor()}. vLLM {version}. Transformers' side: {here}.",
         "",
     ]
-    args.results.write_text("\n".join([*lines, *parts]), encoding="utf-8")
+    before = args.results.read_text(encoding="utf-8") if args.append else "\n".join(lines) + "\n"
+    args.results.write_text("\n".join([before.rstrip("\n") + "\n", *parts]), encoding="utf-8")
 
 
 if __name__ == "__main__":

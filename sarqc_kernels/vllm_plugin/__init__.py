@@ -1,7 +1,7 @@
 """These kernels inside vLLM: a plugin of its group `vllm.general_plugins`, which every one of its processes loads.
 
 It does nothing unless the environment variable SARQC_VLLM is 1. Then packed Linears (compressed-tensors and GPTQ) are
-offered to these kernels before vLLM's own, and packed experts of compressed-tensors run in `w4a16_experts`. A layer
+offered to these kernels before vLLM's own, and packed experts of both run in `w4a16_experts`. A layer
 that they cannot take goes to vLLM's own kernels; the log has the reason, once for each.
 """
 
