@@ -29,8 +29,9 @@ def test_a_row_says_what_is_quantized_or_why_not():
 def test_a_folder_gets_the_rows_of_its_class(tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (row,) = models(str(tmp_path))["rows"]
-    assert row["name"] == "llama" and "self_attn.q_proj" in row["layers"]
+    rows = models(str(tmp_path))["rows"]
+    (row,) = [row for row in rows if row["name"] == "llama"]
+    assert {one["class"] for one in rows} == {"LlamaForCausalLM"} and "self_attn.q_proj" in row["layers"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSomethingElse"]}))
     with pytest.raises(ArgumentError, match="LlamaForSomethingElse"):
         models(str(tmp_path))
