@@ -245,7 +245,7 @@ def test_the_earlier_name_of_a_method():
         (RunConfig, {"resume": "no"}, "resume = 'no'"),
         (ComparisonConfig, {"bits": (4, 1)}, "bits = (4, 1)"),
         (ComparisonConfig, {"methods": 3}, "methods = 3"),
-        (ComparisonConfig, {"seqlen": None}, "seqlen = None"),
+        (ComparisonConfig, {"seqlen": 8}, "seqlen = 8"),
         (MeasureConfig, {"eval_windows": 0}, "eval_windows = 0"),
         (EvaluationConfig, {"max_windows": 0}, "max_windows = 0"),
         (EvaluationConfig, {"packed": 1}, "packed = 1"),
