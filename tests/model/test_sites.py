@@ -153,8 +153,11 @@ def test_routers_are_told_by_name_and_width(tiny):
     assert gate in selected.untouched and gate not in selected.linears
     assert "model.layers.0.mlp.shared_expert.gate_proj" in selected.linears
     wide = "model.layers.0.self_attn.gate"  # the name of a router, and the width of none
-    lazy.blocks[0].self_attn.gate = nn.Linear(64, 48, bias=False)
+    attention = lazy.blocks[0].self_attn
+    attention.gate = nn.Linear(64, 48, bias=False, device="meta")
+    attention.q_proj.register_forward_pre_hook(lambda module, inputs: (attention.gate(*inputs), None)[1])
     lazy.slices[f"{wide}.weight"] = (TensorSlice(f"{wide}.weight", None, 0, 0),)
+    del lazy.usage  # of the model without it
     assert wide in targets(lazy, QUANT).linears
 
 
