@@ -46,7 +46,7 @@ def decode(model: Any, ids: Tensor) -> float:
 
 
 def prefill(tokens: int) -> Step:
-    """Tokens per second of reading a prompt of so many; logits of the last one alone."""
+    """Tokens per second of reading a prompt of `tokens`; logits of the last one alone."""
 
     @torch.inference_mode()
     def step(model: Any, ids: Tensor) -> float:

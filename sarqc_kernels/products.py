@@ -74,6 +74,6 @@ def _panels(rows: Tensor) -> Tensor:
 
 
 def _padded(matrix: Tensor, multiple: int) -> Tensor:
-    """A matrix with columns of zeros behind its last, up to a multiple of so many."""
+    """A matrix with columns of zeros behind its last, up to a `multiple`."""
     missing = -matrix.shape[-1] % multiple
     return F.pad(matrix, (0, missing)) if missing else matrix

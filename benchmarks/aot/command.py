@@ -89,7 +89,7 @@ _WORK: list[tuple] = []  # inherited by forked workers: a jitted function cannot
 
 
 def _in_parallel(function, work: list[tuple], processes: int) -> list:
-    """function(*arguments) for each of `work`, in order, so many at a time."""
+    """function(*arguments) for each of `work`, in order, `processes` at a time."""
     _WORK[:] = [(function, arguments) for arguments in work]
     begin = time.perf_counter()
     with multiprocessing.get_context("fork").Pool(max(1, min(processes, len(work)))) as pool:

@@ -134,7 +134,7 @@ def flops_of(config: PreTrainedConfig, batch: int, length: int) -> float:
 
 
 def _with_shares(model: nn.Module, batch: int) -> Iterator[tuple[nn.Module, float]]:
-    """Every module, with the share of it that a step of so many tokens reads."""
+    """Every module, with the share of it that a step of `batch` tokens reads."""
     shares: dict[nn.Module, float] = {}
     for module in model.modules():
         if is_experts(module):

@@ -41,7 +41,7 @@ def points(quick: bool) -> list[Point]:
 
 
 def choices(tokens: int, experts: int, chosen: int) -> Tensor:
-    """int64 [tokens, chosen]: every token draws so many different experts, all alike."""
+    """int64 [tokens, chosen]: every token draws `chosen` different experts, all alike."""
     generator = torch.Generator().manual_seed(tokens)
     return torch.rand(tokens, experts, generator=generator).topk(chosen, -1).indices
 
@@ -97,7 +97,7 @@ def _prepared(inputs: Inputs, backend: str) -> tuple[RepackedWeight, RepackedWei
 
 
 def _few_enough(backend: str) -> Callable[[Point, torch.device], str | None]:
-    """`unsupported_reason`, and of csrc/gemv.cu whether it takes so many rows."""
+    """`unsupported_reason`, and of csrc/gemv.cu whether it takes the rows."""
 
     def unsupported(point: Point, device: torch.device) -> str | None:
         rows, most = point.sizes["tokens"] * point.sizes["chosen"], min(MOST_GROUPED_ROWS, 8 * point.sizes["experts"])

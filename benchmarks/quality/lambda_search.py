@@ -4,7 +4,7 @@
         --evaluation wiki=evaluation.txt --evaluation python=builtin \
         --case 3:4:0 --case 3:16:0 --set reg_lambda=auto --set reg_lambda=0.3 --set expert_shrinkage=0.25 ...
 
-A case is BITS:WINDOWS:SEED; with a decimal point in BITS layers get widths that average so many with scales. Windows of
+A case is BITS:WINDOWS:SEED; with a decimal point in BITS layers get widths of that average, with scales. Windows of
 --seqlen tokens are drawn from the calibration text with the seed. Each --set is a run: fields of `MethodConfig`, with
 commas between them. Judged on --eval-windows windows of each text, evenly spaced. Every run adds a line of JSON:
 perplexities, seconds of each stage, and of each kind of site its lambdas, bit-widths and correction shares.
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-windows", type=int, default=4)
-    parser.add_argument("--blocks", type=int, help="quantize only the first so many (default: all)")
+    parser.add_argument("--blocks", type=int, help="quantize only the first N (default: all)")
     args = parser.parse_args()
     folder = locate(args.model)
     tokenizer = load_tokenizer(folder)

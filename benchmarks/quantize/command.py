@@ -164,7 +164,7 @@ def _shown(record: dict[str, Any]) -> str:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run quantize", description=__doc__)
     parser.add_argument("--model", action="append", choices=MODELS, help="again for more; default by the device")
-    parser.add_argument("--blocks", type=int, help="only the first so many decoder blocks")
+    parser.add_argument("--blocks", type=int, help="only the first N decoder blocks")
     parser.add_argument("--windows", type=int, help="of calibration (random tokens); 512 on a card, 4 on a CPU")
     parser.add_argument("--seqlen", type=int, help="tokens of a window; 2048 on a card, 128 on a CPU")
     parser.add_argument("--method", default="sarqc-gptq")

@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 
 def config_of(model: str, blocks: int | None) -> PreTrainedConfig:
-    """The configuration of a model of `MODELS`, with only the first so many blocks where `blocks` is given."""
+    """The configuration of a model of `MODELS`, with only the first `blocks` blocks where that is given."""
     kind, values = MODELS[model]
     layers = values["num_hidden_layers"]
     config = kind(**{**values, "num_hidden_layers": min(layers, blocks or layers)}, tie_word_embeddings=False)

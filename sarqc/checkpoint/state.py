@@ -153,10 +153,8 @@ def write_state(path: Path, tensors: Mapping[str, Tensor | ChunkedTensor], recor
     text = json.dumps(record, sort_keys=True, allow_nan=False)
 
     def header(sums: Mapping[str, Fingerprint]) -> tuple[bytes, list[str]]:
-        metadata = json.dumps({name: asdict(one) for name, one in sums.items()}, sort_keys=True)
-        return make_header(
-            _entries(whole), {_RECORD: text, _SUMS: metadata, _SEAL: _sha256((text + metadata).encode())}
-        )
+        listed = json.dumps({name: asdict(one) for name, one in sums.items()}, sort_keys=True)
+        return make_header(_entries(whole), {_RECORD: text, _SUMS: listed, _SEAL: _sha256((text + listed).encode())})
 
     # Sums stand in front of what they are of and are known behind it: they are filled in last, and are of one length.
     blank, order = header({n: Fingerprint(str(dtype_name(w.dtype)), list(w.shape), "0" * 64) for n, w in whole.items()})

@@ -138,13 +138,13 @@ def _run() -> int:
     except KeyboardInterrupt:
         return 130
     except Interrupted as error:
-        return _exit(str(error), 130)
+        return _print_error(str(error), 130)
     except SarqcError as error:
-        return _exit(str(error))
+        return _print_error(str(error))
     except _UsageError as error:
-        return _exit(_usage(error))
+        return _print_error(_usage(error))
     except typer.Abort:
-        return _exit("stopped", 130)
+        return _print_error("stopped", 130)
     except BrokenPipeError:
         return 128 + signal.SIGPIPE  # `sarqc ... | head`: there is nobody to tell
     except (RuntimeError, MemoryError) as error:
@@ -152,16 +152,18 @@ def _run() -> int:
 
         if not out_of_memory(error):
             raise
-        return _exit(_memory_advice(error))
+        return _print_error(_memory_advice(error))
     except OSError as error:
         where = "standard output" if error.filename is None else repr(os.fspath(error.filename))
-        return _exit(f"{where} cannot be used: {error.strerror or error}; give another place, or make room there")
+        return _print_error(
+            f"{where} cannot be used: {error.strerror or error}; give another place, or make room there"
+        )
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: object, **options: object) -> None:
     """A warning as one line, where it is about an earlier name; others as Python shows them."""
     if issubclass(category, RenamedWarning):
-        _exit(str(message))
+        _print_error(str(message))
     else:
         _SHOW(message, category, *rest, **options)  # type: ignore[arg-type]  # passed on as they came
 
@@ -185,7 +187,7 @@ def _memory_advice(error: Exception) -> str:
     return f"{command}: out of memory ({str(error).partition(chr(10))[0] or 'of this machine'}); use {what}"
 
 
-def _exit(line: str, code: int = 2) -> int:
+def _print_error(line: str, code: int = 2) -> int:
     with suppress(OSError):
         print(f"sarqc: {' '.join(line.split())}", file=sys.stderr)
     return code

@@ -103,22 +103,22 @@ def packages() -> dict[str, str]:
     """Versions of what is used where it is installed, and of CUDA as torch was built with it."""
     from importlib import metadata
 
-    versions = {}
+    installed = {}
     for name in ("huggingface_hub", "accelerate", "compressed-tensors", "numpy", "datasets", "gguf", "vllm"):
         try:
-            versions[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return versions | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    return installed | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def gpus() -> list[dict[str, Any]]:
     """Name, capability, processors and memory of every GPU; empty where there is none."""
-    gpus = []
+    cards = []
     for device in devices()[1:]:
         properties = torch.cuda.get_device_properties(device)
         free_bytes, total = torch.cuda.mem_get_info(device)
-        gpus.append(
+        cards.append(
             {
                 "device": str(device),
                 "name": properties.name,
@@ -128,7 +128,7 @@ def gpus() -> list[dict[str, Any]]:
                 "memory": total,
             }
         )
-    return gpus
+    return cards
 
 
 def csrc() -> dict[str, Any]:

@@ -156,9 +156,9 @@ def _choosing(chunk: SiteChunk) -> int:
     """Bytes that choosing a chunk's lambda takes: up to three trials of some experts go through what solving takes,
     together, beside the chunk's weight."""
     count, one = chunk.stop - chunk.first, 4 * chunk.site.in_features**2
-    activation_memory = min(count, EXPERTS) * one
+    sample = min(count, EXPERTS) * one
     weight = 4 * count * chunk.site.in_features * sum(rows for _, _, rows in chunk.site.row_ranges)
-    return weight + 4 * activation_memory + 5 * min(3 * activation_memory, max(activation_memory, TRIAL_BYTES))
+    return weight + 4 * sample + 5 * min(3 * sample, max(sample, TRIAL_BYTES))
 
 
 def _flow(plan: Plan, members: list[Target]) -> int:

@@ -64,5 +64,5 @@ def hidden_size(plan: Plan) -> int:
 
 
 def states_bytes(plan: Plan, windows: int, seqlen: int) -> int:
-    """Bytes of the hidden states of so many windows."""
+    """Bytes of the hidden states of `windows` windows."""
     return windows * seqlen * hidden_size(plan) * plan.dtype.itemsize

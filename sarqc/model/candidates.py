@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sarqc.model import moe
 from sarqc.model.lazy_model import LazyModel
-from sarqc.model.transposed import computes
+from sarqc.model.trial import computes
 
 NARROWEST = 32
 """Inputs of the narrowest layer that is quantized: the smallest group size that servers take."""

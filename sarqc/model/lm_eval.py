@@ -38,7 +38,7 @@ def zero_shot(
     """Metrics by task, as lm-eval names them without its filter ("acc", "acc_stderr"), of a transformers model.
 
     tasks: names of lm-eval, whose data sets come from a hub, or `cloze`, made from `text` (as in `windows`). limit: the
-    first so many questions of each. Raises `ArgumentError` where lm-eval is not installed or does not know a task.
+    first `limit` questions of each. Raises `ArgumentError` where lm-eval is not installed or does not know a task.
     """
     try:
         from lm_eval import simple_evaluate

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
 from sarqc.model import moe
+from sarqc.model.trial import small_copy
 
 _PARAMETERS = ("gate_up_proj", "down_proj")
 Run = Callable[..., Tensor]
@@ -68,16 +69,7 @@ def _small_copy(module: Any, transposed: bool) -> Any:
         return None
     sizes = {experts: _EXPERTS, inner: 4, 2 * inner: 8}
     sizes.setdefault(hidden, 6)
-    generator = torch.Generator().manual_seed(0)
-    small = object.__new__(type(module))
-    small.__dict__ = {
-        name: sizes.get(value, value) if type(value) is int else value for name, value in vars(module).items()
-    }
-    small._parameters = {
-        name: nn.Parameter(torch.randn([sizes[size] for size in getattr(module, name).shape], generator=generator))
-        for name in _PARAMETERS
-    }
-    return small
+    return small_copy(module, sizes, torch.Generator().manual_seed(0))
 
 
 def _random_routing(hidden: int) -> tuple[Tensor, ...]:

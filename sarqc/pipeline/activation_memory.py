@@ -32,7 +32,7 @@ class ActivationMemory:
 
 
 def activation_memory(plan: Plan, tokens: int) -> ActivationMemory:
-    """For so many tokens of a rank. A GPU that is not here is taken to have room for all."""
+    """For `tokens` tokens of a rank. A GPU that is not here is taken to have room for all."""
     suspended = suspended_bytes(plan, tokens)
     if plan.device.type == "cpu":
         in_place = min(suspended, plan.activation_budget)

@@ -51,7 +51,7 @@ class Offload(TorchDispatchMode):
         return out
 
     def alive(self) -> dict[int, UntypedStorage]:
-        """Storages of at least so many bytes that the micro-batch made and that are alive, by their address."""
+        """Storages of `least` bytes or more that the micro-batch made and that are alive, by their address."""
         self._made = {key: ref for key, ref in self._made.items() if not ref.expired()}
         storages = {key: UntypedStorage._new_with_weak_ptr(ref.cdata) for key, ref in self._made.items()}
         return {

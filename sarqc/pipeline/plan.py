@@ -143,10 +143,10 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     )
 
 
-def _check_layers(format: Format, selected: Targets, quant: QuantConfig) -> None:
+def _check_layers(format: Format, chosen: Targets, quant: QuantConfig) -> None:
     """`CheckpointError` for the layers that the format cannot hold, with the pattern that leaves them all."""
     refused: dict[Target, CheckpointError] = {}
-    for target in selected.selected:
+    for target in chosen.selected:
         try:
             format.check_layer(target.linear, target.shape, quant)
         except CheckpointError as error:
@@ -156,7 +156,7 @@ def _check_layers(format: Format, selected: Targets, quant: QuantConfig) -> None
         raise CheckpointError(f"{first}; --ignore '{pattern_of(refused)}' leaves all {len(refused)} of them") from first
 
 
-def _check_average(quant: QuantConfig, method: MethodConfig, selected: Targets) -> None:
+def _check_average(quant: QuantConfig, method: MethodConfig, chosen: Targets) -> None:
     """`ArgumentError` for an average that cannot be reached."""
     assert quant.avg_bits is not None
     if not method.calibrated:
@@ -164,7 +164,7 @@ def _check_average(quant: QuantConfig, method: MethodConfig, selected: Targets) 
             f"avg_bits = {quant.avg_bits:g} needs losses measured on calibration data, which method {method.method} "
             "does not use: use another method"
         )
-    least, most = average_range([target.shape for target in selected.selected], quant)
+    least, most = average_range([target.shape for target in chosen.selected], quant)
     if not least <= quant.avg_bits <= most:
         raise ArgumentError(
             f"avg_bits = {quant.avg_bits:g} is out of range: with scales, {min(quant.bit_options)} to "

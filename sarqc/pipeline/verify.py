@@ -191,7 +191,7 @@ class _SourceComparison:
         if rescaled is None:
             rescaled = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
         self._compared = set(source.names()) - set(rescaled)
-        self._found, self._checkpoint, self._source = result, checkpoint, source
+        self._result, self._checkpoint, self._source = result, checkpoint, source
 
     def __call__(self, name: str, stored: Tensor | QuantizedWeight) -> list[str]:
         """What is wrong with a tensor, beside the source's of the same name."""
@@ -199,7 +199,7 @@ class _SourceComparison:
             return []
         tensor = compare(self._checkpoint, self._source, name, stored)
         if tensor.error is not None:
-            self._found.errors[name] = tensor.error
+            self._result.errors[name] = tensor.error
         if tensor.problem is not None:
             return [tensor.problem]
         recorded = self._recorded.get(name)
@@ -210,5 +210,5 @@ class _SourceComparison:
         ):
             return []
         return [
-            f"{self._found.folder}: {name!r} has an error of {tensor.error:.6g}, where the run recorded {recorded:.6g}"
+            f"{self._result.folder}: {name!r} has an error of {tensor.error:.6g}, where the run recorded {recorded:.6g}"
         ]

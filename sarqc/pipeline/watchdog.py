@@ -65,7 +65,7 @@ class Heartbeat:
 
 
 class Watch:
-    """Rounds in which a heart heard nothing new. limit: so many are too many."""
+    """Rounds in which a rank heard nothing new. limit: the number that is too many."""
 
     def __init__(self, heartbeat: Heartbeat, limit: int) -> None:
         self._heart, self._limit = heartbeat, limit

@@ -79,7 +79,7 @@ def _kinds(checkpoint: Checkpoint) -> dict[_Kind, set[str]]:
 
 
 def _together(ones: Sequence[RuntimeSupport]) -> RuntimeSupport:
-    """One server with so many ranks, for layers of several kinds."""
+    """One server with one number of ranks, for layers of several kinds."""
     kernels: Counter[str] = Counter()
     for one in ones:
         kernels.update(one.kernels)

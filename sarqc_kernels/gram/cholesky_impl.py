@@ -24,8 +24,8 @@ from sarqc_kernels.device import device_info, on_device
 __all__ = ["cholesky_upper"]
 
 BLOCK, WARPS = 64, 4
-"""Blocks of half the size where registers do not hold three such tiles: where sums of tensor cores are in them too, and
-where rows do not begin at multiples of 64 bytes, as addresses take them then."""
+"""Blocks of half the size by twice the warps where registers do not hold three such tiles: where sums of tensor cores
+are in them too, and where rows do not begin at multiples of 64 bytes, as addresses take them then."""
 
 
 @triton.jit
@@ -96,9 +96,9 @@ def cholesky_upper(hessian: Tensor, size: int | None = None) -> tuple[Tensor, Te
     factor = torch.zeros((experts, inputs, inputs), device=hessian.device)
     info = torch.zeros(experts, dtype=torch.int32, device=hessian.device)
     crowded = inputs % 16 > 0 or device_info(hessian.device).sums_in_registers
-    size = size or (BLOCK // 2 if crowded else BLOCK)
+    size, warps = size or (BLOCK // 2 if crowded else BLOCK), 2 * WARPS if crowded else WARPS
     if experts and inputs:
-        own = {"SIZE": size, "DEPTH": size // 2, "num_warps": WARPS, "num_stages": 2}
+        own = {"SIZE": size, "DEPTH": size // 2, "num_warps": warps, "num_stages": 2}
         with on_device(hessian):
             _factor[(experts,)](hessian.contiguous(), factor, info, inputs, **own)
     return factor, info

@@ -146,7 +146,7 @@ EXPAND = Plan("expand", 0, 64, 1, 4, 1)
 
 @functools.cache
 def dot(tokens: int, splits: int, device: Device, bits: int = 4) -> Plan:
-    """The dot plan for a block of so many tokens, one of `dot_sizes`.
+    """The dot plan for a block of `tokens` tokens, one of `dot_sizes`.
 
     Where sums live in registers: from 64 tokens on two groups of four warps share the rows of a block. On sm_100
     they live in tensor memory, of which each dot of a tile gets a part: with 64 tokens and a group of 16 inputs a dot,
@@ -173,7 +173,7 @@ def persistent(device: Device, bits: int = 4) -> Plan:
 
 
 def dot_sizes(groups: int, device: Device, bits: int = 4) -> tuple[int, ...]:
-    """Tokens of the dot blocks that fit and do not spill with so many groups to a tile (seen ahead of time)."""
+    """Tokens of the dot blocks that fit and do not spill with `groups` groups to a tile (seen ahead of time)."""
     spills = device.sums_in_registers or (device.tensor_memory and bits == 7)  # 7 bits are three planes
     most = 64 if spills or device.shared_bytes < FOLDED_BYTES else FOLDED_TOKENS
     # 16 with splits: ptxas stops at 80 registers and spills one

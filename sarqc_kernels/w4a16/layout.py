@@ -68,7 +68,7 @@ INT4PACK_GROUPS = (32, 64, 128, 256)  # what torch's product takes
 
 
 def planes(bits: int) -> tuple[tuple[int, int], ...]:
-    """(width, lowest bit) of the planes that tiles cut codes of so many bits into, low bits first."""
+    """(width, lowest bit) of the planes that tiles cut codes of `bits` bits into, low bits first."""
     widths = [4] * (bits // 4) + [2] * (bits // 2 % 2) + [1] * (bits % 2)
     return tuple([(width, sum(widths[:place])) for place, width in enumerate(widths)])
 
@@ -173,14 +173,13 @@ def codes_of(weight: RepackedWeight, expert: int, rows: slice) -> Tensor:
     else:
         half = _known_block() // 2
         stretch = words[first * block : last * block].reshape(-1, weight.in_features, half)
-        codes = torch.stack([stretch & 15, stretch >> 4], 1).transpose(-1, -2).flatten(0, 2) - nibble_offset(
-            weight.bits
-        )
+        nibbles = torch.stack([stretch & 15, stretch >> 4], 1).transpose(-1, -2).flatten(0, 2)
+        codes = nibbles - nibble_offset(weight.bits)
     return codes[rows.start - first * block : rows.stop - first * block, : weight.in_features]
 
 
 def nibble_offset(bits: int) -> int:
-    """How far codes of so many bits are moved up to make nibbles whose middle is 8."""
+    """How far codes of `bits` bits are moved up to make nibbles whose middle is 8."""
     return 8 - (1 << (bits - 1))
 
 

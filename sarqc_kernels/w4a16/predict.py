@@ -74,7 +74,7 @@ def _division(plan: Plan, shape: tuple[int, int, int, int]) -> tuple[int, int, i
 
 
 def _cycles(plan: Plan, together: int) -> float:
-    """Of a processor for one tile of one program, where so many share it."""
+    """Of a processor for one tile of one program, where `together` programs share it."""
     tall = plan.block_n > 128
     issue = TALL_ISSUE if tall else ISSUE[plan.tokens]
     tensor = plan.tokens * plan.block_n * TILE_K / TENSOR / OWN

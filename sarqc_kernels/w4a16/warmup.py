@@ -72,10 +72,10 @@ def _weights_of(weights: nn.Module | RepackedWeight | Iterable[RepackedWeight]) 
         yield weights
     elif isinstance(weights, nn.Module):
         for module in weights.modules():
-            held = getattr(module, "prepared", None)
-            held_weights = held() if callable(held) else None
-            if isinstance(held_weights, RepackedWeight):
-                yield held_weights
+            prepared = getattr(module, "prepared", None)
+            weight = prepared() if callable(prepared) else None
+            if isinstance(weight, RepackedWeight):
+                yield weight
     else:
         yield from weights
 

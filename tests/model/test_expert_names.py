@@ -11,11 +11,9 @@ from safetensors.torch import load_file, save_file
 import sarqc
 from benchmarks.models.build import build
 from benchmarks.models.conditions import CONDITION
-from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import QuantConfig
 from sarqc.model.build import build as load
 from sarqc.model.layers import targets
-from sarqc.model.lazy_model import LazyModel
 from tests.support import families
 
 NAMES = {  # row: the first matrix by its own name, and where it is
@@ -48,15 +46,9 @@ def saved(row, folder):
     return folder
 
 
-def opened(folder):
-    source = open_checkpoint(folder)
-    lazy = LazyModel.from_folder(folder, source)
-    return lazy, source.split(lazy.split(lambda names: True))
-
-
 @pytest.mark.parametrize("row", NAMES)
 def test_each_matrix_has_a_name_and_is_what_it_was(row, tmp_path):
-    lazy, source = opened(saved(row, tmp_path))
+    lazy, source = families.split(saved(row, tmp_path))
     single, whole, part = NAMES[row]
     stored = load_file(tmp_path / "model.safetensors")
     fused = next(name for name in stored if name.endswith(whole))
@@ -73,7 +65,7 @@ def test_each_matrix_has_a_name_and_is_what_it_was(row, tmp_path):
 def test_taken_apart_they_compute_the_same(row, tmp_path):
     """Transposed, interleaved and biased: as transformers computes with the whole tensor."""
     wanted = families.logits(saved(row, tmp_path), row)
-    lazy, source = opened(tmp_path)
+    lazy, source = families.split(tmp_path)
     model = load(lazy, source, dtype=torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(model(input_ids=families.TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)

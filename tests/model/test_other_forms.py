@@ -9,9 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import sarqc
-from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.entrypoints.verify import verify
-from sarqc.model.lazy_model import LazyModel
 from sarqc.model.transposed import is_transposed
 from tests.support import families
 
@@ -27,15 +25,9 @@ PIECES = {  # row: a stored tensor, and the layers that it holds, in order
 }
 
 
-def opened(folder):
-    source = open_checkpoint(folder)
-    lazy = LazyModel.from_folder(folder, source)
-    return lazy, source.split(lazy.split(lambda names: True))
-
-
 @pytest.mark.parametrize("row", PIECES)
 def test_a_tensor_of_several_layers_is_cut_into_them(row, tmp_path):
-    lazy, source = opened(families.save(row, tmp_path))
+    lazy, source = families.split(families.save(row, tmp_path))
     stored, pieces = PIECES[row]
     names = [f"{piece}.weight" for piece in pieces]
     whole = load_file(tmp_path / "model.safetensors")[f"{stored}.weight"]

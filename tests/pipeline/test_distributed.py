@@ -41,7 +41,7 @@ def straight(models, tmp_path_factory):
 
 
 def in_all(size, source, out, log, **changes):
-    """Quantize with so many ranks; all must end well."""
+    """Quantize with `size` ranks; all must end well."""
     ended = in_ranks(size, lambda rank: sarqc.quantize(source, out, **SMALL | changes), log)
     assert ended == [(0, "")] * size, ended
 

@@ -112,7 +112,7 @@ def test_device_too_small_for_anything(case):
 
 
 def poisoned(case, windows):
-    """NaN in one token of so many of 128 windows, in front of the second block's attention."""
+    """NaN in one token of `windows` of 128 windows, in front of the second block's attention."""
 
     def poison(hidden):
         hidden = hidden.clone()

@@ -17,7 +17,7 @@ from sarqc.errors import CheckpointError
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int | None = None) -> None:
-    """Write `tensors` with their manifest: one file, or shards of so many bytes with their index."""
+    """Write `tensors` with their manifest: one file, or shards of `shard_bytes` with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     merged, shard = (shard_bytes, shard_bytes) if shard_bytes else (assemble.MERGE_BYTES, assemble.SHARD_BYTES)
     with patch.multiple(assemble, MERGE_BYTES=merged, SHARD_BYTES=shard):

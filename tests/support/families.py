@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 import sarqc
 from benchmarks.models.build import build
-from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.model.lazy_model import LazyModel
 
 TOKENS = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -26,6 +26,13 @@ def lazy(folder: Path) -> LazyModel:
     """What sarqc makes of a folder."""
     with open_checkpoint(folder) as source:
         return LazyModel.from_folder(folder, source)
+
+
+def split(folder: Path) -> tuple[LazyModel, Checkpoint]:
+    """A folder's model and its source, with every matrix by a name of its own."""
+    source = open_checkpoint(folder)
+    lazy = LazyModel.from_folder(folder, source)
+    return lazy, source.split(lazy.split(lambda names: True))
 
 
 def rounded(folder: Path, out: Path, **settings: Any) -> Path:

@@ -31,7 +31,7 @@ def is_file_operation(function: Any) -> bool:
 def in_child(action: Callable[[], object], kill_at: int | None = None, kill_after: float | None = None) -> int:
     """Run `action` in a forked child; its exit code, or -9 where it was killed.
 
-    kill_at: before the file operation of this number (from 1). kill_after: after so many seconds.
+    kill_at: before the file operation of this number (from 1). kill_after: after this number of seconds.
     """
     child = os.fork()
     if child == 0:
@@ -98,7 +98,7 @@ def kill_again_and_again(
     kills: int,
     moment: Callable[[], dict[str, Any]],
 ) -> None:
-    """Kill a run so many times, and let it go on each time; `moment()` says when, as `in_child` takes it.
+    """Kill a run `kills` times, and let it go on each time; `moment()` says when, as `in_child` takes it.
 
     A kill that came too late, after the end of a run, counts for nothing; the next one strikes a new run.
     """

@@ -7,7 +7,7 @@ from sarqc.pipeline.progress import NoProgress
 
 
 class Stopping(NoProgress):
-    """Stops after so many blocks, and remembers what it was told."""
+    """Stops after `after` blocks, and keeps what it is given."""
 
     def __init__(self, after: int = 99) -> None:
         self.left = after

@@ -134,9 +134,9 @@ class Mlx(FormatDefaults):
         every = set(names)
         linears = {match["linear"] for name in every if (match := _PART.fullmatch(name))}
         for linear in sorted(linears):
-            if missing_names := [part for part in _PARTS if f"{linear}.{part}" not in every]:
+            if missing := [part for part in _PARTS if f"{linear}.{part}" not in every]:
                 raise CheckpointError(
-                    f"{linear!r} has no {' and no '.join(missing_names)}, where MLX has {', '.join(_PARTS)}"
+                    f"{linear!r} has no {' and no '.join(missing)}, where MLX has {', '.join(_PARTS)}"
                 )
         return {linear: tuple(f"{linear}.{part}" for part in sorted(_PARTS)) for linear in sorted(linears)}
 

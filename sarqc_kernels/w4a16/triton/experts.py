@@ -1,6 +1,6 @@
 """The experts of a layer by Triton: launches of kernels of `kernels` and `reduce`; `experts` says of what.
 
-Nothing waits for the device: grids are upper bounds of what any routing of so many rows can need, and a program without
+Nothing waits for the device: grids are upper bounds of what any routing of the rows can need, and a program without
 a tile returns at once.
 """
 
