@@ -277,7 +277,7 @@ settings = dict(num_samples=8, seqlen=128, group_size=64)
 forecast = estimate(sys.argv[1], sys.argv[2], **settings)
 report = sarqc.quantize(sys.argv[1], sys.argv[2], **settings).report
 peak = report["peak_memory_mib"]["host"] << 20
-print(json.dumps([max(stage.host for stage in found.memory), peak, found.time.total, report["seconds"]["total"]]))
+print(json.dumps([max(stage.host for stage in forecast.memory), peak, forecast.time.total, report["seconds"]["total"]]))
 """
 
 
