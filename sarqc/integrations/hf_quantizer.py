@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from sarqc.model.lazy_model import assemble
 from sarqc.model.packed_linear import PackedWeight, QuantLinear
 from sarqc.model.source import PackedSource
 from sarqc.model.undeclared_experts import adopt
-from sarqc.model.weight_map import TensorSlice, trace
+from sarqc.model.weight_map import TensorSlice, read_together, trace
 
 __all__ = ["Open", "PackedConfig", "PackedQuantizer"]
 
@@ -87,7 +87,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
             slices = trace(model, source)
             stored = set(source.linears())
             self._packers = {linear: source.packer(linear) for linear in stored}
+            conversions = read_together(model, source)
             self._reserve(model, slices, partial(_described, source, stored))
+            self._hide_dense(model, slices, conversions)
             model._keys_to_ignore_on_load_unexpected = {
                 *(model._keys_to_ignore_on_load_unexpected or ()),
                 *(_ending(linear, name) for linear in stored for name in source.raw_members(linear)),
@@ -96,9 +98,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
     def _reserve(
         self, model: Any, slices: dict[str, tuple[TensorSlice, ...]], described: Callable[[str], QuantizedWeight | None]
     ) -> None:
-        """Put packed modules where every matrix is quantized and alike; note which parameters are to be expanded."""
+        """Put packed modules where every matrix is quantized and alike."""
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-        taken = set()
         for slot in module_slots(model, slices):
             weight = gather(slot.slices, described)
             if weight is None or f"{slot.path}.weight" in tied:
@@ -107,17 +108,24 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
             if not isinstance(module, QuantLinear):  # its owner would fill parameters that it no longer has
                 setattr(slot.owner, _INITIALIZED, True)
             self._slots.append(slot)
-            taken |= {stored.name for stored in slot.slices}
         if any(moe.is_experts(slot.owner) for slot in self._slots):
             moe.use_sorted_experts(model)
+
+    def _hide_dense(
+        self, model: Any, slices: dict[str, tuple[TensorSlice, ...]], conversions: Iterable[frozenset[str]]
+    ) -> None:
+        """Keep from transformers what it cannot make: parameters of packed tensors, or of a conversion that has one."""
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        packed = {f"{linear}.weight" for linear in self._packers}
+        taken = {stored.name for slot in self._slots for stored in slot.slices}
+        incomplete = packed.union(*(names for names in conversions if names & packed)) - taken
         for parameter, parts in slices.items():
-            if any(stored.linear in self._packers and stored.name not in taken for stored in parts):
-                if parameter in tied:
-                    raise ModelError(
-                        f"{parameter!r} is quantized and tied to another parameter; such models are not run"
-                    )
-                self._dense[parameter] = parts
-                _hide(model, parameter)
+            if incomplete.isdisjoint(stored.name for stored in parts):
+                continue
+            if parameter in tied:
+                raise ModelError(f"{parameter!r} is quantized and tied to another parameter; such models are not run")
+            self._dense[parameter] = parts
+            _hide(model, parameter)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *(f"^{re.escape(parameter)}$" for parameter in self._dense),

@@ -112,9 +112,10 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
 
     Raises:
         ModelError: more than 1 % of the blocks' weights cannot be quantized, with the reason and the pattern that
-            leaves them; or the model has no Linear.
+            leaves them; or the model has no Linear, or its code writes to its weights.
         ArgumentError: an ignore pattern is no regular expression or finds nothing.
     """
+    _check_constant(lazy)
     patterns = [_compiled(pattern) for pattern in quant.ignore]
     selected: list[Target] = []
     ignored: list[tuple[str, str]] = []
@@ -159,6 +160,16 @@ def targets_of(lazy: LazyModel, linears: Iterable[str]) -> Targets:
     selected = [one.target for one in candidates(lazy) if one.target.linear in wanted]
     untouched, modules = _others(lazy, selected, ())
     return Targets(tuple(selected), (), untouched, (), modules)
+
+
+def _check_constant(lazy: LazyModel) -> None:
+    """`ModelError` where the model's own forward writes to a weight: it cannot write to a packed one."""
+    changed = lazy.usage.changed if lazy.usage else ()
+    if changed:
+        raise ModelError(
+            f"{type(lazy.model).__name__} changes {min(changed)} in its forward, which no runtime does to a quantized "
+            "weight; such models are not quantized"
+        )
 
 
 def _check_share(refused: Sequence[Candidate], selected: Sequence[Target]) -> None:

@@ -46,6 +46,7 @@ class Usage:
     called: frozenset[str]
     selectors: frozenset[str]
     touched: frozenset[str]
+    changed: frozenset[str] = _NOTHING
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class _Origin:
 class _Seen:
     multiplied: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
     chosen: set[str] = field(default_factory=set)
     chosen_compared: set[str] = field(default_factory=set)
     readers: dict[str, set[str]] = field(default_factory=dict)
@@ -97,7 +99,9 @@ def usage(model: Any, tokens: int = TOKENS) -> Usage | None:
         except Exception:  # noqa: BLE001  # foreign code without data fails with whatever it happens to raise
             return None
     seen = watch.seen
-    return Usage(frozenset(seen.multiplied), frozenset(called), seen.selectors(), frozenset(seen.touched))
+    changed = seen.written & {name for name, _ in model.named_parameters()}
+    multiplied, touched = frozenset(seen.multiplied), frozenset(seen.touched)
+    return Usage(multiplied, frozenset(called), seen.selectors(), touched, frozenset(changed))
 
 
 @contextmanager
@@ -160,6 +164,7 @@ class _Watch(TorchDispatchMode):
         else:
             made = _Origin(direct=direct, compared=compared)
         written = [value for value, argument in zip(operands, func._schema.arguments) if argument.is_write]
+        self.seen.written.update(self.names[id(value)] for value in written if id(value) in self.names)
         for tensor in (*tree_iter(out), *written):
             if isinstance(tensor, Tensor) and (tensor.is_floating_point() or made.parameter):
                 self._origins[tensor] = made

@@ -131,6 +131,12 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[TensorSlice, ...]
     return slices
 
 
+def read_together(model: Any, source: TensorSource) -> list[frozenset[str]]:
+    """The checkpoint tensors of each conversion: transformers makes its parameters of all of them or not at all."""
+    _, stacked = _sort_names(model, source, model.state_dict())
+    return [frozenset(name for group in names.values() for name in group) for _, names in stacked.values()]
+
+
 def _turn_packed(model: Any, source: TensorSource, whole: Mapping[str, str]) -> None:
     """Let modules that multiply from the other side become Linears where the checkpoint has them packed, as we do."""
     for parameter, name in whole.items():

@@ -20,11 +20,6 @@ from tests.support import families
 QUANT = QuantConfig(group_size=32)
 
 
-def apart(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Median over positions of the largest difference, in units of the logits' spread: choices of experts may flip."""
-    return ((actual - wanted).abs().amax(-1) / wanted.std()).median().item()
-
-
 @pytest.mark.parametrize("row", ["dbrx"])
 def test_a_refusal_names_the_pattern_that_lets_the_rest_run(row, tmp_path):
     """Weights that are no Linears are refused; with the pattern from the message the run ends well."""
@@ -35,7 +30,7 @@ def test_a_refusal_names_the_pattern_that_lets_the_rest_run(row, tmp_path):
     advised = re.search(r"--ignore '(.*)'$", str(refusal.value))
     assert advised is not None
     out = families.rounded(source, tmp_path / "out", ignore=(advised[1],))
-    assert apart(families.logits(out), families.ours(out)) < 0.05
+    assert families.apart(families.logits(out), families.ours(out)) < 0.05
     kept = load_file(out / "model.safetensors")
     for name, tensor in load_file(source / "model.safetensors").items():
         if re.search(advised[1], name.removesuffix(".weight")):
@@ -49,7 +44,7 @@ def test_readers_find_what_is_left_under_either_name(row, tmp_path):
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     own, stored = {"gpt_neox": ("lm_head", "embed_out"), "phimoe": ("lm_head", "lm_head")}[row]
     assert {own, stored} <= set(ignored)
-    assert apart(families.logits(out), families.ours(out)) < 0.05
+    assert families.apart(families.logits(out), families.ours(out)) < 0.05
 
 
 @pytest.mark.parametrize("row", ["ctrl", "gptj", "codegen"])
@@ -57,10 +52,10 @@ def test_packed_layers_stand_in_their_place(row, tmp_path, registered):
     """A Sequential keeps its order, and a module with packed layers still fills buffers of its own."""
     out = families.rounded(families.save(row, tmp_path / "in"), tmp_path / "out")
     wanted = families.ours(out)
-    assert apart(families.logits(out), wanted) < 0.05
+    assert families.apart(families.logits(out), wanted) < 0.05
     model, _ = sarqc.load(out, dtype="float32", packed=True)
     with torch.inference_mode():
-        assert apart(model(input_ids=families.TOKENS).logits, wanted) < 0.05
+        assert families.apart(model(input_ids=families.TOKENS).logits, wanted) < 0.05
 
 
 def test_routers_and_indexes_are_left_and_said(tmp_path):
@@ -93,6 +88,11 @@ def test_what_no_packed_linear_can_stand_for_is_left_and_said(row, layer, reason
     left = {name: why for name, why in selected.left if layer in name}
     assert left and all(reason in why for why in left.values())
     assert not any(layer in name for name in selected.linears)
+
+
+def test_a_model_that_rescales_its_weights_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ModelError, match=r"changes rwkv\.blocks\.0\.attention\.output\.weight in its forward"):
+        targets(families.lazy(families.save("rwkv", tmp_path)), QUANT)
 
 
 def test_a_layer_is_passed_where_its_like_is(tiny):

@@ -97,3 +97,15 @@ def test_code_that_needs_data_is_admitted():
 
     with torch.device("meta"):
         assert usage(Curious()) is None
+
+
+def test_weights_that_a_forward_writes_to_are_changed():
+    class Rescaled(SparseAttention):
+        def forward(self, input_ids, use_cache=False):
+            self.o.weight.div_(2)
+            return super().forward(input_ids)
+
+    with torch.device("meta"):
+        plain, rescaled = usage(SparseAttention()), usage(Rescaled())
+    assert plain is not None and not plain.changed
+    assert rescaled is not None and rescaled.changed == {"o.weight"}

@@ -54,3 +54,8 @@ def ours(folder: Path) -> torch.Tensor:
     model, _ = sarqc.load(folder, dtype="float32", packed=False)
     with torch.inference_mode():
         return model(input_ids=TOKENS).logits
+
+
+def apart(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Median over positions of the largest difference, in units of the logits' spread: choices of experts may flip."""
+    return ((actual - wanted).abs().amax(-1) / wanted.std()).median().item()
