@@ -153,7 +153,7 @@ def test_a_kill_while_shards_are_moved_loses_no_block(source, finished, sharded,
     operations = count_operations(lambda: sarqc.quantize(**run))
     expected = contents(tmp_path / "out")
     assert format == "gptq" or expected == sharded
-    for kill_at in range(operations // 9, operations, operations // 9):
+    for kill_at in range(operations // 6, operations, operations // 6):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         again()
         assert in_child(lambda: sarqc.quantize(**run), kill_at=kill_at) == -9
