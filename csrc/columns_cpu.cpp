@@ -333,12 +333,12 @@ void fit_rows(const Fit& call, Lanes* group, int64_t block, int64_t row, int row
 }  // namespace
 
 // Coordinate descent: sarqc_kernels/columns/descent_reference.py says what and why, step by step the same.
-// cpu_impl.py has the same fields in the same order. Rows are whole tiles of kLanes.
+// cpu_impl.py has the same fields in the same order.
 struct Descent {
-    float* levels;          // [K, E, N], in and out
-    float* scales;          // [G, E, N], in and out
-    const float* zeros;     // [G, E, N]
-    const float* error;     // [K, E, N], at the start
+    const float* weight;    // [E, N, K]
+    uint8_t* codes;         // [E, N, K], in and out
+    float* scales;          // [E, N, G], in and out
+    const uint8_t* zeros;   // [E, N, G]
     const float* hessian;   // [E, K, K]
     const uint8_t* usable;  // [E]
     int64_t experts, rows, columns, groups, passes, cut;
@@ -347,10 +347,22 @@ struct Descent {
 
 namespace {
 
-// What a tile of rows works in: two of [K] and four of [g].
+// What a tile of rows works in: two of [K], four of [g] and two of [G].
 struct Buffers {
-    Lanes *gradient, *levels, *before, *found, *rest, *curved;
+    Lanes *gradient, *levels, *before, *found, *rest, *curved, *scales, *zeros;
 };
+
+// A tile across: to[c] has column c of `rows` rows that lie `stride` apart, and `fill` in the lanes behind them.
+template <typename T>
+void take_across(const T* from, int64_t stride, int rows, int64_t columns, float fill, Lanes* to) {
+    for (int64_t first = 0; first < columns; first += kMicro) {  // a few columns of all rows stay in the first cache
+        const int64_t last = first + kMicro < columns ? first + kMicro : columns;
+        for (int lane = 0; lane < rows; ++lane)
+            for (int64_t c = first; c < last; ++c) to[c][lane] = static_cast<float>(from[lane * stride + c]);
+        for (int64_t c = first; c < last; ++c)
+            for (int lane = rows; lane < kLanes; ++lane) to[c][lane] = fill;
+    }
+}
 
 void better_codes(const Descent& call, const float* square, int size, const Lanes& scale, const Lanes& zero,
                   const Buffers& own) {
@@ -405,14 +417,13 @@ void better_scale(const Descent& call, int size, const Lanes* gradient, const Bu
     saved.total(better);
 }
 
-void improve_group(const Descent& call, const float* hessian, int64_t group, float* scales, const float* zeros,
-                   bool last, const Buffers& own) {
+void improve_group(const Descent& call, const float* hessian, int64_t group, bool last, const Buffers& own) {
     const int size = static_cast<int>(call.columns / call.groups);
     const int64_t first = group * size, columns = call.columns;
     const float* square = hessian + first * columns + first;
-    Lanes old, zero, scale, better;
-    load(old, scales, kLanes, 1.f);
-    load(zero, zeros, kLanes, 0.f);
+    const Lanes& zero = own.zeros[group];
+    Lanes old, scale, better;
+    std::memcpy(old, own.scales[group], sizeof old);
     for (int j = 0; j < size; ++j) {
         each([&](int lane) {
             own.before[j][lane] = own.levels[first + j][lane] * old[lane];
@@ -426,8 +437,7 @@ void improve_group(const Descent& call, const float* hessian, int64_t group, flo
         product<false>(square + begin * columns, columns, depth, own.found + begin, size, own.curved);
     }
     better_scale(call, size, own.gradient + first, own, old, scale, better);
-    each([&](int lane) { scale[lane] = better[lane] > 0.f ? scale[lane] : old[lane]; });
-    store(scales, scale, kLanes);
+    each([&](int lane) { own.scales[group][lane] = better[lane] > 0.f ? scale[lane] : old[lane]; });
     for (int j = 0; j < size; ++j) {
         each([&](int lane) {
             const bool takes = better[lane] > 0.f;
@@ -443,22 +453,42 @@ void improve_group(const Descent& call, const float* hessian, int64_t group, flo
     }
 }
 
-void descend_rows(const Descent& call, int64_t expert, int64_t row, const Buffers& own) {
-    const int64_t line = call.experts * call.rows, at = expert * call.rows + row;
-    const float* hessian = call.hessian + expert * call.columns * call.columns;
-    std::memset(own.gradient, 0, call.columns * sizeof(Lanes));
-    for (int64_t j = 0; j < call.columns; ++j) load(own.levels[j], call.error + j * line + at, kLanes, 0.f);
-    for (int64_t begin = 0; begin < call.columns; begin += kDepth) {
-        const int depth = static_cast<int>(call.columns - begin < kDepth ? call.columns - begin : kDepth);
-        product<false>(hessian + begin * call.columns, call.columns, depth, own.levels + begin, call.columns,
-                       own.gradient);
+void descend_rows(const Descent& call, int64_t expert, int64_t row, int rows, const Buffers& own) {
+    const int64_t columns = call.columns, size = columns / call.groups, at = expert * call.rows + row;
+    const float* hessian = call.hessian + expert * columns * columns;
+    uint8_t* codes = call.codes + at * columns;
+    float* scales = call.scales + at * call.groups;
+    take_across(scales, call.groups, rows, call.groups, 1.f, own.scales);
+    take_across(call.zeros + at * call.groups, call.groups, rows, call.groups, 0.f, own.zeros);
+    const auto take_levels = [&] {
+        take_across(codes, columns, rows, columns, 0.f, own.levels);
+        for (int64_t j = 0; j < columns; ++j)
+            each([&](int lane) { own.levels[j][lane] -= own.zeros[j / size][lane]; });
+    };
+    take_levels();
+    take_across(call.weight + at * columns, columns, rows, columns, 0.f, own.gradient);
+    for (int64_t j = 0; j < columns; ++j)  // the error takes the levels' place until the gradient is made of it
+        each([&](int lane) {
+            const float nearest = own.levels[j][lane] * own.scales[j / size][lane];
+            own.levels[j][lane] = own.gradient[j][lane] - nearest;
+        });
+    std::memset(own.gradient, 0, columns * sizeof(Lanes));
+    for (int64_t begin = 0; begin < columns; begin += kDepth) {
+        const int depth = static_cast<int>(columns - begin < kDepth ? columns - begin : kDepth);
+        product<false>(hessian + begin * columns, columns, depth, own.levels + begin, columns, own.gradient);
     }
-    for (int64_t j = 0; j < call.columns; ++j) load(own.levels[j], call.levels + j * line + at, kLanes, 0.f);
+    take_levels();
     for (int64_t pass = 0; pass < call.passes; ++pass)
         for (int64_t group = 0; group < call.groups; ++group)
-            improve_group(call, hessian, group, call.scales + group * line + at, call.zeros + group * line + at,
-                          pass + 1 == call.passes, own);
-    for (int64_t j = 0; j < call.columns; ++j) store(call.levels + j * line + at, own.levels[j], kLanes);
+            improve_group(call, hessian, group, pass + 1 == call.passes, own);
+    for (int64_t first = 0; first < columns; first += kMicro) {
+        const int64_t last = first + kMicro < columns ? first + kMicro : columns;
+        for (int lane = 0; lane < rows; ++lane)
+            for (int64_t c = first; c < last; ++c)
+                codes[lane * columns + c] = static_cast<uint8_t>(own.levels[c][lane] + own.zeros[c / size][lane]);
+    }
+    for (int64_t group = 0; group < call.groups; ++group)
+        for (int lane = 0; lane < rows; ++lane) scales[lane * call.groups + group] = own.scales[group][lane];
 }
 
 }  // namespace
@@ -487,13 +517,21 @@ extern "C" void sarqc_fit(const Fit* call, int64_t part, int64_t parts) {
 }
 
 extern "C" void sarqc_descent(const Descent* call, int64_t part, int64_t parts) {
-    const int64_t size = call->columns / call->groups, tiles = call->rows / kLanes;
-    std::vector<float> memory(static_cast<size_t>(2 * call->columns + 4 * size) * kLanes);
+    const int64_t size = call->columns / call->groups, tiles = (call->rows + kLanes - 1) / kLanes;
+    std::vector<float> memory(static_cast<size_t>(2 * call->columns + 4 * size + 2 * call->groups) * kLanes);
     Lanes* free = reinterpret_cast<Lanes*>(memory.data());
-    Buffers own = {free, free + call->columns, free + 2 * call->columns, nullptr, nullptr, nullptr};
-    own.found = own.before + size;
-    own.rest = own.found + size;
-    own.curved = own.rest + size;
-    for (int64_t at = part; at < tiles * call->experts; at += parts)
-        if (call->usable[at / tiles]) descend_rows(*call, at / tiles, at % tiles * kLanes, own);
+    const auto next = [&](int64_t count) {
+        Lanes* own = free;
+        free += count;
+        return own;
+    };
+    Buffers own;
+    own.gradient = next(call->columns), own.levels = next(call->columns);
+    own.before = next(size), own.found = next(size), own.rest = next(size), own.curved = next(size);
+    own.scales = next(call->groups), own.zeros = next(call->groups);
+    for (int64_t at = part; at < tiles * call->experts; at += parts) {
+        const int64_t row = at % tiles * kLanes, left = call->rows - row;
+        if (call->usable[at / tiles])
+            descend_rows(*call, at / tiles, row, static_cast<int>(left < kLanes ? left : kLanes), own);
+    }
 }

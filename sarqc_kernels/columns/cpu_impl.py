@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sarqc_kernels import cpu_build
 from sarqc_kernels.columns import grid, reference
-from sarqc_kernels.columns.descent_reference import DEPTH, REACH, initial_state
+from sarqc_kernels.columns.descent_reference import DEPTH, REACH, usable_experts
 from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem
 from sarqc_kernels.columns.panels import factors_of
 from sarqc_kernels.columns.reference import Work
@@ -63,7 +63,7 @@ class Descent(ctypes.Structure):
     """`struct Descent` of csrc/columns_cpu.cpp, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("levels", "scales", "zeros", "error", "hessian", "usable")),
+        *((name, ctypes.c_void_p) for name in ("weight", "codes", "scales", "zeros", "hessian", "usable")),
         *((name, ctypes.c_int64) for name in ("experts", "rows", "columns", "groups", "passes", "cut")),
         *((name, ctypes.c_float) for name in ("top", "reach")),
     )
@@ -147,27 +147,29 @@ def coordinate_descent(
     weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, bits: int, passes: int
 ) -> tuple[Tensor, Tensor]:
     """`sarqc_kernels.columns.coordinate_descent` on a CPU, in one call."""
-    made = _library()
-    state = initial_state(weight, codes, scales, zeros, hessian.contiguous(), bits)
-    usable = state.usable.to(torch.uint8)
+    weight, hessian, zeros = weight.contiguous(), hessian.contiguous(), zeros.contiguous()
+    codes, new_scales = codes.clone(memory_format=torch.contiguous_format), scales.float().contiguous()
+    if new_scales.data_ptr() == scales.data_ptr():
+        new_scales = new_scales.clone()
+    usable = usable_experts(hessian).to(torch.uint8)
     call = Descent(
-        levels=state.levels.data_ptr(),
-        scales=state.scales.data_ptr(),
-        zeros=state.zeros.data_ptr(),
-        error=state.gradient.data_ptr(),
-        hessian=state.hessian.data_ptr(),
+        weight=weight.data_ptr(),
+        codes=codes.data_ptr(),
+        scales=new_scales.data_ptr(),
+        zeros=zeros.data_ptr(),
+        hessian=hessian.data_ptr(),
         usable=usable.data_ptr(),
         experts=weight.shape[0],
-        rows=state.levels.shape[2],
+        rows=weight.shape[1],
         columns=weight.shape[2],
         groups=scales.shape[2],
         passes=passes,
         cut=_CUT[scales.dtype],
-        top=state.top,
+        top=(1 << bits) - 1,
         reach=REACH,
     )
-    cpu_build.in_parts(made.sarqc_descent, call, torch.get_num_threads())
-    return state.results(weight.shape[1])
+    cpu_build.in_parts(_library().sarqc_descent, call, torch.get_num_threads())
+    return codes, new_scales.to(scales.dtype)
 
 
 def unsupported(weight: Tensor) -> str | None:

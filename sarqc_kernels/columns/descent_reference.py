@@ -20,7 +20,7 @@ from sarqc_kernels.columns.grid import LANES, levels_of
 from sarqc_kernels.columns.reference import MICRO
 from sarqc_kernels.products import columns_product
 
-__all__ = ["DEPTH", "REACH", "State", "coordinate_descent", "initial_state"]
+__all__ = ["DEPTH", "REACH", "State", "coordinate_descent", "usable_experts"]
 
 DEPTH = 64
 """Most columns of one product: BLAS adds products of so few in the order of the columns, whatever else their shape."""
@@ -61,13 +61,17 @@ def initial_state(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, 
         moved, missing = tensor.permute(2, 0, 1).float(), -tensor.shape[1] % LANES
         return (F.pad(moved, (0, missing), value=fill) if missing else moved).contiguous()
 
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
     size = weight.shape[2] // scales.shape[2]
     scale, zero = across(scales, 1.0), across(zeros, 0.0)
     levels = (across(codes, 0.0).unflatten(0, (-1, size)) - zero[:, None]).flatten(0, 1)
     error = across(weight, 0.0) - (levels.unflatten(0, (-1, size)) * scale[:, None]).flatten(0, 1)
-    usable = (diagonal.isfinite() & (diagonal > 0)).all(1)
-    return State(levels, scale, zero, error, hessian, usable, (1 << bits) - 1, scales.dtype)
+    return State(levels, scale, zero, error, hessian, usable_experts(hessian), (1 << bits) - 1, scales.dtype)
+
+
+def usable_experts(hessian: Tensor) -> Tensor:
+    """Which experts have a Hessian, bool [E]: those with a finite, positive diagonal."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    return (diagonal.isfinite() & (diagonal > 0)).all(1)
 
 
 def _add_product_(out: Tensor, hessian: Tensor, change: Tensor, sign: float = 1.0) -> None:

@@ -103,7 +103,7 @@ def run_panels(problem: Problem, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
         _solve(work, steps)
         for at in range(part.shape[0]):
             expert = some.start + at
-            codes[expert, span] = work.codes[:, at][own[at].argsort()].T
+            codes[expert, span] = work.codes[:, at].index_select(0, own[at].argsort()).T
             if scales is None:
                 groups = work.group_of[at, ::group_size]
                 out_scales[expert, span, groups] = work.scales[:, at].T.to(rule.scale_dtype)
@@ -124,7 +124,7 @@ def _transposed(weight: Tensor, order: Tensor) -> Tensor:
     """[E, N, K] as [K, E, N] with the columns of every expert in its own order."""
     out = weight.new_empty((weight.shape[2], *weight.shape[:2]))
     for expert in range(weight.shape[0]):
-        out[:, expert] = weight[expert].T.contiguous()[order[expert]]
+        torch.index_select(weight[expert].T.contiguous(), 0, order[expert], out=out[:, expert])
     return out
 
 
@@ -171,9 +171,8 @@ def _fit(work: Work, steps: Steps, first: int, pull: Tensor) -> None:
     if first:
         inside = work.factor[:, first:last, first:last] / work.diagonal[:, None, first:last]
         inside = torch.where(work.usable[:, None, None], inside, 0.0).mT
-        group = group.clone()
-        for expert in range(group.shape[1]):
-            group[:, expert] += solve_columns(inside[expert], pull[:, expert])
+        solved = [solve_columns(matrix, pull[:, expert]) for expert, matrix in enumerate(inside)]
+        group = torch.stack([group[:, expert] + change for expert, change in enumerate(solved)], 1)
     scales, zeros = (grid[first // work.group_size] for grid in (work.scales, work.zeros))
     steps.fit(group, work.diagonal[:, first:last].T.square(), work.rule, scales, zeros)
 

@@ -32,6 +32,4 @@ def peak_mib(blocks: int, folder) -> float:
 @pytest.mark.slow
 def test_peak_does_not_grow_with_the_number_of_blocks(tmp_path):
     few, many = peak_mib(2, tmp_path), peak_mib(8, tmp_path)
-    assert many - few < 2 * BLOCK_MIB, (
-        f"{few:.0f} MiB with 2 blocks, {many:.0f} MiB with 8 of {BLOCK_MIB:.0f} MiB each"
-    )
+    assert many - few < 2 * BLOCK_MIB, f"{few:.0f} MiB with 2 blocks, {many:.0f} MiB with 8 of {BLOCK_MIB:.0f} MiB each"

@@ -43,6 +43,22 @@ def test_the_product_of_the_factor_is_the_matrix(
     assert relative_error(product, hessian.double()) < 1e-6
 
 
+def test_a_wide_matrix_is_factored_by_panels(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to the exact factor as LAPACK's, the last panel narrower than the others, each matrix as if alone."""
+    hessian = hessians(generator, 2, 150)
+    by_lapack, _ = cholesky_upper(hessian, backend="reference")
+    monkeypatch.setattr(cholesky, "PANELS_FROM", 100)
+    monkeypatch.setattr(cholesky, "PANEL", 64)
+    actual, info = cholesky_upper(hessian, backend="reference")
+    alone, _ = cholesky_upper(hessian[1:], backend="reference")
+    exact = torch.linalg.cholesky(hessian.double().flip(-1, -2)).flip(-1, -2)
+    assert not info.any() and torch.equal(actual, actual.triu()) and torch.equal(actual[1:], alone)
+    assert relative_error(actual, exact) <= 2 * relative_error(by_lapack, exact)
+    hessian[0, 20, 20] = -1.0
+    _, info = cholesky_upper(hessian, backend="reference")
+    assert (info != 0).tolist() == [True, False]
+
+
 def test_one_failure_leaves_the_others(backend: str, device: str, generator: torch.Generator) -> None:
     hessian = hessians(generator, 3, 24)
     hessian[1, 20, 20] = -1.0
