@@ -1,9 +1,9 @@
 """C++ for the CPU on first use: csrc/<name>.cpp through the host's compiler into the user's cache, loaded with ctypes.
 
-Like `build.py`, without CUDA: the sources export plain C functions that take pointers, so a build takes about a second
-and needs a C++ compiler and nothing else. A library's name holds a hash of its source, the flags and the compiler's
-version. Vector instructions are those that torch itself uses on this processor, so machines of different kinds can
-share a cache. SARQC_CXX names another compiler; where it is empty, nothing is built.
+Like `build.py`, without CUDA: the sources export plain C functions that take pointers, so a build takes a few seconds
+and needs a C++ compiler and nothing else. A library's name holds a hash of its source, the headers, the flags and the
+compiler's version. Vector instructions are those that torch itself uses on this processor, so machines of different
+kinds can share a cache. SARQC_CXX names another compiler; where it is empty, nothing is built.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def compile_library(name: str) -> Path:
     tool, source, wanted = compiler(), sources() / f"{name}.cpp", flags()
     try:
         version = subprocess.run([tool, "--version"], capture_output=True, text=True, errors="replace").stdout
-        key = hashlib.sha256("\n".join((version, *wanted, source.read_text())).encode()).hexdigest()[:16]
+        texts = (source.read_text(), *(header.read_text() for header in sorted(sources().glob("*.h"))))
+        key = hashlib.sha256("\n".join((version, *wanted, *texts)).encode()).hexdigest()[:16]
         cache = cache_folder()
         target = cache / f"{name}-{key}.so"
         if not target.exists():

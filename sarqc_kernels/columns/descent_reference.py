@@ -17,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sarqc_kernels.columns.grid import LANES, levels_of
-from sarqc_kernels.columns.reference import MICRO
+from sarqc_kernels.columns.reference import DEPTH, MICRO
 from sarqc_kernels.products import columns_product
 
-__all__ = ["DEPTH", "REACH", "State", "coordinate_descent", "usable_experts"]
-
-DEPTH = 64
-"""Most columns of one product: BLAS adds products of so few in the order of the columns, whatever else their shape."""
+__all__ = ["REACH", "State", "coordinate_descent", "usable_experts"]
 
 REACH = 2.0
 """A scale changes by less than this factor at once. One that would change more is of weights that hardly matter."""

@@ -4,32 +4,32 @@ Layout. Work is transposed and the experts stand side by side: buffers are [K, E
 experts is one contiguous vector, and each step of the column loop is one vector operation for all of them.
 
 Blocking. Let M' be M with every column divided by its diagonal element: p_j = w_j + sum_{i<j} delta_i M'_ij. The sum,
-called `pull`, is built left-looking in three sizes: one GEMM per panel (about 128 columns) brings in all columns before
-the panel; inside it one small GEMM per micro-panel (16 columns); inside that a rank-1 update per column. Only the last
-is bound by memory, and it stays in cache.
+called `pull`, is built left-looking in three sizes: products for each panel (about 128 columns) bring in all columns
+before the panel; inside it one small product per micro-panel (16 columns); inside that a rank-1 update per column. Only
+the last is bound by memory, and it stays in cache.
 
 Rows are taken in batches that bound the work buffers. A row's codes do not depend on which rows or experts share its
-batch: every elementwise step is one IEEE operation, and `sarqc_kernels.products` keeps the order of every sum.
-
-`Steps` are the two parts of the walk that consist of many small operations. `cpu_impl` has them in C++.
+batch: every elementwise step is one IEEE operation, and sums are made of products of at most `DEPTH` terms, which BLAS
+adds in order (`sarqc_kernels.products`). So C++ can have the same bits (`cpu_impl`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sarqc_kernels.columns.grid import GridRule, Problem, fit_tiles, given_grid, levels_of, safe_scale
-from sarqc_kernels.products import columns_product, solve_columns
+from sarqc_kernels.products import columns_product
 
-__all__ = ["MICRO", "PANEL", "Steps", "TorchSteps", "Work", "quantize_columns", "run_panels"]
+__all__ = ["DEPTH", "MICRO", "PANEL", "diagonal_of", "quantize_columns"]
 
 PANEL = 128
 MICRO = 16
+DEPTH = 64
+"""Most columns of one product: BLAS adds products of so few in the order of the columns, whatever else their shape."""
 BATCH = 8192  # rows in flight, over all experts of a batch,
 ELEMENTS = 1 << 25  # and fewer where their weights would be more than this many: the buffers take 9 bytes for each
 LEAST_BATCH = 512  # rows; every batch divides the factor by its diagonal once more
@@ -53,42 +53,21 @@ class Work:
     rule: GridRule
 
 
-class Steps(Protocol):
-    """What an implementation may do in another way."""
-
-    def fit(self, groups: Tensor, importance: Tensor, rule: GridRule, scales: Tensor, zeros: Tensor) -> None:
-        """Grids of groups [g, E, N] with importance [g, E], written into fp32 scales and zeros [E, N]."""
-
-    def columns(self, work: Work, inside: Tensor, pull: Tensor, first: int, begin: int, end: int) -> None:
-        """Columns begin .. end - 1 of the panel that begins at `first`: deltas and codes.
-
-        inside: fp32 [E, P, P], M' between the panel's columns. pull: fp32 [P, E, N], what the columns before `begin`
-        ask of the panel's; those from `end` on gain what these columns ask.
-        """
-
-
 def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Reference of `sarqc_kernels.columns.quantize_columns`."""
-    return run_panels(problem, TorchSteps())
-
-
-def run_panels(problem: Problem, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_columns` with the given steps."""
     weight, factor, order, scales, _, group_size, rule = problem
     experts, rows, columns = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     out_scales, out_zeros = given_grid(problem)
     if order is None:
         order = torch.arange(columns, device=weight.device).expand(experts, columns)
-    diagonal = factor.diagonal(dim1=1, dim2=2)
-    usable = (diagonal.isfinite() & (diagonal > 0)).all(1)
-    diagonal = torch.where(usable.unsqueeze(1), diagonal, 1.0)
+    diagonal, usable = diagonal_of(factor)
     for some, span in _batches(experts, rows, columns):
         own = order[some]
         part = weight[some, span]
         work = Work(
             weight=_transposed(part, own),
-            delta=torch.empty((columns, *part.shape[:2]), device=weight.device),
+            delta=weight.new_empty((columns, *part.shape[:2])),
             codes=torch.empty((columns, *part.shape[:2]), dtype=torch.uint8, device=weight.device),
             scales=safe_scale(out_scales[some, span].float().permute(2, 0, 1)).contiguous(),
             zeros=out_zeros[some, span].float().permute(2, 0, 1).contiguous(),
@@ -100,7 +79,7 @@ def run_panels(problem: Problem, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
             given=scales is not None,
             rule=rule,
         )
-        _solve(work, steps)
+        _solve(work)
         for at in range(part.shape[0]):
             expert = some.start + at
             codes[expert, span] = work.codes[:, at].index_select(0, own[at].argsort()).T
@@ -109,6 +88,13 @@ def run_panels(problem: Problem, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
                 out_scales[expert, span, groups] = work.scales[:, at].T.to(rule.scale_dtype)
                 out_zeros[expert, span, groups] = work.zeros[:, at].T.to(torch.uint8)
     return codes, out_scales, out_zeros
+
+
+def diagonal_of(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """diag(M) [E, K], ones for an expert without a factor, and whether it has one, bool [E]."""
+    diagonal = factor.diagonal(dim1=1, dim2=2)
+    usable = (diagonal.isfinite() & (diagonal > 0)).all(1)
+    return torch.where(usable.unsqueeze(1), diagonal, 1.0), usable
 
 
 def _batches(experts: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
@@ -128,7 +114,7 @@ def _transposed(weight: Tensor, order: Tensor) -> Tensor:
     return out
 
 
-def _solve(work: Work, steps: Steps) -> None:
+def _solve(work: Work) -> None:
     """All columns of a batch, panel by panel. A panel holds whole groups, or lies inside of one."""
     columns, group_size = work.weight.shape[0], work.group_size
     if work.given:
@@ -140,9 +126,9 @@ def _solve(work: Work, steps: Steps) -> None:
     for begin in range(0, columns, stretch):
         end = min(begin + stretch, columns)
         if not work.given and group_size > PANEL:
-            _fit(work, steps, begin, _pull(work, _panel(work, begin, end), begin))
+            _fit(work, begin, _pull(work, _panel(work, begin, end), begin))
         for first in range(begin, end, width):
-            _solve_panel(work, steps, first, min(first + width, end))
+            _solve_panel(work, first, min(first + width, end))
 
 
 def _panel(work: Work, first: int, last: int) -> Tensor:
@@ -152,15 +138,16 @@ def _panel(work: Work, first: int, last: int) -> Tensor:
 
 
 def _pull(work: Work, panel: Tensor, first: int) -> Tensor:
-    """The compensation that columns before `first` add to the panel's: [width, E, N], one GEMM per expert."""
-    pull = torch.zeros((panel.shape[2], *work.weight.shape[1:]), device=panel.device)
-    if first:
-        for expert in range(pull.shape[1]):
-            pull[:, expert] = columns_product(panel[expert, :first], work.delta[:first, expert])
+    """The compensation that columns before `first` add to the panel's: [width, E, N]."""
+    pull = panel.new_zeros((panel.shape[2], *work.weight.shape[1:]))
+    for expert in range(pull.shape[1]):
+        for begin in range(0, first, DEPTH):
+            at = slice(begin, min(begin + DEPTH, first))
+            pull[:, expert] += columns_product(panel[expert, at], work.delta[at, expert])
     return pull
 
 
-def _fit(work: Work, steps: Steps, first: int, pull: Tensor) -> None:
+def _fit(work: Work, first: int, pull: Tensor) -> None:
     """Grid of the group that begins at `first`, on the weights as all columns before it compensate them.
 
     pull: [g, E, N] from all of those. In units of M' the compensated group W_g + (Delta_{<g} M_{<g,g}) M_gg^-1 is
@@ -170,14 +157,26 @@ def _fit(work: Work, steps: Steps, first: int, pull: Tensor) -> None:
     group = work.weight[first:last]
     if first:
         inside = work.factor[:, first:last, first:last] / work.diagonal[:, None, first:last]
-        inside = torch.where(work.usable[:, None, None], inside, 0.0).mT
-        solved = [solve_columns(matrix, pull[:, expert]) for expert, matrix in enumerate(inside)]
-        group = torch.stack([group[:, expert] + change for expert, change in enumerate(solved)], 1)
+        inside = torch.where(work.usable[:, None, None], inside, 0.0)
+        group = group + _settled(inside, pull)
     scales, zeros = (grid[first // work.group_size] for grid in (work.scales, work.zeros))
-    steps.fit(group, work.diagonal[:, first:last].T.square(), work.rule, scales, zeros)
+    fit_tiles(group, work.diagonal[:, first:last].T.square(), work.rule, scales, zeros)
 
 
-def _solve_panel(work: Work, steps: Steps, first: int, last: int) -> None:
+def _settled(inside: Tensor, pull: Tensor) -> Tensor:
+    """X [g, E, N] with inside^T X = pull, for unit upper triangles `inside` [E, g, g], in the order of the columns."""
+    solved = pull.clone()
+    coefficients = inside.permute(1, 2, 0).unsqueeze(-1)  # [i, j, E, 1]
+    for start in range(0, len(pull), MICRO):
+        stop = min(start + MICRO, len(pull))
+        for i in range(start, stop - 1):
+            solved[i + 1 : stop].addcmul_(coefficients[i, i + 1 : stop], solved[i], value=-1)
+        for expert in range(pull.shape[1] if stop < len(pull) else 0):
+            solved[stop:, expert] -= columns_product(inside[expert, start:stop, stop:], solved[start:stop, expert])
+    return solved
+
+
+def _solve_panel(work: Work, first: int, last: int) -> None:
     """Columns first .. last - 1: group by group where grids are fitted, each fit before its columns."""
     panel = _panel(work, first, last)
     pull = _pull(work, panel, first)
@@ -187,28 +186,25 @@ def _solve_panel(work: Work, steps: Steps, first: int, last: int) -> None:
     for begin in range(first, last, stretch):
         end = min(begin + stretch, last)
         if fits:
-            _fit(work, steps, begin, pull[begin - first : end - first])
-        steps.columns(work, inside, pull, first, begin, end)
+            _fit(work, begin, pull[begin - first : end - first])
+        _solve_stretch(work, inside, pull, first, begin, end)
 
 
-class TorchSteps:
-    """The steps in plain torch."""
+def _solve_stretch(work: Work, inside: Tensor, pull: Tensor, first: int, begin: int, end: int) -> None:
+    """Columns begin .. end - 1 of the panel that begins at `first`: deltas and codes, micro-panel by micro-panel.
 
-    def fit(self, groups: Tensor, importance: Tensor, rule: GridRule, scales: Tensor, zeros: Tensor) -> None:
-        """See `Steps`."""
-        fit_tiles(groups, importance, rule, scales, zeros)
-
-    def columns(self, work: Work, inside: Tensor, pull: Tensor, first: int, begin: int, end: int) -> None:
-        """See `Steps`: micro-panel by micro-panel, a product with each for the rest of the panel."""
-        coefficients = inside.permute(1, 2, 0).unsqueeze(-1).contiguous()  # [i, j, E, 1]
-        for start in range(begin, end, MICRO):
-            stop = min(start + MICRO, end)
-            own = slice(start - first, stop - first)
-            _solve_micro(work, start, stop, pull[own], coefficients[own, own])
-            if own.stop < len(pull):
-                for expert in range(pull.shape[1]):
-                    coming = inside[expert, own, own.stop :]
-                    pull[own.stop :, expert] += columns_product(coming, work.delta[start:stop, expert])
+    inside: fp32 [E, P, P], M' between the panel's columns. pull: fp32 [P, E, N], what the columns before `begin` ask of
+    the panel's; those from `end` on gain what these columns ask.
+    """
+    coefficients = inside.permute(1, 2, 0).unsqueeze(-1).contiguous()  # [i, j, E, 1]
+    for start in range(begin, end, MICRO):
+        stop = min(start + MICRO, end)
+        own = slice(start - first, stop - first)
+        _solve_micro(work, start, stop, pull[own], coefficients[own, own])
+        if own.stop < len(pull):
+            for expert in range(pull.shape[1]):
+                coming = inside[expert, own, own.stop :]
+                pull[own.stop :, expert] += columns_product(coming, work.delta[start:stop, expert])
 
 
 def _solve_micro(work: Work, start: int, stop: int, pull: Tensor, coefficients: Tensor) -> None:
