@@ -29,6 +29,7 @@ from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import LayerReport
 from sarqc.model import dataset
 from sarqc.model.calibration_data import windows
+from sarqc.model.layers import is_wanted
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import PatchedSource
 from sarqc.model.tokenizer import load_tokenizer
@@ -122,6 +123,9 @@ def make(folder: Path, what: ComparisonConfig, column: str | None) -> Experiment
     tokenizer = partial(load_tokenizer, folder, trust_remote_code=trust)
     where = resolve_device(what.device)
     solver, evaluator = (LazyModel.from_folder(folder, checkpoint, trust_remote_code=trust) for _ in range(2))
+    slices = [lazy.split(partial(is_wanted, QuantConfig(ignore=what.ignore))) for lazy in (solver, evaluator)]
+    if slices[0]:
+        checkpoint = checkpoint.split(slices[0])
     seqlen = dataset.sequence_length(what.seqlen, SEQLEN, solver.text_config, folder)
     text = windows(what.dataset, tokenizer, seqlen, column=column)
     dataset.check_seqlen(text.tokens.shape[1], solver.text_config, folder)

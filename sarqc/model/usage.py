@@ -89,6 +89,7 @@ def usage(model: Any, tokens: int = TOKENS) -> Usage | None:
     called: set[str] = set()
     watch = _Watch(names)
     with ExitStack() as hooks:
+        hooks.enter_context(_same_buffers(model))
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 hooks.enter_context(_on_call(module, partial(called.add, path)))
@@ -102,6 +103,17 @@ def usage(model: Any, tokens: int = TOKENS) -> Usage | None:
     changed = seen.written & {name for name, _ in model.named_parameters()}
     multiplied, touched = frozenset(seen.multiplied), frozenset(seen.touched)
     return Usage(multiplied, frozenset(called), seen.selectors(), touched, frozenset(changed))
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """The buffers stay those that they are: some models keep a table where their inputs are, which is meta here."""
+    kept = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for buffers, own in kept:
+            buffers.update(own)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from sarqc.entrypoints.compare import NoProgress, compare
 from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
 from sarqc.model.calibration_data import windows
 from sarqc.model.dataset import Windows
-from tests.support import tiny
+from tests.support import families, tiny
 
 CPU = torch.device("cpu")
 HOW = dict(seqlen=32, eval_seqlen=48, eval_windows=3, num_samples=(4,))
@@ -65,6 +65,16 @@ def test_cells_are_what_a_run_and_an_evaluation_give(shallow, tmp_path):
     )
     assert quality["kl"] == pytest.approx(cell(comparison, "gptq")["quality"]["builtin"]["kl"], rel=0.02)
     assert len(grown.table["cells"]) == len(methods) + 1
+
+
+@pytest.mark.parametrize("row", ["gpt2", "gpt_oss"])
+def test_matrices_that_a_checkpoint_stores_in_other_forms_are_compared(row, tmp_path):
+    """Of inputs x outputs, and all experts in one tensor."""
+    source = families.save(row, tmp_path / "in")
+    comparison = compare(source, tmp_path / "table", methods=("rtn",), bits=(4,), group_sizes=(32,), **HOW)
+    measured = sarqc.evaluate(families.rounded(source, tmp_path / "out"), seqlen=48, max_windows=3, packed=False)
+    perplexity = cell(comparison, "rtn")["quality"]["builtin"]["perplexity"]
+    assert perplexity == pytest.approx(measured.perplexity, rel=2e-4)
 
 
 def test_agreement_and_divergence_are_those_of_the_two_models(deep, tmp_path):

@@ -109,3 +109,13 @@ def test_weights_that_a_forward_writes_to_are_changed():
         plain, rescaled = usage(SparseAttention()), usage(Rescaled())
     assert plain is not None and not plain.changed
     assert rescaled is not None and rescaled.changed == {"o.weight"}
+
+
+@pytest.mark.parametrize("row", ["gptj", "codegen"])
+def test_tables_that_follow_the_inputs_stay_where_they_are(row):
+    model = built(row)
+    tables = [module for module in model.modules() if "embed_positions" in module._buffers]
+    for module in tables:
+        module._buffers["embed_positions"] = torch.zeros_like(module.embed_positions, device="cpu")
+    assert usage(model) is not None
+    assert tables and all(module.embed_positions.device.type == "cpu" for module in tables)
