@@ -24,6 +24,7 @@ INCLUDED = {
     "measured/scaling.md": "benchmarks/SCALING.md",
     "measured/kernels.md": "benchmarks/NOTES.md",
     "measured/vllm.md": "benchmarks/serve/RESULTS.md",
+    "measured/vllm-server.md": "benchmarks/serve/SERVER.md",
 }
 """Page -> file whose text it has."""
 

@@ -117,7 +117,7 @@ def section(name: str, folder: str, args: argparse.Namespace, options: Sequence[
             log = Path(place) / "log"
             with serving(args.python, str(Path(folder).resolve()), ours, args.device, options, log) as address:
                 answered, failed = answers(address, prompts)
-            message = telling(log.read_text(errors="replace"))
+                message = telling(log.read_text(errors="replace"))  # what it prints when it is ended is no news
         lines += [f"### {VARIABLE}={int(ours)}", ""]
         if failed:
             lines += [failed, ""]
