@@ -29,7 +29,9 @@ def model_errors(place: str) -> Iterator[None]:
     except FAULTS as error:
         if out_of_memory(error):
             raise torch.OutOfMemoryError(first_line(error)) from error
-        raise ModelError(f"the model does not run as config.json says, {place}: {first_line(error)}") from error
+        reason = first_line(error)
+        mixed = "; some code runs in fp32 alone: try --dtype float32" if "dtype" in reason else ""
+        raise ModelError(f"the model does not run as config.json says, {place}: {reason}{mixed}") from error
 
 
 @dataclass

@@ -95,6 +95,13 @@ def test_a_model_that_rescales_its_weights_is_refused_before_anything_is_loaded(
         targets(families.lazy(families.save("rwkv", tmp_path)), QUANT)
 
 
+def test_a_model_that_mixes_dtypes_is_refused_with_one_that_runs(tmp_path):
+    source, how = families.save("xlstm", tmp_path / "in"), {"num_samples": 4, "seqlen": 32, "method": "gptq"}
+    with pytest.raises(ModelError, match=r"the same dtype.*try --dtype float32"):
+        families.rounded(source, tmp_path / "out", dtype="bfloat16", **how)
+    assert families.rounded(source, tmp_path / "out", dtype="float32", **how).is_dir()
+
+
 def test_a_layer_is_passed_where_its_like_is(tiny):
     """Without data one of several experts is called, and one branch of two: its like stand for it."""
     lazy = tiny("llama").lazy()
