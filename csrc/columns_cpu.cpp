@@ -9,12 +9,6 @@
 
 #include "lanes.h"
 
-namespace {
-
-constexpr int kPanel = 128;  // the most columns of a panel
-
-}  // namespace
-
 // What a grid may be; cpu_impl.py has the same fields in the same order, as of all structures here.
 struct Rule {
     const float* table;         // [trials, 2]: multiple of the span that gives the scale, and minus the factor
@@ -124,23 +118,23 @@ struct Columns {
 
 namespace {
 
+constexpr int kPanel = 128;  // the most columns of a panel
+
 // One tile of rows, its columns in processing order.
 class Tile {
    public:
     Tile(const Columns& call, Pieces& memory)
         : call_(call),
-          wide_(call.group_size > kPanel ? call.group_size : kPanel),
           weight_(memory.next(call.columns)),
           delta_(memory.next(call.columns)),
           codes_(memory.next(call.columns)),
-          pull_(memory.next(wide_)),
-          group_(memory.next(wide_)),
+          pull_(memory.next(widest(call))),
+          group_(memory.next(widest(call))),
           scales_(memory.next(call.columns / call.group_size)),
           zeros_(memory.next(call.columns / call.group_size)) {}
 
     static int64_t lanes(const Columns& call) {
-        const int64_t wide = call.group_size > kPanel ? call.group_size : kPanel;
-        return 3 * call.columns + 2 * wide + 2 * (call.columns / call.group_size);
+        return 3 * call.columns + 2 * widest(call) + 2 * (call.columns / call.group_size);
     }
 
     void quantize(int64_t expert, int64_t row, int rows) {
@@ -162,6 +156,9 @@ class Tile {
     }
 
    private:
+    // The most columns that are pulled or fitted at once.
+    static int64_t widest(const Columns& call) { return call.group_size > kPanel ? call.group_size : kPanel; }
+
     // Panel by panel. A panel holds whole groups, or lies inside of one.
     void walk() {
         const int64_t size = call_.group_size, columns = call_.columns;
@@ -251,7 +248,6 @@ class Tile {
     }
 
     const Columns& call_;
-    const int64_t wide_;
     Lanes *weight_, *delta_, *codes_, *pull_, *group_, *scales_, *zeros_;
     const int64_t* order_ = nullptr;
     const float *factor_ = nullptr, *importance_ = nullptr;

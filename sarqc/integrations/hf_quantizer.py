@@ -87,9 +87,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
             slices = trace(model, source)
             stored = set(source.linears())
             self._packers = {linear: source.packer(linear) for linear in stored}
-            conversions = read_together(model, source)
+            wanted = model.state_dict()
             self._reserve(model, slices, partial(_described, source, stored))
-            self._hide_dense(model, slices, conversions)
+            self._hide_dense(model, slices, partial(read_together, model, source, wanted))
             model._keys_to_ignore_on_load_unexpected = {
                 *(model._keys_to_ignore_on_load_unexpected or ()),
                 *(_ending(linear, name) for linear in stored for name in source.raw_members(linear)),
@@ -99,7 +99,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
         self, model: Any, slices: dict[str, tuple[TensorSlice, ...]], described: Callable[[str], QuantizedWeight | None]
     ) -> None:
         """Put packed modules where every matrix is quantized and alike."""
-        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        tied = _tied(model)
         for slot in module_slots(model, slices):
             weight = gather(slot.slices, described)
             if weight is None or f"{slot.path}.weight" in tied:
@@ -112,13 +112,18 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
             moe.use_sorted_experts(model)
 
     def _hide_dense(
-        self, model: Any, slices: dict[str, tuple[TensorSlice, ...]], conversions: Iterable[frozenset[str]]
+        self,
+        model: Any,
+        slices: dict[str, tuple[TensorSlice, ...]],
+        conversions: Callable[[], Iterable[frozenset[str]]],
     ) -> None:
         """Keep from transformers what it cannot make: parameters of packed tensors, or of a conversion that has one."""
-        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        tied = _tied(model)
         packed = {f"{linear}.weight" for linear in self._packers}
         taken = {stored.name for slot in self._slots for stored in slot.slices}
-        incomplete = packed.union(*(names for names in conversions if names & packed)) - taken
+        incomplete = packed - taken
+        if any(len(parts) > 1 and parts[0].name not in taken for parts in slices.values()):  # sorting names takes time
+            incomplete = packed.union(*(names for names in conversions() if names & packed)) - taken
         for parameter, parts in slices.items():
             if incomplete.isdisjoint(stored.name for stored in parts):
                 continue
@@ -151,6 +156,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
                 assert stored.linear is not None
                 state |= self._packers[stored.linear](_part(weight, stored))
         return state, {}
+
+
+def _tied(model: Any) -> set[str]:
+    """Parameters that are one with another."""
+    return {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
 
 
 def _hide(model: nn.Module, parameter: str) -> None:

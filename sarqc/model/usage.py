@@ -46,7 +46,7 @@ class Usage:
     called: frozenset[str]
     selectors: frozenset[str]
     touched: frozenset[str]
-    changed: frozenset[str] = _NOTHING
+    changed: frozenset[str]
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,12 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[TensorSlice, ...]
     return slices
 
 
-def read_together(model: Any, source: TensorSource) -> list[frozenset[str]]:
-    """The checkpoint tensors of each conversion: transformers makes its parameters of all of them or not at all."""
-    _, stacked = _sort_names(model, source, model.state_dict())
+def read_together(model: Any, source: TensorSource, wanted: Mapping[str, Tensor]) -> list[frozenset[str]]:
+    """The checkpoint tensors of each conversion: transformers makes its parameters of all of them or not at all.
+
+    wanted: `model.state_dict()` of the model as transformers built it.
+    """
+    _, stacked = _sort_names(model, source, wanted)
     return [frozenset(name for group in names.values() for name in group) for _, names in stacked.values()]
 
 

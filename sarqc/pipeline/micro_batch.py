@@ -30,7 +30,8 @@ def model_errors(place: str) -> Iterator[None]:
         if out_of_memory(error):
             raise torch.OutOfMemoryError(first_line(error)) from error
         reason = first_line(error)
-        mixed = "; some code runs in fp32 alone: try --dtype float32" if "dtype" in reason else ""
+        narrow = "BFloat16" in reason or "Half" in reason  # as torch calls them
+        mixed = "; some code runs in fp32 alone: try --dtype float32" if narrow else ""
         raise ModelError(f"the model does not run as config.json says, {place}: {reason}{mixed}") from error
 
 

@@ -30,7 +30,7 @@ from sarqc_kernels.products import columns_product
 __all__ = ["coordinate_descent", "fit_grid", "quantize_columns", "unsupported", "unsupported_reason"]
 
 TILE = 64
-"""Rows that one call's tile has: `kLanes` of csrc/columns_cpu.cpp."""
+"""Rows of a tile: `kLanes` of csrc/lanes.h."""
 _CUT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Bits of mantissa that a dtype has less than fp32."""
 
@@ -100,7 +100,10 @@ def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     experts, rows, columns = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.uint8, device="cpu")
     scales, zeros = given_grid(problem)
-    new_scales, new_zeros = safe_scale(scales.float()).contiguous(), zeros.float().contiguous()
+    if given is None:
+        new_scales, new_zeros = (torch.empty(scales.shape, **_PLAIN) for _ in range(2))
+    else:
+        new_scales, new_zeros = safe_scale(scales.float()), zeros.float()
     if order is None:
         order = torch.arange(columns, device="cpu").expand(experts, columns)
     weight, order = weight.contiguous(), order.contiguous()
@@ -158,9 +161,8 @@ def coordinate_descent(
 ) -> tuple[Tensor, Tensor]:
     """`sarqc_kernels.columns.coordinate_descent` on a CPU, in one call."""
     weight, hessian, zeros = weight.contiguous(), hessian.contiguous(), zeros.contiguous()
-    codes, new_scales = codes.clone(memory_format=torch.contiguous_format), scales.float().contiguous()
-    if new_scales.data_ptr() == scales.data_ptr():
-        new_scales = new_scales.clone()
+    codes = codes.clone(memory_format=torch.contiguous_format)
+    new_scales = scales.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     usable = usable_experts(hessian).to(torch.uint8)
     call = Descent(
         weight=weight.data_ptr(),
