@@ -75,14 +75,15 @@ def of_gram(point: Point, card: Device) -> list[Trial]:
 
 def of_columns(point: Point, card: Device) -> list[Trial]:
     experts, rows = point.sizes["experts"], point.sizes["rows"]
-    entries = {name: {"tiles": name} for name in columns_config.CONFIGURATIONS}
+    known = columns_config.tiles(card)
+    entries = {name: {"tiles": name} for name in known}
     chosen = columns_config.rule(experts, rows, card)
-    entries[RULE] = next({"tiles": name} for name, result in columns_config.CONFIGURATIONS.items() if result == chosen)
+    entries[RULE] = next({"tiles": name} for name, result in known.items() if result == chosen)
 
     def bind(entry: dict[str, Any], inputs: Inputs) -> Call:
         from sarqc_kernels.columns import GridRule, Problem, panels, triton_impl
 
-        steps = triton_impl.Steps(columns_config.CONFIGURATIONS[entry["tiles"]])
+        steps = triton_impl.Steps(known[entry["tiles"]])
         matrix, rule = columns.factor(inputs["hessian"]), GridRule(**columns.RULE)
         grid = (inputs["scales"], inputs["zeros"])
         problem = Problem(inputs["weight"], matrix, None, *grid, columns.GROUP, rule)

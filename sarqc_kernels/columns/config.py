@@ -8,13 +8,13 @@ gives every row a thread; a program of 32 rows (one warp) is the smallest there 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sarqc_kernels.device import Device
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.tuned import bucket, choices
 
-__all__ = ["CONFIGURATIONS", "MICRO", "PANEL", "Config", "choose", "configurations", "key", "rule"]
+__all__ = ["MICRO", "PANEL", "Config", "choose", "key", "rule", "tiles"]
 
 PANEL = 128
 """Columns between two products with everything before them."""
@@ -47,8 +47,11 @@ _FEW_ROWS = Config(64, 64, 32, 4, 3, 32)
 _MANY_ROWS = Config(128, 128, 32, 8, 3, 128)
 
 
-CONFIGURATIONS = {"few rows": _FEW_ROWS, "many rows": _MANY_ROWS}
-"""What a table may choose from, by name."""
+def tiles(card: Device) -> dict[str, Config]:
+    """Everything that `choose` can return for a card, by the names of its table."""
+    # ptxas spills the wide tile of odd sizes on sm_120
+    many = replace(_MANY_ROWS, product_rows=64) if card.arch >= 120 else _MANY_ROWS
+    return {"few rows": _FEW_ROWS, "many rows": many}
 
 
 def key(experts: int, rows: int) -> str:
@@ -59,18 +62,14 @@ def key(experts: int, rows: int) -> str:
 def choose(experts: int, rows: int, card: Device) -> Config:
     """The tiles for `experts` weights of `rows` rows."""
     if measured := choices("columns", card.arch).get(key(experts, rows)):
-        if measured["tiles"] not in CONFIGURATIONS:
+        if measured["tiles"] not in tiles(card):
             raise BackendError(f"the columns table of sm_{card.arch} names {measured['tiles']!r}: run benchmarks.tune")
-        return CONFIGURATIONS[measured["tiles"]]
+        return tiles(card)[measured["tiles"]]
     return rule(experts, rows, card)
 
 
 def rule(experts: int, rows: int, card: Device) -> Config:
     """The tiles of a call that no table has."""
-    programs = experts * -(-rows // _MANY_ROWS.rows) * (PANEL // _MANY_ROWS.product_columns)
-    return _MANY_ROWS if programs >= 2 * card.multiprocessors else _FEW_ROWS
-
-
-def configurations() -> tuple[Config, ...]:
-    """Everything that `choose` can return."""
-    return tuple(CONFIGURATIONS.values())
+    few, many = tiles(card).values()
+    programs = experts * -(-rows // many.rows) * (PANEL // many.product_columns)
+    return many if programs >= 2 * card.multiprocessors else few

@@ -30,12 +30,12 @@ from sarqc_kernels.columns.config import MICRO
 from sarqc_kernels.columns.descent_reference import REACH
 from sarqc_kernels.columns.panels import batches
 from sarqc_kernels.columns.triton_impl import DEPTH, OPTIONS, SCALES, _add_pull, _advance
-from sarqc_kernels.device import on_device
+from sarqc_kernels.device import Device, device_info, on_device
 
 __all__ = ["coordinate_descent"]
 
-ROWS, WARPS = 32, 4
-"""The products need the warps; in the chain of columns, where a row has one thread, four of them do the same."""
+ROWS = 32
+"""Of a program. In the chain of columns, where a row has one thread, all warps do the same."""
 
 TILE = 64
 """Columns of a product that a program takes at once."""
@@ -171,6 +171,11 @@ def coordinate_descent(
     return found_codes, found_scales
 
 
+def _warps(card: Device) -> int:
+    """What the products need; where they keep their sums in registers, four warps of sm_120 spill."""
+    return 8 if card.sums_in_registers else 4
+
+
 def _batch(
     weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, bits: int, passes: int
 ) -> None:
@@ -188,8 +193,8 @@ def _batch(
         zero, values.new_empty((experts, MICRO, rows)), *scratch.unbind(0), best=own.new_empty((experts, size, rows)),
         group_of=torch.zeros(size, dtype=torch.int32, device=weight.device), rows=rows, columns=columns, groups=groups,
         size=size, passes=passes, hessian_expert=hessian.stride(0), top=float((1 << bits) - 1),
-        SCALE=SCALES[scales.dtype], REACH=REACH, ROWS=ROWS, TILE=TILE, MICRO=MICRO, DEPTH=DEPTH, num_warps=WARPS,
-        **OPTIONS,
+        SCALE=SCALES[scales.dtype], REACH=REACH, ROWS=ROWS, TILE=TILE, MICRO=MICRO, DEPTH=DEPTH,
+        num_warps=_warps(device_info(weight.device)), **OPTIONS,
     )  # fmt: skip
     codes.copy_(own.mT)
     scales.copy_(scale.mT)

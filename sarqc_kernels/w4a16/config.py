@@ -161,8 +161,18 @@ def dot(tokens: int, splits: int, device: Device, bits: int = 4) -> Plan:
     rows = TILE_N if device.tensor_memory and tokens == 64 else PAD_N
     tail, stages = TAILED.get(tokens, 0), 3 if tokens >= 64 else 4
     folded = tail > 0 or tokens >= FOLDED_TOKENS
-    registers = 128 if device.arch == 90 and bits == 4 and 64 <= tokens < FOLDED_TOKENS else 0
+    registers = _registers(tokens, device.arch, bits)
     return Plan("dot", tokens - tail, rows, splits, many, stages, folded=folded, tail=tail, registers=registers)
+
+
+def _registers(tokens: int, arch: int, bits: int) -> int:
+    """Registers that a thread of a dot plan may have; 0: what ptxas takes by itself. On sm_90, fewer, so that two
+    programs fit; elsewhere more, as many as cost no program, where ptxas stops early and spills a value or two."""
+    if arch == 90 and bits == 4 and 64 <= tokens < FOLDED_TOKENS:
+        return 128
+    if arch == 80 and bits == 4 and tokens == 16:
+        return 128
+    return 168 if (arch, bits, tokens) in ((100, 4, FOLDED_TOKENS), (120, 3, 32)) else 0
 
 
 @functools.cache

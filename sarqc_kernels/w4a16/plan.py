@@ -41,10 +41,11 @@ class Plan:
         return f"{'persistent' if self.resident else self.kernel} {self.tokens} splits {self.splits}"
 
     def fitting(self, *, gated: bool, asymmetric: bool, experts: int, groups: int) -> Plan:
-        """The same where it would spill: 256 rows with gate and up in one or asymmetric codes by expert get 128, and
-        sums of four groups and more to a tile get their registers."""
+        """The same where it would spill: 256 rows with gate and up in one or asymmetric codes by expert get 128;
+        where sums of many groups, or asymmetric codes with few tokens, need more registers, they get them."""
         if self.block_n > PAD_N and (gated or (asymmetric and experts)):
             return replace(self, block_n=PAD_N)
-        if self.registers and not self.folded and groups > 2:
+        more = groups > 4 or asymmetric if self.tokens == 16 else groups > 2
+        if self.registers and not self.folded and more:
             return replace(self, registers=0)
         return self

@@ -58,7 +58,7 @@ def test_choose_returns_what_is_listed() -> None:
     for arch in ARCHS:
         for experts, rows in ((1, 1), (1, 4096), (1, 14_336), (128, 1536), (8, 64)):
             own = config.choose(experts, rows, Device(arch, 132))
-            assert own in config.configurations() and own.rows == 32 * own.warps
+            assert own in config.tiles(Device(arch, 132)).values() and own.rows == 32 * own.warps
     assert config.choose(1, 4096, Device(90, 132)).rows == 32
     assert config.choose(128, 1536, Device(90, 132)).rows == 128
 

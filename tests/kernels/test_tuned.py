@@ -47,7 +47,11 @@ def test_an_entry_decides(monkeypatch):
     plan = gram.choose(*CALLS["gram"])
     assert (plan.tile.n, plan.splits) == (256, 4) and plan != gram.rule(*CALLS["gram"])
     with_entry(monkeypatch, "columns", {"tiles": "many rows"})
-    assert columns.choose(*CALLS["columns"]) == columns.CONFIGURATIONS["many rows"] != columns.rule(*CALLS["columns"])
+    assert (
+        columns.choose(*CALLS["columns"])
+        == columns.tiles(CALLS["columns"][-1])["many rows"]
+        != columns.rule(*CALLS["columns"])
+    )
     with_entry(monkeypatch, "w4a16", {"plan": "dot 32 splits 2"})
     product = w4a16.choose(*CALLS["w4a16"])
     assert (product.kernel, product.tokens, product.splits) == ("dot", 32, 2)
@@ -100,7 +104,7 @@ def test_candidates_are_what_the_ahead_of_time_check_verifies(op):
                         even = point.sizes["inputs"] % 16 == 0
                         assert (arch, gram.tiles(arch, torch.bfloat16, even)[entry["tile"]]) in verified_tiles
                     elif op == "columns":
-                        assert columns.CONFIGURATIONS[entry["tiles"]] in columns.configurations()
+                        assert entry["tiles"] in columns.tiles(card)
                     elif entry["plan"] != tune.RULE:
                         tile, splits = entry["plan"].rsplit(" ", 1)
                         assert f"{tile} {min(int(splits), 2)}" in checked
@@ -119,7 +123,7 @@ def test_committed_tables_name_only_candidates():
                 known = gram.tiles(arch, getattr(torch, dtype), access == "even")
                 assert entry["tile"] in known and 1 <= entry["splits"] <= gram.MOST_SPLITS
             elif op == "columns":
-                assert entry["tiles"] in columns.CONFIGURATIONS
+                assert entry["tiles"] in columns.tiles(Device(arch, 132))
             else:
                 e, m, n, k, g = (int(word[1:]) for word in key.split())
                 assert entry["plan"] in w4a16.candidates(m, n, k, k if g == 1 else 128 // g, e, Device(arch, 132))

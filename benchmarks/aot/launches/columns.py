@@ -28,7 +28,7 @@ RULES = (  # a scale's dtype is one conversion: it need not meet every kind of g
 def launches(gpu: Device) -> Iterator[Launch]:
     """Every kernel for every tile; the panel product for odd sizes too, whose loads are word by word."""
     core = {"pull": (TENSOR_CORE[gpu.arch],)}
-    for own in config.configurations():
+    for own in config.tiles(gpu).values():
         steps = triton_impl.Steps(own)
         tile = f"{own.product_columns}x{own.product_rows}x{own.product_depth}"
         for size in (EVEN, ODD):

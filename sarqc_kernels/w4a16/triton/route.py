@@ -20,6 +20,7 @@ from sarqc_kernels.device import on_device
 __all__ = ["route", "route_kernel"]
 
 SIZE = 512  # choices at a time; 1024 spill
+WARPS = 8  # with 4, ptxas puts a value of sm_80's kernel into local memory
 
 
 @triton.jit(do_not_specialize=["count", "experts"])
@@ -64,6 +65,6 @@ def route(choices: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tenso
     with on_device(choices):
         route_kernel[(experts,)](
             choices.contiguous(), weights.contiguous(), offsets, tokens, slots, own, count, experts, TOP_K=top_k,
-            SIZE=min(SIZE, triton.next_power_of_2(max(16, count * top_k))), num_warps=4,
+            SIZE=min(SIZE, triton.next_power_of_2(max(16, count * top_k))), num_warps=WARPS,
         )  # fmt: skip
     return offsets, tokens, slots, own
