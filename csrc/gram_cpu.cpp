@@ -10,7 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
+
+#include "transpose.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -43,6 +46,11 @@ inline float as_float(uint32_t bits) {
     return value;
 }
 
+// Words of two numbers each, of 16 columns. What is read and written lie apart, which a compiler cannot know.
+inline void interleave(uint32_t* __restrict to, const uint16_t* __restrict even, const uint16_t* __restrict odd) {
+    for (int at = 0; at < kSide; ++at) to[at] = even[at] | static_cast<uint32_t>(odd[at]) << 16;
+}
+
 // Tile [pair of rows][column] of up to 32 rows and 16 columns; zeros beyond them.
 void pack(uint32_t* tile, const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, float* abs_sum) {
     if (rows < kRows || columns < kSide) std::memset(tile, 0, kTile * sizeof *tile);
@@ -50,8 +58,7 @@ void pack(uint32_t* tile, const uint16_t* from, int64_t stride, int64_t rows, in
         const uint16_t* even = from + 2 * pair * stride;
         uint32_t* to = tile + pair * kSide;
         if (columns == kSide && 2 * pair + 1 < rows) {
-            const uint16_t* odd = even + stride;
-            for (int at = 0; at < kSide; ++at) to[at] = even[at] | static_cast<uint32_t>(odd[at]) << 16;
+            interleave(to, even, even + stride);
         } else {
             for (int at = 0; at < columns; ++at) {
                 to[at] = even[at];
@@ -69,10 +76,6 @@ void pack(uint32_t* tile, const uint16_t* from, int64_t stride, int64_t rows, in
     for (int at = 0; at < columns; ++at) abs_sum[at] += sum[at];
 }
 
-void transpose(uint32_t* to, const uint32_t* from) {
-    for (int row = 0; row < kSide; ++row)
-        for (int at = 0; at < kSide; ++at) to[row * kSide + at] = from[at * kSide + row];
-}
 
 // A block of 32 x 32 sums gains the products of `tiles` tiles of two stripes of columns each: left ones [column][pair],
 // right ones [pair][column].
@@ -96,6 +99,14 @@ void block_portable(float* out, int64_t stride, const uint32_t* left, const uint
 }
 
 #ifdef SARQC_X86
+// The block to the right comes next. Its rows lie pages apart, where a processor does not look ahead by itself.
+inline void fetch_next(const float* out, int64_t stride, int64_t tile, int64_t tiles) {
+    for (int64_t row = tile * kBlock / tiles; row < (tile + 1) * kBlock / tiles; ++row) {
+        __builtin_prefetch(out + row * stride + kBlock, 1);
+        __builtin_prefetch(out + row * stride + kBlock + kSide, 1);
+    }
+}
+
 __attribute__((target("amx-tile,amx-bf16"))) void block_tiles(
     float* out, int64_t stride, const uint32_t* left, const uint32_t* right, int64_t tiles) {
     const int64_t bytes = stride * sizeof(float), row = kSide * sizeof(uint32_t);
@@ -104,6 +115,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void block_tiles(
     _tile_loadd(2, out + kSide * stride, bytes);
     _tile_loadd(3, out + kSide * stride + kSide, bytes);
     for (int64_t tile = 0; tile < tiles; ++tile) {
+        fetch_next(out, stride, tile, tiles);
         _tile_loadd(4, left + tile * kTile, row);
         _tile_loadd(5, left + (tiles + tile) * kTile, row);
         _tile_loadd(6, right + tile * kTile, row);
@@ -155,7 +167,7 @@ void fill(const Gram& call, Block block, int64_t part, int64_t parts) {
     if (own.empty()) return;
     const int64_t wide = call.lower ? std::min(own.back() + 1, across) : across;
     const int64_t most = (std::min(call.rows, kDepth) + kRows - 1) / kRows;
-    std::vector<uint32_t> right(wide * 2 * most * kTile), left(2 * most * kTile);
+    const std::unique_ptr<uint32_t[]> right(new uint32_t[wide * 2 * most * kTile]), left(new uint32_t[2 * most * kTile]);
     alignas(64) float edge[kBlock * kBlock];
     alignas(64) uint32_t turned[kTile];
     for (int64_t begin = 0; begin < call.rows; begin += kDepth) {
@@ -174,7 +186,7 @@ void fill(const Gram& call, Block block, int64_t part, int64_t parts) {
                     pack(turned, call.left + (begin + tile * kRows) * call.left_stride + first, call.left_stride,
                          std::min<int64_t>(kRows, rows - tile * kRows), std::min<int64_t>(kSide, call.height - first),
                          call.abs_sum ? call.abs_sum + first : nullptr);
-                    transpose(&left[(half * tiles + tile) * kTile], turned);
+                    transpose(&left[(half * tiles + tile) * kTile], kSide, turned, kSide);
                 }
             const int64_t height = std::min<int64_t>(kBlock, call.height - at * kBlock);
             for (int64_t to = 0; to < (call.lower ? std::min(at + 1, across) : across); ++to) {
@@ -182,13 +194,13 @@ void fill(const Gram& call, Block block, int64_t part, int64_t parts) {
                 float* out = call.out + at * kBlock * call.out_stride + to * kBlock;
                 const uint32_t* panel = &right[to * 2 * tiles * kTile];
                 if (height == kBlock && width == kBlock) {
-                    block(out, call.out_stride, left.data(), panel, tiles);
+                    block(out, call.out_stride, left.get(), panel, tiles);
                     continue;
                 }
                 std::memset(edge, 0, sizeof edge);
                 for (int64_t row = 0; row < height; ++row)
                     std::memcpy(edge + row * kBlock, out + row * call.out_stride, width * sizeof(float));
-                block(edge, kBlock, left.data(), panel, tiles);
+                block(edge, kBlock, left.get(), panel, tiles);
                 for (int64_t row = 0; row < height; ++row)
                     std::memcpy(out + row * call.out_stride, edge + row * kBlock, width * sizeof(float));
             }
@@ -204,24 +216,24 @@ struct Mean {
     int64_t experts, size;
 };
 
-// A block below the diagonal, with its mirror image: both stay in the cache.
+// A block on or below the diagonal, with its mirror image: both stay in the cache.
 void mirror_block(const Mean& call, int64_t expert, int64_t row, int64_t column) {
     const int64_t size = call.size, down = std::min<int64_t>(kBlock, size - row);
-    const float* from = call.sum + expert * size * size;
-    float* to = call.out + expert * size * size;
+    const float* from = call.sum + (expert * size + row) * size + column;
+    float* to = call.out + (expert * size + row) * size + column;
+    float* mirrored = call.out + (expert * size + column) * size + row;
     const float divisor = call.divisor[expert];
-    float turned[kBlock][kBlock];
     for (int64_t i = 0; i < down; ++i) {
         const int64_t across = row == column ? i + 1 : kBlock;
-        const float* line = from + (row + i) * size + column;
-        float* target = to + (row + i) * size + column;
-        for (int64_t j = 0; j < across; ++j) target[j] = line[j] / divisor;
-        for (int64_t j = 0; j < across; ++j) turned[j][i] = target[j];
+        for (int64_t j = 0; j < across; ++j) to[i * size + j] = from[i * size + j] / divisor;
     }
-    for (int64_t j = 0; j < std::min<int64_t>(kBlock, size - column); ++j) {
-        const int64_t first = row == column ? j : 0;
-        std::copy(turned[j] + first, turned[j] + down, to + (column + j) * size + row + first);
+    if (row == column || down < kBlock) {
+        for (int64_t i = 0; i < down; ++i)
+            for (int64_t j = 0; j < (row == column ? i : kBlock); ++j) mirrored[j * size + i] = to[i * size + j];
+        return;
     }
+    for (int64_t i = 0; i < kBlock; i += kSide)
+        for (int64_t j = 0; j < kBlock; j += kSide) transpose(mirrored + j * size + i, size, to + i * size + j, size);
 }
 
 }  // namespace

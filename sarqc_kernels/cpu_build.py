@@ -15,8 +15,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +22,7 @@ import torch
 from sarqc_kernels.build import cache_folder, sources
 from sarqc_kernels.errors import BackendError
 
-__all__ = ["COMPILER", "compile_library", "compiler", "flags", "in_parts", "library"]
+__all__ = ["COMPILER", "compile_library", "compiler", "flags", "library"]
 
 COMPILER = "SARQC_CXX"
 
@@ -100,13 +98,3 @@ def library(name: str, **structures: type[ctypes.Structure]) -> ctypes.CDLL:
         function = getattr(made, f"sarqc_{what}")
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
     return made
-
-
-def in_parts(function: Callable[[object, int, int], None], call: ctypes.Structure, parts: int) -> None:
-    """`function` for every part at once, each in a thread: parts are independent, and ctypes releases the GIL."""
-    others = [threading.Thread(target=function, args=(ctypes.byref(call), part, parts)) for part in range(1, parts)]
-    for thread in others:
-        thread.start()
-    function(ctypes.byref(call), 0, parts)
-    for thread in others:
-        thread.join()

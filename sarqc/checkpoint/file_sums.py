@@ -3,7 +3,7 @@
     "files": {"config.json": {"sha256": "...", "size": 1234, "values": {"text_config.hidden_size": "64", ...}}}
 
 `values` are those of a JSON object, objects inside it taken apart, so that a change can be named; one that is long
-stands there by its sum. Files that change after a run (report, model card) are not recorded.
+stands there by its sum, and a large file has none. Files that change after a run (report, model card) are not recorded.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _ALSO = ("config.json", "quantize_config.json")
 """Files that are written beside the source's own."""
 _LONGEST = 120
 """Characters of a value that stands there itself."""
+_PARSED = 1 << 20
+"""Bytes of a file whose values are recorded; a vocabulary is larger, and takes longer to take apart than to read."""
 _NAMED = 4
 """Changed values of a file that are named."""
 
@@ -71,7 +73,7 @@ def _content(path: Path) -> bytes:
 def _record(path: Path) -> dict[str, Any]:
     content = _content(path)
     record: dict[str, Any] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    if path.suffix == ".json":
+    if path.suffix == ".json" and len(content) <= _PARSED:
         with suppress(CheckpointError):  # of no JSON readers will say so; a change is found all the same
             record["values"] = dict(_values(parse_json(content, str(path))))
     return record
@@ -90,7 +92,8 @@ def _values(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
 def _difference(written: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     before, after = written.get("values"), now.get("values")
     if not isinstance(before, dict) or not isinstance(after, dict):
-        return f"it has {now['size']} bytes, where {written.get('size')} were written"
+        same = now["size"] == written.get("size")
+        return "other bytes" if same else f"it has {now['size']} bytes, where {written.get('size')} were written"
     names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     changes = [f"{name} is {after.get(name, 'missing')}, was {before.get(name, 'missing')}" for name in names[:_NAMED]]
     if not changes:

@@ -18,7 +18,7 @@ from sarqc.errors import NumericError
 from sarqc.method.awq import Scaling
 from sarqc.method.error_correction import corrected_target
 from sarqc.method.gptq import solve_gptq
-from sarqc.method.gram import Gram, Statistics, prior_rows, shrink_experts
+from sarqc.method.gram import Gram, Statistics, all_finite, prior_rows, shrink_experts
 from sarqc.method.lambda_search import HeldOutValidation, LambdaChoice, LambdaSearch, Record
 from sarqc.method.rtn import Solution, quantize_rtn, solve_rtn
 from sarqc.method.weight import QuantizedWeight
@@ -126,7 +126,7 @@ def solve_site(
     began = time.perf_counter()
     quant.groups(weight.shape[-1])
     weight = weight.float()
-    if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):  # of both, at the cost of one pass
+    if not all_finite(weight):
         raise NumericError(f"{site}: its weight holds NaN or Inf; repair the checkpoint before quantizing it")
     gram, target, correction_share = None, weight, 0.0
     if statistics is None or not method.calibrated:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sarqc.errors import NumericError
-from sarqc.method.gram import Gram, Statistics, row_scales, shrink_experts
+from sarqc.method.gram import Gram, Statistics, all_finite, row_scales, shrink_experts
 from sarqc.method.layer import LayerReport, merge_reports
 from sarqc.model.layers import Target
 from sarqc.model.lazy_model import LazyModel
@@ -254,8 +254,7 @@ def check_weights(lazy: LazyModel, members: Sequence[Target]) -> None:
     """`NumericError` naming the first targeted layer with a weight that is not finite."""
     for parameter in dict.fromkeys(target.parameter for target in members):
         matrices = stack(lazy.model, parameter)
-        # The least and the largest: NaN is both, and nothing is made that is as large as the weight.
-        if bool(torch.isfinite(torch.stack(matrices.aminmax())).all()):
+        if all_finite(matrices):
             continue
         for target in members:
             rows = matrices[target.expert, target.start : target.start + target.shape[0]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
-from sarqc.method.gram import MAX_LOST, Statistics, finite_rows
+from sarqc.method.gram import MAX_LOST, Statistics, all_finite, finite_rows
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.comm import Comm, one_rank_at_a_time, synchronize_oom
 from sarqc.system import range_advice
@@ -179,4 +179,4 @@ def _finite(statistics: Statistics) -> bool:
     # Gram can overflow where they do not.
     grams = (*statistics.folds, *statistics.rest)
     sums = [gram.abs_sum for gram in grams] + [gram.cross_gram for gram in grams if gram.cross_gram is not None]
-    return all(bool(torch.isfinite(each).all()) for each in sums)
+    return all(map(all_finite, sums))

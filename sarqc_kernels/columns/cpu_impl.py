@@ -24,6 +24,7 @@ from sarqc_kernels.columns.descent_reference import REACH, usable_experts
 from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem, given_grid, safe_scale
 from sarqc_kernels.columns.panels import factors_of
 from sarqc_kernels.columns.reference import DEPTH, diagonal_of
+from sarqc_kernels.cpu_parts import in_parts
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.products import columns_product
 
@@ -126,7 +127,7 @@ def quantize_columns(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         given=given is not None,
         rule=_rule(rule),
     )
-    cpu_build.in_parts(_library().sarqc_columns, call, torch.get_num_threads() if experts * rows > TILE else 1)
+    in_parts(_library().sarqc_columns, call, torch.get_num_threads() if experts * rows > TILE else 1)
     if given is None:
         scales, zeros = new_scales.to(rule.scale_dtype), new_zeros.to(torch.uint8)
     return codes, scales, zeros
@@ -147,7 +148,7 @@ def fit_tile(tile: Tensor, counts: Tensor | None, rule: GridRule) -> tuple[Tenso
         rows=tile.shape[2],
         rule=_rule(rule),
     )
-    cpu_build.in_parts(_library().sarqc_fit, call, 1)
+    in_parts(_library().sarqc_fit, call, 1)
     return scales, zeros
 
 
@@ -180,7 +181,7 @@ def coordinate_descent(
         top=(1 << bits) - 1,
         reach=REACH,
     )
-    cpu_build.in_parts(cpu_build.library("descent_cpu", descent=Descent).sarqc_descent, call, torch.get_num_threads())
+    in_parts(cpu_build.library("descent_cpu", descent=Descent).sarqc_descent, call, torch.get_num_threads())
     return codes, new_scales.to(scales.dtype)
 
 

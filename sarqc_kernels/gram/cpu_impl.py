@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels import cpu_build
+from sarqc_kernels.cpu_parts import in_parts
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.gram.reference import add_to_diagonal_
 
@@ -78,7 +79,7 @@ def gram_finalize(gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tens
     call = Mean(
         sum=gram.data_ptr(), divisor=divisor.data_ptr(), out=out.data_ptr(), experts=len(gram), size=gram.shape[1]
     )
-    cpu_build.in_parts(_library().sarqc_mean, call, torch.get_num_threads() if gram.numel() >= SHARED_SIZE else 1)
+    in_parts(_library().sarqc_mean, call, torch.get_num_threads() if gram.numel() >= SHARED_SIZE else 1)
     return add_to_diagonal_(out, saliency, reg_lambda, damp)
 
 
@@ -154,4 +155,4 @@ def _add(out: Tensor, left: Tensor, right: Tensor, abs_sum: Tensor | None, kind:
         kind=kind,
     )
     work = len(left) * out.numel() // (2 if lower else 1)
-    cpu_build.in_parts(_library().sarqc_gram, call, torch.get_num_threads() if work >= SHARED_WORK else 1)
+    in_parts(_library().sarqc_gram, call, torch.get_num_threads() if work >= SHARED_WORK else 1)
