@@ -89,10 +89,9 @@ class SiteQuantizer:
         return correction_share(self._spread(len(statistics.folds), work))
 
     def _targets(
-        self, todo: Sequence[WorkItem], chunks: Sequence[SiteChunk], collected: Sequence[Statistics]
+        self, todo: Sequence[WorkItem], collected: Sequence[Statistics], shares: Sequence[float]
     ) -> dict[int, tuple[Tensor, float]]:
         """Targets of this rank's items of layers that correct the residual error, by number, with the share of it."""
-        shares = [self._share(chunk, statistics) for chunk, statistics in zip(chunks, collected)]
 
         def own() -> dict[int, tuple[Tensor, Tensor, Tensor]]:
             return {
@@ -150,9 +149,12 @@ class SiteQuantizer:
         if collected is not None:
             self.choose(index, chunks, collected)
         todo = work_items(chunks, self.comm.size, self.device, gram=collected is not None)
-        targets = self._targets(todo, chunks, collected) if collected is not None else {}
-        for statistics in collected or ():
-            statistics.merge_folds()
+        targets = {}
+        if collected is not None:
+            shares = [self._share(chunk, statistics) for chunk, statistics in zip(chunks, collected)]
+            for statistics in collected:
+                statistics.merge_folds()
+            targets = self._targets(todo, collected, shares)
 
         def own() -> dict[int, tuple[QuantizedWeight, LayerReport]]:
             return {
