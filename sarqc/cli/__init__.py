@@ -97,8 +97,8 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """What says how threads of OpenMP wait, of GNU's library and of Intel's."""
-SPINS = 1000
-"""How often an idle thread of GNU's OpenMP looks for work before it sleeps: some 50 microseconds, instead of several
+SPINS = 3000
+"""How often an idle thread of GNU's OpenMP looks for work before it sleeps: some 150 microseconds, instead of several
 milliseconds in which it keeps others from its core. `benchmarks.contention` measures what that saves.
 """
 
