@@ -22,7 +22,7 @@ def library() -> ctypes.CDLL:
     return cpu_impl._library()
 
 
-def mean_of(library: ctypes.CDLL, parts: int) -> bool:
+def all_done(library: ctypes.CDLL, parts: int) -> bool:
     """Whether each part was done: a matrix that no part made keeps its NaN."""
     total = torch.randn(EXPERTS, INPUTS, INPUTS)
     out, divisor = torch.full_like(total, torch.nan), torch.full((EXPERTS,), 2.0)
@@ -35,7 +35,7 @@ def mean_of(library: ctypes.CDLL, parts: int) -> bool:
 
 @pytest.mark.parametrize("parts", [1, 2, 5, 16])
 def test_every_part_is_done(library: ctypes.CDLL, parts: int) -> None:
-    assert mean_of(library, parts)
+    assert all_done(library, parts)
 
 
 @pytest.mark.parametrize("parts", [2, 5])
@@ -43,7 +43,7 @@ def test_without_gnus_openmp(library: ctypes.CDLL, parts: int, monkeypatch: pyte
     monkeypatch.setattr(cpu_parts, "_loaded_openmp", lambda: None)
     cpu_parts._team.cache_clear()
     try:
-        assert mean_of(library, parts) and cpu_parts._team() is None
+        assert all_done(library, parts) and cpu_parts._team() is None
     finally:
         cpu_parts._team.cache_clear()
 
@@ -55,6 +55,6 @@ def test_a_team_smaller_than_the_parts_does_them_all(library: ctypes.CDLL) -> No
     limit = openmp.omp_get_max_active_levels()
     openmp.omp_set_max_active_levels(0)  # every region is of one thread
     try:
-        assert mean_of(library, 5)
+        assert all_done(library, 5)
     finally:
         openmp.omp_set_max_active_levels(limit)
