@@ -76,7 +76,6 @@ void pack(uint32_t* tile, const uint16_t* from, int64_t stride, int64_t rows, in
     for (int at = 0; at < columns; ++at) abs_sum[at] += sum[at];
 }
 
-
 // A block of 32 x 32 sums gains the products of `tiles` tiles of two stripes of columns each: left ones [column][pair],
 // right ones [pair][column].
 using Block = void (*)(float* out, int64_t stride, const uint32_t* left, const uint32_t* right, int64_t tiles);

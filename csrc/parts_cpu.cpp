@@ -6,11 +6,11 @@
 namespace {
 
 struct Parts {
+    int (*number)();  // omp_get_thread_num
+    int (*count)();   // omp_get_num_threads: there may be fewer than were wanted
     void (*work)(const void* call, int64_t part, int64_t parts);
     const void* call;
     int64_t parts;
-    int (*number)();  // omp_get_thread_num
-    int (*count)();   // omp_get_num_threads: there may be fewer than were wanted
 };
 
 void own_parts(void* data) {
@@ -20,9 +20,10 @@ void own_parts(void* data) {
 
 }  // namespace
 
-extern "C" int64_t sarqc_parts_size() { return sizeof(Parts); }
-
 // start: GOMP_parallel, which GNU's compiler calls for `#pragma omp parallel`.
-extern "C" void sarqc_parts_run(void (*start)(void (*)(void*), void*, unsigned, unsigned), Parts* all) {
-    start(own_parts, all, static_cast<unsigned>(all->parts), 0);
+extern "C" void sarqc_in_parts(void (*start)(void (*)(void*), void*, unsigned, unsigned), int (*number)(),
+                               int (*count)(), void (*work)(const void*, int64_t, int64_t), const void* call,
+                               int64_t parts) {
+    Parts all{number, count, work, call, parts};
+    start(own_parts, &all, static_cast<unsigned>(parts), 0);
 }

@@ -21,18 +21,6 @@ from sarqc_kernels.errors import BackendError
 __all__ = ["in_parts"]
 
 
-class _Parts(ctypes.Structure):
-    """`struct Parts` of csrc/parts_cpu.cpp."""
-
-    _fields_ = (
-        ("work", ctypes.c_void_p),
-        ("call", ctypes.c_void_p),
-        ("parts", ctypes.c_int64),
-        ("number", ctypes.c_void_p),
-        ("count", ctypes.c_void_p),
-    )
-
-
 def in_parts(function: Callable[[object, int, int], None], call: ctypes.Structure, parts: int) -> None:
     """`function`(call, part, parts) for every part. Parts are independent, and nothing of Python is held meanwhile.
 
@@ -41,7 +29,7 @@ def in_parts(function: Callable[[object, int, int], None], call: ctypes.Structur
     if parts == 1:
         function(ctypes.byref(call), 0, 1)
     elif run := _team():
-        run(function, call, parts)
+        run(function, ctypes.byref(call), parts)
     else:
         _in_threads(function, call, parts)
 
@@ -56,27 +44,17 @@ def _in_threads(function: Callable[[object, int, int], None], call: ctypes.Struc
 
 
 @functools.cache
-def _team() -> Callable[[Callable[[object, int, int], None], ctypes.Structure, int], None] | None:
-    """What runs parts on torch's threads; None where they are not GNU's."""
+def _team() -> Callable[[object, object, int], None] | None:
+    """What runs a function's parts on torch's threads; None where they are not GNU's."""
     openmp = _loaded_openmp()
     if openmp is None:
         return None
     try:
-        run = cpu_build.library("parts_cpu").sarqc_parts_run
+        run = cpu_build.library("parts_cpu").sarqc_in_parts
     except BackendError:
         return None
-    run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p), None
-    start, number, count = (
-        ctypes.cast(getattr(openmp, name), ctypes.c_void_p)
-        for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    )
-
-    def on_team(function: Callable[[object, int, int], None], call: ctypes.Structure, parts: int) -> None:
-        work = ctypes.cast(function, ctypes.c_void_p)  # type: ignore[arg-type]  # a function of a library
-        own = _Parts(work=work, call=ctypes.addressof(call), parts=parts, number=number, count=count)
-        run(start, ctypes.byref(own))
-
-    return on_team
+    run.argtypes, run.restype = (*[ctypes.c_void_p] * 5, ctypes.c_int64), None
+    return functools.partial(run, openmp.GOMP_parallel, openmp.omp_get_thread_num, openmp.omp_get_num_threads)
 
 
 def _loaded_openmp() -> ctypes.CDLL | None:

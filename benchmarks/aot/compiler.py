@@ -42,9 +42,10 @@ def build(job: AotJob) -> Built:
 def _problems(job: AotJob, code: sass.MachineCode, shared: int, layouts: str) -> list[str]:
     """layouts: the last form of the kernel in which shared memory still has names."""
     problems = []
-    if code.opcodes["LDL"]:  # what is stored there and never read is no spill: ptxas of triton 3.6 leaves some
+    # What is stored there and never read is no spill: ptxas of triton 3.6 leaves some.
+    if code.opcodes["LDL"] or (code.stack and not code.opcodes["STL"]):
         problems.append(f"{code.stack} bytes of a thread in local memory")
-        problems += [f"{code.opcodes[opcode]} x {opcode}" for opcode in ("LDL", "STL")]
+        problems += [f"{code.opcodes[opcode]} x {opcode}" for opcode in ("LDL", "STL") if code.opcodes[opcode]]
     limit = Device(job.arch, multiprocessors=1).shared_bytes
     if shared > limit:
         problems.append(f"{shared} bytes of shared memory, the card has {limit}")

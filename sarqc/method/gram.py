@@ -264,7 +264,7 @@ def finite_rows(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | Non
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor Inf, by the least and the largest: NaN is both. A tenth of the time of
+    """Whether there is neither NaN nor Inf, by the least and the largest: NaN is both. On a CPU a tenth of the time of
     `isfinite` on each, and nothing is made that is as large as `values`."""
     return bool(torch.isfinite(torch.stack(values.aminmax())).all())
 

@@ -45,7 +45,7 @@ class Plan:
         where sums of many groups, or asymmetric codes with few tokens, need more registers, they get them."""
         if self.block_n > PAD_N and (gated or (asymmetric and experts)):
             return replace(self, block_n=PAD_N)
-        more = groups > 4 or asymmetric if self.tokens == 16 else groups > 2
+        more = (groups > 4 or asymmetric) if self.tokens == 16 else groups > 2
         if self.registers and not self.folded and more:
             return replace(self, registers=0)
         return self

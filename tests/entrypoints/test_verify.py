@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sarqc
+from sarqc.checkpoint import file_sums
+from sarqc.checkpoint.files import read_json
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.checkpoint.shards import Shard
@@ -292,6 +294,23 @@ def test_a_changed_side_file_is_named_with_what_changed(out, outcomes, name, cha
     problems = verify(out).problems
     assert any(message in line and name in line for line in problems), problems
     outcomes.clear_error(problems[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("0", "1", 1), "has changed since it was written: other bytes"),
+        (lambda text: text + "\n", "bytes, where"),
+    ],
+)
+def test_a_changed_file_whose_values_are_too_many_to_record_is_named(source, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(file_sums, "_PARSED", 100)
+    out = sarqc.quantize(source, tmp_path / "out", method="rtn", group_size=32).out
+    assert "values" not in read_json(out / MANIFEST)["files"]["tokenizer.json"]
+    path = out / "tokenizer.json"
+    path.write_text(change(path.read_text()))
+    (problem,) = verify(out).problems
+    assert "tokenizer.json" in problem and message in problem
 
 
 @pytest.mark.fault("a missing or added file beside the weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,21 @@ def test_a_weight_that_changes_its_thread_is_seen() -> None:
       %a = ttg.local_alloc : () -> !ttg.memdesc<2x128x16xi32, #shared, #smem, mutable>
     """
     assert len(compiler.FROM_REGISTERS.findall(loop)) == 1
+
+
+@pytest.mark.parametrize(
+    ("stack", "opcodes", "found"),
+    [
+        (0, {}, []),
+        (8, {"STL": 2}, []),  # written and never read
+        (8, {"STL": 2, "LDL": 1}, ["8 bytes of a thread in local memory", "1 x LDL", "2 x STL"]),
+        (8, {}, ["8 bytes of a thread in local memory"]),  # nobody sees what reads it
+    ],
+)
+def test_a_spill_is_what_is_read_again(stack: int, opcodes: dict[str, int], found: list[str]) -> None:
+    compiler = pytest.importorskip("benchmarks.aot.compiler")
+    job = compiler.AotJob("", None, 90, {}, {}, {}, {}, ())
+    assert compiler._problems(job, sass.MachineCode(32, stack, Counter(opcodes)), 0, "") == found
 
 
 def test_opcodes_are_counted_by_their_stem() -> None:
