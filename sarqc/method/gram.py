@@ -16,7 +16,7 @@ token through every expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,8 +86,9 @@ class Gram:
         return self if self.cross_gram is None else replace(self, cross_gram=self.cross_gram[:, rows])
 
     def tensors(self) -> list[Tensor]:
-        """All sums."""
-        return [self.sum, self.rows, self.abs_sum] + ([] if self.cross_gram is None else [self.cross_gram])
+        """All sums: of X^T X strips of its rows, as far as the lower triangle reaches in each."""
+        strips = [self.sum[:, first:last, :last] for first, last in _strips(self.sum.shape[-1])]
+        return [*strips, self.rows, self.abs_sum] + ([] if self.cross_gram is None else [self.cross_gram])
 
     def repeat(self, times: int) -> Gram:
         """All experts repeated `times` times: expert e of repetition r is number r * E + e."""
@@ -97,6 +98,22 @@ class Gram:
         """X^T X / rows, fp32 [E, K, K], symmetric, in memory of its own; zero for an expert without rows."""
         nothing = torch.zeros_like(self.abs_sum)
         return gram_finalize(self.sum, self.rows, nothing, nothing[:, 0], 0.0)
+
+    def energy(self, rows: Tensor) -> Tensor:
+        """tr(R X^T X R^T) of R = `rows`, fp32 [E, N, K], in fp32 products summed in fp64: float64 [E].
+
+        Of a dense layer's Gram `rows` may be several matrices.
+        """
+        total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        for first, last in _strips(rows.shape[-1]):
+            own, strip = rows[..., first:last], self.sum[:, first:last]
+            corner = strip[..., first:last].tril()
+            mirrored = corner + corner.tril(-1).mT
+            total += ((own @ mirrored) * own).sum((-2, -1), dtype=torch.float64)
+            if first:
+                below = (own @ strip[..., :first]) * rows[..., :first]
+                total += 2 * below.sum((-2, -1), dtype=torch.float64)
+        return total
 
     def diagonal(self) -> Tensor:
         """diag(X^T X / rows), fp32 [E, K]; zero for an expert without rows."""
@@ -191,6 +208,12 @@ def merged(folds: Iterable[Gram]) -> Gram:
     for other in others:
         total.merge(other)
     return total
+
+
+def _strips(inputs: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of strips of a Gram's rows, as high as each other; up to 8 of them, of at least 128 rows."""
+    height = max(128, -(-inputs // 8))
+    return ((first, min(first + height, inputs)) for first in range(0, inputs, height))
 
 
 def prior_rows(in_features: int, shrinkage: float) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from math import log, log10
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from sarqc.config import AUTO, MethodConfig
 from sarqc.kinds import PRIOR, saliency_exponent
-from sarqc.method.gram import Gram, Statistics, merged, shrink_gram
+from sarqc.method.gram import Gram, Statistics, shrink_gram
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Candidates for lambda. The loss is flat around its minimum: half a decade is fine enough."""
@@ -37,6 +38,9 @@ not measurable; on text of another kind the larger lambda can be better.
 """
 PRIOR_BEND = 0.03
 """Log loss that the prior assigns to one step of the grid (half a decade) away from its own lambda."""
+
+RTN = -1.0
+"""Stands for RTN among candidates for lambda."""
 
 Curve = Mapping[float, float]
 """lambda -> loss on held-out text, relative to that of RTN on a min-max grid."""
@@ -138,7 +142,12 @@ class LambdaSearch:
         track.curves += [curve] if curve else []
 
     def choose(
-        self, kind: str, rows: Tensor, in_features: int, method: MethodConfig, validation: HeldOutValidation | None
+        self,
+        kind: str,
+        rows: Tensor,
+        in_features: int,
+        method: MethodConfig,
+        validation: Callable[[], HeldOutValidation] | None,
     ) -> LambdaChoice:
         """Lambda for each expert of the next site of `kind`.
 
@@ -147,7 +156,8 @@ class LambdaSearch:
             rows: Calibration rows of each expert, int64 [E].
             in_features: K.
             method: A number in `method.reg_lambda` is taken as it is.
-            validation: Of this site; None where the text is one fold and nothing is held out.
+            validation: Makes that of this site, where it is measured; None where the text is one fold and nothing is
+                held out.
         """
         prior = prior_lambda(rows, in_features, method)
         if method.reg_lambda == PRIOR:
@@ -155,9 +165,9 @@ class LambdaSearch:
         if method.reg_lambda != AUTO:
             return LambdaChoice(torch.full_like(prior, float(method.reg_lambda)), False, kind, {}, "given")
         track = self.tracks.setdefault(kind, KindCurves())
-        curve = (
-            validation_curve(track.curves, float(prior.min()), validation) if validation and track.measures_next else {}
-        )
+        curve: Curve = {}
+        if validation and track.measures_next:
+            curve = validation_curve(track.curves, float(prior.min()), validation())
         self.remember(kind, curve)
         if not track.curves:
             why = "prior in inputs per row: no held-out text"
@@ -194,15 +204,15 @@ def validation_curve(curves: Sequence[Curve], prior: float, validation: HeldOutV
         validation: Measures this site.
     """
     fit_fold = len(curves)
-    rtn_loss = validation.rtn_loss(fit_fold)
-    if rtn_loss <= 0:
-        return {}
-    curve: dict[float, float] = {}
+    losses: dict[float, float] = {}
     first = last = best = _least(pool(curves, prior))
     while True:
         first, last = max(min(first, best - 1), 0), min(max(last, best + 1), len(GRID) - 1)
-        wanted = [reg_lambda for reg_lambda in GRID[first : last + 1] if reg_lambda not in curve]
-        curve |= {at: max(loss / rtn_loss, 1e-30) for at, loss in zip(wanted, validation.losses(wanted, fit_fold))}
+        wanted = [reg_lambda for reg_lambda in (RTN, *GRID[first : last + 1]) if reg_lambda not in losses]
+        losses |= zip(wanted, validation.losses(wanted, fit_fold))
+        if losses[RTN] <= 0:
+            return {}
+        curve = {at: max(loss / losses[RTN], 1e-30) for at, loss in losses.items() if at != RTN}
         best = _least(pool([*curves, curve], prior))
         known = {reg_lambda for each in (*curves, curve) for reg_lambda in each}
         if known.issuperset(GRID[max(best - 1, 0) : best + 2]):
@@ -260,7 +270,7 @@ class HeldOutValidation:
         if len(ranked) > EXPERTS:
             experts = ranked[:: -(-len(ranked) // EXPERTS)].sort().values
         rows = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
-        self.weight = weight[experts][:, rows.to(weight.device)]
+        self.weight = weight[experts][:, rows.to(weight.device)].float()
         self.statistics = statistics
         self.shrinkage = shrinkage
         self.experts = experts
@@ -271,29 +281,27 @@ class HeldOutValidation:
     def losses(self, lambdas: Sequence[float], fit_fold: int) -> list[float]:
         """tr(E G E^T), E = W - Q, for each lambda, summed over experts and over every held-out fold G.
 
-        Q is fitted on fold number `fit_fold` (modulo the number of folds). G is a sum over rows: an expert counts by
-        its use.
+        Q is fitted on fold number `fit_fold` (modulo the number of folds), except for that of `RTN`, which is fitted on
+        none. G is a sum over rows: an expert counts by its use.
         """
         experts, _, width = self.weight.shape
         at_once = experts * max(1, TRIAL_BYTES // (4 * experts * width * width))
 
         def work(tasks: Sequence[int]) -> Tensor:
-            fitted = self._fitted(fit_fold)
-            parts = [tasks[start : start + at_once] for start in range(0, len(tasks), at_once)]
-            return torch.cat([self._side_by_side(part, lambdas, fitted, fit_fold) for part in parts])
+            values = []
+            for rounded, same in groupby(tasks, lambda task: lambdas[task // experts] == RTN):
+                run, fitted = list(same), None if rounded else self._fitted(fit_fold)
+                parts = [run[start : start + at_once] for start in range(0, len(run), at_once)]
+                values += [self._side_by_side(part, lambdas, fitted, fit_fold) for part in parts]
+            return torch.cat(values)
 
         by_task = self.spread(len(lambdas) * experts, work)
         losses: list[float] = by_task.view(len(lambdas), experts).sum(-1).tolist()
         return losses
 
     def rtn_loss(self, fit_fold: int) -> float:
-        """The same for RTN, which is fitted on no fold."""
-
-        def work(tasks: Sequence[int]) -> Tensor:
-            weight = self.weight[list(tasks)]
-            return self._energy(weight - self.rtn_rows(weight), tasks, fit_fold)
-
-        return float(self.spread(len(self.weight), work).sum())
+        """The same for RTN alone."""
+        return self.losses([RTN], fit_fold)[0]
 
     def _fitted(self, fit_fold: int) -> Gram:
         """Of the sample's experts."""
@@ -301,20 +309,23 @@ class HeldOutValidation:
         others = self.statistics.rest[fold] if self.statistics.rest else None
         return shrink_gram(self.statistics.folds[fold], self.shrinkage, others, self.experts)
 
-    def _side_by_side(self, tasks: Sequence[int], lambdas: Sequence[float], fitted: Gram, fit_fold: int) -> Tensor:
-        """Losses of tasks, each one expert at one lambda: number lambda * experts + expert."""
+    def _side_by_side(
+        self, tasks: Sequence[int], lambdas: Sequence[float], fitted: Gram | None, fit_fold: int
+    ) -> Tensor:
+        """Losses of tasks, each one expert at one lambda, number lambda * experts + expert; RTN's without `fitted`."""
         experts = [task % len(self.weight) for task in tasks]
-        each = torch.tensor([lambdas[task // len(self.weight)] for task in tasks], device=self.weight.device)
-        weight = self.weight[experts]
-        grams = fitted.part(torch.tensor(experts, device=self.weight.device))
+        weight, device = self.weight[experts], self.weight.device
+        if fitted is None:
+            return self._energy(weight - self.rtn_rows(weight), experts, fit_fold)
+        each = torch.tensor([lambdas[task // len(self.weight)] for task in tasks], device=device)
+        grams = fitted.part(torch.tensor(experts, device=device))
         return self._energy(weight - self.quantize_rows(weight, grams, each), experts, fit_fold)
 
     def _energy(self, error: Tensor, experts: Sequence[int], fit_fold: int) -> Tensor:
         """tr(E G E^T) of error [T, R, K] of these experts on all folds except `fit_fold`, float64 [T]."""
-        own = sorted(set(experts))
-        chosen = torch.arange(self.statistics.folds[0].rows.numel(), device=error.device)[self.experts][own]
-        part = slice(None) if len(chosen) == len(self.statistics.folds[0].rows) else chosen
         folds = self.statistics.folds
-        gram = merged(fold.part(part) for number, fold in enumerate(folds) if number != fit_fold % len(folds))
-        hessian = (gram.second_moment() * gram.rows[:, None, None])[[own.index(expert) for expert in experts]]
-        return ((error @ hessian) * error).sum((-2, -1), dtype=torch.float64)
+        held_out = [fold for number, fold in enumerate(folds) if number != fit_fold % len(folds)]
+        if len(folds[0].rows) > 1:
+            chosen = torch.arange(len(folds[0].rows), device=error.device)[self.experts][list(experts)]
+            held_out = [fold.part(chosen) for fold in held_out]
+        return torch.stack([fold.energy(error) for fold in held_out]).sum(0)

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sarqc.config import AUTO, MethodConfig, QuantConfig
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import NumericError
 from sarqc.method.awq import Scaling
 from sarqc.method.error_correction import corrected_target
@@ -55,7 +55,7 @@ SOLVERS: dict[str, Solver] = {"rtn": solve_rtn, "gptq": solve_gptq}
 def choose_lambda(
     site: str,
     kind: str,
-    weight: Tensor,
+    weight: Callable[[], Tensor],
     statistics: Statistics,
     quant: QuantConfig,
     method: MethodConfig,
@@ -69,27 +69,29 @@ def choose_lambda(
     Args:
         site: Name of the site.
         kind: Sites of one kind share their validation curves.
-        weight: [E, N, K]; validated without channel scales and coordinate descent, whose optimum has the same lambda.
+        weight: Makes the weight [E, N, K], where the site is to be measured: without channel scales and coordinate
+            descent, whose optimum has the same lambda.
         statistics: Of the site's inputs.
         quant: The number format.
         method: The method.
         scale_dtype: Dtype that scales are stored in.
         search: Curves so far; this site's is added.
     """
-    validation = None
-    if method.reg_lambda == AUTO and len(statistics.folds) > 1:
-        once = replace(method, cd_passes=0)
+    once = replace(method, cd_passes=0)
 
-        def quantize_rows(rows: Tensor, gram: Gram, reg_lambda: Tensor) -> Tensor:
-            return SOLVERS[once.solver](site, rows, gram, reg_lambda, quant, once, scale_dtype).weight.dequantize()
+    def quantize_rows(rows: Tensor, gram: Gram, reg_lambda: Tensor) -> Tensor:
+        return SOLVERS[once.solver](site, rows, gram, reg_lambda, quant, once, scale_dtype).weight.dequantize()
 
-        def rtn_rows(rows: Tensor) -> Tensor:
-            return quantize_rtn(rows, quant, "minmax", scale_dtype).dequantize()
+    def rtn_rows(rows: Tensor) -> Tensor:
+        return quantize_rtn(rows, quant, "minmax", scale_dtype).dequantize()
 
-        validation = HeldOutValidation(
-            weight.float(), statistics, method.expert_shrinkage, search.seed, quantize_rows, rtn_rows, search.spread
+    def validation() -> HeldOutValidation:
+        return HeldOutValidation(
+            weight(), statistics, method.expert_shrinkage, search.seed, quantize_rows, rtn_rows, search.spread
         )
-    return search.choose(kind, statistics.rows(), weight.shape[-1], method, validation)
+
+    held_out = validation if len(statistics.folds) > 1 else None
+    return search.choose(kind, statistics.rows(), statistics.folds[0].sum.shape[-1], method, held_out)
 
 
 def solve_site(
@@ -134,7 +136,7 @@ def solve_site(
     else:
         whole = statistics.as_single_fold()  # once: with two folds it is a copy of what can be most of the memory
         choice = choice or choose_lambda(
-            site, "", weight, statistics, quant, method, scale_dtype=scale_dtype, search=LambdaSearch()
+            site, "", lambda: weight, statistics, quant, method, scale_dtype=scale_dtype, search=LambdaSearch()
         )
         gram = whole.folds[0].part(choice.experts)
         if not choice.rounded:
@@ -201,11 +203,11 @@ def _fallback(choice: LambdaChoice | None, unfactored: Tensor) -> str | None:
 
 def _errors(weight: Tensor, quantized: Tensor, rtn: Tensor, gram: Gram | None) -> LayerErrors:
     """Errors of two candidates for a weight, in fp32 products summed in fp64."""
-    moment = None if gram is None else gram.second_moment()
 
     def energy(rows: Tensor) -> float:
-        passed = rows if moment is None else rows @ moment
-        return float((passed * rows).sum(-1).double().sum())
+        if gram is None:
+            return float(rows.square().sum(dtype=torch.float64))
+        return float((gram.energy(rows) / gram.rows.clamp(min=1)).sum())
 
     signal = max(energy(weight), torch.finfo(torch.float64).tiny)
     return LayerErrors(

@@ -7,7 +7,7 @@ quantizes matrices of its own, so the codes are exchanged. The loop does not bra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from sarqc.errors import ResourceError, out_of_memory
 
 _Value = TypeVar("_Value")
+_Own = TypeVar("_Own")
 
 
 class Comm(Protocol):
@@ -88,25 +89,33 @@ class SingleProcess:
 SINGLE_PROCESS = SingleProcess()
 
 
-def synchronize_oom(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
-    """`attempt()`, which must not wait for other ranks; raises `torch.OutOfMemoryError` on all ranks where one runs
-    out.
+def exchange(comm: Comm, attempt: Callable[[], tuple[_Own, _Value]]) -> tuple[_Own, list[_Value]]:
+    """What `attempt()` has for this rank, and the small values that it has for all, of every rank, in one message.
 
-    So ranks stay in step: all continue, or all retry with less.
+    It must not wait for other ranks. Raises `torch.OutOfMemoryError` on all ranks where one runs out: so ranks stay in
+    step, and all continue or all retry with less.
     """
-    result: list[_Value] = []
+    own: list[_Own] = []
+    small: _Value | None = None
     reason = None
     try:
-        result.append(attempt())
+        mine, small = attempt()
+        own.append(mine)
+        del mine
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-    short = [why for why in comm.all_gather_object(reason) if why is not None]
-    if short:
-        result.clear()
+    gathered = comm.all_gather_object((reason, small))
+    if short := [why for why, _ in gathered if why is not None]:
+        own.clear()
         raise torch.OutOfMemoryError(short[0])
-    return result[0]
+    return own[0], [cast(_Value, value) for _, value in gathered]
+
+
+def synchronize_oom(comm: Comm, attempt: Callable[[], _Own]) -> _Own:
+    """`attempt()`, with nothing for other ranks but whether one ran out of memory, as in `exchange`."""
+    return exchange(comm, lambda: (attempt(), None))[0]
 
 
 def one_rank_at_a_time(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
@@ -118,6 +127,6 @@ def one_rank_at_a_time(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
             raise
         reason = str(error).partition("\n")[0]
         raise ResourceError(
-            f"out of memory ({reason}) while ranks wait for each other, in ordered sums: use a smaller --micro-batch "
-            "or --gram-budget; rerun the command to resume from the last block"
+            f"out of memory ({reason}) while ranks wait for each other, in ordered sums: use a smaller "
+            "--micro-batch or --gram-budget; rerun the command to resume from the last block"
         ) from error

@@ -8,6 +8,7 @@ rank.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -25,6 +26,7 @@ from sarqc.method.weight import QuantizedWeight
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import first_difference
+from sarqc.pipeline.messages import MESSAGE_BYTES, Message, messages
 from sarqc.pipeline.progress import NoProgress, Progress
 from sarqc.pipeline.quantize_site import Weights
 from sarqc.pipeline.streams import StoredStates
@@ -36,6 +38,8 @@ COLLECTIVE_TIMEOUT = timedelta(days=7)
 connections, a stuck one by its heartbeat."""
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others to start."""
+SMALL = 1 << 12
+"""Bytes of a value that one message gathers from every rank."""
 
 _Value = TypeVar("_Value")
 
@@ -79,41 +83,65 @@ def process_group(device: str, *, ordered: bool) -> Iterator[tuple[Comm, str]]:
             raise ResourceError(
                 f"the ranks do not find each other ({_line(error)}): start them with torchrun"
             ) from error
-        yield Ranks(ordered), device
+        yield Ranks(ordered, device if gpu else "cpu"), device
         dist.destroy_process_group()  # not after an error: it would wait for the others, and they for this one
 
 
 class Ranks:
-    """The processes of torch.distributed as a `Comm`; see there. Tensors travel as bytes: all dtypes do."""
+    """The processes of torch.distributed as a `Comm`; see there."""
 
-    def __init__(self, ordered: bool) -> None:
+    def __init__(self, ordered: bool, device: str) -> None:
         self.rank, self.size, self.ordered = dist.get_rank(), dist.get_world_size(), ordered
+        places = {torch.device(place).type: place for place in ("cpu", device)}
+        self._buffers = {
+            kind: torch.empty(MESSAGE_BYTES, dtype=torch.uint8, device=place) for kind, place in places.items()
+        }
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sums on all ranks."""
-        for tensor in tensors:
-            self._talk(partial(dist.all_reduce, tensor))
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            for message in self._messages([tensor for tensor in tensors if tensor.dtype == dtype]):
+                self._talk(partial(dist.all_reduce, message.content.view(dtype)))
+                message.unpack()
 
     def recv_previous(self, tensors: Sequence[Tensor]) -> None:
         """Receive from the rank before."""
-        for tensor in tensors if self.rank > 0 else ():
-            self._receive_(tensor, self.rank - 1)
+        for message in self._messages(tensors) if self.rank > 0 else ():
+            self._receive_(message.content, self.rank - 1)
+            message.unpack()
 
     def send_next(self, tensors: Sequence[Tensor]) -> None:
         """Send to the next rank."""
-        for tensor in tensors if self.rank + 1 < self.size else ():
-            self._send(tensor, self.rank + 1)
+        for message in self._messages(tensors) if self.rank + 1 < self.size else ():
+            self._send(message.content, self.rank + 1)
 
     def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Broadcast."""
-        for tensor in tensors:
-            self._talk(partial(dist.broadcast, _raw(tensor), owner))
+        for message in self._messages(tensors):
+            self._talk(partial(dist.broadcast, message.content, owner))
+            message.unpack()
 
     def all_gather_object(self, value: _Value) -> list[_Value]:
-        """Values of all ranks."""
-        gathered: list[Any] = [None] * self.size
-        self._talk(lambda: dist.all_gather_object(gathered, value))
-        return gathered
+        """Values of all ranks, in one message where they are small, in two where one is not."""
+        pickled = pickle.dumps(value)
+        length = len(pickled).to_bytes(8, "little")
+        gathered = self._all_gather((length + pickled)[:SMALL], SMALL)
+        lengths = [int.from_bytes(part[:8], "little") for part in gathered]
+        if max(lengths) + 8 > SMALL:
+            gathered = self._all_gather(length + pickled, max(lengths) + 8)
+        return [pickle.loads(part[8 : 8 + length]) for part, length in zip(gathered, lengths)]
+
+    def _all_gather(self, own: bytes, length: int) -> list[bytes]:
+        """`own`, filled up to `length` bytes, of all ranks. It lies on the CPU, so it waits for no GPU."""
+        sent = torch.frombuffer(bytearray(own.ljust(length, b"\0")), dtype=torch.uint8)
+        gathered = list(torch.empty(self.size, length, dtype=torch.uint8))
+        self._talk(partial(dist.all_gather, gathered, sent))
+        return [part.numpy().tobytes() for part in gathered]
+
+    def _messages(self, tensors: Sequence[Tensor]) -> Iterator[Message]:
+        for device, buffer in self._buffers.items():
+            if placed := [tensor for tensor in tensors if tensor.device.type == device]:
+                yield from messages(placed, buffer)
 
     def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
         """Rows of all ranks on rank 0, one message each."""
@@ -152,7 +180,7 @@ class Ranks:
 
 def _raw(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, in its memory where that is contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
 from sarqc.method.gram import MAX_LOST, Statistics, all_finite, finite_rows
 from sarqc.model.sites import Site, SiteChunk
-from sarqc.pipeline.comm import Comm, one_rank_at_a_time, synchronize_oom
+from sarqc.pipeline.comm import Comm, exchange, one_rank_at_a_time
 from sarqc.system import range_advice
 
 
@@ -82,15 +83,15 @@ class Collector:
         The micro-batches are gone through once, and once more where rows hold NaN or Inf. Raises `NumericError` naming
         the chunk where those are more than 1 %, `torch.OutOfMemoryError` on all ranks where one runs out.
         """
-        kept = self._all_ranks(chunks, source, None)
-        if all(self._each_finite(kept)):
+        kept, finite = self._all_ranks(chunks, source, None)
+        if all(finite):
             return kept, []
         del kept  # their memory is needed once more
         lost = [0] * len(chunks)
-        kept = self._all_ranks(chunks, source, lost)
+        kept, finite = self._all_ranks(chunks, source, lost)
         lost = [sum(counts) for counts in zip(*self._comm.all_gather_object(lost))]
         notes = []
-        for chunk, statistics, count, sound in zip(chunks, kept, lost, self._each_finite(kept)):
+        for chunk, statistics, count, sound in zip(chunks, kept, lost, finite):
             rows = count + sum(int(fold.rows.sum()) for fold in statistics.folds)
             what = f"the inputs of {chunk.name}{' or the stream behind it' if chunk.site.residual_write else ''}"
             where = f"{count} of {rows} rows of {what} hold NaN or Inf on the calibration text"
@@ -100,23 +101,30 @@ class Collector:
                 notes.append(f"{where}: left out")
         return kept, notes
 
-    def _each_finite(self, kept: Sequence[Statistics]) -> list[bool]:
-        return synchronize_oom(self._comm, lambda: list(map(_finite, kept)))
+    def _all_ranks(
+        self, chunks: Sequence[SiteChunk], source: Source, lost: list[int] | None
+    ) -> tuple[list[Statistics], list[bool]]:
+        """Sums of every rank, added up afterwards, or in order as they are made; and whether those of a chunk are
+        finite."""
 
-    def _all_ranks(self, chunks: Sequence[SiteChunk], source: Source, lost: list[int] | None) -> list[Statistics]:
-        """Sums of every rank, added up afterwards, or in order as they are made."""
-
-        def attempt() -> list[Statistics]:
+        def own() -> list[Statistics]:
             return self._own(chunks, source, lost)
 
+        def checked(kept: list[Statistics]) -> tuple[list[Statistics], list[bool]]:
+            return kept, list(map(_finite, kept))
+
         comm = self._comm
-        kept = one_rank_at_a_time(comm, attempt) if comm.ordered else synchronize_oom(comm, attempt)
-        for sums in (statistics.tensors(fold) for statistics in kept for fold in range(self.folds)):
-            if comm.ordered:
-                comm.broadcast(sums, comm.size - 1)
-            else:
-                comm.all_reduce(sums)
-        return kept
+        if comm.ordered:
+            kept = one_rank_at_a_time(comm, own)
+            comm.broadcast(self._sums(kept), comm.size - 1)
+            kept, finite = exchange(comm, partial(checked, kept))
+        else:
+            kept, finite = exchange(comm, lambda: checked(own()))
+            comm.all_reduce(self._sums(kept))
+        return kept, list(map(all, zip(*finite)))
+
+    def _sums(self, kept: Sequence[Statistics]) -> list[Tensor]:
+        return [tensor for statistics in kept for fold in range(self.folds) for tensor in statistics.tensors(fold)]
 
     def _own(self, chunks: Sequence[SiteChunk], source: Source, lost: list[int] | None) -> list[Statistics]:
         """This rank's micro-batches; with `lost`, rows that are not finite are left out and counted there, by chunk."""

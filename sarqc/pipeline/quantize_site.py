@@ -25,7 +25,7 @@ from sarqc.model.lazy_model import LazyModel
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.channel_scales import BlockScales
-from sarqc.pipeline.comm import Comm, synchronize_oom
+from sarqc.pipeline.comm import Comm, exchange, synchronize_oom
 from sarqc.pipeline.work_split import WorkItem, work_items
 
 Weights = dict[str, QuantizedWeight]
@@ -72,7 +72,7 @@ class SiteQuantizer:
         return choose_lambda(
             chunk.name,
             chunk.site.name.removeprefix(f"{self.lazy.prefix}.{index}."),
-            synchronize_oom(self.comm, partial(chunk.weight, self.lazy.model)),
+            lambda: synchronize_oom(self.comm, partial(chunk.weight, self.lazy.model)),
             statistics,
             self.quant_of(chunk.site),
             self.method,
@@ -93,17 +93,18 @@ class SiteQuantizer:
     ) -> dict[int, tuple[Tensor, float]]:
         """Targets of this rank's items of layers that correct the residual error, by number, with the share of it."""
 
-        def own() -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-            return {
+        def own() -> tuple[dict[int, tuple[Tensor, Tensor, Tensor]], dict[int, Tensor]]:
+            mine = {
                 number: self._change(item, collected[item.number], shares[item.number])
                 for number, item in enumerate(todo)
                 if shares[item.number] and item.owner == self.comm.rank
             }
+            return mine, {number: sums for number, (_, _, sums) in mine.items()}
 
         if not any(shares):
             return {}
-        mine = synchronize_oom(self.comm, own)
-        sums = _merged(self.comm.all_gather_object({number: sums for number, (_, _, sums) in mine.items()}))
+        mine, gathered = exchange(self.comm, own)
+        sums = _merged(gathered)
         targets = {}
         for number, (weight, change, _) in mine.items():
             chunk = todo[number].number
@@ -125,8 +126,8 @@ class SiteQuantizer:
         """As `lambda_search.Spread` has it: every rank does some of the tasks, and all have all values, on the CPU."""
         rank, size = self.comm.rank, self.comm.size
         dealt = [range(first, count, size) for first in range(min(size, count))]
-        own = synchronize_oom(self.comm, lambda: work(dealt[rank]).cpu() if rank < len(dealt) else None)
-        parts = [part for part in self.comm.all_gather_object(own) if part is not None]
+        _, gathered = exchange(self.comm, lambda: (None, work(dealt[rank]).cpu() if rank < len(dealt) else None))
+        parts = [part for part in gathered if part is not None]
         values = parts[0].new_empty(count, *parts[0].shape[1:])
         for tasks, part in zip(dealt, parts):
             values[tasks.start :: size] = part
@@ -156,26 +157,24 @@ class SiteQuantizer:
                 statistics.merge_folds()
             targets = self._targets(todo, collected, shares)
 
-        def own() -> dict[int, tuple[QuantizedWeight, LayerReport]]:
-            return {
+        def own() -> tuple[dict[int, QuantizedWeight], dict[int, tuple[_Layout, LayerReport]]]:
+            solved = {
                 number: self._solve(item, chunks[item.number], collected, scales, targets.get(number))
                 for number, item in enumerate(todo)
                 if item.owner == self.comm.rank
             }
+            weights = {number: weight for number, (weight, _) in solved.items()}
+            return weights, {number: (_layout(weight), report) for number, (weight, report) in solved.items()}
 
-        solved = synchronize_oom(self.comm, own)
-        known = _merged(
-            self.comm.all_gather_object(
-                {number: (_layout(weight), report) for number, (weight, report) in solved.items()}
-            )
-        )
+        solved, gathered = exchange(self.comm, own)
+        known = _merged(gathered)
         weights: Weights = {}
         reports: list[list[LayerReport]] = [[] for _ in chunks]
         rows: list[QuantizedWeight] = []
         for number, item in enumerate(todo):
             layout, report = known[number]
             reports[item.number].append(report)
-            weight = solved.pop(number)[0] if number in solved else _blank(*layout)
+            weight = solved.pop(number) if number in solved else _blank(*layout)
             self.comm.broadcast((weight.codes, weight.scales, weight.zeros), item.owner)
             if item.rows is None:
                 weights |= {target.linear: part for target, part in item.chunk.site.split(weight, item.chunk.first)}

@@ -133,7 +133,7 @@ def test_choosing_is_deterministic_and_leaves_the_statistics_alone(generator):
     weight = torch.randn(1, 16, 32, generator=generator)
     first, second = (
         choose_lambda(
-            "s", "k", weight, statistics, QUANT, MethodConfig(), scale_dtype=BF16, search=LambdaSearch()
+            "s", "k", lambda: weight, statistics, QUANT, MethodConfig(), scale_dtype=BF16, search=LambdaSearch()
         ).record()
         for _ in range(2)
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sarqc.config import MethodConfig
-from sarqc.method.lambda_search import GRID, LambdaSearch, pool, prior_lambda, validation_curve
+from sarqc.method.lambda_search import GRID, RTN, LambdaSearch, pool, prior_lambda, validation_curve
 
 ROWS = torch.tensor([2048])
 AUTO = MethodConfig()
@@ -24,17 +24,17 @@ class Bowl:
         self.asked: list[float] = []
         self.turns: list[int] = []
 
-    def rtn_loss(self, fit_fold: int) -> float:
-        return self.rtn_rows
-
     def losses(self, lambdas: Sequence[float], fit_fold: int) -> list[float]:
-        self.asked += lambdas
+        self.asked += [reg_lambda for reg_lambda in lambdas if reg_lambda != RTN]
         self.turns.append(fit_fold)
-        return [self.rtn_rows * self.level * exp(self.bend * log(s / self.best) ** 2) for s in lambdas]
+        return [self.rtn_rows if s == RTN else self._loss(s) for s in lambdas]
+
+    def _loss(self, reg_lambda: float) -> float:
+        return self.rtn_rows * self.level * exp(self.bend * log(reg_lambda / self.best) ** 2)
 
 
 def choose(lambdas, validation, spec=AUTO, kind="down", rows=ROWS):
-    return lambdas.choose(kind, rows, 512, spec, validation)
+    return lambdas.choose(kind, rows, 512, spec, validation and (lambda: validation))
 
 
 def test_a_given_lambda_is_taken_as_it_is_and_nobody_is_asked():
