@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import Tensor
 
@@ -52,3 +53,18 @@ def test_folds_stay_apart_and_total_leaves_them_alone(generator):
     assert total.rows.item() == 20
     assert [fold.rows.item() for fold in statistics.folds] == [8, 12]
     assert torch.equal(total.second_moment()[0], (x.T @ x) / 20)
+
+
+@pytest.mark.parametrize(("experts", "inputs"), [(1, 48), (3, 130), (2, 700)])
+def test_the_energy_of_rows_is_read_from_the_lower_triangle(experts, inputs, generator):
+    x = torch.randn(60, inputs, generator=generator)
+    offsets = torch.linspace(0, 60, experts + 1).long()
+    gram = Gram.zeros(experts, inputs)
+    gram.add(x, offsets if experts > 1 else None)
+    gram.sum.masked_fill_(torch.ones(inputs, inputs).triu(1).bool(), float("nan"))
+    rows = torch.randn(experts, 5, inputs, generator=generator)
+    actual = gram.energy(rows)
+    for expert in range(experts):
+        outputs = x[offsets[expert] : offsets[expert + 1]].double() @ rows[expert].double().T
+        assert actual[expert] == pytest.approx(float(outputs.square().sum()), rel=1e-5)
+    assert actual.dtype == torch.float64
