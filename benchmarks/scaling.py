@@ -68,6 +68,9 @@ H200 = Rates(
 AT_ONCE = 4 * 4096
 """Rows whose columns are quantized side by side: a warp for each 32 on each of four schedulers."""
 
+TRIANGLE = 9 / 16
+"""Of a Gram or a factor, what is sent: 8 strips of rows, each as far as its lower triangle reaches."""
+
 _QWEN = dict(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,
     num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
@@ -122,10 +125,10 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
         spent["pcie"] += (2 * weights + hidden / ranks) / rates.pcie
         streams = 1 + plan.method.error_correction
         spent["forward"] += streams * sum(_pass(plan, site, tokens) for site in sites) / rates.forward
-        summed = 0.0
+        summed = handed_on = 0.0
         for site in sites:
             spent["gram"] += 2.0 * tokens * visits(plan, site) * site.in_features**2 / rates.gram
-            summed += site.experts * site.in_features**2
+            summed += TRIANGLE * site.experts * site.in_features**2
             dense = site.experts == 1
             share = 1 / ranks if dense else busiest(site, ranks, torch.device("cuda"), gram=True)
             factors = 1.0 if dense else share * site.experts  # ranks that share rows all make the factor
@@ -140,8 +143,9 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
                 spent["forward"] += handed / rates.forward
                 spent["solve"] += _shifts(site, ranks, rates)
                 summed += rows_of(site) * site.in_features
+                handed_on += 2 * TRIANGLE * site.in_features**2
         spent["network"] += (
-            4 * FOLDS * summed * 2 * (ranks - 1) / ranks + (weights + hidden) * (ranks > 1)
+            4 * FOLDS * summed * 2 * (ranks - 1) / ranks + (weights + hidden + 4 * handed_on) * (ranks > 1)
         ) / rates.network
     size = sizes(plan, windows, seqlen)
     spent["store"] += 2 * size.output / rates.disk
@@ -162,10 +166,12 @@ def _columns(site: Site, rates: Rates) -> float:
 
 
 def _shifts(site: Site, ranks: int, rates: Rates) -> float:
-    """Seconds of the shift of each fold, with what it does on the other, and of all; ranks share folds and rows."""
+    """Seconds of the shift of each fold, with what it does on the other, and of all, by rows. Ranks deal the factors,
+    the solver's among them, which is counted already."""
     factor, solves = _factor(site) / rates.factor, 2.0 * rows_of(site) * site.in_features**2 / rates.product
     sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
-    return math.ceil(FOLDS / ranks) * (factor + 2 * sampled) + factor + solves / ranks
+    turns = math.ceil((FOLDS + 2) / ranks)
+    return (turns - 1) * factor + min(FOLDS, turns) * 2 * sampled + solves / ranks
 
 
 def _factor(site: Site) -> float:

@@ -23,8 +23,7 @@ from sarqc_kernels import round_to_grid
 def least_squares(
     site: str,
     weight: Tensor,  # fp32 [E, N, K]
-    gram: sarqc.Gram,
-    reg_lambda: Tensor,  # of each expert, fp32 [E]; this solver has no regulariser
+    objective: sarqc.Objective,  # the Gram of the inputs, and lambda; this solver has no regulariser
     quant: sarqc.QuantConfig,
     method: sarqc.MethodConfig,
     scale_dtype: torch.dtype,
@@ -37,7 +36,7 @@ def least_squares(
         weight = scaling.apply(weight)
     count, middle = quant.groups(weight.shape[-1]), quant.levels // 2
     groups = weight.unflatten(-1, (count, -1))  # [E, N, G, K / G]
-    energy = gram.diagonal().clamp(min=1e-8).unflatten(-1, (count, -1))[:, None]
+    energy = objective.gram.diagonal().clamp(min=1e-8).unflatten(-1, (count, -1))[:, None]
     scales = groups.abs().amax(-1, keepdim=True) / (middle - 0.5)
     for _ in range(4):
         codes = (groups / scales.clamp(min=1e-12)).round().clamp(-middle, middle - 1)

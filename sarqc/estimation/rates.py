@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.estimation import shapes
 from sarqc.method.gram import Gram
-from sarqc.method.hessian import factor, regularised_hessian
+from sarqc.method.hessian import Objective, factor
 from sarqc.method.layer import SOLVERS
 from sarqc.method.rtn import quantize_rtn
 from sarqc.pipeline.plan import Plan
@@ -105,29 +105,28 @@ def _measure(
     single, square = x.float(), random(scale * width, scale * width)
     sums, small, long = Gram.zeros(1, scale * width, device), layer(x[:1, :1].expand(1, scale * width)), random(1 << 20)
     flops = 2.0 * x.numel() * scale * width
-    hessian = Gram.zeros(1, factored, device)
-    hessian.add(random(2 * factored, factored))
-    strength = torch.ones(1, device=device)
+    large = Objective(Gram.zeros(1, factored, device), torch.ones(1, device=device))
+    large.gram.add(random(2 * factored, factored))
     rates = Rates(
         forward=flops / _least(lambda: layer(x), device),
         gram=flops / _least(lambda: sums.add(x), device),
         product=flops / _least(lambda: single @ square, device),
         stream=long.numel() / _least(lambda: long * 2.0, device),
         call=_least(lambda: layer(small), device),
-        factored=_least(lambda: factor(regularised_hessian(hessian, strength, method), "probe"), device),
+        factored=_least(lambda: factor(large.hessian(method), "probe"), device),
         factored_width=factored,
         column=0.0,
         element=0.0,
     )
-    gram = Gram.zeros(1, width, device)
-    gram.add(random(2 * width, width))
+    objective = Objective(Gram.zeros(1, width, device), large.reg_lambda)
+    objective.gram.add(random(2 * width, width))
 
     def solving(count: int) -> float:
         weight = random(1, count, width)
         if not method.calibrated:
             return _least(lambda: quantize_rtn(weight, quant, method.scales, torch.bfloat16), device)
         solve = SOLVERS[method.solver]
-        return _least(lambda: solve("probe", weight, gram, strength, quant, method, torch.bfloat16), device)
+        return _least(lambda: solve("probe", weight, objective, quant, method, torch.bfloat16), device)
 
     few, many = max(1, rows // 4), rows
     beside = [solving(count) - rates.solve(count, width, products(method)) for count in (few, many)]

@@ -125,11 +125,14 @@ def solve_seconds(plan: Plan, site: Site, rates: Rates, ranks: int, *, gram: boo
 
 
 def correction_seconds(site: Site, rates: Rates, ranks: int) -> float:
-    """Seconds of the shift of each fold, which ranks share, and of all, whose rows they share: a factor and two
-    triangular solves."""
+    """Seconds of the shift of each fold and of all: a factor and two triangular solves, the last of them by rows.
+
+    Ranks deal the factors, that of the solver among them, which `solve_seconds` has.
+    """
     factor, solves = rates.factor(site.in_features), 4.0 * rows_of(site) * site.in_features**2 / rates.product
     sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
-    return -(-FOLDS // ranks) * (factor + sampled) + factor + solves / ranks
+    turns = -(-(FOLDS + 2) // ranks)
+    return (turns - 1) * factor + min(FOLDS, turns) * sampled + solves / ranks
 
 
 def lambda_seconds(site: Site, method: MethodConfig, rates: Rates, ranks: int) -> float:

@@ -145,6 +145,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
                 module.fill(weight, module.words.device, self._dtype)
             for parameter, slices in self._dense.items():
                 _show(model, parameter, partial(assemble, slices, source))
+        for parameter in model.parameters():  # transformers 5.15 leaves those that it renames in their stored dtype
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.to(self._dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

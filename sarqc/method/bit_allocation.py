@@ -24,6 +24,7 @@ from torch import Tensor
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
 from sarqc.method.gram import Gram, Statistics, shrink_experts
+from sarqc.method.hessian import Objective
 from sarqc.method.lambda_search import HeldOutValidation, LambdaSearch
 from sarqc.method.layer import SOLVERS
 from sarqc.method.rtn import quantize_rtn
@@ -167,7 +168,7 @@ def probe_weight(
     gram = shrink_experts(statistics, method.expert_shrinkage, experts)
     reg_lambda = LambdaSearch().choose("", statistics.rows(), weight.shape[-1], method, None).reg_lambda[experts]
     spec = quant.at(probe_bits(quant))
-    return SOLVERS[method.solver](site, weight, gram, reg_lambda, spec, method, scale_dtype).weight
+    return SOLVERS[method.solver](site, weight, Objective(gram, reg_lambda), spec, method, scale_dtype).weight
 
 
 def loss_by_bits(
@@ -200,9 +201,8 @@ def loss_by_bits(
         return quantize_rtn(rows, quant.at(width), "search", scale_dtype).dequantize()
 
     def solved(width: int, rows: Tensor, gram: Gram, reg_lambda: Tensor) -> Tensor:
-        return SOLVERS[method.solver](
-            site, rows, gram, reg_lambda, quant.at(width), method, scale_dtype
-        ).weight.dequantize()
+        objective = Objective(gram, reg_lambda)
+        return SOLVERS[method.solver](site, rows, objective, quant.at(width), method, scale_dtype).weight.dequantize()
 
     rows = statistics.folds[0].rows
     reg_lambda = float(LambdaSearch().choose("", rows, weight.shape[-1], method, None).reg_lambda.median())

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from sarqc.config import MethodConfig
-from sarqc.method.gram import Gram, Statistics
-from sarqc.method.hessian import factor, regularised_hessian
+from sarqc.method.gram import Statistics
+from sarqc.method.hessian import Objective, factor
 
 CAUTION = 0.5
 """Part of the best share that is used. The loss is a parabola in a: half of the best share has three quarters of the
@@ -48,18 +48,19 @@ def corrected_target(
     if statistics.folds[0].cross_gram is None or len(statistics.folds) < 2:
         return weight, 0.0
     share = correction_share(fold_fits(site, statistics, reg_lambda, method, range(len(statistics.folds))))
-    change, sums = weight_change(site, weight, statistics, reg_lambda, method, share)
+    change, sums = weight_change(site, weight, Objective(statistics.total(), reg_lambda), method, share)
     return limited_target(weight, change, sums, share)
 
 
 def weight_change(
-    site: str, weight: Tensor, statistics: Statistics, reg_lambda: Tensor, method: MethodConfig, share: float
+    site: str, weight: Tensor, objective: Objective, method: MethodConfig, share: float
 ) -> tuple[Tensor, Tensor]:
     """What a share of the error changes of the weight [1, N, K], and the squared norms of change and weight, float64
-    [2]. Rows do not depend on each other; those that are zero stay so."""
+    [2]. Rows do not depend on each other; those that are zero stay so. objective: with the factor of its Hessian, in
+    the order of the inputs, where that is made already."""
     change = torch.zeros_like(weight)
     if share and bool((weight != 0).any()):
-        change = share * correction(site, statistics.total(), reg_lambda, method)
+        change = share * correction(site, objective, method)
         change = change.where((weight != 0).any(-1, keepdim=True), 0)
     return change, torch.stack([each.square().sum(dtype=torch.float64) for each in (change, weight)]).cpu()
 
@@ -75,10 +76,10 @@ SHARE_ROWS = 128
 """Rows of the weight that the share is estimated from: it is one number, and each row is a sample of it."""
 
 
-def correction(site: str, gram: Gram, reg_lambda: Tensor, method: MethodConfig, step: int = 1) -> Tensor:
+def correction(site: str, objective: Objective, method: MethodConfig, step: int = 1) -> Tensor:
     """Every `step`-th row of C H^-1, fp32 [1, N / step, K], by two triangular solves; H includes the regulariser."""
-    upper = factor(regularised_hessian(gram, reg_lambda, method), site).matrix
-    half = torch.linalg.solve_triangular(upper.mT, gram.cross_mean(step), upper=False, left=False)
+    upper = (objective.factored or factor(objective.hessian(method), site)).matrix
+    half = torch.linalg.solve_triangular(upper.mT, objective.gram.cross_mean(step), upper=False, left=False)
     full: Tensor = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
     return full
 
@@ -93,7 +94,7 @@ def fold_fits(
     step = -(-first.cross_gram.shape[1] // SHARE_ROWS)
     fitted = []
     for number in folds:
-        fit = correction(site, statistics.folds[number], reg_lambda, method, step)
+        fit = correction(site, Objective(statistics.folds[number], reg_lambda), method, step)
         correlation = energy = 0.0
         for held_out in (fold for at, fold in enumerate(statistics.folds) if at != number):
             correlation += float((held_out.cross_mean(step) * fit).sum(dtype=torch.float64))

@@ -10,8 +10,7 @@ from torch import Tensor
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import Scaling
 from sarqc.method.coordinate_descent import descend
-from sarqc.method.gram import Gram
-from sarqc.method.hessian import factor, regularised_hessian
+from sarqc.method.hessian import Factor, Objective, factor
 from sarqc.method.rtn import Solution
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import fit_grid, quantize_columns
@@ -35,22 +34,26 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["none", "stat
     return columns.flatten(1)
 
 
-def loss_weight(site: str, gram: Gram, reg_lambda: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor:
+def solver_factor(site: str, objective: Objective, quant: QuantConfig, method: MethodConfig) -> Factor:
+    """The factor of the objective's Hessian, in the order of the solver's columns."""
+    hessian = objective.hessian(method)
+    return _factored(site, hessian, _order(hessian, quant, method))
+
+
+def loss_weight(site: str, objective: Objective, quant: QuantConfig, method: MethodConfig) -> Tensor:
     """Weights of the channel-scale search: the Hessian [E, K, K], or M_jj^2 [E, K] where GPTQ follows."""
-    hessian = regularised_hessian(gram, reg_lambda, method)
+    hessian = objective.hessian(method)
     if method.solver == "rtn":
         return hessian
     order = _order(hessian, quant, method)
-    factored = factor(hessian if order is None else _permuted(hessian, order), site)
-    weight = factored.matrix.diagonal(dim1=-2, dim2=-1).square()
+    weight = _factored(site, hessian, order).matrix.diagonal(dim1=-2, dim2=-1).square()
     return weight if order is None else torch.empty_like(weight).scatter_(1, order, weight)
 
 
 def solve_gptq(
     site: str,
     weight: Tensor,
-    gram: Gram,
-    reg_lambda: Tensor,
+    objective: Objective,
     quant: QuantConfig,
     method: MethodConfig,
     scale_dtype: torch.dtype,
@@ -63,7 +66,7 @@ def solve_gptq(
     same Hessian.
     """
     group_size = quant.columns_per_group(weight.shape[-1])
-    hessian = regularised_hessian(gram, reg_lambda, method)
+    hessian = objective.hessian(method)
     if scaling is not None:
         weight, hessian = scaling.apply(weight), scaling.hessian(hessian)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
@@ -80,7 +83,7 @@ def solve_gptq(
             search=search,
             scale_dtype=scale_dtype,
         )
-    factored = factor(hessian if order is None else _permuted(hessian, order), site)
+    factored = objective.factored or _factored(site, hessian, order)
     codes, scales, zeros = quantize_columns(
         weight,
         factored.matrix,
@@ -106,6 +109,10 @@ def solve_gptq(
 def _order(hessian: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor | None:
     group_size = quant.columns_per_group(hessian.shape[-1])
     return column_order(hessian.diagonal(dim1=-2, dim2=-1), group_size, method.act_order)
+
+
+def _factored(site: str, hessian: Tensor, order: Tensor | None) -> Factor:
+    return factor(hessian if order is None else _permuted(hessian, order), site)
 
 
 def _permuted(hessian: Tensor, order: Tensor) -> Tensor:

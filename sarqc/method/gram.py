@@ -87,8 +87,8 @@ class Gram:
 
     def tensors(self) -> list[Tensor]:
         """All sums: of X^T X strips of its rows, as far as the lower triangle reaches in each."""
-        strips = [self.sum[:, first:last, :last] for first, last in _strips(self.sum.shape[-1])]
-        return [*strips, self.rows, self.abs_sum] + ([] if self.cross_gram is None else [self.cross_gram])
+        lower = [self.sum[:, first:last, :last] for first, last in strips(self.sum.shape[-1])]
+        return [*lower, self.rows, self.abs_sum] + ([] if self.cross_gram is None else [self.cross_gram])
 
     def repeat(self, times: int) -> Gram:
         """All experts repeated `times` times: expert e of repetition r is number r * E + e."""
@@ -105,7 +105,7 @@ class Gram:
         Of a dense layer's Gram `rows` may be several matrices.
         """
         total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        for first, last in _strips(rows.shape[-1]):
+        for first, last in strips(rows.shape[-1]):
             own, strip = rows[..., first:last], self.sum[:, first:last]
             corner = strip[..., first:last].tril()
             mirrored = corner + corner.tril(-1).mT
@@ -210,8 +210,8 @@ def merged(folds: Iterable[Gram]) -> Gram:
     return total
 
 
-def _strips(inputs: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of strips of a Gram's rows, as high as each other; up to 8 of them, of at least 128 rows."""
+def strips(inputs: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of strips of the rows of a matrix [K, K]: up to 8, as high as each other, of at least 128 rows."""
     height = max(128, -(-inputs // 8))
     return ((first, min(first + height, inputs)) for first in range(0, inputs, height))
 

@@ -55,6 +55,25 @@ def regularised_hessian(gram: Gram, reg_lambda: Tensor, method: MethodConfig) ->
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a solver minimises over the codes of each expert: tr[(W - Q) (H + lambda D) (W - Q)^T].
+
+    Attributes:
+        gram: Of the original inputs.
+        reg_lambda: Lambda of each expert, fp32 [E].
+        factored: The factor that the solver "gptq" needs, where it is made already.
+    """
+
+    gram: Gram
+    reg_lambda: Tensor
+    factored: Factor | None = None
+
+    def hessian(self, method: MethodConfig) -> Tensor:
+        """H + lambda D + damp * mean(diag H) I of `method`, fp32 [E, K, K], in memory of its own."""
+        return regularised_hessian(self.gram, self.reg_lambda, method)
+
+
+@dataclass(frozen=True)
 class Factor:
     """matrix: upper triangular M [E, K, K] with M M^T = H + damping * mean(diag H) I. damping: float64 [E].
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from sarqc.config import AUTO, MethodConfig
 from sarqc.kinds import PRIOR, saliency_exponent
 from sarqc.method.gram import Gram, Statistics, shrink_gram
+from sarqc.method.hessian import Factor
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Candidates for lambda. The loss is flat around its minimum: half a decade is fine enough."""
@@ -61,6 +62,7 @@ class LambdaChoice:
         experts: Experts to quantize with it; by default all that `reg_lambda` covers.
         target: What to quantize in the weight's place and the share of the residual error that it corrects, where they
             are known by now (`method.error_correction`).
+        factored: As in `Objective`.
     """
 
     reg_lambda: Tensor
@@ -71,6 +73,7 @@ class LambdaChoice:
     by_prior: bool = False
     experts: slice = field(default_factory=lambda: slice(None))
     target: tuple[Tensor, float] | None = None
+    factored: Factor | None = None
 
     def of_others(self, rows: Tensor, in_features: int, method: MethodConfig) -> LambdaChoice:
         """The choice for other experts of the same layer, without measuring them: the same lambda, or the same prior.

@@ -19,6 +19,7 @@ from sarqc.method.awq import Scaling
 from sarqc.method.error_correction import corrected_target
 from sarqc.method.gptq import solve_gptq
 from sarqc.method.gram import Gram, Statistics, all_finite, prior_rows, shrink_experts
+from sarqc.method.hessian import Objective
 from sarqc.method.lambda_search import HeldOutValidation, LambdaChoice, LambdaSearch, Record
 from sarqc.method.rtn import Solution, quantize_rtn, solve_rtn
 from sarqc.method.weight import QuantizedWeight
@@ -28,18 +29,17 @@ SAMPLED_ROWS = 128
 
 
 class Solver(Protocol):
-    """weight fp32 [E, N, K], a Gram of its inputs, lambda of each expert fp32 [E] -> `Solution`.
+    """weight fp32 [E, N, K], the objective for its experts -> `Solution`.
 
-    Pure: no state, no files, no random numbers. Rows are independent, and so are experts. The Gram is that of the
-    original inputs; with a `scaling` the solution is that of the scaled weight.
+    Pure: no state, no files, no random numbers. Rows are independent, and so are experts. The objective is that of the
+    original weight; with a `scaling` the solution is that of the scaled weight.
     """
 
     def __call__(
         self,
         site: str,
         weight: Tensor,
-        gram: Gram,
-        reg_lambda: Tensor,
+        objective: Objective,
         quant: QuantConfig,
         method: MethodConfig,
         scale_dtype: torch.dtype,
@@ -80,7 +80,8 @@ def choose_lambda(
     once = replace(method, cd_passes=0)
 
     def quantize_rows(rows: Tensor, gram: Gram, reg_lambda: Tensor) -> Tensor:
-        return SOLVERS[once.solver](site, rows, gram, reg_lambda, quant, once, scale_dtype).weight.dequantize()
+        objective = Objective(gram, reg_lambda)
+        return SOLVERS[once.solver](site, rows, objective, quant, once, scale_dtype).weight.dequantize()
 
     def rtn_rows(rows: Tensor) -> Tensor:
         return quantize_rtn(rows, quant, "minmax", scale_dtype).dequantize()
@@ -189,8 +190,8 @@ def _solve_chosen(
         scaled = weight if scaling is None else scaling.apply(weight)
         return Solution(quantize_rtn(scaled, quant, "minmax", scale_dtype), torch.zeros(len(weight)))
     gram = shrink_experts(statistics, method.expert_shrinkage, choice.experts)
-    solver = SOLVERS[method.solver]
-    return solver(site, weight, gram, choice.reg_lambda[choice.experts], quant, method, scale_dtype, scaling)
+    objective = Objective(gram, choice.reg_lambda[choice.experts], choice.factored)
+    return SOLVERS[method.solver](site, weight, objective, quant, method, scale_dtype, scaling)
 
 
 def _fallback(choice: LambdaChoice | None, unfactored: Tensor) -> str | None:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import Scaling
-from sarqc.method.gram import Gram
-from sarqc.method.hessian import regularised_hessian
+from sarqc.method.hessian import Objective
 from sarqc.method.scale_search import search_scales
 from sarqc.method.weight import QuantizedWeight
 from sarqc_kernels.columns import fit_grid, round_to_grid
@@ -48,15 +47,14 @@ def quantize_rtn(weight: Tensor, quant: QuantConfig, grid: str, scale_dtype: tor
 def solve_rtn(
     site: str,
     weight: Tensor,
-    gram: Gram,
-    reg_lambda: Tensor,
+    objective: Objective,
     quant: QuantConfig,
     method: MethodConfig,
     scale_dtype: torch.dtype,
     scaling: Scaling | None = None,
 ) -> Solution:
     """RTN with scales that minimise the error weighted by the Hessian H + lambda D (`method.scale_search`)."""
-    hessian = regularised_hessian(gram, reg_lambda, method)
+    hessian = objective.hessian(method)
     if scaling is not None:
         weight, hessian = scaling.apply(weight), scaling.hessian(hessian)
     if method.scales == "minmax":
@@ -66,4 +64,4 @@ def solve_rtn(
         scales, zeros = search_scales(weight, hessian, rule, weight.shape[-1] // quant.groups(weight.shape[-1]))
         codes = round_to_grid(weight, scales, zeros, bits=quant.bits)
         rounded = QuantizedWeight(codes, scales, zeros, quant.bits)
-    return Solution(rounded, torch.zeros_like(reg_lambda))
+    return Solution(rounded, torch.zeros_like(objective.reg_lambda))

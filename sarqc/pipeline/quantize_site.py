@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sarqc.config import AUTO, MethodConfig, QuantConfig
-from sarqc.method.error_correction import correction_share, fold_fits, limited_target, weight_change
+from sarqc.method.error_correction import limited_target, weight_change
 from sarqc.method.gptq import loss_weight
 from sarqc.method.gram import Gram, Statistics
+from sarqc.method.hessian import Factor, Objective
 from sarqc.method.lambda_search import LambdaChoice, LambdaSearch
 from sarqc.method.layer import LayerReport, choose_lambda, merge_reports, solve_site
 from sarqc.method.weight import QuantizedWeight
@@ -26,6 +27,7 @@ from sarqc.model.sites import Site, SiteChunk
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.comm import Comm, exchange, synchronize_oom
+from sarqc.pipeline.correction import Correction, Layer, correction_of
 from sarqc.pipeline.work_split import WorkItem, work_items
 
 Weights = dict[str, QuantizedWeight]
@@ -80,28 +82,28 @@ class SiteQuantizer:
             search=replace(self.lambda_search.copy(), spread=self._spread),
         )
 
-    def _share(self, chunk: SiteChunk, statistics: Statistics) -> float:
-        """The share of the residual error that a layer corrects; each rank fits on some of the folds."""
+    def _correction(self, chunk: SiteChunk, statistics: Statistics, *, split: bool) -> Correction:
+        """What a layer corrects of the residual error. split: whether ranks split its rows."""
         choice = self.choices[chunk.name]
         if statistics.folds[0].cross_gram is None or choice.rounded or len(statistics.folds) < 2:
-            return 0.0
-        work = partial(fold_fits, chunk.name, statistics, choice.reg_lambda, self.method)
-        return correction_share(self._spread(len(statistics.folds), work))
+            return Correction()
+        layer = Layer(chunk.name, statistics, choice.reg_lambda, self.quant_of(chunk.site), self.method)
+        return correction_of(layer, self.comm, factors=split)
 
     def _targets(
-        self, todo: Sequence[WorkItem], collected: Sequence[Statistics], shares: Sequence[float]
+        self, todo: Sequence[WorkItem], collected: Sequence[Statistics], corrections: Sequence[Correction]
     ) -> dict[int, tuple[Tensor, float]]:
         """Targets of this rank's items of layers that correct the residual error, by number, with the share of it."""
 
         def own() -> tuple[dict[int, tuple[Tensor, Tensor, Tensor]], dict[int, Tensor]]:
             mine = {
-                number: self._change(item, collected[item.number], shares[item.number])
+                number: self._change(item, collected[item.number], corrections[item.number])
                 for number, item in enumerate(todo)
-                if shares[item.number] and item.owner == self.comm.rank
+                if corrections[item.number].share and item.owner == self.comm.rank
             }
             return mine, {number: sums for number, (_, _, sums) in mine.items()}
 
-        if not any(shares):
+        if not any(correction.share for correction in corrections):
             return {}
         mine, gathered = exchange(self.comm, own)
         sums = _merged(gathered)
@@ -109,13 +111,13 @@ class SiteQuantizer:
         for number, (weight, change, _) in mine.items():
             chunk = todo[number].number
             whole = torch.stack([sums[other] for other in sorted(sums) if todo[other].number == chunk]).sum(0)
-            targets[number] = limited_target(weight, change, whole, shares[chunk])
+            targets[number] = limited_target(weight, change, whole, corrections[chunk].share)
         return targets
 
-    def _change(self, item: WorkItem, statistics: Statistics, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _change(self, item: WorkItem, statistics: Statistics, correction: Correction) -> tuple[Tensor, Tensor, Tensor]:
         weight, statistics = self._part(item, statistics)
-        reg_lambda = self.choices[item.chunk.name].reg_lambda
-        return weight, *weight_change(item.chunk.name, weight, statistics, reg_lambda, self.method, share)
+        objective = Objective(statistics.total(), self.choices[item.chunk.name].reg_lambda, correction.plain)
+        return weight, *weight_change(item.chunk.name, weight, objective, self.method, correction.share)
 
     def _part(self, item: WorkItem, statistics: Statistics) -> tuple[Tensor, Statistics]:
         """The weight of an item, and the statistics of its outputs."""
@@ -135,9 +137,8 @@ class SiteQuantizer:
 
     def cost(self, chunk: SiteChunk, gram: Gram) -> Tensor:
         """What errors in a chunk's weight cost, for the scale search."""
-        return loss_weight(
-            chunk.name, gram, self.choices[chunk.name].reg_lambda, self.quant_of(chunk.site), self.method
-        )
+        objective = Objective(gram, self.choices[chunk.name].reg_lambda)
+        return loss_weight(chunk.name, objective, self.quant_of(chunk.site), self.method)
 
     def quantize(
         self,
@@ -150,16 +151,21 @@ class SiteQuantizer:
         if collected is not None:
             self.choose(index, chunks, collected)
         todo = work_items(chunks, self.comm.size, self.device, gram=collected is not None)
-        targets = {}
+        corrections, targets = [Correction() for _ in chunks], {}
         if collected is not None:
-            shares = [self._share(chunk, statistics) for chunk, statistics in zip(chunks, collected)]
+            split = todo[0].rows is not None
+            corrections = [self._correction(*each, split=split) for each in zip(chunks, collected)]
             for statistics in collected:
                 statistics.merge_folds()
-            targets = self._targets(todo, collected, shares)
+            targets = self._targets(todo, collected, corrections)
+        factors = [correction.ordered for correction in corrections]
+        del corrections  # the plain factors
 
         def own() -> tuple[dict[int, QuantizedWeight], dict[int, tuple[_Layout, LayerReport]]]:
             solved = {
-                number: self._solve(item, chunks[item.number], collected, scales, targets.get(number))
+                number: self._solve(
+                    item, chunks[item.number], collected, scales, factors[item.number], targets.get(number)
+                )
                 for number, item in enumerate(todo)
                 if item.owner == self.comm.rank
             }
@@ -191,6 +197,7 @@ class SiteQuantizer:
         chunk: SiteChunk,
         collected: Sequence[Statistics] | None,
         scales: BlockScales | None,
+        factored: Factor | None,
         target: tuple[Tensor, float] | None,
     ) -> tuple[QuantizedWeight, LayerReport]:
         scaling = scales.of(item.chunk) if scales else None
@@ -202,7 +209,7 @@ class SiteQuantizer:
         else:
             weight, statistics = self._part(item, collected[item.number])
             experts = slice(item.chunk.first - chunk.first, item.chunk.stop - chunk.first)
-            choice = replace(self.choices[chunk.name], experts=experts, target=target)
+            choice = replace(self.choices[chunk.name], experts=experts, target=target, factored=factored)
         solved, report = solve_site(
             chunk.name,
             weight,

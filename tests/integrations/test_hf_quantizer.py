@@ -69,9 +69,9 @@ def test_weights_stay_packed_and_come_back_to_the_byte(registered, quantized, tm
     model.save_pretrained(tmp_path)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
-    for name, tensor in before.items():  # transformers keeps one bias of deepseek in fp32; its value is the same
+    for name, tensor in before.items():  # transformers keeps parts of deepseek's router in fp32, with the same values
         assert torch.equal(after[name], tensor), name
-        assert after[name].dtype == tensor.dtype or name.endswith("e_score_correction_bias")
+        assert after[name].dtype == tensor.dtype or name.endswith(("e_score_correction_bias", "mlp.gate.weight"))
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
 
 

@@ -9,7 +9,7 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import EXPONENTS, SMALL_EXPONENTS, BalanceLayer, Scaling, search
 from sarqc.method.gptq import loss_weight
 from sarqc.method.gram import Gram, Statistics
-from sarqc.method.hessian import regularised_hessian, saliency
+from sarqc.method.hessian import Objective, regularised_hessian, saliency
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import solve_site
 from sarqc.method.rtn import quantize_rtn
@@ -40,7 +40,7 @@ def reg_lambda(gram, spec):
 
 
 def balance_layer(weight, gram, method="sarqc-awq"):
-    cost = loss_weight("site", gram, reg_lambda(gram, MethodConfig(method)), QUANT, MethodConfig(method))
+    cost = loss_weight("site", Objective(gram, reg_lambda(gram, MethodConfig(method))), QUANT, MethodConfig(method))
     return BalanceLayer(weight, cost, gram, QUANT)
 
 
@@ -96,7 +96,7 @@ def test_for_the_gram_solver_an_error_costs_what_the_later_columns_cannot_correc
     """M_jj^2 is the conditional energy of input j given those that come after it in the solver's order."""
     gram = seen(activations(400, generator))
     spec = MethodConfig("sarqc-awq-gptq", act_order="none")
-    cost = loss_weight("site", gram, reg_lambda(gram, spec), QUANT, spec)[0].double()
+    cost = loss_weight("site", Objective(gram, reg_lambda(gram, spec)), QUANT, spec)[0].double()
     hessian = regularised_hessian(gram, reg_lambda(gram, spec), spec)[0].double()
     for column in range(INPUTS):
         later = hessian[column + 1 :, column + 1 :]
@@ -109,7 +109,7 @@ def test_the_cost_stands_at_its_own_input_whatever_the_order(generator):
     gram = seen(activations(400, generator))
     gram.sum = torch.diag_embed(gram.sum.diagonal(dim1=1, dim2=2))  # independent inputs: order does not matter
     plain, grouped = (
-        loss_weight("site", gram, torch.ones(1), QUANT, MethodConfig("sarqc-awq-gptq", act_order=order))
+        loss_weight("site", Objective(gram, torch.ones(1)), QUANT, MethodConfig("sarqc-awq-gptq", act_order=order))
         for order in ("none", "group")
     )
     torch.testing.assert_close(plain, grouped)

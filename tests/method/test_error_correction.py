@@ -17,7 +17,7 @@ from sarqc.method.error_correction import (
     weight_change,
 )
 from sarqc.method.gram import Gram, Statistics
-from sarqc.method.hessian import regularised_hessian
+from sarqc.method.hessian import Objective, regularised_hessian
 from sarqc.method.layer import solve_site
 
 SPEC = MethodConfig(reg_lambda=0.3, error_correction=True)
@@ -57,7 +57,7 @@ def test_completing_the_square(generator):
     x, cross_gram = drifted(40, 12, 5, generator)
     weight = torch.randn(1, 5, 12, generator=generator)
     gram = seen((x, cross_gram)).total()
-    full = correction("s", gram, LAMBDA, SPEC)[0].double()
+    full = correction("s", Objective(gram, LAMBDA), SPEC)[0].double()
     hessian = regularised_hessian(gram, LAMBDA, SPEC)[0].double()
     anchor = hessian - gram.second_moment()[0].double()
     w, r, y = weight[0].double(), cross_gram.double(), x.double()
@@ -83,7 +83,7 @@ def test_the_share_is_the_least_of_a_parabola_on_the_other_fold(generator):
     def loss(a: float) -> float:
         total = 0.0
         for (x, cross_gram), fitted in zip(reversed(folds), statistics.folds):
-            gained = a * correction("s", fitted, LAMBDA, SPEC)[0].double()
+            gained = a * correction("s", Objective(fitted, LAMBDA), SPEC)[0].double()
             total += float((x.double() @ gained.T - cross_gram.double()).pow(2).sum() / 60)
         return total
 
@@ -117,7 +117,9 @@ def test_rows_of_the_weight_are_corrected_one_by_one(generator):
         parts = []
         for rows in (slice(0, 2), slice(2, 6)):
             own = statistics.of_outputs(rows)
-            parts.append((small[:, rows], *weight_change("s", small[:, rows], own, LAMBDA, SPEC, best)))
+            parts.append(
+                (small[:, rows], *weight_change("s", small[:, rows], Objective(own.total(), LAMBDA), SPEC, best))
+            )
         sums = torch.stack([sums for _, _, sums in parts]).sum(0)
         together = torch.cat([limited_target(weight, change, sums, best)[0] for weight, change, _ in parts], 1)
         torch.testing.assert_close(together, target)

@@ -8,6 +8,7 @@ from torch import Tensor
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.gptq import solve_gptq
 from sarqc.method.gram import Statistics
+from sarqc.method.hessian import Objective
 from sarqc.method.lambda_search import EXPERTS, ROWS, HeldOutValidation, LambdaSearch
 from sarqc.method.layer import SOLVERS, choose_lambda, solve_site
 
@@ -69,7 +70,9 @@ def test_trials_side_by_side_are_trials_one_by_one(generator, monkeypatch):
     weight = torch.randn(3, 24, 32, generator=generator)
 
     def quantize_rows(rows: Tensor, gram, reg_lambda: Tensor) -> Tensor:
-        return solve_gptq("s", rows, gram, reg_lambda, QUANT, MethodConfig("sarqc-gptq"), BF16).weight.dequantize()
+        return solve_gptq(
+            "s", rows, Objective(gram, reg_lambda), QUANT, MethodConfig("sarqc-gptq"), BF16
+        ).weight.dequantize()
 
     for shrinkage in (0.0, 0.5):
         validation = HeldOutValidation(weight, two_folds(*x, offsets), shrinkage, 0, quantize_rows, by_rounding_down)
