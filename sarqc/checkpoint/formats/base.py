@@ -66,7 +66,8 @@ class Format(Protocol):
     def config(self, quant: QuantConfig, ignored: Sequence[str], widths: Widths = None) -> dict[str, Any]:
         """The `quantization_config` to write; `ignored` are the full names of the Linears left unquantized.
 
-        widths: bits of every quantized Linear, where `quant` lets them differ (`avg_bits`).
+        widths: bits of every quantized Linear; needed where `quant` lets them differ (`avg_bits`) or one of them stands
+            outside the blocks.
         """
 
     def also(self, config: Mapping[str, Any]) -> dict[str, Any]:
