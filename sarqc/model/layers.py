@@ -162,7 +162,7 @@ def _included(lazy: LazyModel, quant: QuantConfig) -> Iterator[Candidate]:
         if finders and reason is not None and is_wanted(quant, one.target.names):
             raise ArgumentError(
                 f"include = {finders[0]!r} finds {one.target.linear}, which cannot be quantized: {reason}; leave it "
-                "out of the pattern"
+                "out of include"
             )
     for pattern in quant.include:
         if not any(pattern in finders for finders in found.values()):

@@ -184,6 +184,11 @@ class LazyModel:
             elif origin not in self.slices:
                 self._load(target, source, self.device)
                 _assign(self.model, origin, self.model.get_parameter(target))
+        for index in range(len(self.blocks), len(self.units)):
+            for parameter in self.parameters(index):  # some models cast what they hand to a head to its dtype
+                if (like := _find(self.model, parameter)).is_meta:
+                    kept = self._kept_dtype(parameter, like)
+                    _assign(self.model, parameter, torch.empty_like(like, dtype=kept))
         self._move_buffers(self.model, self.device, skip=f"{self.prefix}.")
 
     def unload_outer(self) -> None:

@@ -96,7 +96,7 @@ class CompressedTensors(FormatDefaults):
         """
         self.check(quant)
         named = outside_blocks(widths or ())
-        targets = {quant.bits: ["Linear", *named]} if quant.avg_bits is None else targets_by_width(widths or {})
+        targets = {quant.bits: [*named, "Linear"]} if quant.avg_bits is None else targets_by_width(widths or {})
         groups = [_group(quant.at(bits), names) for bits, names in targets.items()]
         return {
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
