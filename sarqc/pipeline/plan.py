@@ -149,6 +149,8 @@ def _check_layers(format: Format, chosen: Targets, quant: QuantConfig) -> None:
     refused: dict[Target, CheckpointError] = {}
     for target in chosen.selected:
         try:
+            if target.module in chosen.behind:
+                format.check_head(target.linear)
             format.check_layer(target.linear, target.shape, quant)
         except CheckpointError as error:
             refused[target] = error

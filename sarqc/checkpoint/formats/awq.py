@@ -31,7 +31,6 @@ from sarqc.checkpoint.formats.common import (
     complete_linears,
     describe_tensor,
     group_size_of,
-    outside_blocks,
     strings,
     with_fused,
     without_fused,
@@ -66,27 +65,27 @@ class Awq(FormatDefaults):
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name}: use 4, or another format")
 
     def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
-        """Only layers of decoder blocks, whose outputs fill whole words."""
-        if outside_blocks([linear]):
+        """Outputs must fill whole words."""
+        if shape[0] % _LANES:
             raise CheckpointError(
-                f"{linear!r} cannot be held by {self.name}, which quantizes layers of decoder blocks alone: leave it "
-                "out of include, or use format compressed-tensors"
-            )
-        self._check_words(linear, shape[0])
-
-    def _check_words(self, linear: str, rows: int) -> None:
-        if rows % _LANES:
-            raise CheckpointError(
-                f"{linear!r} has {rows} outputs, which do not fill words of {_LANES} in {self.name}: "
+                f"{linear!r} has {shape[0]} outputs, which do not fill words of {_LANES} in {self.name}: "
                 "ignore that layer, or use format compressed-tensors"
             )
+
+    def check_head(self, linear: str) -> None:
+        """None: AutoAWQ quantizes layers of decoder blocks alone, and its config has no key for a head."""
+        raise CheckpointError(
+            f"{linear!r} cannot be held by {self.name}, which quantizes layers of decoder blocks alone: leave it out "
+            "of include, or use format compressed-tensors"
+        )
 
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The three tensors of `linear`, on the device of `weight`; scales in fp16 or bf16, as they come."""
         self.check(quant)
         check_weight(linear, weight, quant)
         check_scale_dtype(linear, weight.scales.dtype, _SCALES, self.name)
-        self._check_words(linear, weight.codes.shape[1])
+        rows, columns = weight.codes.shape[1:]
+        self.check_layer(linear, (rows, columns), quant)
         return {
             f"{linear}.qweight": _pack(weight.codes[0].T),
             f"{linear}.qzeros": _pack(weight.zeros[0].T),

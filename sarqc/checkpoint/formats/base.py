@@ -57,6 +57,9 @@ class Format(Protocol):
     def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Refuses a Linear whose weight [N, K] the format cannot hold; called for each before calibration starts."""
 
+    def check_head(self, linear: str) -> None:
+        """Refuses a quantized Linear behind the blocks that the format has no place for; called as `check_layer` is."""
+
     def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuses a tensor that is not quantized and cannot stand beside those that are."""
 
@@ -97,6 +100,9 @@ class FormatDefaults:
 
     def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Any size that has whole groups can be held."""
+
+    def check_head(self, linear: str) -> None:
+        """A head can be held as any Linear."""
 
     def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
         """Any tensor can stand beside the quantized ones."""
