@@ -18,6 +18,7 @@ class QuantKeywords(TypedDict, total=False):
     group_size: int | Literal["auto"]
     sym: bool
     ignore: Sequence[str]
+    include: Sequence[str]
     avg_bits: float | None
     bit_options: Sequence[int]
     format: str

@@ -41,6 +41,11 @@ class QuantConfig(Config):
         kinds.several(kinds.regex(), repeated=True),
         "Regular expression; Linears whose names match stay unquantized.",
     )
+    include: Sequence[str] = option(
+        (),
+        kinds.several(kinds.regex(), repeated=True),
+        "Regular expression; Linears behind the decoder blocks whose names match are quantized too: lm_head.",
+    )
     avg_bits: float | None = option(
         None,
         kinds.number(2, 16),
@@ -74,6 +79,11 @@ class QuantConfig(Config):
             if self.bit_options:
                 raise ArgumentError(f"bit_options = {self.bit_options} has no effect alone: give avg_bits too")
             return
+        if self.include:
+            raise ArgumentError(
+                f"include = {self.include} and avg_bits = {self.avg_bits:g} exclude each other, because bits are "
+                "allocated to layers of decoder blocks: give bits, or leave include out"
+            )
         widths = tuple(sorted(set(self.bit_options or BIT_OPTIONS)))
         nominal = min(width for width in widths if width >= min(self.avg_bits, widths[-1]))
         if self.bits not in (default_of(QuantConfig, "bits"), nominal):

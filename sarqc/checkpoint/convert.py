@@ -19,6 +19,7 @@ from sarqc.checkpoint.assemble import MERGE_BYTES, Sums, assemble
 from sarqc.checkpoint.differences import difference, other_names
 from sarqc.checkpoint.file_sums import record_files
 from sarqc.checkpoint.formats import Format, quantization_of
+from sarqc.checkpoint.formats.common import outside_blocks
 from sarqc.checkpoint.formats.stacked import stack_of
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
@@ -44,6 +45,8 @@ class Conversion:
         self.checkpoint, self.target = checkpoint, target
         self.quant, self._bits = spec_of(checkpoint)
         target.check(self.quant)
+        for linear in _heads(checkpoint):
+            target.check_head(linear)
         for linear in checkpoint.linears():
             target.check_layer(linear, checkpoint.describe(linear).shape, self.quant)
         for name in checkpoint.names():
@@ -180,6 +183,13 @@ def spec_of(checkpoint: Checkpoint) -> tuple[QuantConfig, dict[str, int]]:
         return QuantConfig(choices[0], group_size, sym), widths
     average = round(checkpoint.storage().bits_per_weight or 0.0, 3)
     return QuantConfig(group_size=group_size, sym=sym, avg_bits=average, bit_options=choices), widths
+
+
+def _heads(checkpoint: Checkpoint) -> list[str]:
+    """Quantized Linears outside the blocks with an output for each word of the vocabulary."""
+    configs = (checkpoint.config, checkpoint.config.get("text_config"))
+    words = {config.get("vocab_size") for config in configs if isinstance(config, dict)}
+    return [one for one in outside_blocks(checkpoint.linears()) if checkpoint.describe(one).shape[0] in words]
 
 
 def _centred(checkpoint: Checkpoint, linear: str) -> bool:

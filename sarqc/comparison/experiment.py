@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sarqc.checkpoint.formats.common import outside_blocks
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.comparison import table as tables
 from sarqc.comparison.store import folder_fingerprint
@@ -200,7 +201,7 @@ def measure(experiment: Experiment, cell: Cell, detail: Detail) -> dict[str, Any
             experiment.evaluator.unload_block(result.index)
         outputs = [each.hidden_states() for each in forwards]
     return cell.record() | {
-        **_quality_of(experiment, outputs),
+        **_quality_of(experiment, outputs, experiment.evaluator),
         "error": sum(report.error for report in reports) / len(reports),
         "rtn_error": sum(report.rtn_error for report in reports) / len(reports),
         "reg_lambda": [min(r.reg_lambda for r in reports), max(r.reg_lambda for r in reports)],
@@ -227,11 +228,12 @@ def _solved(experiment: Experiment, cell: Cell, detail: Detail) -> Iterator[driv
 
 
 def measure_other(experiment: Experiment, other: Other, detail: Detail) -> dict[str, Any]:
-    """Judge a checkpoint as it is, by the same code. Its embeddings and head are taken to be the original's."""
+    """Judge a checkpoint as it is, by the same code. Its head is taken to be the original's, unless it is quantized."""
     began = time.perf_counter()
     checkpoint = open_checkpoint(other.folder)
     lazy = LazyModel.from_folder(other.folder, checkpoint)
-    lazy.load_outer(checkpoint, experiment.device, experiment.dtype)
+    own = lazy if outside_blocks(checkpoint.linears()) else experiment.evaluator
+    lazy.load_outer(checkpoint, experiment.device, experiment.dtype, head=own is lazy)
 
     def on_block(index: int) -> None:
         detail(f"{other.method}, block {index}")
@@ -241,19 +243,19 @@ def measure_other(experiment: Experiment, other: Other, detail: Detail) -> dict[
         for text in experiment.texts
     ]
     return other.record() | {
-        **_quality_of(experiment, outputs),
+        **_quality_of(experiment, outputs, own),
         "error": None,
         "seconds": {"solve": None, "total": round(time.perf_counter() - began, 3)},
     }
 
 
-def _quality_of(experiment: Experiment, outputs: Sequence[BlockOutput]) -> dict[str, Any]:
-    """quality: numbers by text. failed: why there are none for some of them, or None."""
+def _quality_of(experiment: Experiment, outputs: Sequence[BlockOutput], model: LazyModel) -> dict[str, Any]:
+    """quality: numbers by text. failed: why there are none for some of them, or None. model: whose head is taken."""
     quality: dict[str, Any] = {}
     failed = None
     for text, own in zip(experiment.texts, outputs):
         try:
-            tally = blockwise_forward.score(experiment.evaluator, text.windows, own, text.reference)
+            tally = blockwise_forward.score(model, text.windows, own, text.reference, experiment.evaluator)
         except NumericError as error:
             failed = str(error)
             continue

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from sarqc.checkpoint.folders import check_place
+from sarqc.checkpoint.formats.common import outside_blocks
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import AUTO
 from sarqc.config_compare import EVALUATE, SEQLEN, EvaluationConfig
@@ -116,6 +117,7 @@ def evaluate_and_save(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     text, kept = _windows(how, tokenizer, read_config(folder, trust_remote_code).get_text_config(), folder), None
     where, outputs = resolve_device(how.device), []
+    models: list[LazyModel] = []
     for number, place in enumerate((source, folder)):
         checkpoint = open_checkpoint(place)
         if place is source and checkpoint.format is not None:
@@ -129,9 +131,10 @@ def evaluate_and_save(
                 on_block(done + index, total)
 
         outputs.append(blockwise_forward.last_block_output(lazy, checkpoint, text.tokens, progress))
-    # What stands outside the blocks is the original's, byte for byte, so that one head serves both.
-    before = blockwise_forward.score(lazy, text, outputs[0]).perplexity
-    after = blockwise_forward.score(lazy, text, outputs[1], outputs[0])
+        models = [*models, lazy] if outside_blocks(checkpoint.linears()) else [lazy]
+    # What stands outside the blocks is the original's, byte for byte, unless the head is quantized: one serves both.
+    before = blockwise_forward.score(models[0], text, outputs[0]).perplexity
+    after = blockwise_forward.score(models[-1], text, outputs[1], outputs[0], models[0])
     entry = text.record() | {
         "before": before,
         "after": after.perplexity,

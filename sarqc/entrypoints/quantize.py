@@ -159,7 +159,7 @@ def _about(plan: Plan, windows: dataset.Windows | None) -> dict[str, Any]:
     return {
         "model": plan.model,
         "folder": str(plan.folder.resolve()),
-        "blocks": len(plan.lazy.blocks),
+        "blocks": len(plan.lazy.units),
         "targets": plan.targets.record(),
         "calibration": None
         if windows is None
@@ -214,7 +214,7 @@ class _Run:
         """Finish every block that is not finished yet; rank 0, which has the work folder, saves each."""
         with named(self.comm, lambda: f"block {self.at + 1}" if self.at >= 0 else "before the first block"):
             start = start_everywhere(self.comm, self._begin(work) if work else None)
-            if start.block == len(self.plan.lazy.blocks):
+            if start.block == len(self.plan.lazy.units):
                 return
             try:
                 self._each_block(start, work)
@@ -253,7 +253,7 @@ class _Run:
         return chosen.by_linear()
 
     def _each_block(self, start: Start, work: WorkFolder | None) -> None:
-        plan, count = self.plan, len(self.plan.lazy.blocks)
+        plan, count = self.plan, len(self.plan.lazy.units)
         bit_widths = self._widths(work)
         windows, seqlen = (0, 0) if self.tokens is None else self.tokens.shape
         waiting, _ = estimate_memory(plan, windows, seqlen, self.comm.size)

@@ -60,7 +60,7 @@ def _buffers(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
     """As in `pipeline.activation_memory`. The reference counts even where the first block will show that no layer
     writes into the stream as it is: it is held until then, and shapes do not show it."""
     buffers = activation_memory(plan, -(-windows // ranks) * seqlen)
-    prefetched = max((_stored(plan, index) for index in range(1, len(plan.lazy.blocks))), default=0)
+    prefetched = max((_stored(plan, index) for index in range(1, len(plan.lazy.units))), default=0)
     if plan.device.type == "cpu":
         return HostBuffers(buffers.in_place, buffers.file, prefetched)
     return HostBuffers(buffers.host, buffers.file, prefetched, buffers.in_place)
@@ -87,7 +87,8 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
         block = width * sum(shapes.elements(plan, name) for name in plan.lazy.parameters(index))
         codes = sum(prod(target.shape) for target in members)
         grams, solving = _solved(plan, sites, folds)
-        flow = tokens * _flow(plan, members) * width
+        inside = index < len(plan.lazy.blocks)
+        flow = tokens * width * (_flow(plan, members) if inside else shapes.hidden_size(plan))  # logits are not made
         needs = {
             "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),
             "load": (block + tensor + waiting.device, states + tensor + prefetched),

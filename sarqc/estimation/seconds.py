@@ -68,8 +68,9 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     if plan.quant.avg_bits is not None:
         spent["sensitivity"] = 0.0
     blocks = [shapes.merged_sites(sites) for _, sites in shapes.blocks(plan)]
-    for sites in blocks:
-        forward = forward_seconds(plan, sites, text, rates)
+    count = len(plan.lazy.blocks)
+    for index, sites in enumerate(blocks):
+        forward = forward_seconds(plan, sites, text, rates) if index < count else 0.0  # nothing runs behind a head
         solving = sum(solve_seconds(plan, site, rates, ranks, gram=windows > 0) for site in sites)
         if windows:
             times = 2 if method.channel_scales else 1  # scales are searched for in a run of the block that is dropped
@@ -79,7 +80,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             spent["reference"] += method.error_correction * forward
             solving += sum(correction_seconds(site, rates, ranks) for site in sites if site.residual_write)
             if method.reg_lambda == AUTO and windows > 1:
-                solving += measured_share(len(blocks)) * sum(
+                solving += measured_share(count if index < count else 1) * sum(
                     lambda_seconds(site, method, rates, ranks) for site in sites
                 )
         spent["solve"] += solving
@@ -88,7 +89,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             spent["load"] += LOAD_PASSES * passed
             spent["write"] += WRITE_PASSES * passed
         if plan.quant.avg_bits is not None:
-            spent["sensitivity"] += sensitivity_seconds(plan, sites, len(blocks), text, rates) / ranks
+            spent["sensitivity"] += sensitivity_seconds(plan, sites, count, text, rates) / ranks
     exclusion = f", nor what {ranks} ranks tell each other" if ranks > 1 else ""
     return Time(spent, f"{rates}, measured on {plan.device}; disk not counted{exclusion}")
 

@@ -21,11 +21,11 @@ def elements(plan: Plan, parameter: str) -> int:
 
 
 def blocks(plan: Plan) -> list[tuple[int, list[Site]]]:
-    """Sites of every block as shapes tell them, at least as many as a forward will show, with the residual writes that
+    """Sites of every unit as shapes tell them, at least as many as a forward will show, with the residual writes that
     are likely."""
     return [
         (index, _writing(plan, separate_sites(plan.lazy, plan.targets.of_block(index))))
-        for index in range(len(plan.lazy.blocks))
+        for index in range(len(plan.lazy.units))
     ]
 
 

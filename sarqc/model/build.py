@@ -6,7 +6,7 @@ experts.py calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,17 @@ def build(
     checkpoint's by default. packed: quantized layers keep their codes; otherwise they are expanded to `dtype`.
     """
     lazy = model if isinstance(model, LazyModel) else LazyModel.from_config(model, source)
+
+    def pack(slots: Iterable[ModuleSlot]) -> None:  # and what is left dense is loaded afterwards
+        for slot in slots if packed else ():
+            weight = gather(slot.slices, source.quantized)
+            if weight is not None:
+                slot.put(weight, device, dtype or lazy.dtype)
+
+    pack(slot for slot in module_slots(lazy.model, lazy.slices) if not slot.path.startswith(f"{lazy.prefix}."))
     lazy.load_outer(source, device, dtype, head=True)
     for index in range(len(lazy.blocks)):
-        if packed:  # and what is left dense is loaded afterwards
-            for slot in module_slots(lazy.blocks[index], lazy.slices, f"{lazy.prefix}.{index}"):
-                weight = gather(slot.slices, source.quantized)
-                if weight is not None:
-                    slot.put(weight, device, dtype or lazy.dtype)
+        pack(module_slots(lazy.blocks[index], lazy.slices, f"{lazy.prefix}.{index}"))
         lazy.load_block(index, source, device, dtype)
     return lazy.model
 

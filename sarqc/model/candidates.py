@@ -1,4 +1,4 @@
-"""Every matrix of the decoder blocks, and why one is left or cannot be quantized."""
+"""Every matrix of the decoder blocks, and those outside of them; why one is left or cannot be quantized."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ _NO_MATRICES = (nn.Embedding, nn.modules.conv._ConvNd)
 class Target:
     """One matrix to quantize.
 
-    linear: its name in the checkpoint, without ".weight". shape: (out, in). block: index of its decoder block.
-    module, parameter: full names in the model. Rows start .. start + out of matrix `expert` of the parameter are it.
+    linear: its name in the checkpoint, without ".weight". shape: (out, in). block: index of its decoder block, or of
+    the unit that it is behind them. module, parameter: full names in the model. Rows start .. start + out of matrix
+    `expert` of the parameter are it.
     """
 
     linear: str
@@ -53,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix of a block. rule: why it is left, where a rule leaves it. refusal: why it cannot be quantized."""
+    """A matrix. rule: why it is left, where a rule leaves it. refusal: why it cannot be quantized."""
 
     target: Target
     rule: str | None = None
@@ -73,6 +74,49 @@ def candidates(lazy: LazyModel) -> Iterator[Candidate]:
                     yield from _stacked(lazy, index, name, module, projection)
             elif not isinstance(module, _NO_MATRICES):
                 yield from _bare(lazy, index, name, module, outputs)
+
+
+def outside(lazy: LazyModel) -> Iterator[Candidate]:
+    """Every embedding and Linear outside the blocks, those behind them in the order in which text passes them.
+
+    Only these can be quantized, each as a unit behind the blocks: when text is there, what it has passed before has its
+    final weights.
+    """
+    behind = _behind(lazy)
+    places = {name: len(lazy.blocks) + number for number, name in enumerate(behind)}
+    modules = dict(lazy.model.named_modules())
+    for name in dict.fromkeys((*behind, *modules)):
+        module = modules[name]
+        if name.startswith(f"{lazy.prefix}.") or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        shape = (module.weight.shape[0], module.weight.shape[1])
+        whole = Target(name, shape, places.get(name, -1), name, f"{name}.weight")
+        if isinstance(module, nn.Embedding):
+            yield Candidate(whole, refusal="it is a table that tokens are looked up in, and no layer that multiplies")
+        elif (other := _tied(lazy, whole.parameter)) is not None:
+            yield Candidate(whole, refusal=f"its weight is that of {other}, which has to stay as it is")
+        elif name in places:
+            yield from _linear(lazy, places[name], name, module, set())
+        else:
+            why = _not_passed(lazy, whole.parameter) or "text does not pass through it behind the last block"
+            yield Candidate(whole, refusal=why)
+
+
+def _behind(lazy: LazyModel) -> list[str]:
+    """Names of the Linears that text first passes behind the last block; where the model's code does not run without
+    data, that is known of the output embeddings alone."""
+    seen, head = lazy.usage, lazy.model.get_output_embeddings()
+    if seen is None:
+        return [name for name, module in lazy.model.named_modules() if module is head and isinstance(head, nn.Linear)]
+    last = max((place for name, place in seen.called.items() if name.startswith(f"{lazy.prefix}.")), default=0)
+    return [name for name, place in seen.called.items() if place > last]
+
+
+def _tied(lazy: LazyModel, parameter: str) -> str | None:
+    """The module whose weight a parameter is too, or None."""
+    pairs: dict[str, str] = lazy.model.all_tied_weights_keys
+    other = pairs.get(parameter) or next((one for one, origin in pairs.items() if origin == parameter), None)
+    return other and other.removesuffix(".weight")
 
 
 def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: set[int]) -> Iterator[Candidate]:

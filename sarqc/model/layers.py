@@ -1,10 +1,10 @@
 """What will be quantized, decided from names, shapes and use before any weight is read.
 
 Targeted is every Linear of the decoder blocks, and every matrix of their experts, under the name the checkpoint has
-for it. Left alone are
+for it. A regular expression of `QuantConfig.include` adds Linears behind the blocks, as `lm_head`; what it finds
+outside the blocks and cannot be quantized is an error, and so is finding nothing. Left alone are
 
-- whatever stands outside the blocks (embeddings, `lm_head`, norms), or is no part of the model that transformers
-  builds;
+- whatever else stands outside the blocks (embeddings, norms), or is no part of the model that transformers builds;
 - selectors: weights whose outputs choose experts or positions, see `sarqc.model.usage`. Where a model's code does not
   run without data, a router is told by its name (`gate`, `router`) and its width (one output per expert);
 - a Linear with one output, which scales or gates a token: servers keep it in 16 bits;
@@ -21,8 +21,8 @@ weights, unless a pattern asks for them to be left.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import nn
 from sarqc.config import QuantConfig
 from sarqc.errors import ArgumentError, ModelError
 from sarqc.model import moe
-from sarqc.model.candidates import Candidate, Target, candidates
+from sarqc.model.candidates import Candidate, Target, candidates, outside
 from sarqc.model.lazy_model import LazyModel
 
 __all__ = [
@@ -57,7 +57,8 @@ class Targets:
     selected: in the order of the model. ignored: (linear, the pattern that found it). untouched: every other matrix of
     the checkpoint that somebody could take for a Linear, ignored ones and routers and `lm_head` included. left: the
     reason for those of them that are in the blocks. modules: the model's own names of Linears that are not quantized,
-    where the checkpoint calls them otherwise.
+    where the checkpoint calls them otherwise. behind: the model's names of those behind the blocks that are quantized
+    (`LazyModel.behind`).
     """
 
     selected: tuple[Target, ...]
@@ -65,6 +66,7 @@ class Targets:
     untouched: tuple[str, ...]
     left: tuple[tuple[str, str], ...] = ()
     modules: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -79,12 +81,12 @@ class Targets:
         return by_block
 
     def of_block(self, index: int) -> list[Target]:
-        """Targets of one decoder block."""
+        """Targets of one unit."""
         return self._by_block.get(index, [])
 
     @property
     def first_block(self) -> int:
-        """The first decoder block that has targets."""
+        """The first unit that has targets."""
         return self.selected[0].block
 
     @property
@@ -113,7 +115,7 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
     Raises:
         ModelError: more than 1 % of the blocks' weights cannot be quantized, with the reason and the pattern that
             leaves them; or the model has no Linear, or its code writes to its weights.
-        ArgumentError: an ignore pattern is no regular expression or finds nothing.
+        ArgumentError: a pattern is no regular expression or finds nothing, or `include` finds what cannot be quantized.
     """
     _check_constant(lazy)
     patterns = [_compiled(pattern) for pattern in quant.ignore]
@@ -122,7 +124,7 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
     ruled: list[tuple[str, str]] = []
     refused: list[Candidate] = []
     matched: set[str] = set()
-    for candidate in candidates(lazy):
+    for candidate in (*candidates(lazy), *_included(lazy, quant)):
         target = candidate.target
         finders = [p.pattern for p in patterns if any(map(p.search, target.names))]
         matched.update(finders)
@@ -145,7 +147,39 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
             )
     if not selected:
         raise ModelError(f"{type(lazy.model).__name__} has no Linear left to quantize in its blocks")
-    return Targets(tuple(selected), tuple(ignored), untouched, tuple(left), modules)
+    selected, behind = _numbered(lazy, selected)
+    return Targets(tuple(selected), tuple(ignored), untouched, tuple(left), modules, behind)
+
+
+def _included(lazy: LazyModel, quant: QuantConfig) -> Iterator[Candidate]:
+    """Linears behind the blocks that `include` asks for and `ignore` does not leave."""
+    if not quant.include:
+        return
+    others, patterns = list(outside(lazy)), [_compiled(pattern) for pattern in quant.include]
+    found = {one: [p.pattern for p in patterns if any(map(p.search, one.target.names))] for one in others}
+    for one, finders in found.items():
+        reason = one.rule or one.refusal
+        if finders and reason is not None and is_wanted(quant, one.target.names):
+            raise ArgumentError(
+                f"include = {finders[0]!r} finds {one.target.linear}, which cannot be quantized: {reason}; leave it "
+                "out of include"
+            )
+    for pattern in quant.include:
+        if not any(pattern in finders for finders in found.values()):
+            able = ", ".join(one.target.linear for one in others if one.rule is None and one.refusal is None)
+            raise ArgumentError(
+                f"include = {pattern!r} finds no Linear outside the decoder blocks, whose own are quantized anyway; "
+                f"what can be included is {able or 'nothing in this model'}"
+            )
+    yield from (one for one, finders in found.items() if finders)
+
+
+def _numbered(lazy: LazyModel, selected: Sequence[Target]) -> tuple[list[Target], tuple[str, ...]]:
+    """The layers with those behind the blocks counted on from there, and what modules these are in."""
+    count = len(lazy.blocks)
+    behind = tuple(dict.fromkeys(target.module for target in selected if target.block >= count))
+    places = {name: count + number for number, name in enumerate(behind)}
+    return [replace(one, block=places.get(one.module, one.block)) for one in selected], behind
 
 
 def is_wanted(quant: QuantConfig, names: Iterable[str]) -> bool:
@@ -157,9 +191,10 @@ def is_wanted(quant: QuantConfig, names: Iterable[str]) -> bool:
 def targets_of(lazy: LazyModel, linears: Iterable[str]) -> Targets:
     """The layers that a checkpoint has quantized, by its names; whatever else there is was left, for any reason."""
     wanted = set(linears)
-    selected = [one.target for one in candidates(lazy) if one.target.linear in wanted]
+    every = (*candidates(lazy), *outside(lazy))
+    selected, behind = _numbered(lazy, [one.target for one in every if one.target.linear in wanted])
     untouched, modules = _others(lazy, selected, ())
-    return Targets(tuple(selected), (), untouched, (), modules)
+    return Targets(tuple(selected), (), untouched, (), modules, behind)
 
 
 def _check_constant(lazy: LazyModel) -> None:
@@ -186,11 +221,12 @@ def _check_share(refused: Sequence[Candidate], selected: Sequence[Target]) -> No
 
 
 def pattern_of(layers: Iterable[Target]) -> str:
-    """A regular expression that finds these layers in every block."""
-    tails = dict.fromkeys(re.split(r"\.\d+\.", target.linear, maxsplit=1)[-1] for target in layers)
-    stars = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", tail) for tail in tails)
+    """A regular expression that finds these layers in every block, or behind the blocks."""
+    split = [re.split(r"\.\d+\.", target.linear, maxsplit=1) for target in layers]
+    stars = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", parts[-1]) for parts in split)
     escaped = [re.escape(star).replace(r"\*", r"\d+") for star in stars]
-    return rf"\.({'|'.join(escaped)})$" if len(escaped) > 1 else rf"\.{escaped[0]}$"
+    start = r"\." if all(parts[1:] for parts in split) else r"(^|\.)"
+    return rf"{start}({'|'.join(escaped)})$" if len(escaped) > 1 else rf"{start}{escaped[0]}$"
 
 
 def auto_group_size(targets: Targets) -> int:

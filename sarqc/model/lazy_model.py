@@ -33,10 +33,11 @@ class LazyModel:
     """A causal language model on meta, with the names of the checkpoint tensors its parameters are made of.
 
     model: the transformers model, in eval mode; non-persistent buffers (rotary tables, scales) are real. blocks: its
-    decoder blocks. prefix: their name in the model ("model.layers"). slices: checkpoint tensors of each parameter.
-    unused: matrices of the checkpoint that transformers makes nothing of, without ".weight" (layers that servers
-    draft tokens with). dtype: what parameters become unless transformers keeps them in fp32. device: where the outer
-    parameters are.
+    decoder blocks. prefix: their name in the model ("model.layers"). behind: full names of Linears behind the blocks
+    that are quantized too, in the order in which text passes them; each is a unit as a block is. slices: checkpoint
+    tensors of each parameter. unused: matrices of the checkpoint that transformers makes nothing of, without ".weight"
+    (layers that servers draft tokens with). dtype: what parameters become unless transformers keeps them in fp32.
+    device: where the outer parameters are.
     """
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
@@ -50,6 +51,7 @@ class LazyModel:
         moe.use_sorted_experts(model)
         self.prefix, self._layers = find_blocks(model, lambda: self.usage)
         self.blocks: list[nn.Module] = list(self._layers)
+        self.behind: tuple[str, ...] = ()
         self.slices: dict[str, tuple[TensorSlice, ...]] = trace(model, source)
         used = {stored.name for slices in self.slices.values() for stored in slices}
         self.unused = _unused(source, used | set(model.all_tied_weights_keys))
@@ -94,6 +96,16 @@ class LazyModel:
         """Numbers in a hidden state; those of an embedding where the configuration does not say."""
         size = getattr(self.text_config, "hidden_size", None)
         return int(size or self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """What is loaded and quantized one after the other: the decoder blocks, and what of `behind` follows them."""
+        return [*self.blocks, *map(self.model.get_submodule, self.behind)]
+
+    def unit_name(self, index: int) -> str:
+        """Full name of a unit."""
+        count = len(self.blocks)
+        return f"{self.prefix}.{index}" if index < count else self.behind[index - count]
 
     def split(self, wanted: Wanted) -> dict[str, MatrixSlice]:
         """Take apart what the checkpoint stores in other forms than Linears'; where each matrix lies, by its own name.
@@ -172,6 +184,11 @@ class LazyModel:
             elif origin not in self.slices:
                 self._load(target, source, self.device)
                 _assign(self.model, origin, self.model.get_parameter(target))
+        for index in range(len(self.blocks), len(self.units)):
+            for parameter in self.parameters(index):  # some models cast what they hand to a head to its dtype
+                if (like := _find(self.model, parameter)).is_meta:
+                    kept = self._kept_dtype(parameter, like)
+                    _assign(self.model, parameter, torch.empty_like(like, dtype=kept))
         self._move_buffers(self.model, self.device, skip=f"{self.prefix}.")
 
     def unload_outer(self) -> None:
@@ -190,21 +207,21 @@ class LazyModel:
     def load_block(
         self, index: int, source: TensorSource, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> None:
-        """Load block `index` alone; its tensors are read one at a time, so the peak is the block and one tensor."""
+        """Load unit `index` alone; its tensors are read one at a time, so the peak is the block and one tensor."""
         self.use_dtype(dtype or self.dtype)
         for parameter in self.parameters(index):
             self._load(parameter, source, torch.device(device))
-        self._move_buffers(self.blocks[index], torch.device(device))
+        self._move_buffers(self.units[index], torch.device(device))
 
     def unload_block(self, index: int) -> None:
-        """Send the block's stored tensors back to meta."""
+        """Send the unit's stored tensors back to meta."""
         for parameter in self.parameters(index):
             self._empty(parameter)
 
     def parameters(self, index: int) -> list[str]:
-        """Full names of the stored parameters and buffers of block `index` that the model has at the moment."""
-        start = f"{self.prefix}.{index}."
-        present = self.blocks[index].state_dict().keys()
+        """Full names of the stored parameters and buffers of unit `index` that the model has at the moment."""
+        start = f"{self.unit_name(index)}."
+        present = self.units[index].state_dict().keys()
         return [name for name in self.slices if name.startswith(start) and name.removeprefix(start) in present]
 
     @property
@@ -225,7 +242,8 @@ class LazyModel:
         return _find(self.model, parameter)
 
     def _outer(self) -> list[str]:
-        return [name for name in self.slices if not name.startswith(f"{self.prefix}.")]
+        present = self.model.state_dict().keys()  # what is packed is none of them
+        return [name for name in self.slices if not name.startswith(f"{self.prefix}.") and name in present]
 
     def _load(self, parameter: str, source: TensorSource, device: torch.device) -> None:
         like = _find(self.model, parameter)

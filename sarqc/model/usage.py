@@ -13,7 +13,7 @@ selector changes which experts or positions a token sees, and servers keep it in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,12 +38,13 @@ _NOTHING: frozenset[str] = frozenset()
 class Usage:
     """What one forward of text does with the parameters of a model, by their full names.
 
-    multiplied: parameters that multiply activations. called: Linear modules whose own forward was called. selectors:
-    parameters whose outputs choose; see the file's first lines. touched: every parameter and buffer that was read.
+    multiplied: parameters that multiply activations. called: Linear modules whose own forward was called, numbered in
+    the order of their first calls. selectors: parameters whose outputs choose; see the file's first lines. touched:
+    every parameter and buffer that was read.
     """
 
     multiplied: frozenset[str]
-    called: frozenset[str]
+    called: Mapping[str, int]
     selectors: frozenset[str]
     touched: frozenset[str]
     changed: frozenset[str]
@@ -86,13 +87,13 @@ def usage(model: Any, tokens: int = TOKENS) -> Usage | None:
     names: dict[int, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         names.setdefault(id(tensor), name)
-    called: set[str] = set()
+    called: dict[str, int] = {}
     watch = _Watch(names)
     with ExitStack() as hooks:
         hooks.enter_context(_same_buffers(model))
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                hooks.enter_context(_on_call(module, partial(called.add, path)))
+                hooks.enter_context(_on_call(module, partial(_number, called, path)))
         try:
             with torch.no_grad(), watch:
                 ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
@@ -102,7 +103,7 @@ def usage(model: Any, tokens: int = TOKENS) -> Usage | None:
     seen = watch.seen
     changed = seen.written & {name for name, _ in model.named_parameters()}
     multiplied, touched = frozenset(seen.multiplied), frozenset(seen.touched)
-    return Usage(multiplied, frozenset(called), seen.selectors(), touched, frozenset(changed))
+    return Usage(multiplied, called, seen.selectors(), touched, frozenset(changed))
 
 
 @contextmanager
@@ -114,6 +115,10 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for buffers, own in kept:
             buffers.update(own)
+
+
+def _number(called: dict[str, int], path: str) -> None:
+    called.setdefault(path, len(called))
 
 
 @contextmanager

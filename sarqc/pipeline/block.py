@@ -92,20 +92,22 @@ class Block:
         streams.hooks.watch([*readers, *entries], self.solving.lazy.model, self.solving.method.router_weight_power)
         run = streams.call(self.index).run
         self.order = synchronize_oom(comm, partial(order_of, [*readers, *entries], run))
-        streams.quantized.begin_block(self.order, [self._entry(site) for site in self.sites if site.residual_write])
+        stops = [point for point in self.order if point.kind != "enter"]  # they wait there anyway
+        streams.quantized.begin_block(stops, [self._entry(site) for site in self.sites if site.residual_write])
         streams.probe.begin_block()
         if streams.reference is not None:
             streams.reference.begin_block(readers, readers)
 
     def quantize(self, streams: Streams) -> None:
         """Quantize every site as the micro-batches reach it; they wait in front of the block, loaded and looked at."""
-        if self.solving.method.channel_scales and self.sites:
+        inside = self.index < len(self.solving.lazy.blocks)
+        if self.solving.method.channel_scales and self.sites and inside:
             self.scales = self._choose_scales(streams)
             self.changed = synchronize_oom(self.solving.comm, self.scales.fold_in)
-        by_entry = {site.entry: site for site in self.sites}
+        by_entry = {self._entry(site): site for site in self.sites}
         by_reader = {site.residual_write.reader: site for site in self.sites if site.residual_write}
         for point in self.order:
-            site = by_entry[point.name] if point.kind == "site" else by_reader[point.name]
+            site = by_reader[point.name] if point.kind == "reader" else by_entry[point]
             if point.kind == "reader" or not site.residual_write:
                 self._quantize(site, point, streams)
         if None in by_reader:
@@ -151,7 +153,10 @@ class Block:
         self.sites = [replace(site, residual_write=writes.get(site.name)) for site in self.sites]
 
     def _entry(self, site: Site) -> Point:
-        return Point("site", self.index, site.entry)
+        """Where the inputs of a site are; those of a Linear behind the blocks, which is a unit by itself, at its
+        entry."""
+        inside = self.index < len(self.solving.lazy.blocks)
+        return Point("site", self.index, site.entry) if inside else Point("enter", self.index)
 
     def _choose_scales(self, streams: Streams) -> BlockScales:
         """The channel scales (AWQ), from a run of the block that is dropped: they end up in weights of other sites, so

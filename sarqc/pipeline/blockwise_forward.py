@@ -94,10 +94,16 @@ def last_block_output(
         return forward.hidden_states()
 
 
-def score(lazy: LazyModel, windows: Windows, output: BlockOutput, reference: BlockOutput | None = None) -> Tally:
+def score(
+    lazy: LazyModel,
+    windows: Windows,
+    output: BlockOutput,
+    reference: BlockOutput | None = None,
+    original: LazyModel | None = None,
+) -> Tally:
     """Sums over all positions of all windows, of what leaves the last block and of what left a reference's.
 
-    Needs `load_outer(..., head=True)`; both share that head.
+    Needs `load_outer(..., head=True)`. original: the model of the reference, where its head is another one.
     """
     tally = Tally()
     for at, window in enumerate(windows.tokens):
@@ -106,7 +112,7 @@ def score(lazy: LazyModel, windows: Windows, output: BlockOutput, reference: Blo
             own = logits(lazy, output.form, output.hidden[at : at + 1, start:stop])
             expected = None
             if reference is not None:
-                expected = logits(lazy, reference.form, reference.hidden[at : at + 1, start:stop])
+                expected = logits(original or lazy, reference.form, reference.hidden[at : at + 1, start:stop])
             tally.add(own, window[start + 1 : stop + 1].to(own.device), expected)
     return tally
 

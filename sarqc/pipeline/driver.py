@@ -3,6 +3,9 @@
 Only one block's weights are in memory at a time; all micro-batches wait where they enter it. They go on from site to
 site, and at each the layers that read one tensor are quantized from exactly the inputs that they will have when the
 model is served: everything before is quantized already.
+
+A Linear behind the blocks that is to be quantized too (`LazyModel.behind`) is a unit of one site, treated as a block
+is. Micro-batches that wait at the last such unit go no further: the logits behind a head are never made.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def run(
     execution: Execution | None = None,
     start: Start | None = None,
 ) -> Generator[BlockResult, None, None]:
-    """Quantize every block of a model in order.
+    """Quantize every block of a model in order, and what is included behind them.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Where the device runs out of memory, the micro-batch or the Grams at a time are halved for the
@@ -100,6 +103,7 @@ def run(
     """
     selected = targets(lazy, quant)
     check_group_size(selected, quant)
+    lazy.behind = selected.behind
     execution, start = execution or Execution(), start or Start()
     prefetched = PrefetchingSource(source) if execution.prefetch else None
     source = prefetched or source
@@ -151,7 +155,7 @@ class _Driver:
 
     def without_text(self, first: int) -> Generator[BlockResult, None, None]:
         """Every block from `first` on, by a method that looks at weights alone."""
-        for index in range(first, len(self.lazy.blocks)):
+        for index in range(first, len(self.lazy.units)):
             self.journal.begin_block()
             self._load(index)
             block = self._new_block(index)
@@ -167,17 +171,20 @@ class _Driver:
     def with_text(self, streams: Streams, text: Text, start: Start) -> Generator[BlockResult, None, None]:
         """Every block from the start on, as the streams pass it."""
         self._go_to(streams, text, start)
-        for index in range(start.block, len(self.lazy.blocks)):
+        for index in range(start.block, len(self.lazy.units)):
             self.journal.begin_block()
+            if index == len(self.lazy.blocks):
+                streams.drop_reference()  # nothing writes to the residual any more
             streams.enter(index)
             block = self._with_memory(index, streams)
             self.lazy.unload_block(index)
-            last = index + 1 == len(self.lazy.blocks)
+            last = index + 1 == len(self.lazy.units)
             yield self._result(block, None if last else streams.stored_states(index, self.comm))
 
     def _go_to(self, streams: Streams, text: Text, start: Start) -> None:
         """Bring the streams to the block that the run begins with; those before have their stored weights."""
-        reference, stored = self.solving.method.error_correction, start.stored_states
+        reference = self.solving.method.error_correction and start.block < len(self.lazy.blocks)
+        stored = start.stored_states
         handed = stored is not None and streams.begin(
             text, reference=reference and stored.reference, stored=stored, block=start.block
         )
@@ -218,6 +225,8 @@ class _Driver:
             with self.journal.stage(index, "reference"):
                 synchronize_oom(self.comm, lambda: streams.leave_reference(index))
         block.quantize(streams)
+        if len(self.lazy.blocks) <= index == len(self.lazy.units) - 1:
+            return block  # nobody reads the logits
         with self.journal.stage(index, "forward"):
             lost = synchronize_oom(self.comm, lambda: self._leave(index, block, streams))
         self._check_leaving(index, lost, streams)
@@ -253,7 +262,7 @@ class _Driver:
         )
 
     def _place(self, index: int) -> str:
-        return f"{self.solving.device} has no memory left at {self.lazy.prefix}.{index}"
+        return f"{self.solving.device} has no memory left at {self.lazy.unit_name(index)}"
 
     def _new_block(self, index: int) -> Block:
         first = index == self.selected.first_block
@@ -272,7 +281,7 @@ class _Driver:
         with self.journal.stage(index, "load"):
             lazy.load_block(index, self.solving.source, self.solving.device, self.dtype)
             check_weights(lazy, self.selected.of_block(index))
-            if self.prefetched and index + 1 < len(lazy.blocks):
+            if self.prefetched and index + 1 < len(lazy.units):
                 parameters = lazy.parameters(index + 1)
                 self.prefetched.read(stored.name for name in parameters for stored in lazy.slices[name])
 
@@ -281,7 +290,7 @@ class _Driver:
         is."""
         lost, rows = map(sum, zip(*self.comm.all_gather_object((lost, streams.text.tokens.numel()))))
         if lost:
-            where = f"{lost} of {rows} rows of what leaves {self.lazy.prefix}.{index} hold NaN or Inf"
+            where = f"{lost} of {rows} rows of what leaves {self.lazy.unit_name(index)} hold NaN or Inf"
             if lost > MAX_LOST * rows:
                 raise NumericError(f"{where} on the calibration text: {range_advice(self.lazy.dtype)}")
             self.journal.notes.append(where)

@@ -130,6 +130,7 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
         quant = replace(quant, group_size=auto_group_size(selected))
         notes += (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
     check_group_size(selected, quant)
+    lazy.behind = selected.behind
     if quant.avg_bits is not None:
         _check_average(quant, method, selected)
         choices = ", ".join(map(str, quant.bit_options))
@@ -148,6 +149,8 @@ def _check_layers(format: Format, chosen: Targets, quant: QuantConfig) -> None:
     refused: dict[Target, CheckpointError] = {}
     for target in chosen.selected:
         try:
+            if target.module in chosen.behind:
+                format.check_head(target.linear)
             format.check_layer(target.linear, target.shape, quant)
         except CheckpointError as error:
             refused[target] = error

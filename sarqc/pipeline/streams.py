@@ -133,8 +133,8 @@ class Streams(Closing):
         self, lazy: LazyModel, source: TensorSource, device: torch.device, dtype: torch.dtype | None, memory: Memory
     ) -> None:
         self.lazy = lazy
-        self.hooks = Hooks(lazy.blocks)
-        self.quantized = self.probe = Forward([], lazy.blocks)
+        self.hooks = Hooks(lazy.units)
+        self.quantized = self.probe = Forward([], lazy.units)
         self.reference: Forward | None = None
         self.form: str | None = None  # how the last block returned the stream
         self._source = source
@@ -149,7 +149,7 @@ class Streams(Closing):
         Raises `NumericError` where the embeddings are not finite, `ArgumentError` for tokens that are not the model's.
         """
         self.close()
-        self.hooks = Hooks(self.lazy.blocks)
+        self.hooks = Hooks(self.lazy.units)
         self.text = text
         check_tokens(text.tokens, self.lazy.model)
         self.lazy.load_outer(self._source, self._device, self._dtype)
@@ -198,7 +198,7 @@ class Streams(Closing):
 
     def call(self, block: int) -> BlockCall:
         """A block as the probe enters it."""
-        return BlockCall(self.lazy.blocks[block], self.entry(block))
+        return BlockCall(self.lazy.units[block], self.entry(block))
 
     def enter(self, block: int) -> None:
         """Bring all streams to a block."""
@@ -209,7 +209,8 @@ class Streams(Closing):
         """Bring the quantized stream to the end of a block; how many rows of it hold NaN or Inf."""
         lost = 0
         for arrival in self.quantized.leave(block):
-            self.form = output_form(arrival) if arrival.x.dim() == 3 else None
+            inside = block < len(self.lazy.blocks)  # behind the blocks a model is not entered
+            self.form = output_form(arrival) if inside and arrival.x.dim() == 3 else None
             lost += non_finite_rows(arrival.x)
         return lost
 
@@ -260,7 +261,7 @@ class Streams(Closing):
         calls: list[Callable[[], object]] = [partial(self._run, tokens) for tokens in batches]
         return Forward(
             calls,
-            self.lazy.blocks,
+            self.lazy.units,
             first=first,
             recompute=memory.recompute,
             store=memory.store,
@@ -268,8 +269,10 @@ class Streams(Closing):
         )
 
     def _run(self, tokens: Tensor) -> object:
-        body = self.lazy.model.base_model
-        return body(input_ids=tokens.to(self._device), use_cache=False)
+        model = (
+            self.lazy.model if self.lazy.behind else self.lazy.model.base_model
+        )  # without a head that nobody asks for
+        return model(input_ids=tokens.to(self._device), use_cache=False)
 
     def _hand(self, forward: Forward, block: int, form: str, hidden: Iterator[Tensor]) -> None:
         """Bring a stream to a block, with what each micro-batch has brought out of the one before."""

@@ -36,9 +36,9 @@ from sarqc.serving.compatibility import checkpoint_support, ranks_by_server
 
 
 def tensors_of_block(lazy: LazyModel, source: TensorSource, index: int) -> dict[str, ChunkedTensor]:
-    """The checkpoint's tensors that block `index` is made of, each read when it is needed.
+    """The checkpoint's tensors that unit `index` is made of, each read when it is needed.
 
-    A tensor of several blocks belongs to the first of them.
+    A tensor of several units belongs to the first of them.
     """
     before: set[str] = set()
     for block in range(index + 1):
@@ -93,7 +93,8 @@ class _Finish:
         rest = {name: _lazy(checkpoint, name) for name in checkpoint.names() if name not in stored}
         assemble(folder, [(work.shard(index), record.sums) for index, record in enumerate(self.records)], rest)
         copy_side_files(checkpoint.folder, folder, code=work.about["code"])
-        bits = self.chosen.by_linear() if self.chosen else None
+        solved = {linear: bits for record in self.records for linear, bits in record.linears.items()}
+        bits = self.chosen.by_linear() if self.chosen else solved
         write_config(folder, checkpoint.config, NEUTRAL.config(work.quant, work.about["targets"]["unquantized"], bits))
         record_files(folder)
         checked = check(folder, checkpoint, rescaled=self.rescaled, trust_remote_code=work.about["code"])
@@ -158,7 +159,7 @@ def _rescaled(record: BlockRecord) -> Sequence[str]:
 
 
 def _names(lazy: LazyModel, index: int) -> set[str]:
-    start = f"{lazy.prefix}.{index}."
+    start = f"{lazy.unit_name(index)}."
     return {stored.name for name, slices in lazy.slices.items() if name.startswith(start) for stored in slices}
 
 

@@ -24,7 +24,9 @@ def runtime_model(lazy: LazyModel, quantized: Sequence[Target], left: Sequence[s
     ]
     names = [target.linear for target in quantized]
     partial = _partial_experts(lazy, quantized)
-    return RuntimeModel(fused_layers(linears, key_values), mixed_places(names, left), partial, heads, key_values)
+    behind = {target.linear for target in quantized if target.block >= len(lazy.blocks)}
+    layers = fused_layers(linears, key_values, behind)
+    return RuntimeModel(layers, mixed_places(names, left), partial, heads, key_values)
 
 
 def _partial_experts(lazy: LazyModel, quantized: Sequence[Target]) -> tuple[str, ...]:

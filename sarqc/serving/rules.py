@@ -7,13 +7,14 @@ They are what the servers' own sources say, for compressed-tensors `pack-quantiz
     SGLang 0.5.23       layers/quantization/compressed_tensors: Marlin from sm_80 on
     transformers 5.23   quantizers/quantizer_compressed_tensors.py: expands the weights when it loads them
 
-Read, not run: a release after these may differ.
+Read, not run: a release after these may differ. A quantized head was read in vLLM 0.32 (`ParallelLMHead` in
+compressed_tensors.py) and SGLang 0.5.23 (`get_lm_head_scheme` there): both take one that a target of the config names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -22,6 +23,8 @@ from sarqc.config import QuantConfig
 from sarqc.conventions import FUSED
 
 RANKS = (1, 2, 4, 8)
+VOCABULARY = 64
+"""Servers fill up the outputs of a head to a multiple of it."""
 
 SPLIT_INPUTS = {"o_proj", "down_proj", "w2", "out_proj", "c_proj", "dense", "fc2", "dense_4h_to_h", "wo"}
 """Last names of Linears of which each rank has a part of the inputs; of others it has a part of the outputs."""
@@ -35,7 +38,8 @@ MARLIN_GROUPS, MACHETE_GROUPS = (-1, 32, 64, 128), (-1, 64, 128)
 @dataclass(frozen=True)
 class Layer:
     """Layers of one kind. name: with * for numbers. outputs: of each Linear that the server fuses. stacked: experts'
-    matrices. heads: key-value heads, where those bound how far all but the first can be split. count: how many."""
+    matrices. heads: key-value heads, where those bound how far all but the first can be split. behind: whether it
+    stands behind the blocks, as a head does. count: how many."""
 
     name: str
     outputs: tuple[int, ...]
@@ -43,6 +47,7 @@ class Layer:
     split: Literal["inputs", "outputs", "none"]
     stacked: bool
     heads: int | None = None
+    behind: bool = False
     count: int = 0
 
     def on(self, ranks: int) -> tuple[int, int] | str:
@@ -55,6 +60,7 @@ class Layer:
             return sum(self.outputs), self.inputs
         total = 0
         for index, rows in enumerate(self.outputs):
+            rows += -rows % VOCABULARY if self.behind else 0
             parts = min(ranks, self.heads) if self.heads and (index or len(self.outputs) == 1) else ranks
             if rows % parts:
                 return f"{rows} outputs cannot be split over {parts} ranks"
@@ -195,6 +201,8 @@ def _kernel(server: str, layer: Layer, ranks: int, quant: QuantConfig) -> tuple[
         return None, shape
     kernels: dict[str, None] = {}
     for bits in quant.bit_options or (quant.bits,):
+        if layer.behind and not quant.sym and server != EXPANDS and sum(layer.outputs) * bits % 32:
+            return None, f"zeros of {sum(layer.outputs)} outputs of {bits} bits fill no whole 32-bit words"
         kernel, reason = SERVERS[server](layer, *shape, quant.at(bits))
         if kernel is None:
             return None, reason
@@ -207,8 +215,11 @@ def star(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def fused_layers(linears: Sequence[tuple[str, tuple[int, int], bool]], key_values: int | None) -> tuple[Layer, ...]:
-    """Quantized Linears (name, (out, in), whether one of many experts) as the servers hold them, kinds counted."""
+def fused_layers(
+    linears: Sequence[tuple[str, tuple[int, int], bool]], key_values: int | None, behind: Collection[str] = ()
+) -> tuple[Layer, ...]:
+    """Quantized Linears (name, (out, in), whether one of many experts) as the servers hold them, kinds counted. behind:
+    names of those behind the blocks."""
     merged: dict[tuple[str, tuple[str, ...]], list[tuple[str, tuple[int, int], bool]]] = {}
     for name, shape, stacked in linears:
         parent, _, leaf = name.rpartition(".")
@@ -218,12 +229,13 @@ def fused_layers(linears: Sequence[tuple[str, tuple[int, int], bool]], key_value
     for (parent, _), members in merged.items():
         leaves = [leaf for leaf, _, _ in members]
         layer = Layer(
-            name=star(f"{parent}.{'+'.join(leaves)}"),
+            name=star(f"{parent}.{'+'.join(leaves)}".removeprefix(".")),
             outputs=tuple(rows for _, (rows, _), _ in members),
             inputs=members[0][1][1],
             split="inputs" if leaves[0] in SPLIT_INPUTS else "none" if leaves[0] in WHOLE else "outputs",
             stacked=members[0][2],
             heads=key_values if KEY_VALUE & set(leaves) else None,
+            behind=f"{parent}.{leaves[0]}".removeprefix(".") in behind,
         )
         kinds[layer] = kinds.get(layer, 0) + len(members)
     return tuple(replace(layer, count=count) for layer, count in kinds.items())

@@ -90,6 +90,8 @@ def test_what_cannot_be_held(random_weight):
         AWQ.check(QuantConfig(3))
     with pytest.raises(CheckpointError, match="'p' has 36 outputs"):
         AWQ.check_layer("p", (36, 64), QuantConfig(4))
+    with pytest.raises(CheckpointError, match="'lm_head' cannot be held by awq"):
+        AWQ.check_head("lm_head")
     weight = random_weight(32, 64, 4, 32, False)
     with pytest.raises(CheckpointError, match="scales of float32, where awq holds float16 or bfloat16"):
         AWQ.pack("p", replace(weight, scales=weight.scales.float()), QuantConfig(4, 32, sym=False))

@@ -20,7 +20,7 @@ from tests.support.checkpoints import differences
 
 IDS = list(range(3, 35))
 SETTINGS: dict[str, dict[str, Any]] = {
-    "llama": {"sym": False},
+    "llama": {"sym": False, "include": ["lm_head"]},
     "mixtral": {"bits": 3},
     "qwen3_moe": {"avg_bits": 5.0, "bit_options": (3, 4, 6), "method": "gptq", "num_samples": 2, "seqlen": 64},
     "deepseek_v3": {"ignore": ["kv_b_proj$", r"\.1\.mlp\.experts\."]},

@@ -116,3 +116,27 @@ def test_an_unknown_format_is_not_known():
 def test_numbers_become_stars():
     assert star("model.layers.10.mlp.experts.3.w1") == "model.layers.*.mlp.experts.*.w1"
     assert star("layer1.w2") == "layer1.w2"
+
+
+@pytest.mark.parametrize(
+    ("server", "rows", "quant", "expected"),
+    [
+        (AMPERE, 32000, {}, "Marlin"),
+        (AMPERE, 50257, {}, "Marlin"),  # filled up to 50304
+        (HOPPER, 50257, {}, "Machete"),
+        (SGLANG, 32000, {}, "Marlin"),
+        (SGLANG, 32000, {"bits": 3}, None),
+        (AMPERE, 50257, {"sym": False}, None),  # zeros of the file are counted before it is filled up
+        (TRANSFORMERS, 50257, {}, "expanded on loading"),
+    ],
+)
+def test_a_head_is_filled_up_and_named(server, rows, quant, expected):
+    (head,) = fused_layers([("lm_head", (rows, 4096), False)], None, {"lm_head"})
+    assert head.name == "lm_head" and head.on(8) == (-(-rows // 64) * 8, 4096)
+    model = RuntimeModel((head,), (), (), None, None)
+    (support,) = runtime_support_of(server, model, QuantConfig(**{"group_size": 128} | quant))
+    assert support.kernels == ({expected: 1} if expected else {}) and bool(support.failures) == (expected is None)
+
+
+def runtime_support_of(server, model, quant):
+    return [one for one in runtime_support(model, quant, "compressed-tensors", [1]) if one.server == server]

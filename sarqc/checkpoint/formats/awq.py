@@ -72,6 +72,13 @@ class Awq(FormatDefaults):
                 "ignore that layer, or use format compressed-tensors"
             )
 
+    def check_head(self, linear: str) -> None:
+        """None: AutoAWQ quantizes layers of decoder blocks alone, and its config has no key for a head."""
+        raise CheckpointError(
+            f"{linear!r} cannot be held by {self.name}, which quantizes layers of decoder blocks alone: leave it out "
+            "of include, or use format compressed-tensors"
+        )
+
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The three tensors of `linear`, on the device of `weight`; scales in fp16 or bf16, as they come."""
         self.check(quant)

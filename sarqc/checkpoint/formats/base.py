@@ -57,6 +57,9 @@ class Format(Protocol):
     def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Refuses a Linear whose weight [N, K] the format cannot hold; called for each before calibration starts."""
 
+    def check_head(self, linear: str) -> None:
+        """Refuses a quantized Linear behind the blocks that the format has no place for; called as `check_layer` is."""
+
     def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuses a tensor that is not quantized and cannot stand beside those that are."""
 
@@ -66,7 +69,8 @@ class Format(Protocol):
     def config(self, quant: QuantConfig, ignored: Sequence[str], widths: Widths = None) -> dict[str, Any]:
         """The `quantization_config` to write; `ignored` are the full names of the Linears left unquantized.
 
-        widths: bits of every quantized Linear, where `quant` lets them differ (`avg_bits`).
+        widths: bits of every quantized Linear; needed where `quant` lets them differ (`avg_bits`) or one of them stands
+            outside the blocks.
         """
 
     def also(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,6 +100,9 @@ class FormatDefaults:
 
     def check_layer(self, linear: str, shape: tuple[int, int], quant: QuantConfig) -> None:
         """Any size that has whole groups can be held."""
+
+    def check_head(self, linear: str) -> None:
+        """A head can be held as any Linear."""
 
     def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
         """Any tensor can stand beside the quantized ones."""

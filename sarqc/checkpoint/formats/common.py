@@ -41,6 +41,11 @@ def check_uniform_bits(quant: QuantConfig, name: str) -> None:
         )
 
 
+def outside_blocks(linears: Iterable[str]) -> list[str]:
+    """Those that are in no decoder block: names of what is in one have its number."""
+    return [linear for linear in linears if not re.search(r"\.\d+\.", linear)]
+
+
 def check_scale_dtype(linear: str, dtype: torch.dtype, accepted: tuple[torch.dtype, ...], name: str) -> None:
     """`CheckpointError` for scales of a dtype that the format `name` has no place for."""
     if dtype not in accepted:

@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.formats.base import FormatDefaults, Info, Load, TensorInfo, Widths
-from sarqc.checkpoint.formats.common import check_scale_dtype, check_weight, complete_linears, describe_tensor, strings
+from sarqc.checkpoint.formats.common import (
+    check_scale_dtype,
+    check_weight,
+    complete_linears,
+    describe_tensor,
+    outside_blocks,
+    strings,
+)
 from sarqc.checkpoint.formats.compressed_tensors_config import (
     LAYOUT,
     Scheme,
@@ -84,10 +91,12 @@ class CompressedTensors(FormatDefaults):
 
         `ignored` are full names, because readers differ: some match them exactly, some as a part of a name. `widths`
         make a config group for each width. All groups are packed alike, so the format of the whole stays that of each
-        ("mixed-precision" is for groups of different formats).
+        ("mixed-precision" is for groups of different formats). A head is named, because it is no "Linear" to vLLM and
+        SGLang: they take it for quantized where a target is its name.
         """
         self.check(quant)
-        targets = {quant.bits: ["Linear"]} if quant.avg_bits is None else targets_by_width(widths or {})
+        named = outside_blocks(widths or ())
+        targets = {quant.bits: [*named, "Linear"]} if quant.avg_bits is None else targets_by_width(widths or {})
         groups = [_group(quant.at(bits), names) for bits, names in targets.items()]
         return {
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},

@@ -33,6 +33,7 @@ from sarqc.checkpoint.formats.common import (
     check_weight,
     complete_linears,
     describe_tensor,
+    outside_blocks,
     with_fused,
     without_fused,
 )
@@ -116,7 +117,7 @@ class Gptq(FormatDefaults):
             "desc_act": False,  # whatever order the solver used, the columns on disk are in their own
             "format": version,
             "group_size": quant.group_size,
-            "lm_head": False,
+            "lm_head": bool(outside_blocks(widths or ())),  # a head is one to vLLM and SGLang, whatever its name
             "meta": {"quantizer": ["sarqc"]},
             "method": METHOD,
             "pack_dtype": "int32",
