@@ -1,10 +1,10 @@
 """Compile, without a GPU, what its first run would compile: python -m benchmarks.first_run.cache [--triton 3.6.0].
 
-nvcc makes the libraries of csrc for sm_90, one for each set of macros that is tested or timed. Triton makes the kernels
-that models launch (the jobs of `benchmarks.aot`), then those that the kernel tests launch: they run with a driver that
-launches nothing (`fake_driver`). All of it lies in build/gpu-cache, and in build/gpu-cache.tar.gz to be carried, which
-must not be larger than 48 MiB. --triton is the version of the GPU's machine; nvcc has to be of its version too. What is
-there already is kept, so a run that was stopped goes on. Beside them lie the packages of `PACKAGES`.
+nvcc makes the libraries of csrc for sm_90, one for each set of macros that is tested or timed. Triton makes the jobs of
+`benchmarks.aot`, and what a first run asks for: all its parts run here, on a GPU that is not there (`rehearsal`). No
+result is right then, so tests fail. All of it lies in build/gpu-cache, and in build/gpu-cache.tar.gz to be carried,
+which must not be larger than 48 MiB. --triton is the version of the GPU's machine; nvcc has to be of its version too.
+What is there already is kept, so a run that was stopped goes on. Beside them lie the packages of `PACKAGES`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", default="3.12", help="of the GPU's machine (default 3.12)")
     parser.add_argument("--minutes", type=float, default=60.0, help="of compiling (default 60)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-cache")
-    parser.add_argument("tests", nargs="*", help="test files; by default those of a first run")
+    parser.add_argument("parts", nargs="*", help="of a first run, by name; by default all")
     options = parser.parse_args(arguments)
     out, budget = options.out.resolve(), Budget(options.minutes)
     version = options.triton or portable.version()
@@ -55,14 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _libraries(out / "sarqc")
     jobs = ["benchmarks.aot", "--no-csrc", "--check-only", "--arch", str(ARCH)]
     _compile(jobs, environment, budget)
-    print(f"[{budget}] launches of models: {_count(out)} kernels so far", flush=True)
-    for file in options.tests or command.test_files():
-        _compile([*command.TESTED, "-p", "benchmarks.first_run.fake_driver", file], environment, budget)
-        print(f"[{budget}] {file}: {_count(out)} kernels so far", flush=True)
+    print(f"[{budget}] jobs: {len(portable.kernels(out))} kernels and libraries so far", flush=True)
+    with tempfile.TemporaryDirectory(prefix="sarqc-rehearsal-") as scratch:
+        every = command.parts(Path(scratch), quick=False, device="auto")
+        chosen = [part for part in every if not options.parts or part.name in options.parts]
+        command.Run(
+            budget, Path(scratch), environment | {portable.REHEARSE: "1", "SARQC_CACHE": str(out / "sarqc")}, out
+        ).all(chosen)
     size = pack(out, out.with_suffix(".tar.gz"))
     print(f"{out.with_suffix('.tar.gz')}: {size / 2**20:.1f} MiB")
     if size > MOST_BYTES:
-        print(f"that is more than {MOST_BYTES >> 20} MiB: name fewer tests")
+        print(f"that is more than {MOST_BYTES >> 20} MiB: name fewer parts")
     return int(size > MOST_BYTES)
 
 
@@ -100,10 +104,6 @@ def pack(folder: Path, archive: Path) -> int:
             if path.is_file() and (path.suffix in KEPT or not of_triton):
                 file.add(path, path.relative_to(folder.parent))
     return archive.stat().st_size
-
-
-def _count(out: Path) -> int:
-    return sum(1 for _ in (out / "triton").rglob("*.cubin"))
 
 
 if __name__ == "__main__":

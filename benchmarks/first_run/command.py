@@ -2,12 +2,13 @@
 
 Usage: python -m benchmarks.first_run [--minutes 9] [--out FOLDER] [--cache FOLDER] [--quick] [--device auto]
 
-Every part is a process with its share of the time that is left; test files run side by side, as they mostly compile,
-what is timed runs alone. What it measured is on disk as it is made, and a part that crashes, hangs or fails takes
-nothing from the others. FOLDER holds four files in the end: `summary.json` (rewritten after each part),
-`records.jsonl` (as `benchmarks.run` writes them), `log.txt` (the output of each part, added as it ends), `summary.txt`.
+Every part is a process with its share of the time that is left; test files run side by side, what is timed runs alone.
+What it measured is on disk as it is made, and a part that crashes, hangs or fails takes nothing from the others. FOLDER
+holds four files in the end: `summary.json` (rewritten after each part), `records.jsonl` (as `benchmarks.run` writes
+them), `log.txt` (the output of each part, added as it ends), `summary.txt`.
 Needs nothing but this repository, torch, Triton and pytest (transformers for whole models); no network. --cache is what
-`make gpu-cache` made, as a folder or as the archive beside it: kernels that need not be compiled here.
+`make gpu-cache` made, as a folder or as the archive beside it: kernels that need not be compiled here. What it lacks is
+compiled, and named in the last lines. --rehearse does all of it without a GPU (`rehearsal`): every test fails then.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks import records
@@ -53,12 +55,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended. status: "passed", "failed", "timed out" or "left out". tail: the end of what it printed."""
+    """How a part ended. status: "passed", "failed", "timed out" or "left out". tail: the end of what it printed.
+    compiled: kernels and libraries that were not in the cache before, by name."""
 
     name: str
     status: str
     seconds: float
     tail: str
+    compiled: tuple[str, ...] = ()
 
 
 def test_files() -> list[str]:
@@ -72,16 +76,19 @@ def parts(out: Path, quick: bool, device: str) -> list[Part]:
     tests = [Part(f"tests {Path(file).stem.removeprefix('test_')}", (*TESTED, file), 1.0) for file in test_files()]
     options = ("--out", str(out / "records.jsonl"), "--device", device, *["--quick"] * quick)
     timed = [Part(name, ("benchmarks.run", name, *options, "--skip-tests", "--minutes", "{}"), 3.0) for name in ORDER]
-    whole = [Part(name, ("benchmarks.run", name, *options, "--minutes", "{}"), 2.0) for name in ("decode", "quantize")]
-    return [*tests, *timed, *whole]
+    whole = Part("whole", ("benchmarks.first_run.whole", *options), 3.0)
+    last = [Part(name, ("benchmarks.run", name, *options, *own, "--minutes", "{}"), weight)
+            for name, own, weight in (("quantize", (), 5.0), ("decode", ("--skip-tests",), 3.0))]  # fmt: skip
+    return [*tests, *timed, whole, *last]
 
 
 class Run:
-    """Runs parts. budget: of all. environment: of each process."""
+    """Runs parts. budget: of all. environment: of each process. cache: where they find kernels and put others."""
 
-    def __init__(self, budget: Budget, out: Path, environment: dict[str, str]) -> None:
+    def __init__(self, budget: Budget, out: Path, environment: dict[str, str], cache: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.budget, self.out, self.environment = budget, out, environment
+        self.cache, self.known = cache, portable.kernels(cache)
         self.whole, self.result = budget.left(), list[Outcome]()
         self.least = min(LEAST, self.whole / 20)  # the first parts get it, though none may be left for the last
 
@@ -106,8 +113,12 @@ class Run:
         return _outcome(part, max(self.least, left * share), self.out, self.environment)
 
     def _note(self, outcome: Outcome, names: Sequence[str]) -> None:
+        made = portable.kernels(self.cache) - self.known  # of tests side by side those of others too
+        self.known |= made
+        outcome = replace(outcome, compiled=tuple(sorted(Path(path).stem for path in made)))
         self.result.append(outcome)
-        print(f"[{self.budget}] {outcome.name}: {outcome.status} in {outcome.seconds:.0f} s", flush=True)
+        compiled = f", {len(made)} kernels compiled" if made else ""
+        print(f"[{self.budget}] {outcome.name}: {outcome.status} in {outcome.seconds:.0f} s{compiled}", flush=True)
         done = [each.name for each in self.result]
         summary = {"outcomes": [asdict(each) for each in self.result], "to come": [n for n in names if n not in done]}
         (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -162,15 +173,18 @@ def missing(result: Iterable[dict]) -> list[str]:
 
 
 def last_lines(outcomes: Sequence[Outcome], out: Path) -> list[str]:
-    """What failed, and what is missing against the goals."""
+    """What failed, what had to be compiled, and what is missing against the goals."""
     bad = [f"{each.name}: {each.status}: {(each.tail.splitlines() or ['no output'])[-1][:160]}"
            for each in outcomes if each.status != "passed"]  # fmt: skip
     file = out / "records.jsonl"
     result = records.read(file) if file.exists() else []
     timed = len(records.of_status(result, "timed"))
+    compiled = Counter(name for each in outcomes for name in each.compiled)
+    names = ", ".join(f"{count} {name}" for name, count in compiled.most_common(8))
     return [
         f"{len(outcomes) - len(bad)} of {len(outcomes)} parts passed, {timed} numbers, all in {out}",
         *bad,
+        *([f"{compiled.total()} kernels were compiled here: {names}"] if compiled else []),
         *missing(result),
     ]
 
@@ -199,11 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "gpu-cache", help="what `make gpu-cache` made")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that all of it works")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--rehearse", action="store_true", help="with a GPU that is not there: see `rehearsal`")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     budget = Budget(options.minutes)
-    environment = os.environ | carried(options.cache.resolve())
-    outcomes = Run(budget, out, environment).all(parts(out, options.quick, options.device))
+    environment = os.environ | carried(options.cache.resolve()) | ({portable.REHEARSE: "1"} if options.rehearse else {})
+    outcomes = Run(budget, out, environment, options.cache.resolve()).all(parts(out, options.quick, options.device))
     lines = last_lines(outcomes, out)
     (out / "summary.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)

@@ -14,7 +14,10 @@ import runpy
 import sys
 from pathlib import Path
 
-__all__ = ["NOTE", "SITE", "made_with", "patch", "relocate", "variables", "version"]
+__all__ = ["NOTE", "REHEARSE", "SITE", "kernels", "made_with", "patch", "relocate", "variables", "version"]
+
+REHEARSE = "SARQC_REHEARSE"
+"""Environment variable with which a process has a GPU that is not there (`rehearsal`)."""
 
 NOTE = "triton.txt"
 """File of a cache with the version of Triton that compiled it."""
@@ -48,6 +51,11 @@ def made_with(cache: Path) -> str:
     return note.read_text().strip() if note.exists() else "unknown"
 
 
+def kernels(cache: Path) -> set[str]:
+    """What a cache holds: Triton's kernels and the libraries of nvcc, as paths in it."""
+    return {str(path.relative_to(cache)) for kind in ("triton/*/*.cubin", "sarqc/*.so") for path in cache.glob(kind)}
+
+
 def patch() -> None:
     """Replace the part of the key, wherever this version of Triton keeps it; without Triton nothing happens."""
     try:
@@ -76,5 +84,9 @@ def relocate(folder: Path) -> int:
 
 if __name__ == "__main__":
     patch()
+    if REHEARSE in os.environ:
+        from benchmarks.first_run import rehearsal
+
+        rehearsal.begin()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -76,15 +76,16 @@ def main(arguments: Sequence[str]) -> int:
         run = Run(name, options.blocks, options.windows or windows, options.seqlen or seqlen, options.method,
                   options.bits, options.group_size)  # fmt: skip
         share = Budget(budget.left() / 60 / (len(names) - number), first_guess=1.0)
-        record = measure(run, device, options.folder, share)
-        sink.add(record)
-        print(f"[{budget}] {_shown(record)}", flush=True)
+        shown = measure(run, device, options.folder, share, sink)
+        print(f"[{budget}] {shown}", flush=True)
     print(f"[{budget}] {out}", flush=True)
     return 0
 
 
-def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget) -> dict[str, Any]:
-    """Quantize and write block after block until the model or the time is at its end; a record of where it went.
+def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget, sink: records.Sink) -> str:
+    """Quantize and write block after block until the model or the time is at its end; what to show of where it went.
+
+    Each block leaves a record of all until then, in place of the one before: a run that is ended keeps what it has.
 
     folder: what is written goes into a folder of its own in here (None: the temporary folder), and away at the end.
     """
@@ -99,7 +100,7 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
     target = Path(tempfile.mkdtemp(prefix="sarqc-bench-", dir=folder))
     # On a card what the user gets there, the checkpoint's dtype; on a CPU fp32, as `sarqc quantize` takes by itself.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    began = time.perf_counter()
+    began, shown = time.perf_counter(), f"{run.model}: no time was left"
     try:
         with OpTimes(device) as ops:
             results = driver.run(lazy, source, tokens, quant, MethodConfig(run.method), Execution(device, dtype))
@@ -112,12 +113,13 @@ def measure(run: Run, device: torch.device, folder: Path | None, budget: Budget)
                 spent.blocks += 1
                 for stage, seconds in result.seconds.items():
                     spent.add(stage, seconds)
+                record = _record(run, config, spent, ops.seconds(), time.perf_counter() - began)
+                sink.add(record)
+                shown = _shown(record)
             results.close()
-            total = time.perf_counter() - began
-            by_op = ops.seconds()
     finally:
         shutil.rmtree(target, ignore_errors=True)
-    return _record(run, config, spent, by_op, total)
+    return shown
 
 
 def _write(result: driver.BlockResult, form: Any, quant: QuantConfig, folder: Path, spent: Spent) -> None:
@@ -130,7 +132,7 @@ def _write(result: driver.BlockResult, form: Any, quant: QuantConfig, folder: Pa
 
 
 def _record(run: Run, config: Any, spent: Spent, by_op: dict[str, float], total: float) -> dict[str, Any]:
-    stages, done = spent.seconds, max(1, spent.blocks)
+    stages, done = spent.seconds, spent.blocks
     passed = sum(stages.get(name, 0.0) for name in ("reference", "forward"))  # Grams are summed on the way
     inside = sum(by_op[name] for name in ("columns", "factor", "grids", "finalize"))
     seconds = {

@@ -24,6 +24,12 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
          "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192},
     ),
+    "moe-500m": (
+        Qwen3MoeConfig,
+        {"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 512,
+         "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+         "num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True, "max_position_embeddings": 4096},
+    ),
     "llama-3-8b": (
         LlamaConfig,
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

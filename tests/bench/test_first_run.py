@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -35,7 +36,7 @@ def test_no_part_takes_anything_from_the_others(tmp_path: Path) -> None:
     ]
     began = time.monotonic()
     environment = {"PYTHONPATH": f"{tmp_path}:{command.ROOT}", "PATH": "/usr/bin:/bin"}
-    result = command.Run(Budget(0.8), tmp_path / "out", environment).all(todo)
+    result = command.Run(Budget(0.8), tmp_path / "out", environment, tmp_path).all(todo)
     assert time.monotonic() - began < 48
     by_name = {each.name: each for each in result}
     statuses = {name: each.status for name, each in by_name.items()}
@@ -68,7 +69,7 @@ def test_tests_run_side_by_side_and_what_is_timed_alone(tmp_path: Path, monkeypa
     names = ("tests one", "tests two", "three", "four")
     todo = [Part(name, arguments, 1) for name, arguments in zip(names, written)]
     environment = {"PYTHONPATH": f"{tmp_path}:{command.ROOT}", "PATH": "/usr/bin:/bin"}
-    result = command.Run(Budget(2.0), tmp_path / "out", environment).all(todo)
+    result = command.Run(Budget(2.0), tmp_path / "out", environment, tmp_path).all(todo)
     assert {each.name: each.status for each in result} == dict.fromkeys(names, "passed")
 
 
@@ -78,13 +79,13 @@ def test_where_time_is_short_the_first_parts_have_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(command.os, "cpu_count", lambda: 1)
     clock = iter(range(0, 10_000, 3))
     budget = Budget(1.0, clock=lambda: float(next(clock)))
-    result = command.Run(budget, tmp_path, {}).all([Part(f"tests {i}", ("this",), 1) for i in range(20)])
+    result = command.Run(budget, tmp_path, {}, tmp_path).all([Part(f"tests {i}", ("this",), 1) for i in range(20)])
     statuses = [each.status for each in result]
     assert statuses[0] == "passed" and statuses[-1] == "left out" and statuses == sorted(statuses, reverse=True)
 
 
 def test_what_has_no_time_is_said(tmp_path: Path) -> None:
-    (result,) = command.Run(Budget(0.0), tmp_path, {}).all([Part("fine", ("this",), 1)])
+    (result,) = command.Run(Budget(0.0), tmp_path, {}, tmp_path).all([Part("fine", ("this",), 1)])
     assert result.status == "left out"
 
 
@@ -116,7 +117,7 @@ def test_parts_are_tests_first_and_cover_every_operation(tmp_path: Path) -> None
     assert set(command.ORDER) == set(OPS) and all((command.ROOT / each.arguments[-1]).exists()
                                                   for each in result if each.name.startswith("tests "))  # fmt: skip
     first = next(at for at, name in enumerate(names) if not name.startswith("tests "))
-    assert names[first:] == [*command.ORDER, "decode", "quantize"]
+    assert names[first:] == [*command.ORDER, "whole", "quantize", "decode"]
 
 
 def test_a_run_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -193,3 +194,68 @@ def test_only_tests_that_a_gpu_can_fail() -> None:
     assert any("[triton-" in line or "[triton]" in line for line in names)
     assert any("test_on_a_gpu" in line for line in names) and any("test_every_plan_gives" in line for line in names)
     assert not [line for line in names if any(word in line for word in ("[reference", "test_refuses", "is_chosen"))]
+
+
+def test_what_a_cache_lacked_is_named(tmp_path: Path) -> None:
+    """Of every part, in the summary and in the last lines; what was carried is not."""
+    for name in ("triton/KEY/carried.cubin", "sarqc/columns.so"):
+        (tmp_path / "cache" / name).parent.mkdir(parents=True)
+        (tmp_path / "cache" / name).touch()
+    text = "import pathlib\np = pathlib.Path({!r})\np.mkdir()\n(p / 'dot_kernel.cubin').touch()"
+    folders = [str(tmp_path / "cache" / "triton" / key) for key in "AB"]
+    todo = [Part(each[-1], module(tmp_path, f"compiles_{each[-1]}", text.format(each)), 1) for each in folders]
+    todo.append(Part("neither", module(tmp_path, "neither", ""), 1))
+    environment = {"PYTHONPATH": f"{tmp_path}:{command.ROOT}", "PATH": "/usr/bin:/bin"}
+    result = command.Run(Budget(2.0), tmp_path / "out", environment, tmp_path / "cache").all(todo)
+    assert [each.compiled for each in result] == [("dot_kernel",), ("dot_kernel",), ()]
+    assert "2 kernels were compiled here: 2 dot_kernel" in command.last_lines(result, tmp_path / "out")
+
+
+def rehearsed(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A module on an H200 that is not there, with a cache of its own."""
+    environment = {**os.environ, **portable.variables(folder), portable.REHEARSE: "1", "PYTHONPATH": str(command.ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    run = [sys.executable, "-m", "benchmarks.first_run.portable", *arguments]
+    return subprocess.run(run, cwd=command.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_asks_for_what_a_gpu_would(tmp_path: Path) -> None:
+    """Kernels for sm_90 by launches of whole sizes, which no CPU could compute, and never the same twice."""
+    out = tmp_path / "r.jsonl"
+    arguments = ("benchmarks.run", "gram", "--quick", "--skip-tests", "--out", str(out))
+    done = rehearsed(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    timed = records.of_status(records.read(out), "timed")
+    assert {each["gpu"] for each in timed} == {"H200 of a rehearsal"} and any(each["ours"] for each in timed)
+    made = portable.kernels(tmp_path)
+    assert any(name.endswith("_accumulate.cubin") for name in made)
+    assert rehearsed(tmp_path, *arguments).returncode == 0 and portable.kernels(tmp_path) == made
+
+
+@pytest.mark.slow
+def test_a_rehearsed_test_sees_a_card(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import torch\n"
+        "def test_it():\n"
+        "    x = torch.randn(1 << 20, 1 << 20, device='cuda', generator=torch.Generator('cuda').manual_seed(0))\n"
+        "    assert x.is_cuda and torch.cuda.get_device_capability() == (9, 0)\n"
+        "    assert (x[:2, :2].cpu() == 1).all() and x.sum().item() == 1.0 and not x.isnan().nonzero().tolist()\n"
+        "    assert x[1, 16:].data_ptr() % 64 == 0 and x[x > 0].shape == (1 << 40,)\n"
+        "    assert torch.ones(3).sum().item() == 3\n"
+    )
+    done = rehearsed(tmp_path, "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_a_model_made_here(tmp_path: Path) -> None:
+    """Dense and with experts, to the last block; what is quantized badly does not pass."""
+    from benchmarks.first_run import whole
+
+    out = tmp_path / "r.jsonl"
+    assert whole.main(["--quick", "--device", "cpu", "--out", str(out)]) == 0
+    dense, experts = records.of_status(records.read(out), "run")
+    for record in (dense, experts):
+        assert record["blocks"] == 4 and {"load", "forward", "solve", "write"} <= record["seconds"].keys()
+        assert record["error"] < record["rtn_error"] and record["logits_error"] < 0.05

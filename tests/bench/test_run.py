@@ -96,9 +96,34 @@ def test_a_whole_run_by_its_parts(tmp_path, capsys):
 
 def test_a_run_that_has_no_time_for_all_blocks_says_what_all_would_take(tmp_path):
     run_of_one = quantize.Run("small", 1, 1, 16, "rtn", 4, 32)
-    record = quantize.measure(run_of_one, torch.device("cpu"), tmp_path, quantize.Budget(5))
+    sink = records.Sink(tmp_path / "r.jsonl", {**machine.facts(torch.device("cpu")), "tested": False, "quick": True})
+    assert "1 of 4 blocks" in quantize.measure(run_of_one, torch.device("cpu"), tmp_path, quantize.Budget(5), sink)
+    (record,) = records.read(sink.path)
     assert record["blocks"] == 1 and record["layers"] == 4
     assert record["total_seconds"] < record["whole_model_seconds"] < 5 * record["total_seconds"]
+
+
+def test_a_run_that_is_ended_keeps_the_blocks_it_had(tmp_path, monkeypatch):
+    written = []
+
+    def write(result, *given):
+        if written:
+            raise KeyboardInterrupt
+        written.append(result)
+
+    monkeypatch.setattr(quantize, "_write", write)
+    with pytest.raises(KeyboardInterrupt):
+        quantize.main(
+            ["--quick", "--method", "rtn", "--model", "small", "--device", "cpu", "--out", str(tmp_path / "r")]
+        )
+    (record,) = records.read(tmp_path / "r")
+    assert record["blocks"] == 1 and record["whole_model_seconds"] > record["total_seconds"]
+
+
+def test_a_model_that_no_time_is_left_for_leaves_no_record(tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    assert quantize.main(["--quick", "--device", "cpu", "--minutes", "0.001", "--out", str(out)]) == 0
+    assert not out.exists() and "no time was left" in capsys.readouterr().out
 
 
 def test_tensors_are_drawn_by_name():

@@ -72,6 +72,7 @@ def test_every_fp4_code_at_every_exponent(dtype: torch.dtype, backend: str, devi
 
 @pytest.mark.parametrize("shape", [(2, 256, 384), (1, 200, 130), (3, 7, 5)], ids=str)
 def test_fp8_blocks_like_compressed_tensors(shape, backend: str, device: str, generator: torch.Generator) -> None:
+    pytest.importorskip("compressed_tensors")
     from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 
     weight = fp8(generator, *shape)
@@ -109,6 +110,7 @@ def test_fp8_by_tensor_and_channel_like_compressed_tensors(
     strategy: str, dtype: torch.dtype, backend: str, device: str, generator: torch.Generator
 ) -> None:
     """Their result has the dtype of the scales; so does ours here."""
+    pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -136,6 +138,7 @@ def test_mxfp4_like_gpt_oss(dtype: torch.dtype, backend: str, device: str, gener
 @pytest.mark.parametrize("name", ["mxfp4-pack-quantized", "nvfp4-pack-quantized"])
 @pytest.mark.parametrize("shape", [(16, 64), (33, 288)], ids=str)
 def test_fp4_like_compressed_tensors(name: str, shape, backend: str, device: str, generator: torch.Generator) -> None:
+    pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
