@@ -262,6 +262,7 @@ class Streams(Closing):
             calls,
             self.lazy.blocks,
             first=first,
+            skipped=self.lazy.skipped,
             recompute=memory.recompute,
             store=memory.store,
             budget=memory.budget,
