@@ -21,7 +21,7 @@ def compared(source: Path, work: Path, row: dict[str, Any], settings: dict[str, 
     answers = {}
     for reading in READINGS:
         said = _said(source, bare, reading, settings)
-        apart = [] if said.get("error") == row["error"] else [f"error: {said.get('error')}"]
+        apart = [] if said.get("error") == row["error"] else [f"error: {said.get('error') or 'no refusal'}"]
         if row["error"] and "ignore" in row:
             said = _said(source, bare, reading, settings | {"ignore": (row["ignore"],)})
         apart += _apart(said, row) if "linears" in row and not said.get("error") else []

@@ -88,9 +88,9 @@ def text(results: dict[str, Any]) -> str:
 
 _NOT_TAKEN = {
     ("dbrx", "jetmoe", "inkling_text", "inkling_mm_model+vl", "xlnet", "recurrent_gemma"): "matrices that are "
-    "parameters of a module which is neither a Linear nor declared experts. No reader looks for packed weights there.",
-    ("deepseek_v4",): "`wo_a` is block-diagonal: each of its parts multiplies inputs of its own, so it has no single "
-    "Hessian, and no reader's kernel multiplies by parts.",
+    "parameters of a module which is neither a Linear nor declared experts, so there is no layer to pack them in.",
+    ("deepseek_v4",): "`wo_a` is block-diagonal: each of its parts multiplies inputs of its own, so it has a "
+    "Hessian for each part. It is left in 16 bits.",
     ("longcat_flash",): "its experts hold matrices for identity experts too, in one of two parameters, and pass tokens "
     "by them in code of their own.",
     ("zamba", "zamba2"): "one transformer block stands in several places. Blocks are loaded and solved one by one, so "
@@ -100,7 +100,7 @@ _NOT_TAKEN = {
     ("gemma3_text@vlprefix",): "transformers does not find tensors by these names either, and would leave the model "
     "random. Rename them.",
 }
-"""Why rows are refused or quantized in part, where the message does not say it; each was traced in its code."""
+"""Why rows are refused or quantized in part, where the message does not say it."""
 
 _KNOWN = {
     r"experts\.\w+$": "it reads all experts of this class from one tensor, and has no rule for single ones",
