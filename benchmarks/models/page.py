@@ -50,10 +50,12 @@ def text(results: dict[str, Any]) -> str:
         "SARQC has no table of architectures. It quantizes what transformers builds as a decoder with Linear layers "
         "or experts. Each row is a tiny random model of the class, saved as people save it, quantized to 4 bits and "
         "loaded again. No published weights are part of this test.",
-        f"Versions: {versions}. Run `make models` to repeat it.",
+        f"Versions: {versions}. Run `make models` to repeat it.{_needed(rows)}",
         "*same*: the logits are those of a dense model that compressed-tensors unpacked. *share*: quantized weights of "
         "the decoder blocks; routers, matrices that stay in fp32 and layers that text does not pass through are not "
-        "counted. `+vl` is a multimodal wrapper, `@` a condition of published checkpoints.",
+        "counted. `+vl` is a multimodal wrapper, `@` a condition of published checkpoints. "
+        "*dry run*: whether `--dry-run` says the same refusal, layers, reasons and servers, with the headers of the "
+        "weights and with config.json alone.",
         "## Most used models and published conditions",
         _table(first, rows),
     ]
@@ -61,6 +63,19 @@ def text(results: dict[str, Any]) -> str:
         parts += ["## All other architectures", _table(others, rows)]
     if refused := [row for row in (*first, *others) if rows[row].get("error")]:
         parts += ["## Reasons", "\n".join(f"- `{row}`: {rows[row]['error']}" for row in refused)]
+    known = [(why, [f"`{row}`" for row in names if row in rows]) for names, why in _NOT_TAKEN.items()]
+    if any(names for _, names in known):
+        parts += [
+            "## What is not taken yet",
+            "\n".join(f"- {', '.join(names)}: {why}" for why, names in known if names),
+        ]
+    if apart := [row for row in (*first, *others) if _unforeseen(rows[row])]:
+        lines = (f"- `{row}`, {how}: {said}" for row in apart for how, said in _unforeseen(rows[row]).items())
+        parts += [
+            "## Dry runs that differ",
+            "A dry run computes nothing, and of a folder without weights it knows what transformers would save.",
+            "\n".join(lines),
+        ]
     if alone := [row for row in (*first, *others) if rows[row]["kind"].startswith("reload in transformers fails")]:
         parts += [
             "## Not loaded by transformers alone",
@@ -70,6 +85,22 @@ def text(results: dict[str, Any]) -> str:
         ]
     return "\n\n".join(parts) + "\n"
 
+
+_NOT_TAKEN = {
+    ("dbrx", "jetmoe", "inkling_text", "inkling_mm_model+vl", "xlnet", "recurrent_gemma"): "matrices that are "
+    "parameters of a module which is neither a Linear nor declared experts, so there is no layer to pack them in.",
+    ("deepseek_v4",): "`wo_a` is block-diagonal: each of its parts multiplies inputs of its own, so it has a "
+    "Hessian for each part. It is left in 16 bits.",
+    ("longcat_flash",): "its experts hold matrices for identity experts too, in one of two parameters, and pass tokens "
+    "by them in code of their own.",
+    ("zamba", "zamba2"): "one transformer block stands in several places. Blocks are loaded and solved one by one, so "
+    "a weight that several of them share is neither loaded nor solved.",
+    ("llama@bin",): "pickle files can run code, so they are refused on purpose. `save_pretrained` in transformers "
+    "writes safetensors, which are taken.",
+    ("gemma3_text@vlprefix",): "transformers does not find tensors by these names either, and would leave the model "
+    "random. Rename them.",
+}
+"""Why rows are refused or quantized in part, where the message does not say it."""
 
 _KNOWN = {
     r"experts\.\w+$": "it reads all experts of this class from one tensor, and has no rule for single ones",
@@ -99,12 +130,26 @@ def _causes(names: list[str], rows: dict[str, dict[str, Any]]) -> dict[str, list
 
 
 def _table(names: list[str], rows: dict[str, dict[str, Any]]) -> str:
-    lines = ["| model | result | share | transformers | with sarqc |", "|---|---|---|---|---|"]
+    lines = ["| model | result | share | transformers | with sarqc | dry run |", "|---|---|---|---|---|---|"]
     for name in names:
         row = rows[name]
         share = f"{row['share']:.1%}" if "share" in row else ""
-        lines.append(f"| {name} | {row['kind']} | {share} | {_same(row, 'transformers')} | {_same(row, 'sarqc')} |")
+        reloads = f"{_same(row, 'transformers')} | {_same(row, 'sarqc')}"
+        said = "differs" if _unforeseen(row) else "same" if "dry_run" in row else ""
+        lines.append(f"| {name} | {row['kind']} | {share} | {reloads} | {said} |")
     return "\n".join(lines)
+
+
+def _needed(rows: dict[str, dict[str, Any]]) -> str:
+    """A sentence on rows that were built with packages which this project does not install."""
+    names = [f"`{name}` ({', '.join(row['with'])})" for name, row in rows.items() if "with" in row]
+    packages = {" ".join(item): None for row in rows.values() for item in row.get("with", {}).items()}
+    return f" With {', '.join(packages)} beside them: {', '.join(names)}." if names else ""
+
+
+def _unforeseen(row: dict[str, Any]) -> dict[str, str]:
+    """What dry runs say otherwise than the run did, by what they had of the model."""
+    return {reading: said for reading, said in row.get("dry_run", {}).items() if said != "same"}
 
 
 def _same(row: dict[str, Any], key: str) -> str:

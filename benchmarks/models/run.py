@@ -7,6 +7,7 @@ import multiprocessing
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,10 +17,13 @@ from typing import Any
 
 from benchmarks.models.build import build
 from benchmarks.models.conditions import CONDITION
+from benchmarks.models.dry import READINGS, compared, kind_of
 
 TIMEOUT = 1800
 """Seconds of a stage: seconds of work, and long waits on a busy machine."""
 SETTINGS = {"bits": 4, "group_size": 32, "num_samples": 4, "seqlen": 32}
+OPTIONAL = ("timm", "scipy")
+"""Packages that a few classes import and that this project does not install."""
 UNCOUNTED = "choose|router|keeps it in fp32|is no Linear and has fewer|text does not pass"
 """Reasons to leave a matrix that is not one of the decoder's Linears, or that servers keep in 16 bits."""
 
@@ -37,6 +41,19 @@ def sweep(wanted: list[str], out: Path, method: str, *, again: bool) -> None:
         print(f"{number + 1}/{len(wanted)} {row}: {summary_line(actual)}", flush=True)
 
 
+def dry(wanted: list[str], out: Path) -> None:
+    """Build rows and compare dry runs with what `out` has of their runs."""
+    kept = json.loads(out.read_text())
+    for number, row in enumerate(wanted):
+        if "class" not in kept["rows"].get(row, ()):
+            continue
+        with tempfile.TemporaryDirectory(prefix="sarqc-models-") as place:
+            staged(_build, row, Path(place) / "in")
+            answers = kept["rows"][row]["dry_run"] = _dry_run(Path(place) / "in", Path(place), kept["rows"][row])
+        out.write_text(json.dumps(kept, indent=1) + "\n")
+        print(f"{number + 1}/{len(wanted)} {row}: {answers}", flush=True)
+
+
 def one(row: str, work: Path, method: str = "") -> dict[str, Any]:
     """The result of a row: whether it builds, quantizes, and reloads to the same, without and with sarqc.
 
@@ -48,20 +65,23 @@ def one(row: str, work: Path, method: str = "") -> dict[str, Any]:
         return {"kind": "not built", "error": built["error"]}
     results = staged(_quantize, source, out, method, ())
     error = results["error"] and results["error"].replace(str(source), "the folder")
-    result: dict[str, Any] = {"class": built["value"], "quantize": results["how"], "error": error}
+    built_class, needed = built["value"]
+    result: dict[str, Any] = {"class": built_class, "quantize": results["how"], "error": error}
+    result |= {"with": needed} if needed else {}
     pattern = re.search(r"--ignore '(.*)'$", results["error"] or "")
     if results["how"] == "refused" and pattern:
         result["ignore"] = pattern[1]
         results = staged(_quantize, source, out, method, (pattern[1],))
         result["ignored"] = results["how"]
+    result |= results["value"] or {}
+    result["dry_run"] = _dry_run(source, work, result)
     if results["how"] != "ok":
         return result | {"kind": kind(result)}
-    result |= results["value"]
     checked = staged(_reference, row, source, out, work)
     if checked["how"] != "ok":
         return result | {"kind": "no reference", "reference": checked["error"]}
     for key, with_sarqc in (("transformers", False), ("sarqc", True)):
-        checked = staged(_compared, row, out, work, with_sarqc)
+        checked = staged(_reloaded, row, out, work, with_sarqc)
         result[key] = checked["value"] or {"same": False, "error": checked["error"]}
     shutil.rmtree(out)
     return result | {"kind": kind(result)}
@@ -128,11 +148,12 @@ def _answer(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) 
         answers.put({"how": "traceback", "value": None, "error": text, "traceback": traceback.format_exc()})
 
 
-def _build(row: str, folder: Path) -> str:
+def _build(row: str, folder: Path) -> tuple[str, dict[str, str]]:
+    """The class that is built, and the packages that it needs beside transformers' own, with versions."""
     model = build(row, folder)
     if condition := row.removesuffix("+vl").partition("@")[2]:
         CONDITION[condition](folder, model)
-    return type(model).__name__
+    return type(model).__name__, {name: sys.modules[name].__version__ for name in OPTIONAL if name in sys.modules}
 
 
 def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> dict[str, Any]:
@@ -140,7 +161,8 @@ def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> 
     from sarqc.checkpoint.reader import open_checkpoint
 
     more = {"method": method} if method else {}
-    targets = sarqc.quantize(source, out, ignore=ignore, **SETTINGS, **more).report["targets"]
+    report = sarqc.quantize(source, out, ignore=ignore, **SETTINGS, **more).report
+    targets = report["targets"]
     sizes = dict.fromkeys((*targets["left"], *targets["ignored"]), 0)
     with open_checkpoint(source) as checkpoint:
         for name in checkpoint.names():
@@ -154,14 +176,15 @@ def _quantize(source: Path, out: Path, method: str, ignore: tuple[str, ...]) -> 
     share = round(targets["weights"] / (targets["weights"] + unquantized), 4)
     known = all(sizes.values())  # a layer that is made of several tensors has no size of its own in the checkpoint
     with open_checkpoint(out) as checkpoint:
-        layers = sorted({_kind(linear) for linear in checkpoint.linears()})
-    left = {_kind(name): reason for name, reason in targets["left"].items()}
-    return {"linears": targets["quantized"], "layers": layers, "left": left} | ({"share": share} if known else {})
+        layers = sorted({kind_of(linear) for linear in checkpoint.linears()})
+    left = {kind_of(name): reason for name, reason in targets["left"].items()}
+    found = {"linears": targets["quantized"], "layers": layers, "left": left, "serve": report["serve"]}
+    return found | ({"share": share} if known else {})
 
 
-def _kind(linear: str) -> str:
-    """A layer's name behind the number of its block, with stars for further numbers."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", re.split(r"\.\d+\.", linear, maxsplit=1)[-1])
+def _dry_run(source: Path, work: Path, result: dict[str, Any]) -> dict[str, str]:
+    answer = staged(compared, source, work, result, SETTINGS)
+    return answer["value"] or dict.fromkeys(READINGS, answer["error"])
 
 
 def _reference(row: str, source: Path, out: Path, work: Path) -> dict[str, Any]:
@@ -170,7 +193,7 @@ def _reference(row: str, source: Path, out: Path, work: Path) -> dict[str, Any]:
     return check.reference(row, source, out, work)
 
 
-def _compared(row: str, out: Path, work: Path, with_sarqc: bool) -> dict[str, Any]:
+def _reloaded(row: str, out: Path, work: Path, with_sarqc: bool) -> dict[str, Any]:
     from benchmarks.models import check
 
     return check.compared(row, out, work, with_sarqc)

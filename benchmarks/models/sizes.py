@@ -281,6 +281,15 @@ OWN: dict[str, dict[str, Any]] = {
         "intermediate_size": 256,
         "n_mamba_heads": 8,
     },
+    "mllama": _in("text_config", {"cross_attention_layers": [1]}),
+    "fast_vlm": _in(
+        "vision_config",
+        {"architecture": "fastvit_mci3", "hidden_size": 3072, "model_args": {"inference_mode": True}},
+    ),
+    "perception_lm": _in(
+        "vision_config",
+        {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"embed_dim": 192, "global_pool": ""}},
+    ),
     "zaya": {"num_experts_per_tok": 1},
     "rwkv": {"attention_hidden_size": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

@@ -107,12 +107,20 @@ def find_shards(folder: Path) -> dict[Path, frozenset[str] | None]:
     return shards
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights of any kind, read or refused, and is not a configuration alone."""
+    return any(folder.glob("*.safetensors")) or bool(_pickles(folder))
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+
+
 def _nothing(folder: Path) -> str:
     """Why a folder without safetensors is refused."""
     if (folder / ADAPTER).exists():
         return f"{folder} holds an adapter and no model: merge it into its base model first, and give the result"
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-    if pickles:
+    if pickles := _pickles(folder):
         return (
             f"{folder} holds no {SINGLE} but the pickle file {pickles[0]!r}: pickle files can run code and are not "
             "read; convert the model to safetensors (save_pretrained in transformers does)"

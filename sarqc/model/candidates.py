@@ -124,7 +124,7 @@ def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: 
     parameter = f"{name}.weight"
     slices = lazy.slices.get(parameter, ())
     whole = Target(name, (module.out_features, module.in_features), index, name, parameter)
-    rule = _rule(lazy, whole, outputs) or _not_called(lazy, name) or _not_passed(lazy, parameter)
+    rule = _rule(lazy, whole, outputs) or _not_called(lazy, name) or _not_passed(lazy, index, parameter)
     refusal = None
     if rule is None and type(module).forward is not nn.Linear.forward and not _multiplies(module):
         if _is_block_diagonal(module):
@@ -146,7 +146,7 @@ def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: 
 def _stacked(lazy: LazyModel, index: int, name: str, module: Any, projection: str) -> Iterator[Candidate]:
     parameter = f"{name}.{projection}"
     weight: Tensor = getattr(module, projection)
-    rule = _not_passed(lazy, parameter)
+    rule = _not_passed(lazy, index, parameter)
     inputs = weight.shape[1 if module.is_transposed else 2]
     for stored in lazy.slices[parameter]:
         rows = stored.rows or weight.numel() // inputs // len(lazy.slices[parameter])
@@ -199,13 +199,14 @@ def _not_called(lazy: LazyModel, name: str) -> str | None:
     return "its weight is multiplied by other code than its own"
 
 
-def _not_passed(lazy: LazyModel, parameter: str) -> str | None:
+def _not_passed(lazy: LazyModel, index: int, parameter: str) -> str | None:
     """The rule that leaves what text does not pass through, or None.
 
-    A layer is passed if the one in its place in any block, or of any number in a list, is: without data one branch of
-    each kind is taken.
+    A layer of a block that is passed is if the one in its place in any block, or of any number in a list, is: without
+    data one branch of each kind is taken.
     """
     passed = lazy.usage is None or _NUMBER.sub("*", parameter) in _kinds(lazy.usage.touched)
+    passed = passed and index not in lazy.skipped
     return None if passed else "text does not pass through it"
 
 

@@ -161,6 +161,15 @@ class LazyModel:
             moe.use_sorted_experts(model)
         return usage(model)
 
+    @cached_property
+    def skipped(self) -> frozenset[int]:
+        """Blocks that text does not pass through, such as those that attend to images; none where that is unknown."""
+        if (seen := self.usage) is None:
+            return frozenset()
+        passed = {id(parameter) for name, parameter in self.model.named_parameters() if name in seen.touched}
+        own = [{id(parameter) for parameter in block.parameters()} for block in self.blocks]
+        return frozenset(index for index, mine in enumerate(own) if mine and not mine & passed)
+
     # -- weights ------------------------------------------------------------------------------------------------
 
     def load_outer(

@@ -40,7 +40,8 @@ def residual_writes(
     if hidden.dim() > 3:  # several streams, as hyper-connections have: no layer writes into one of them
         return {}
     dense = [site for site in reversed(sites) if site.experts == 1 and len(site.members) == 1]
-    whole = [site for site in dense if site.members[0].shape[0] == hidden.shape[-1]]
+    wide = [site for site in dense if site.members[0].shape[0] == hidden.shape[-1]]
+    whole = _for_each_token(lazy, wide, hidden, run)
     writes: dict[str, ResidualWrite] = {}
     ending = next((site for site in whole if _ends_block(lazy, site, run)), None)
     if ending is not None:
@@ -50,6 +51,20 @@ def residual_writes(
         if reader is not None and ResidualWrite(reader) not in writes.values():
             writes[site.name] = ResidualWrite(reader)
     return writes
+
+
+def _for_each_token(lazy: LazyModel, sites: Sequence[Site], hidden: Tensor, run: Run) -> list[Site]:
+    """Those that put out a row for each of the stream whenever they are called: some are called for a part of it."""
+    sizes: dict[str, set[int]] = {site.name: set() for site in sites}
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.enter_context(_replacing_output(lazy, site, partial(_note_size, sizes[site.name])))
+        run()
+    return [site for site in sites if sizes[site.name] == {hidden.numel()}]
+
+
+def _note_size(sizes: set[int], out: Tensor) -> None:
+    sizes.add(out.numel())
 
 
 def _ends_block(lazy: LazyModel, site: Site, run: Run) -> bool:

@@ -127,7 +127,9 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[TensorSlice, ...]
             _check_shape(model, parameter, tensor, slices[parameter], source)
         elif not _tied(model, parameter, slices):
             missing = _missing(model, parameter, tensor, source)
-            raise ModelError(f"the checkpoint lacks tensor {missing!r}, which {type(model).__name__} needs")
+            longer = next((name for name in source.names() if name.endswith(f".{missing}")), None)
+            hint = f"; it has {longer!r}: rename its tensors, transformers would not find them either" if longer else ""
+            raise ModelError(f"the checkpoint lacks tensor {missing!r}, which {type(model).__name__} needs{hint}")
     return slices
 
 

@@ -48,7 +48,7 @@ class BlockwiseForward(Closing):
         at_once = windows_at_once(lazy.device, tokens.shape[1])
         calls: list[Callable[[], object]] = [partial(self._run, part) for part in tokens.split(at_once)]
         self._hooks = Hooks(lazy.blocks)
-        self._forward = Forward(calls, lazy.blocks)
+        self._forward = Forward(calls, lazy.blocks, skipped=lazy.skipped)
         self.enter_block(0)
 
     def enter_block(self, index: int) -> None:

@@ -28,8 +28,9 @@ class Forward(Closing):
     """The micro-batches of one stream. A context: their forwards are ended when it ends, wherever they are.
 
     calls: each runs the model's own forward on one micro-batch. blocks: the decoder blocks; `Hooks` have to be on them.
-    first: the first block that is entered. recompute: as above. store, budget: where what suspended micro-batches hold
-    is moved to, and the bytes of it that stay; without a store everything stays.
+    first: the first block that is entered. skipped: those that text does not pass through. recompute: as above. store,
+    budget: where what suspended micro-batches hold is moved to, and the bytes of it that stay; without a store
+    everything stays.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class Forward(Closing):
         blocks: Sequence[nn.Module],
         *,
         first: int = 0,
+        skipped: frozenset[int] = frozenset(),
         recompute: bool = False,
         store: Store | None = None,
         budget: int = 0,
     ) -> None:
         self._blocks = list(blocks)
-        self._order = StopOrder(len(blocks))
+        self._order = StopOrder(len(blocks), skipped)
         self._recompute = recompute
         self._budget = budget if store else None
         owners: dict[int, Offload] = {}
@@ -159,6 +161,8 @@ class BlockCall:
     def run(self) -> Any:
         """What the block returns for a copy of its input, in case the block writes into it."""
         hidden = self._entry.x
+        if self._entry.skipped:
+            return hidden
         args, kwargs = list(self._entry.args), dict(self._entry.kwargs)
         at = next((at for at, value in enumerate(args) if value is hidden), None)
         if at is not None:

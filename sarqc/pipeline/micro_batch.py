@@ -37,7 +37,8 @@ def model_errors(place: str) -> Iterator[None]:
 
 @dataclass
 class StopOrder:
-    """Points in the order of the forward. blocks: how many there are. inside: those in the block at work.
+    """Points in the order of the forward. blocks: how many there are. skipped: those that text does not pass through.
+    inside: points in the block at work.
 
     kept: sites among them whose inputs are needed later. corrections: by point, what is added to the stream there: the
     inputs kept at a site times a matrix [N, K], transposed. The site's outputs have joined the stream by then, so this
@@ -45,6 +46,7 @@ class StopOrder:
     """
 
     blocks: int
+    skipped: frozenset[int] = frozenset()
     inside: list[Point] = field(default_factory=list)
     kept: set[Point] = field(default_factory=set)
     corrections: dict[Point, tuple[Point, Tensor]] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class MicroBatch(Closing):
         self.arrival: Arrival | None = None
         self.kept: dict[Point, Tensor] = {}
         self.residual: Tensor | None = None
+        self._ahead: Arrival | None = None  # where the forward is, behind skipped blocks
         self._left_version = 0
         self._order = order
         self._first = first
@@ -131,7 +134,7 @@ class MicroBatch(Closing):
         try:
             self._task.close()
         finally:
-            self.arrival = self.residual = None
+            self.arrival = self._ahead = self.residual = None
             self.kept.clear()
             if self._offload is not None:
                 self._offload.discard()
@@ -146,10 +149,13 @@ class MicroBatch(Closing):
             elif self.arrival.point.kind == "leave":
                 self.kept.clear()
                 self._leave(self.arrival.tensor)
-        self.arrival, self._corrected = None, False
-        arrival = self._resume(expected)
+        before, self.arrival, self._corrected = self.arrival, None, False
+        arrival = self._ahead or self._resume(expected)
         if not isinstance(arrival, Arrival):
             arrival = Arrival(Point("end", self._order.blocks), output=arrival)
+        self._ahead = arrival if expected.block in self._order.skipped else None
+        if self._ahead is not None:
+            arrival = Arrival(expected, self._task.replayed if before is None else before.tensor, skipped=True)
         if arrival.point != expected:
             raise ModelError(
                 f"micro-batch {self.number} reaches {arrival.point} where {expected} comes first in others: what the "

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.files import read_json
-from sarqc.checkpoint.formats import FORMATS, Format
-from sarqc.checkpoint.low_precision import dense_headers
+from sarqc.checkpoint.formats import FORMATS, Format, quantization_of
+from sarqc.checkpoint.low_precision import Header, dense_headers, is_low_precision
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
-from sarqc.checkpoint.shards import ADAPTER
+from sarqc.checkpoint.shards import ADAPTER, has_weights
 from sarqc.config import (
     AUTO,
     DEFAULT_SAMPLES,
@@ -114,7 +114,7 @@ def _refuse_unfetched(model: str | Path, configs: Configs) -> None:
     except ModelError:
         return
     if tensors:
-        _fitted(model, configs, folder, _headers(folder, tensors))
+        _fitted(model, configs, folder, _headers(folder, tensors, configs.run.trust_remote_code))
 
 
 def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSource) -> Plan:
@@ -185,17 +185,23 @@ def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tup
             if any(folder.glob("*.safetensors")):  # without a network, what was fetched before
                 return folder, open_checkpoint(folder)
             raise
-        here = _headers(folder, tensors) if tensors else header_source(folder, trust_remote_code=trust_remote_code)
-        return folder, here
+        return folder, _headers(folder, tensors, trust_remote_code)
     folder = locate(model, trust_remote_code=trust_remote_code)
-    if headers_only and not any(folder.glob("*.safetensors")):
+    if headers_only and not has_weights(folder):
         return folder, header_source(folder, trust_remote_code=trust_remote_code)
     return folder, open_checkpoint(folder)
 
 
-def _headers(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> HeaderSource:
-    """Names and shapes of a model's dense tensors, where its headers are all there is."""
-    return HeaderSource(dense_headers(tensors, read_json(folder / "config.json")))
+def _headers(folder: Path, tensors: Mapping[str, Header], trust_remote_code: bool) -> HeaderSource:
+    """Names and shapes of a model's dense tensors, where its headers are all there is.
+
+    Those of packed weights are numbers in tensors, so they are what the configuration says, as without headers.
+    """
+    config = read_json(folder / "config.json")
+    quantization = quantization_of(config)
+    if not tensors or (quantization and not is_low_precision(quantization)):
+        return header_source(folder, trust_remote_code=trust_remote_code)
+    return HeaderSource(dense_headers(tensors, config))
 
 
 def _renamed(lazy: LazyModel, slices: Mapping[str, MatrixSlice]) -> tuple[str, ...]:

@@ -45,7 +45,8 @@ class Arrival:
 
     tensor: what enters or leaves the block, or the input of the module; None where there is no tensor. offsets: int64
     [E + 1] of rows sorted by expert, where the site is a projection of experts. args, kwargs: of the block that is
-    entered. output: of the block that is left, or of the whole forward.
+    entered. output: of the block that is left, or of the whole forward. skipped: text does not pass through the block,
+    and the tensor is what has left the one before.
     """
 
     point: Point
@@ -54,6 +55,7 @@ class Arrival:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+    skipped: bool = False
 
     @property
     def x(self) -> Tensor:

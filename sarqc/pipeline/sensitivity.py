@@ -220,7 +220,7 @@ class _SensitivityStreams:
         return Point("end", len(self._lazy.blocks))
 
     def _stream(self, first: int) -> Forward:
-        return Forward([self._run], self._lazy.blocks, first=first)
+        return Forward([self._run], self._lazy.blocks, first=first, skipped=self._lazy.skipped)
 
     def _run(self) -> object:
         return self._lazy.model(input_ids=self._few.to(self._solving.device), use_cache=False).logits

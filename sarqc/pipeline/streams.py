@@ -263,6 +263,7 @@ class Streams(Closing):
             calls,
             self.lazy.units,
             first=first,
+            skipped=self.lazy.skipped,
             recompute=memory.recompute,
             store=memory.store,
             budget=memory.budget,

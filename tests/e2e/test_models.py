@@ -22,6 +22,7 @@ def test_a_row_ends_as_the_results_say(row, tmp_path):
     reasons = [actual.get("reference"), *(actual.get(key, {}).get("error") for key in ("transformers", "sarqc"))]
     assert actual["kind"] == wanted["kind"], f"{reasons} {actual}"
     assert actual.get("share") == wanted.get("share")
+    assert actual["dry_run"] == wanted["dry_run"]
 
 
 def _parallel() -> float:
@@ -49,6 +50,15 @@ def test_no_row_ends_in_a_traceback_or_wrong_numbers():
         if key in result and not result[key]["same"] and not result[key].get("error") and not result[key]["missing"]
     ]
     assert not silent
+
+
+def test_dry_runs_say_what_runs_did():
+    """But for what only numbers say: wrong names where there is config.json alone, code that mixes dtypes."""
+    known = {"gemma3_text@vlprefix": ["config"], "xlstm": ["headers", "config"]}
+    rows = {row: result["dry_run"] for row, result in RESULTS["rows"].items() if "class" in result}
+    assert len(rows) == 276
+    apart = {row: [how for how, said in one.items() if said != "same"] for row, one in rows.items()}
+    assert {row: hows for row, hows in apart.items() if hows} == known
 
 
 def test_the_page_and_the_packaged_table_are_what_the_results_say():

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sarqc
+from sarqc.checkpoint.shards import SINGLE
 from sarqc.cli.preflight import show
 from sarqc.cli.terminal import RunProgress
 from sarqc.entrypoints.estimate import estimate
@@ -291,3 +293,33 @@ def test_estimates_are_near_what_a_run_takes(tmp_path):
     memory, peak, seconds, spent = json.loads(done.stdout)
     assert peak / MEMORY_FACTOR < memory < peak * MEMORY_FACTOR, (memory, peak)
     assert spent / TIME_FACTOR < seconds < spent * TIME_FACTOR, (seconds, spent)
+
+
+def test_packed_weights_on_a_hub_are_known_by_the_configuration(tmp_path, monkeypatch):
+    """Their headers do not say what they stand for; a run would fetch hundreds of GB, or refuse them before."""
+    from sarqc.pipeline import plan
+
+    source = families.rounded(families.save("qwen3_moe", tmp_path / "in"), tmp_path / "packed")
+    headers = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in load_file(source / SINGLE).items()}
+    monkeypatch.setattr(plan, "hub_configuration", lambda *_, **how: source)
+    monkeypatch.setattr(plan, "hub_headers", lambda _: headers)
+    whole, outline = (estimate(model, tmp_path / "out", **SMALL) for model in (source, "owner/name"))
+    assert outline.kinds == whole.kinds and outline.serve == whole.serve
+
+
+def test_a_pickle_is_refused_by_a_dry_run_and_taken_once_it_is_converted(sources, tmp_path):
+    """With what the refusal advises."""
+    from transformers import AutoModelForCausalLM
+
+    pickled = shutil.copytree(sources["llama"], tmp_path / "in")
+    torch.save(load_file(pickled / SINGLE), pickled / "pytorch_model.bin")
+    (pickled / SINGLE).unlink()
+    for ask in (estimate, sarqc.quantize):
+        with pytest.raises(sarqc.SarqcError, match=r"'pytorch_model\.bin'.*convert .*\(save_pretrained"):
+            ask(pickled, tmp_path / "out", **SMALL)
+    AutoModelForCausalLM.from_pretrained(pickled, dtype="auto").save_pretrained(tmp_path / "converted")
+    result, wanted = (
+        sarqc.quantize(source, tmp_path / name, **SMALL | {"method": "rtn"}).out
+        for name, source in (("a", tmp_path / "converted"), ("b", sources["llama"]))
+    )
+    assert (result / SINGLE).read_bytes() == (wanted / SINGLE).read_bytes()
