@@ -98,7 +98,9 @@ def outside(lazy: LazyModel) -> Iterator[Candidate]:
         elif name in places:
             yield from _linear(lazy, places[name], name, module, set())
         else:
-            why = _not_passed(lazy, whole.parameter) or "text does not pass through it behind the last block"
+            why = (
+                _not_passed(lazy, whole.block, whole.parameter) or "text does not pass through it behind the last block"
+            )
             yield Candidate(whole, refusal=why)
 
 
