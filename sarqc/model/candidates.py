@@ -98,10 +98,8 @@ def outside(lazy: LazyModel) -> Iterator[Candidate]:
         elif name in places:
             yield from _linear(lazy, places[name], name, module, set())
         else:
-            why = (
-                _not_passed(lazy, whole.block, whole.parameter) or "text does not pass through it behind the last block"
-            )
-            yield Candidate(whole, refusal=why)
+            why = _not_passed(lazy, whole.block, whole.parameter)
+            yield Candidate(whole, refusal=why or "text does not pass through it behind the last block")
 
 
 def _behind(lazy: LazyModel) -> list[str]:

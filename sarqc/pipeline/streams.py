@@ -270,9 +270,8 @@ class Streams(Closing):
         )
 
     def _run(self, tokens: Tensor) -> object:
-        model = (
-            self.lazy.model if self.lazy.behind else self.lazy.model.base_model
-        )  # without a head that nobody asks for
+        # without the head, unless something behind the blocks is asked for
+        model = self.lazy.model if self.lazy.behind else self.lazy.model.base_model
         return model(input_ids=tokens.to(self._device), use_cache=False)
 
     def _hand(self, forward: Forward, block: int, form: str, hidden: Iterator[Tensor]) -> None:
