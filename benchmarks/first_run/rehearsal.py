@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -106,6 +107,7 @@ class Generator(torch.Generator):
     """One of the host that says which device it was asked for."""
 
     own: torch.device
+    device: torch.device = cast(Any, property(attrgetter("own")))  # of torch's it is that of the host
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         made = super().__new__(cls, "cpu")
@@ -114,11 +116,6 @@ class Generator(torch.Generator):
 
     def __init__(self, *_: Any) -> None:
         pass
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """As given."""
-        return self.own
 
 
 class Event:

@@ -101,6 +101,7 @@ class Ranks:
         """Sums on all ranks."""
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             for message in self._messages([tensor for tensor in tensors if tensor.dtype == dtype]):
+                message.pack()
                 self._talk(partial(dist.all_reduce, message.content.view(dtype)))
                 message.unpack()
 
@@ -113,13 +114,17 @@ class Ranks:
     def send_next(self, tensors: Sequence[Tensor]) -> None:
         """Send to the next rank."""
         for message in self._messages(tensors) if self.rank + 1 < self.size else ():
+            message.pack()
             self._send(message.content, self.rank + 1)
 
     def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Broadcast."""
         for message in self._messages(tensors):
+            if self.rank == owner:
+                message.pack()
             self._talk(partial(dist.broadcast, message.content, owner))
-            message.unpack()
+            if self.rank != owner:
+                message.unpack()
 
     def all_gather_object(self, value: _Value) -> list[_Value]:
         """Values of all ranks, in one message where they are small, in two where one is not."""

@@ -12,7 +12,8 @@ MESSAGE_BYTES = 1 << 24
 
 
 class Message:
-    """Tensors side by side. content: their bytes, uint8 [n]: in `buffer`, or where the only one lies in one piece."""
+    """Tensors side by side. content: their bytes, uint8 [n], in `buffer` once they are packed; the bytes themselves of
+    a single tensor that lies in one piece."""
 
     def __init__(self, tensors: Sequence[Tensor], buffer: Tensor) -> None:
         self._copied: list[tuple[Tensor, Tensor]] = []
@@ -22,19 +23,24 @@ class Message:
             return
         taken = 0
         for tensor in tensors:
-            copy = buffer[taken : taken + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            self._copied.append((tensor, copy.copy_(tensor)))
+            place = buffer[taken : taken + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            self._copied.append((tensor, place))
             taken += tensor.nbytes
         self.content = buffer[:taken]
 
+    def pack(self) -> None:
+        """Make the content what the tensors are; whoever only receives need not."""
+        for tensor, place in self._copied:
+            place.copy_(tensor)
+
     def unpack(self) -> None:
         """Give the tensors what the content has become."""
-        for tensor, copy in self._copied:
-            tensor.copy_(copy)
+        for tensor, place in self._copied:
+            tensor.copy_(place)
 
 
 def messages(tensors: Sequence[Tensor], buffer: Tensor) -> Iterator[Message]:
-    """All elements of the tensors, in few messages; each is to be sent, or received and unpacked, before the next.
+    """All elements of the tensors, in few messages. Each is packed and sent, or received and unpacked, before the next.
 
     The only memory that it takes is `buffer`, uint8 [`MESSAGE_BYTES`]: ranks that are in the middle of a sum cannot run
     out of it. Messages are the same on every rank, whichever tensors lie in one piece there.

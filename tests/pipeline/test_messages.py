@@ -30,6 +30,7 @@ def test_every_element_travels_between_tensors_that_lie_otherwise(generator):
     one, other = (torch.empty(ROOM, dtype=torch.uint8) for _ in range(2))
     count = 0
     for here, there in zip(messages(sent, one), messages(received, other), strict=True):
+        here.pack()
         assert here.content.shape == there.content.shape and here.content.nbytes <= ROOM
         there.content.copy_(here.content)
         there.unpack()
