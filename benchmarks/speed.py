@@ -1,9 +1,10 @@
 """What a run costs on this machine, beside one plain forward pass and a rival, in turns within one run.
 
-    python -m benchmarks.speed MODEL TOKENS.safetensors results.json [--rounds 3] [--rival PYTHON]
+    python -m benchmarks.speed MODEL TOKENS.safetensors results.json [--rounds 3] [--rival PYTHON] [--rival-dtype float32]
 
 Each is a process of its own, measured whole (imports, reading and writing included) by the operating system: wall and
-CPU seconds and peak memory. --rival is the Python of the environment that `rivals/llmcompressor_oneshot.py` describes.
+CPU seconds and peak memory. --rival is the Python of the environment that `rivals/llmcompressor_oneshot.py` describes; it is given the dtype that it
+is fastest in, float32 where the CPU has no bf16 products.
 Rounds are added to those of a results file that exists, so a machine can be kept quiet for a round at a time.
 """
 
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rival", help="Python of an environment with llm-compressor")
+    parser.add_argument("--rival-dtype", choices=("auto", "float32"), default="auto")
     args = parser.parse_args()
     known = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
     runs: dict[str, list[dict[str, float]]] = known.get("runs", {})
@@ -96,7 +98,14 @@ def main() -> None:
                 "sarqc": [sys.executable, "-c", QUANTIZE, *inputs, folder],
             }
             if args.rival:
-                commands["llm-compressor"] = [args.rival, str(RIVAL), *inputs, f"{folder}/rival"]
+                commands["llm-compressor"] = [
+                    args.rival,
+                    str(RIVAL),
+                    *inputs,
+                    f"{folder}/rival",
+                    "--dtype",
+                    args.rival_dtype,
+                ]
             for name, command in commands.items():
                 runs.setdefault(name, []).append(measure(command))
                 print(name, runs[name][-1], flush=True)
@@ -109,6 +118,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "medians": medians,
         "ratios": ratios,
+        "rival_dtype": args.rival_dtype,
         "runs": runs,
         "versions": versions(),
         "cpus": os.cpu_count(),

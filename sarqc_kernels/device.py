@@ -21,6 +21,7 @@ from torch import Tensor
 from sarqc_kernels.backend import Implementation
 
 __all__ = [
+    "FUSED",
     "SHARED_BYTES",
     "Device",
     "device_info",
@@ -33,6 +34,10 @@ __all__ = [
 SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448,
                 120: 101_376, 121: 101_376}  # fmt: skip
 """Shared memory that one program can have, by capability; a card not listed here counts as the least, 101 376."""
+
+FUSED = {"enable_fp_fusion": True}
+"""An option of Triton's launches: a product and the sum that takes it are rounded once. That is its default up to 3.9,
+which warns that 3.10 has the other; so every launch says what it is compiled and counted with."""
 
 
 @dataclass(frozen=True)

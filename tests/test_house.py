@@ -216,3 +216,20 @@ def test_imports_are_light(statement, absent):
     check = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_every_launch_says_whether_products_and_sums_are_fused():
+    """Triton 3.10 changes the default, and with it numbers and counted instructions."""
+    launches, silent = 0, []
+    for path in sorted((ROOT / "sarqc_kernels").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "import triton" not in source:
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
+                continue
+            launches += 1
+            unpacked = {kw.value.id for kw in node.keywords if kw.arg is None and isinstance(kw.value, ast.Name)}
+            if not unpacked & {"FUSED", "OPTIONS"}:
+                silent.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert launches > 10 and not silent, silent

@@ -38,7 +38,7 @@ from sarqc_kernels.columns.config import MICRO, PANEL, Config, choose
 from sarqc_kernels.columns.grid import TRIALS, GridRule, Problem
 from sarqc_kernels.columns.grid_impl import clamped, fit, fit_wide, half_even
 from sarqc_kernels.columns.panels import Action, Work, factors_of, quantize
-from sarqc_kernels.device import device_info
+from sarqc_kernels.device import FUSED, device_info
 
 __all__ = ["CHUNK", "OPTIONS", "Steps", "kind_of", "limits", "quantize_columns"]
 
@@ -218,7 +218,7 @@ class Steps:
         _pull[grid](
             work.pull, work.delta, work.factor, work.usable, first, last, work.rows, work.columns,
             work.factor.stride(0), PANEL=PANEL, COLUMNS=own.product_columns, ROWS=own.product_rows,
-            DEPTH=own.product_depth, num_warps=own.product_warps, num_stages=own.product_stages,
+            DEPTH=own.product_depth, num_warps=own.product_warps, num_stages=own.product_stages, **FUSED,
         )  # fmt: skip
 
     def columns(self, work: Work, first: int, last: int, action: Action) -> None:

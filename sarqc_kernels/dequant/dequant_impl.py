@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.device import on_device
+from sarqc_kernels.device import FUSED, on_device
 
 __all__ = ["dequantize"]
 
@@ -117,7 +117,7 @@ def dequantize(
         _dequantize[(tiles,)](
             codes, scales, global_scale, out, rows, columns, block_rows, shared, *scales.shape[1:],
             PACKED=packed, SCALE=kind, LEVEL="none" if global_scale is None else "divide" if divide else "multiply",
-            ROWS=ROWS, GROUPS=COLUMNS // width, WIDTH=width, num_warps=WARPS,
+            ROWS=ROWS, GROUPS=COLUMNS // width, WIDTH=width, num_warps=WARPS, **FUSED,
         )  # fmt: skip
     return out
 

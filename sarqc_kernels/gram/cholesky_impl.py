@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.device import device_info, on_device
+from sarqc_kernels.device import FUSED, device_info, on_device
 
 __all__ = ["cholesky_upper"]
 
@@ -100,5 +100,5 @@ def cholesky_upper(hessian: Tensor, size: int | None = None) -> tuple[Tensor, Te
     if experts and inputs:
         own = {"SIZE": size, "DEPTH": size // 2, "num_warps": warps, "num_stages": 2}
         with on_device(hessian):
-            _factor[(experts,)](hessian.contiguous(), factor, info, inputs, **own)
+            _factor[(experts,)](hessian.contiguous(), factor, info, inputs, **own, **FUSED)
     return factor, info

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.device import Device, device_info, on_device
+from sarqc_kernels.device import FUSED, Device, device_info, on_device
 from sarqc_kernels.gram.config import FLUSH
 from sarqc_kernels.gram.triton_impl import _load
 
@@ -93,5 +93,5 @@ def cross_gram_accumulate_(cross: Tensor, residual: Tensor, x: Tensor) -> None:
         _cross[(-(-outputs // own.m) * -(-inputs // own.n),)](
             cross, high, low, x, tokens, outputs, inputs, high.stride(0), low.stride(0), x.stride(0), M=own.m, N=own.n,
             DEPTH=own.depth, FLUSH=FLUSH, HALVES=halves, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
-            num_warps=own.warps, num_stages=own.stages,
+            num_warps=own.warps, num_stages=own.stages, **FUSED,
         )  # fmt: skip

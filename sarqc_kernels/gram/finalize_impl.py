@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.device import on_device
+from sarqc_kernels.device import FUSED, on_device
 from sarqc_kernels.gram.triton_impl import tile_of
 
 __all__ = ["gram_finalize"]
@@ -73,8 +73,8 @@ def gram_finalize(gram: Tensor, rows: Tensor, saliency: Tensor, reg_lambda: Tens
         side = -(-inputs // SIZE)
         units = side * (side + 1) // 2
         with on_device(gram):
-            _mean_diagonal[(experts,)](gram, rows, mean, inputs, BLOCK=BLOCK, num_warps=WARPS)
+            _mean_diagonal[(experts,)](gram, rows, mean, inputs, BLOCK=BLOCK, num_warps=WARPS, **FUSED)
             _finalize[(experts * units,)](
-                gram, rows, saliency, reg_lambda, mean, out, damp, inputs, units, SIZE=SIZE, num_warps=WARPS
+                gram, rows, saliency, reg_lambda, mean, out, damp, inputs, units, SIZE=SIZE, num_warps=WARPS, **FUSED
             )
     return out

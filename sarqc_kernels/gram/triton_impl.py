@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sarqc_kernels.device import device_info, on_device
+from sarqc_kernels.device import FUSED, device_info, on_device
 from sarqc_kernels.gram.config import FLUSH, Plan, Tile, choose
 
 __all__ = ["gram_accumulate_", "launch", "tile_of"]
@@ -223,12 +223,12 @@ def launch(plan: Plan, gram: Tensor, rows: Tensor, abs_sum: Tensor, x: Tensor, o
     _accumulate[(plan.programs,)](
         x, x_m, x_n, gram, rows, abs_sum, offsets, partial, partial_abs, ragged=ragged, tokens=tokens, inputs=inputs,
         stride=x.stride(0), experts=experts, units=units, splits=splits, **shape,
-        **_constants(tile, x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        **_constants(tile, x.dtype), num_warps=tile.warps, num_stages=tile.stages, **FUSED,
     )  # fmt: skip
     if splits > 1:
         _collect[(experts * units, tile.m // _slice(tile.m, tile.n))](
             gram, abs_sum, offsets, partial, partial_abs, ragged, tokens, inputs, experts, units, splits, **shape,
-            SLICE=_slice(tile.m, tile.n), num_warps=4,
+            SLICE=_slice(tile.m, tile.n), num_warps=4, **FUSED,
         )  # fmt: skip
 
 

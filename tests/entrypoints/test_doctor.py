@@ -103,7 +103,7 @@ def test_a_wish_decides_what_is_marked(monkeypatch):
     ("versions", "words"),
     [
         ({"compressed-tensors": "0.20.0", "transformers": "5.23.0"}, "asymmetric"),
-        ({"triton": "3.9.0"}, "triton 3.9"),
+        ({"triton": "3.9.0"}, "spills"),
         ({"torch": "2.9.1+cu126"}, "torch before 2.10"),
         ({"transformers": "5.9.0"}, "transformers before 5.15"),
     ],

@@ -1,15 +1,17 @@
 """Triton's interpreter, made fit to hold kernels on a CPU: bf16 done right, loops that run with a recent numpy.
 
-The interpreter of triton 3.6 to 3.7.1 keeps bf16 as raw 16-bit integers in numpy. So `tl.dot` multiplies bit patterns,
+The interpreter of triton 3.6 to 3.9 keeps bf16 as raw 16-bit integers in numpy. So `tl.dot` multiplies bit patterns,
 arithmetic works on them without a complaint, and casts to bf16 cut bits off instead of rounding. Inline PTX it refuses.
-`repair()` changes five things and nothing else:
+`repair()` changes six things and nothing else:
 
 1. `tl.dot` widens bf16 operands to fp32 (exact) before it multiplies;
-2. casts from bf16 are exact, casts to bf16 round to nearest even, through fp32 where they come from another type;
+2. casts from bf16 are exact, casts to bf16 round to nearest even, through fp32 where they come from another type; what is
+   too large for fp16 becomes infinite (triton 3.9 makes NaN of it);
 3. sums, products and comparisons of bf16 go through fp32 and are rounded once, as a GPU does; other arithmetic on
    bf16 raises TypeError: a kernel has to say `.to(tl.float32)`;
 4. inline PTX is emulated (`ptx`), so that the text that a GPU would run is what is tested;
-5. reads and writes out of bounds, and races between programs, end the launch (`watch`).
+5. comparisons are of type int1: triton 3.9 makes integers of a scalar one where it meets a block;
+6. reads and writes out of bounds, and races between programs, end the launch (`watch`).
 
 Moving bf16 (load, store, `tl.where`, reshape, |x|) is right as it is. What stays unlike a GPU: `input_precision` is
 ignored (an fp32 dot is plain fp32), and programs run one after another.
@@ -70,7 +72,7 @@ def repair(module: Any) -> None:
     if hasattr(builder, "sarqc_repaired"):
         return
     builder.sarqc_repaired = True
-    bfloat16, float32 = module.tl.bfloat16, module.tl.float32
+    bfloat16, float16, float32, int1 = (getattr(module.tl, name) for name in ("bfloat16", "float16", "float32", "int1"))
 
     def is_bf16(value: Any) -> bool:
         return isinstance(value, handle) and value.dtype.scalar == bfloat16
@@ -84,12 +86,15 @@ def repair(module: Any) -> None:
     def rounding(cast: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(cast)
         def wrapper(self: Any, source: Any, target: Any, *mode: Any) -> Any:
-            scalar = target.scalar
+            scalar, nearest = target.scalar, module._ir.ROUNDING_MODE.RTZ not in mode
             if source.dtype.scalar == scalar:
                 return source
-            if scalar == bfloat16 and module._ir.ROUNDING_MODE.RTZ not in mode:
-                return handle(round_to_bf16(wide(source).data.astype(np.float32)), bfloat16)
             source = wide(source)
+            if scalar == bfloat16 and nearest:
+                return handle(round_to_bf16(source.data.astype(np.float32)), bfloat16)
+            if scalar == float16 and nearest:
+                with np.errstate(over="ignore"):
+                    return handle(source.data.astype(np.float16), float16)
             return source if source.dtype.scalar == scalar else cast(self, source, target, *mode)
 
         return wrapper
@@ -106,10 +111,14 @@ def repair(module: Any) -> None:
     def rounded(operation: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(operation)
         def wrapper(self: Any, first: Any, second: Any, op: Any) -> Any:
-            if not (is_bf16(first) and is_bf16(second)):
-                return refusing(operation)(self, first, second, op)
-            result = operation(self, wide(first), wide(second), op)  # fp32 has more than twice the bits: one rounding
-            return handle(round_to_bf16(result.data), bfloat16) if result.data.dtype == np.float32 else result
+            both = is_bf16(first) and is_bf16(second)
+            if not both:
+                result = refusing(operation)(self, first, second, op)
+            else:  # fp32 has more than twice the bits: one rounding
+                result = operation(self, wide(first), wide(second), op)
+            if result.data.dtype == np.bool_:
+                return handle(result.data, int1)
+            return handle(round_to_bf16(result.data), bfloat16) if both else result
 
         return wrapper
 

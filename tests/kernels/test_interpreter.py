@@ -46,6 +46,14 @@ def fused_kernel(a, BLOCK: tl.constexpr):  # type: ignore[name-defined]
 
 
 @triton.jit
+def masked_kernel(a, first, stop, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+    """Writes 1 to elements below `stop`, in calls with first > 0 alone."""
+    at = tl.arange(0, BLOCK)
+    mask = (at < stop) & (first > 0)
+    tl.store(a + at, tl.load(a + at, mask=mask, other=0.0) + 1.0, mask=mask)
+
+
+@triton.jit
 def touching_kernel(a, b, read, write, size, BLOCK: tl.constexpr):  # type: ignore[name-defined]
     """Program i reads from i * read on and writes from i * write on."""
     at = tl.arange(0, BLOCK)
@@ -101,6 +109,13 @@ def test_other_bf16_arithmetic_is_refused(device):
         pytest.skip("a GPU multiplies and adds bf16 as it should")
     with pytest.raises(Exception, match="widen with"):
         fused_kernel[(1,)](torch.ones(16, dtype=torch.bfloat16), BLOCK=16)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_scalar_masks_a_block(first, device):
+    values = torch.zeros(16, device=device)
+    masked_kernel[(1,)](values, first, 10, BLOCK=16)
+    assert values.tolist() == [float(first > 0)] * 10 + [0.0] * 6
 
 
 def test_bits_agree_with_torch(generator):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from sarqc_kernels.device import device_info, on_device
+from sarqc_kernels.device import FUSED, device_info, on_device
 from sarqc_kernels.w4a16.config import choose
 from sarqc_kernels.w4a16.layout import RepackedWeight
 from sarqc_kernels.w4a16.routing import Routing
@@ -37,6 +37,6 @@ def combined(parts: Tensor, x: Tensor, routing: Routing) -> Tensor:
     if rows:
         combine_kernel[(x.shape[0], triton.cdiv(outputs, SUM_COLUMNS))](
             parts, routing.slots.contiguous(), routing.weights.contiguous(), out, x.shape[0], rows, outputs, splits,
-            CHOICES=routing.slots.shape[0], SIZE=SUM_COLUMNS,
+            CHOICES=routing.slots.shape[0], SIZE=SUM_COLUMNS, **FUSED,
         )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sarqc_kernels.device import Device, device_info, interpreting, on_device
+from sarqc_kernels.device import FUSED, Device, device_info, interpreting, on_device
 from sarqc_kernels.w4a16.config import (
     Plan,
     choose,
@@ -94,7 +94,7 @@ def product(
         ASYMMETRIC=weight.zeros is not None, BIASED=bias is not None, SPLIT=split,
         WHOLE=weight.in_features % TILE_K == 0, INDEXED=index is not None, GATED=gated, BLOCK_M=plan.block_m,
         TAIL=plan.tail, BLOCK_N=plan.block_n, FOLDED=plan.folded, PERSISTENT=plan.resident > 0,
-        PDL=split and overlaps(device), **_options(plan),
+        PDL=split and overlaps(device), **_options(plan), **FUSED,
     )  # fmt: skip
     return parts
 
@@ -124,7 +124,7 @@ def summed(
         pdl = overlaps(device_info(parts.device))
         sum_kernel[(rows, triton.cdiv(outputs, SUM_COLUMNS))](
             parts, _or(offsets, weight.words), out, rows, outputs, splits, EXPERTS=experts, GATED=gated,
-            SIZE=SUM_COLUMNS, PDL=pdl, launch_pdl=pdl,
+            SIZE=SUM_COLUMNS, PDL=pdl, launch_pdl=pdl, **FUSED,
         )  # fmt: skip
     return out
 
@@ -148,6 +148,6 @@ def _expanded(plan: Plan, x: Tensor, weight: RepackedWeight, bias: Tensor | None
         weight.words, weight.scales, _or(weight.zeros, weight.words), matrix, weight.out_features, weight.in_features,
         k_tiles, _tiles_per_group(weight), padded, BITS=weight.bits,
         SUB=groups_per_tile(weight.group_size, weight.in_features),
-        ASYMMETRIC=weight.zeros is not None, BLOCK_N=plan.block_n, num_warps=plan.warps,
+        ASYMMETRIC=weight.zeros is not None, BLOCK_N=plan.block_n, num_warps=plan.warps, **FUSED,
     )  # fmt: skip
     return x @ matrix.T if bias is None else torch.addmm(bias[0].to(x.dtype), x, matrix.T)

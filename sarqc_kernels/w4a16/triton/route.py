@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sarqc_kernels.device import on_device
+from sarqc_kernels.device import FUSED, on_device
 
 __all__ = ["route", "route_kernel"]
 
@@ -65,6 +65,6 @@ def route(choices: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tenso
     with on_device(choices):
         route_kernel[(experts,)](
             choices.contiguous(), weights.contiguous(), offsets, tokens, slots, own, count, experts, TOP_K=top_k,
-            SIZE=min(SIZE, triton.next_power_of_2(max(16, count * top_k))), num_warps=WARPS,
+            SIZE=min(SIZE, triton.next_power_of_2(max(16, count * top_k))), num_warps=WARPS, **FUSED,
         )  # fmt: skip
     return offsets, tokens, slots, own
