@@ -1,11 +1,11 @@
 """What a run costs on this machine, beside one plain forward pass and a rival, in turns within one run.
 
-    python -m benchmarks.speed MODEL TOKENS.safetensors results.json [--rounds 3] [--rival PYTHON] [--rival-dtype float32]
+    python -m benchmarks.speed MODEL TOKENS.safetensors results.json [--rounds 3] [--rival PYTHON] [--rival-dtype DTYPE]
 
 Each is a process of its own, measured whole (imports, reading and writing included) by the operating system: wall and
-CPU seconds and peak memory. --rival is the Python of the environment that `rivals/llmcompressor_oneshot.py` describes; it is given the dtype that it
-is fastest in, float32 where the CPU has no bf16 products.
-Rounds are added to those of a results file that exists, so a machine can be kept quiet for a round at a time.
+CPU seconds and peak memory. --rival is the Python of the environment that `rivals/llmcompressor_oneshot.py` describes;
+it is given the dtype that it is fastest in, float32 where the CPU has no bf16 products. Rounds are added to those of a
+results file that exists, so a machine can be kept quiet for a round at a time.
 """
 
 from __future__ import annotations

@@ -93,8 +93,11 @@ _NOT_TAKEN = {
     "Hessian for each part. It is left in 16 bits.",
     ("longcat_flash",): "its experts hold matrices for identity experts too, in one of two parameters, and pass tokens "
     "by them in code of their own.",
-    ("zamba", "zamba2"): "one transformer block stands in several places. Blocks are loaded and solved one by one, so "
-    "a weight that several of them share is neither loaded nor solved.",
+    (
+        "zamba",
+        "zamba2",
+    ): "one transformer block stands in several places. Blocks are solved one by one, so a weight that "
+    "several of them share stays in 16 bits.",
     ("llama@bin",): "pickle files can run code, so they are refused on purpose. `save_pretrained` in transformers "
     "writes safetensors, which are taken.",
     ("gemma3_text@vlprefix",): "transformers does not find tensors by these names either, and would leave the model "

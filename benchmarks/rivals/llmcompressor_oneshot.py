@@ -3,13 +3,13 @@
 In a virtual environment of its own (it pins other versions than we do):
 
     pip install torch==2.13.0 && pip install llmcompressor==0.14.0.1 auto-round==0.15.1
-    python llmcompressor_oneshot.py MODEL TOKENS.safetensors OUT [--modifier gptq] [--bits 4] [--group-size 64] [--dtype auto]
+    python llmcompressor_oneshot.py MODEL TOKENS.safetensors OUT [--modifier gptq] [--bits 4] [--group-size 64]
 
 TOKENS holds int64 [S, L] under the name `tokens`, as `python -m benchmarks.quality.tokens` writes it. Everything else
 is as its authors set it: GPTQ with static activation order and damping 0.01; AWQ with 20 grid points and duo scaling
 tried both ways, which costs it time and serves it best; AutoRound with 200 steps a block. lm_head is left. The model is
-loaded as it is stored; on a CPU without bf16 products it is eight times as fast with --dtype float32. Where there
-is no GPU its AWQ fails in pinning memory for one; that step changes no number and is left out. It saves Mixtral's
+loaded as it is stored; a CPU without bf16 products takes EIGHT times as long for it as with --dtype float32. Where
+there is no GPU its AWQ fails in pinning memory for one; that step changes no number and is left out. It saves Mixtral's
 experts under other names than the model's; they get their own. Prints one JSON line with wall, CPU and peak memory.
 """
 

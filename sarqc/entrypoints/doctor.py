@@ -173,8 +173,8 @@ def warnings(installed: dict[str, str]) -> list[str]:
         ),
         (
             since("triton", 3, 8),
-            "triton 3.8 and later compile some kernels with spills, which makes them slower, not wrong; 3.6.0 and 3.7.1 "
-            "compile all without (docs/limits.md)",
+            "triton 3.8 and later compile some kernels with spills, which makes them slower, not wrong; 3.6.0 and "
+            "3.7.1 compile all without (docs/limits.md)",
         ),
         (
             since("compressed-tensors", 0, 20) and since("transformers", 5, 0),

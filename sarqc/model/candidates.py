@@ -130,9 +130,12 @@ def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: 
         if _is_block_diagonal(module):
             rule = "it is block-diagonal: each of its parts reads inputs of its own"
         refusal = f"{type(module).__name__} is not a plain Linear"
+    if (other := _tied(lazy, parameter)) is not None:
+        yield Candidate(whole, rule, f"its weight is that of {other} too, and blocks are solved one by one")
+        return
     if not slices or slices[0].linear is None:
         made = slices[0].conversion if slices else None
-        how = f"transformers makes it from {slices[0].name} by {made}" if made else "its weight is shared or renamed"
+        how = f"transformers makes it from {slices[0].name} by {made}" if made else "its weight is renamed"
         yield Candidate(whole, rule, f"{how}, so the checkpoint has no name for it")
         return
     for stored in slices:

@@ -218,13 +218,13 @@ class LazyModel:
     ) -> None:
         """Load unit `index` alone; its tensors are read one at a time, so the peak is the block and one tensor."""
         self.use_dtype(dtype or self.dtype)
-        for parameter in self.parameters(index):
+        for parameter in (*self.parameters(index), *self._shared(index)):
             self._load(parameter, source, torch.device(device))
         self._move_buffers(self.units[index], torch.device(device))
 
     def unload_block(self, index: int) -> None:
-        """Send the unit's stored tensors back to meta."""
-        for parameter in self.parameters(index):
+        """Send the unit's tensors back to meta."""
+        for parameter in (*self.parameters(index), *self._shared(index)):
             self._empty(parameter)
 
     def parameters(self, index: int) -> list[str]:
@@ -250,6 +250,14 @@ class LazyModel:
     def _tensor(self, parameter: str) -> Tensor:
         return _find(self.model, parameter)
 
+    def _shared(self, index: int) -> list[str]:
+        """Parameters of a unit that the checkpoint stores as those of another block; each has them in memory of its
+        own."""
+        start, inside = f"{self.unit_name(index)}.", f"{self.prefix}."
+        tied: dict[str, str] = self.model.all_tied_weights_keys
+        mine = (name for name, origin in tied.items() if name.startswith(start) and origin.startswith(inside))
+        return [name for name in mine if name not in self.slices]
+
     def _outer(self) -> list[str]:
         present = self.model.state_dict().keys()  # what is packed is none of them
         return [name for name in self.slices if not name.startswith(f"{self.prefix}.") and name in present]
@@ -257,7 +265,8 @@ class LazyModel:
     def _load(self, parameter: str, source: TensorSource, device: torch.device) -> None:
         like = _find(self.model, parameter)
         kept = self._kept_dtype(parameter, like)
-        _assign(self.model, parameter, assemble(self.slices[parameter], source, like.shape, device, kept))
+        stored = self.slices.get(parameter) or self.slices[self.model.all_tied_weights_keys[parameter]]
+        _assign(self.model, parameter, assemble(stored, source, like.shape, device, kept))
 
     def _kept_dtype(self, parameter: str, like: Tensor) -> torch.dtype:
         """The dtype a tensor is loaded in: transformers names some that stay fp32 in a half-precision model."""

@@ -5,8 +5,8 @@ arithmetic works on them without a complaint, and casts to bf16 cut bits off ins
 `repair()` changes six things and nothing else:
 
 1. `tl.dot` widens bf16 operands to fp32 (exact) before it multiplies;
-2. casts from bf16 are exact, casts to bf16 round to nearest even, through fp32 where they come from another type; what is
-   too large for fp16 becomes infinite (triton 3.9 makes NaN of it);
+2. casts from bf16 are exact, casts to bf16 round to nearest even, through fp32 where they come from another type;
+   what is too large for fp16 becomes infinite (triton 3.9 makes NaN of it);
 3. sums, products and comparisons of bf16 go through fp32 and are rounded once, as a GPU does; other arithmetic on
    bf16 raises TypeError: a kernel has to say `.to(tl.float32)`;
 4. inline PTX is emulated (`ptx`), so that the text that a GPU would run is what is tested;
