@@ -68,8 +68,7 @@ def _buffers(plan: Plan, windows: int, seqlen: int, ranks: int) -> HostBuffers:
 
 def _stored(plan: Plan, index: int) -> int:
     """Bytes of a block in the checkpoint."""
-    names = {stored.name for parameter in plan.lazy.parameters(index) for stored in plan.lazy.slices[parameter]}
-    return sum(shapes.stored_bytes(plan, name) for name in names)
+    return sum(shapes.stored_bytes(plan, name) for name in plan.lazy.tensors(index))
 
 
 def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[Memory]:

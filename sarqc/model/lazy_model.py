@@ -218,14 +218,19 @@ class LazyModel:
     ) -> None:
         """Load unit `index` alone; its tensors are read one at a time, so the peak is the block and one tensor."""
         self.use_dtype(dtype or self.dtype)
-        for parameter in (*self.parameters(index), *self._shared(index)):
+        for parameter in self._loaded(index):
             self._load(parameter, source, torch.device(device))
         self._move_buffers(self.units[index], torch.device(device))
 
     def unload_block(self, index: int) -> None:
         """Send the unit's tensors back to meta."""
-        for parameter in (*self.parameters(index), *self._shared(index)):
+        for parameter in self._loaded(index):
             self._empty(parameter)
+
+    def tensors(self, index: int) -> list[str]:
+        """Names of the checkpoint tensors that `load_block` reads, each once."""
+        loaded = self._loaded(index)
+        return list(dict.fromkeys(stored.name for parameter in loaded for stored in self._stored(parameter)))
 
     def parameters(self, index: int) -> list[str]:
         """Full names of the stored parameters and buffers of unit `index` that the model has at the moment."""
@@ -250,13 +255,16 @@ class LazyModel:
     def _tensor(self, parameter: str) -> Tensor:
         return _find(self.model, parameter)
 
-    def _shared(self, index: int) -> list[str]:
-        """Parameters of a unit that the checkpoint stores as those of another block; each has them in memory of its
-        own."""
+    def _loaded(self, index: int) -> list[str]:
+        """The parameters of a unit, and those that the checkpoint stores as another block's; each block has them in
+        memory of its own."""
         start, inside = f"{self.unit_name(index)}.", f"{self.prefix}."
         tied: dict[str, str] = self.model.all_tied_weights_keys
         mine = (name for name, origin in tied.items() if name.startswith(start) and origin.startswith(inside))
-        return [name for name in mine if name not in self.slices]
+        return [*self.parameters(index), *(name for name in mine if name not in self.slices)]
+
+    def _stored(self, parameter: str) -> tuple[TensorSlice, ...]:
+        return self.slices.get(parameter) or self.slices[self.model.all_tied_weights_keys[parameter]]
 
     def _outer(self) -> list[str]:
         present = self.model.state_dict().keys()  # what is packed is none of them
@@ -265,8 +273,7 @@ class LazyModel:
     def _load(self, parameter: str, source: TensorSource, device: torch.device) -> None:
         like = _find(self.model, parameter)
         kept = self._kept_dtype(parameter, like)
-        stored = self.slices.get(parameter) or self.slices[self.model.all_tied_weights_keys[parameter]]
-        _assign(self.model, parameter, assemble(stored, source, like.shape, device, kept))
+        _assign(self.model, parameter, assemble(self._stored(parameter), source, like.shape, device, kept))
 
     def _kept_dtype(self, parameter: str, like: Tensor) -> torch.dtype:
         """The dtype a tensor is loaded in: transformers names some that stay fp32 in a half-precision model."""

@@ -282,8 +282,7 @@ class _Driver:
             lazy.load_block(index, self.solving.source, self.solving.device, self.dtype)
             check_weights(lazy, self.selected.of_block(index))
             if self.prefetched and index + 1 < len(lazy.units):
-                parameters = lazy.parameters(index + 1)
-                self.prefetched.read(stored.name for name in parameters for stored in lazy.slices[name])
+                self.prefetched.read(lazy.tensors(index + 1))
 
     def _check_leaving(self, index: int, lost: int, streams: Streams) -> None:
         """`NumericError` where too much of what leaves a block, on all ranks, is not finite; a note where something

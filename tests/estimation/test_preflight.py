@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def test_a_configuration_is_enough(sources, tmp_path):
         bare.mkdir()
         shutil.copy(source / "config.json", bare)
         whole, outline = estimate(source, tmp_path / "out", **SMALL), estimate(bare, tmp_path / "out", **SMALL)
-        assert outline.kinds == whole.kinds and outline.serve == whole.serve and outline.sizes == whole.sizes
+        assert outline.kinds == whole.kinds and outline.serve == whole.serve
+        # transformers 5.24 would save DeepSeek's routers in fp32, where these and published ones have bf16
+        assert asdict(outline.sizes) == pytest.approx(asdict(whole.sizes), rel=0.005)
         with pytest.raises(sarqc.SarqcError, match="safetensors"):
             sarqc.quantize(bare, tmp_path / "out", **SMALL)
 
