@@ -93,11 +93,13 @@ _NOT_TAKEN = {
     "Hessian for each part. It is left in 16 bits.",
     ("longcat_flash",): "its experts hold matrices for identity experts too, in one of two parameters, and pass tokens "
     "by them in code of their own.",
-    (
-        "zamba",
-        "zamba2",
-    ): "one transformer block stands in several places. Blocks are solved one by one, so a weight that "
+    ("zamba", "zamba2"): "one transformer block stands in several places. Blocks are solved one by one, so what "
     "several of them share stays in 16 bits.",
+    (
+        "inkling2_loop_text",
+    ): "its experts are in one tensor, and transformers has no names for single ones of this class.",
+    ("xlstm",): "runs in fp32 alone. In bf16 its own code mixes dtypes, and the run is refused before anything is "
+    "written, with `--dtype float32` as the way out.",
     ("llama@bin",): "pickle files can run code, so they are refused on purpose. `save_pretrained` in transformers "
     "writes safetensors, which are taken.",
     ("gemma3_text@vlprefix",): "transformers does not find tensors by these names either, and would leave the model "
@@ -115,7 +117,7 @@ _KNOWN = {
     r"ignore_mismatched_sizes": "it joins `weight_shape` of two packed layers as it joins their weights",
     r"has no attribute 'weight'": "it initialises `weight` of a packed layer, which has none",
 }
-"""Causes, by what transformers says or misses; each was traced in its code (5.23.0)."""
+"""Causes, by what transformers says or misses; each was traced in its code (5.23.0, 5.24.0)."""
 
 
 def _causes(names: list[str], rows: dict[str, dict[str, Any]]) -> dict[str, list[str]]:

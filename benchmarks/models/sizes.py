@@ -8,6 +8,7 @@ VOCABULARY = 4096
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "hidden_size": 128,
     "d_model": 128,
     "n_embd": 128,
