@@ -28,15 +28,15 @@ def leaves(names):
 def test_every_target_comes_out_once_and_norms_with_them(tiny, arch, method):
     case = tiny(arch, torch.bfloat16)
     results = run(case, method)
-    assert [name for result in results for name in result.weights] == list(targets(case.lazy(), QUANT).linears)
+    lazy = case.lazy()
+    assert [name for result in results for name in result.weights] == list(targets(lazy, QUANT).linears)
     for result in results:
         norms = [name for name in result.changed if "norm" in name]
         assert norms and all(f".layers.{result.index}." in name for name in result.changed)
         assert not result.changed.keys() & {f"{name}.weight" for name in result.weights}
         for name, tensor in result.changed.items():
-            assert (
-                tensor.dtype == torch.bfloat16 and tensor.shape == case.source.shape(name) and tensor.isfinite().all()
-            )
+            kept = torch.float32 if lazy.stays_in_fp32(name) else torch.bfloat16  # transformers 5.24: some routers
+            assert tensor.dtype == kept and tensor.shape == case.source.shape(name) and tensor.isfinite().all()
         for report in result.reports:
             assert 0 <= report.exponent <= EXPONENTS[-1]
             assert (report.unscaled is None) == (arch != "deepseek_v3" or "o_proj" not in report.site)
