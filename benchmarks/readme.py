@@ -139,13 +139,14 @@ def _place(method: str) -> tuple[int, str]:
 def speed() -> str:
     """One run beside a forward pass and a rival, on each processor that there is a record of."""
     names = {"forward": "one forward pass", "sarqc": "sarqc quantize", "llm-compressor": "llm-compressor 0.14 GPTQ"}
-    records = [_read(path.stem) for path in sorted(RESULTS.glob("cpu-smollm2-speed*.json"))]
+    records = [_read(path.stem) for path in sorted(RESULTS.glob("cpu-smollm2-speed*.json"), reverse=True)]
     first, lines, ratios = records[0], [], []
     for record in records:
-        processor = _processor(record)
+        processor, dtype = _processor(record), record.get("rival_dtype", "auto")
         for name, row in record["medians"].items():
             cells = (row["inner_seconds"], row["wall_seconds"], row["cpu_seconds"], row["peak_mib"])
-            lines.append(f"| {processor} | {names[name]} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
+            what = names[name] + (f" in {dtype}" if name == "llm-compressor" and dtype != "auto" else "")
+            lines.append(f"| {processor} | {what} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
         measured = record["ratios"]
         ratios.append(
             f"On the {processor} SARQC takes {measured['run / forward']} times as long as one forward pass of the "
@@ -155,7 +156,7 @@ def speed() -> str:
     return "\n".join(
         [
             f"SmolLM2-135M at 4 bits in groups of 64, 16 sequences of 512 tokens, {first['cpus']} CPU cores, in turns; "
-            f"torch {first['versions']['torch']}, transformers {first['versions']['transformers']}, "
+            f"torch {first['versions']['torch']}, transformers {_each(records, 'transformers')}, "
             f"medians of {' and '.join(str(len(record['runs']['sarqc'])) for record in records)} rounds:",
             "",
             "| processor | | seconds, without start-up | seconds, whole process | CPU seconds | peak MiB |",
@@ -167,6 +168,11 @@ def speed() -> str:
             _contention(),
         ]
     )
+
+
+def _each(records: list[dict[str, Any]], package: str) -> str:
+    """Versions of a package in records, each once."""
+    return " and ".join(dict.fromkeys(record["versions"][package] for record in records))
 
 
 def _processor(record: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ In a virtual environment of its own (it pins other versions than we do):
 TOKENS holds int64 [S, L] under the name `tokens`, as `python -m benchmarks.quality.tokens` writes it. Everything else
 is as its authors set it: GPTQ with static activation order and damping 0.01; AWQ with 20 grid points and duo scaling
 tried both ways, which costs it time and serves it best; AutoRound with 200 steps a block. lm_head is left. The model is
-loaded as it is stored; a CPU without bf16 products takes EIGHT times as long for it as with --dtype float32. Where
+loaded as it is stored; a CPU without bf16 products takes 4.6 times as long for it as with --dtype float32. Where
 there is no GPU its AWQ fails in pinning memory for one; that step changes no number and is left out. It saves Mixtral's
 experts under other names than the model's; they get their own. Prints one JSON line with wall, CPU and peak memory.
 """
