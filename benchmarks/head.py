@@ -46,15 +46,16 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     args = parser.parse_args()
-    rows = []
+    record: dict[str, Any] = {"windows": WINDOWS, "seqlen": SEQLEN, "group_size": GROUP_SIZE, "versions": versions()}
+    record["rows"] = []
     with tempfile.TemporaryDirectory() as folder:
         model = untied(args.model, Path(folder, "model"))
         for bits in args.bits:
             for include in ((), ("lm_head",)):
-                rows.append(measured(model, Path(folder, f"{bits}-{len(include)}"), bits, include))
-                print(rows[-1], flush=True)
-    record = {"windows": WINDOWS, "seqlen": SEQLEN, "group_size": GROUP_SIZE, "rows": rows, "versions": versions()}
-    args.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                out = Path(folder, f"{bits}-{len(include)}")
+                record["rows"].append(measured(model, out, bits, include))
+                args.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                print(record["rows"][-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -95,9 +95,8 @@ _NOT_TAKEN = {
     "by them in code of their own.",
     ("zamba", "zamba2"): "one transformer block stands in several places. Blocks are solved one by one, so what "
     "several of them share stays in 16 bits.",
-    (
-        "inkling2_loop_text",
-    ): "its experts are in one tensor, and transformers has no names for single ones of this class.",
+    ("inkling2_loop_text",): "its experts are in one tensor, and transformers has no names for single ones of "
+    "this class.",
     ("xlstm",): "runs in fp32 alone. In bf16 its own code mixes dtypes, and the run is refused before anything is "
     "written, with `--dtype float32` as the way out.",
     ("llama@bin",): "pickle files can run code, so they are refused on purpose. `save_pretrained` in transformers "
