@@ -29,12 +29,12 @@ class Message:
         self.content = buffer[:taken]
 
     def pack(self) -> None:
-        """Make the content what the tensors are; whoever only receives need not."""
+        """Copy the tensors into the content. A receiver does not need it."""
         for tensor, place in self._copied:
             place.copy_(tensor)
 
     def unpack(self) -> None:
-        """Give the tensors what the content has become."""
+        """Copy the content into the tensors."""
         for tensor, place in self._copied:
             tensor.copy_(place)
 

@@ -1,5 +1,8 @@
 """The repaired interpreter against torch: bf16 casts bit for bit, bf16 products, refusal of raw bf16 arithmetic."""
 
+# mypy: disable-error-code="name-defined"
+# `tl` is what importorskip gives; types of a kernel are Triton's own.
+
 from __future__ import annotations
 
 import pytest
@@ -12,14 +15,14 @@ tl = pytest.importorskip("triton.language")
 
 
 @triton.jit
-def cast_kernel(source, target, count, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+def cast_kernel(source, target, count, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     values = tl.load(source + at, mask=at < count)
     tl.store(target + at, values.to(target.dtype.element_ty), mask=at < count)
 
 
 @triton.jit
-def dot_kernel(a, b, c, steps, SIZE: tl.constexpr):  # type: ignore[name-defined]
+def dot_kernel(a, b, c, steps, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     square = at[:, None] * SIZE + at[None, :]
     total = tl.zeros((SIZE, SIZE), tl.float32)
@@ -29,7 +32,7 @@ def dot_kernel(a, b, c, steps, SIZE: tl.constexpr):  # type: ignore[name-defined
 
 
 @triton.jit
-def arithmetic_kernel(a, b, out, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+def arithmetic_kernel(a, b, out, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x, y = tl.load(a + at), tl.load(b + at)
     tl.store(out + at, x + y)
@@ -39,14 +42,14 @@ def arithmetic_kernel(a, b, out, BLOCK: tl.constexpr):  # type: ignore[name-defi
 
 
 @triton.jit
-def fused_kernel(a, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+def fused_kernel(a, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     value = tl.load(a + at)
     tl.store(a + at, tl.fma(value, value, value))
 
 
 @triton.jit
-def masked_kernel(a, first, stop, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+def masked_kernel(a, first, stop, BLOCK: tl.constexpr):
     """Writes 1 to elements below `stop`, in calls with first > 0 alone."""
     at = tl.arange(0, BLOCK)
     mask = (at < stop) & (first > 0)
@@ -54,7 +57,7 @@ def masked_kernel(a, first, stop, BLOCK: tl.constexpr):  # type: ignore[name-def
 
 
 @triton.jit
-def touching_kernel(a, b, read, write, size, BLOCK: tl.constexpr):  # type: ignore[name-defined]
+def touching_kernel(a, b, read, write, size, BLOCK: tl.constexpr):
     """Program i reads from i * read on and writes from i * write on."""
     at = tl.arange(0, BLOCK)
     i = tl.program_id(0)

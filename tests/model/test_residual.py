@@ -52,8 +52,11 @@ def test_a_sum_that_is_made_twice_is_not_the_stream(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     found = []
-    monkeypatch.setattr(
-        block, "residual_writes", lambda *args, **how: found.append(residual_writes(*args, **how)) or {}
-    )
+
+    def recorded(*args, **options):
+        found.append(residual_writes(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(block, "residual_writes", recorded)
     sarqc.quantize(families.save("llama", tmp_path / "in"), tmp_path / "out", **SMALL)
     assert [write.reader for write in found[0].values()] == [None]
