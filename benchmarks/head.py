@@ -1,9 +1,9 @@
-"""What a quantized head costs: size, and perplexity on held-out text, with and without it.
+"""What a quantized head and quantized embeddings cost: size, and perplexity on held-out text, with and without them.
 
     python -m benchmarks.head benchmarks/results/head.json [--bits 4 3]
 
-SmolLM2-135M, whose head is tied to the embeddings and gets a weight of its own here. 16 sequences of 512 tokens, groups
-of 64; Python's language reference, calibrated on some topics and evaluated on the others.
+SmolLM2-135M, whose head is tied to the embeddings: where one of them is quantized, they are written apart. 16 sequences
+of 512 tokens, groups of 64; Python's language reference, calibrated on some topics and evaluated on the others.
 """
 
 from __future__ import annotations
@@ -14,30 +14,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import sarqc
 from sarqc.system import versions
 
 WINDOWS, SEQLEN, GROUP_SIZE = 16, 512, 64
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
+CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"include": (HEAD,)},
+    {"include": (HEAD, EMBEDDING)},
+    {"include": (HEAD, EMBEDDING), "embedding_bits": 8},
+)
 
 
-def untied(model: str, folder: Path) -> Path:
-    """The model with a head of its own, which has the weight of the embeddings."""
-    loaded, tokenizer = sarqc.load(model, dtype="bfloat16")
-    loaded.config.tie_word_embeddings = False
-    loaded.lm_head.weight = nn.Parameter(loaded.get_input_embeddings().weight.detach().clone())
-    loaded.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def measured(model: Path, out: Path, bits: int, include: tuple[str, ...]) -> dict[str, Any]:
+def measured(model: str, out: Path, bits: int, options: dict[str, Any]) -> dict[str, Any]:
     """A run and its evaluation."""
-    sarqc.quantize(model, out, bits=bits, group_size=GROUP_SIZE, include=include, num_samples=WINDOWS, seqlen=SEQLEN)
+    sarqc.quantize(model, out, bits=bits, group_size=GROUP_SIZE, num_samples=WINDOWS, seqlen=SEQLEN, **options)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     perplexity = sarqc.evaluate(out, seqlen=SEQLEN, max_windows=WINDOWS).perplexity
-    return {"bits": bits, "include": list(include), "bytes": size, "perplexity": perplexity}
+    return {"bits": bits, **options, "bytes": size, "perplexity": perplexity}
 
 
 def main() -> None:
@@ -49,11 +44,9 @@ def main() -> None:
     record: dict[str, Any] = {"windows": WINDOWS, "seqlen": SEQLEN, "group_size": GROUP_SIZE, "versions": versions()}
     record["rows"] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = untied(args.model, Path(folder, "model"))
         for bits in args.bits:
-            for include in ((), ("lm_head",)):
-                out = Path(folder, f"{bits}-{len(include)}")
-                record["rows"].append(measured(model, out, bits, include))
+            for number, options in enumerate(CASES):
+                record["rows"].append(measured(args.model, Path(folder, f"{bits}-{number}"), bits, options))
                 args.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                 print(record["rows"][-1], flush=True)
 

@@ -181,13 +181,25 @@ def _processor(record: dict[str, Any]) -> str:
 
 
 def _contention() -> str:
-    """What a run takes beside others."""
-    record = _read("cpu-contention")
-    ratios = record["ratios"]
-    return (
-        f"On the {_processor(record)} moe-8m takes {ratios['two at once']} times as long when two runs go at once, "
+    """What a run takes beside others, on each processor that there is a record of."""
+    records = [_read(path.stem) for path in sorted(RESULTS.glob("cpu-contention*.json"), reverse=True)]
+    each = [(_processor(record), record["ratios"]) for record in records]
+    return " ".join(
+        f"On the {processor} moe-8m takes {ratios['two at once']} times as long when two runs go at once, "
         f"{ratios['beside 1 busy']} times beside one busy thread and {ratios['beside 3 busy']} times beside three."
+        for processor, ratios in each
     )
+
+
+def head() -> str:
+    """What a quantized head and quantized embeddings cost."""
+    record = _read("head")
+    lines = ["| bits | also quantized | size | perplexity |", "|---|---|---|---|"]
+    for row in record["rows"]:
+        own = f", embeddings at {row['embedding_bits']} bits" if "embedding_bits" in row else ""
+        also = ", ".join(f"`{name}`" for name in row.get("include", ())) + own
+        lines.append(f"| {row['bits']} | {also} | {row['bytes'] / 1e6:.0f} MB | {row['perplexity']:.2f} |")
+    return "\n".join(lines)
 
 
 def effort() -> str:
@@ -275,6 +287,7 @@ def _mark(value: bool) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "picture": picture,
     "demo": demo,
+    "head": head,
     "whole": whole,
     "amounts": amounts,
     "divergence": divergence,

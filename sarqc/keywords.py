@@ -19,6 +19,7 @@ class QuantKeywords(TypedDict, total=False):
     sym: bool
     ignore: Sequence[str]
     include: Sequence[str]
+    embedding_bits: int | None
     avg_bits: float | None
     bit_options: Sequence[int]
     format: str

@@ -44,7 +44,14 @@ class QuantConfig(Config):
     include: Sequence[str] = option(
         (),
         kinds.several(kinds.regex(), repeated=True),
-        "Regular expression; Linears behind the decoder blocks whose names match are quantized too: lm_head.",
+        "Regular expression; Linears behind the decoder blocks and embeddings whose names match are quantized too: "
+        "lm_head, embed_tokens.",
+    )
+    embedding_bits: int | None = option(
+        None,
+        kinds.whole(2, 8),
+        "Bits of embeddings that include finds.",
+        default_text="as bits",
     )
     avg_bits: float | None = option(
         None,
@@ -75,6 +82,11 @@ class QuantConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.embedding_bits is not None and not self.include:
+            raise ArgumentError(
+                f"embedding_bits = {self.embedding_bits} has no effect alone: name the embeddings with include too, "
+                "as include = 'embed_tokens'"
+            )
         if self.avg_bits is None:
             if self.bit_options:
                 raise ArgumentError(f"bit_options = {self.bit_options} has no effect alone: give avg_bits too")
@@ -93,6 +105,10 @@ class QuantConfig(Config):
         object.__setattr__(self, "bit_options", widths)
         object.__setattr__(self, "bits", nominal)
 
+    def of(self, embedding: bool) -> QuantConfig:
+        """The format of an embedding, or of a Linear."""
+        return self.at(self.embedding_bits) if embedding and self.embedding_bits else self
+
     @property
     def levels(self) -> int:
         """Number of codes, 2^bits."""
@@ -100,7 +116,7 @@ class QuantConfig(Config):
 
     def at(self, bits: int) -> QuantConfig:
         """The format of layers of `bits`, where layers have different widths."""
-        return dataclasses.replace(self, bits=bits, avg_bits=None, bit_options=())
+        return dataclasses.replace(self, bits=bits, avg_bits=None, bit_options=(), embedding_bits=None)
 
     def divides(self, in_features: int) -> bool:
         """Whether a Linear with `in_features` inputs has whole groups; with "auto" that is seen later."""

@@ -6,8 +6,9 @@ are converted one at a time and written a shard at a time; at the end each is re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,19 @@ Progress = Callable[[int, int, str], None]
 class Conversion:
     """A quantized checkpoint and the format it is to be written in.
 
-    quant: what all its Linears follow. Raises `CheckpointError` for what the format cannot hold.
+    quant: what all its Linears follow. embeddings: which of its quantized matrices are such. Raises `CheckpointError`
+    for what the format cannot hold.
     """
 
-    def __init__(self, checkpoint: Checkpoint, target: Format) -> None:
+    def __init__(self, checkpoint: Checkpoint, target: Format, embeddings: Collection[str] = ()) -> None:
         if checkpoint.format is None:
             raise CheckpointError(f"{checkpoint.folder} is not quantized: `sarqc quantize` does that")
         self.checkpoint, self.target = checkpoint, target
-        self.quant, self._bits = spec_of(checkpoint)
+        self.quant, self._bits = spec_of(checkpoint, embeddings)
         target.check(self.quant)
-        for linear in _heads(checkpoint):
+        for linear in embeddings:
+            target.check_embedding(linear)
+        for linear in set(_heads(checkpoint)).difference(embeddings):
             target.check_head(linear)
         for linear in checkpoint.linears():
             target.check_layer(linear, checkpoint.describe(linear).shape, self.quant)
@@ -159,8 +163,11 @@ def units(names: Sequence[str], target: Format) -> list[list[str]]:
     return [[name for _, name in sorted(members)] for members in stacks.values()]
 
 
-def spec_of(checkpoint: Checkpoint) -> tuple[QuantConfig, dict[str, int]]:
-    """The spec that all quantized Linears follow, and the bits of each; `CheckpointError` where groups differ."""
+def spec_of(checkpoint: Checkpoint, embeddings: Collection[str] = ()) -> tuple[QuantConfig, dict[str, int]]:
+    """The spec that all quantized Linears follow, and the bits of each; `CheckpointError` where groups differ.
+
+    embeddings: those of them that are such.
+    """
     infos = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
     if not infos:
         raise CheckpointError(f"{checkpoint.folder} says it is quantized but holds no quantized Linear")
@@ -181,6 +188,10 @@ def spec_of(checkpoint: Checkpoint) -> tuple[QuantConfig, dict[str, int]]:
     choices = tuple(sorted(set(widths.values())))
     if len(choices) == 1:
         return QuantConfig(choices[0], group_size, sym), widths
+    linears, own = ({bits for name, bits in widths.items() if (name in embeddings) == one} for one in (False, True))
+    if len(linears) == len(own) == 1:
+        wanted = QuantConfig(group_size=group_size, sym=sym, include=tuple(embeddings), embedding_bits=own.pop())
+        return replace(wanted, bits=linears.pop()), widths
     average = round(checkpoint.storage().bits_per_weight or 0.0, 3)
     return QuantConfig(group_size=group_size, sym=sym, avg_bits=average, bit_options=choices), widths
 

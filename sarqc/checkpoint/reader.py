@@ -136,7 +136,7 @@ class Checkpoint(Closing):
         """Show single matrices, by name, in the place of the tensors that they lie in; this checkpoint, changed."""
         whole = {part.tensor for part in slices.values()}
         self._names = sorted((set(self._names) - whole) | slices.keys())
-        self._slices = dict(slices)
+        self._slices |= slices
         return self
 
     def _matrix(self, tensor: str, expert: int | None) -> Tensor:

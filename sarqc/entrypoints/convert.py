@@ -12,6 +12,7 @@ from sarqc.checkpoint.formats import FORMATS
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import ArgumentError
 from sarqc.model.hub import locate
+from sarqc.pipeline.write import embeddings
 from sarqc.report import report as reports
 from sarqc.report.schema import SIZES
 
@@ -42,7 +43,8 @@ def convert(
         out: Folder to write.
         format: Key of the table of formats.
         overwrite: Replace a checkpoint at `out`.
-        trust_remote_code: Copy the Python files of the model too.
+        trust_remote_code: Copy the Python files of the model too, and run them where something is quantized outside
+            the blocks.
         progress: Called as progress(done, total, tensor).
 
     Returns:
@@ -59,7 +61,7 @@ def convert(
     folder = locate(source, trust_remote_code=trust_remote_code)
     check_overlap(out, folder)
     with open_checkpoint(folder) as checkpoint:
-        conversion = Conversion(checkpoint, FORMATS[format])
+        conversion = Conversion(checkpoint, FORMATS[format], embeddings(checkpoint, trust_remote_code))
         with atomic_folder(out, overwrite=overwrite) as partial:
             record = conversion.write(partial, code=trust_remote_code, progress=progress)
             if (report := reports.whole(folder)) is not None:

@@ -226,7 +226,7 @@ class _Run:
                 ) from error
 
     def _begin(self, work: WorkFolder) -> Start:
-        start, trouble = work.start(self.plan.method.calibrated)
+        start, trouble = work.start(self.plan.lazy.passed if self.plan.method.calibrated else 0)
         if trouble:
             self.progress.note(f"{trouble}; resuming from the last valid block")
         if start.block:

@@ -85,8 +85,8 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
         members = plan.targets.of_block(index)
         block = width * sum(shapes.elements(plan, name) for name in plan.lazy.parameters(index))
         codes = sum(prod(target.shape) for target in members)
-        grams, solving = _solved(plan, sites, folds)
-        inside = index < len(plan.lazy.blocks)
+        passed, inside = index < plan.lazy.passed, index < len(plan.lazy.blocks)
+        grams, solving = _solved(plan, sites, folds if passed else 0)
         flow = tokens * width * (_flow(plan, members) if inside else shapes.hidden_size(plan))  # logits are not made
         needs = {
             "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),

@@ -71,8 +71,9 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
     count = len(plan.lazy.blocks)
     for index, sites in enumerate(blocks):
         forward = forward_seconds(plan, sites, text, rates) if index < count else 0.0  # nothing runs behind a head
-        solving = sum(solve_seconds(plan, site, rates, ranks, gram=windows > 0) for site in sites)
-        if windows:
+        text_passes = windows > 0 and index < plan.lazy.passed
+        solving = sum(solve_seconds(plan, site, rates, ranks, gram=text_passes) for site in sites)
+        if text_passes:
             times = 2 if method.channel_scales else 1  # scales are searched for in a run of the block that is dropped
             grams = sum(gram_seconds(plan, site, text, rates) for site in sites)
             looks = LOOKS * _calls(plan, sites) * rates.call
@@ -118,6 +119,8 @@ def gram_seconds(plan: Plan, site: Site, text: Text, rates: Rates) -> float:
 
 def solve_seconds(plan: Plan, site: Site, rates: Rates, ranks: int, *, gram: bool) -> float:
     """Seconds that the rank with most to do takes for a site's codes; a dense layer is factored on every rank."""
+    if site.members[0].embedding:
+        return rates.element * rows_of(site) * site.in_features
     one = rates.solve(rows_of(site), site.in_features, products(plan.method))
     if site.experts > 1 or not gram:
         return site.experts * one * busiest(site, ranks, plan.device, gram=gram)

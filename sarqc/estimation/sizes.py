@@ -40,14 +40,15 @@ def sizes(plan: Plan, windows: int, seqlen: int) -> Sizes:
     """Bytes on disk of a run over `windows` windows of `seqlen` tokens."""
     quantized = neutral = 0
     names = set(plan.source.names())
-    kinds: dict[tuple[int, int, torch.dtype], int] = {}
+    kinds: dict[tuple[int, int, torch.dtype, bool], int] = {}
     for target in plan.targets.selected:
         names.discard(f"{target.linear}.weight")
-        kind = (*target.shape, scale_dtype(plan.source, target.linear))
+        kind = (*target.shape, scale_dtype(plan.source, target.linear), target.embedding)
         kinds[kind] = kinds.get(kind, 0) + 1
-    for (rows, columns, dtype), count in kinds.items():
-        quantized += count * _packed_bytes(plan.format, plan.quant, rows, columns, dtype)
-        neutral += count * _packed_bytes(NEUTRAL, plan.quant, rows, columns, dtype)
+    for (rows, columns, dtype, embedding), count in kinds.items():
+        quant = plan.quant.of(embedding)
+        quantized += count * _packed_bytes(plan.format, quant, rows, columns, dtype)
+        neutral += count * _packed_bytes(NEUTRAL, quant, rows, columns, dtype)
     if plan.quant.avg_bits is not None:
         quantized = round(plan.quant.avg_bits * sum(prod(target.shape) for target in plan.targets.selected) / 8)
         neutral = quantized

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -29,8 +29,8 @@ class Target:
     """One matrix to quantize.
 
     linear: its name in the checkpoint, without ".weight". shape: (out, in). block: index of its decoder block, or of
-    the unit that it is behind them. module, parameter: full names in the model. Rows start .. start + out of matrix
-    `expert` of the parameter are it.
+    the unit that it is outside of them. module, parameter: full names in the model. Rows start .. start + out of matrix
+    `expert` of the parameter are it. embedding: whether it is looked up in, row by row.
     """
 
     linear: str
@@ -40,6 +40,7 @@ class Target:
     parameter: str
     expert: int = 0
     start: int = 0
+    embedding: bool = False
 
     @property
     def elements(self) -> int:
@@ -77,10 +78,10 @@ def candidates(lazy: LazyModel) -> Iterator[Candidate]:
 
 
 def outside(lazy: LazyModel) -> Iterator[Candidate]:
-    """Every embedding and Linear outside the blocks, those behind them in the order in which text passes them.
+    """Every Linear and embedding outside the blocks, first those behind them in the order in which text passes them.
 
-    Only these can be quantized, each as a unit behind the blocks: when text is there, what it has passed before has its
-    final weights.
+    A Linear before the blocks is not quantized: when text is behind them, what it has passed before has its final
+    weights. Each of the others, and each embedding, is a unit of its own.
     """
     behind = _behind(lazy)
     places = {name: len(lazy.blocks) + number for number, name in enumerate(behind)}
@@ -92,9 +93,9 @@ def outside(lazy: LazyModel) -> Iterator[Candidate]:
         shape = (module.weight.shape[0], module.weight.shape[1])
         whole = Target(name, shape, places.get(name, -1), name, f"{name}.weight")
         if isinstance(module, nn.Embedding):
-            yield Candidate(whole, refusal="it is a table that tokens are looked up in, and no layer that multiplies")
+            yield _embedding(lazy, replace(whole, block=len(lazy.blocks) + len(behind), embedding=True))
         elif (other := _tied(lazy, whole.parameter)) is not None:
-            yield Candidate(whole, refusal=f"its weight is that of {other}, which has to stay as it is")
+            yield Candidate(whole, refusal=f"its weight is that of {other} too, and cannot be taken apart from it")
         elif name in places:
             yield from _linear(lazy, places[name], name, module, set())
         else:
@@ -110,6 +111,19 @@ def _behind(lazy: LazyModel) -> list[str]:
         return [name for name, module in lazy.model.named_modules() if module is head and isinstance(head, nn.Linear)]
     last = max((place for name, place in seen.called.items() if name.startswith(f"{lazy.prefix}.")), default=0)
     return [name for name, place in seen.called.items() if place > last]
+
+
+def _embedding(lazy: LazyModel, target: Target) -> Candidate:
+    """An embedding outside the blocks, by the name that the checkpoint has for it."""
+    slices = lazy.slices.get(target.parameter, ())
+    if (other := _tied(lazy, target.parameter)) is not None:
+        return Candidate(target, refusal=f"its weight is that of {other} too, and cannot be taken apart from it")
+    if len(slices) != 1 or slices[0].linear is None:
+        return Candidate(target, refusal="its weight is made of several tensors of the checkpoint")
+    refusal = _not_passed(lazy, target.block, target.parameter) or _rule(lazy, target, set())
+    if lazy.usage is None and lazy.model.get_submodule(target.module) is not lazy.model.get_input_embeddings():
+        refusal = "the model's code does not run without data, so it is not known whether text passes through it"
+    return Candidate(replace(target, linear=slices[0].linear), refusal=refusal)
 
 
 def _tied(lazy: LazyModel, parameter: str) -> str | None:

@@ -1,10 +1,10 @@
 """What will be quantized, decided from names, shapes and use before any weight is read.
 
 Targeted is every Linear of the decoder blocks, and every matrix of their experts, under the name the checkpoint has
-for it. A regular expression of `QuantConfig.include` adds Linears behind the blocks, as `lm_head`; what it finds
-outside the blocks and cannot be quantized is an error, and so is finding nothing. Left alone are
+for it. A regular expression of `QuantConfig.include` adds Linears behind the blocks, as `lm_head`, and embeddings;
+what it finds outside the blocks and cannot be quantized is an error, and so is finding nothing. Left alone are
 
-- whatever else stands outside the blocks (embeddings, norms), or is no part of the model that transformers builds;
+- whatever else stands outside the blocks, or is no part of the model that transformers builds;
 - selectors: weights whose outputs choose experts or positions, see `sarqc.model.usage`. Where a model's code does not
   run without data, a router is told by its name (`gate`, `router`) and its width (one output per expert);
 - a Linear with one output, which scales or gates a token: servers keep it in 16 bits;
@@ -57,8 +57,8 @@ class Targets:
     selected: in the order of the model. ignored: (linear, the pattern that found it). untouched: every other matrix of
     the checkpoint that somebody could take for a Linear, ignored ones and routers and `lm_head` included. left: the
     reason for those of them that are in the blocks. modules: the model's own names of Linears that are not quantized,
-    where the checkpoint calls them otherwise. behind: the model's names of those behind the blocks that are quantized
-    (`LazyModel.behind`).
+    where the checkpoint calls them otherwise. included: the model's names of those outside the blocks that are
+    quantized (`LazyModel.included`).
     """
 
     selected: tuple[Target, ...]
@@ -66,7 +66,7 @@ class Targets:
     untouched: tuple[str, ...]
     left: tuple[tuple[str, str], ...] = ()
     modules: tuple[str, ...] = ()
-    behind: tuple[str, ...] = ()
+    included: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
             refused.append(candidate)
         else:
             selected.append(target)
-    _check_share(refused, selected)
+    _check_share(refused, [target for target in selected if target.block < len(lazy.blocks)])
     left = ruled + [(one.target.linear, str(one.refusal)) for one in refused]
     untouched, modules = _others(lazy, selected, (name for name, _ in (*ignored, *left)))
     for compiled in patterns:
@@ -147,12 +147,12 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
             )
     if not selected:
         raise ModelError(f"{type(lazy.model).__name__} has no Linear left to quantize in its blocks")
-    selected, behind = _numbered(lazy, selected)
-    return Targets(tuple(selected), tuple(ignored), untouched, tuple(left), modules, behind)
+    selected, included = _numbered(lazy, selected)
+    return Targets(tuple(selected), tuple(ignored), untouched, tuple(left), modules, included)
 
 
 def _included(lazy: LazyModel, quant: QuantConfig) -> Iterator[Candidate]:
-    """Linears behind the blocks that `include` asks for and `ignore` does not leave."""
+    """What `include` finds outside the blocks."""
     if not quant.include:
         return
     others, patterns = list(outside(lazy)), [_compiled(pattern) for pattern in quant.include]
@@ -168,18 +168,18 @@ def _included(lazy: LazyModel, quant: QuantConfig) -> Iterator[Candidate]:
         if not any(pattern in finders for finders in found.values()):
             able = ", ".join(one.target.linear for one in others if one.rule is None and one.refusal is None)
             raise ArgumentError(
-                f"include = {pattern!r} finds no Linear outside the decoder blocks, whose own are quantized anyway; "
-                f"what can be included is {able or 'nothing in this model'}"
+                f"include = {pattern!r} finds no Linear or embedding outside the decoder blocks, whose Linears are "
+                f"quantized anyway; what can be included is {able or 'nothing in this model'}"
             )
     yield from (one for one, finders in found.items() if finders)
 
 
 def _numbered(lazy: LazyModel, selected: Sequence[Target]) -> tuple[list[Target], tuple[str, ...]]:
-    """The layers with those behind the blocks counted on from there, and what modules these are in."""
+    """The layers with those outside the blocks counted on from there, and what modules these are in."""
     count = len(lazy.blocks)
-    behind = tuple(dict.fromkeys(target.module for target in selected if target.block >= count))
-    places = {name: count + number for number, name in enumerate(behind)}
-    return [replace(one, block=places.get(one.module, one.block)) for one in selected], behind
+    included = tuple(dict.fromkeys(target.module for target in selected if target.block >= count))
+    places = {name: count + number for number, name in enumerate(included)}
+    return [replace(one, block=places.get(one.module, one.block)) for one in selected], included
 
 
 def is_wanted(quant: QuantConfig, names: Iterable[str]) -> bool:
@@ -192,9 +192,9 @@ def targets_of(lazy: LazyModel, linears: Iterable[str]) -> Targets:
     """The layers that a checkpoint has quantized, by its names; whatever else there is was left, for any reason."""
     wanted = set(linears)
     every = (*candidates(lazy), *outside(lazy))
-    selected, behind = _numbered(lazy, [one.target for one in every if one.target.linear in wanted])
+    selected, included = _numbered(lazy, [one.target for one in every if one.target.linear in wanted])
     untouched, modules = _others(lazy, selected, ())
-    return Targets(tuple(selected), (), untouched, (), modules, behind)
+    return Targets(tuple(selected), (), untouched, (), modules, included)
 
 
 def _check_constant(lazy: LazyModel) -> None:

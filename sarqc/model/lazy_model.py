@@ -33,11 +33,11 @@ class LazyModel:
     """A causal language model on meta, with the names of the checkpoint tensors its parameters are made of.
 
     model: the transformers model, in eval mode; non-persistent buffers (rotary tables, scales) are real. blocks: its
-    decoder blocks. prefix: their name in the model ("model.layers"). behind: full names of Linears behind the blocks
-    that are quantized too, in the order in which text passes them; each is a unit as a block is. slices: checkpoint
-    tensors of each parameter. unused: matrices of the checkpoint that transformers makes nothing of, without ".weight"
-    (layers that servers draft tokens with). dtype: what parameters become unless transformers keeps them in fp32.
-    device: where the outer parameters are.
+    decoder blocks. prefix: their name in the model ("model.layers"). included: full names of what is quantized too
+    outside the blocks: Linears behind them in the order in which text passes them, then embeddings; each is a unit as a
+    block is. slices: checkpoint tensors of each parameter. unused: matrices of the checkpoint that transformers makes
+    nothing of, without ".weight" (layers that servers draft tokens with). dtype: what parameters become unless
+    transformers keeps them in fp32. device: where the outer parameters are.
     """
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
@@ -51,7 +51,7 @@ class LazyModel:
         moe.use_sorted_experts(model)
         self.prefix, self._layers = find_blocks(model, lambda: self.usage)
         self.blocks: list[nn.Module] = list(self._layers)
-        self.behind: tuple[str, ...] = ()
+        self.included: tuple[str, ...] = ()
         self.slices: dict[str, tuple[TensorSlice, ...]] = trace(model, source)
         used = {stored.name for slices in self.slices.values() for stored in slices}
         self.unused = _unused(source, used | set(model.all_tied_weights_keys))
@@ -99,13 +99,18 @@ class LazyModel:
 
     @property
     def units(self) -> list[nn.Module]:
-        """What is loaded and quantized one after the other: the decoder blocks, and what of `behind` follows them."""
-        return [*self.blocks, *map(self.model.get_submodule, self.behind)]
+        """What is loaded and quantized one after the other: the decoder blocks, then `included`."""
+        return [*self.blocks, *map(self.model.get_submodule, self.included)]
+
+    @property
+    def passed(self) -> int:
+        """How many units text passes, one after the other: all but the embeddings, which are the last ones."""
+        return sum(not isinstance(unit, nn.Embedding) for unit in self.units)
 
     def unit_name(self, index: int) -> str:
         """Full name of a unit."""
         count = len(self.blocks)
-        return f"{self.prefix}.{index}" if index < count else self.behind[index - count]
+        return f"{self.prefix}.{index}" if index < count else self.included[index - count]
 
     def split(self, wanted: Wanted) -> dict[str, MatrixSlice]:
         """Take apart what the checkpoint stores in other forms than Linears'; where each matrix lies, by its own name.
@@ -193,7 +198,7 @@ class LazyModel:
             elif origin not in self.slices:
                 self._load(target, source, self.device)
                 _assign(self.model, origin, self.model.get_parameter(target))
-        for index in range(len(self.blocks), len(self.units)):
+        for index in range(len(self.blocks), self.passed):
             for parameter in self.parameters(index):  # some models cast what they hand to a head to its dtype
                 if (like := _find(self.model, parameter)).is_meta:
                     kept = self._kept_dtype(parameter, like)

@@ -4,8 +4,9 @@ Only one block's weights are in memory at a time; all micro-batches wait where t
 site, and at each the layers that read one tensor are quantized from exactly the inputs that they will have when the
 model is served: everything before is quantized already.
 
-A Linear behind the blocks that is to be quantized too (`LazyModel.behind`) is a unit of one site, treated as a block
-is. Micro-batches that wait at the last such unit go no further: the logits behind a head are never made.
+A Linear behind the blocks that is to be quantized too (`LazyModel.included`) is a unit of one site, treated as a block
+is. Micro-batches that wait at the last such unit go no further: the logits behind a head are never made. Embeddings
+that are quantized too are the last units (`pipeline.embeddings`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import PrefetchingSource, TensorSource
 from sarqc.pipeline.block import Block, Portions, check_weights, put
 from sarqc.pipeline.comm import Comm, synchronize_oom
+from sarqc.pipeline.embeddings import round_embeddings
 from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
@@ -79,7 +82,7 @@ def run(
     execution: Execution | None = None,
     start: Start | None = None,
 ) -> Generator[BlockResult, None, None]:
-    """Quantize every block of a model in order, and what is included behind them.
+    """Quantize every block of a model in order, then what is included outside of them.
 
     Scales get the dtype the checkpoint stores the weight in; bf16 where that is neither bf16 nor fp16, because it
     keeps fp32's range. Where the device runs out of memory, the micro-batch or the Grams at a time are halved for the
@@ -103,7 +106,7 @@ def run(
     """
     selected = targets(lazy, quant)
     check_group_size(selected, quant)
-    lazy.behind = selected.behind
+    lazy.included = selected.included
     execution, start = execution or Execution(), start or Start()
     prefetched = PrefetchingSource(source) if execution.prefetch else None
     source = prefetched or source
@@ -117,8 +120,10 @@ def run(
             yield from driver.without_text(start.block)
             return
         text = _text(tokens, method, execution)
-        with Streams(lazy, source, execution.place, execution.dtype, execution.memory) as streams:
+        rounded = partial(round_embeddings, solving, selected.selected)
+        with Streams(lazy, source, execution.place, execution.dtype, execution.memory, rounded) as streams:
             yield from driver.with_text(streams, text, start)
+        yield from driver.without_text(max(start.block, lazy.passed))  # the embeddings
 
 
 def _text(tokens: Tensor | None, method: MethodConfig, execution: Execution) -> Text:
@@ -154,7 +159,7 @@ class _Driver:
         return self.solving.comm
 
     def without_text(self, first: int) -> Generator[BlockResult, None, None]:
-        """Every block from `first` on, by a method that looks at weights alone."""
+        """Every unit from `first` on, by a method that looks at weights alone."""
         for index in range(first, len(self.lazy.units)):
             self.journal.begin_block()
             self._load(index)
@@ -169,16 +174,18 @@ class _Driver:
             yield self._result(block, None)
 
     def with_text(self, streams: Streams, text: Text, start: Start) -> Generator[BlockResult, None, None]:
-        """Every block from the start on, as the streams pass it."""
+        """Every unit that text passes, from the start on, as the streams pass it."""
+        if start.block >= self.lazy.passed:
+            return
         self._go_to(streams, text, start)
-        for index in range(start.block, len(self.lazy.units)):
+        for index in range(start.block, self.lazy.passed):
             self.journal.begin_block()
             if index == len(self.lazy.blocks):
                 streams.drop_reference()  # nothing writes to the residual any more
             streams.enter(index)
             block = self._with_memory(index, streams)
             self.lazy.unload_block(index)
-            last = index + 1 == len(self.lazy.units)
+            last = index + 1 == self.lazy.passed
             yield self._result(block, None if last else streams.stored_states(index, self.comm))
 
     def _go_to(self, streams: Streams, text: Text, start: Start) -> None:
@@ -225,7 +232,7 @@ class _Driver:
             with self.journal.stage(index, "reference"):
                 synchronize_oom(self.comm, lambda: streams.leave_reference(index))
         block.quantize(streams)
-        if len(self.lazy.blocks) <= index == len(self.lazy.units) - 1:
+        if len(self.lazy.blocks) <= index == self.lazy.passed - 1:
             return block  # nobody reads the logits
         with self.journal.stage(index, "forward"):
             lost = synchronize_oom(self.comm, lambda: self._leave(index, block, streams))

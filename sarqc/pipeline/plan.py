@@ -6,6 +6,7 @@ are on another machine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +40,7 @@ from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
 from sarqc.model.layers import Target, Targets, auto_group_size, check_group_size, is_wanted, pattern_of, targets
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
+from sarqc.model.tied import separate, untied, untied_file
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.pipeline.streams import windows_at_once
 from sarqc.system import calibration_dtype, host_memory, ranks_here, resolve_device
@@ -121,16 +123,22 @@ def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSou
     """The plan, with options that fit the tensors of the model."""
     quant, method, run = configs.quant, configs.method, configs.run
     lazy = LazyModel.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
+    if apart := separate(lazy, source, partial(_is_included, quant)):
+        assert isinstance(source, Checkpoint | HeaderSource)
+        source = source.split(apart)
+        if isinstance(source, Checkpoint):
+            source.config = untied_file(source.config)
+        lazy = LazyModel.from_config(untied(lazy.model.config), source, trust_remote_code=run.trust_remote_code)
     if slices := lazy.split(partial(is_wanted, quant)):
         assert isinstance(source, Checkpoint | HeaderSource)
         source = source.split(slices)
     selected = targets(lazy, quant)
-    notes = (*_expansion(source), *_renamed(lazy, slices), *_adapter(folder))
+    notes = (*_expansion(source), *_untied(apart, selected), *_renamed(lazy, slices), *_adapter(folder))
     if quant.group_size == AUTO:
         quant = replace(quant, group_size=auto_group_size(selected))
         notes += (f"group size {quant.group_size}: the largest of 128, 64, 32 that divides every layer's inputs",)
     check_group_size(selected, quant)
-    lazy.behind = selected.behind
+    lazy.included = selected.included
     if quant.avg_bits is not None:
         _check_average(quant, method, selected)
         choices = ", ".join(map(str, quant.bit_options))
@@ -149,7 +157,10 @@ def _check_layers(format: Format, chosen: Targets, quant: QuantConfig) -> None:
     refused: dict[Target, CheckpointError] = {}
     for target in chosen.selected:
         try:
-            if target.module in chosen.behind:
+            if target.embedding:
+                format.check_embedding(target.linear)
+                format.check(quant.of(target.embedding))
+            elif target.module in chosen.included:
                 format.check_head(target.linear)
             format.check_layer(target.linear, target.shape, quant)
         except CheckpointError as error:
@@ -218,6 +229,19 @@ def _renamed(lazy: LazyModel, slices: Mapping[str, MatrixSlice]) -> tuple[str, .
         f"{what} are written one by one, as {name.removesuffix('.weight')}{'' if name in lazy.own_names else only}"
         for what, name in first.items()
     )
+
+
+def _is_included(quant: QuantConfig, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in quant.include)
+
+
+def _untied(apart: Mapping[str, MatrixSlice], chosen: Targets) -> tuple[str, ...]:
+    """A note where a head and an embedding are written apart that the model has as one."""
+    if not apart:
+        return ()
+    dense = [linear for name in apart if (linear := name.removesuffix(".weight")) not in chosen.linears]
+    also = f"; {dense[0]} stays in 16 bits: --include it too for a smaller checkpoint" if dense else ""
+    return (f"{' and '.join(apart)} are one tensor of the model, and are written as two{also}",)
 
 
 def _adapter(folder: Path) -> tuple[str, ...]:

@@ -224,7 +224,10 @@ class SiteQuantizer:
 
     def quant_of(self, site: Site) -> QuantConfig:
         """What a site's weights become."""
-        return self.quant if self.bit_widths is None else self.quant.at(self.bit_widths[site.members[0].linear])
+        first = site.members[0]
+        return (
+            self.quant.of(first.embedding) if self.bit_widths is None else self.quant.at(self.bit_widths[first.linear])
+        )
 
     def scale_dtype(self, site: Site) -> torch.dtype:
         """What a site's scales are stored in."""

@@ -183,8 +183,8 @@ class WorkFolder:
         since = time.perf_counter() - self._stored
         return self._storing <= STATES_SHORT or self._storing <= STATES_SHARE * since
 
-    def start(self, gram: bool) -> tuple[Start, str | None]:
-        """Where to go on, and a word on what was found damaged. gram: whether hidden states are needed."""
+    def start(self, passed: int) -> tuple[Start, str | None]:
+        """Where to go on, and a word on what was found damaged. passed: how many units need hidden states."""
         finished, trouble = 0, None
         while finished < self.blocks and self._record_file(finished).exists():
             try:
@@ -194,7 +194,7 @@ class WorkFolder:
                 trouble = str(error)
                 break
             finished += 1
-        if not gram or finished in (0, self.blocks):
+        if finished == 0 or finished >= passed:
             return self._start(finished, None), trouble
         try:
             with State(self.folder / _HIDDEN) as state:

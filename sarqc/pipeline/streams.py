@@ -127,20 +127,31 @@ class Memory:
 
 
 class Streams(Closing):
-    """A context. quantized, probe: streams; reference: one, or None. hooks: on the model's blocks."""
+    """A context. quantized, probe: streams; reference: one, or None. hooks: on the units that text passes.
+
+    rounded: puts the weights of the result in the place of embeddings that are loaded; whether it has some.
+    """
 
     def __init__(
-        self, lazy: LazyModel, source: TensorSource, device: torch.device, dtype: torch.dtype | None, memory: Memory
+        self,
+        lazy: LazyModel,
+        source: TensorSource,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        memory: Memory,
+        rounded: Callable[[], bool] = lambda: False,
     ) -> None:
         self.lazy = lazy
-        self.hooks = Hooks(lazy.units)
-        self.quantized = self.probe = Forward([], lazy.units)
+        self.units = lazy.units[: lazy.passed]
+        self.hooks = Hooks(self.units)
+        self.quantized = self.probe = Forward([], self.units)
         self.reference: Forward | None = None
         self.form: str | None = None  # how the last block returned the stream
         self._source = source
         self._device = device
         self._dtype = dtype
         self._memory = memory
+        self._rounded = rounded
 
     def begin(self, text: Text, *, reference: bool, stored: StoredStates | None = None, block: int = 0) -> bool:
         """Bring all streams to a block: to the first one, or with `stored` the quantized stream and the probe to
@@ -149,10 +160,11 @@ class Streams(Closing):
         Raises `NumericError` where the embeddings are not finite, `ArgumentError` for tokens that are not the model's.
         """
         self.close()
-        self.hooks = Hooks(self.lazy.units)
+        self.hooks = Hooks(self.units)
         self.text = text
         check_tokens(text.tokens, self.lazy.model)
         self.lazy.load_outer(self._source, self._device, self._dtype)
+        rounded = self._rounded()
         if stored is None:
             self.quantized, self.probe = self._forward(text), self._probe(text)
             self._refuse_lost(self.quantized.at(Point("enter", 0)))
@@ -167,6 +179,8 @@ class Streams(Closing):
                 return False
             self.form = stored.form
         if reference:
+            if rounded:
+                self.lazy.load_outer(self._source, self._device, self._dtype)
             self.reference = self._forward(text)
             _arrive(self.reference, 0)
         self.lazy.unload_embeddings()
@@ -198,7 +212,7 @@ class Streams(Closing):
 
     def call(self, block: int) -> BlockCall:
         """A block as the probe enters it."""
-        return BlockCall(self.lazy.units[block], self.entry(block))
+        return BlockCall(self.units[block], self.entry(block))
 
     def enter(self, block: int) -> None:
         """Bring all streams to a block."""
@@ -261,7 +275,7 @@ class Streams(Closing):
         calls: list[Callable[[], object]] = [partial(self._run, tokens) for tokens in batches]
         return Forward(
             calls,
-            self.lazy.units,
+            self.units,
             first=first,
             skipped=self.lazy.skipped,
             recompute=memory.recompute,
@@ -271,7 +285,7 @@ class Streams(Closing):
 
     def _run(self, tokens: Tensor) -> object:
         # without the head, unless something behind the blocks is asked for
-        model = self.lazy.model if self.lazy.behind else self.lazy.model.base_model
+        model = self.lazy.model if len(self.units) > len(self.lazy.blocks) else self.lazy.model.base_model
         return model(input_ids=tokens.to(self._device), use_cache=False)
 
     def _hand(self, forward: Forward, block: int, form: str, hidden: Iterator[Tensor]) -> None:

@@ -25,6 +25,7 @@ from sarqc.checkpoint.reader import Checkpoint, Storage, open_checkpoint
 from sarqc.errors import CheckpointError, ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.lazy_model import LazyModel
+from sarqc.model.tied import separate
 from sarqc.report import report as reports
 from sarqc.serving.compatibility import checkpoint_support
 from sarqc.serving.rules import RuntimeSupport
@@ -120,15 +121,16 @@ def check(
 
 
 def _split_alike(checkpoint: Checkpoint, source: Checkpoint, trust_remote_code: bool) -> None:
-    """Show the source's matrices one by one, and turned, where the checkpoint has them so."""
+    """Show the source's matrices one by one, and turned, and a tied one twice, where the checkpoint has them so."""
     ours, theirs, packed = set(checkpoint.names()), set(source.names()), set(checkpoint.linears())
-    if theirs <= ours and all(checkpoint.shape(name) == source.shape(name) for name in theirs):
+    if theirs == ours and all(checkpoint.shape(name) == source.shape(name) for name in theirs):
         return
     try:
         lazy = LazyModel.from_folder(source.folder, source, trust_remote_code=trust_remote_code)
     except ModelError:
         return  # the names that differ are reported one by one
     single = {name.removesuffix(".weight") for name in ours - theirs}
+    source.split(separate(lazy, source, single.__contains__))
     source.split(lazy.split(lambda names: any(name in single or name in packed for name in names)))
 
 

@@ -265,7 +265,7 @@ def _left_alone(report: summary.Report) -> str:
             (name, _reason(name, ignored, left)) for name in targets.get("untouched", [])
         )
     ]
-    caption = f"{targets['quantized']} layers were quantized. Norms and embeddings always stay; so do these:"
+    caption = f"{targets['quantized']} layers were quantized. Norms stay, embeddings unless included, and these:"
     return section("Left unquantized", caption, table(("layer (* counts)", "how many", "why"), rows))
 
 

@@ -12,7 +12,7 @@ from sarqc.config import QuantConfig
 from sarqc.model import moe
 from sarqc.model.layers import Target, targets_of
 from sarqc.model.lazy_model import LazyModel
-from sarqc.serving.rules import RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support, star
+from sarqc.serving.rules import Layer, RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support, star
 
 
 def runtime_model(lazy: LazyModel, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
@@ -20,13 +20,20 @@ def runtime_model(lazy: LazyModel, quantized: Sequence[Target], left: Sequence[s
     config = lazy.text_config
     heads, key_values = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     linears = [
-        (target.linear, target.shape, lazy.model.get_parameter(target.parameter).dim() == 3) for target in quantized
+        (target.linear, target.shape, lazy.model.get_parameter(target.parameter).dim() == 3)
+        for target in quantized
+        if not target.embedding
     ]
     names = [target.linear for target in quantized]
     partial = _partial_experts(lazy, quantized)
     behind = {target.linear for target in quantized if target.block >= len(lazy.blocks)}
     layers = fused_layers(linears, key_values, behind)
-    return RuntimeModel(layers, mixed_places(names, left), partial, heads, key_values)
+    embeddings = tuple(
+        Layer(target.linear, target.shape[:1], target.shape[1], "none", False, embedding=True, count=1)
+        for target in quantized
+        if target.embedding
+    )
+    return RuntimeModel((*layers, *embeddings), mixed_places(names, left), partial, heads, key_values)
 
 
 def _partial_experts(lazy: LazyModel, quantized: Sequence[Target]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ They are what the servers' own sources say, for compressed-tensors `pack-quantiz
 
 Read, not run: a release after these may differ. A quantized head was read in vLLM 0.32 (`ParallelLMHead` in
 compressed_tensors.py) and SGLang 0.5.23 (`get_lm_head_scheme` there): both take one that a target of the config names.
+So does vLLM an embedding (compressed_tensors_embedding.py), in models whose code hands it the config; not all do.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MARLIN_GROUPS, MACHETE_GROUPS = (-1, 32, 64, 128), (-1, 64, 128)
 class Layer:
     """Layers of one kind. name: with * for numbers. outputs: of each Linear that the server fuses. stacked: experts'
     matrices. heads: key-value heads, where those bound how far all but the first can be split. behind: whether it
-    stands behind the blocks, as a head does. count: how many."""
+    stands behind the blocks, as a head does. embedding: whether tokens look rows up in it. count: how many."""
 
     name: str
     outputs: tuple[int, ...]
@@ -48,6 +49,7 @@ class Layer:
     stacked: bool
     heads: int | None = None
     behind: bool = False
+    embedding: bool = False
     count: int = 0
 
     def on(self, ranks: int) -> tuple[int, int] | str:
@@ -96,6 +98,8 @@ def _marlin(quant: QuantConfig) -> bool:
 
 
 def _vllm(layer: Layer, outputs: int, inputs: int, quant: QuantConfig, hopper: bool) -> tuple[str | None, str]:
+    if layer.embedding:
+        return _vllm_embedding(layer, quant)
     if reason := _group(quant, inputs):
         return None, reason
     if layer.stacked:
@@ -104,6 +108,14 @@ def _vllm(layer: Layer, outputs: int, inputs: int, quant: QuantConfig, hopper: b
     if hopper:
         return ("Machete" if machete else "Humming"), ""
     return ("Marlin" if _marlin(quant) else "Humming"), ""
+
+
+def _vllm_embedding(layer: Layer, quant: QuantConfig) -> tuple[str | None, str]:
+    if not quant.sym:
+        return None, "embeddings are read as symmetric, whatever the config says"
+    if 32 % quant.bits:
+        return None, f"codes of {quant.bits} bits in embeddings are read in another layout: --embedding-bits 2, 4 or 8"
+    return "lookup", ""
 
 
 def _vllm_experts(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
@@ -122,6 +134,8 @@ def _vllm_experts(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -
 
 
 def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
+    if layer.embedding:
+        return None, "embeddings stay in 16 bits: leave them out of --include"
     if not _marlin(quant):
         kind = "symmetric" if quant.sym else "asymmetric"
         groups = "with one scale a row" if quant.group_size == -1 else f"in groups of {quant.group_size}"
@@ -137,6 +151,8 @@ def _sglang(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tupl
 
 
 def _transformers(layer: Layer, outputs: int, inputs: int, quant: QuantConfig) -> tuple[str | None, str]:
+    if layer.embedding:
+        return None, "a model with packed embeddings loads with `import sarqc` alone: its code expects a dense weight"
     if not quant.sym:
         return None, "asymmetric weights load with `import sarqc` alone: it expects zero points in another shape"
     return "expanded on loading", ""
@@ -200,6 +216,7 @@ def _kernel(server: str, layer: Layer, ranks: int, quant: QuantConfig) -> tuple[
     if isinstance(shape, str):
         return None, shape
     kernels: dict[str, None] = {}
+    quant = quant.of(layer.embedding)
     for bits in quant.bit_options or (quant.bits,):
         if layer.behind and not quant.sym and server != EXPANDS and sum(layer.outputs) * bits % 32:
             return None, f"zeros of {sum(layer.outputs)} outputs of {bits} bits fill no whole 32-bit words"

@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 import sarqc
 from sarqc.checkpoint.formats.common import outside_blocks
 from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.cli import app
 from sarqc.comparison.experiment import Other
 from sarqc.entrypoints.evaluate import evaluate_and_save
-from sarqc.errors import ArgumentError, CheckpointError
+from sarqc.errors import CheckpointError
 from sarqc.model.packed_linear import QuantLinear
 from tests.support import kept, tiny
 
@@ -122,10 +121,6 @@ def test_the_preflight_counts_it(source, result, tmp_path):
     assert all(support.known and not support.failures for support in preflight.serve if support.ranks == 1)
 
 
-def test_a_tied_head_is_refused_with_exit_code_2(tmp_path, capsys):
-    tied = tiny.save("llama", tmp_path / "tied", tie_word_embeddings=True)
-    with pytest.raises(ArgumentError, match=r"lm_head, which cannot be quantized: its weight is that of"):
-        sarqc.quantize(tied, tmp_path / "out", include=["lm_head"])
-    with pytest.raises(SystemExit) as ended:
-        app(["quantize", str(tied), str(tmp_path / "out"), "--include", "lm_head"])
-    assert ended.value.code == 2
+def test_what_cannot_be_included_ends_with_exit_code_2(source, tmp_path, door):
+    code, line = door("quantize", source, "-o", tmp_path / "out", "--include", "q_proj")
+    assert code == 2 and "what can be included is lm_head, model.embed_tokens" in line

@@ -20,9 +20,9 @@ def test_a_head_is_the_unit_behind_the_blocks(tiny):
     lazy = tiny("qwen2").lazy()
     plain, selected = targets(lazy, QUANT), included(lazy, "lm_head")
     head = selected.selected[-1]
-    assert (head.linear, head.block, selected.behind) == ("lm_head", len(lazy.blocks), ("lm_head",))
+    assert (head.linear, head.block, selected.included) == ("lm_head", len(lazy.blocks), ("lm_head",))
     assert selected.selected[:-1] == plain.selected and "lm_head" not in selected.unquantized
-    assert plain.behind == () and "lm_head" in plain.unquantized
+    assert plain.included == () and "lm_head" in plain.unquantized
     assert targets_of(lazy, selected.linears).selected == selected.selected
 
 
@@ -30,13 +30,33 @@ def test_both_names_of_a_head_find_it(tmp_path):
     lazy = families.lazy(families.save("gpt_neox", tmp_path / "model"))
     for name in ("lm_head", "embed_out"):
         selected = included(lazy, f"^{name}$")
-        assert (selected.selected[-1].linear, selected.behind) == ("embed_out", ("lm_head",))
+        assert (selected.selected[-1].linear, selected.included) == ("embed_out", ("lm_head",))
         assert not {"lm_head", "embed_out"} & set(selected.unquantized)
+
+
+def test_an_embedding_is_the_last_unit(tiny):
+    lazy = tiny("qwen2").lazy()
+    selected = included(lazy, "embed", "lm_head")
+    head, embedding = selected.selected[-2:]
+    assert selected.included == ("lm_head", "model.embed_tokens")
+    assert (embedding.block, embedding.embedding, head.embedding) == (len(lazy.blocks) + 1, True, False)
+    assert targets_of(lazy, selected.linears).selected == selected.selected
+    lazy.included = selected.included
+    assert (lazy.passed, len(lazy.units)) == (len(lazy.blocks) + 1, len(lazy.blocks) + 2)
+
+
+def test_embeddings_of_positions_are_taken_where_text_is_known_to_pass_them(tmp_path):
+    lazy = families.lazy(families.save("opt", tmp_path / "model", tie_word_embeddings=False))
+    chosen = [one.linear for one in included(lazy, "embed_").selected if one.embedding]
+    assert chosen == ["model.decoder.embed_tokens", "model.decoder.embed_positions"]
+    lazy.__dict__["usage"] = None  # as of a model whose code does not run without data
+    with pytest.raises(ArgumentError, match=r"embed_positions, which .* does not run without data"):
+        included(lazy, "embed_")
 
 
 def test_ignore_wins_over_include(tiny):
     selected = included(tiny("qwen2").lazy(), "lm_head", ignore=("head",))
-    assert ("lm_head", "head") in selected.ignored and selected.behind == ()
+    assert ("lm_head", "head") in selected.ignored and selected.included == ()
 
 
 def test_layers_behind_the_blocks_stand_in_the_order_of_text(tmp_path):
@@ -44,7 +64,7 @@ def test_layers_behind_the_blocks_stand_in_the_order_of_text(tmp_path):
     source = families.save("opt", tmp_path / "model", word_embed_proj_dim=32, tie_word_embeddings=False)
     lazy = families.lazy(source)
     selected = included(lazy, "lm_head", "project_out")
-    assert selected.behind == ("model.decoder.project_out", "lm_head")
+    assert selected.included == ("model.decoder.project_out", "lm_head")
     assert [target.block - len(lazy.blocks) for target in selected.selected[-2:]] == [0, 1]
     with pytest.raises(
         ArgumentError, match=r"project_in, which .* text does not pass through it behind the last block"
@@ -55,13 +75,9 @@ def test_layers_behind_the_blocks_stand_in_the_order_of_text(tmp_path):
 @pytest.mark.parametrize(
     ("row", "pattern", "message"),
     [
-        ("llama", "lm_head", r"lm_head, which cannot be quantized: its weight is that of model\.embed_tokens"),
-        (
-            "qwen2",
-            "embed",
-            r"model\.embed_tokens, which cannot be quantized: it is a table that tokens are looked up in",
-        ),
-        ("qwen2", "q_proj", r"'q_proj' finds no Linear outside the decoder blocks, .* included is lm_head"),
+        ("llama", "lm_head", r"lm_head, which cannot be quantized: its weight is that of model\.embed_tokens too"),
+        ("llama", "embed", r"model\.embed_tokens, which cannot be quantized: its weight is that of lm_head too"),
+        ("qwen2", "q_proj", r"'q_proj' finds no .* outside the decoder blocks, .* is lm_head, model\.embed_tokens"),
         ("llama", "lm_haed", r"'lm_haed' finds no Linear .* included is nothing in this model"),
     ],
 )

@@ -59,7 +59,7 @@ def test_logits_are_never_made(tiny):
     run(case, lazy=lazy)
     assert {rows for meta, rows in seen if not meta} == {8}  # the probe, on which sites are found
     run(case, QuantConfig(bits=3, group_size=32), lazy=lazy)
-    assert lazy.behind == ()
+    assert lazy.included == ()
 
 
 @pytest.mark.parametrize("how", ["offloaded", "recomputed"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sarqc.config import QuantConfig
+from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight, WeightInfo
 
 
@@ -60,6 +61,9 @@ class Format(Protocol):
     def check_head(self, linear: str) -> None:
         """Refuses a quantized Linear behind the blocks that the format has no place for; called as `check_layer` is."""
 
+    def check_embedding(self, linear: str) -> None:
+        """Refuses a quantized embedding that the format has no place for; called as `check_layer` is."""
+
     def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuses a tensor that is not quantized and cannot stand beside those that are."""
 
@@ -95,6 +99,7 @@ class Format(Protocol):
 class FormatDefaults:
     """What most formats have in common."""
 
+    name: str
     keys: tuple[str, ...] = ("quantization_config",)
     stacked = False
 
@@ -103,6 +108,13 @@ class FormatDefaults:
 
     def check_head(self, linear: str) -> None:
         """A head can be held as any Linear."""
+
+    def check_embedding(self, linear: str) -> None:
+        """None: readers of most formats look tokens up in dense embeddings alone."""
+        raise CheckpointError(
+            f"{linear!r} cannot be held by {self.name}, whose readers have no quantized embeddings: leave it out of "
+            "include, or use format compressed-tensors or mlx"
+        )
 
     def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
         """Any tensor can stand beside the quantized ones."""

@@ -67,6 +67,9 @@ class CompressedTensors(FormatDefaults):
         if not 2 <= quant.bits <= 8:
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name} {LAYOUT}: use 2 to 8")
 
+    def check_embedding(self, linear: str) -> None:
+        """Any: vLLM and transformers take an embedding for quantized where a target is its name."""
+
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The three (symmetric) or four tensors of `linear`, on the device of `weight`.
 
@@ -92,11 +95,15 @@ class CompressedTensors(FormatDefaults):
         `ignored` are full names, because readers differ: some match them exactly, some as a part of a name. `widths`
         make a config group for each width. All groups are packed alike, so the format of the whole stays that of each
         ("mixed-precision" is for groups of different formats). A head is named, because it is no "Linear" to vLLM and
-        SGLang: they take it for quantized where a target is its name.
+        SGLang: they take it for quantized where a target is its name. So is an embedding.
         """
         self.check(quant)
-        named = outside_blocks(widths or ())
-        targets = {quant.bits: [*named, "Linear"]} if quant.avg_bits is None else targets_by_width(widths or {})
+        widths = widths or {}
+        targets = targets_by_width(widths)
+        if quant.avg_bits is None:
+            named = {name: widths[name] for name in outside_blocks(widths)}
+            targets = {quant.bits: [], **targets_by_width(named)}
+            targets[quant.bits].append("Linear")
         groups = [_group(quant.at(bits), names) for bits, names in targets.items()]
         return {
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},

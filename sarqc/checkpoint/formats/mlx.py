@@ -77,6 +77,9 @@ class Mlx(FormatDefaults):
                 "again; leave them with ignore = 'kv_b_proj$', or use format compressed-tensors"
             )
 
+    def check_embedding(self, linear: str) -> None:
+        """Any: mlx-lm takes an embedding for quantized where it finds scales."""
+
     def check_dense(self, name: str, shape: tuple[int, ...]) -> None:
         """Matrices and vectors alone: mlx-lm lays kernels of convolutions out in another order."""
         if len(shape) > 2:

@@ -1,0 +1,27 @@
+"""Embeddings that are quantized too.
+
+A token looks one row up and multiplies nothing, so there is no Gram, and rows are rounded (RTN) to the scales that the
+method has for weights alone. That is done twice, from the same weights and so to the same codes: before the text enters
+the quantized stream, which everything behind is then calibrated on, and as the last units of the run, where the codes
+are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sarqc.method.rtn import quantize_rtn
+from sarqc.model.layers import Target
+from sarqc.model.sites import stack, write_back
+from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
+
+
+def round_embeddings(solving: SiteQuantizer, selected: Sequence[Target]) -> bool:
+    """Put the rounded weights of the embeddings among `selected`, which are loaded, in the place of their own; whether
+    there are any."""
+    embeddings = [target for target in selected if target.embedding]
+    for target in embeddings:
+        weight = stack(solving.lazy.model, target.parameter).float()
+        quant, kept = solving.quant.of(target.embedding), scale_dtype(solving.source, target.linear)
+        write_back(solving.lazy.model, target, quantize_rtn(weight, quant, solving.method.scales, kept))
+    return bool(embeddings)
