@@ -30,6 +30,8 @@ ACTIVATION_PASSES = 20
 """Passes over activations of the widest layer that a block takes beside its products."""
 LOAD_PASSES, WRITE_PASSES = 12, 25
 """Passes over a weight that loading takes, and packing, writing and verifying."""
+WRITE_CALLS, VERIFY_CALLS = 120, 1000
+"""Calls beside them that a layer takes, and that verifying takes for each block of the model that it builds."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
             passed = sum(site.experts * rows_of(site) * site.in_features for site in sites) / rates.stream
             spent["load"] += LOAD_PASSES * passed
             spent["write"] += WRITE_PASSES * passed
+            calls = WRITE_CALLS * len(plan.targets.of_block(index)) + VERIFY_CALLS * (index < count)
+            spent["write"] += calls * rates.call
         if plan.quant.avg_bits is not None:
             spent["sensitivity"] += sensitivity_seconds(plan, sites, count, text, rates) / ranks
     exclusion = f", nor what {ranks} ranks tell each other" if ranks > 1 else ""
