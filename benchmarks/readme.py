@@ -166,6 +166,8 @@ def speed() -> str:
             *ratios,
             "",
             _contention(),
+            "",
+            _forecast(),
         ]
     )
 
@@ -189,6 +191,16 @@ def _contention() -> str:
         f"{ratios['beside 1 busy']} times beside one busy thread and {ratios['beside 3 busy']} times beside three."
         for processor, ratios in each
     )
+
+
+def _forecast() -> str:
+    """How far forecasts were from runs, on each processor that there is a record of."""
+    records = [_read(path.stem) for path in sorted(RESULTS.glob("cpu-forecast*.json"), reverse=True)]
+    each = []
+    for record in records:
+        ratios = ", ".join(f"{run['run / forecast']} ({run['model']})" for run in record["runs"])
+        each.append(f"{ratios} on the {_processor(record)}")
+    return f"Times that a run takes what its forecast says (`python -m benchmarks.forecast`): {'; '.join(each)}."
 
 
 def head() -> str:

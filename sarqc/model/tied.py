@@ -23,22 +23,16 @@ def separate(lazy: LazyModel, source: TensorSource, wanted: Callable[[str], bool
     """The tensors, by name, that the source has to show in place of each one that two parameters outside the blocks
     share. wanted: whether a layer of this name is to be quantized; what shares its tensor with none such stays."""
     apart: dict[str, MatrixSlice] = {}
-    for pair in lazy.model.all_tied_weights_keys.items():
-        stored = [parameter for parameter in pair if parameter in lazy.slices]
-        if len(stored) != 1 or any(parameter.startswith(f"{lazy.prefix}.") for parameter in pair):
+    for target, origin in lazy.model.all_tied_weights_keys.items():
+        stored, missing = (target, origin) if target in lazy.slices else (origin, target)
+        slices, inside = lazy.slices.get(stored, ()), target.startswith(f"{lazy.prefix}.")
+        if inside or len(slices) != 1 or missing in lazy.slices:
             continue
-        slices = lazy.slices[stored[0]]
-        (missing,) = set(pair) - set(stored)
-        names = (slices[0].name, missing)
-        shape = source.shape(slices[0].name)
-        if (
-            len(slices) != 1
-            or len(shape) != 2
-            or not any(wanted(name.removesuffix(".weight")) for name in (*pair, names[0]))
-        ):
-            continue
-        whole = MatrixSlice(names[0], None, 0, 1, (shape[0], shape[1]), transposed=False, row=0)
-        apart |= dict.fromkeys(names, whole)
+        tensor = slices[0].name
+        shape = source.shape(tensor)
+        if len(shape) == 2 and any(wanted(name.removesuffix(".weight")) for name in (tensor, target, origin)):
+            whole = MatrixSlice(tensor, None, 0, 1, (shape[0], shape[1]), transposed=False, row=0)
+            apart |= {tensor: whole, missing: whole}
     return apart
 
 

@@ -232,7 +232,7 @@ def _renamed(lazy: LazyModel, slices: Mapping[str, MatrixSlice]) -> tuple[str, .
 
 
 def _is_included(quant: QuantConfig, name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in quant.include)
+    return any(re.search(pattern, name) for pattern in quant.include) and is_wanted(quant, (name,))
 
 
 def _untied(apart: Mapping[str, MatrixSlice], chosen: Targets) -> tuple[str, ...]:

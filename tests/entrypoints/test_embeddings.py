@@ -140,14 +140,33 @@ def test_a_dense_head_of_its_own_is_said(tied, tmp_path):
     assert any("lm_head stays in 16 bits: --include it too" in note for note in preflight.notes)
 
 
-def test_a_wrapper_s_embedding_is_taken_by_its_names(tmp_path):
-    source = families.save("gemma3+vl", tmp_path / "model")
-    out = sarqc.quantize(source, tmp_path / "out", dataset=families.TOKENS, method="rtn", **BOTH | {"seqlen": None}).out
+def test_what_is_ignored_too_leaves_the_model_as_it_is(tied, tmp_path):
+    out = sarqc.quantize(tied, tmp_path / "out", ignore=["head", "embed"], **BOTH).out
+    assert config(out)["tie_word_embeddings"]
     with open_checkpoint(out) as checkpoint:
-        assert len({"lm_head", "language_model.model.embed_tokens"} & set(checkpoint.linears())) == 2
+        assert "lm_head.weight" not in checkpoint.names() and "model.embed_tokens" not in checkpoint.linears()
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ("gemma3+vl", {"lm_head", "language_model.model.embed_tokens"}),
+        ("mistral_large4+vl", {"output", "tok_embeddings"}),
+        ("deepseek_v4", {"head", "model.embed_tokens"}),
+        ("qwen3@fp8", {"lm_head", "model.embed_tokens"}),
+    ],
+)
+def test_models_of_other_kinds_have_them_under_their_own_names(tmp_path, row, names):
+    source = families.save(row, tmp_path / "model")
+    include = [r"embed_tokens$", r"^lm_head$"]
+    out = sarqc.quantize(source, tmp_path / "out", method="rtn", include=include, embedding_bits=8, group_size=32).out
+    with open_checkpoint(out) as checkpoint:
+        assert names <= set(checkpoint.linears())
     assert sarqc.verify(out, against=source).sound
-    dense, _ = sarqc.load(out, dtype="float32", packed=False)
-    assert torch.isfinite(logits(dense)).all()
+    packed, dense = (sarqc.load(out, dtype="float32", packed=packed)[0] for packed in (True, False))
+    with torch.inference_mode():
+        actual, expected = (model(input_ids=families.TOKENS).logits for model in (packed, dense))
+    assert families.apart(actual, expected) < 0.1  # products of packed weights round activations to bf16 here
 
 
 def test_perplexity_is_measured_with_each_model_s_own(tied, result):
