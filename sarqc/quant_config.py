@@ -84,8 +84,7 @@ class QuantConfig(Config):
         super().__post_init__()
         if self.embedding_bits is not None and not self.include:
             raise ArgumentError(
-                f"embedding_bits = {self.embedding_bits} has no effect alone: name the embeddings with include too, "
-                "as include = 'embed_tokens'"
+                f"embedding_bits = {self.embedding_bits} has no effect alone: include embeddings too, as 'embed_tokens'"
             )
         if self.avg_bits is None:
             if self.bit_options:

@@ -145,6 +145,11 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
                 f"ignore = {compiled.pattern!r} finds no Linear of the model; "
                 f"names look like {next((target.linear for target in selected), '?')!r}"
             )
+    if quant.embedding_bits is not None and not any(target.embedding for target in selected):
+        raise ArgumentError(
+            f"embedding_bits = {quant.embedding_bits} has no effect: include = {tuple(quant.include)} finds no "
+            "embedding; leave it out, or include one, as 'embed_tokens'"
+        )
     if not selected:
         raise ModelError(f"{type(lazy.model).__name__} has no Linear left to quantize in its blocks")
     selected, included = _numbered(lazy, selected)

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 from sarqc.method.rtn import quantize_rtn
 from sarqc.model.layers import Target
-from sarqc.model.sites import stack, write_back
+from sarqc.model.sites import stack
 from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
+
+ROWS = 1 << 13
+"""Rows at a time: what rounding them takes is memory beside an embedding that may have a quarter of a million."""
 
 
 def round_embeddings(solving: SiteQuantizer, selected: Sequence[Target]) -> bool:
@@ -21,7 +24,8 @@ def round_embeddings(solving: SiteQuantizer, selected: Sequence[Target]) -> bool
     there are any."""
     embeddings = [target for target in selected if target.embedding]
     for target in embeddings:
-        weight = stack(solving.lazy.model, target.parameter).float()
         quant, kept = solving.quant.of(target.embedding), scale_dtype(solving.source, target.linear)
-        write_back(solving.lazy.model, target, quantize_rtn(weight, quant, solving.method.scales, kept))
+        for rows in stack(solving.lazy.model, target.parameter).split(ROWS, 1):
+            rounded = quantize_rtn(rows.float(), quant, solving.method.scales, kept)
+            rows.copy_(rounded.dequantize(rows.dtype))
     return bool(embeddings)

@@ -167,7 +167,8 @@ def _check_layers(format: Format, chosen: Targets, quant: QuantConfig) -> None:
             refused[target] = error
     if refused:
         first = next(iter(refused.values()))
-        raise CheckpointError(f"{first}; --ignore '{pattern_of(refused)}' leaves all {len(refused)} of them") from first
+        them = "it" if len(refused) == 1 else f"all {len(refused)} of them"
+        raise CheckpointError(f"{first}; --ignore '{pattern_of(refused)}' leaves {them}") from first
 
 
 def _check_average(quant: QuantConfig, method: MethodConfig, chosen: Targets) -> None:

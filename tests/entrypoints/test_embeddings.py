@@ -176,9 +176,13 @@ def test_perplexity_is_measured_with_each_model_s_own(tied, result):
         assert saved.entry[key] == pytest.approx(sarqc.evaluate(folder, packed=False, **how).perplexity, rel=1e-4)
 
 
-def test_bits_of_nothing_are_refused(tied, tmp_path):
-    with pytest.raises(ArgumentError, match=r"embedding_bits = 8 has no effect alone: .* include = 'embed_tokens'"):
-        sarqc.quantize(tied, tmp_path / "out", embedding_bits=8, **SMALL)
+@pytest.mark.parametrize(
+    ("include", "message"),
+    [((), "has no effect alone: include embeddings too, as 'embed_tokens'"), (("lm_head",), "finds no embedding")],
+)
+def test_bits_of_nothing_are_refused(tied, tmp_path, include, message):
+    with pytest.raises(ArgumentError, match=rf"embedding_bits = 8 .*{message}"):
+        sarqc.quantize(tied, tmp_path / "out", embedding_bits=8, include=include, **SMALL)
 
 
 def test_a_run_stopped_before_it_makes_the_same_bytes(tied, result, tmp_path):

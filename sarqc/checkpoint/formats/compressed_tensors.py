@@ -68,7 +68,7 @@ class CompressedTensors(FormatDefaults):
             raise CheckpointError(f"bits = {quant.bits} cannot be held by {self.name} {LAYOUT}: use 2 to 8")
 
     def check_embedding(self, linear: str) -> None:
-        """Any: vLLM and transformers take an embedding for quantized where a target is its name."""
+        """Any: vLLM takes an embedding for quantized where a target is its name."""
 
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
         """The three (symmetric) or four tensors of `linear`, on the device of `weight`.
