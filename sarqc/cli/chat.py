@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sarqc.cli.options import DeviceOption, DtypeOption, ExpandedOption, ModelArgument, TrustOption, stderr
+from sarqc.cli.options import DeviceOption, DtypeOption, ExpandedOption, ModelArgument, TrustOption, loading, stderr
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,8 @@ def chat(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Chat with a model in the terminal. Piped lines are answered one by one; only answers are printed."""
-    from sarqc.entrypoints.generate import open_chat
+    with loading():
+        from sarqc.entrypoints.generate import open_chat
 
     conversation = open_chat(
         model,

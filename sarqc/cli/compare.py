@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sarqc.cli.flags import ConfigOption, with_options
-from sarqc.cli.options import JsonOption, ModelArgument, print_json, stderr, stdout
+from sarqc.cli.options import JsonOption, ModelArgument, loading, print_json, stderr, stdout
 from sarqc.config_compare import COMPARE
 
 
@@ -29,7 +29,9 @@ def compare(
     Example: sarqc compare smollm2 -o table --methods rtn,gptq,sarqc-gptq --bits 4,3 --seeds 0,1,2
     """
     from sarqc.cli.terminal import RunProgress
-    from sarqc.entrypoints.compare import compare as run
+
+    with loading():
+        from sarqc.entrypoints.compare import compare as run
 
     with RunProgress(stderr()) as progress:
         result = run(model, output, progress=progress, **given)

@@ -13,6 +13,7 @@ from sarqc.cli.options import (
     OverwriteOption,
     QuantizedArgument,
     TrustOption,
+    loading,
     print_json,
     print_line,
     stderr,
@@ -37,7 +38,9 @@ def convert(
     Example: sarqc convert some-model-AWQ -o some-model-ct --format compressed-tensors
     """
     from sarqc.cli.terminal import Ticker
-    from sarqc.entrypoints.convert import convert as run
+
+    with loading():
+        from sarqc.entrypoints.convert import convert as run
 
     with Ticker(stderr()) as ticker:
         done = run(

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sarqc.cli.options import JsonOption, facts, print_json, stdout
+from sarqc.cli.options import JsonOption, facts, loading, print_json, stdout
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -17,7 +17,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
     Exit code 1 where a self-test fails.
     """
-    from sarqc.entrypoints.doctor import examine
+    with loading():
+        from sarqc.entrypoints.doctor import examine
 
     examination = examine()
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sarqc.cli.flags import with_options
-from sarqc.cli.options import JsonOption, ModelArgument, print_json, print_line, stderr, stdout
+from sarqc.cli.options import JsonOption, ModelArgument, loading, print_json, print_line, stderr, stdout
 from sarqc.config_compare import EVALUATE, SEQLEN
 
 
@@ -43,7 +43,8 @@ def evaluate(
 
 
 def _zero_shot(model: str, tasks: list[str], how: dict[str, Any], as_json: bool) -> None:
-    from sarqc.entrypoints.evaluate import zero_shot
+    with loading():
+        from sarqc.entrypoints.evaluate import zero_shot
 
     results = zero_shot(model, tasks, **how)
     if as_json:
@@ -57,7 +58,9 @@ def _show(model: str, how: dict[str, Any], as_json: bool) -> None:
     from dataclasses import asdict
 
     from sarqc.cli.terminal import Ticker
-    from sarqc.entrypoints.evaluate import evaluate as run
+
+    with loading():
+        from sarqc.entrypoints.evaluate import evaluate as run
 
     with Ticker(stderr()) as ticker:
 
@@ -85,7 +88,9 @@ def _length(seqlen: int, how: dict[str, Any]) -> str:
 
 def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) -> None:
     from sarqc.cli.terminal import Ticker
-    from sarqc.entrypoints.evaluate import evaluate_and_save
+
+    with loading():
+        from sarqc.entrypoints.evaluate import evaluate_and_save
 
     with Ticker(stderr()) as ticker:
 

@@ -13,6 +13,7 @@ from sarqc.cli.options import (
     JsonOption,
     ModelArgument,
     TrustOption,
+    loading,
     print_json,
 )
 
@@ -28,7 +29,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text by greedy decoding."""
-    from sarqc.entrypoints.generate import generate as run
+    with loading():
+        from sarqc.entrypoints.generate import generate as run
 
     text = run(
         model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -61,6 +62,12 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Where progress goes, so that stdout holds results alone."""
     return _Stderr(stderr=True)
+
+
+def loading() -> AbstractContextManager[object]:
+    """Says so on a terminal while torch and transformers are imported: that takes seconds, and is done in here."""
+    console = stderr()
+    return console.status("loading torch and transformers") if console.is_terminal else nullcontext()
 
 
 def print_line(console: Console, text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sarqc.cli.options import JsonOption, TrustOption, print_json, print_line, stderr, stdout
+from sarqc.cli.options import JsonOption, TrustOption, loading, print_json, print_line, stderr, stdout
 
 
 def push(
@@ -27,7 +27,9 @@ def push(
     Example: sarqc push qwen3-8b-w4 my-name/qwen3-8b-w4 --private
     """
     from sarqc.cli.terminal import Ticker
-    from sarqc.entrypoints.push import push as run
+
+    with loading():
+        from sarqc.entrypoints.push import push as run
 
     with Ticker(stderr()) as ticker:
         address = run(

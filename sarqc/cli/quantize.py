@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sarqc.cli.flags import ConfigOption, with_options
-from sarqc.cli.options import JsonOption, ModelArgument, print_json, stderr, stdout
+from sarqc.cli.options import JsonOption, ModelArgument, loading, print_json, stderr, stdout
 from sarqc.config import METHODS, QUANTIZE
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def quantize(
 
     Several GPUs: torchrun --nproc-per-node N -m sarqc quantize ...
     """
-    from sarqc.pipeline.distributed import is_leader
+    with loading():
+        from sarqc.pipeline.distributed import is_leader
 
     if dry_run:
         if is_leader():

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from sarqc.cli.options import JsonOption, QuantizedArgument, TrustOption, print_json, print_line, stderr, stdout
+from sarqc.cli.options import (
+    JsonOption,
+    QuantizedArgument,
+    TrustOption,
+    loading,
+    print_json,
+    print_line,
+    stderr,
+    stdout,
+)
 
 
 def verify(
@@ -22,7 +31,9 @@ def verify(
     Exit code 0 if it is sound; 1 if not, with a line for each problem.
     """
     from sarqc.cli.terminal import Ticker
-    from sarqc.entrypoints.verify import verify as run
+
+    with loading():
+        from sarqc.entrypoints.verify import verify as run
     from sarqc.serving.compatibility import by_runtime
 
     with Ticker(stderr()) as ticker:
