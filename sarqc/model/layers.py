@@ -102,6 +102,7 @@ class Targets:
         return {
             "quantized": len(self.selected),
             "weights": sum(target.elements for target in self.selected),
+            "embeddings": [target.linear for target in self.selected if target.embedding],
             "ignored": dict(self.ignored),
             "untouched": list(self.untouched),
             "left": dict(self.left),

@@ -133,8 +133,15 @@ def _loading(report: summary.Report) -> str:
     """What loads the folder, with what transformers needs for it."""
     if _format_name(report) == MLX:
         return 'import sarqc  # where there is no MLX\n\nmodel, tokenizer = sarqc.load(".")'
-    alone = _format_name(report) == "compressed-tensors" and report["quant"]["sym"]
+    alone = _format_name(report) == "compressed-tensors" and not _only_here(report)
     return _LOADING if alone else f"import sarqc  # so that transformers reads it\n{_LOADING}"
+
+
+def _only_here(report: summary.Report) -> str | None:
+    """What transformers does not load of compressed-tensors without `import sarqc`."""
+    if not report["quant"]["sym"]:
+        return "asymmetric weights"
+    return "quantized embeddings" if report["targets"].get("embeddings") else None
 
 
 _SERVERS = {"vLLM": "vllm serve .", "SGLang": "python -m sglang.launch_server --model-path ."}
@@ -159,10 +166,10 @@ def _readers(report: summary.Report) -> str:
             lines.append(f"{server} has no kernels for all of its layers.")
     if format != "compressed-tensors":
         lines.append("transformers needs the package `gptqmodel`, or `import sarqc` before.")
-    elif quant["sym"]:
-        lines.append("transformers needs the package `compressed-tensors`.")
+    elif (what := _only_here(report)) is not None:
+        lines.append(f"transformers needs `import sarqc` before: alone it does not load {what}.")
     else:
-        lines.append("transformers needs `import sarqc` before: alone it does not load asymmetric weights.")
+        lines.append("transformers needs the package `compressed-tensors`.")
     if quant.get("avg_bits") is not None:
         lines.append("Layers have different widths: experts of several ones need `import sarqc` too.")
     return " ".join([*lines, "None of them was run for this checkpoint."])

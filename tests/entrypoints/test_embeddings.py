@@ -77,6 +77,12 @@ def test_transformers_loads_it_with_sarqc_and_expanded_without(result, registere
     assert torch.equal(logits(theirs.eval()), logits(dense))
 
 
+def test_its_card_says_what_loads_it(result):
+    card = (result.out / "README.md").read_text()
+    assert "import sarqc  # so that transformers reads it" in card
+    assert "alone it does not load quantized embeddings" in card and "--include embed_tokens --include lm_head" in card
+
+
 def test_a_model_with_an_expanded_embedding_is_not_saved(result, tmp_path, registered):
     model = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="serializable"):
