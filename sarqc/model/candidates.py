@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, partial
 from math import prod
 from typing import Any
 
@@ -53,13 +53,32 @@ class Target:
         return self.linear, self.parameter.removesuffix(".weight")
 
 
+Verdict = tuple[str | None, str | None]
+"""Why a matrix is left, where a rule leaves it, and why it cannot be quantized."""
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix. rule: why it is left, where a rule leaves it. refusal: why it cannot be quantized."""
+    """A matrix. judge: its verdict, which is not asked for where a checkpoint says what was quantized: for most rules
+    the model's code has to run."""
 
     target: Target
-    rule: str | None = None
-    refusal: str | None = None
+    judge: Callable[[], Verdict]
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The rule that leaves it, and the reason why it cannot be quantized."""
+        return self.judge()
+
+    @property
+    def rule(self) -> str | None:
+        """Why it is left, where a rule leaves it."""
+        return self.verdict[0]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it cannot be quantized."""
+        return self.verdict[1]
 
 
 def candidates(lazy: LazyModel) -> Iterator[Candidate]:
@@ -95,12 +114,16 @@ def outside(lazy: LazyModel) -> Iterator[Candidate]:
         if isinstance(module, nn.Embedding):
             yield _embedding(lazy, replace(whole, block=len(lazy.blocks) + len(behind), embedding=True))
         elif (other := _tied(lazy, whole.parameter)) is not None:
-            yield Candidate(whole, refusal=f"its weight is that of {other} too, and cannot be taken apart from it")
+            yield _refused(whole, f"its weight is that of {other} too, and cannot be taken apart from it")
         elif name in places:
             yield from _linear(lazy, places[name], name, module, set())
         else:
             why = _not_passed(lazy, whole.block, whole.parameter)
-            yield Candidate(whole, refusal=why or "text does not pass through it behind the last block")
+            yield _refused(whole, why or "text does not pass through it behind the last block")
+
+
+def _refused(target: Target, why: str | None) -> Candidate:
+    return Candidate(target, lambda: (None, why))
 
 
 def _behind(lazy: LazyModel) -> list[str]:
@@ -117,13 +140,13 @@ def _embedding(lazy: LazyModel, target: Target) -> Candidate:
     """An embedding outside the blocks, by the name that the checkpoint has for it."""
     slices = lazy.slices.get(target.parameter, ())
     if (other := _tied(lazy, target.parameter)) is not None:
-        return Candidate(target, refusal=f"its weight is that of {other} too, and cannot be taken apart from it")
+        return _refused(target, f"its weight is that of {other} too, and cannot be taken apart from it")
     if len(slices) != 1 or slices[0].linear is None:
-        return Candidate(target, refusal="its weight is made of several tensors of the checkpoint")
+        return _refused(target, "its weight is made of several tensors of the checkpoint")
     refusal = _not_passed(lazy, target.block, target.parameter) or _rule(lazy, target, set())
     if lazy.usage is None and lazy.model.get_submodule(target.module) is not lazy.model.get_input_embeddings():
         refusal = "the model's code does not run without data, so it is not known whether text passes through it"
-    return Candidate(replace(target, linear=slices[0].linear), refusal=refusal)
+    return _refused(replace(target, linear=slices[0].linear), refusal)
 
 
 def _tied(lazy: LazyModel, parameter: str) -> str | None:
@@ -138,60 +161,84 @@ def _linear(lazy: LazyModel, index: int, name: str, module: nn.Linear, outputs: 
     parameter = f"{name}.weight"
     slices = lazy.slices.get(parameter, ())
     whole = Target(name, (module.out_features, module.in_features), index, name, parameter)
-    rule = _rule(lazy, whole, outputs) or _not_called(lazy, name) or _not_passed(lazy, index, parameter)
-    refusal = None
-    if rule is None and type(module).forward is not nn.Linear.forward and not _multiplies(module):
-        if _is_block_diagonal(module):
-            rule = "it is block-diagonal: each of its parts reads inputs of its own"
-        refusal = f"{type(module).__name__} is not a plain Linear"
+    judge = cache(partial(_judge_linear, lazy, whole, module, outputs))  # of several matrices, once
     if (other := _tied(lazy, parameter)) is not None:
-        yield Candidate(whole, rule, f"its weight is that of {other} too, and blocks are solved one by one")
+        yield _otherwise(whole, judge, f"its weight is that of {other} too, and blocks are solved one by one")
         return
     if not slices or slices[0].linear is None:
         made = slices[0].conversion if slices else None
         how = f"transformers makes it from {slices[0].name} by {made}" if made else "its weight is renamed"
-        yield Candidate(whole, rule, f"{how}, so the checkpoint has no name for it")
+        yield _otherwise(whole, judge, f"{how}, so the checkpoint has no name for it")
         return
     for stored in slices:
         rows = module.out_features if stored.expert is None else stored.rows
         target = Target(
             stored.linear or stored.name, (rows, module.in_features), index, name, parameter, 0, stored.start
         )
-        yield Candidate(target, rule, refusal)
+        yield Candidate(target, judge)
+
+
+def _otherwise(target: Target, judge: Callable[[], Verdict], why: str) -> Candidate:
+    """Refused for another reason, unless a rule leaves it."""
+    return Candidate(target, lambda: (judge()[0], why))
+
+
+def _judge_linear(lazy: LazyModel, whole: Target, module: nn.Linear, outputs: set[int]) -> Verdict:
+    rule = (
+        _rule(lazy, whole, outputs)
+        or _not_called(lazy, whole.module)
+        or _not_passed(lazy, whole.block, whole.parameter)
+    )
+    refusal = None
+    if rule is None and type(module).forward is not nn.Linear.forward and not _multiplies(module):
+        if _is_block_diagonal(module):
+            rule = "it is block-diagonal: each of its parts reads inputs of its own"
+        refusal = f"{type(module).__name__} is not a plain Linear"
+    return rule, refusal
 
 
 def _stacked(lazy: LazyModel, index: int, name: str, module: Any, projection: str) -> Iterator[Candidate]:
     parameter = f"{name}.{projection}"
     weight: Tensor = getattr(module, projection)
-    rule = _not_passed(lazy, index, parameter)
     inputs = weight.shape[1 if module.is_transposed else 2]
     for stored in lazy.slices[parameter]:
         rows = stored.rows or weight.numel() // inputs // len(lazy.slices[parameter])
-        refusal = moe.unsupported_reason(
-            module, per_expert_names=stored.expert is not None and stored.linear is not None
-        )
+        named = stored.expert is not None and stored.linear is not None
         where = (stored.expert or 0, stored.start)
         target = Target(stored.linear or stored.name, (rows, inputs), index, name, parameter, *where)
-        yield Candidate(target, rule, refusal)
+        yield Candidate(target, partial(_judge_experts, lazy, target, module, named))
+
+
+def _judge_experts(lazy: LazyModel, target: Target, module: Any, named: bool) -> Verdict:
+    refusal = moe.unsupported_reason(module, per_expert_names=named)
+    return _not_passed(lazy, target.block, target.parameter), refusal
 
 
 def _bare(lazy: LazyModel, index: int, name: str, module: nn.Module, outputs: set[int]) -> Iterator[Candidate]:
     """Matrices that are parameters of a module which is neither a Linear nor a declared experts module."""
-    seen = lazy.usage
     for leaf, weight in module.named_parameters(recurse=False):
         parameter = f"{name}.{leaf}"
-        used = weight.dim() in (2, 3) and min(weight.shape) > 1 if seen is None else parameter in seen.multiplied
         slices = lazy.slices.get(parameter, ())
-        if weight.dim() < 2 or not used or not slices:
+        if weight.dim() < 2 or not slices or not _is_multiplied(lazy, parameter, weight):
             continue
         stored = (slices[0].linear or slices[0].name) if len(slices) == 1 else parameter
         inputs = weight.shape[-1]
         target = Target(stored, (weight.numel() // inputs, inputs), index, name, parameter)
-        refusal = f"it is a {weight.dim()}-D parameter of {type(module).__name__}, which is no Linear"
-        rule = _rule(lazy, target, outputs)
-        if rule is None and target.shape[0] < NARROWEST:  # weights that mix streams or heads
-            rule = f"it is no Linear and has fewer than {NARROWEST} outputs"
-        yield Candidate(target, rule, refusal)
+        yield Candidate(target, partial(_judge_bare, lazy, target, outputs))
+
+
+def _is_multiplied(lazy: LazyModel, parameter: str, weight: Tensor) -> bool:
+    if lazy.usage is None:
+        return weight.dim() in (2, 3) and min(weight.shape) > 1
+    return parameter in lazy.usage.multiplied
+
+
+def _judge_bare(lazy: LazyModel, target: Target, outputs: set[int]) -> Verdict:
+    rule = _rule(lazy, target, outputs)
+    if rule is None and target.shape[0] < NARROWEST:  # weights that mix streams or heads
+        rule = f"it is no Linear and has fewer than {NARROWEST} outputs"
+    module, weight = lazy.model.get_submodule(target.module), lazy.model.get_parameter(target.parameter)
+    return rule, f"it is a {weight.dim()}-D parameter of {type(module).__name__}, which is no Linear"
 
 
 def _rule(lazy: LazyModel, target: Target, outputs: set[int]) -> str | None:

@@ -197,8 +197,10 @@ def is_wanted(quant: QuantConfig, names: Iterable[str]) -> bool:
 def targets_of(lazy: LazyModel, linears: Iterable[str]) -> Targets:
     """The layers that a checkpoint has quantized, by its names; whatever else there is was left, for any reason."""
     wanted = set(linears)
-    every = (*candidates(lazy), *outside(lazy))
-    selected, included = _numbered(lazy, [one.target for one in every if one.target.linear in wanted])
+    found = [one.target for one in candidates(lazy) if one.target.linear in wanted]
+    if rest := wanted.difference(target.linear for target in found):
+        found += [one.target for one in outside(lazy) if one.target.linear in rest]
+    selected, included = _numbered(lazy, found)
     untouched, modules = _others(lazy, selected, ())
     return Targets(tuple(selected), (), untouched, (), modules, included)
 
