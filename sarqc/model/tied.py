@@ -1,7 +1,7 @@
 """A head that is tied to the embedding, taken apart from it where one of them is to be quantized.
 
 As packed tensors they cannot stay one: transformers and vLLM tie a head by handing it the dense weight of the
-embedding. So the checkpoint gets a tensor for each, and a configuration that says so.
+embedding, which a packed one does not have. So the checkpoint gets a tensor for each, and a configuration that says so.
 """
 
 from __future__ import annotations
