@@ -3,7 +3,9 @@
     python -m benchmarks.forecast results.json MODEL TEXT [MODEL TEXT ...] [--num-samples 16] [--seqlen 512]
 
 The default method at 4 bits. The forecast measures this machine's rates for about a second and counts operations
-(`sarqc.estimation.seconds`); the run's seconds are those of its report, stage by stage. Keep the machine quiet.
+(`sarqc.estimation.seconds`); the run's seconds are those of its report, stage by stage. Keep the machine quiet. Runs
+are added to those of a results file that exists. `tests.support.large.save(Path("mixture-8.4GB"))` makes the large
+model, which is measured with --num-samples 4 --seqlen 64 and the text "builtin".
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def _forecast() -> str:
     for record in records:
         ratios = ", ".join(f"{run['run / forecast']} ({run['model']})" for run in record["runs"])
         each.append(f"{ratios} on the {_processor(record)}")
-    return f"Times that a run takes what its forecast says (`python -m benchmarks.forecast`): {'; '.join(each)}."
+    return f"The time of a run over its forecast (`python -m benchmarks.forecast`) is {'; '.join(each)}."
 
 
 def head() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,10 +187,11 @@ def spec_of(checkpoint: Checkpoint, embeddings: Collection[str] = ()) -> tuple[Q
     choices = tuple(sorted(set(widths.values())))
     if len(choices) == 1:
         return QuantConfig(choices[0], group_size, sym), widths
-    linears, own = ({bits for name, bits in widths.items() if (name in embeddings) == one} for one in (False, True))
-    if len(linears) == len(own) == 1:
-        wanted = QuantConfig(group_size=group_size, sym=sym, include=tuple(embeddings), embedding_bits=own.pop())
-        return replace(wanted, bits=linears.pop()), widths
+    own = {widths[name] for name in embeddings}
+    others = {bits for name, bits in widths.items() if name not in embeddings}
+    if len(others) == len(own) == 1:
+        include = tuple(embeddings)
+        return QuantConfig(others.pop(), group_size, sym, include=include, embedding_bits=own.pop()), widths
     average = round(checkpoint.storage().bits_per_weight or 0.0, 3)
     return QuantConfig(group_size=group_size, sym=sym, avg_bits=average, bit_options=choices), widths
 

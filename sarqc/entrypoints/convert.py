@@ -9,10 +9,12 @@ from typing import Any
 from sarqc.checkpoint.convert import Conversion, Progress
 from sarqc.checkpoint.folders import atomic_folder, check_existing, check_overlap
 from sarqc.checkpoint.formats import FORMATS
-from sarqc.checkpoint.reader import open_checkpoint
-from sarqc.errors import ArgumentError
+from sarqc.checkpoint.formats.common import outside_blocks
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
+from sarqc.errors import ArgumentError, ModelError
 from sarqc.model.hub import locate
-from sarqc.pipeline.write import embeddings
+from sarqc.model.layers import targets_of
+from sarqc.model.lazy_model import LazyModel
 from sarqc.report import report as reports
 from sarqc.report.schema import SIZES
 
@@ -61,12 +63,23 @@ def convert(
     folder = locate(source, trust_remote_code=trust_remote_code)
     check_overlap(out, folder)
     with open_checkpoint(folder) as checkpoint:
-        conversion = Conversion(checkpoint, FORMATS[format], embeddings(checkpoint, trust_remote_code))
+        conversion = Conversion(checkpoint, FORMATS[format], _embeddings(checkpoint, trust_remote_code))
         with atomic_folder(out, overwrite=overwrite) as partial:
             record = conversion.write(partial, code=trust_remote_code, progress=progress)
             if (report := reports.whole(folder)) is not None:
                 reports.write(partial, report | _changes(record))
     return Converted(out, record)
+
+
+def _embeddings(checkpoint: Checkpoint, trust_remote_code: bool) -> list[str]:
+    """The quantized matrices of a checkpoint that are embeddings; none where it is of no model that can be built."""
+    if not outside_blocks(checkpoint.linears()):
+        return []
+    try:
+        lazy = LazyModel.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
+    except ModelError:
+        return []
+    return [target.linear for target in targets_of(lazy, checkpoint.linears()).selected if target.embedding]
 
 
 def _changes(record: dict[str, Any]) -> dict[str, Any]:

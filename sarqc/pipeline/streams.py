@@ -163,8 +163,7 @@ class Streams(Closing):
         self.hooks = Hooks(self.units)
         self.text = text
         check_tokens(text.tokens, self.lazy.model)
-        self.lazy.load_outer(self._source, self._device, self._dtype)
-        rounded = self._rounded()
+        rounded = self._load_outer()
         if stored is None:
             self.quantized, self.probe = self._forward(text), self._probe(text)
             self._refuse_lost(self.quantized.at(Point("enter", 0)))
@@ -179,8 +178,7 @@ class Streams(Closing):
                 return False
             self.form = stored.form
         if reference:
-            if rounded:
-                self.lazy.load_outer(self._source, self._device, self._dtype)
+            self._load_originals(rounded)
             self.reference = self._forward(text)
             _arrive(self.reference, 0)
         self.lazy.unload_embeddings()
@@ -194,12 +192,13 @@ class Streams(Closing):
         before = fingerprint(self.entry(block))
         quantized, probe, reference = self.quantized, self.probe, self.reference
         self.text = text
-        self.lazy.load_outer(self._source, self._device, self._dtype)
+        rounded = self._load_outer()
         self.quantized = self._forward(text, block)
         self._hand(self.quantized, block, self.form, text.grouped(_windows(quantized.pop_residuals())))
         self.probe = self._probe(text, block)
         self._hand(self.probe, block, self.form, probe.pop_residuals())
         if reference is not None:
+            self._load_originals(rounded)
             self.reference = self._forward(text, block)
             self._hand(self.reference, block, self.form, text.grouped(_windows(reference.pop_residuals())))
         self.lazy.unload_embeddings()
@@ -260,6 +259,16 @@ class Streams(Closing):
             forward.close()
         self.reference, self.form = None, None
         self.hooks.close()
+
+    def _load_outer(self) -> bool:
+        """What stands outside the blocks, as the result has it; whether some of it is not the original."""
+        self.lazy.load_outer(self._source, self._device, self._dtype)
+        return self._rounded()
+
+    def _load_originals(self, rounded: bool) -> None:
+        """The same for the reference."""
+        if rounded:
+            self.lazy.load_outer(self._source, self._device, self._dtype)
 
     def _windows(self, block: int) -> Iterator[Tensor]:
         for arrival in self.quantized.leave(block):

@@ -19,13 +19,11 @@ from sarqc.checkpoint.convert import Conversion
 from sarqc.checkpoint.file_sums import record_files
 from sarqc.checkpoint.folders import atomic_folder
 from sarqc.checkpoint.formats import NEUTRAL, Format
-from sarqc.checkpoint.formats.common import outside_blocks
 from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.checkpoint.side_files import copy_side_files, write_config
 from sarqc.checkpoint.state import ChunkedTensor
 from sarqc.config import AUTO, DEFAULT_EFFORT, MethodConfig
-from sarqc.errors import CheckpointError, ModelError, ResourceError
-from sarqc.model.layers import targets_of
+from sarqc.errors import CheckpointError, ResourceError
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
 from sarqc.options import from_record
@@ -67,7 +65,7 @@ def write_checkpoint(
     report = finish.report(finish.fill(work.built))
     code = work.about["code"]
     with open_checkpoint(work.built) as neutral, atomic_folder(out, overwrite=overwrite, token=token) as folder:
-        record = Conversion(neutral, format, embeddings(neutral, code)).write(folder, code=code)
+        record = Conversion(neutral, format, work.about["targets"].get("embeddings", ())).write(folder, code=code)
         with open_checkpoint(folder) as written:
             lazy = LazyModel.from_folder(folder, written, trust_remote_code=code)
             report["serve"] = ranks_by_server(checkpoint_support(written, lazy))
@@ -163,17 +161,6 @@ def _rescaled(record: BlockRecord) -> Sequence[str]:
 def _names(lazy: LazyModel, index: int) -> set[str]:
     start = f"{lazy.unit_name(index)}."
     return {stored.name for name, slices in lazy.slices.items() if name.startswith(start) for stored in slices}
-
-
-def embeddings(checkpoint: Checkpoint, trust_remote_code: bool) -> list[str]:
-    """The quantized matrices of a checkpoint that are embeddings; none where it is of no model that can be built."""
-    if not outside_blocks(checkpoint.linears()):
-        return []
-    try:
-        lazy = LazyModel.from_folder(checkpoint.folder, checkpoint, trust_remote_code=trust_remote_code)
-    except ModelError:
-        return []
-    return [target.linear for target in targets_of(lazy, checkpoint.linears()).selected if target.embedding]
 
 
 def _lazy(source: TensorSource, name: str) -> ChunkedTensor:

@@ -99,11 +99,12 @@ class CompressedTensors(FormatDefaults):
         """
         self.check(quant)
         widths = widths or {}
-        targets = targets_by_width(widths)
         if quant.avg_bits is None:
             named = {name: widths[name] for name in outside_blocks(widths)}
             targets = {quant.bits: [], **targets_by_width(named)}
             targets[quant.bits].append("Linear")
+        else:
+            targets = targets_by_width(widths)
         groups = [_group(quant.at(bits), names) for bits, names in targets.items()]
         return {
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
