@@ -58,6 +58,11 @@ class Device:
         return self.arch < 90 or self.arch >= 120
 
     @property
+    def operand_in_flight(self) -> bool:
+        """A product that has been issued still reads its first operand from registers (wgmma): sm_90."""
+        return self.arch == 90
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory that one program can have."""
         return SHARED_BYTES.get(self.arch, min(SHARED_BYTES.values()))

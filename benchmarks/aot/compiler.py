@@ -46,6 +46,8 @@ def _problems(job: AotJob, code: sass.MachineCode, shared: int, layouts: str) ->
     if code.opcodes["LDL"] or (code.stack and not code.opcodes["STL"]):
         problems.append(f"{code.stack} bytes of a thread in local memory")
         problems += [f"{code.opcodes[opcode]} x {opcode}" for opcode in ("LDL", "STL") if code.opcodes[opcode]]
+    if code.overwritten:
+        problems.append(f"{code.overwritten} x a register written that a product under way reads")
     limit = Device(job.arch, multiprocessors=1).shared_bytes
     if shared > limit:
         problems.append(f"{shared} bytes of shared memory, the card has {limit}")

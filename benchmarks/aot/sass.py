@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.aot.hazards import overwritten
+
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA", "IMMA")
 COUNTED = (*TENSOR_CORE, "UTMALDG", "LDGSTS", "LDL", "STL", "SHFL", "BAR", "WARPGROUP")
 """Opcodes in the table: products on tensor cores, bulk and async copies, local memory, shuffles, barriers, waits for
@@ -17,20 +19,21 @@ products."""
 
 FORMS = {
     "HGMMA from registers": re.compile(r"HGMMA\S*\s+R\d+, R\d+,"),
-    "HGMMA under way": re.compile(r"WARPGROUP\.DEPBAR\S*\s+\S+\s+0x[1-9]"),
     "16-byte LDGSTS": re.compile(r"LDGSTS\S*\.128"),
 }
 """Instructions of a certain form, counted a second time under a name of their own: a product whose first operand is in
-registers, a wait that leaves products under way, and an asynchronous copy of the widest kind."""
+registers, and an asynchronous copy of the widest kind."""
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """registers: of one thread. stack: bytes of one thread in local memory, which is where spills go."""
+    """registers: of one thread. stack: bytes of one thread in local memory, which is where spills go. overwritten: as
+    in `hazards`."""
 
     registers: int
     stack: int
     opcodes: Counter[str]
+    overwritten: int
 
 
 def read(cubin: bytes, tools: Path) -> MachineCode:
@@ -39,11 +42,11 @@ def read(cubin: bytes, tools: Path) -> MachineCode:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
-        listing = _run(tools / "nvdisasm", "-c", path)
+        listing = _run(tools / "nvdisasm", "-c", path).splitlines()
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if match is None:
         raise RuntimeError(f"cuobjdump prints no resource usage:\n{usage}")
-    return MachineCode(int(match[1]), int(match[2]), opcodes(listing.splitlines()))
+    return MachineCode(int(match[1]), int(match[2]), opcodes(listing), overwritten(listing))
 
 
 def opcodes(lines: Iterable[str]) -> Counter[str]:

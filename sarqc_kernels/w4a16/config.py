@@ -7,8 +7,9 @@ For shapes that no table has, `rule` takes the plan of least predicted time (`pr
 * splits (split-K): inputs are cut so that programs reach two on a processor where registers allow, with at least four
   tiles (512 inputs) each; partial sums are fp32, added in order by a second kernel whose launch overlaps (PDL).
 * folded, in blocks of 48 and from 80 tokens on: scales go into the weights (rounded once to 16 bits, as `expand` does),
-  so that one sum runs through all tiles and the tensor core multiplies one tile while the next is unpacked. Else the
-  sum of each group is scaled in fp32: that costs the same few instructions, and a second set of sums has room.
+  so that one sum runs through all tiles; a second set of sums would have no room. The tensor core multiplies one tile
+  while the next is unpacked, except on sm_90 (`triton.kernels.finished`), where programs beside each other fill the
+  gap. With fewer tokens the sum of each group is scaled in fp32, which costs the same few instructions.
 * tail: up to 64 tokens more than 32, 64 or 128, on the same unpacked weights; 129 tokens cost 144 and not 256.
 * persistent: on sm_90 blocks of 256 rows and 128 tokens, one program on each processor, which walks the blocks, eight
   blocks of tokens with all blocks of rows at a time. Counted: a tile of such a block takes 48 KiB from the L2 cache for

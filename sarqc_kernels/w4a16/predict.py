@@ -5,9 +5,10 @@ A program of `block_m` tokens and 128 rows takes, for each tile of 128 inputs,
     issue    instructions of its warps' loop (SASS of sm_90, triton 3.7.1) over four schedulers,
     tensor   block_m * 128 * 128 multiply-adds at the rate of a large bf16 product,
 
-one after the other where a program is alone on a processor, overlapped where several share it or products are under way
-while the next tile is unpacked (`folded`). The processor with the most programs decides. Below that lie two floors that
-all processors share: bytes from memory, and bytes from the L2 cache, of which every program reads its own activations.
+one after the other where a program is alone on a processor, overlapped where several share it or where products are
+under way while the next tile is unpacked (`folded`, not on sm_90: see `triton.kernels.finished`). The processor with
+the most programs decides. Below that lie two floors that all processors share: bytes from memory, and bytes from the L2
+cache, of which every program reads its own activations.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ TENSOR = 1640.0  # multiply-adds of a processor in a cycle: 780 TFLOP/s among 13
 MEMORY = 32e9  # bytes a second of a processor: 4.3 TB/s among 132; one that others leave alone gets half as much again
 ALONE = 1.5
 CACHE = 42e9  # the same from the L2 cache: 5.5 TB/s among 132
-ISSUE = {16: 339, 32: 367, 48: 536, 64: 472, 80: 558, 96: 568, 128: 502, 144: 576, 160: 602, 192: 622}
+ISSUE = {16: 339, 32: 367, 48: 510, 64: 472, 80: 532, 96: 542, 128: 482, 144: 552, 160: 558, 192: 590}
 """Instructions of a processor's scheduler for a tile, by tokens of a program: those of a warp times warps over four."""
-TALL_ISSUE = 826  # 256 rows, 128 tokens
+TALL_ISSUE = 812  # 256 rows, 128 tokens
 RESIDENT = {16: 4, 32: 3, 48: 2, 64: 2, 80: 2, 96: 2}
 """Programs that the registers and shared memory of a processor hold, where it is more than one."""
 FILL = 1.0e-6  # until a program multiplies, and from its last product to its end
@@ -45,7 +46,8 @@ def seconds_of(plan: Plan, shape: tuple[int, int, int, int], device: Device, bit
     busy = min(experts, tokens) if experts else 1
     most = -(-programs // device.multiprocessors)
     resident = 1 if plan.resident else RESIDENT.get(plan.tokens, 1)
-    cycles = most * own * _cycles(plan, min(most, resident)) / CLOCK
+    overlapped = min(most, resident) > 1 or (plan.folded and not device.operand_in_flight)
+    cycles = most * own * _cycles(plan, overlapped) / CLOCK
     fill = FILL + WALK_FILL * (most - 1) if plan.resident else FILL * -(-most // resident)
     words = blocks_n * plan.block_n * k_tiles * 16 * bits
     active = 2 * inputs * min(tokens, blocks_m * plan.tokens) * blocks_n
@@ -73,12 +75,12 @@ def _division(plan: Plan, shape: tuple[int, int, int, int]) -> tuple[int, int, i
     return own, -(-k_tiles // own), -(-share // plan.tokens) * busy, -(-outputs // plan.block_n)
 
 
-def _cycles(plan: Plan, together: int) -> float:
-    """Of a processor for one tile of one program, where `together` programs share it."""
+def _cycles(plan: Plan, overlapped: bool) -> float:
+    """Of a processor for one tile of one program. overlapped: whether its tensor cores work while it unpacks."""
     tall = plan.block_n > 128
     issue = TALL_ISSUE if tall else ISSUE[plan.tokens]
     tensor = plan.tokens * plan.block_n * TILE_K / TENSOR / OWN
-    return max(issue, tensor) if plan.folded or together > 1 else issue + tensor
+    return max(issue, tensor) if overlapped else issue + tensor
 
 
 def _expanded(tokens: int, outputs: int, inputs: int, device: Device, bits: int) -> float:

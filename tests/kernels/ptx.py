@@ -79,6 +79,7 @@ def _logic(a: Any, b: Any, c: Any, table: Any) -> Any:
 
 
 INSTRUCTIONS = {
+    "mov.b32": lambda value: value,
     "prmt.b32": _permute,
     "lop3.b32": _logic,
     "shr.b32": lambda value, by: value >> by,

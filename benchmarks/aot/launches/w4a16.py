@@ -76,15 +76,13 @@ def _product(
     call = partial(
         launch.product, plan, x, weight, offsets if by_expert else None, bias, index if gated else None, gated
     )
-    return Launch(name, call, {"dot": _wanted(plan, gpu)})
+    return Launch(name, call, {"dot": _wanted(gpu)})
 
 
-def _wanted(plan: Plan, gpu: Device) -> tuple[str, ...]:
+def _wanted(gpu: Device) -> tuple[str, ...]:
     """What a dot's machine code must show. On sm_90 weights go from the register that held the word into the tensor
-    core, words come 16 bytes at a time, and folded products are under way while the next tile is unpacked."""
-    if gpu.arch == 90:
-        return ("HGMMA from registers", "16-byte LDGSTS", *(("HGMMA under way",) if plan.folded else ()))
-    return (TENSOR_CORE[gpu.arch],)
+    core, and words come 16 bytes at a time."""
+    return ("HGMMA from registers", "16-byte LDGSTS") if gpu.arch == 90 else (TENSOR_CORE[gpu.arch],)
 
 
 def _sums() -> Iterator[Launch]:

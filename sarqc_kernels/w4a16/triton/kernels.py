@@ -145,6 +145,17 @@ def scaled(fields, scales, zeros, first: tl.constexpr, COUNT: tl.constexpr, SUB:
 
 
 @triton.jit
+def finished(sums):
+    """The same sums, behind the end of the products that add to them.
+
+    A wgmma reads its first operand from registers after it has been issued. ptxas before 13.3 takes those registers for
+    free at once (triton-lang/triton#9433), so nothing may be computed while a product runs. A copy that Triton does not
+    look into makes it wait here; ptxas drops the copy.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [sums], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def active_of(x, index, first, last, depth, K, BLOCK_M: tl.constexpr, INDEXED: tl.constexpr):
     """(pointers to inputs `depth` of BLOCK_M rows of x from row `first` on, the rows, which of them are there)."""
     token = first + tl.arange(0, BLOCK_M)
@@ -171,7 +182,7 @@ def grid_of(scales, zeros, row, k_tile, sizes, SUB: tl.constexpr, ASYMMETRIC: tl
 def dot_block(
     data, place, sizes, BITS: tl.constexpr, SUB: tl.constexpr, ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr,
     SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    TAIL: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr, PDL: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block [BLOCK_N, BLOCK_M + TAIL]. place: (expert, first row of x, row behind the last, block_n, split)."""
     x, words, scales, zeros, index, bias, out = data
@@ -203,12 +214,16 @@ def dot_block(
             if FOLDED:
                 weight = scaled(fields, scale, zero, 0, SUB, SUB, BITS, ASYMMETRIC, DTYPE)
                 sums = tl.dot(weight, act, sums)
+                if WAIT:
+                    sums = finished(sums)
                 if TAIL > 0:
                     keep_tail = there_tail
                     if not WHOLE:
                         keep_tail = keep_tail & (start + depth < K)[:, None]
                     act_tail = tl.load(active_tail + start, mask=keep_tail, other=0.0)
                     sums_tail = tl.dot(weight, act_tail, sums_tail)
+                    if WAIT:
+                        sums_tail = finished(sums_tail)
             else:
                 weight = weights_of(fields, zero[j], j * (8 // SUB), 8 // SUB, BITS, ASYMMETRIC, DTYPE)
                 sums += tl.dot(weight, act) * scale[j].to(tl.float32)
@@ -225,12 +240,13 @@ def dot_kernel(
     tiles_per_split, BITS: tl.constexpr, EXPERTS: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, INDEXED: tl.constexpr,
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, FOLDED: tl.constexpr,
-    PERSISTENT: tl.constexpr, PDL: tl.constexpr,
+    WAIT: tl.constexpr, PERSISTENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Blocks [BLOCK_N, BLOCK_M + TAIL] on the tensor cores, weights as first operand from registers.
 
     One dot for each group of inputs, whose sums are scaled in fp32; FOLDED: the scale is multiplied into the weight
-    and there is one dot for each tile, which runs while the next tile is unpacked. WHOLE: K % 128 == 0.
+    and there is one dot for each tile, which runs while the next tile is unpacked; WAIT: it ends before (`finished`).
+    WHOLE: K % 128 == 0.
 
     Grid (blocks of tokens, blocks of rows, splits): programs beside each other read the same weights. SPLIT (split-K):
     out holds partial sums in fp32, which `sum_kernel` adds in order. PERSISTENT: as many programs as a device holds at
@@ -246,7 +262,7 @@ def dot_kernel(
             expert, first, last = locate(offsets, block_m, M, EXPERTS, SPAN, BLOCK_M + TAIL)
             dot_block(data, (expert, first, last, block_n, 0), sizes, BITS=BITS, SUB=SUB, ASYMMETRIC=ASYMMETRIC,
                       BIASED=BIASED, SPLIT=SPLIT, WHOLE=WHOLE, INDEXED=INDEXED, GATED=GATED, BLOCK_M=BLOCK_M, TAIL=TAIL,
-                      BLOCK_N=BLOCK_N, FOLDED=FOLDED, PDL=PDL)  # fmt: skip
+                      BLOCK_N=BLOCK_N, FOLDED=FOLDED, WAIT=WAIT, PDL=PDL)  # fmt: skip
     else:
         expert, first, last = locate(offsets, tl.program_id(0), M, EXPERTS, SPAN, BLOCK_M + TAIL)
         if EXPERTS > 0:
@@ -255,7 +271,7 @@ def dot_kernel(
         place = (expert, first, last, tl.program_id(1), tl.program_id(2))
         dot_block(data, place, sizes, BITS=BITS, SUB=SUB, ASYMMETRIC=ASYMMETRIC, BIASED=BIASED, SPLIT=SPLIT,
                   WHOLE=WHOLE, INDEXED=INDEXED, GATED=GATED, BLOCK_M=BLOCK_M, TAIL=TAIL, BLOCK_N=BLOCK_N,
-                  FOLDED=FOLDED, PDL=PDL)  # fmt: skip
+                  FOLDED=FOLDED, WAIT=WAIT, PDL=PDL)  # fmt: skip
 
 
 @triton.jit

@@ -93,8 +93,8 @@ def product(
         BITS=weight.bits, EXPERTS=experts, SPAN=triton.next_power_of_2(max(2, experts)), SUB=groups,
         ASYMMETRIC=weight.zeros is not None, BIASED=bias is not None, SPLIT=split,
         WHOLE=weight.in_features % TILE_K == 0, INDEXED=index is not None, GATED=gated, BLOCK_M=plan.block_m,
-        TAIL=plan.tail, BLOCK_N=plan.block_n, FOLDED=plan.folded, PERSISTENT=plan.resident > 0,
-        PDL=split and overlaps(device), **_options(plan), **FUSED,
+        TAIL=plan.tail, BLOCK_N=plan.block_n, FOLDED=plan.folded, WAIT=plan.folded and device.operand_in_flight,
+        PERSISTENT=plan.resident > 0, PDL=split and overlaps(device), **_options(plan), **FUSED,
     )  # fmt: skip
     return parts
 
