@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Generator, Iterator
+from typing import Any
 
 # Before torch is imported. Tests run side by side; small operations on more threads than cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,8 @@ import torch
 
 import sarqc
 from sarqc import system
+from sarqc.model import dataset
+from sarqc.model import tokenizer as tokenizer_of_runs
 from tests.support.faults import Outcomes
 
 # Drawn examples are the same on every run, and a busy machine fails no test.
@@ -49,6 +52,25 @@ def _fp32() -> Iterator[None]:
     """No result hangs on how fast this CPU multiplies bf16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(system, "multiplies_bf16", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenized_once() -> Iterator[None]:
+    """A third of a small run is the time in which its tokenizer goes through the packaged text: once will do."""
+    tokens: dict[tuple[str, str, bool], list[int]] = {}
+
+    def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return tokenizer_of_runs.encode(tokenizer, text, special=special)
+        key = backend.to_str(), text, special
+        if key not in tokens:
+            tokens[key] = tokenizer_of_runs.encode(tokenizer, text, special=special)
+        return tokens[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "encode", encode)
         yield
 
 

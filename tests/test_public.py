@@ -103,7 +103,7 @@ def test_a_type_checker_knows_every_keyword(tmp_path):
     bad.write_text("import sarqc\n" + "".join(f'sarqc.quantize("m", "o", {text})\n' for text in wrong))
     root = Path(sarqc.__file__).parents[1]
     checked = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", root / "pyproject.toml", "--no-incremental", good, bad],
+        [sys.executable, "-m", "mypy", "--config-file", root / "pyproject.toml", good, bad],
         capture_output=True, text=True, cwd=root,
     )  # fmt: skip
     errors = [line for line in checked.stdout.splitlines() if "error:" in line]
