@@ -306,12 +306,18 @@ extern "C" int sarqc_columns_size() { return sizeof(Columns); }
 
 extern "C" const char* sarqc_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+// `error`, which the runtime then forgets: the next launch asks for the last error, and would be told this one again.
+static int reported(cudaError_t error) {
+    cudaGetLastError();
+    return error;
+}
+
 // 0 where a kernel of this library can run on the current card; versions: of CUDA here, and the driver's latest.
 extern "C" int sarqc_ready(int* versions) {
     cudaRuntimeGetVersion(versions);
     cudaDriverGetVersion(versions + 1);
     cudaFuncAttributes found;
-    return cudaFuncGetAttributes(&found, columns<false, false>);
+    return reported(cudaFuncGetAttributes(&found, columns<false, false>));
 }
 
 extern "C" int sarqc_columns(const Columns* call, int threads, void* stream) {
@@ -320,7 +326,7 @@ extern "C" int sarqc_columns(const Columns* call, int threads, void* stream) {
     const int bytes = shared_floats(threads) * static_cast<int>(sizeof(float));
     if (bytes > 48 * 1024) {  // more than a kernel has without being asked for
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (error) return error;
+        if (error) return reported(error);
     }
     kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(*call);
     return cudaGetLastError();

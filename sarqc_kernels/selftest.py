@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from sarqc_kernels.testing import Quantized, dequantize, random_gram, random_qua
 from sarqc_kernels.w4a16 import experts
 
 EXPERTS, ROWS, INPUTS, TOKENS, GROUP, BITS = 2, 64, 128, 40, 32, 4
+FEW = 8
+"""Tokens of a call that csrc/gemv.cu takes: of experts up to 8 rows each."""
 RULE: dict[str, Any] = {"bits": BITS, "sym": True, "search": False, "scale_dtype": torch.bfloat16}
 LAYOUTS = {"cuda": "tiles", "triton": "tiles", "cpu": "int4pack", "reference": "stream"}
 
@@ -24,23 +27,24 @@ LAYOUTS = {"cuda": "tiles", "triton": "tiles", "cpu": "int4pack", "reference": "
 class Probe:
     """One operation. implementations: in the order in which they are tried on a device. arguments: of a small call, as
     implementations see them. error: (backend, device) -> how far off its result is. limit: the most it may be, with the
-    reason in the function that measures it."""
+    reason in the function that measures it. case: tells probes of one operation apart."""
 
     op: str
     implementations: Callable[[torch.device], Sequence[Implementation]]
     arguments: Callable[[torch.device], tuple[Any, ...]]
     error: Callable[[str, torch.device], float]
     limit: float
+    case: str = ""
 
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _rows() -> tuple[Tensor, Tensor]:
+def _rows(tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
     """Activations bf16 [T, K] and offsets; the first expert has few rows."""
-    x = torch.randn(TOKENS, INPUTS, generator=_generator()).bfloat16()
-    return x, torch.tensor([0, 7, TOKENS])
+    x = torch.randn(tokens, INPUTS, generator=_generator()).bfloat16()
+    return x, torch.tensor([0, 7, tokens])
 
 
 def _sums(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,42 +194,42 @@ def _prepared(device: torch.device, layout: str, rows: int = ROWS) -> tuple[Any,
     return prepared, dequantize(quantized).double()
 
 
-def _matmul_arguments(device: torch.device) -> tuple[Any, ...]:
-    x, offsets = _rows()
+def _matmul_arguments(tokens: int, device: torch.device) -> tuple[Any, ...]:
+    x, offsets = _rows(tokens)
     layout = LAYOUTS["triton" if device.type == "cuda" else "cpu"]
     return x.to(device), _prepared(device, layout)[0], offsets.to(device), None
 
 
-def _matmul_error(backend: str, device: torch.device) -> float:
+def _matmul_error(tokens: int, backend: str, device: torch.device) -> float:
     """bf16 weights and results, fp32 sums: a few parts in a thousand."""
-    x, offsets = _rows()
+    x, offsets = _rows(tokens)
     weight, exact = _prepared(device, LAYOUTS[backend])
     actual = w4a16.w4a16_matmul(x.to(device), weight, offsets.to(device), backend=backend)
     want = torch.cat([part.double() @ matrix.T for part, matrix in zip((x[:7], x[7:]), exact)])
     return relative_error(actual.cpu(), want)
 
 
-def _routing(device: torch.device) -> w4a16.Routing:
+def _routing(tokens: int, device: torch.device) -> w4a16.Routing:
     """Every token goes to both experts: rows of the first, then of the second, with weights of their own."""
-    every = torch.arange(TOKENS)
-    weights = torch.linspace(0.1, 0.9, EXPERTS * TOKENS).bfloat16()
-    parts = (torch.tensor([0, TOKENS, 2 * TOKENS]), every.repeat(2), torch.stack([every, every + TOKENS]), weights)
+    every = torch.arange(tokens)
+    weights = torch.linspace(0.1, 0.9, EXPERTS * tokens).bfloat16()
+    parts = (torch.tensor([0, tokens, 2 * tokens]), every.repeat(2), torch.stack([every, every + tokens]), weights)
     return w4a16.Routing(*(part.to(device) for part in parts))
 
 
-def _experts_arguments(device: torch.device) -> tuple[Any, ...]:
+def _experts_arguments(tokens: int, device: torch.device) -> tuple[Any, ...]:
     layout = LAYOUTS["triton" if device.type == "cuda" else "cpu"]
     first, second = _prepared(device, layout, 2 * INPUTS)[0], _prepared(device, layout)[0]
-    return _rows()[0].to(device), first, second, _routing(device)
+    return _rows(tokens)[0].to(device), first, second, _routing(tokens, device)
 
 
-def _experts_error(backend: str, device: torch.device) -> float:
+def _experts_error(tokens: int, backend: str, device: torch.device) -> float:
     """Step by step in float64; as the product, and the hidden rows are rounded to bf16 once or twice more."""
-    x = _rows()[0]
+    x, routing = _rows(tokens)[0], _routing(tokens, device)
     (first, gate_up), (second, down) = (_prepared(device, LAYOUTS[backend], rows) for rows in (2 * INPUTS, ROWS))
-    actual = w4a16.w4a16_experts(x.to(device), first, second, _routing(device), backend=backend)
-    want = torch.zeros(TOKENS, ROWS, dtype=torch.float64)
-    for matrices, share in zip(zip(gate_up, down), _routing(x.device).weights.double().view(EXPERTS, TOKENS, 1)):
+    actual = w4a16.w4a16_experts(x.to(device), first, second, routing, backend=backend)
+    want = torch.zeros(tokens, ROWS, dtype=torch.float64)
+    for matrices, share in zip(zip(gate_up, down), routing.weights.cpu().double().view(EXPERTS, tokens, 1)):
         gate, up = (x.double() @ matrices[0].T).chunk(2, -1)
         want += share * ((torch.nn.functional.silu(gate) * up) @ matrices[1].T)
     return relative_error(actual.cpu(), want)
@@ -233,6 +237,17 @@ def _experts_error(backend: str, device: torch.device) -> float:
 
 def _of(room: Any, op: str) -> Callable[[torch.device], Sequence[Implementation]]:
     return lambda device: fastest_first(room.implementations()[op], torch.empty(0, device=device))
+
+
+def _many_and_few(
+    op: str, room: Any, arguments: Callable[..., tuple[Any, ...]], error: Callable[..., float]
+) -> list[Probe]:
+    """A product on packed weights, whose implementations take different numbers of rows: each has to take one."""
+    return [
+        Probe(op, lambda device: room.implementations(torch.empty(0, device=device)), partial(arguments, tokens),
+              partial(error, tokens), 1e-2, case)
+        for tokens, case in ((TOKENS, ""), (FEW, "few rows"))
+    ]  # fmt: skip
 
 
 PROBES = (
@@ -249,8 +264,6 @@ PROBES = (
     Probe("quantize_columns", _of(columns, "quantize_columns"), _columns_arguments, _columns_error, 1e-3),
     Probe("coordinate_descent", _of(columns, "coordinate_descent"), _descent_arguments, _descent_error, 1e-5),
     Probe("dequantize", _of(dequant, "dequantize"), _dequant_arguments, _dequant_error, 1e-7),
-    Probe("w4a16_matmul", lambda device: w4a16.implementations(torch.empty(0, device=device)), _matmul_arguments,
-          _matmul_error, 1e-2),
-    Probe("w4a16_experts", lambda device: experts.implementations(torch.empty(0, device=device)), _experts_arguments,
-          _experts_error, 1e-2),
+    *_many_and_few("w4a16_matmul", w4a16, _matmul_arguments, _matmul_error),
+    *_many_and_few("w4a16_experts", experts, _experts_arguments, _experts_error),
 )  # fmt: skip

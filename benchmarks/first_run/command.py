@@ -31,13 +31,19 @@ from benchmarks.budget import Budget
 from benchmarks.first_run import portable
 from benchmarks.machine import ROOT
 from benchmarks.ops import OPS
+from sarqc_kernels.backend import ENVIRONMENT
 
 ORDER = ("w4a16", "gram", "columns", "moe")
 """Operations in the order of the questions that a first run has to answer."""
-ALSO = tuple(
-    f"tests/kernels/test_{name}.py" for name in ("cross_gram", "gram_finalize", "cholesky", "descent", "dequant")
+AT_RISK = tuple(f"tests/kernels/test_{name}.py" for name in ("cholesky", "descent"))
+"""Tests of small kernels of several products by four warps. Triton 3.4 to 3.7 with their ptxas are known to miscompile
+such kernels for Hopper (triton #10486, #10573, #11366). They begin first, so an illegal access is seen at once."""
+WAY_OUT = (
+    f"if it is the compiler, {ENVIRONMENT}=reference runs every operation in plain torch; another triton, or a ptxas "
+    "of CUDA 13.1 or later by TRITON_PTXAS_PATH, compiles the kernels anew"
 )
-"""Tests of kernels that no benchmark times alone."""
+ALSO = tuple(f"tests/kernels/test_{name}.py" for name in ("cross_gram", "gram_finalize", "dequant"))
+"""Tests of kernels that no benchmark times alone, as those at risk."""
 TESTED = ("pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "benchmarks.first_run.on_device")
 TEST_SHARE = 0.4  # of the time, for all tests
 LEAST = 20.0  # seconds of a part
@@ -56,7 +62,7 @@ class Part:
 @dataclass(frozen=True)
 class Outcome:
     """How a part ended. status: "passed", "failed", "timed out" or "left out". tail: the end of what it printed.
-    compiled: kernels and libraries that were not in the cache before, by name."""
+    compiled: kernels, libraries and stubs that were not in the cache before, by name."""
 
     name: str
     status: str
@@ -66,14 +72,19 @@ class Outcome:
 
 
 def test_files() -> list[str]:
-    """Of every operation in the order of importance, each once, but for one that holds the reference alone."""
-    files = dict.fromkeys([*(file for name in ORDER for file in OPS[name].tests), *ALSO])
+    """Those at risk, then of every operation in the order of importance, each once, but for one that holds the
+    reference alone."""
+    files = dict.fromkeys([*AT_RISK, *(file for name in ORDER for file in OPS[name].tests), *ALSO])
     return [file for file in files if file != "tests/kernels/test_columns.py"]
+
+
+def _tests_of(file: str) -> str:
+    return f"tests {Path(file).stem.removeprefix('test_')}"
 
 
 def parts(out: Path, quick: bool, device: str) -> list[Part]:
     """All parts in their order. The minutes of a benchmark are filled in when it starts."""
-    tests = [Part(f"tests {Path(file).stem.removeprefix('test_')}", (*TESTED, file), 1.0) for file in test_files()]
+    tests = [Part(_tests_of(file), (*TESTED, file), 1.0) for file in test_files()]
     options = ("--out", str(out / "records.jsonl"), "--device", device, *["--quick"] * quick)
     timed = [Part(name, ("benchmarks.run", name, *options, "--skip-tests", "--minutes", "{}"), 3.0) for name in ORDER]
     whole = Part("whole", ("benchmarks.first_run.whole", *options), 3.0)
@@ -115,9 +126,10 @@ class Run:
     def _note(self, outcome: Outcome, names: Sequence[str]) -> None:
         made = portable.kernels(self.cache) - self.known  # of tests side by side those of others too
         self.known |= made
-        outcome = replace(outcome, compiled=tuple(sorted(Path(path).stem for path in made)))
+        names_made = sorted(Path(path).name.partition(".")[0] for path in made)
+        outcome = replace(outcome, compiled=tuple(names_made))
         self.result.append(outcome)
-        compiled = f", {len(made)} kernels compiled" if made else ""
+        compiled = f", {len(made)} kernels and stubs compiled" if made else ""
         print(f"[{self.budget}] {outcome.name}: {outcome.status} in {outcome.seconds:.0f} s{compiled}", flush=True)
         done = [each.name for each in self.result]
         summary = {"outcomes": [asdict(each) for each in self.result], "to come": [n for n in names if n not in done]}
@@ -179,12 +191,17 @@ def last_lines(outcomes: Sequence[Outcome], out: Path) -> list[str]:
     file = out / "records.jsonl"
     result = records.read(file) if file.exists() else []
     timed = len(records.of_status(result, "timed"))
+    at_risk = {_tests_of(file) for file in AT_RISK}
+    suspect = [each.name for each in outcomes if each.name in at_risk and each.status in ("failed", "timed out")]
     compiled = Counter(name for each in outcomes for name in each.compiled)
+    stubs = sum(compiled.pop(name, 0) for name in portable.STUBS)
     names = ", ".join(f"{count} {name}" for name, count in compiled.most_common(8))
     return [
         f"{len(outcomes) - len(bad)} of {len(outcomes)} parts passed, {timed} numbers, all in {out}",
         *bad,
+        *([f"{', '.join(suspect)}: {WAY_OUT}"] if suspect else []),
         *([f"{compiled.total()} kernels were compiled here: {names}"] if compiled else []),
+        *([f"{stubs} stubs of launches were compiled here: no cache carries them"] if stubs else []),
         *missing(result),
     ]
 

@@ -14,7 +14,7 @@ import runpy
 import sys
 from pathlib import Path
 
-__all__ = ["NOTE", "REHEARSE", "SITE", "kernels", "made_with", "patch", "relocate", "variables", "version"]
+__all__ = ["NOTE", "REHEARSE", "SITE", "STUBS", "kernels", "made_with", "patch", "relocate", "variables", "version"]
 
 REHEARSE = "SARQC_REHEARSE"
 """Environment variable with which a process has a GPU that is not there (`rehearsal`)."""
@@ -25,6 +25,11 @@ NOTE = "triton.txt"
 
 SITE = "site"
 """Folder of a cache with packages; each is an import name."""
+
+
+STUBS = ("__triton_launcher", "cuda_utils")
+"""Names of what triton builds by gcc on the machine with the card, up to a second each: a launcher for each signature
+of a kernel, and what asks the driver. They are of one Python and link the driver, so a cache does not carry them."""
 
 
 def variables(cache: Path) -> dict[str, str]:
@@ -52,8 +57,9 @@ def made_with(cache: Path) -> str:
 
 
 def kernels(cache: Path) -> set[str]:
-    """What a cache holds: Triton's kernels and the libraries of nvcc, as paths in it."""
-    return {str(path.relative_to(cache)) for kind in ("triton/*/*.cubin", "sarqc/*.so") for path in cache.glob(kind)}
+    """What a cache holds: Triton's kernels and stubs, and the libraries of nvcc, as paths in it."""
+    kinds = ("triton/*/*.cubin", *(f"triton/*/{name}*.so" for name in STUBS), "sarqc/*.so")
+    return {str(path.relative_to(cache)) for kind in kinds for path in cache.glob(kind)}
 
 
 def patch() -> None:

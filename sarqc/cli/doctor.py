@@ -65,7 +65,8 @@ def _operations(verdicts: list[dict[str, Any]]) -> Table:
     lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for verdict in verdicts:  # implementations that one reason keeps from running share a line
         alone = verdict["backend"] if verdict["reason"] is None else verdict["reason"]
-        lines.setdefault((verdict["op"], verdict["device"], alone), []).append(verdict)
+        op = ", ".join(filter(None, (verdict["op"], verdict["case"])))
+        lines.setdefault((op, verdict["device"], alone), []).append(verdict)
     for (op, device, _), same in lines.items():
         chosen, where = same[0]["chosen"], (op, device)
         names = ", ".join(verdict["backend"] for verdict in same)

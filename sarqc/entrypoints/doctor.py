@@ -30,11 +30,13 @@ from sarqc_kernels.device import device_info, interpreting
 class OperationCheck:
     """One implementation of one operation on one device.
 
-    reason: why it does not run here, or None. chosen: it is the one that runs. error: of its self-test, next to
-    `limit`; None where there was none. failed: what went wrong in the self-test, or None.
+    case: of the probe, where an operation has several. reason: why it does not run here, or None. chosen: it is the
+    one that runs. error: of its self-test, next to `limit`; None where there was none. failed: what went wrong in the
+    self-test, or None.
     """
 
     op: str
+    case: str
     device: str
     backend: str
     reason: str | None
@@ -81,7 +83,8 @@ def check_operation(probe: selftest.Probe, device: torch.device) -> list[Operati
         chosen = reason is None and not chosen_yet and forced in (None, "", name)
         chosen_yet |= chosen
         error, failed, seconds = _tested(probe, known[name], device) if reason is None else (None, None, 0.0)
-        results.append(OperationCheck(probe.op, str(device), name, reason, chosen, error, probe.limit, failed, seconds))
+        results.append(OperationCheck(probe.op, probe.case, str(device), name, reason, chosen, error, probe.limit,
+                                      failed, seconds))  # fmt: skip
     return results
 
 

@@ -54,6 +54,10 @@ def _triton_unsupported(weight: Tensor, *_: object) -> str | None:
     return triton_unsupported(weight) or panels.too_large(weight.shape[2])
 
 
+def _triton_unsupported_fit(weight: Tensor, _: Tensor | None, group_size: int, *__: object) -> str | None:
+    return _triton_unsupported(weight) or panels.too_many_groups(weight.shape[2], group_size)
+
+
 def _triton_unsupported_problem(problem: Problem) -> str | None:
     return _triton_unsupported(problem.weight)
 
@@ -111,7 +115,7 @@ def _triton_round(*args: Any) -> Tensor:
 
 
 _FIT = (
-    Implementation("triton", _triton_unsupported, _triton_fit),
+    Implementation("triton", _triton_unsupported_fit, _triton_fit),
     Implementation("cpu", _cpu_unsupported, _cpu_fit),
     Implementation("reference", takes_all, grid.fit_grid),
 )

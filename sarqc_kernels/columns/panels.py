@@ -31,7 +31,7 @@ from torch import Tensor
 from sarqc_kernels.columns.config import MICRO, PANEL
 from sarqc_kernels.columns.grid import GridRule, Problem, given_grid, safe_scale, span_factors
 
-__all__ = ["Action", "Steps", "Work", "batches", "factors_of", "plan", "quantize", "too_large"]
+__all__ = ["Action", "Steps", "Work", "batches", "factors_of", "plan", "quantize", "too_large", "too_many_groups"]
 
 ELEMENTS = 1 << 28  # weights in flight: 2.3 GB of buffers
 LEAST_ROWS = 4096  # of a batch: fewer would leave multiprocessors idle
@@ -190,6 +190,12 @@ def too_large(columns: int) -> str | None:
     if columns <= WIDEST:
         return None
     return f"{columns} columns are more than {WIDEST}: elements of {LEAST_ROWS} rows are counted in 32 bits"
+
+
+def too_many_groups(columns: int, group_size: int) -> str | None:
+    """Why a launch with a row of programs for each group cannot be made; None where it can."""
+    groups = columns // group_size
+    return None if groups <= LAUNCH else f"{groups} groups of a row are more than the {LAUNCH} of a launch"
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sarqc_kernels import build
-from sarqc_kernels.device import device_info, interpreting, triton_unsupported
+from sarqc_kernels.device import device_info, interpreting, on_device, triton_unsupported
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.w4a16.config import groups_per_tile, takes_group
 from sarqc_kernels.w4a16.gemv import MOST_GROUPED_ROWS, MOST_TOKENS, GemvPlan, gemv_plan
@@ -105,7 +105,8 @@ def w4a16_experts(x: Tensor, gate_up: RepackedWeight, down: RepackedWeight, rout
 
     hidden = product(x, gate_up, routing.offsets, None, routing.tokens, gated=True, covered=True)
     rows = product(hidden, down, routing.offsets, None, covered=True)
-    return launcher.combined(rows.unsqueeze(0), x, routing)
+    with on_device(x):  # Triton launches on the current card, which may be another
+        return launcher.combined(rows.unsqueeze(0), x, routing)
 
 
 def product(

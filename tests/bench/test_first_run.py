@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -120,6 +121,19 @@ def test_parts_are_tests_first_and_cover_every_operation(tmp_path: Path) -> None
     assert names[first:] == [*command.ORDER, "whole", "quantize", "decode"]
 
 
+def test_kernels_at_risk_are_tested_first_and_alone(tmp_path: Path) -> None:
+    """Each file is a process, so what an access that is not allowed ends is that file."""
+    names = [each.name for each in command.parts(tmp_path, quick=True, device="cpu")]
+    assert names[:2] == ["tests cholesky", "tests descent"] and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("status", "told"), [("failed", True), ("timed out", True), ("passed", False)])
+def test_where_a_kernel_at_risk_fails_the_way_out_is_named(status: str, told: bool, tmp_path: Path) -> None:
+    outcomes = [Outcome("tests cholesky", status, 1.0, "1 failed"), Outcome("tests gram", "failed", 1.0, "1 failed")]
+    lines = [line for line in command.last_lines(outcomes, tmp_path) if "SARQC_BACKEND=reference" in line]
+    assert [line.split(":")[0] for line in lines] == ["tests cholesky"] * told
+
+
 def test_a_run_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """One operation, from the command to its records."""
     every = command.parts
@@ -133,8 +147,6 @@ def test_a_run_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_only_what_a_launch_reads_is_packed(tmp_path: Path) -> None:
-    import tarfile
-
     for name in ("triton/a/k.cubin", "triton/a/k.json", "triton/a/k.ttir", "sarqc/gemv.so"):
         path = tmp_path / "gpu-cache" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,6 +221,24 @@ def test_what_a_cache_lacked_is_named(tmp_path: Path) -> None:
     result = command.Run(Budget(2.0), tmp_path / "out", environment, tmp_path / "cache").all(todo)
     assert [each.compiled for each in result] == [("dot_kernel",), ("dot_kernel",), ()]
     assert "2 kernels were compiled here: 2 dot_kernel" in command.last_lines(result, tmp_path / "out")
+
+
+def test_stubs_that_triton_builds_by_gcc_are_counted_apart(tmp_path: Path) -> None:
+    """They are no kernels of ours, and are compiled on every machine anew."""
+    folder = tmp_path / "cache" / "triton" / "KEY"
+    suffix = "cpython-312-x86_64-linux-gnu.so"
+    names = [f"__triton_launcher.{suffix}", f"cuda_utils.{suffix}", "dot_kernel.cubin", "dot_kernel.ttir"]
+    text = f"import pathlib\np = pathlib.Path({str(folder)!r})\np.mkdir(parents=True)\n"
+    todo = [Part("compiles", module(tmp_path, "compiles", text + f"[(p / n).touch() for n in {names}]"), 1)]
+    environment = {"PYTHONPATH": f"{tmp_path}:{command.ROOT}", "PATH": "/usr/bin:/bin"}
+    (result,) = command.Run(Budget(1.0), tmp_path / "out", environment, tmp_path / "cache").all(todo)
+    assert result.compiled == ("__triton_launcher", "cuda_utils", "dot_kernel")
+    lines = command.last_lines([result], tmp_path / "out")
+    assert "1 kernels were compiled here: 1 dot_kernel" in lines
+    assert any(line.startswith("2 stubs of launches were compiled here") for line in lines)
+    cache.pack(tmp_path / "cache", tmp_path / "c.tar.gz")
+    with tarfile.open(tmp_path / "c.tar.gz") as file:
+        assert file.getnames() == ["cache/triton/KEY/dot_kernel.cubin"]
 
 
 def rehearsed(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from sarqc_kernels import selftest
 from sarqc_kernels.backend import ENVIRONMENT
 from sarqc_kernels.columns import cpu_impl
 from sarqc_kernels.gram import cpu_impl as amx
+from sarqc_kernels.w4a16 import cuda
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,21 @@ def test_probes_cover_every_operation_of_the_kernels():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("probe", selftest.PROBES, ids=lambda probe: probe.op)
+def test_csrc_takes_the_few_rows_of_a_probe():
+    """It takes 16 rows at most of two experts; layouts are those of a GPU's tensors."""
+    for tokens, taken in ((selftest.FEW, True), (selftest.TOKENS, False)):
+        x, offsets = selftest._rows(tokens)
+        assert int(offsets[-1]) == tokens and int(offsets.diff().min()) > 0
+        weight, _ = selftest._prepared(CPU, selftest.LAYOUTS["cuda"])
+        routed = len(selftest._routing(tokens, CPU).tokens)
+        reasons = [cuda.unsupported_product(x, weight, rows, grouped=True) for rows in (tokens, routed)]
+        assert [reason is None for reason in reasons] == [taken, taken]
+    assert {(probe.op, probe.case) for probe in selftest.PROBES if probe.case} == {
+        ("w4a16_matmul", "few rows"), ("w4a16_experts", "few rows"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("probe", selftest.PROBES, ids=lambda probe: probe.op + probe.case)
 def test_a_self_test_notices_a_wrong_implementation(probe, monkeypatch):
     """Every result is turned upside down on its way out of the operation."""
     rooms = (selftest.gram, selftest.columns, selftest.w4a16, selftest.dequant)

@@ -32,13 +32,17 @@ def hessians(generator: torch.Generator, experts: int, inputs: int) -> Tensor:
 def test_the_product_of_the_factor_is_the_matrix(
     experts: int, inputs: int, backend: str, device: str, generator: torch.Generator
 ) -> None:
-    """Three TF32 products keep 21 bits: four times what torch's fp32 loses is allowed."""
+    """Three TF32 products keep 21 of the 24 bits of fp32: eight times what torch's loses is allowed.
+
+    Of a small matrix torch loses almost nothing, so some units of the last place are allowed beside it: tensor cores
+    cut sums off, and tiles are multiplied by an inverse. One TF32 product would lose 8e-4 and more.
+    """
     hessian = hessians(generator, experts, inputs)
     actual, info = factor_of(hessian.to(device), backend)
     assert not info.any() and torch.equal(actual, actual.triu()) and (actual.diagonal(dim1=1, dim2=2) > 0).all()
     exact = torch.linalg.cholesky(hessian.double().flip(-1, -2)).flip(-1, -2)
     own = torch.linalg.cholesky(hessian.flip(-1, -2)).flip(-1, -2)
-    assert relative_error(actual.cpu(), exact) <= 4 * relative_error(own, exact) + 1e-7
+    assert relative_error(actual.cpu(), exact) <= 8 * relative_error(own, exact) + 1e-6
     product = actual.cpu().double() @ actual.cpu().double().mT
     assert relative_error(product, hessian.double()) < 1e-6
 

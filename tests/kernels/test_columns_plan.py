@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from sarqc_kernels import columns
 from sarqc_kernels.aot import ARCHS
 from sarqc_kernels.columns import config, panels
 from sarqc_kernels.columns.config import PANEL
@@ -61,6 +62,17 @@ def test_choose_returns_what_is_listed() -> None:
             assert own in config.tiles(Device(arch, 132)).values() and own.rows == 32 * own.warps
     assert config.choose(1, 4096, Device(90, 132)).rows == 32
     assert config.choose(128, 1536, Device(90, 132)).rows == 128
+
+
+def test_more_groups_than_a_launch_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit has a row of programs for each group on the third axis; others go to another implementation."""
+    monkeypatch.setattr(columns, "triton_unsupported", lambda _: None)
+    fit = next(each for each in columns.implementations()["fit_grid"] if each.name == "triton")
+    weight, rule = torch.empty(1, 1, 2 * panels.LAUNCH + 2), GridRule(4, True, False, torch.float32)
+    assert fit.unsupported(weight[..., : panels.LAUNCH], None, 1, rule) is None
+    assert fit.unsupported(weight[..., :-2], None, 2, rule) is None
+    for size in (1, 2):
+        assert f"{weight.shape[2] // size} groups" in str(fit.unsupported(weight, None, size, rule))
 
 
 @pytest.mark.parametrize("sym", [True, False])

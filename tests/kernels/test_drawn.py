@@ -22,7 +22,7 @@ from sarqc_kernels.testing import (
     upper_factor,
 )
 from sarqc_kernels.w4a16 import repack
-from tests.kernels.columns_cases import Case
+from tests.kernels.columns_cases import Case, assert_recurrence
 from tests.kernels.conftest import DEVICE, unsupported_reason
 from tests.kernels.test_columns import group_order, options
 from tests.kernels.test_w4a16 import check as check_product
@@ -92,39 +92,6 @@ def drawn_problem(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, to
     if order is not None:
         hessian = torch.stack([matrix[own][:, own] for matrix, own in zip(hessian, order)])
     return weight, hessian, order
-
-
-def assert_recurrence(case: Case, problem: tuple[torch.Tensor, ...], result: tuple[torch.Tensor, ...]) -> None:
-    """Codes, and grids that were fitted, are those of the recurrence in float64 fed with the codes as they are.
-
-    So no earlier difference can carry on, and each is judged alone: one code that a last bit turned turns others behind
-    it, which for a small matrix is more than any share that two implementations could be held to.
-    """
-    (weight, factor, order), (codes, scales, zeros) = problem, result
-    scale, zero = (part.double().repeat_interleave(case.group_size, -1) for part in (scales, zeros))
-    order = torch.arange(case.columns).expand(case.experts, -1) if order is None else order
-    at = order[:, None, :].expand_as(weight)
-    w, scale, zero, codes = (part.double().gather(2, at) for part in (weight, scale, zero, codes))
-    delta, top = w - (codes - zero) * scale, (1 << case.bits) - 1
-    pull = torch.matmul(delta, factor.triu(1)) / factor.diagonal(dim1=1, dim2=2)[:, None]
-    steps = (w + pull) / scale
-    level = steps.round().clamp(-zero, top - zero)
-    half_way = ((steps - steps.floor() - 0.5).abs() < 1e-3 * (1 + steps.abs())) | (scale < 1e-30)
-    assert ((level == codes - zero) | half_way).all()
-    for begin in range(0, 0 if case.given else case.columns, case.group_size):
-        own = slice(begin, begin + case.group_size)
-        inverse = torch.linalg.inv(factor[:, own, own])
-        moved = w[..., own] + delta[..., :begin] @ factor[:, :begin, own] @ inverse
-        terms = w[..., own].abs() + delta[..., :begin].abs() @ factor[:, :begin, own].abs() @ inverse.abs()
-        slack = 1e-5 * terms.amax(-1)
-        low, high = moved.amin(-1).clamp(max=0), moved.amax(-1).clamp(min=0)
-        span = 2 * torch.maximum(-low, high) if case.sym else high - low
-        kept, actual = torch.finfo(case.dtype), scale[..., begin]
-        assert ((actual * top - span).abs() <= 2 * slack + top * (kept.eps * actual + kept.tiny)).all()
-        exact = (-low / actual).clamp(0, top)
-        middle = 1 << (case.bits - 1)
-        assert case.sym or ((zero[..., begin] - exact).abs() <= 0.5 + slack / actual).all()
-        assert not case.sym or (zero[..., begin] == middle).all()
 
 
 @needs_triton

@@ -11,9 +11,11 @@ import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from sarqc_kernels.build import sources
 from sarqc_kernels.device import Device
 from sarqc_kernels.errors import BackendError
 from sarqc_kernels.testing import Quantized, dequantize, random_quantized
-from sarqc_kernels.w4a16 import RepackedWeight, cuda, repack, w4a16_matmul
+from sarqc_kernels.w4a16 import RepackedWeight, Routing, cuda, repack, w4a16_matmul
 from sarqc_kernels.w4a16.gemv import GemvPlan, gemv_plan
 
 TENSORS = ("words", "scales", "zeros")
@@ -266,6 +268,24 @@ def test_fields_are_those_of_the_source() -> None:
     body = re.sub(r"//.*", "", re.search(r"struct Gemv \{(.*?)\};", text, re.S)[1])
     names = [re.search(r"(\w+)$", part.strip())[1] for part in re.split(r"[;,]", body) if part.strip()]
     assert names == [field[0] for field in cuda.Gemv._fields_]
+
+
+def test_the_sum_over_experts_is_launched_where_the_rows_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current card, and the rows may lie on another."""
+    launcher = pytest.importorskip("sarqc_kernels.w4a16.triton.experts")
+    x, nothing, current = torch.ones(2, 3), cast(Any, None), []
+
+    @contextmanager
+    def on_device(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(cuda, "on_device", on_device)
+    monkeypatch.setattr(cuda, "product", lambda rows, *_, **__: rows)
+    monkeypatch.setattr(launcher, "combined", lambda *_: list(current))
+    (where,) = cuda.w4a16_experts(x, nothing, nothing, Routing(x, x, x, x))
+    assert where is x
 
 
 def test_says_what_it_does_not_take(generator: torch.Generator) -> None:
