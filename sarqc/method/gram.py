@@ -55,14 +55,14 @@ class Gram:
             cross_gram=torch.zeros(1, cross_rows, in_features, device=device) if cross_rows else None,
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, cross_gram: Tensor | None = None) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Add rows `x` [T, K], sorted by expert with `offsets` [E + 1]; without them all rows belong to expert 0.
 
-        cross_gram: the residual error R of these rows, [T, N], where it is kept.
+        residual: the residual error R of these rows, [T, N], where `cross_gram` is kept.
         """
         gram_accumulate_(self.sum, self.rows, self.abs_sum, x, offsets)
-        if self.cross_gram is not None and cross_gram is not None:
-            cross_gram_accumulate_(self.cross_gram[0], cross_gram, x)
+        if self.cross_gram is not None and residual is not None:
+            cross_gram_accumulate_(self.cross_gram[0], residual, x)
 
     def merge(self, other: Gram) -> None:
         """Add `other`, a Gram of the same site."""
@@ -157,9 +157,9 @@ class Statistics:
             tuple(Gram.zeros(1, in_features, device) for _ in range(folds if rest else 0)),
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, cross_gram: Tensor | None = None) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, residual: Tensor | None = None) -> None:
         """Add rows to one fold; shapes as in `Gram.add`."""
-        self.folds[fold].add(x, offsets, cross_gram)
+        self.folds[fold].add(x, offsets, residual)
 
     def add_rest(self, x: Tensor, fold: int = 0) -> None:
         """Add rows x [T, K] of other experts of the layer, if those are kept."""
@@ -217,7 +217,7 @@ def strips(inputs: int) -> Iterator[tuple[int, int]]:
 
 
 def prior_rows(in_features: int, shrinkage: float) -> int:
-    """prior_rows: rows of the pooled Gram to add; `shrinkage` is a fraction of a row for each input."""
+    """Rows of the pooled Gram to add; `shrinkage` is a fraction of a row for each input."""
     return round(shrinkage * in_features)
 
 

@@ -30,7 +30,7 @@ class Solution:
 
 
 def quantize_rtn(weight: Tensor, quant: QuantConfig, grid: str, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """RTN. scales: "minmax" spans each group, "search" minimises the squared error of each group."""
+    """RTN. grid: "minmax" spans each group, "search" minimises the squared error of each group."""
     group_size = quant.columns_per_group(weight.shape[-1])
     scales, zeros = fit_grid(
         weight,

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -70,7 +70,7 @@ class FileStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: int | None = None
+        self._file: IO[bytes] | None = None
         self._end = 0
         self._free: list[tuple[int, int]] = []  # (start, size), by start, never touching
 
@@ -121,12 +121,6 @@ class FileStore:
             else:
                 self._free.append((start, size))
 
-    def close(self) -> None:
-        """Give the disk back."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
     def _reserve(self, size: int) -> int:
         for at, (start, free) in enumerate(self._free):
             if free >= size:
@@ -140,12 +134,10 @@ class FileStore:
             resolved = self._folder.resolve()
             place = next(one for one in (resolved, *resolved.parents) if one.is_dir())
             try:
-                descriptor, name = tempfile.mkstemp(prefix=PREFIX, dir=place)
+                self._file = tempfile.TemporaryFile(prefix=PREFIX, dir=place)  # noqa: SIM115 (open as long as the store)
             except OSError as error:
                 raise ResourceError(f"{place} takes no file for activations: {error.strerror}") from error
-            Path(name).unlink()
-            self._file = descriptor
-        return self._file
+        return self._file.fileno()
 
 
 class Stores:

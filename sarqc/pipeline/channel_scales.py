@@ -27,7 +27,7 @@ from sarqc.pipeline.work_split import partition
 
 
 class BlockScales:
-    """Scales of the folds of a loaded block; `reasons` says by site why others have none."""
+    """Scales of the mappings of a loaded block; `reasons` says by site why others have none."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class BlockScales:
         """Choose what these chunks decide, given their Grams; cost: what errors in a chunk cost (`BalanceLayer.cost`).
         quant: what a site's weights become.
 
-        A scale that many experts chunk is decided by the first experts whose Grams are there; experts with scales of
-        their own decide each for themselves. Ranks chunk the search.
+        A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
+        their own decide each for themselves. Ranks share the search.
         """
         model = self._lazy.model
         given = {chunk.site.name: (chunk, gram) for chunk, gram in zip(chunks, grams)}
@@ -102,7 +102,7 @@ class BlockScales:
         synchronize_oom(self._comm, take)
 
     def _take(self, mapping: SmoothingMapping, chosen: ChannelScales) -> None:
-        """Keep what was chosen for a fold, behind what its experts before have."""
+        """Keep what was chosen for a mapping, behind what its experts before have."""
         if self._lazy.model.get_parameter(mapping.smooth_layer).dim() == 1:
             chosen = ChannelScales(self._storable(mapping, chosen.scales), chosen.exponents)
         before = self._chosen.get(mapping.smooth_layer)

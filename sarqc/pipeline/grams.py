@@ -178,7 +178,7 @@ def _add(chunk: SiteChunk, statistics: Statistics, rows: Rows, *, finite: bool) 
         statistics.add_rest(x[:first], rows.fold)
         statistics.add_rest(x[last:], rows.fold)
         x, bounds = x[first:last], bounds[chunk.first : chunk.stop + 1] - first
-    statistics.add(x, bounds, rows.fold, cross_gram=residual)
+    statistics.add(x, bounds, rows.fold, residual=residual)
     return left_out
 
 

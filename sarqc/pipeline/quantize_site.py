@@ -1,7 +1,7 @@
 """Solving the chunks of a block, each rank some of them: lambdas first, then codes, and then everybody has all.
 
-A chunk's lambdas are chosen on one rank, and its experts' pool is summed over all of them on each, so that it makes
-no difference to what comes out on which rank a matrix is solved, or beside how many others.
+A chunk's lambdas are chosen by all ranks together, from the same numbers, and its experts' pool is summed over all of
+them on each rank. So the result does not depend on which rank solves a matrix, or beside how many others.
 """
 
 from __future__ import annotations

@@ -154,8 +154,10 @@ def _measured(
             announce(index, "sensitivity")
             looking.enter(index)
             lazy.load_block(index, source, device, dtype)
-            looking.leave(index, targeted)
-            lazy.unload_block(index)
+            try:
+                looking.leave(index, targeted)
+            finally:  # a second measurement begins without it
+                lazy.unload_block(index)
         lazy.load_outer(source, device, dtype, head=True)
         results = list(looking.results())
         lazy.unload_outer()
@@ -240,6 +242,11 @@ class _SensitivityStreams:
         return [self._with_memory(index, by_entry[point.name], point) for point in order]
 
     def _with_memory(self, index: int, site: Site, point: Point) -> tuple[Site, dict[int, float], _Weights]:
+        """A site with fewer Grams at a time for as long as memory runs out. That of the forward itself is not caught:
+        a micro-batch that runs out has ended."""
+        for _ in self._streams.quantized.at(point):
+            pass
+        self._portions.begin()
         while True:
             try:
                 return self._site(site, point)

@@ -147,6 +147,9 @@ class Streams(Closing):
         self.quantized = self.probe = Forward([], self.units)
         self.reference: Forward | None = None
         self.form: str | None = None  # how the last block returned the stream
+        self._entered: tuple[str, str] | None = (
+            None  # the form and the fingerprint with which the last block was entered
+        )
         self._source = source
         self._device = device
         self._dtype = dtype
@@ -187,9 +190,9 @@ class Streams(Closing):
     def again(self, text: Text, block: int) -> bool:
         """Bring all streams to a block behind the first anew, with other micro-batches of the same windows, from what
         has left the block before; whether that could be done."""
-        if self.form is None or not all(forward.residual_intact() for forward in self._all()):
+        if self._entered is None or not all(forward.residual_intact() for forward in self._all()):
             return False
-        before = fingerprint(self.entry(block))
+        self.form, entered = self._entered
         quantized, probe, reference = self.quantized, self.probe, self.reference
         self.text = text
         rounded = self._load_outer()
@@ -202,7 +205,7 @@ class Streams(Closing):
             self.reference = self._forward(text, block)
             self._hand(self.reference, block, self.form, text.grouped(_windows(reference.pop_residuals())))
         self.lazy.unload_embeddings()
-        return fingerprint(self.entry(block)) == before
+        return fingerprint(self.entry(block)) == entered
 
     def entry(self, block: int) -> Arrival:
         """The probe at a block's entry."""
@@ -217,6 +220,8 @@ class Streams(Closing):
         """Bring all streams to a block."""
         for forward in self._all():
             _arrive(forward, block)
+        # for `again`, before which the probe and the form can be past the entry
+        self._entered = None if self.form is None else (self.form, fingerprint(self.entry(block)))
 
     def leave_quantized(self, block: int) -> int:
         """Bring the quantized stream to the end of a block; how many rows of it hold NaN or Inf."""

@@ -34,20 +34,20 @@ def drifted(
 
 
 def seen(*folds: tuple[Tensor, Tensor]) -> Statistics:
-    x, cross_gram = folds[0]
-    statistics = Statistics.zeros(1, x.shape[1], len(folds), cross_rows=cross_gram.shape[1])
-    for fold, (x, cross_gram) in enumerate(folds):
-        statistics.add(x, fold=fold, cross_gram=cross_gram)
+    x, residual = folds[0]
+    statistics = Statistics.zeros(1, x.shape[1], len(folds), cross_rows=residual.shape[1])
+    for fold, (x, residual) in enumerate(folds):
+        statistics.add(x, fold=fold, residual=residual)
     return statistics
 
 
 def test_wishes_add_up_like_everything_else(generator):
-    x, cross_gram = drifted(30, 8, 5, generator)
+    x, residual = drifted(30, 8, 5, generator)
     first, second, whole = (Gram.zeros(1, 8, cross_rows=5) for _ in range(3))
-    first.add(x[:11], cross_gram=cross_gram[:11])
-    second.add(x[11:], cross_gram=cross_gram[11:])
-    whole.add(x, cross_gram=cross_gram)
-    expected = cross_gram.double().T @ x.double() / 30
+    first.add(x[:11], residual=residual[:11])
+    second.add(x[11:], residual=residual[11:])
+    whole.add(x, residual=residual)
+    expected = residual.double().T @ x.double() / 30
     for total in (Statistics((first, second)).total(), whole, Statistics((whole,)).total()):
         torch.testing.assert_close(total.cross_mean()[0].double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -262,3 +262,29 @@ def test_model_changes_under_the_run(case):
         sarqc.quantize(other, case.out, **SMALL)
     shutil.rmtree(other)
     recovered(case)
+
+
+def test_a_dense_layer_that_runs_out_does_not_halve_the_grams_of_experts(case):
+    """It has one Gram, however many the experts of the block before it had."""
+    solve, failed = quantize_site.solve_site, []
+
+    def full(name, *args, **options):
+        if name == "model.layers.1.self_attn.q_proj" and not failed:
+            failed.append(name)
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return solve(name, *args, **options)
+
+    case.patch.setattr(quantize_site, "solve_site", full)
+    (note,) = sarqc.quantize(case.source, case.out, **SMALL).report["notes"]
+    assert failed and "micro-batch of 4 sequences halved" in note
+
+
+def test_rounding_that_runs_out_is_told_what_helps_it(case):
+    """Without calibration there are neither windows nor Grams that could be fewer."""
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("tried to allocate 2 GB")
+
+    case.patch.setattr(quantize_site, "solve_site", full)
+    with pytest.raises(ResourceError, match=r"\(tried to allocate 2 GB\): use a device with more memory"):
+        sarqc.quantize(case.source, case.out, method="rtn", group_size=32)
