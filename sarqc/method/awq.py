@@ -125,13 +125,13 @@ def search(
             input is a channel.
         channels: Number of channels where `source` is given.
     """
-    sums = [(balance_layer.gram.abs_sum, balance_layer.gram.rows) for balance_layer in balance_layers]
+    grams = [balance_layer.gram for balance_layer in balance_layers]
     if shared:
-        total = torch.stack([magnitude.sum(0) for magnitude, _ in sums]).sum(0, keepdim=True)
-        seen = torch.stack([rows.sum() for _, rows in sums]).sum().reshape(1)
+        total = torch.stack([gram.abs_sum.sum(0) for gram in grams]).sum(0, keepdim=True)
+        seen = torch.stack([gram.rows.sum() for gram in grams]).sum()
+        magnitude = total / seen.clamp(min=1)
     else:
-        total, seen = sums[0]
-    magnitude = total / seen.clamp(min=1)[:, None]
+        magnitude = grams[0].abs_mean()
     if source is not None:
         magnitude = _by_channel(magnitude, source, channels)
     candidates = EXPONENTS if balance_layers[0].cost.dim() == 3 else SMALL_EXPONENTS

@@ -90,10 +90,6 @@ class Gram:
         lower = [self.sum[:, first:last, :last] for first, last in strips(self.sum.shape[-1])]
         return [*lower, self.rows, self.abs_sum] + ([] if self.cross_gram is None else [self.cross_gram])
 
-    def repeat(self, times: int) -> Gram:
-        """All experts repeated `times` times: expert e of repetition r is number r * E + e."""
-        return Gram(self.sum.repeat(times, 1, 1), self.rows.repeat(times), self.abs_sum.repeat(times, 1))
-
     def second_moment(self) -> Tensor:
         """X^T X / rows, fp32 [E, K, K], symmetric, in memory of its own; zero for an expert without rows."""
         nothing = torch.zeros_like(self.abs_sum)

@@ -24,7 +24,7 @@ from sarqc.model.sites import ResidualWrite, Site, SiteChunk, find_sites, separa
 from sarqc.model.smoothing import find_mappings
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.comm import synchronize_oom
-from sarqc.pipeline.forward import Forward
+from sarqc.pipeline.forward import drain
 from sarqc.pipeline.grams import Collector, Rows, gram_bytes, portions
 from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.points import Point, order_of
@@ -215,7 +215,7 @@ class Block:
         for chunks in self.portions.of([site], streams.text.folds):
             with self.journal.stage(self.index, "forward", site.name):
                 if comm.ordered:  # ranks run at once and only sum in turn
-                    synchronize_oom(comm, lambda: _go_through(streams.quantized, point))
+                    synchronize_oom(comm, lambda: drain(streams.quantized.at(point)))
                 collected, notes = collector.collect(chunks, source)
             self.journal.notes += notes
             with self.journal.stage(self.index, "solve", site.name):
@@ -323,8 +323,3 @@ def _drift(reference: Tensor, stream: Tensor) -> Tensor:
     lacking = reference - stream  # exact in their own dtype where they are within a factor of two of each other
     lacking[:, 0] = 0
     return lacking.flatten(0, 1)
-
-
-def _go_through(forward: Forward, point: Point) -> None:
-    for _ in forward.at(point):
-        pass

@@ -21,7 +21,7 @@ from sarqc.model.sites import Site, SiteChunk, stack
 from sarqc.model.smoothing import SmoothingMapping, divided_norm
 from sarqc.model.source import TensorSource
 from sarqc.model.weight_map import TensorSlice
-from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, synchronize_oom
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, gather, synchronize_oom
 from sarqc.pipeline.work_split import cost as price
 from sarqc.pipeline.work_split import partition
 
@@ -93,7 +93,7 @@ class BlockScales:
                 if owners[number] == self._comm.rank
             }
 
-        answers = self._comm.all_gather_object(synchronize_oom(self._comm, search_own))
+        answers = gather(self._comm, search_own)
 
         def take() -> None:
             for number, (mapping, collected) in enumerate(open_):
@@ -116,7 +116,7 @@ class BlockScales:
         """What happens to the weight of a chunk; ones where nothing does."""
         site, device = chunk.site, stack(self._lazy.model, chunk.site.members[0].parameter).device
         inputs = torch.ones(1, site.in_features, device=device)
-        rows = torch.ones(1, sum(count for _, _, count in site.row_ranges), device=device)
+        rows = torch.ones(1, site.rows, device=device)
         exponent = 0.0
         for mapping, chosen in self._decided():
             at = slice(None) if mapping.experts == 1 else slice(chunk.first, chunk.stop)

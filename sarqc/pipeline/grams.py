@@ -107,8 +107,7 @@ class Collector:
         """Sums of every rank, added up afterwards, or in order as they are made; and whether those of a chunk are
         finite."""
 
-        def own() -> list[Statistics]:
-            return self._own(chunks, source, lost)
+        own = partial(self._own, chunks, source, lost)
 
         def checked(kept: list[Statistics]) -> tuple[list[Statistics], list[bool]]:
             return kept, list(map(_finite, kept))

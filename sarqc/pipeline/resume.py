@@ -168,8 +168,12 @@ class WorkFolder:
         write_sealed(self._record_file(result.index), asdict(record) | {"block": result.index})
         states = result.stored_states
         if states is not None:
-            metadata = {"block": result.index + 1, "form": states.form, "entry": states.fingerprint}
-            metadata["reference"] = states.reference
+            metadata = {
+                "block": result.index + 1,
+                "form": states.form,
+                "entry": states.fingerprint,
+                "reference": states.reference,
+            }
             began = time.perf_counter()
             write_state(self.folder / _HIDDEN, {"hidden": states.hidden, "probe": states.probe}, metadata)
             self._stored = time.perf_counter()

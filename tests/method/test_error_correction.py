@@ -17,7 +17,7 @@ from sarqc.method.error_correction import (
     weight_change,
 )
 from sarqc.method.gram import Gram, Statistics
-from sarqc.method.hessian import Objective, regularised_hessian
+from sarqc.method.hessian import Objective
 from sarqc.method.layer import solve_site
 
 SPEC = MethodConfig(reg_lambda=0.3, error_correction=True)
@@ -58,7 +58,7 @@ def test_completing_the_square(generator):
     weight = torch.randn(1, 5, 12, generator=generator)
     gram = seen((x, cross_gram)).total()
     full = correction("s", Objective(gram, LAMBDA), SPEC)[0].double()
-    hessian = regularised_hessian(gram, LAMBDA, SPEC)[0].double()
+    hessian = Objective(gram, LAMBDA).hessian(SPEC)[0].double()
     anchor = hessian - gram.second_moment()[0].double()
     w, r, y = weight[0].double(), cross_gram.double(), x.double()
     for share in (0.3, 1.0):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sarqc
 from sarqc.cli.terminal import RunProgress
 from sarqc.errors import CheckpointError, Interrupted, NumericError, ResourceError
-from sarqc.method import hessian
+from sarqc.method.hessian import Objective
 from sarqc.pipeline import quantize_site
 from sarqc.pipeline.resume import default_work
 from sarqc.pipeline.streams import PROBE_TOKENS, Streams
@@ -192,16 +192,16 @@ def test_an_expert_that_overflows(case):
 def indefinite(case, shift):
     """The matrices of one site are no longer positive definite: `shift` times their mean diagonal is taken off."""
 
-    regularised_hessian = hessian.regularised_hessian
+    hessian = Objective.hessian
 
-    def spoil(gram, *args):
-        result = regularised_hessian(gram, *args)
+    def spoil(self, method):
+        result = hessian(self, method)
         if len(result) == 4 and result.shape[-1] == 64:  # experts, in every layer
             diagonal = result.diagonal(dim1=-2, dim2=-1)
             diagonal -= shift * diagonal.mean(-1, keepdim=True)
         return result
 
-    case.patch.setattr(hessian, "regularised_hessian", spoil)
+    case.patch.setattr(Objective, "hessian", spoil)
     report = sarqc.quantize(case.source, case.out, **SMALL).report
     went_on(case)
     return [site for site in report["sites"] if "experts" in site["site"]]
