@@ -18,7 +18,7 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen3M
 
 from sarqc.config import Configs
 from sarqc.estimation import shapes
-from sarqc.estimation.seconds import FOLDS, TRIED, busiest, measured_share, rows_of, visits
+from sarqc.estimation.seconds import FOLDS, TRIED, busiest, measured_share, visits
 from sarqc.estimation.sizes import sizes
 from sarqc.method.error_correction import SHARE_ROWS
 from sarqc.method.lambda_search import EXPERTS
@@ -120,7 +120,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
     hidden = shapes.states_bytes(plan, windows, seqlen)
     blocks = [shapes.merged_sites(sites) for _, sites in shapes.blocks(plan)]
     for sites in blocks:
-        weights = sum(site.experts * rows_of(site) * site.in_features for site in sites)
+        weights = sum(site.experts * site.rows * site.in_features for site in sites)
         spent["read"] += 2 * weights / rates.disk
         spent["pcie"] += (2 * weights + hidden / ranks) / rates.pcie
         streams = 1 + plan.method.error_correction
@@ -133,7 +133,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
             share = 1 / ranks if dense else busiest(site, ranks, torch.device("cuda"), gram=True)
             factors = 1.0 if dense else share * site.experts  # ranks that share rows all make the factor
             spent["solve"] += factors * _factor(site) / rates.factor + share * site.experts * _columns(site, rates)
-            products = 2.0 * site.experts * rows_of(site) * site.in_features**2
+            products = 2.0 * site.experts * site.rows * site.in_features**2
             spent["descent"] += share * plan.method.cd_passes * products / rates.descent
             tried = math.ceil(TRIED * min(site.experts, EXPERTS) / ranks) * measured_share(len(blocks))
             spent["lambda"] += tried * (_factor(site) / rates.factor + site.in_features * rates.columns)
@@ -142,7 +142,7 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
                 spent["gram"] += handed / rates.cross
                 spent["forward"] += handed / rates.forward
                 spent["solve"] += _shifts(site, ranks, rates)
-                summed += rows_of(site) * site.in_features
+                summed += site.rows * site.in_features
                 handed_on += 2 * TRIANGLE * site.in_features**2
         spent["network"] += (
             4 * FOLDS * summed * 2 * (ranks - 1) / ranks + (weights + hidden + 4 * handed_on) * (ranks > 1)
@@ -156,20 +156,20 @@ def predict(plan: Plan, ranks: int, rates: Rates, *, windows: int = WINDOWS, seq
 
 def _pass(plan: Plan, site: Site, tokens: float) -> float:
     """Flops of a forward through a site."""
-    return 2.0 * tokens * visits(plan, site) * rows_of(site) * site.in_features
+    return 2.0 * tokens * visits(plan, site) * site.rows * site.in_features
 
 
 def _columns(site: Site, rates: Rates) -> float:
     """Seconds of a matrix beside its factor: its columns, and the products between panels."""
-    rows, width = rows_of(site), site.in_features
+    rows, width = site.rows, site.in_features
     return width * math.ceil(rows / AT_ONCE) * rates.columns + rows * width**2 / rates.product
 
 
 def _shifts(site: Site, ranks: int, rates: Rates) -> float:
     """Seconds of the shift of each fold, with what it does on the other, and of all, by rows. Ranks deal the factors,
     the solver's among them, which is counted already."""
-    factor, solves = _factor(site) / rates.factor, 2.0 * rows_of(site) * site.in_features**2 / rates.product
-    sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
+    factor, solves = _factor(site) / rates.factor, 2.0 * site.rows * site.in_features**2 / rates.product
+    sampled = solves * min(1.0, SHARE_ROWS / site.rows)  # of a fold, by a sample of rows
     turns = math.ceil((FOLDS + 2) / ranks)
     return (turns - 1) * factor + min(FOLDS, turns) * 2 * sampled + solves / ranks
 
@@ -179,7 +179,7 @@ def _factor(site: Site) -> float:
 
 
 def _elements(sites: list[Site]) -> float:
-    return float(sum(site.experts * rows_of(site) * site.in_features for site in sites))
+    return float(sum(site.experts * site.rows * site.in_features for site in sites))
 
 
 def table() -> str:

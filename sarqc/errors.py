@@ -13,6 +13,7 @@ __all__ = [
     "SarqcError",
     "TextError",
     "first_line",
+    "opening_line",
     "out_of_memory",
 ]
 
@@ -44,6 +45,11 @@ class Interrupted(SarqcError):
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's says, on one line; its kind where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def opening_line(error: BaseException) -> str:
+    """The first of the lines that an error has: torch adds advice and stacks behind it."""
+    return str(error).partition("\n")[0]
 
 
 def out_of_memory(error: Exception) -> bool:

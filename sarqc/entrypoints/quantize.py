@@ -29,7 +29,7 @@ from sarqc.config import (
     QuantConfig,
     RunConfig,
 )
-from sarqc.errors import ArgumentError, Interrupted, ResourceError
+from sarqc.errors import ArgumentError, Interrupted, ResourceError, opening_line
 from sarqc.estimation import preflight
 from sarqc.estimation.memory import estimate_memory
 from sarqc.keywords import QuantizeKeywords
@@ -219,7 +219,7 @@ class _Run:
             try:
                 self._each_block(start, work)
             except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
+                reason = opening_line(error)
                 raise ResourceError(
                     f"{self.plan.device} has too little memory for one block ({reason}): use a larger one or "
                     "--device cpu; finished blocks are kept in the work folder"

@@ -157,7 +157,7 @@ def _choosing(chunk: SiteChunk) -> int:
     together, beside the chunk's weight."""
     count, one = chunk.stop - chunk.first, 4 * chunk.site.in_features**2
     sample = min(count, EXPERTS) * one
-    weight = 4 * count * chunk.site.in_features * sum(rows for _, _, rows in chunk.site.row_ranges)
+    weight = 4 * count * chunk.site.in_features * chunk.site.rows
     return weight + 4 * sample + 5 * min(3 * sample, max(sample, TRIAL_BYTES))
 
 

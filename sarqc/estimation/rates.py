@@ -76,7 +76,7 @@ def measure(plan: Plan) -> Rates:
     """The rates of this machine, at sizes no larger than the plan's."""
     sites = max((members for _, members in shapes.blocks(plan)), key=len)
     widest = max((site.in_features for site in sites), default=WIDTH)
-    rows = min(ROWS, max((sum(count for _, _, count in site.row_ranges) for site in sites), default=ROWS))
+    rows = min(ROWS, max((site.rows for site in sites), default=ROWS))
     size = plan.quant.group_size
     step = size if isinstance(size, int) and size > 0 else 1
     width = max(step, min(widest, WIDTH) // step * step)

@@ -88,7 +88,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
                 )
         spent["solve"] += solving
         if plan.device.type == "cpu":
-            passed = sum(site.experts * rows_of(site) * site.in_features for site in sites) / rates.stream
+            passed = sum(site.experts * site.rows * site.in_features for site in sites) / rates.stream
             spent["load"] += LOAD_PASSES * passed
             spent["write"] += WRITE_PASSES * passed
             calls = WRITE_CALLS * len(plan.targets.of_block(index)) + VERIFY_CALLS * (index < count)
@@ -101,10 +101,8 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
 
 def forward_seconds(plan: Plan, sites: list[Site], text: Text, rates: Rates) -> float:
     """Seconds that all micro-batches take through a block."""
-    hidden, widest = shapes.hidden_size(plan), max((rows_of(site) for site in sites), default=0)
-    flops = (
-        sum(2.0 * visits(plan, site) * rows_of(site) * site.in_features for site in sites) + 2.0 * text.length * hidden
-    )
+    hidden, widest = shapes.hidden_size(plan), max((site.rows for site in sites), default=0)
+    flops = sum(2.0 * visits(plan, site) * site.rows * site.in_features for site in sites) + 2.0 * text.length * hidden
     moved = ACTIVATION_PASSES * max(hidden, widest)
     return (
         text.tokens * (flops / rates.forward + moved / rates.stream) + text.batches * _calls(plan, sites) * rates.call
@@ -116,7 +114,7 @@ def gram_seconds(plan: Plan, site: Site, text: Text, rates: Rates) -> float:
     rows = text.tokens * visits(plan, site)
     spent = 2.0 * rows * site.in_features**2 / rates.gram + text.batches * min(site.experts, 2) * rates.call
     if site.residual_write:  # a cross Gram, and the correction of what has left the layer
-        flops = 2.0 * rows * rows_of(site) * site.in_features
+        flops = 2.0 * rows * site.rows * site.in_features
         spent += flops / rates.product + flops / rates.forward
     return spent
 
@@ -124,8 +122,8 @@ def gram_seconds(plan: Plan, site: Site, text: Text, rates: Rates) -> float:
 def solve_seconds(plan: Plan, site: Site, rates: Rates, ranks: int, *, gram: bool) -> float:
     """Seconds that the rank with most to do takes for a site's codes; a dense layer is factored on every rank."""
     if site.members[0].embedding:
-        return rates.element * rows_of(site) * site.in_features
-    one = rates.solve(rows_of(site), site.in_features, products(plan.method))
+        return rates.element * site.rows * site.in_features
+    one = rates.solve(site.rows, site.in_features, products(plan.method))
     if site.experts > 1 or not gram:
         return site.experts * one * busiest(site, ranks, plan.device, gram=gram)
     shared = rates.factor(site.in_features)
@@ -137,15 +135,15 @@ def correction_seconds(site: Site, rates: Rates, ranks: int) -> float:
 
     Ranks deal the factors, that of the solver among them, which `solve_seconds` has.
     """
-    factor, solves = rates.factor(site.in_features), 4.0 * rows_of(site) * site.in_features**2 / rates.product
-    sampled = solves * min(1.0, SHARE_ROWS / rows_of(site))  # of a fold, by a sample of rows
+    factor, solves = rates.factor(site.in_features), 4.0 * site.rows * site.in_features**2 / rates.product
+    sampled = solves * min(1.0, SHARE_ROWS / site.rows)  # of a fold, by a sample of rows
     turns = -(-(FOLDS + 2) // ranks)
     return (turns - 1) * factor + min(FOLDS, turns) * sampled + solves / ranks
 
 
 def lambda_seconds(site: Site, method: MethodConfig, rates: Rates, ranks: int) -> float:
     """Seconds of the trials of a site at which lambda is measured; ranks share them."""
-    trial = rates.solve(min(ROWS, rows_of(site)), site.in_features, min(1, products(method)))
+    trial = rates.solve(min(ROWS, site.rows), site.in_features, min(1, products(method)))
     return -(-TRIED * min(site.experts, EXPERTS) // ranks) * trial
 
 
@@ -189,8 +187,3 @@ def _calls(plan: Plan, sites: list[Site]) -> float:
 def visits(plan: Plan, site: Site) -> int:
     """Experts of a site that a token passes through."""
     return min(site.experts, shapes.choices(plan)) if site.experts > 1 else 1
-
-
-def rows_of(site: Site) -> int:
-    """Rows of a site's weight."""
-    return sum(rows for _, _, rows in site.row_ranges)

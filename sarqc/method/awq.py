@@ -9,10 +9,12 @@ powers of the mean magnitude of the input (arXiv 2306.00978):
 They are compared by the error E = W - Q(W S) S^-1 of RTN. Errors are measured in the original space, so the regulariser
 needs no scales. rho = 0, the identity, is a candidate, so the choice is never worse than no scales in this measure:
 
-- tr(E (H + lambda D) E^T) with min-max scales, where RTN follows: AWQ; - sum_j M_jj^2 |E_j|^2 with M M^T = H + lambda D
-and searched scales, where GPTQ follows: the error of column j costs that much after the later columns have corrected
-what they can. Searched scales leave channel scales less to gain, so rho = 0, 0.1 .. 0.5 is enough; with min-max scales
-the choice goes too far and makes models worse.
+- tr(E (H + lambda D) E^T) with min-max scales, where RTN follows: AWQ;
+- sum_j M_jj^2 |E_j|^2 with M M^T = H + lambda D and searched scales, where GPTQ follows: the error of column j costs
+  that much after the later columns have corrected what they can.
+
+Searched scales leave channel scales less to gain, so rho = 0, 0.1 .. 0.5 is enough; with min-max scales the choice goes
+too far and makes models worse.
 """
 
 from __future__ import annotations
@@ -123,13 +125,13 @@ def search(
             input is a channel.
         channels: Number of channels where `source` is given.
     """
-    sums = [(balance_layer.gram.abs_sum, balance_layer.gram.rows) for balance_layer in balance_layers]
+    grams = [balance_layer.gram for balance_layer in balance_layers]
     if shared:
-        total = torch.stack([magnitude.sum(0) for magnitude, _ in sums]).sum(0, keepdim=True)
-        seen = torch.stack([rows.sum() for _, rows in sums]).sum().reshape(1)
+        total = torch.stack([gram.abs_sum.sum(0) for gram in grams]).sum(0, keepdim=True)
+        seen = torch.stack([gram.rows.sum() for gram in grams]).sum()
+        magnitude = total / seen.clamp(min=1)
     else:
-        total, seen = sums[0]
-    magnitude = total / seen.clamp(min=1)[:, None]
+        magnitude = grams[0].abs_mean()
     if source is not None:
         magnitude = _by_channel(magnitude, source, channels)
     candidates = EXPONENTS if balance_layers[0].cost.dim() == 3 else SMALL_EXPONENTS

@@ -13,6 +13,7 @@ less than the step that did not fit.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,9 +69,7 @@ def stored_bits(shape: tuple[int, int], width: int, quant: QuantConfig) -> int:
 
 def average_range(shapes: Iterable[tuple[int, int]], quant: QuantConfig) -> tuple[float, float]:
     """Bits per weight, scales included, of these matrices at the narrowest of `quant.bit_options` and at the widest."""
-    kinds: dict[tuple[int, int], int] = {}
-    for shape in shapes:
-        kinds[shape] = kinds.get(shape, 0) + 1
+    kinds = Counter(shapes)
     weights = sum(count * rows * columns for (rows, columns), count in kinds.items())
     narrow, wide = (
         sum(count * stored_bits(shape, width, quant) for shape, count in kinds.items()) / weights
@@ -129,22 +128,6 @@ SOLVED = 4
 """Bit-widths up to this one and up to the probe are quantized to measure their loss."""
 
 
-@dataclass(frozen=True)
-class LossByBits:
-    """tr(E G E^T) on held-out text, by bit-width."""
-
-    by_width: dict[int, float]
-
-    def __add__(self, other: LossByBits) -> LossByBits:
-        """The sum for two parts of a site."""
-        return LossByBits({width: loss + other.by_width[width] for width, loss in self.by_width.items()})
-
-    def relative(self, width: int) -> dict[int, float]:
-        """Losses relative to that at one bit-width; all 0 where no row excites the weight."""
-        unit = self.by_width[width]
-        return {each: loss / unit if unit > 0 else 0.0 for each, loss in self.by_width.items()}
-
-
 def probe_bits(quant: QuantConfig) -> int:
     """The bit-width of the probe: the widest within the average, because most sites end up near it."""
     assert quant.avg_bits is not None
@@ -179,8 +162,9 @@ def loss_by_bits(
     method: MethodConfig,
     scale_dtype: torch.dtype,
     seed: int = 0,
-) -> LossByBits:
-    """Losses at `quant.bit_options` on a few rows of a few experts of weight [E, N, K], without channel scales.
+) -> dict[int, float]:
+    """tr(E G E^T) on held-out text at each of `quant.bit_options`, without channel scales, on a few rows of a few
+    experts of weight [E, N, K].
 
     Where lambda is "auto" it is the prior's: another one, and coordinate descent, would move all bit-widths of a site
     alike. The widest options are not solved; their loss follows from RTN, because the gain of a solver no longer
@@ -220,4 +204,4 @@ def loss_by_bits(
         validation.rtn_rows = partial(rtn_rows, width)
         rounded[width] = validation.rtn_loss(0)
         losses[width] = losses[few[-1]] * (rounded[width] / rounded[few[-1]] if rounded[few[-1]] > 0 else 0.0)
-    return LossByBits(losses)
+    return losses

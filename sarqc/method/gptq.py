@@ -9,11 +9,10 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import Scaling
-from sarqc.method.coordinate_descent import descend
 from sarqc.method.hessian import Factor, Objective, factor
 from sarqc.method.rtn import Solution
 from sarqc.method.weight import QuantizedWeight
-from sarqc_kernels.columns import fit_grid, quantize_columns
+from sarqc_kernels.columns import coordinate_descent, fit_grid, quantize_columns
 
 
 def column_order(diagonal: Tensor, group_size: int, order: Literal["none", "static", "group"]) -> Tensor | None:
@@ -96,14 +95,15 @@ def solve_gptq(
         search=search,
         scale_dtype=scale_dtype,
     )
-    quantized, damping = QuantizedWeight(codes, scales, zeros, quant.bits), factored.damping
+    damping = factored.damping
     if method.cd_passes:
         del factored
-        diagonal += damping.to(diagonal)[:, None] * diagonal.mean(
-            -1, keepdim=True
-        )  # a view: the metric as it was factored
-        quantized = descend(weight, quantized, hessian, method.cd_passes)
-    return Solution(quantized, damping)
+        # `diagonal` is a view: the metric becomes what was factored
+        diagonal += damping.to(diagonal)[:, None] * diagonal.mean(-1, keepdim=True)
+        codes, scales = coordinate_descent(
+            weight, codes, scales, zeros, hessian, bits=quant.bits, passes=method.cd_passes
+        )
+    return Solution(QuantizedWeight(codes, scales, zeros, quant.bits), damping)
 
 
 def _order(hessian: Tensor, quant: QuantConfig, method: MethodConfig) -> Tensor | None:

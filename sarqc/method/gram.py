@@ -55,14 +55,14 @@ class Gram:
             cross_gram=torch.zeros(1, cross_rows, in_features, device=device) if cross_rows else None,
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, cross_gram: Tensor | None = None) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Add rows `x` [T, K], sorted by expert with `offsets` [E + 1]; without them all rows belong to expert 0.
 
-        cross_gram: the residual error R of these rows, [T, N], where it is kept.
+        residual: the residual error R of these rows, [T, N], where `cross_gram` is kept.
         """
         gram_accumulate_(self.sum, self.rows, self.abs_sum, x, offsets)
-        if self.cross_gram is not None and cross_gram is not None:
-            cross_gram_accumulate_(self.cross_gram[0], cross_gram, x)
+        if self.cross_gram is not None and residual is not None:
+            cross_gram_accumulate_(self.cross_gram[0], residual, x)
 
     def merge(self, other: Gram) -> None:
         """Add `other`, a Gram of the same site."""
@@ -89,10 +89,6 @@ class Gram:
         """All sums: of X^T X strips of its rows, as far as the lower triangle reaches in each."""
         lower = [self.sum[:, first:last, :last] for first, last in strips(self.sum.shape[-1])]
         return [*lower, self.rows, self.abs_sum] + ([] if self.cross_gram is None else [self.cross_gram])
-
-    def repeat(self, times: int) -> Gram:
-        """All experts repeated `times` times: expert e of repetition r is number r * E + e."""
-        return Gram(self.sum.repeat(times, 1, 1), self.rows.repeat(times), self.abs_sum.repeat(times, 1))
 
     def second_moment(self) -> Tensor:
         """X^T X / rows, fp32 [E, K, K], symmetric, in memory of its own; zero for an expert without rows."""
@@ -157,9 +153,9 @@ class Statistics:
             tuple(Gram.zeros(1, in_features, device) for _ in range(folds if rest else 0)),
         )
 
-    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, cross_gram: Tensor | None = None) -> None:
+    def add(self, x: Tensor, offsets: Tensor | None = None, fold: int = 0, *, residual: Tensor | None = None) -> None:
         """Add rows to one fold; shapes as in `Gram.add`."""
-        self.folds[fold].add(x, offsets, cross_gram)
+        self.folds[fold].add(x, offsets, residual)
 
     def add_rest(self, x: Tensor, fold: int = 0) -> None:
         """Add rows x [T, K] of other experts of the layer, if those are kept."""
@@ -217,7 +213,7 @@ def strips(inputs: int) -> Iterator[tuple[int, int]]:
 
 
 def prior_rows(in_features: int, shrinkage: float) -> int:
-    """prior_rows: rows of the pooled Gram to add; `shrinkage` is a fraction of a row for each input."""
+    """Rows of the pooled Gram to add; `shrinkage` is a fraction of a row for each input."""
     return round(shrinkage * in_features)
 
 

@@ -45,15 +45,6 @@ def saliency(diagonal: Tensor, abs_mean: Tensor, kind: str) -> Tensor:
     return scale * salient / salient.mean(-1, keepdim=True)
 
 
-def regularised_hessian(gram: Gram, reg_lambda: Tensor, method: MethodConfig) -> Tensor:
-    """H + lambda D + damp * mean(diag H) I, fp32 [E, K, K], in memory of its own, without a host sync.
-
-    reg_lambda: lambda of each expert, fp32 [E].
-    """
-    salience = saliency(gram.diagonal(), gram.abs_mean(), method.saliency)
-    return gram_finalize(gram.sum, gram.rows, salience, reg_lambda, method.damp)
-
-
 @dataclass(frozen=True)
 class Objective:
     """What a solver minimises over the codes of each expert: tr[(W - Q) (H + lambda D) (W - Q)^T].
@@ -69,8 +60,10 @@ class Objective:
     factored: Factor | None = None
 
     def hessian(self, method: MethodConfig) -> Tensor:
-        """H + lambda D + damp * mean(diag H) I of `method`, fp32 [E, K, K], in memory of its own."""
-        return regularised_hessian(self.gram, self.reg_lambda, method)
+        """H + lambda D + damp * mean(diag H) I of `method`, fp32 [E, K, K], in memory of its own, without a host
+        sync."""
+        salience = saliency(self.gram.diagonal(), self.gram.abs_mean(), method.saliency)
+        return gram_finalize(self.gram.sum, self.gram.rows, salience, self.reg_lambda, method.damp)
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ def solve_site(
         quantized = scaling.rows_at(sampled).undo(quantized)
     errors = _errors(sample, quantized, rtn, gram)
     unfactored = torch.isinf(solution.damping)
+    shrunk = statistics is not None and (len(statistics.rows()) > 1 or bool(statistics.rest))
     report = LayerReport(
         site=site,
         rows=() if gram is None else tuple(gram.rows.tolist()),
@@ -165,9 +166,7 @@ def solve_site(
         seconds=time.perf_counter() - began,
         exponent=0.0 if scaling is None else scaling.exponent,
         unscaled=None if scaling is None else scaling.unscaled,
-        prior_rows=0
-        if statistics is None or len(statistics.rows()) == 1
-        else prior_rows(weight.shape[-1], method.expert_shrinkage),
+        prior_rows=prior_rows(weight.shape[-1], method.expert_shrinkage) if shrunk else 0,
         correction_share=correction_share,
         held_out=choice.record() if choice else {},
         bits=quant.bits,

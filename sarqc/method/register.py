@@ -34,18 +34,18 @@ def register_solver(
     Raises:
         ArgumentError: A built-in name, a solver that cannot be called, or a value that an option does not take.
     """
-    if not isinstance(name, str) or not name or name in _BUILT_IN or name in ("rtn", "gptq"):
+    if not isinstance(name, str) or not name or name in _BUILT_IN:
         raise ArgumentError(f"name = {name!r} is taken by a built-in method or is no name: use another")
     if not callable(solver):
         raise ArgumentError(f"solver = {solver!r} cannot be called: give a function, as sarqc.Solver says")
-    before = METHODS.get(name), SOLVERS.get(name)
+    before = METHODS.get(name)
     METHODS[name] = Method(name, about, channel_scales=channel_scales)
     try:
         MethodConfig(name, **own)
     except (ArgumentError, TypeError) as error:
         METHODS.pop(name)
-        if before[0] is not None:
-            METHODS[name] = before[0]
+        if before is not None:
+            METHODS[name] = before
         raise ArgumentError(f"{name}: {error}") from error
     METHODS[name] = Method(name, about, channel_scales=channel_scales, own=own)
     SOLVERS[name] = solver

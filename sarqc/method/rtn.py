@@ -30,7 +30,7 @@ class Solution:
 
 
 def quantize_rtn(weight: Tensor, quant: QuantConfig, grid: str, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """RTN. scales: "minmax" spans each group, "search" minimises the squared error of each group."""
+    """RTN. grid: "minmax" spans each group, "search" minimises the squared error of each group."""
     group_size = quant.columns_per_group(weight.shape[-1])
     scales, zeros = fit_grid(
         weight,
@@ -61,7 +61,7 @@ def solve_rtn(
         rounded = quantize_rtn(weight, quant, method.scales, scale_dtype)
     else:
         rule = GridRule(quant.bits, quant.sym, True, scale_dtype)
-        scales, zeros = search_scales(weight, hessian, rule, weight.shape[-1] // quant.groups(weight.shape[-1]))
+        scales, zeros = search_scales(weight, hessian, rule, quant.columns_per_group(weight.shape[-1]))
         codes = round_to_grid(weight, scales, zeros, bits=quant.bits)
         rounded = QuantizedWeight(codes, scales, zeros, quant.bits)
     return Solution(rounded, torch.zeros_like(objective.reg_lambda))

@@ -47,9 +47,14 @@ class Site:
     entry: str = ""
 
     @property
+    def rows(self) -> int:
+        """N: rows of the weight."""
+        return sum(rows for _, _, rows in self.row_ranges)
+
+    @property
     def cross_rows(self) -> int:
         """N where the site corrects the residual error, else 0."""
-        return sum(rows for _, _, rows in self.row_ranges) if self.residual_write else 0
+        return self.rows if self.residual_write else 0
 
     @property
     def row_ranges(self) -> tuple[tuple[str, int, int], ...]:

@@ -3,7 +3,7 @@
 plan          what is asked for, checked against the model
 driver        block by block, in the model's own forward      block        one block, site by site
 streams       quantized, reference and probe, side by side    forward      all micro-batches of a stream
-micro_batch, task  one micro-batch, in a greenlet             points       where it suspends; the only hooks
+micro_batch, task  one micro-batch, in a greenlet             points       where it suspends, by hooks
 thread_state  what torch keeps for a thread                   stored_states  enters a model in its middle
 offload       what suspended micro-batches hold, moved out    activation_store  where to; activation_memory: how much
 grams         sums over micro-batches, folds and ranks        quantize_site     lambda, codes, on one rank or many

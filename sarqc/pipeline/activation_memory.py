@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from sarqc.pipeline.activation_store import FileStore, HostStore, Stores
+from sarqc.pipeline.activation_store import FileStore, HostStore
+from sarqc.pipeline.forward import IN_PLACE, Memory
 from sarqc.pipeline.plan import Plan
-from sarqc.pipeline.streams import Memory
 
 DEVICE_SHARE = 0.4
 """Of a GPU's free memory, what suspended micro-batches may take."""
@@ -40,7 +40,7 @@ def activation_memory(plan: Plan, tokens: int) -> ActivationMemory:
     room = _room(plan.device)
     if room is None or suspended <= room:
         return ActivationMemory(suspended)
-    entering = tokens * _hidden(plan) * plan.dtype.itemsize * _streams(plan)
+    entering = tokens * plan.lazy.hidden_size * plan.dtype.itemsize * _streams(plan)
     in_place = min(entering, room // 2)
     host = min(entering - in_place, plan.activation_budget)
     return ActivationMemory(in_place, host, entering - in_place - host, recompute=True)
@@ -50,10 +50,10 @@ def suspended_memory(plan: Plan, tokens: int, place: Path) -> Memory:
     """The same as a run has it; place: a folder for the file."""
     buffers = activation_memory(plan, tokens)
     if not buffers.host and not buffers.file and not buffers.recompute:
-        return Memory()
+        return IN_PLACE
     budget = (_room(plan.device) or 0) // 2 if buffers.recompute else plan.activation_budget
     file = FileStore(place)
-    store = Stores([HostStore(), file], [plan.activation_budget]) if buffers.recompute else file
+    store = HostStore(plan.activation_budget, file) if buffers.recompute else file
     return Memory(budget // _streams(plan), store, buffers.recompute)
 
 
@@ -61,16 +61,13 @@ def suspended_bytes(plan: Plan, tokens: int) -> int:
     """Bytes that all micro-batches hold where they hold most: at the widest site its input, the residual stream, what
     left the block before, and twice as much for what the model keeps beside; in the reference what left two blocks."""
     widest = max((target.shape[1] for target in plan.targets.selected), default=0)
-    quantized, reference = widest + 4 * _hidden(plan), 2 * _hidden(plan) * plan.method.error_correction
+    hidden = plan.lazy.hidden_size
+    quantized, reference = widest + 4 * hidden, 2 * hidden * plan.method.error_correction
     return int(tokens * plan.dtype.itemsize * (quantized + reference))
 
 
 def _streams(plan: Plan) -> int:
     return 1 + int(plan.method.error_correction)
-
-
-def _hidden(plan: Plan) -> int:
-    return plan.lazy.hidden_size
 
 
 def _room(device: torch.device) -> int | None:

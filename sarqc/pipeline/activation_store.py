@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -42,25 +41,6 @@ class Store(Protocol):
         """Keep them no longer."""
 
 
-class HostStore:
-    """Copies in host memory, pinned where the storage is on a GPU: of use where the storages are on another device."""
-
-    def put(self, storage: UntypedStorage) -> Ticket:
-        """A copy in host memory."""
-        source = _bytes(storage)
-        kept = torch.empty(source.shape, dtype=torch.uint8, pin_memory=source.is_cuda)
-        kept.copy_(source)
-        return Ticket(storage.nbytes(), kept=kept)
-
-    def take(self, ticket: Ticket, storage: UntypedStorage) -> None:
-        """Copy back."""
-        assert ticket.kept is not None
-        _bytes(storage).copy_(ticket.kept)
-
-    def drop(self, ticket: Ticket) -> None:
-        """The ticket holds the memory."""
-
-
 class FileStore:
     """An unnamed file in a folder, made when it is first needed; it is gone with the process, however that ends. Where
     the folder is not there (as on another machine than the one that leads a run), in the first one above it that is.
@@ -70,14 +50,9 @@ class FileStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: int | None = None
+        self._file: IO[bytes] | None = None
         self._end = 0
         self._free: list[tuple[int, int]] = []  # (start, size), by start, never touching
-
-    @property
-    def size(self) -> int:
-        """Bytes that the file has had at most."""
-        return self._end
 
     def put(self, storage: UntypedStorage) -> Ticket:
         """Write to the file; `ResourceError` where the disk is full."""
@@ -121,12 +96,6 @@ class FileStore:
             else:
                 self._free.append((start, size))
 
-    def close(self) -> None:
-        """Give the disk back."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
     def _reserve(self, size: int) -> int:
         for at, (start, free) in enumerate(self._free):
             if free >= size:
@@ -140,45 +109,43 @@ class FileStore:
             resolved = self._folder.resolve()
             place = next(one for one in (resolved, *resolved.parents) if one.is_dir())
             try:
-                descriptor, name = tempfile.mkstemp(prefix=PREFIX, dir=place)
+                self._file = tempfile.TemporaryFile(prefix=PREFIX, dir=place)  # noqa: SIM115 (open as long as the store)
             except OSError as error:
                 raise ResourceError(f"{place} takes no file for activations: {error.strerror}") from error
-            Path(name).unlink()
-            self._file = descriptor
-        return self._file
+        return self._file.fileno()
 
 
-class Stores:
-    """The first store that has room for what is put into it. limits: bytes of each; the last one takes all the rest."""
+class HostStore:
+    """Copies in host memory up to a budget, pinned where the storage is on a GPU; beyond it in a file. Of use where the
+    storages are on another device."""
 
-    def __init__(self, stores: Sequence[Store], limits: Sequence[int]) -> None:
-        self._stores = list(stores)
-        self._left = [*limits, None]
-        self._at: dict[int, int] = {}
+    def __init__(self, budget: int, beyond: FileStore) -> None:
+        self._left = budget
+        self._beyond = beyond
 
     def put(self, storage: UntypedStorage) -> Ticket:
-        """Keep it in the first with room."""
-        size = storage.nbytes()
-        at = next(at for at, left in enumerate(self._left) if left is None or left >= size)
-        ticket = self._stores[at].put(storage)
-        if (left := self._left[at]) is not None:
-            self._left[at] = left - size
-        self._at[id(ticket)] = at
-        return ticket
+        """A copy in host memory, or in the file where it has no room."""
+        source = _bytes(storage)
+        if source.nbytes > self._left:
+            return self._beyond.put(storage)
+        kept = torch.empty(source.shape, dtype=torch.uint8, pin_memory=source.is_cuda).copy_(source)
+        self._left -= source.nbytes
+        return Ticket(source.nbytes, kept=kept)
 
     def take(self, ticket: Ticket, storage: UntypedStorage) -> None:
-        """From where it is."""
-        self._stores[self._freed(ticket)].take(ticket, storage)
+        """Copy back."""
+        if ticket.kept is None:
+            self._beyond.take(ticket, storage)
+        else:
+            _bytes(storage).copy_(ticket.kept)
+            self._left += ticket.size
 
     def drop(self, ticket: Ticket) -> None:
-        """Wherever it is."""
-        self._stores[self._freed(ticket)].drop(ticket)
-
-    def _freed(self, ticket: Ticket) -> int:
-        at = self._at.pop(id(ticket))
-        if (left := self._left[at]) is not None:
-            self._left[at] = left + ticket.size
-        return at
+        """The ticket holds the memory."""
+        if ticket.kept is None:
+            self._beyond.drop(ticket)
+        else:
+            self._left += ticket.size
 
 
 def _view(there: Tensor) -> memoryview:

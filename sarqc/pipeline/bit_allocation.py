@@ -18,7 +18,7 @@ from sarqc.config import QuantConfig
 from sarqc.conventions import FUSED
 from sarqc.errors import CheckpointError
 from sarqc.method.bit_allocation import Unit, allocate, stored_bits
-from sarqc.pipeline.comm import Comm, synchronize_oom
+from sarqc.pipeline.comm import Comm, gather
 from sarqc.pipeline.execution import Execution
 from sarqc.pipeline.journal import OnProgress
 from sarqc.pipeline.plan import Plan
@@ -99,7 +99,7 @@ def allocate_bits(plan: Plan, tokens: Tensor, comm: Comm, on_progress: OnProgres
             mine=lambda index: index % comm.size == comm.rank,
         )
 
-    measured = [one for part in comm.all_gather_object(synchronize_oom(comm, own)) for one in part]
+    measured = [one for part in gather(comm, own) for one in part]
     sites = [site for _, site in sorted(measured, key=lambda one: one[0])]  # stable: in a block they keep their order
     return choose(sites, plan.quant, comm.all_gather_object(time.perf_counter() - began)[0])
 

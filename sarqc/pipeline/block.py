@@ -24,7 +24,7 @@ from sarqc.model.sites import ResidualWrite, Site, SiteChunk, find_sites, separa
 from sarqc.model.smoothing import find_mappings
 from sarqc.pipeline.channel_scales import BlockScales
 from sarqc.pipeline.comm import synchronize_oom
-from sarqc.pipeline.forward import Forward
+from sarqc.pipeline.forward import drain
 from sarqc.pipeline.grams import Collector, Rows, gram_bytes, portions
 from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.points import Point, order_of
@@ -34,7 +34,8 @@ from sarqc.pipeline.streams import Streams
 
 @dataclass
 class Portions:
-    """Bytes for Grams at a time. together: the most matrices whose Grams were held at once, in `bytes`."""
+    """Bytes for Grams at a time. together: the most matrices whose Grams were held at once since `begin`, in
+    `bytes`."""
 
     budget: int
     together: int = 1
@@ -48,10 +49,14 @@ class Portions:
             self.bytes = max(self.bytes, sum(gram_bytes(chunk, folds) for chunk in chunks))
         return result
 
+    def begin(self) -> None:
+        """Forget what earlier sites had at once."""
+        self.together, self.bytes = 1, 0
+
     def halve(self) -> None:
         """Half as many bytes from now on."""
         self.budget = min(self.budget // 2, self.bytes // 2)
-        self.together, self.bytes = 1, 0
+        self.begin()
 
 
 @dataclass
@@ -84,11 +89,7 @@ class Block:
         if streams.reference is not None:
             self._take_residual_writes(streams, comm.all_gather_object(seen)[0])
         entries = [self._entry(site) for site in self.sites]
-        readers = [
-            Point("reader", self.index, site.residual_write.reader)
-            for site in self.sites
-            if site.residual_write and site.residual_write.reader
-        ]
+        readers = [point for point in map(self._place, self.sites) if point.kind == "reader"]
         streams.hooks.watch([*readers, *entries], self.solving.lazy.model, self.solving.method.router_weight_power)
         run = streams.call(self.index).run
         self.order = synchronize_oom(comm, partial(order_of, [*readers, *entries], run))
@@ -104,14 +105,10 @@ class Block:
         if self.solving.method.channel_scales and self.sites and inside:
             self.scales = self._choose_scales(streams)
             self.changed = synchronize_oom(self.solving.comm, self.scales.fold_in)
-        by_entry = {self._entry(site): site for site in self.sites}
-        by_reader = {site.residual_write.reader: site for site in self.sites if site.residual_write}
-        for point in self.order:
-            site = by_reader[point.name] if point.kind == "reader" else by_entry[point]
-            if point.kind == "reader" or not site.residual_write:
-                self._quantize(site, point, streams)
-        if None in by_reader:
-            self._quantize(by_reader[None], Point("leave", self.index), streams)
+        sites = {self._place(site): site for site in self.sites}
+        for point in (*self.order, Point("leave", self.index)):
+            if point in sites:
+                self._quantize(sites[point], point, streams)
 
     def quantize_alone(self) -> None:
         """Quantize every parameter by itself, by a method that looks at weights alone."""
@@ -122,6 +119,22 @@ class Block:
             self.journal.notes += underflowed(self.solving.lazy, self.members, weights)
             self.weights |= weights
             self.reports += reports
+
+    def put_stored(self, weights: Weights, changed: Mapping[str, Tensor], streams: Streams) -> None:
+        """Put what an earlier run has stored of the block, which is looked at, in the place of its own. Layers whose
+        outputs were corrected keep their weights, and those outputs are corrected again: so the stream has the same
+        bits."""
+        lazy, self.weights = self.solving.lazy, weights
+        for site in self.sites:
+            if not site.residual_write:
+                self._put(site, weights)
+        for parameter in lazy.parameters(self.index) if changed else ():
+            for stored in lazy.slices[parameter]:
+                if stored.name in changed:
+                    stored.of(lazy.model.get_parameter(parameter)).copy_(changed[stored.name])
+        for site in self.sites:
+            if site.residual_write:
+                self._correct(site, streams)
 
     def put_corrected(self) -> None:
         """Put the weights of layers whose outputs were corrected in place, for streams that are still to pass."""
@@ -157,6 +170,13 @@ class Block:
         entry."""
         inside = self.index < len(self.solving.lazy.blocks)
         return Point("site", self.index, site.entry) if inside else Point("enter", self.index)
+
+    def _place(self, site: Site) -> Point:
+        """Where a site is quantized: at its entry, or where the residual that it has written to is read."""
+        if not site.residual_write:
+            return self._entry(site)
+        reader = site.residual_write.reader
+        return Point("reader", self.index, reader) if reader else Point("leave", self.index)
 
     def _choose_scales(self, streams: Streams) -> BlockScales:
         """The channel scales (AWQ), from a run of the block that is dropped: they end up in weights of other sites, so
@@ -195,7 +215,7 @@ class Block:
         for chunks in self.portions.of([site], streams.text.folds):
             with self.journal.stage(self.index, "forward", site.name):
                 if comm.ordered:  # ranks run at once and only sum in turn
-                    synchronize_oom(comm, lambda: _go_through(streams.quantized, point))
+                    synchronize_oom(comm, lambda: drain(streams.quantized.at(point)))
                 collected, notes = collector.collect(chunks, source)
             self.journal.notes += notes
             with self.journal.stage(self.index, "solve", site.name):
@@ -208,7 +228,7 @@ class Block:
             reports += chunk_reports
         self.reports.append(replace(merge_reports(reports), site=site.name))
         if site.residual_write:
-            streams.quantized.correct(point, self._entry(site), synchronize_oom(comm, partial(self._change, site)))
+            self._correct(site, streams)
 
     def _handed(self, site: Site, point: Point, streams: Streams) -> Iterator[Rows]:
         """The inputs of a site, by micro-batch."""
@@ -238,6 +258,11 @@ class Block:
         for target in site.members:
             if target.linear in weights:
                 write_back(self.solving.lazy.model, target, weights[target.linear])
+
+    def _correct(self, site: Site, streams: Streams) -> None:
+        """Add what the site's new weight puts out more than its own, which is in place, to the stream behind it."""
+        change = synchronize_oom(self.solving.comm, partial(self._change, site))
+        streams.quantized.correct(self._place(site), self._entry(site), change)
 
     def _change(self, site: Site) -> Tensor:
         """What the weight of a site with one member became, less what it was, in the model's dtype."""
@@ -285,18 +310,6 @@ def underflowed(lazy: LazyModel, members: Sequence[Target], weights: Weights) ->
             )
 
 
-def put(
-    lazy: LazyModel, index: int, members: Sequence[Target], weights: Weights, changed: Mapping[str, Tensor]
-) -> None:
-    """Put the quantized weights of these members, and what took up channel scales, in the place of the block's own."""
-    for target in members:
-        write_back(lazy.model, target, weights[target.linear])
-    for parameter in lazy.parameters(index) if changed else ():
-        for stored in lazy.slices[parameter]:
-            if stored.name in changed:
-                stored.of(lazy.model.get_parameter(parameter)).copy_(changed[stored.name])
-
-
 def _shrunk(collected: Sequence[Statistics], shrinkage: float) -> list[Gram]:
     return [shrink_experts(statistics, shrinkage) for statistics in collected]
 
@@ -310,8 +323,3 @@ def _drift(reference: Tensor, stream: Tensor) -> Tensor:
     lacking = reference - stream  # exact in their own dtype where they are within a factor of two of each other
     lacking[:, 0] = 0
     return lacking.flatten(0, 1)
-
-
-def _go_through(forward: Forward, point: Point) -> None:
-    for _ in forward.at(point):
-        pass

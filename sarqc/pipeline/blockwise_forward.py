@@ -24,7 +24,7 @@ from sarqc.model.perplexity import POSITIONS_AT_ONCE, Tally
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
 from sarqc.pipeline.forward import Forward
-from sarqc.pipeline.points import Hooks, Point
+from sarqc.pipeline.points import Hooks
 from sarqc.pipeline.stored_states import output_form, replaying
 from sarqc.pipeline.streams import windows_at_once
 from sarqc.pipeline.task import Task
@@ -49,12 +49,7 @@ class BlockwiseForward(Closing):
         calls: list[Callable[[], object]] = [partial(self._run, part) for part in tokens.split(at_once)]
         self._hooks = Hooks(lazy.blocks)
         self._forward = Forward(calls, lazy.blocks, skipped=lazy.skipped)
-        self.enter_block(0)
-
-    def enter_block(self, index: int) -> None:
-        """Bring all windows to a block."""
-        for _ in self._forward.at(Point("enter", index)):
-            pass
+        self._forward.enter(0)
 
     def finish_block(self, index: int) -> None:
         """Bring all windows to the end of a block, which is loaded."""

@@ -21,13 +21,13 @@ from sarqc.model.sites import Site, SiteChunk, stack
 from sarqc.model.smoothing import SmoothingMapping, divided_norm
 from sarqc.model.source import TensorSource
 from sarqc.model.weight_map import TensorSlice
-from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, synchronize_oom
+from sarqc.pipeline.comm import SINGLE_PROCESS, Comm, gather, synchronize_oom
 from sarqc.pipeline.work_split import cost as price
 from sarqc.pipeline.work_split import partition
 
 
 class BlockScales:
-    """Scales of the folds of a loaded block; `reasons` says by site why others have none."""
+    """Scales of the mappings of a loaded block; `reasons` says by site why others have none."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class BlockScales:
         """Choose what these chunks decide, given their Grams; cost: what errors in a chunk cost (`BalanceLayer.cost`).
         quant: what a site's weights become.
 
-        A scale that many experts chunk is decided by the first experts whose Grams are there; experts with scales of
-        their own decide each for themselves. Ranks chunk the search.
+        A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
+        their own decide each for themselves. Ranks share the search.
         """
         model = self._lazy.model
         given = {chunk.site.name: (chunk, gram) for chunk, gram in zip(chunks, grams)}
@@ -93,7 +93,7 @@ class BlockScales:
                 if owners[number] == self._comm.rank
             }
 
-        answers = self._comm.all_gather_object(synchronize_oom(self._comm, search_own))
+        answers = gather(self._comm, search_own)
 
         def take() -> None:
             for number, (mapping, collected) in enumerate(open_):
@@ -102,7 +102,7 @@ class BlockScales:
         synchronize_oom(self._comm, take)
 
     def _take(self, mapping: SmoothingMapping, chosen: ChannelScales) -> None:
-        """Keep what was chosen for a fold, behind what its experts before have."""
+        """Keep what was chosen for a mapping, behind what its experts before have."""
         if self._lazy.model.get_parameter(mapping.smooth_layer).dim() == 1:
             chosen = ChannelScales(self._storable(mapping, chosen.scales), chosen.exponents)
         before = self._chosen.get(mapping.smooth_layer)
@@ -116,7 +116,7 @@ class BlockScales:
         """What happens to the weight of a chunk; ones where nothing does."""
         site, device = chunk.site, stack(self._lazy.model, chunk.site.members[0].parameter).device
         inputs = torch.ones(1, site.in_features, device=device)
-        rows = torch.ones(1, sum(count for _, _, count in site.row_ranges), device=device)
+        rows = torch.ones(1, site.rows, device=device)
         exponent = 0.0
         for mapping, chosen in self._decided():
             at = slice(None) if mapping.experts == 1 else slice(chunk.first, chunk.stop)

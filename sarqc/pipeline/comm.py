@@ -7,35 +7,26 @@ quantizes matrices of its own, so the codes are exchanged. The loop does not bra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from sarqc.errors import ResourceError, out_of_memory
+from sarqc.errors import ResourceError, opening_line, out_of_memory
 
 _Value = TypeVar("_Value")
 _Own = TypeVar("_Own")
 
 
-class Comm(Protocol):
-    """Ranks 0 .. size - 1. All call the same methods in the same order, except `recv_previous` and `send_next`.
+class Comm:
+    """Ranks 0 .. size - 1, here those of one process. All call the same methods in the same order, except
+    `recv_previous` and `send_next`.
 
     ordered: sums are made in the order of one process and keep its bits: each rank continues from the sums of the rank
     before. Otherwise all ranks sum at once and their sums are added.
     """
 
-    @property
-    def rank(self) -> int:
-        """Rank of this process."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-
-    @property
-    def ordered(self) -> bool:
-        """See the class."""
+    rank, size, ordered = 0, 1, False
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks; all ranks get the same bits."""
@@ -51,6 +42,7 @@ class Comm(Protocol):
 
     def all_gather_object(self, value: _Value) -> list[_Value]:
         """A small value of each rank, on all ranks; tensors in it are on the CPU."""
+        return [value]
 
     def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
         """On rank 0 the rows [1, ...] of all ranks in the order of their indices; on other ranks nothing.
@@ -58,35 +50,10 @@ class Comm(Protocol):
         rows: of this rank. places: indices of the rows of each rank, ascending. All ranks iterate to the end. A yielded
         row may be overwritten by the next.
         """
-
-
-class SingleProcess:
-    """One process."""
-
-    rank, size, ordered = 0, 1, False
-
-    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """The tensors are the sum."""
-
-    def recv_previous(self, tensors: Sequence[Tensor]) -> None:
-        """There is no previous rank."""
-
-    def send_next(self, tensors: Sequence[Tensor]) -> None:
-        """There is no next rank."""
-
-    def broadcast(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """Nothing to do."""
-
-    def all_gather_object(self, value: _Value) -> list[_Value]:
-        """The value."""
-        return [value]
-
-    def gather_rows(self, rows: Iterator[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The rows."""
         return rows
 
 
-SINGLE_PROCESS = SingleProcess()
+SINGLE_PROCESS = Comm()
 
 
 def exchange(comm: Comm, attempt: Callable[[], tuple[_Own, _Value]]) -> tuple[_Own, list[_Value]]:
@@ -105,7 +72,7 @@ def exchange(comm: Comm, attempt: Callable[[], tuple[_Own, _Value]]) -> tuple[_O
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = opening_line(error)
     gathered = comm.all_gather_object((reason, small))
     if short := [why for why, _ in gathered if why is not None]:
         own.clear()
@@ -118,6 +85,11 @@ def synchronize_oom(comm: Comm, attempt: Callable[[], _Own]) -> _Own:
     return exchange(comm, lambda: (attempt(), None))[0]
 
 
+def gather(comm: Comm, attempt: Callable[[], _Value]) -> list[_Value]:
+    """The small values of `attempt()` of every rank, on all ranks, as in `exchange`."""
+    return exchange(comm, lambda: (None, attempt()))[1]
+
+
 def one_rank_at_a_time(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
     """`attempt()`, in which ranks wait for each other; it cannot be repeated where one runs out of memory."""
     try:
@@ -125,7 +97,7 @@ def one_rank_at_a_time(comm: Comm, attempt: Callable[[], _Value]) -> _Value:
     except RuntimeError as error:
         if comm.size == 1 or not out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = opening_line(error)
         raise ResourceError(
             f"out of memory ({reason}) while ranks wait for each other, in ordered sums: use a smaller "
             "--micro-batch or --gram-budget; rerun the command to resume from the last block"

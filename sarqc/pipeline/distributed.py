@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from sarqc.checkpoint.state import ChunkedTensor
-from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError
-from sarqc.method.weight import QuantizedWeight
+from sarqc.errors import ArgumentError, Interrupted, ResourceError, SarqcError, opening_line
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
 from sarqc.pipeline.driver import Start
 from sarqc.pipeline.fingerprint import first_difference
 from sarqc.pipeline.messages import MESSAGE_BYTES, Message, messages
 from sarqc.pipeline.progress import NoProgress, Progress
-from sarqc.pipeline.quantize_site import Weights
+from sarqc.pipeline.quantize_site import Weights, blank, layout
 from sarqc.pipeline.streams import StoredStates
 from sarqc.pipeline.watchdog import heartbeats
 from sarqc.system import from_torchrun
@@ -81,14 +80,14 @@ def process_group(device: str, *, ordered: bool) -> Iterator[tuple[Comm, str]]:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise ResourceError(
-                f"the ranks do not find each other ({_line(error)}): start them with torchrun"
+                f"the ranks do not find each other ({opening_line(error)}): start them with torchrun"
             ) from error
         yield Ranks(ordered, device if gpu else "cpu"), device
         dist.destroy_process_group()  # not after an error: it would wait for the others, and they for this one
 
 
-class Ranks:
-    """The processes of torch.distributed as a `Comm`; see there."""
+class Ranks(Comm):
+    """The processes of torch.distributed; see `Comm`."""
 
     def __init__(self, ordered: bool, device: str) -> None:
         self.rank, self.size, self.ordered = dist.get_rank(), dist.get_world_size(), ordered
@@ -178,7 +177,7 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise ResourceError(
-                f"another rank ended or cannot be reached ({_line(error)}): see its output; "
+                f"another rank ended or cannot be reached ({opening_line(error)}): see its output; "
                 "rerun the command to resume from the last block, with any number of ranks"
             ) from error
 
@@ -186,10 +185,6 @@ class Ranks:
 def _raw(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, in its memory where that is contiguous."""
     return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 @contextmanager
@@ -247,24 +242,20 @@ def start_everywhere(comm: Comm, start: Start | None) -> Start:
     def stored(index: int) -> tuple[Weights, dict[str, Tensor]]:
         return _stored_everywhere(comm, start.stored(index) if start else ({}, {}))
 
-    return Start(block, everywhere, stored, start.lambda_search if start else lambda_search)
+    return Start(block, everywhere, stored, lambda_search)
 
 
 def _stored_everywhere(comm: Comm, stored: tuple[Weights, dict[str, Tensor]]) -> tuple[Weights, dict[str, Tensor]]:
     """A finished block of rank 0's work folder on every rank."""
     weights, changed = stored
-    shapes = {
-        linear: ([_shape(tensor) for tensor in (weight.codes, weight.scales, weight.zeros)], weight.bits)
-        for linear, weight in weights.items()
-    }
-    layout = comm.all_gather_object((shapes, {name: _shape(tensor) for name, tensor in changed.items()}))[0]
-    for linear, (parts, bits) in layout[0].items():
+    described = {linear: layout(weight) for linear, weight in weights.items()}
+    layouts, shapes = comm.all_gather_object((described, {name: _shape(tensor) for name, tensor in changed.items()}))[0]
+    for linear, own in layouts.items():
         if linear not in weights:
-            codes, scales, zeros = (torch.empty(shape, dtype=dtype) for shape, dtype in parts)
-            weights[linear] = QuantizedWeight(codes, scales, zeros, bits)
+            weights[linear] = blank(*own)
         weight = weights[linear]
         comm.broadcast((weight.codes, weight.scales, weight.zeros), 0)
-    for name, (shape, dtype) in layout[1].items():
+    for name, (shape, dtype) in shapes.items():
         changed.setdefault(name, torch.empty(shape, dtype=dtype))
         comm.broadcast([changed[name]], 0)
     return weights, changed

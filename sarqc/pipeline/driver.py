@@ -27,7 +27,7 @@ from sarqc.method.layer import LayerReport
 from sarqc.model.layers import Targets, check_group_size, targets
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import PrefetchingSource, TensorSource
-from sarqc.pipeline.block import Block, Portions, check_weights, put
+from sarqc.pipeline.block import Block, Portions, check_weights
 from sarqc.pipeline.comm import Comm, synchronize_oom
 from sarqc.pipeline.embeddings import round_embeddings
 from sarqc.pipeline.execution import Execution
@@ -35,6 +35,8 @@ from sarqc.pipeline.journal import Journal
 from sarqc.pipeline.quantize_site import SiteQuantizer, Weights
 from sarqc.pipeline.streams import StoredStates, Streams, Text, cut
 from sarqc.system import range_advice
+
+_MORE_MEMORY = "use a device with more memory or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class _Driver:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                raise self._no_memory(index, first_line(error)) from error
+                raise ResourceError(f"{self._place(index)} ({first_line(error)}): {_MORE_MEMORY}") from error
             self.lazy.unload_block(index)
             yield self._result(block, None)
 
@@ -180,35 +182,42 @@ class _Driver:
         self._go_to(streams, text, start)
         for index in range(start.block, self.lazy.passed):
             self.journal.begin_block()
-            if index == len(self.lazy.blocks):
-                streams.drop_reference()  # nothing writes to the residual any more
-            streams.enter(index)
+            self._enter(index, streams)
             block = self._with_memory(index, streams)
             self.lazy.unload_block(index)
             last = index + 1 == self.lazy.passed
             yield self._result(block, None if last else streams.stored_states(index, self.comm))
 
     def _go_to(self, streams: Streams, text: Text, start: Start) -> None:
-        """Bring the streams to the block that the run begins with; those before have their stored weights."""
-        reference = self.solving.method.error_correction and start.block < len(self.lazy.blocks)
-        stored = start.stored_states
+        """Bring the streams to the block that the run begins with; those before have their stored weights.
+
+        Where the quantized stream is run through them too, the reference goes along: it shows which layers correct it.
+        """
+        corrects, stored = self.solving.method.error_correction, start.stored_states
+        needed = corrects and start.block < len(self.lazy.blocks)
         handed = stored is not None and streams.begin(
-            text, reference=reference and stored.reference, stored=stored, block=start.block
+            text, reference=needed and stored.reference, stored=stored, block=start.block
         )
         if not handed:
-            streams.begin(text, reference=reference)
+            streams.begin(text, reference=corrects)
         for index in range(start.block if streams.reference is not None or not handed else 0):
             self._load(index)
-            if not handed:
-                streams.enter(index)
-                self._new_block(index).look(streams)
-            streams.leave_reference(index)
-            if not handed:
-                weights, changed = start.stored(index)
-                put(self.lazy, index, self.selected.of_block(index), weights, changed)
-                streams.leave_quantized(index)
-                streams.leave_probe(index)
+            if handed:
+                streams.leave_reference(index)
+            else:
+                self._enter(index, streams)
+                block = self._new_block(index)
+                block.look(streams)
+                streams.leave_reference(index)
+                block.put_stored(*start.stored(index), streams)
+                self._leave(index, block, streams)
             self.lazy.unload_block(index)
+
+    def _enter(self, index: int, streams: Streams) -> None:
+        """Bring the streams to a unit."""
+        if index == len(self.lazy.blocks):
+            streams.drop_reference()  # nothing writes to the residual any more
+        streams.enter(index)
 
     def _with_memory(self, index: int, streams: Streams) -> Block:
         """A block quantized, begun again with less at once for as long as the device runs out of memory."""
@@ -225,6 +234,7 @@ class _Driver:
             self._reduce_memory(index, streams, reason)
 
     def _attempt(self, index: int, streams: Streams) -> Block:
+        self.portions.begin()
         self._load(index)
         block = self._new_block(index)
         block.look(streams)
@@ -252,7 +262,9 @@ class _Driver:
         elif at_once > 1:
             text, what = text.halved(), f"micro-batch of {at_once} sequences halved"
         else:
-            raise self._no_memory(index, reason)
+            raise ResourceError(
+                f"{self._place(index)} ({reason}), with one window and one Gram at a time: {_MORE_MEMORY}"
+            )
         self.journal.notes.append(f"{self._place(index)} ({reason}): {what}")
         reference = streams.reference is not None
         again = streams.again(text, index) if index else streams.begin(text, reference=reference)
@@ -261,12 +273,6 @@ class _Driver:
                 f"{self._place(index)} ({reason}), and what this model passes between blocks is not stored, so the "
                 "block cannot begin again: use a smaller --micro-batch or --gram-budget; a rerun resumes there"
             )
-
-    def _no_memory(self, index: int, reason: str) -> ResourceError:
-        return ResourceError(
-            f"{self._place(index)} ({reason}), with one window and one Gram at a time: use a device with more memory "
-            "or --device cpu"
-        )
 
     def _place(self, index: int) -> str:
         return f"{self.solving.device} has no memory left at {self.lazy.unit_name(index)}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from sarqc.config import GRAM_BUDGET
 from sarqc.pipeline.comm import SINGLE_PROCESS, Comm
+from sarqc.pipeline.forward import IN_PLACE, Memory
 from sarqc.pipeline.journal import OnProgress
-from sarqc.pipeline.streams import Memory, windows_at_once
+from sarqc.pipeline.streams import windows_at_once
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Execution:
     folds: int | None = None
     gram_budget: int = GRAM_BUDGET
     comm: Comm = SINGLE_PROCESS
-    memory: Memory = field(default_factory=Memory)
+    memory: Memory = IN_PLACE
     prefetch: bool = False
     bit_widths: Mapping[str, int] | None = None
     seed: int = 0

@@ -12,7 +12,9 @@ the same to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,13 +26,29 @@ from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.points import Arrival, Point, first_tensor
 
 
+def drain(arrivals: Iterable[object]) -> None:
+    """Go through all of them."""
+    deque(arrivals, maxlen=0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How suspended micro-batches are held. budget: bytes of each stream that stay where they are. store: takes the
+    rest; None to keep all. recompute: whether they wait at a block's entry alone."""
+
+    budget: int = 0
+    store: Store | None = None
+    recompute: bool = False
+
+
+IN_PLACE = Memory()
+
+
 class Forward(Closing):
     """The micro-batches of one stream. A context: their forwards are ended when it ends, wherever they are.
 
     calls: each runs the model's own forward on one micro-batch. blocks: the decoder blocks; `Hooks` have to be on them.
-    first: the first block that is entered. skipped: those that text does not pass through. recompute: as above. store,
-    budget: where what suspended micro-batches hold is moved to, and the bytes of it that stay; without a store
-    everything stays.
+    first: the first block that is entered. skipped: those that text does not pass through.
     """
 
     def __init__(
@@ -40,22 +58,17 @@ class Forward(Closing):
         *,
         first: int = 0,
         skipped: frozenset[int] = frozenset(),
-        recompute: bool = False,
-        store: Store | None = None,
-        budget: int = 0,
+        memory: Memory = IN_PLACE,
     ) -> None:
         self._blocks = list(blocks)
         self._order = StopOrder(len(blocks), skipped)
-        self._recompute = recompute
-        self._budget = budget if store else None
-        owners: dict[int, Offload] = {}
+        self._recompute = memory.recompute
+        self._budget = memory.budget
+        store, owners = memory.store, dict[int, Offload]()
         self._batches = [
             MicroBatch(call, number, self._order, Point("enter", first), Offload(store, owners) if store else None)
             for number, call in enumerate(calls)
         ]
-
-    def __len__(self) -> int:
-        return len(self._batches)
 
     def begin_block(self, inside: Sequence[Point] = (), kept: Sequence[Point] = ()) -> None:
         """Say which points the block has that all micro-batches wait to enter, in the order it reaches them.
@@ -64,6 +77,10 @@ class Forward(Closing):
         """
         self._order.inside, self._order.kept = list(inside), set(kept)
         self._order.corrections.clear()
+
+    def enter(self, block: int) -> None:
+        """Run every micro-batch to the entry of a block."""
+        drain(self.at(Point("enter", block)))
 
     def at(self, point: Point) -> Iterator[Arrival]:
         """Run every micro-batch to a point and yield its activations there; another call yields them once more.

@@ -107,8 +107,7 @@ class Collector:
         """Sums of every rank, added up afterwards, or in order as they are made; and whether those of a chunk are
         finite."""
 
-        def own() -> list[Statistics]:
-            return self._own(chunks, source, lost)
+        own = partial(self._own, chunks, source, lost)
 
         def checked(kept: list[Statistics]) -> tuple[list[Statistics], list[bool]]:
             return kept, list(map(_finite, kept))
@@ -178,7 +177,7 @@ def _add(chunk: SiteChunk, statistics: Statistics, rows: Rows, *, finite: bool) 
         statistics.add_rest(x[:first], rows.fold)
         statistics.add_rest(x[last:], rows.fold)
         x, bounds = x[first:last], bounds[chunk.first : chunk.stop + 1] - first
-    statistics.add(x, bounds, rows.fold, cross_gram=residual)
+    statistics.add(x, bounds, rows.fold, residual=residual)
     return left_out
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from sarqc.errors import CheckpointError, ResourceError
 
@@ -31,19 +32,27 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ResourceError(f"work folder {folder} cannot be used: {error.strerror or error}") from error
     with file:
+        trouble = ""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino
-        except OSError:
-            gone = False
+            if _removed(path, file):
+                trouble = "was just removed by another process: wait for it"
+        except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "?"
-        else:
-            holder = ""
-        if gone or holder:
-            who = f"is in use by process {holder}" if holder else "was just removed by another process"
-            raise ResourceError(f"work folder {folder} {who}: wait for it, or use another --work-dir")
+            trouble = f"is in use by process {file.read().strip() or '?'}: wait for it"
+        except OSError as error:
+            trouble = f"cannot be locked ({error.strerror or error}): use a file system with locks"
+        if trouble:
+            raise ResourceError(f"work folder {folder} {trouble}, or use another --work-dir")
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def _removed(path: Path, file: TextIO) -> bool:
+    """Whether an open file is no longer the one at `path`."""
+    try:
+        return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return True

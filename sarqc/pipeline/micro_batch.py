@@ -110,10 +110,10 @@ class MicroBatch(Closing):
         if self._offload is not None:
             self._offload.restore()
 
-    def suspend(self, alive: int, budget: int | None) -> int:
-        """Park what the micro-batch holds where it goes over the budget. held: bytes of the micro-batches before it
+    def suspend(self, alive: int, budget: int) -> int:
+        """Offload what the micro-batch holds where it goes over the budget. alive: bytes of the micro-batches before it
         that stay; returned with its own."""
-        if self._offload is None or budget is None:
+        if self._offload is None:
             return alive
         if self._task.ended:  # what it returned is the caller's
             self._offload.discard()

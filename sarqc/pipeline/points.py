@@ -1,4 +1,4 @@
-"""Where a forward suspends, and the hooks that make it do so. These are the only hooks there are on a model.
+"""Where a forward suspends, and the hooks that make it do so.
 
 A point is reached by a task (`pipeline.task`) that runs the model; whoever else calls the same modules passes.
 """
@@ -121,28 +121,25 @@ class Hooks(Closing):
         self._blocks.close()
 
 
-def _enter(point: Point, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _reach(arrival: Arrival) -> None:
+    """Suspend the task that runs, if one does."""
     task = getcurrent()
     if isinstance(task, Task):
-        tensor = first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
-        task.reach(point, Arrival(point, tensor, args=args, kwargs=kwargs))
+        task.reach(arrival.point, arrival)
+
+
+def _enter(point: Point, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _reach(Arrival(point, first_tensor((*args, *kwargs.values())), args=args, kwargs=kwargs))
 
 
 def _leave(point: Point, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    task = getcurrent()
-    if isinstance(task, Task):
-        task.reach(point, Arrival(point, first_tensor(output), output=output))
+    _reach(Arrival(point, first_tensor(output), output=output))
 
 
 def _read(point: Point, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    task = getcurrent()
-    if isinstance(task, Task):
-        tensor = first_tensor(args) if first_tensor(args) is not None else first_tensor(kwargs)
-        task.reach(point, Arrival(point, tensor))
+    _reach(Arrival(point, first_tensor((*args, *kwargs.values()))))
 
 
 def _project(points: dict[str, Point], projection: str, x: Tensor, offsets: Tensor) -> None:
-    task = getcurrent()
-    if isinstance(task, Task) and projection in points:
-        point = points[projection]
-        task.reach(point, Arrival(point, x, offsets))
+    if projection in points:
+        _reach(Arrival(points[projection], x, offsets))

@@ -1,7 +1,7 @@
 """Solving the chunks of a block, each rank some of them: lambdas first, then codes, and then everybody has all.
 
-A chunk's lambdas are chosen on one rank, and its experts' pool is summed over all of them on each, so that it makes
-no difference to what comes out on which rank a matrix is solved, or beside how many others.
+A chunk's lambdas are chosen by all ranks together, from the same numbers, and its experts' pool is summed over all of
+them on each rank. So the result does not depend on which rank solves a matrix, or beside how many others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sarqc.config import AUTO, MethodConfig, QuantConfig
+from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.error_correction import limited_target, weight_change
 from sarqc.method.gptq import loss_weight
 from sarqc.method.gram import Gram, Statistics
@@ -26,7 +26,7 @@ from sarqc.model.lazy_model import LazyModel
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.model.source import TensorSource
 from sarqc.pipeline.channel_scales import BlockScales
-from sarqc.pipeline.comm import Comm, exchange, synchronize_oom
+from sarqc.pipeline.comm import Comm, exchange, gather, synchronize_oom
 from sarqc.pipeline.correction import Correction, Layer, correction_of
 from sarqc.pipeline.work_split import WorkItem, work_items
 
@@ -60,14 +60,14 @@ class SiteQuantizer:
         later pass than the first of their layer take its choice: a layer answers once, however little memory there is.
         """
         for chunk, statistics in zip(chunks, collected):
-            answer = self.search.get(chunk.site.name)
-            if answer is not None and chunk.name not in self.choices:
-                self.choices[chunk.name] = answer.of_others(statistics.rows(), chunk.site.in_features, self.method)
-        for number in [number for number, chunk in enumerate(chunks) if chunk.name not in self.choices]:
-            choice = self._choice(index, chunks[number], collected[number])
-            if self.method.reg_lambda == AUTO:
-                self.lambda_search.remember(choice.kind, choice.curve)
-            self.choices[chunks[number].name] = self.search[chunks[number].site.name] = choice
+            if chunk.name in self.choices:
+                continue
+            if chunk.site.name in self.search:
+                first = self.search[chunk.site.name]
+                choice = first.of_others(statistics.rows(), chunk.site.in_features, self.method)
+            else:
+                choice = self.search[chunk.site.name] = self._choice(index, chunk, statistics)
+            self.choices[chunk.name] = choice
 
     def _choice(self, index: int, chunk: SiteChunk, statistics: Statistics) -> LambdaChoice:
         """Made by all ranks together, from the same numbers."""
@@ -79,7 +79,7 @@ class SiteQuantizer:
             self.quant_of(chunk.site),
             self.method,
             scale_dtype=self.scale_dtype(chunk.site),
-            search=replace(self.lambda_search.copy(), spread=self._spread),
+            search=replace(self.lambda_search, spread=self._spread),  # adds to the same curves
         )
 
     def _correction(self, chunk: SiteChunk, statistics: Statistics, *, split: bool) -> Correction:
@@ -128,7 +128,7 @@ class SiteQuantizer:
         """As `lambda_search.Spread` has it: every rank does some of the tasks, and all have all values, on the CPU."""
         rank, size = self.comm.rank, self.comm.size
         dealt = [range(first, count, size) for first in range(min(size, count))]
-        _, gathered = exchange(self.comm, lambda: (None, work(dealt[rank]).cpu() if rank < len(dealt) else None))
+        gathered = gather(self.comm, lambda: work(dealt[rank]).cpu() if rank < len(dealt) else None)
         parts = [part for part in gathered if part is not None]
         values = parts[0].new_empty(count, *parts[0].shape[1:])
         for tasks, part in zip(dealt, parts):
@@ -161,7 +161,7 @@ class SiteQuantizer:
         factors = [correction.ordered for correction in corrections]
         del corrections  # the plain factors
 
-        def own() -> tuple[dict[int, QuantizedWeight], dict[int, tuple[_Layout, LayerReport]]]:
+        def own() -> tuple[dict[int, QuantizedWeight], dict[int, tuple[Layout, LayerReport]]]:
             solved = {
                 number: self._solve(
                     item, chunks[item.number], collected, scales, factors[item.number], targets.get(number)
@@ -170,7 +170,7 @@ class SiteQuantizer:
                 if item.owner == self.comm.rank
             }
             weights = {number: weight for number, (weight, _) in solved.items()}
-            return weights, {number: (_layout(weight), report) for number, (weight, report) in solved.items()}
+            return weights, {number: (layout(weight), report) for number, (weight, report) in solved.items()}
 
         solved, gathered = exchange(self.comm, own)
         known = _merged(gathered)
@@ -178,9 +178,9 @@ class SiteQuantizer:
         reports: list[list[LayerReport]] = [[] for _ in chunks]
         rows: list[QuantizedWeight] = []
         for number, item in enumerate(todo):
-            layout, report = known[number]
+            shapes, report = known[number]
             reports[item.number].append(report)
-            weight = solved.pop(number) if number in solved else _blank(*layout)
+            weight = solved.pop(number) if number in solved else blank(*shapes)
             self.comm.broadcast((weight.codes, weight.scales, weight.zeros), item.owner)
             if item.rows is None:
                 weights |= {target.linear: part for target, part in item.chunk.site.split(weight, item.chunk.first)}
@@ -246,15 +246,17 @@ def _stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return QuantizedWeight(torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1), parts[0].bits)
 
 
-_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int]
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int]
+"""Shapes of a weight's codes and scales, dtype of its scales, bits."""
 
 
-def _layout(weight: QuantizedWeight) -> _Layout:
+def layout(weight: QuantizedWeight) -> Layout:
+    """What `blank` needs to know of a weight."""
     return tuple(weight.codes.shape), tuple(weight.scales.shape), weight.scales.dtype, weight.bits
 
 
-def _blank(codes: tuple[int, ...], scales: tuple[int, ...], dtype: torch.dtype, bits: int) -> QuantizedWeight:
-    """Room for a weight that another rank has solved."""
+def blank(codes: tuple[int, ...], scales: tuple[int, ...], dtype: torch.dtype, bits: int) -> QuantizedWeight:
+    """Room for a weight that another rank has."""
     byte = torch.uint8
     return QuantizedWeight(
         torch.empty(codes, dtype=byte), torch.empty(scales, dtype=dtype), torch.empty(scales, dtype=byte), bits

@@ -168,8 +168,12 @@ class WorkFolder:
         write_sealed(self._record_file(result.index), asdict(record) | {"block": result.index})
         states = result.stored_states
         if states is not None:
-            metadata = {"block": result.index + 1, "form": states.form, "entry": states.fingerprint}
-            metadata["reference"] = states.reference
+            metadata = {
+                "block": result.index + 1,
+                "form": states.form,
+                "entry": states.fingerprint,
+                "reference": states.reference,
+            }
             began = time.perf_counter()
             write_state(self.folder / _HIDDEN, {"hidden": states.hidden, "probe": states.probe}, metadata)
             self._stored = time.perf_counter()
@@ -243,14 +247,9 @@ class WorkFolder:
         return self.folder / _BLOCKS / f"{index:05d}.safetensors"
 
     def remove(self) -> None:
-        """Remove the folder; the plan first, so that what a kill leaves over is no work folder."""
-        for path in (
-            self.folder / _PLAN,
-            self.folder / _BITS,
-            *sorted(self.folder.glob(_HIDDEN + "*")),
-            self.folder / _BLOCKS,
-        ):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        """Remove the folder; the plan first and the lock last, so that the next run clears what a kill leaves."""
+        (self.folder / _PLAN).unlink(missing_ok=True)
+        _clear(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def is_empty(self) -> bool:
@@ -290,6 +289,7 @@ def begin(
         manifest = {"layout": LAYOUT, "fingerprint": dict(fingerprint), "about": dict(about)}
         if restart or not (folder / _PLAN).exists():
             _clear(folder)
+            (folder / _BLOCKS).mkdir()
             write_sealed(folder / _PLAN, manifest)
         plan = _read(folder / _PLAN)
         if plan.get("layout") != LAYOUT:
@@ -327,10 +327,10 @@ def _take_back(work: WorkFolder) -> None:
 
 
 def _clear(folder: Path) -> None:
+    """Remove all but the lock."""
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / _BLOCKS).mkdir()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ResourceError, first_line, out_of_memory
-from sarqc.method.bit_allocation import LossByBits, loss_by_bits, probe_bits, probe_weight
+from sarqc.method.bit_allocation import loss_by_bits, probe_bits, probe_weight
 from sarqc.method.gram import Statistics
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.weight import QuantizedWeight
@@ -37,7 +37,7 @@ from sarqc.model.source import TensorSource
 from sarqc.pipeline.block import Portions
 from sarqc.pipeline.comm import SINGLE_PROCESS
 from sarqc.pipeline.execution import Execution
-from sarqc.pipeline.forward import Forward
+from sarqc.pipeline.forward import Forward, drain
 from sarqc.pipeline.grams import Collector, Rows
 from sarqc.pipeline.points import Point, order_of
 from sarqc.pipeline.quantize_site import SiteQuantizer
@@ -154,8 +154,10 @@ def _measured(
             announce(index, "sensitivity")
             looking.enter(index)
             lazy.load_block(index, source, device, dtype)
-            looking.leave(index, targeted)
-            lazy.unload_block(index)
+            try:
+                looking.leave(index, targeted)
+            finally:  # a second measurement begins without it
+                lazy.unload_block(index)
         lazy.load_outer(source, device, dtype, head=True)
         results = list(looking.results())
         lazy.unload_outer()
@@ -181,7 +183,7 @@ class _SensitivityStreams:
         """Bring all streams to a block."""
         self._streams.enter(index)
         for stream in self._all():
-            self._arrive(stream, index)
+            stream.enter(index)
 
     def leave(self, index: int, members: Sequence[Target]) -> None:
         """Try each site of a loaded block, then run all streams through it with its own weights."""
@@ -190,8 +192,7 @@ class _SensitivityStreams:
         self._streams.leave_probe(index)
         begun = [self._begin(index, form, *one) for one in losses]
         for stream in self._all():
-            for _ in stream.leave(index):
-                pass
+            drain(stream.leave(index))
         self._trials += begun
 
     def results(self) -> Iterator[tuple[int, SiteSensitivity]]:
@@ -225,10 +226,6 @@ class _SensitivityStreams:
     def _run(self) -> object:
         return self._lazy.model(input_ids=self._few.to(self._solving.device), use_cache=False).logits
 
-    def _arrive(self, stream: Forward, index: int) -> None:
-        for _ in stream.at(Point("enter", index)):
-            pass
-
     def _losses(self, index: int, members: Sequence[Target]) -> list[tuple[Site, dict[int, float], _Weights]]:
         """Of each site what it loses at each width, and its weights at the one that is tried."""
         call = self._streams.call(index)
@@ -240,6 +237,10 @@ class _SensitivityStreams:
         return [self._with_memory(index, by_entry[point.name], point) for point in order]
 
     def _with_memory(self, index: int, site: Site, point: Point) -> tuple[Site, dict[int, float], _Weights]:
+        """A site with fewer Grams at a time for as long as memory runs out. That of the forward itself is not caught:
+        a micro-batch that runs out has ended."""
+        drain(self._streams.quantized.at(point))
+        self._portions.begin()
         while True:
             try:
                 return self._site(site, point)
@@ -255,15 +256,15 @@ class _SensitivityStreams:
             self._portions.halve()
 
     def _site(self, site: Site, point: Point) -> tuple[Site, dict[int, float], _Weights]:
-        losses: LossByBits | None = None
+        losses = dict.fromkeys(self._solving.quant.bit_options, 0.0)
         weights: _Weights = []
         for (chunk,) in self._portions.of([site], FOLDS):
             (statistics,), _ = self._collector.collect([chunk], partial(self._rows, site, point))
             own, solved = _share(self._solving, chunk, statistics)
-            losses = own if losses is None else losses + own
+            losses = {width: loss + own[width] for width, loss in losses.items()}
             weights += solved
-        assert losses is not None
-        return site, losses.relative(probe_bits(self._solving.quant)), weights
+        probed = losses[probe_bits(self._solving.quant)]  # 0 where no row excites the weight
+        return site, {width: loss / probed if probed > 0 else 0.0 for width, loss in losses.items()}, weights
 
     def _rows(self, site: Site, point: Point) -> Iterator[Rows]:
         for arrival, (_, fold) in zip(self._streams.quantized.at(point), self._streams.text.batches):
@@ -276,8 +277,7 @@ class _SensitivityStreams:
         originals = {name: stack(model, name).clone() for name, _, _ in site.row_ranges}
         for target, weight in weights:
             write_back(model, target, weight)
-        for _ in stream.leave(index):
-            pass
+        drain(stream.leave(index))
         for name, original in originals.items():
             stack(model, name).copy_(original)
         return _Trial(index, site, solved, stream)
@@ -290,7 +290,7 @@ class _SensitivityStreams:
         stream = self._stream(index)
         hidden = self._plain.residuals()
         if index == 0:
-            self._arrive(stream, 0)
+            stream.enter(0)
             return stream
         if form is None:
             raise _MoreThanHiddenStates
@@ -318,7 +318,7 @@ def _evenly_spaced(tokens: Tensor) -> Tensor:
 _Weights = list[tuple[Target, QuantizedWeight]]
 
 
-def _share(solving: SiteQuantizer, chunk: SiteChunk, statistics: Statistics) -> tuple[LossByBits, _Weights]:
+def _share(solving: SiteQuantizer, chunk: SiteChunk, statistics: Statistics) -> tuple[dict[int, float], _Weights]:
     """The losses of a chunk, and its members on the host, solved an item at a time: as in a run."""
     model, how = solving.lazy.model, (solving.quant, solving.method, solving.scale_dtype(chunk.site))
     losses = loss_by_bits(chunk.name, chunk.weight(model), statistics, *how, solving.lambda_search.seed)

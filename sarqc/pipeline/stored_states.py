@@ -51,7 +51,7 @@ class ReplayBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stream, in the form in which the block returns it."""
-        stream = first_tensor(args) if args else first_tensor(kwargs)
+        stream = first_tensor((*args, *kwargs.values()))
         task = getcurrent()
         if self.hidden is not None and isinstance(task, Task):
             stream = task.replayed = self.hidden(task.number)

@@ -7,7 +7,6 @@ the first tokens of the first window, on the quantized side: what has to be foun
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +22,8 @@ from sarqc.method.gram import non_finite_rows
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
 from sarqc.model.tokenizer import check_tokens
-from sarqc.pipeline.activation_store import Store
 from sarqc.pipeline.comm import Comm
-from sarqc.pipeline.forward import BlockCall, Forward
+from sarqc.pipeline.forward import IN_PLACE, BlockCall, Forward, Memory, drain
 from sarqc.pipeline.points import Arrival, Hooks, Point
 from sarqc.pipeline.stored_states import fingerprint, output_form, replaying
 from sarqc.pipeline.work_split import Batches, partition_batches, positions, renumbered
@@ -42,10 +40,9 @@ def windows_at_once(device: torch.device, length: int, dtype: torch.dtype | None
     return max(1, (2 if short else 1) * TOKENS_AT_ONCE[device.type] // length)
 
 
-def cut(count: int, micro_batch: int, folds: int, first: int = 0) -> Batches:
-    """Micro-batches of the windows from `first` to `count`, none of them across two folds; folds are stretches of
-    nearly equal length."""
-    edges = [first + fold * (count - first) // folds for fold in range(folds + 1)]
+def cut(count: int, micro_batch: int, folds: int) -> Batches:
+    """Micro-batches of `count` windows, none of them across two folds; folds are stretches of nearly equal length."""
+    edges = [fold * count // folds for fold in range(folds + 1)]
     return [
         (slice(start, min(start + micro_batch, stop)), fold)
         for fold, (begin, stop) in enumerate(pairwise(edges))
@@ -116,16 +113,6 @@ class StoredStates:
     reference: bool
 
 
-@dataclass(frozen=True)
-class Memory:
-    """How suspended micro-batches are held. budget: bytes of each stream that stay where they are. store: takes the
-    rest; None to keep all. recompute: whether they wait at a block's entry alone."""
-
-    budget: int = 0
-    store: Store | None = None
-    recompute: bool = False
-
-
 class Streams(Closing):
     """A context. quantized, probe: streams; reference: one, or None. hooks: on the units that text passes.
 
@@ -147,6 +134,9 @@ class Streams(Closing):
         self.quantized = self.probe = Forward([], self.units)
         self.reference: Forward | None = None
         self.form: str | None = None  # how the last block returned the stream
+        self._entered: tuple[str, str] | None = (
+            None  # the form and the fingerprint with which the last block was entered
+        )
         self._source = source
         self._device = device
         self._dtype = dtype
@@ -164,15 +154,14 @@ class Streams(Closing):
         self.text = text
         check_tokens(text.tokens, self.lazy.model)
         rounded = self._load_outer()
+        self.quantized, self.probe = self._forward(text, block), self._probe(text, block)
         if stored is None:
-            self.quantized, self.probe = self._forward(text), self._probe(text)
             self._refuse_lost(self.quantized.at(Point("enter", 0)))
-            _arrive(self.probe, 0)
+            self.probe.enter(0)
         else:
-            self.quantized, self.probe = self._forward(text, block), self._probe(text, block)
             own = text.own(stored.hidden)
             self._hand(self.quantized, block, stored.form, text.grouped(own))
-            deque(own, maxlen=0)  # all ranks go through all windows
+            drain(own)  # all ranks go through all windows
             self._hand(self.probe, block, stored.form, iter([stored.probe]))
             if fingerprint(self.entry(block)) != stored.fingerprint:
                 return False
@@ -180,16 +169,16 @@ class Streams(Closing):
         if reference:
             self._load_originals(rounded)
             self.reference = self._forward(text)
-            _arrive(self.reference, 0)
+            self.reference.enter(0)
         self.lazy.unload_embeddings()
         return True
 
     def again(self, text: Text, block: int) -> bool:
         """Bring all streams to a block behind the first anew, with other micro-batches of the same windows, from what
         has left the block before; whether that could be done."""
-        if self.form is None or not all(forward.residual_intact() for forward in self._all()):
+        if self._entered is None or not all(forward.residual_intact() for forward in self._all()):
             return False
-        before = fingerprint(self.entry(block))
+        self.form, entered = self._entered
         quantized, probe, reference = self.quantized, self.probe, self.reference
         self.text = text
         rounded = self._load_outer()
@@ -202,7 +191,7 @@ class Streams(Closing):
             self.reference = self._forward(text, block)
             self._hand(self.reference, block, self.form, text.grouped(_windows(reference.pop_residuals())))
         self.lazy.unload_embeddings()
-        return fingerprint(self.entry(block)) == before
+        return fingerprint(self.entry(block)) == entered
 
     def entry(self, block: int) -> Arrival:
         """The probe at a block's entry."""
@@ -216,7 +205,9 @@ class Streams(Closing):
     def enter(self, block: int) -> None:
         """Bring all streams to a block."""
         for forward in self._all():
-            _arrive(forward, block)
+            forward.enter(block)
+        # for `again`, before which the probe and the form can be past the entry
+        self._entered = None if self.form is None else (self.form, fingerprint(self.entry(block)))
 
     def leave_quantized(self, block: int) -> int:
         """Bring the quantized stream to the end of a block; how many rows of it hold NaN or Inf."""
@@ -229,12 +220,12 @@ class Streams(Closing):
 
     def leave_probe(self, block: int) -> None:
         """Bring the probe to the end of a block."""
-        _drain(self.probe.leave(block))
+        drain(self.probe.leave(block))
 
     def leave_reference(self, block: int) -> None:
         """Bring the reference, if there is one, to the end of a block, which has its original weights."""
         if self.reference is not None:
-            _drain(self.reference.leave(block))
+            drain(self.reference.leave(block))
 
     def drop_reference(self) -> None:
         """Go on without one."""
@@ -278,19 +269,11 @@ class Streams(Closing):
         return self._make([text.tokens[windows] for windows, _ in text.batches], first, self._memory)
 
     def _probe(self, text: Text, first: int = 0) -> Forward:
-        return self._make([text.probe], first, Memory())
+        return self._make([text.probe], first, IN_PLACE)
 
     def _make(self, batches: Sequence[Tensor], first: int, memory: Memory) -> Forward:
         calls: list[Callable[[], object]] = [partial(self._run, tokens) for tokens in batches]
-        return Forward(
-            calls,
-            self.units,
-            first=first,
-            skipped=self.lazy.skipped,
-            recompute=memory.recompute,
-            store=memory.store,
-            budget=memory.budget,
-        )
+        return Forward(calls, self.units, first=first, skipped=self.lazy.skipped, memory=memory)
 
     def _run(self, tokens: Tensor) -> object:
         # without the head, unless something behind the blocks is asked for
@@ -300,7 +283,7 @@ class Streams(Closing):
     def _hand(self, forward: Forward, block: int, form: str, hidden: Iterator[Tensor]) -> None:
         """Bring a stream to a block, with what each micro-batch has brought out of the one before."""
         with replaying(self.lazy.layers, block, form, lambda _: next(hidden).to(self._device)):
-            _arrive(forward, block)
+            forward.enter(block)
 
     def _all(self) -> Iterator[Forward]:
         return (forward for forward in (self.quantized, self.probe, self.reference) if forward is not None)
@@ -313,12 +296,3 @@ class Streams(Closing):
 def _windows(micro_batches: Iterator[Tensor]) -> Iterator[Tensor]:
     for tensor in micro_batches:
         yield from tensor
-
-
-def _arrive(forward: Forward, block: int) -> None:
-    _drain(forward.at(Point("enter", block)))
-
-
-def _drain(arrivals: Iterator[Arrival]) -> None:
-    for _ in arrivals:
-        pass

@@ -73,7 +73,7 @@ class Task(greenlet):
             self._switch(lambda: self.throw(GreenletExit))
         else:
             raise SarqcError(f"micro-batch {self.number} does not end: the model's code catches every exception")
-        self._call, self._within = _nothing, nullcontext()
+        self._call, self._within = lambda: None, nullcontext()
         self._passed.clear()
 
     def _switch(self, there: Callable[[], object]) -> object:
@@ -89,7 +89,3 @@ class Task(greenlet):
             if not self.dead:
                 self._inference.leave_task(outer.inference)
             outer.restore()
-
-
-def _nothing() -> None:
-    """What a closed task would call."""

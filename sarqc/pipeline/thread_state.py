@@ -7,10 +7,14 @@ any of them around a layer. Without care the next micro-batch, and the driver, w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _DEVICE_TYPES = ("cpu", "cuda")
 
@@ -26,8 +30,8 @@ class ThreadState:
     default_dtype: torch.dtype
     autocast: tuple[Autocast, ...]
     autocast_cache: bool
-    function_modes: tuple[Any, ...]
-    dispatch_modes: tuple[Any, ...]
+    function_modes: list[Any]
+    dispatch_modes: list[Any]
 
     @classmethod
     def capture(cls) -> ThreadState:
@@ -38,12 +42,8 @@ class ThreadState:
             default_dtype=torch.get_default_dtype(),
             autocast=tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _DEVICE_TYPES),
             autocast_cache=torch.is_autocast_cache_enabled(),
-            function_modes=tuple(
-                torch._C._get_function_stack_at(level) for level in range(torch._C._len_torch_function_stack())
-            ),
-            dispatch_modes=tuple(
-                torch._C._get_dispatch_stack_at(level) for level in range(torch._C._len_torch_dispatch_stack())
-            ),
+            function_modes=_get_current_function_mode_stack(),
+            dispatch_modes=_get_current_dispatch_mode_stack(),
         )
 
     def restore(self) -> None:
@@ -57,8 +57,18 @@ class ThreadState:
                 torch.set_autocast_enabled(kind, enabled)
                 torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
-        _restore_function_modes(self.function_modes)
-        _restore_dispatch_modes(self.dispatch_modes)
+        _exchange(
+            _get_current_function_mode_stack(),
+            self.function_modes,
+            torch._C._pop_torch_function_stack,
+            torch._C._push_on_torch_function_stack,
+        )
+        _exchange(
+            _get_current_dispatch_mode_stack(),
+            self.dispatch_modes,
+            lambda: torch._C._pop_torch_dispatch_stack(None),
+            torch._C._push_on_torch_dispatch_stack,
+        )
 
 
 class InferenceSwitch:
@@ -84,21 +94,13 @@ class InferenceSwitch:
             self._guard = None
 
 
-def _restore_function_modes(modes: tuple[Any, ...]) -> None:
-    count = torch._C._len_torch_function_stack()
-    if count == len(modes) and all(torch._C._get_function_stack_at(at) is mode for at, mode in enumerate(modes)):
+def _exchange(
+    held: Sequence[Any], wanted: Sequence[Any], pop: Callable[[], object], push: Callable[[Any], object]
+) -> None:
+    """Put the modes of one stack in the place of those that are on it, where they are others."""
+    if len(held) == len(wanted) and all(map(is_, held, wanted)):
         return
-    for _ in range(count):
-        torch._C._pop_torch_function_stack()
-    for mode in modes:
-        torch._C._push_on_torch_function_stack(mode)
-
-
-def _restore_dispatch_modes(modes: tuple[Any, ...]) -> None:
-    count = torch._C._len_torch_dispatch_stack()
-    if count == len(modes) and all(torch._C._get_dispatch_stack_at(at) is mode for at, mode in enumerate(modes)):
-        return
-    for _ in range(count):
-        torch._C._pop_torch_dispatch_stack(None)
-    for mode in modes:
-        torch._C._push_on_torch_dispatch_stack(mode)
+    for _ in held:
+        pop()
+    for mode in wanted:
+        push(mode)

@@ -95,8 +95,8 @@ def heartbeats(store: Store, rank: int, size: int) -> Iterator[None]:
     """
     heartbeat, done = Heartbeat(store, rank, size), threading.Event()
     watch = Watch(heartbeat, max(2, round(WATCHDOG_TIMEOUT / BEAT)))
-    for work in (lambda: _beats(heartbeat, done), lambda: _looks(watch, heartbeat, done)):
-        threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=_beats, args=(heartbeat, done), daemon=True).start()
+    threading.Thread(target=_looks, args=(watch, heartbeat, done), daemon=True).start()
     try:
         yield
     finally:

@@ -67,7 +67,7 @@ class WorkItem:
 
 def cost(chunk: SiteChunk) -> float:
     """What solving takes: K^3 / 3 for the factor and N K^2 for the columns, for each expert."""
-    columns, rows = chunk.site.in_features, sum(count for _, _, count in chunk.site.row_ranges)
+    columns, rows = chunk.site.in_features, chunk.site.rows
     return (chunk.stop - chunk.first) * (columns**3 / 3 + rows * columns**2)
 
 
@@ -77,7 +77,7 @@ def solving_bytes(chunk: SiteChunk, gram: bool) -> int:
     Five matrices of a Gram's size are alive at once (its mean, the metric, that in the solver's order, the factor and
     its workspace) and six of the weight's, of which RTN needs four.
     """
-    columns, rows = chunk.site.in_features, sum(count for _, _, count in chunk.site.row_ranges)
+    columns, rows = chunk.site.in_features, chunk.site.rows
     return (chunk.stop - chunk.first) * (
         5 * 4 * columns**2 + 6 * 4 * rows * columns if gram else 4 * 4 * rows * columns
     )
@@ -90,7 +90,7 @@ def work_items(chunks: Sequence[SiteChunk], size: int, device: torch.device, *, 
     Pieces of a chunk are of nearly equal length and follow each other. A dense layer is cut between rows.
     """
     if size > 1 and gram and len(chunks) == 1 and chunks[0].site.experts == 1:
-        count = sum(rows for _, _, rows in chunks[0].site.row_ranges)
+        count = chunks[0].site.rows
         edges = [rank * count // size for rank in range(size + 1)]
         stretches = [slice(first, stop) for first, stop in pairwise(edges)]
         return [WorkItem(0, chunks[0], owner, rows) for owner, rows in enumerate(stretches) if rows.start < rows.stop]

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from sarqc.checkpoint.assemble import assemble
 from sarqc.checkpoint.convert import Conversion
@@ -164,7 +162,4 @@ def _names(lazy: LazyModel, index: int) -> set[str]:
 
 
 def _lazy(source: TensorSource, name: str) -> ChunkedTensor:
-    def each() -> Iterator[Tensor]:
-        yield source.load(name)
-
-    return ChunkedTensor(source.shape(name), source.dtype(name), each)
+    return ChunkedTensor(source.shape(name), source.dtype(name), lambda: map(source.load, [name]))

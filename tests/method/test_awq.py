@@ -9,7 +9,7 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.method.awq import EXPONENTS, SMALL_EXPONENTS, BalanceLayer, Scaling, search
 from sarqc.method.gptq import loss_weight
 from sarqc.method.gram import Gram, Statistics
-from sarqc.method.hessian import Objective, regularised_hessian, saliency
+from sarqc.method.hessian import Objective, saliency
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.layer import solve_site
 from sarqc.method.rtn import quantize_rtn
@@ -64,7 +64,7 @@ def loss_of(weight, scales, hessian):
 def test_the_choice_is_the_least_loss_of_all_exponents(method, generator):
     gram = seen(activations(200, generator))
     weight = torch.randn(1, 24, INPUTS, generator=generator)
-    hessian = regularised_hessian(gram, reg_lambda(gram, MethodConfig(method)), MethodConfig(method))[0]
+    hessian = Objective(gram, reg_lambda(gram, MethodConfig(method))).hessian(MethodConfig(method))[0]
     magnitude = gram.abs_mean()[0]
     losses = [loss_of(weight[0], scales_for(magnitude, exponent), hessian) for exponent in EXPONENTS]
     chosen = find([balance_layer(weight, gram, method)])
@@ -97,7 +97,7 @@ def test_for_the_gram_solver_an_error_costs_what_the_later_columns_cannot_correc
     gram = seen(activations(400, generator))
     spec = MethodConfig("sarqc-awq-gptq", act_order="none")
     cost = loss_weight("site", Objective(gram, reg_lambda(gram, spec)), QUANT, spec)[0].double()
-    hessian = regularised_hessian(gram, reg_lambda(gram, spec), spec)[0].double()
+    hessian = Objective(gram, reg_lambda(gram, spec)).hessian(spec)[0].double()
     for column in range(INPUTS):
         later = hessian[column + 1 :, column + 1 :]
         cross = hessian[column, column + 1 :]
@@ -197,7 +197,7 @@ def test_the_regulariser_stays_where_the_original_weights_are(generator):
     scales = torch.rand(1, INPUTS, generator=generator) + 0.5
     scaling = Scaling(scales, torch.ones(1, 4))
     chosen = reg_lambda(gram, MethodConfig("rqc-awq"))
-    hessian = regularised_hessian(gram, chosen, MethodConfig("rqc-awq"))
+    hessian = Objective(gram, chosen).hessian(MethodConfig("rqc-awq"))
     moment = gram.second_moment()
     even = saliency(gram.diagonal(), gram.abs_mean(), "iso")
     inverse = torch.diag_embed(1 / scales)

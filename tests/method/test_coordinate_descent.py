@@ -4,12 +4,11 @@ from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError
-from sarqc.method.coordinate_descent import descend
 from sarqc.method.gram import Statistics
 from sarqc.method.hessian import factor
 from sarqc.method.layer import solve_site
 from sarqc.method.weight import QuantizedWeight
-from sarqc_kernels.columns import quantize_columns
+from sarqc_kernels.columns import coordinate_descent, quantize_columns
 from sarqc_kernels.columns.descent_reference import REACH
 
 
@@ -26,6 +25,13 @@ def greedy(weight: Tensor, hessian: Tensor, quant: QuantConfig, dtype: torch.dty
         bits=quant.bits, group_size=quant.group_size, sym=quant.sym, search=True, scale_dtype=dtype,
     )  # fmt: skip
     return QuantizedWeight(codes, scales, zeros, quant.bits)
+
+
+def descend(weight: Tensor, start: QuantizedWeight, hessian: Tensor, passes: int) -> QuantizedWeight:
+    codes, scales = coordinate_descent(
+        weight, start.codes, start.scales, start.zeros, hessian, bits=start.bits, passes=passes
+    )
+    return QuantizedWeight(codes, scales, start.zeros, start.bits)
 
 
 def loss(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Tensor:

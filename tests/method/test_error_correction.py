@@ -17,7 +17,7 @@ from sarqc.method.error_correction import (
     weight_change,
 )
 from sarqc.method.gram import Gram, Statistics
-from sarqc.method.hessian import Objective, regularised_hessian
+from sarqc.method.hessian import Objective
 from sarqc.method.layer import solve_site
 
 SPEC = MethodConfig(reg_lambda=0.3, error_correction=True)
@@ -34,20 +34,20 @@ def drifted(
 
 
 def seen(*folds: tuple[Tensor, Tensor]) -> Statistics:
-    x, cross_gram = folds[0]
-    statistics = Statistics.zeros(1, x.shape[1], len(folds), cross_rows=cross_gram.shape[1])
-    for fold, (x, cross_gram) in enumerate(folds):
-        statistics.add(x, fold=fold, cross_gram=cross_gram)
+    x, residual = folds[0]
+    statistics = Statistics.zeros(1, x.shape[1], len(folds), cross_rows=residual.shape[1])
+    for fold, (x, residual) in enumerate(folds):
+        statistics.add(x, fold=fold, residual=residual)
     return statistics
 
 
 def test_wishes_add_up_like_everything_else(generator):
-    x, cross_gram = drifted(30, 8, 5, generator)
+    x, residual = drifted(30, 8, 5, generator)
     first, second, whole = (Gram.zeros(1, 8, cross_rows=5) for _ in range(3))
-    first.add(x[:11], cross_gram=cross_gram[:11])
-    second.add(x[11:], cross_gram=cross_gram[11:])
-    whole.add(x, cross_gram=cross_gram)
-    expected = cross_gram.double().T @ x.double() / 30
+    first.add(x[:11], residual=residual[:11])
+    second.add(x[11:], residual=residual[11:])
+    whole.add(x, residual=residual)
+    expected = residual.double().T @ x.double() / 30
     for total in (Statistics((first, second)).total(), whole, Statistics((whole,)).total()):
         torch.testing.assert_close(total.cross_mean()[0].double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -58,7 +58,7 @@ def test_completing_the_square(generator):
     weight = torch.randn(1, 5, 12, generator=generator)
     gram = seen((x, cross_gram)).total()
     full = correction("s", Objective(gram, LAMBDA), SPEC)[0].double()
-    hessian = regularised_hessian(gram, LAMBDA, SPEC)[0].double()
+    hessian = Objective(gram, LAMBDA).hessian(SPEC)[0].double()
     anchor = hessian - gram.second_moment()[0].double()
     w, r, y = weight[0].double(), cross_gram.double(), x.double()
     for share in (0.3, 1.0):

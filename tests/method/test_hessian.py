@@ -5,7 +5,7 @@ from torch import Tensor
 from sarqc.config import MethodConfig
 from sarqc.errors import NumericError
 from sarqc.method.gram import Gram
-from sarqc.method.hessian import factor, regularised_hessian, saliency
+from sarqc.method.hessian import Objective, factor, saliency
 
 
 def spd(experts: int, size: int, generator: torch.Generator) -> Tensor:
@@ -40,13 +40,13 @@ def test_an_input_never_seen_still_holds_its_weights(generator):
 
 
 def test_an_expert_without_rows_is_held_evenly():
-    hessian = regularised_hessian(gram_of(torch.zeros(1, 8, 8), rows=0), torch.tensor([3.0]), MethodConfig(damp=1e-4))
+    hessian = Objective(gram_of(torch.zeros(1, 8, 8), rows=0), torch.tensor([3.0])).hessian(MethodConfig(damp=1e-4))
     assert torch.allclose(hessian, (3 + 1e-4) * torch.eye(8))
 
 
 def test_the_metric_is_the_mean_the_pull_and_the_floor(generator):
     hessian, reg_lambda = spd(2, 10, generator), torch.tensor([0.5, 2.0])
-    result = regularised_hessian(gram_of(hessian, rows=7), reg_lambda, MethodConfig(saliency="energy", damp=1e-2))
+    result = Objective(gram_of(hessian, rows=7), reg_lambda).hessian(MethodConfig(saliency="energy", damp=1e-2))
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     added = reg_lambda[:, None] * diagonal + 1e-2 * diagonal.mean(-1, keepdim=True)
     torch.testing.assert_close(result, hessian + torch.diag_embed(added), rtol=1e-3, atol=1e-6)
@@ -55,7 +55,7 @@ def test_the_metric_is_the_mean_the_pull_and_the_floor(generator):
 def test_lambda_is_free_of_scale(generator):
     hessian, reg_lambda = spd(1, 12, generator), torch.tensor([0.3])
     spec = MethodConfig(saliency="rms", damp=1e-3)
-    small, large = (regularised_hessian(gram_of(scale * hessian), reg_lambda, spec) for scale in (1, 1024))
+    small, large = (Objective(gram_of(scale * hessian), reg_lambda).hessian(spec) for scale in (1, 1024))
     torch.testing.assert_close(1024 * small, large, rtol=1e-5, atol=0)
 
 

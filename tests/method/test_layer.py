@@ -108,3 +108,13 @@ def test_a_weight_with_nan_is_refused_by_name():
 def test_a_group_size_that_does_not_divide_is_refused():
     with pytest.raises(ArgumentError, match="16 does not divide 40"):
         solve(torch.zeros(1, 4, 40), None, MethodConfig("rtn"))
+
+
+def test_one_expert_of_a_layer_is_said_to_have_the_rows_that_it_was_shrunk_by(generator):
+    """A chunk of one expert has the rest of its layer beside it; a dense layer has none."""
+    spec, x = MethodConfig("gptq", expert_shrinkage=0.25), correlated(64, 32, generator)
+    chunk = Statistics.zeros(1, 32, rest=True)
+    chunk.add(x)
+    chunk.add_rest(x)
+    weight = torch.randn(1, 16, 32, generator=generator)
+    assert solve(weight, chunk, spec)[1].prior_rows == 8 and solve(weight, seen(x), spec)[1].prior_rows == 0

@@ -273,3 +273,34 @@ def test_a_row_that_leaves_the_block_infinite_is_left_out_though_what_enters_the
     assert any(f"1 of {case.tokens.numel()} rows" in note and "down_proj" in note for note in last.notes)
     assert last.reports[-1].correction_share > 0
     assert all(bool(torch.isfinite(weight.scales).all()) for weight in last.weights.values())
+
+
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("where", ["behind the probe", "in the probe"])
+def test_memory_that_runs_out_in_the_last_forward_costs_only_time(tiny, monkeypatch, where, index):
+    """On another rank while the probe of this one has left the block, or in the probe itself."""
+    case, leave, failed = tiny("llama", num_hidden_layers=3), Streams.leave_probe, []
+    plain = list(run(case, CARRY, micro_batch=2))
+
+    def full(self, block):
+        if where == "behind the probe":
+            leave(self, block)
+        if block == index and not failed:
+            failed.append(block)
+            monkeypatch.setattr(self.lazy.blocks[block].mlp, "forward", no_memory)
+        leave(self, block)
+
+    def no_memory(_):
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("tried to allocate 2 GB")
+
+    def on_another_rank(self, block):
+        leave(self, block)
+        if block == index and not failed:
+            failed.append(block)
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+
+    monkeypatch.setattr(Streams, "leave_probe", on_another_rank if where == "behind the probe" else full)
+    again = list(run(case, CARRY, micro_batch=2))
+    assert failed == [index] and "micro-batch of 2 sequences halved" in again[index].notes[0]
+    assert all(same(*pair) for pair in zip(plain[:index], again[:index], strict=True))

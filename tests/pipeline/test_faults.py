@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sarqc
 from sarqc.cli.terminal import RunProgress
 from sarqc.errors import CheckpointError, Interrupted, NumericError, ResourceError
-from sarqc.method import hessian
+from sarqc.method.hessian import Objective
 from sarqc.pipeline import quantize_site
 from sarqc.pipeline.resume import default_work
 from sarqc.pipeline.streams import PROBE_TOKENS, Streams
@@ -192,16 +192,16 @@ def test_an_expert_that_overflows(case):
 def indefinite(case, shift):
     """The matrices of one site are no longer positive definite: `shift` times their mean diagonal is taken off."""
 
-    regularised_hessian = hessian.regularised_hessian
+    hessian = Objective.hessian
 
-    def spoil(gram, *args):
-        result = regularised_hessian(gram, *args)
+    def spoil(self, method):
+        result = hessian(self, method)
         if len(result) == 4 and result.shape[-1] == 64:  # experts, in every layer
             diagonal = result.diagonal(dim1=-2, dim2=-1)
             diagonal -= shift * diagonal.mean(-1, keepdim=True)
         return result
 
-    case.patch.setattr(hessian, "regularised_hessian", spoil)
+    case.patch.setattr(Objective, "hessian", spoil)
     report = sarqc.quantize(case.source, case.out, **SMALL).report
     went_on(case)
     return [site for site in report["sites"] if "experts" in site["site"]]
@@ -262,3 +262,29 @@ def test_model_changes_under_the_run(case):
         sarqc.quantize(other, case.out, **SMALL)
     shutil.rmtree(other)
     recovered(case)
+
+
+def test_a_dense_layer_that_runs_out_does_not_halve_the_grams_of_experts(case):
+    """It has one Gram, however many the experts of the block before it had."""
+    solve, failed = quantize_site.solve_site, []
+
+    def full(name, *args, **options):
+        if name == "model.layers.1.self_attn.q_proj" and not failed:
+            failed.append(name)
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return solve(name, *args, **options)
+
+    case.patch.setattr(quantize_site, "solve_site", full)
+    (note,) = sarqc.quantize(case.source, case.out, **SMALL).report["notes"]
+    assert failed and "micro-batch of 4 sequences halved" in note
+
+
+def test_rounding_that_runs_out_is_told_what_helps_it(case):
+    """Without calibration there are neither windows nor Grams that could be fewer."""
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("tried to allocate 2 GB")
+
+    case.patch.setattr(quantize_site, "solve_site", full)
+    with pytest.raises(ResourceError, match=r"\(tried to allocate 2 GB\): use a device with more memory"):
+        sarqc.quantize(case.source, case.out, method="rtn", group_size=32)

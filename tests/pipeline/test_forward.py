@@ -11,7 +11,7 @@ from torch import nn
 
 from sarqc.errors import ModelError
 from sarqc.model import moe
-from sarqc.pipeline.forward import BlockCall, Forward
+from sarqc.pipeline.forward import BlockCall, Forward, Memory
 from sarqc.pipeline.points import Hooks, Point
 from sarqc.pipeline.task import Task
 from tests.pipeline.classes import CONFIGS, blocks_of, build, windows
@@ -86,7 +86,7 @@ def test_suspended_at_every_layer_the_logits_keep_every_bit(model, recompute):
     assert all(sites)
     with (
         Hooks(blocks_of(model)) as hooks,
-        Forward(calls_of(model, batches), blocks_of(model), recompute=recompute) as f,
+        Forward(calls_of(model, batches), blocks_of(model), memory=Memory(recompute=recompute)) as f,
     ):
         hooks.watch([point for block in sites for point in block], model)
         seen = []
@@ -112,7 +112,7 @@ def test_weights_replaced_at_stops_are_those_of_the_rest_of_the_forward(model, r
     before = plain(model, batches)
     with (
         Hooks(blocks_of(model)) as hooks,
-        Forward(calls_of(model, batches), blocks_of(model), recompute=recompute) as f,
+        Forward(calls_of(model, batches), blocks_of(model), memory=Memory(recompute=recompute)) as f,
     ):
         hooks.watch([point for block in sites for point in block], model)
         result = run(model, f, sites, halve)
@@ -238,7 +238,7 @@ def test_a_correction_is_what_the_other_weight_would_have_given():
         layer = blocks_of(model)[0].mlp.down_proj
         change = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(3)) * 0.1
         blocks, calls = blocks_of(model), calls_of(model, batches)
-        with Hooks(blocks) as hooks, Forward(calls, blocks, recompute=recompute) as forward:
+        with Hooks(blocks) as hooks, Forward(calls, blocks, memory=Memory(recompute=recompute)) as forward:
             list(forward.at(Point("enter", 0)))
             hooks.watch([down], model)
             forward.begin_block([down], kept=[down])

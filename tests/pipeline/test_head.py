@@ -14,9 +14,9 @@ from sarqc.errors import Interrupted
 from sarqc.model.build import build
 from sarqc.model.source import StateDictSource
 from sarqc.pipeline.activation_store import FileStore
+from sarqc.pipeline.forward import Memory
 from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.resume import default_work
-from sarqc.pipeline.streams import Memory
 from tests.pipeline.driver_case import same
 from tests.support import families, kept
 from tests.support.blocks import run_blocks

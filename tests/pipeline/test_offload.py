@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 
 from sarqc.errors import ResourceError
 from sarqc.model import moe
-from sarqc.pipeline.activation_store import FileStore, HostStore, Stores
-from sarqc.pipeline.forward import Forward
+from sarqc.pipeline.activation_store import FileStore, HostStore
+from sarqc.pipeline.forward import Forward, Memory
 from sarqc.pipeline.offload import Offload
 from sarqc.pipeline.points import Hooks, Point
 from tests.pipeline.classes import CONFIGS, blocks_of, build, windows
@@ -29,19 +32,25 @@ def test_parked_in_a_file_the_logits_keep_every_bit(name, tmp_path):
     expected = plain(model, batches)
     sites = [sites_of(model, index, prefix) for index in range(len(blocks_of(model)))]
     store = FileStore(tmp_path)
-    with Hooks(blocks_of(model)) as hooks, Forward(calls_of(model, batches), blocks_of(model), store=store) as forward:
+    with (
+        Hooks(blocks_of(model)) as hooks,
+        Forward(calls_of(model, batches), blocks_of(model), memory=Memory(0, store)) as forward,
+    ):
         hooks.watch([point for block in sites for point in block], model)
         result = run(model, forward, sites, lambda arrivals, point: [list(forward.at(point)) for _ in range(2)])
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    assert store.size > 0 and sum(size for _, size in store._free) == store.size  # everything was taken back
+    assert store._end > 0 and sum(size for _, size in store._free) == store._end  # everything was taken back
 
 
 @pytest.mark.parametrize("budget", [0, 40_000, 10**9])
-def test_what_is_over_the_budget_is_parked_and_nothing_else(budget):
+def test_what_is_over_the_budget_is_parked_and_nothing_else(tmp_path, budget):
     model, batches = build("llama"), windows(4, 2, 32)
     point = Point("site", 0, "model.layers.0.mlp.down_proj")
     blocks, calls = blocks_of(model), calls_of(model, batches)
-    with Hooks(blocks) as hooks, Forward(calls, blocks, store=HostStore(), budget=budget) as forward:
+    with (
+        Hooks(blocks) as hooks,
+        Forward(calls, blocks, memory=Memory(budget, HostStore(10**9, FileStore(tmp_path)))) as forward,
+    ):
         hooks.watch([point], model)
         list(forward.at(Point("enter", 0)))
         forward.begin_block([point])
@@ -55,7 +64,7 @@ def test_what_is_over_the_budget_is_parked_and_nothing_else(budget):
     assert sum(alive) <= budget and [size > 0 for size in sizes] == [each * (n + 1) <= budget for n in range(4)]
 
 
-def test_a_table_that_the_model_keeps_is_no_single_micro_batchs():
+def test_a_table_that_the_model_keeps_is_no_single_micro_batchs(tmp_path):
     """The first micro-batch makes it, the others use it while the first is parked."""
 
     class Table(torch.nn.Module):
@@ -76,7 +85,10 @@ def test_a_table_that_the_model_keeps_is_no_single_micro_batchs():
     block.table = None
     point = Point("site", 0, "0.inner")
     calls = [lambda x=x: body(x) for x in batches]
-    with Hooks([block]) as hooks, Forward(calls, [block], store=HostStore()) as forward:
+    with (
+        Hooks([block]) as hooks,
+        Forward(calls, [block], memory=Memory(0, HostStore(10**9, FileStore(tmp_path)))) as forward,
+    ):
         hooks.watch([point], body)
         forward.begin_block([point])
         for _ in range(2):
@@ -94,13 +106,12 @@ def test_a_file_uses_freed_ranges_again_and_is_gone_in_the_end(tmp_path):
     a, b = store.put(storage(1000, 7)), store.put(storage(500, 8))
     store.drop(a)
     c, d = store.put(storage(400, 9)), store.put(storage(600, 5))
-    assert store.size == 1500
+    assert store._end == 1500
     for ticket, value, count in ((b, 8, 500), (c, 9, 400), (d, 5, 600)):
         back = storage(count, 0)
         store.take(ticket, back)
         assert set(back.tolist()) == {value}
     assert store._free == [(0, 1500)] and not list(tmp_path.iterdir())
-    store.close()
 
 
 def test_a_disk_that_takes_no_more_is_one_line(tmp_path, monkeypatch):
@@ -114,13 +125,24 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path, monkeypatch):
 
 def test_memory_is_used_before_the_file(tmp_path):
     file = FileStore(tmp_path)
-    stores = Stores([HostStore(), file], [1000])
+    stores = HostStore(1000, file)
     tickets = [stores.put(storage(400, n)) for n in range(4)]
-    assert file.size == 800
+    assert file._end == 800
     stores.drop(tickets[0])
     stores.put(storage(400, 9))
-    assert file.size == 800
+    assert file._end == 800
     for n in (1, 2, 3):
         back = storage(400, 99)
         stores.take(tickets[n], back)
         assert set(back.tolist()) == {n}
+
+
+def test_a_file_of_activations_is_closed_with_its_store(tmp_path):
+    """A process that quantizes one model after the other has as many files open as before."""
+    opened = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731
+    before, store = opened(), FileStore(tmp_path)
+    store.put(storage(100))
+    assert opened() == before + 1
+    del store
+    gc.collect()
+    assert opened() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -257,3 +258,48 @@ def test_a_work_folder_of_an_earlier_version_is_refused_with_the_way_out(source,
     assert (work / "blocks" / "00001.safetensors").exists()
     progress = go_on(source, stopped, straight, resume=False)
     assert progress.solved == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("include", [(), ("lm_head",)], ids=["blocks", "and the head"])
+def test_lost_hidden_states_of_a_corrected_stream_come_back_to_the_bit(tmp_path, kind, include):
+    """A correction is added to what has left a layer. In bf16 that is not what the layer's new weight puts out."""
+    source, out = tiny.save(kind, tmp_path / "model", num_hidden_layers=3), tmp_path / "out"
+    run = SMALL | {"dtype": "bfloat16", "error_correction": True, "num_samples": 4, "include": include}
+    expected = sarqc.quantize(source, tmp_path / "straight", **run)
+    assert any(site["correction_share"] for site in expected.report["sites"])
+    with pytest.raises(Interrupted):
+        sarqc.quantize(source, out, progress=Stopping(3 if include else 2), **run)
+    (default_work(out) / "hidden.safetensors").unlink()
+    progress = Stopping()
+    assert weights(sarqc.quantize(source, out, progress=progress, **run).out) == weights(expected.out)
+    assert progress.done == (3 if include else 2)
+
+
+def test_a_file_system_without_locks_is_said_as_it_is(tmp_path, monkeypatch):
+    """As NFS without its lock service, or Lustre without `-o flock`."""
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    refusal = pytest.raises(ResourceError, match=r"cannot be locked \(No locks available\): .*--work-dir")
+    with refusal as caught, begin(tmp_path / "work", {"a": 1}, {"blocks": 2}):
+        pass
+    assert "in use" not in str(caught.value)
+
+
+def test_the_lock_of_a_work_folder_is_the_last_to_go(tmp_path, monkeypatch):
+    """A kill before that leaves a folder that the next run takes. `checkpoint/` stays where another format is made."""
+    folder, rmtree, seen = tmp_path / "work", shutil.rmtree, []
+
+    def spy(path, *rest, **options):
+        seen.append((Path(path), sorted(one.name for one in folder.iterdir())))
+        rmtree(path, *rest, **options)
+
+    with begin(folder, {"a": 1}, {"blocks": 2}) as work:
+        work.built.mkdir()
+        (work.built / "model.safetensors").touch()
+        monkeypatch.setattr(shutil, "rmtree", spy)
+        work.remove()
+    assert seen[-1] == (folder, ["lock"]) and not folder.exists()

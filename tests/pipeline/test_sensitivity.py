@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from greenlet import getcurrent
 
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import MethodConfig, QuantConfig
@@ -16,6 +17,8 @@ from sarqc.model.layers import targets
 from sarqc.model.lazy_model import LazyModel
 from sarqc.pipeline import sensitivity, work_split
 from sarqc.pipeline.execution import Execution
+from sarqc.pipeline.streams import PROBE_TOKENS
+from sarqc.pipeline.task import Task
 from tests.pipeline import classes
 
 QUANT = QuantConfig(group_size=16, avg_bits=4, bit_options=(2, 4, 8))
@@ -161,3 +164,50 @@ def test_the_blocks_are_left_as_they_were(tiny):
     first = measure_sensitivity(case, lazy=lazy)
     assert measure_sensitivity(case, lazy=lazy) == first
     assert all(parameter.is_meta for parameter in lazy.blocks[0].parameters())
+
+
+def test_memory_that_runs_out_in_a_forward_is_said_as_it_is(tiny, monkeypatch):
+    """The forward has ended by then: with fewer Grams at a time it would not go on."""
+    case = tiny("qwen3_moe")
+    lazy = case.lazy()
+    norm = lazy.blocks[1].post_attention_layernorm
+
+    def full(hidden):
+        if isinstance(getcurrent(), Task) and hidden.shape[1] > PROBE_TOKENS:
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return type(norm).forward(norm, hidden)
+
+    monkeypatch.setattr(norm, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate 2 GB"):
+        measure_sensitivity(case, lazy=lazy)
+
+
+def test_a_layer_that_runs_out_does_not_halve_the_grams_of_others(tiny, monkeypatch):
+    """A dense layer has one Gram, however many the experts before it had."""
+    case, call = tiny("qwen3_moe"), sensitivity.probe_weight
+
+    def full(site, *rest):
+        if site == "model.layers.1.self_attn.q_proj":
+            raise torch.OutOfMemoryError("tried to allocate 2 GB")
+        return call(site, *rest)
+
+    halved = []
+    monkeypatch.setattr(sensitivity.Portions, "halve", halved.append)
+    monkeypatch.setattr(sensitivity, "probe_weight", full)
+    with pytest.raises(ResourceError, match="one Gram at a time"):
+        measure_sensitivity(case)
+    assert not halved
+
+
+def test_one_block_is_in_memory_at_a_time_when_measuring_begins_again(tiny, monkeypatch):
+    case, tried = tiny("llama"), []
+    lazy = case.lazy()
+    load = lazy.load_block
+
+    def alone(index, *rest):
+        assert all(parameter.is_meta for block in lazy.blocks for parameter in block.parameters())
+        load(index, *rest)
+
+    monkeypatch.setattr(lazy, "load_block", alone)
+    monkeypatch.setattr(sensitivity, "fingerprint", lambda entry: tried.append(entry) or str(len(tried)))
+    assert measure_sensitivity(case, lazy=lazy) and len(tried) == 2
