@@ -105,7 +105,7 @@ class Ticker:
 
 
 class RunProgress(Ticker):
-    """Shows a run. The first Ctrl-C stops it after the current block, the second at once."""
+    """Shows a run or a comparison. The first Ctrl-C stops it after the step at work, the second at once."""
 
     _asked = False
 
@@ -123,7 +123,7 @@ class RunProgress(Ticker):
         if self._asked or not self._before <= self._done < self._total:
             raise KeyboardInterrupt
         self._asked = True
-        self.note("finishing this block, then saving and stopping; Ctrl-C again stops at once")
+        self.note("finishing this step, then saving and stopping; Ctrl-C again stops at once")
 
     def stop_requested(self) -> bool:
         """Whether Ctrl-C was pressed."""
@@ -157,7 +157,7 @@ def progress_bar() -> RunProgress:
         with sarqc.progress_bar() as progress:
             sarqc.quantize(model, out, progress=progress)
 
-    Within the context Ctrl-C stops the run after the block at work.
+    Within the context Ctrl-C stops a run after the block at work, and a comparison after the cell at work.
 
     Returns:
         What `progress` of `quantize` and `compare` takes.

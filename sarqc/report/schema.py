@@ -19,11 +19,8 @@ def check(report: Mapping[str, Any], where: str) -> None:
         _fields(report["quant"], {"avg_bits": _number, "bit_options": _counts}, f"{where}: quant")
     for index, site in enumerate(report["sites"]):
         _fields(site, _SITE, f"{where}: sites[{index}]")
-        _fields(
-            {"bits": 0, "correction_share": 0} | site,
-            {"bits": _number, "correction_share": _number},
-            f"{where}: sites[{index}]",
-        )
+        optional = {"bits": _number, "correction_share": _number, "damping": _number}
+        _fields(dict.fromkeys(optional, 0) | site, optional, f"{where}: sites[{index}]")
     for key in ("blocks", "quality"):
         if not isinstance(report.get(key, []), list):
             raise CheckpointError(f"{where}: {key!r} is not what a report holds there")
@@ -34,6 +31,7 @@ def check(report: Mapping[str, Any], where: str) -> None:
         for key in ("before", "agreement", "kl", "windows", "seqlen"):
             if entry.get(key) is not None:
                 _fields(entry, {key: _positive if key == "before" else _number}, f"{where}: quality[{index}]")
+    _fields({"effort": ""} | report, {"effort": _string}, where)
     source = report.get("source", {})
     if not isinstance(source, dict) or not _number(source.get("bytes", 0)):
         raise CheckpointError(f"{where}: 'source' is not what a report holds there")
@@ -111,7 +109,7 @@ _REPORT: dict[str, Kind] = {
     "seconds": _numbers,
     "peak_memory_mib": _numbers,
     "device": _string,
-    "versions": _mapping,
+    "versions": _texts,
     "sites": lambda value: isinstance(value, list),
 }
 
