@@ -146,4 +146,4 @@ def evaluate_and_save(
         "device": str(where),
     }
     others = [e for e in report.get("quality", []) if e.get("fingerprint") != entry["fingerprint"]]
-    return Saved(entry, reports.update(folder, report | {"quality": [*others, entry]}))
+    return Saved(entry, reports.write(folder, report | {"quality": [*others, entry]}))
