@@ -49,6 +49,7 @@ def spoiled(source: Path, folder: Path, name: str) -> Path:
         (("quantize", "m", "-o", "o", "--gram-budget", "nan"), "gram_budget = 'nan'"),
         (("quantize", "m", "-o", "o", "--gram-budget", "inf"), "gram_budget = 'inf'"),
         (("quantize", "m", "-o", "o", "--gram-budget", "-1"), "gram_budget = '-1'"),
+        (("quantize", "m", "-o", "o", "--bits", "4", "--avg-bits", "3.5"), "bits = 4 and avg_bits = 3.5 exclude each"),
         (("eval", "m", "--tasks", " ,"), "--tasks ' ,' names none"),
         (("eval", "m", "--original", "o"), "--original 'o' has no effect alone: give --save too"),
         (("eval", "m", "--limit", "3"), "--limit 3 has no effect without --tasks"),
