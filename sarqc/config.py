@@ -85,7 +85,7 @@ class MethodConfig(Config):
     )
     saliency: str = _own(
         "energy",
-        kinds.saliency(),
+        kinds.text("iso, abs, rms, energy or power:A with A from 0 to 4", kinds.saliency_exponent),
         "Weight of each input channel in the regulariser: iso, abs, rms, energy (diag(H)) or power:A (diag(H)^A).",
         CALIBRATION,
     )
@@ -244,7 +244,7 @@ class CalibrationConfig(Config):
         default_text="messages, conversations, text or input_ids",
         resume="derived",
     )
-    seed: int = option(0, kinds.seed(), "Seed of the choice of sequences and of validation rows.")
+    seed: int = option(0, kinds.whole(0, (1 << 63) - 1), "Seed of the choice of sequences and of validation rows.")
 
 
 @described

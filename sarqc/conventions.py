@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,11 @@ class MatrixSlice:
     shape: tuple[int, int]
     transposed: bool
     row: int
+
+
+def star(name: str) -> str:
+    """The name of a layer or a tensor with * for every number."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 DTYPES: dict[str, torch.dtype] = {

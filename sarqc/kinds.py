@@ -213,11 +213,6 @@ def saliency_exponent(saliency: str) -> float | None:
     return float(number(0, 4).check(float(exponent)))
 
 
-def saliency() -> Kind:
-    """What the regulariser is weighted with."""
-    return text("iso, abs, rms, energy or power:A with A from 0 to 4", saliency_exponent)
-
-
 def group_size() -> Kind:
     """Inputs that share a scale."""
     least = whole(8)
@@ -227,11 +222,6 @@ def group_size() -> Kind:
 
     accepted = "'auto', 32, 64 or 128 (any whole number from 8), or -1 for one scale per output row"
     return replace(auto_or(replace(least, check=check)), accepted=accepted)
-
-
-def seed() -> Kind:
-    """Seeds of `torch.Generator`."""
-    return whole(0, (1 << 63) - 1)
 
 
 def anything(accepted: str) -> Kind:

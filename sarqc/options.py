@@ -46,7 +46,6 @@ class Option:
         flag: Spelling on the command line, where it is not the name with dashes.
         old: Earlier names.
         old_opposite: Earlier names of switches that meant the opposite.
-        excludes: Options that may not be given beside it.
         usual: The value that None stands for, where nothing else says otherwise.
         needs: What the rest of the configuration must offer for the option to have an effect.
         panel: Heading in help, where it is not that of its configuration.
@@ -59,7 +58,6 @@ class Option:
     flag: str | None = None
     old: tuple[str, ...] = ()
     old_opposite: tuple[str, ...] = ()
-    excludes: tuple[str, ...] = ()
     usual: Any = None
     needs: str = ""
     panel: str = ""
@@ -108,10 +106,9 @@ def option(default: T, kind: Kind, help: str, **rest: Any) -> T:
 
 
 def same(kind: type[Config], name: str, **changes: Any) -> Any:
-    """The option of another configuration; `changes` are attributes of `Option`, or a `default` of its own."""
-    default = changes.pop("default", default_of(kind, name))
+    """The option of another configuration; `changes` are attributes of `Option`."""
     one = dataclasses.replace(options(kind)[name], **({"panel": kind.panel} | changes))
-    return dataclasses.field(default=default, metadata={_KEY: one})
+    return dataclasses.field(default=default_of(kind, name), metadata={_KEY: one})
 
 
 class Config:
@@ -142,7 +139,6 @@ class Config:
     @classmethod
     def made(cls, base: Self | None, given: Mapping[str, Any]) -> Self:
         """`base` with the fields in `given` changed, or one made of `given` alone."""
-        check_exclusive(cls, given)
         if base is None:
             return cls(**given)
         if not isinstance(base, cls):
@@ -225,25 +221,15 @@ def unknown(word: object, known: Iterable[str], where: str = "") -> ArgumentErro
     return ArgumentError(f"{where}{word!s} is not an option: {hint}")
 
 
-def check_exclusive(kind: type[Config], given: Mapping[str, Any]) -> None:
-    """`ArgumentError` where two options are given of which one makes the other void."""
-    for name, one in options(kind).items():
-        for other in one.excludes:
-            if name in given and other in given:
-                raise ArgumentError(
-                    f"{name} = {given[name]!r} and {other} = {given[other]!r} exclude each other: give one of them"
-                )
-
-
 # -- to records, commands and texts ---------------------------------------------------------------------------------
 
 
-def record(config: Config, *, resume: tuple[Resume, ...] = ("fixed",)) -> dict[str, Any]:
-    """Options of these kinds as JSON values; by default those that the result depends on. Unset ones are left out."""
+def record(config: Config) -> dict[str, Any]:
+    """The options that the result depends on, as JSON values. Unset ones are left out."""
     values = {}
     for name, one in options(type(config)).items():
         value = getattr(config, name)
-        if one.resume in resume and value is not None and value != ():
+        if one.resume == "fixed" and value is not None and value != ():
             values[name] = one.kind.json(value)
     return values
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from sarqc import kinds
 from sarqc.errors import ArgumentError
@@ -23,7 +23,7 @@ class QuantConfig(Config):
 
     panel: ClassVar[str] = "Weights"
 
-    bits: int = option(4, kinds.whole(2, 8), "Bits per weight.", excludes=("avg_bits",))
+    bits: int = option(4, kinds.whole(2, 8), "Bits per weight.")
     group_size: int | Literal["auto"] = option(
         AUTO,
         kinds.group_size(),
@@ -103,6 +103,15 @@ class QuantConfig(Config):
             )
         object.__setattr__(self, "bit_options", widths)
         object.__setattr__(self, "bits", nominal)
+
+    @classmethod
+    def made(cls, base: Self | None, given: Mapping[str, Any]) -> Self:
+        """`base` with the options `given`, which may not hold both `bits` and `avg_bits`."""
+        if "bits" in given and "avg_bits" in given:
+            raise ArgumentError(
+                f"bits = {given['bits']!r} and avg_bits = {given['avg_bits']!r} exclude each other: give one of them"
+            )
+        return super().made(base, given)
 
     def of(self, embedding: bool) -> QuantConfig:
         """The format of an embedding, or of a Linear."""

@@ -14,7 +14,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -161,13 +162,16 @@ def versions() -> dict[str, str]:
 
     Ours is not asked of what pip wrote down: of a checkout that is what it was when it was installed, or nothing.
     """
-    installed = {"python": platform.python_version(), "sarqc": __version__}
-    for package in _PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
+    return {"python": platform.python_version(), "sarqc": __version__} | installed(_PACKAGES)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def peak_memory_mib() -> dict[str, int]:

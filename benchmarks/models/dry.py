@@ -65,6 +65,6 @@ def _apart(said: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 def kind_of(linear: str) -> str:
     """A layer's name behind the number of its block, with stars for further numbers."""
-    from sarqc.serving.rules import star
+    from sarqc.conventions import star
 
     return star(linear).partition(".*.")[2] or star(linear)

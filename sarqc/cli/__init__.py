@@ -22,7 +22,7 @@ from sarqc.cli.compare import compare
 from sarqc.cli.convert import convert
 from sarqc.cli.doctor import doctor
 from sarqc.cli.evaluate import evaluate
-from sarqc.cli.flags import command_class, plain_switches
+from sarqc.cli.flags import OptionCommand, plain_switches
 from sarqc.cli.generate import generate
 from sarqc.cli.inspect import inspect
 from sarqc.cli.models import models
@@ -88,7 +88,7 @@ def _sarqc(
 
 
 for _name, _command in COMMANDS.items():
-    app.command(name=_name, cls=command_class(_command))(_command)
+    app.command(name=_name, cls=OptionCommand)(_command)
 
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

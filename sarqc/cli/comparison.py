@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sarqc.comparison.table import with_spread
+from sarqc.comparison.table import numbers
 from sarqc.report.summary import figure
 
 _HEADINGS = ("format", "sequences", "method", "perplexity", "", "agrees", "KL", "solve s")
@@ -52,12 +52,4 @@ def _fill(table: Table, rows: list[dict[str, Any]]) -> None:
                 table.add_section()
             shown = [f"W{case[0]} g{case[1]}", "" if case[2] is None else str(case[2])]
         before = case
-        table.add_row(*map(Text, [*shown, row["method"], *_numbers(row)]), style="bold" if row["best"] else None)
-
-
-def _numbers(row: dict[str, Any]) -> list[str]:
-    seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
-    if row["perplexity"] is None:
-        return [with_spread(row), "", "", "", seconds]
-    mark = "best" if row["best"] else "≈" if row["tied"] else ""
-    return [with_spread(row), mark, f"{row['agreement']:.1%}", f"{row['kl']:.4f}", seconds]
+        table.add_row(*map(Text, [*shown, row["method"], *numbers(row)]), style="bold" if row["best"] else None)

@@ -34,8 +34,14 @@ def evaluate(
         raise ArgumentError(f"--tasks {tasks!r} names none: give names with commas between")
     if tasks and save:
         raise ArgumentError("--save puts perplexity into the report: leave out --tasks, or run twice")
+    if original is not None and not save:
+        raise ArgumentError(f"--original {original!r} has no effect alone: give --save too, or leave it out")
+    if "limit" in given and not tasks:
+        raise ArgumentError(
+            f"--limit {given['limit']} has no effect without --tasks: give those, or --max-windows for perplexity"
+        )
     if tasks:
-        _zero_shot(model, [task for task in tasks.split(",") if task], given, as_json)
+        _zero_shot(model, [name for task in tasks.split(",") if (name := task.strip())], given, as_json)
     elif save:  # beside the original, block by block, both expanded
         _save(model, original, given, as_json)
     else:
@@ -97,7 +103,8 @@ def _save(model: str, original: str | None, how: dict[str, Any], as_json: bool) 
         def on_block(done: int, total: int) -> None:
             if not done:
                 ticker.begin("blocks", total)
-            ticker.advance("original" if done < total // 2 else "quantized")
+            else:
+                ticker.advance("original" if done <= total // 2 else "quantized")
 
         result = evaluate_and_save(model, original=original, on_block=on_block, **how)
     entry = result.entry

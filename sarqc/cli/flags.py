@@ -47,7 +47,7 @@ def with_options(*kinds: type[Config]) -> Callable[[Command], Command]:
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
         run.__annotations__ = {one.name: one.annotation for one in parameters}
         del run.__wrapped__
-        run.kinds = kinds  # type: ignore[attr-defined]  # what `command_class` reads
+        run.kinds = kinds  # type: ignore[attr-defined]  # what `OptionCommand` reads
         return run
 
     return decorate
@@ -92,7 +92,10 @@ def _read(name: str, one: Option, raw: Any) -> Any:
 class OptionCommand(TyperCommand):
     """A command that also takes the earlier names of its flags, unseen in help."""
 
-    kinds: tuple[type[Config], ...] = ()
+    @property
+    def kinds(self) -> tuple[type[Config], ...]:
+        """The configurations given to `with_options`."""
+        return getattr(self.callback, "kinds", ())
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace earlier names by the present ones, each with a warning."""
@@ -107,11 +110,6 @@ def plain_switches(group: TyperGroup) -> TyperGroup:
             if getattr(option, "is_flag", False):
                 option.metavar = ""
     return group
-
-
-def command_class(command: Command) -> type[OptionCommand]:
-    """The class of command that knows the configurations given to `with_options`."""
-    return type("OptionCommand", (OptionCommand,), {"kinds": getattr(command, "kinds", ())})
 
 
 def present_names(kinds: Iterable[type[Config]], words: Iterable[str]) -> list[str]:
@@ -166,9 +164,9 @@ ConfigOption = Annotated[
 ]
 
 
-def _defaults(command: TyperCommand, path: Path, values: Mapping[Any, Any]) -> dict[str, Any]:
+def _defaults(command: OptionCommand, path: Path, values: Mapping[Any, Any]) -> dict[str, Any]:
     """Parameter -> value as Typer takes it."""
-    kinds: tuple[type[Config], ...] = getattr(command, "kinds", ())
+    kinds = command.kinds
     ours = {name: one for kind in kinds for name, one in options(kind).items()}
     flags = {flag.lstrip("-").replace("-", "_"): name for name, one in ours.items() for flag in one.flags(name)[:1]}
     others = {

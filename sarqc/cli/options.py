@@ -38,30 +38,24 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help=options(RunCo
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help=options(RunConfig)["trust_remote_code"].help)]
 
 
-class _Stderr(Console):
-    """stderr; where it is closed (`2>&1 | head`, a closed terminal), the command continues."""
+class _Console(Console):
+    """stdout or stderr, either of which may be closed (`| head`, a closed terminal)."""
 
     def on_broken_pipe(self) -> None:
-        """Write nothing from now on."""
+        """Without stdout the command ends, as `sarqc.cli.main` does it; without stderr it continues and is silent."""
+        if not self.stderr:
+            raise BrokenPipeError
         self.quiet = True
-
-
-class _Stdout(Console):
-    """stdout; where it is closed, the command ends as other programs do."""
-
-    def on_broken_pipe(self) -> None:
-        """Leave it to `sarqc.cli.main`."""
-        raise BrokenPipeError
 
 
 def stdout() -> Console:
     """Where results go."""
-    return _Stdout()
+    return _Console()
 
 
 def stderr() -> Console:
     """Where progress goes, so that stdout holds results alone."""
-    return _Stderr(stderr=True)
+    return _Console(stderr=True)
 
 
 def loading() -> AbstractContextManager[object]:

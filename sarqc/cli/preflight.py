@@ -42,7 +42,7 @@ def show(console: Console, preflight: Preflight) -> None:
     console.print(known)
     console.print(_serve(preflight.serve))
     for line, where in _failures(preflight.serve).items():
-        console.print(f"[red]fails[/] {escape(line)}  [dim]{', '.join(where)}[/]", highlight=False)
+        console.print(f"[red]fails[/] {escape(line)}  [dim]{'; '.join(where)}[/]", highlight=False)
     for problem in preflight.problems:
         console.print(f"[bold red]refused[/] {escape(problem)}", highlight=False)
 
@@ -95,16 +95,12 @@ def _cell(one: RuntimeSupport) -> str:
 
 
 def _failures(outlooks: tuple[RuntimeSupport, ...]) -> dict[str, list[str]]:
-    """Each reason once, with the ranks for which every server has it, and the servers that have it alone."""
-    failures: dict[str, dict[int, list[str]]] = {}
+    """Each reason once, with the servers that have it and on how many ranks."""
+    failures: dict[str, dict[str, list[int]]] = {}
     for one in outlooks:
         for line in one.failures:
-            failures.setdefault(line, {}).setdefault(one.ranks, []).append(one.server)
-    everyone = max((len(servers) for places in failures.values() for servers in places.values()), default=0)
+            failures.setdefault(line, {}).setdefault(one.server, []).append(one.ranks)
     return {
-        line: [
-            f"tp {ranks}" if len(servers) == everyone else f"tp {ranks} ({', '.join(servers)})"
-            for ranks, servers in places.items()
-        ]
+        line: [f"{server} at tp {', '.join(map(str, ranks))}" for server, ranks in places.items()]
         for line, places in failures.items()
     }

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
 from sarqc.cli.options import print_line, stderr
+from sarqc.contexts import Closing
 
 if TYPE_CHECKING:
     from sarqc.pipeline.driver import BlockResult
@@ -29,7 +30,7 @@ BAR = 24
 """Columns of a bar: its line fits 80 columns with room behind for the ^C that terminals echo, which would break it."""
 
 
-class Ticker:
+class Ticker(Closing):
     """One task of known length; `advance` moves it on. A context manager.
 
     Texts are shown as they are: names and paths come from files, and brackets in them are no markup.
@@ -44,12 +45,8 @@ class Ticker:
         self._done = self._before = 0
         self._began = self._printed = 0.0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Take the bar off the terminal."""
         if self._bar:
             self._bar.stop()
 
@@ -87,9 +84,10 @@ class Ticker:
         if now - self._printed >= QUIET_SECONDS or self._done == self._total:
             self._printed = now
             left = (now - self._began) / (self._done - self._before) * (self._total - self._done)
-            self._print(f"{self._label} {self._done}/{self._total}: {text}, {_duration(left)} left")
+            self.note(f"{self._label} {self._done}/{self._total}: {text}, {_duration(left)} left")
 
-    def _print(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """One line."""
         with suppress(OSError):  # a full disk under `2> log` is no reason to end a run
             print_line(self.console, text)
 
@@ -105,7 +103,7 @@ class Ticker:
 
 
 class RunProgress(Ticker):
-    """Shows a run. The first Ctrl-C stops it after the current block, the second at once."""
+    """Shows a run or a comparison. The first Ctrl-C stops it after the step at work, the second at once."""
 
     _asked = False
 
@@ -113,25 +111,20 @@ class RunProgress(Ticker):
         self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Give Ctrl-C back its meaning, and take the bar off the terminal."""
         signal.signal(signal.SIGINT, self._handler)
-        super().__exit__(kind, error, trace)
+        super().close()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._asked or not self._before <= self._done < self._total:
             raise KeyboardInterrupt
         self._asked = True
-        self.note("finishing this block, then saving and stopping; Ctrl-C again stops at once")
+        self.note("finishing this step, then saving and stopping; Ctrl-C again stops at once")
 
     def stop_requested(self) -> bool:
         """Whether Ctrl-C was pressed."""
         return self._asked
-
-    def note(self, text: str) -> None:
-        """One line."""
-        self._print(text)
 
     def begin_blocks(self, blocks: int, done: int) -> None:
         """The blocks start."""
@@ -157,7 +150,7 @@ def progress_bar() -> RunProgress:
         with sarqc.progress_bar() as progress:
             sarqc.quantize(model, out, progress=progress)
 
-    Within the context Ctrl-C stops the run after the block at work.
+    Within the context Ctrl-C stops a run after the block at work, and a comparison after the cell at work.
 
     Returns:
         What `progress` of `quantize` and `compare` takes.

@@ -115,9 +115,10 @@ class Experiment:
     texts: list[Text] = field(default_factory=list)
 
 
-def make(folder: Path, what: ComparisonConfig, column: str | None) -> Experiment:
-    """Read the model and draw the calibration windows of every seed; the largest size must fit into the text."""
-    checkpoint = open_checkpoint(folder)
+def make(checkpoint: Checkpoint, what: ComparisonConfig, column: str | None) -> Experiment:
+    """Build the model of an open checkpoint, which the experiment reads from, and draw the calibration windows of every
+    seed; the largest size must fit into the text."""
+    folder = checkpoint.folder
     if checkpoint.format is not None:
         raise CheckpointError(f"{folder} is quantized already ({checkpoint.format.name}): give the original model")
     trust, sizes = what.trust_remote_code, sorted(set(what.num_samples))
@@ -230,18 +231,19 @@ def _solved(experiment: Experiment, cell: Cell, detail: Detail) -> Iterator[driv
 def measure_other(experiment: Experiment, other: Other, detail: Detail) -> dict[str, Any]:
     """Judge a checkpoint as it is, by the same code. Its head is taken to be the original's, unless it is quantized."""
     began = time.perf_counter()
-    checkpoint = open_checkpoint(other.folder)
-    lazy = LazyModel.from_folder(other.folder, checkpoint)
-    own = lazy if outside_blocks(checkpoint.linears()) else experiment.evaluator
-    lazy.load_outer(checkpoint, experiment.device, experiment.dtype, head=own is lazy)
+    blocks = len(experiment.evaluator.blocks)
 
     def on_block(index: int) -> None:
-        detail(f"{other.method}, block {index}")
+        detail(f"{other.method}, {index + 1} of {blocks} blocks")
 
-    outputs = [
-        blockwise_forward.last_block_output(lazy, checkpoint, text.windows.tokens, on_block)
-        for text in experiment.texts
-    ]
+    with open_checkpoint(other.folder) as checkpoint:
+        lazy = LazyModel.from_folder(other.folder, checkpoint)
+        own = lazy if outside_blocks(checkpoint.linears()) else experiment.evaluator
+        lazy.load_outer(checkpoint, experiment.device, experiment.dtype, head=own is lazy)
+        outputs = [
+            blockwise_forward.last_block_output(lazy, checkpoint, text.windows.tokens, on_block)
+            for text in experiment.texts
+        ]
     return other.record() | {
         **_quality_of(experiment, outputs, own),
         "error": None,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sarqc.checkpoint.files import write_text
-from sarqc.comparison.table import as_csv, plot, plots, with_spread
+from sarqc.comparison.table import as_csv, numbers, plot, plots
 from sarqc.report.markup import document, figures, headline, section, table
 from sarqc.report.summary import figure, text_name
 
@@ -45,19 +45,15 @@ def _verdict(comparison: dict[str, Any]) -> str:
 
 def _text(comparison: dict[str, Any], entry: dict[str, Any]) -> str:
     rows = [row for row in comparison["rows"] if row["text"] == entry["text"]]
-    lines = []
-    for row in rows:
-        measured = row["perplexity"] is not None
-        lines.append((
+    lines = [
+        (
             row["method"],
             f"{row['bits']} bits, " + ("rows" if row["group_size"] == -1 else f"groups of {row['group_size']}"),
             "" if row["windows"] is None else str(row["windows"]),
-            with_spread(row),
-            "best" if row["best"] else "≈ best" if row["tied"] else "",
-            f"{row['agreement']:.1%}" if measured else "",
-            f"{row['kl']:.4f}" if measured else "",
-            "" if row["seconds"] is None else f"{row['seconds']:.1f}",
-        ))  # fmt: skip
+            *numbers(row, tied="≈ best"),
+        )
+        for row in rows
+    ]
     caption = (
         f"Perplexity of the unquantized model: {figure(entry['perplexity'])}, on {entry['windows']} sequences of "
         f"{entry['seqlen']} tokens."

@@ -6,10 +6,11 @@ nothing else; a line that was cut off by one is dropped when the file is read ag
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 class Cells:
-    """Finished cells of a folder by identity. `identity(cell)` says which record is a cell's own."""
+    """Finished cells of a folder by identity. `identity(cell)` says which record is a cell's own.
+
+    It is asked once for each cell: that of a checkpoint reads all its weight files.
+    """
 
     def __init__(self, folder: Path, identity: Callable[[Any], str]) -> None:
         self.folder = folder
-        self._identity = identity
+        self._identity = functools.cache(identity)
         self._path = folder / CELLS
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -40,13 +44,13 @@ class Cells:
         except OSError as error:
             raise CheckpointError(f"output folder {folder} cannot be used: {error.strerror or error}") from error
 
-    def __contains__(self, cell: object) -> bool:
+    def __contains__(self, cell: Hashable) -> bool:
         return self._identity(cell) in self._records
 
-    def __getitem__(self, cell: object) -> dict[str, Any]:
+    def __getitem__(self, cell: Hashable) -> dict[str, Any]:
         return self._records[self._identity(cell)]
 
-    def add(self, cell: object, record: dict[str, Any]) -> None:
+    def add(self, cell: Hashable, record: dict[str, Any]) -> None:
         """Keep a finished cell; it is on the disk when this returns."""
         key = self._identity(cell)
         try:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sarqc.report.summary import figure, text_name
-from sarqc.report.svg import Axes, Ranked, Series, beside, line_chart, ranked_chart, short, standalone
+from sarqc.report.svg import Axes, Ranked, Series, line_chart, ranked_chart, sheet, short
 
 PROTOCOL = 1
 """Raised whenever cells measured before must not stand beside new ones."""
@@ -65,6 +65,15 @@ def with_spread(row: Row) -> str:
     return "not finite" if row["perplexity"] is None else figure(row["perplexity"], row["spread"])
 
 
+def numbers(row: Row, *, tied: str = "≈") -> list[str]:
+    """The numbers of a row as text: perplexity, whether it is best or `tied` with the best, agreement, KL, seconds."""
+    seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+    if row["perplexity"] is None:
+        return [with_spread(row), "", "", "", seconds]
+    mark = "best" if row["best"] else tied if row["tied"] else ""
+    return [with_spread(row), mark, f"{row['agreement']:.1%}", f"{row['kl']:.4f}", seconds]
+
+
 def plots(comparison: dict[str, Any], text: str) -> list[str]:
     """A chart of one text for each width: perplexity over calibration size, a line for each method; or the methods
     below each other, where there is one size."""
@@ -84,7 +93,7 @@ def plot(comparison: dict[str, Any]) -> str:
     """The charts of all texts as one drawing, a row for each text."""
     drawn = [plots(comparison, entry["text"]) for entry in comparison["protocol"]["texts"]]
     charts = [chart for row in drawn for chart in row]
-    return standalone(beside(charts, columns=max(map(len, drawn)))) if charts else ""
+    return sheet(charts, columns=max(map(len, drawn))) if charts else ""
 
 
 def _by_size(rows: Sequence[Row], plain: float, title: str) -> str:

@@ -9,13 +9,14 @@ run skips them. An interrupted comparison resumes, and one with more methods add
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from sarqc.checkpoint.folders import check_overlap, check_place
+from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.comparison import experiment as benches
 from sarqc.comparison import page as pages
 from sarqc.comparison import table as tables
@@ -23,7 +24,7 @@ from sarqc.comparison.experiment import Cell, Experiment, Other
 from sarqc.comparison.store import CELLS, Cells
 from sarqc.config import AUTO, MethodConfig, QuantConfig
 from sarqc.config_compare import COMPARE, ComparisonConfig, MeasureConfig
-from sarqc.errors import ArgumentError, CheckpointError
+from sarqc.errors import ArgumentError, CheckpointError, Interrupted
 from sarqc.keywords import CompareKeywords
 from sarqc.model.hub import locate_source
 from sarqc.model.layers import Targets, auto_group_size, check_group_size, targets
@@ -47,6 +48,9 @@ class Progress(Protocol):
     def advance(self, text: str) -> None:
         """A step is done."""
 
+    def stop_requested(self) -> bool:
+        """Asked after each step: whether the comparison should stop there."""
+
 
 class NoProgress:
     """Ignores the progress."""
@@ -62,6 +66,10 @@ class NoProgress:
 
     def advance(self, text: str) -> None:
         """Nothing."""
+
+    def stop_requested(self) -> bool:
+        """Never."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ def compare(
 
     Raises:
         SarqcError: Anything wrong with the input.
+        Interrupted: `progress` asked the comparison to stop; finished cells are saved.
     """
     given = split_by_config(COMPARE, options)
     what = ComparisonConfig.made(what, given[ComparisonConfig])
@@ -124,16 +133,18 @@ def compare(
     ):  # fmt: skip
         if not values:
             raise ArgumentError(f"{name} is empty: give at least one")
-    experiment = benches.make(folder, what, measure.column)
-    selected = targets(experiment.solver, QuantConfig(ignore=what.ignore))
-    cells = _cells(what, list(_quants(selected, what)))
-    for line in benches.shorter(experiment, what, measure):
-        progress.note(line)
-    progress.note("measuring the unquantized model")
-    benches.add_texts(experiment, measure, what.trust_remote_code)
-    protocol = _protocol(experiment, str(model))
-    done = Cells(out, partial(benches.identity, experiment))
-    _work(experiment, [*also, *cells], done, protocol, progress)
+    methods = _methods(what.methods)
+    with open_checkpoint(folder) as checkpoint:
+        experiment = benches.make(checkpoint, what, measure.column)
+        selected = targets(experiment.solver, QuantConfig(ignore=what.ignore))
+        cells = _cells(what, methods, list(_quants(selected, what)))
+        for line in benches.shorter(experiment, what, measure):
+            progress.note(line)
+        progress.note("measuring the unquantized model")
+        benches.add_texts(experiment, measure, what.trust_remote_code)
+        protocol = _protocol(experiment, str(model))
+        done = Cells(out, partial(benches.identity, experiment))
+        _work(experiment, [*also, *cells], done, protocol, progress)
     table = tables.table(protocol, [done[cell] for cell in (*cells, *also)])
     pages.write(out, table)
     return Comparison(out, table)
@@ -152,6 +163,18 @@ def parse_method(method: str) -> MethodConfig:
     return MethodConfig(name, **given)
 
 
+def _methods(labels: Sequence[str]) -> dict[str, MethodConfig]:
+    """The methods by label. A cell is kept under its method, so two labels of one would overwrite each other."""
+    methods: dict[str, MethodConfig] = {}
+    for label in dict.fromkeys(labels):
+        method = parse_method(label)
+        twin = next((other for other, known in methods.items() if known == method), None)
+        if twin is not None:
+            raise ArgumentError(f"methods = {twin!r} and {label!r} are the same method: give one of them")
+        methods[label] = method
+    return methods
+
+
 def _quants(selected: Targets, what: ComparisonConfig) -> Iterator[QuantConfig]:
     for group_size in what.group_sizes:
         size = auto_group_size(selected) if group_size == AUTO else group_size
@@ -161,14 +184,13 @@ def _quants(selected: Targets, what: ComparisonConfig) -> Iterator[QuantConfig]:
             yield quant
 
 
-def _cells(what: ComparisonConfig, quants: Sequence[QuantConfig]) -> list[Cell]:
+def _cells(what: ComparisonConfig, methods: Mapping[str, MethodConfig], quants: Sequence[QuantConfig]) -> list[Cell]:
     """All cells, those of one seed and size together; a method that is not calibrated has one cell for all of them."""
     cells: dict[Cell, None] = {}
     for seed in what.seeds:
         for size in sorted(set(what.num_samples)):
             for quant in quants:
-                for label in what.methods:
-                    method = parse_method(label)
+                for label, method in methods.items():
                     calibrated = (size, seed) if method.calibrated else (None, None)
                     cells[Cell(label, quant, method, *calibrated)] = None
     return list(cells)
@@ -187,11 +209,16 @@ def _work(
     there = len(cells) - len(missing)
     progress.note(f"{len(cells)} cells" + (f", {there} of them there already" if there else ""))
     progress.begin("cells", len(missing))
-    for cell in missing:
+    for count, cell in enumerate(missing, start=1):
         record = benches.measure(experiment, cell, progress.detail)
         done.add(cell, record)
         pages.write(done.folder, tables.table(protocol, [done[c] for c in cells if c in done]))
         progress.advance(_cell_line(record))
+        if count < len(missing) and progress.stop_requested():
+            raise Interrupted(
+                f"stopped after {there + count} of {len(cells)} cells, which are saved in {done.folder}: "
+                "rerun the command to resume"
+            )
 
 
 def _protocol(experiment: Experiment, model: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sarqc.errors import SarqcError
-from sarqc.system import versions
+from sarqc.system import installed, versions
 from sarqc_kernels import build, selftest
 from sarqc_kernels.backend import ENVIRONMENT, Implementation, explain
 from sarqc_kernels.device import device_info, interpreting
@@ -52,15 +52,16 @@ def examine() -> dict[str, Any]:
     verdicts = [
         verdict for device in devices() for probe in selftest.PROBES for verdict in check_operation(probe, device)
     ]
+    found = versions() | packages()
     return {
-        "versions": versions() | packages(),
+        "versions": found,
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": sys.executable},
         "gpus": gpus(),
         "csrc": csrc(),
         "operations": [asdict(verdict) for verdict in verdicts],
         "environment": {name: os.environ[name] for name in (ENVIRONMENT, "TRITON_INTERPRET") if name in os.environ},
         "free": free(),
-        "warnings": warnings(versions() | packages()),
+        "warnings": warnings(found),
         "healthy": not any(verdict.failed for verdict in verdicts),
     }
 
@@ -104,15 +105,8 @@ def _tested(
 
 def packages() -> dict[str, str]:
     """Versions of what is used where it is installed, and of CUDA as torch was built with it."""
-    from importlib import metadata
-
-    installed = {}
-    for name in ("huggingface_hub", "accelerate", "compressed-tensors", "numpy", "datasets", "gguf", "vllm"):
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    names = ("huggingface_hub", "accelerate", "compressed-tensors", "numpy", "datasets", "gguf", "vllm")
+    return installed(names) | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -155,14 +149,14 @@ def free() -> dict[str, int]:
     return sizes
 
 
-def warnings(installed: dict[str, str]) -> list[str]:
+def warnings(found: dict[str, str]) -> list[str]:
     """Pairs of versions that are known to go wrong together, as we saw or as their makers say."""
 
     def before(name: str, *limit: int) -> bool:
-        return name in installed and _numbers(installed[name]) < limit
+        return name in found and _numbers(found[name]) < limit
 
     def since(name: str, *limit: int) -> bool:
-        return name in installed and _numbers(installed[name]) >= limit
+        return name in found and _numbers(found[name]) >= limit
 
     rules = (
         (

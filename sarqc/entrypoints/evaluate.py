@@ -104,9 +104,9 @@ def evaluate_and_save(
     """Measure a checkpoint and the model it was made from on the same windows, and put it into its report and card.
 
     Both run block by block on dense weights, so that neither is ever whole in memory, and in one dtype: the original's
-    where none is named. original: where that model is
-    now; by default where the report says it was. config, options: as in `evaluate`. on_block(done, total). Another
-    measurement of the same windows replaces the first.
+    where none is named. original: where that model is now; by default where the report says it was. config, options: as
+    in `evaluate`. on_block(done, total): called before the first block and after each. Another measurement of the same
+    windows replaces the first.
     """
     how = EvaluationConfig.made(config, split_by_config(EVALUATE, options)[EvaluationConfig])
     trust_remote_code = how.trust_remote_code
@@ -119,19 +119,21 @@ def evaluate_and_save(
     where, outputs = resolve_device(how.device), []
     models: list[LazyModel] = []
     for number, place in enumerate((source, folder)):
-        checkpoint = open_checkpoint(place)
-        if place is source and checkpoint.format is not None:
-            raise ArgumentError(f"original = {str(source)!r} is quantized itself: give the model before that")
-        lazy = LazyModel.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
-        kept, total = kept or resolve_dtype(how.dtype, where, lazy.dtype), 2 * len(lazy.blocks)
-        lazy.load_outer(checkpoint, where, kept, head=True)
+        with open_checkpoint(place) as checkpoint:
+            if place is source and checkpoint.format is not None:
+                raise ArgumentError(f"original = {str(source)!r} is quantized itself: give the model before that")
+            lazy = LazyModel.from_folder(place, checkpoint, trust_remote_code=trust_remote_code)
+            kept, blocks = kept or resolve_dtype(how.dtype, where, lazy.dtype), len(lazy.blocks)
+            lazy.load_outer(checkpoint, where, kept, head=True)
 
-        def progress(index: int, done: int = number * len(lazy.blocks), total: int = total) -> None:
-            if on_block:
-                on_block(done + index, total)
+            def progress(index: int, first: int = number * blocks, total: int = 2 * blocks) -> None:
+                if on_block:
+                    on_block(first + index + 1, total)
 
-        outputs.append(blockwise_forward.last_block_output(lazy, checkpoint, text.tokens, progress))
-        models = [*models, lazy] if outside_blocks(checkpoint.linears()) else [lazy]
+            if on_block and not number:
+                on_block(0, 2 * blocks)
+            outputs.append(blockwise_forward.last_block_output(lazy, checkpoint, text.tokens, progress))
+            models = [*models, lazy] if outside_blocks(checkpoint.linears()) else [lazy]
     # What stands outside the blocks is the original's, byte for byte, unless the head is quantized: one serves both.
     before = blockwise_forward.score(models[0], text, outputs[0]).perplexity
     after = blockwise_forward.score(models[-1], text, outputs[1], outputs[0], models[0])
@@ -144,4 +146,4 @@ def evaluate_and_save(
         "device": str(where),
     }
     others = [e for e in report.get("quality", []) if e.get("fingerprint") != entry["fingerprint"]]
-    return Saved(entry, reports.update(folder, report | {"quality": [*others, entry]}))
+    return Saved(entry, reports.write(folder, report | {"quality": [*others, entry]}))

@@ -32,11 +32,7 @@ class Chat:
     def __init__(
         self, model: Any, tokenizer: Any, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256
     ) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise ArgumentError(f"temperature = {temperature} is not usable: use 0 (greedy) or more")
-        if max_new_tokens < 1:
-            raise ArgumentError(f"max_new_tokens = {max_new_tokens} is too small: use 1 or more")
-        check_seed(seed)
+        _check_sampling(temperature, seed, max_new_tokens)
         self.tokenizer = tokenizer
         self.turns: list[dict[str, str]] = []
         self.produced = 0
@@ -96,7 +92,20 @@ def open_chat(
     model: str | Path, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256, **how: Any
 ) -> Chat:
     """A conversation with the model of that name; `how` as in `load`."""
+    _check_sampling(temperature, seed, max_new_tokens)  # loading takes minutes
     return Chat(*load(model, **how), temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
+
+
+def _check_sampling(temperature: float, seed: int, max_new_tokens: int) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ArgumentError(f"temperature = {temperature} is not usable: use 0 (greedy) or more")
+    _check_length(max_new_tokens)
+    check_seed(seed)
+
+
+def _check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ArgumentError(f"max_new_tokens = {max_new_tokens} is too small: use 1 or more")
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 48, **how: Any) -> str:
@@ -117,8 +126,7 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 48, **how:
     """
     if not prompt:
         raise ArgumentError("prompt is empty: give at least one word to continue")
-    if max_new_tokens < 1:
-        raise ArgumentError(f"max_new_tokens = {max_new_tokens} is too small: use 1 or more")
+    _check_length(max_new_tokens)
     built, tokenizer = load(model, **how)
     inputs = torch.tensor([encode(tokenizer, prompt)], dtype=torch.int64, device=built.device)
     check_tokens(inputs, built)

@@ -18,10 +18,10 @@ def inspect(checkpoint: str | Path) -> dict[str, Any]:
         checkpoint: Folder or hub id.
     """
     folder = locate(checkpoint)
-    opened = open_checkpoint(folder)
-    if opened.format is None:
-        raise CheckpointError(f"{folder} is not quantized: give a checkpoint that `sarqc quantize` wrote")
-    stored = opened.storage()
+    with open_checkpoint(folder) as opened:
+        if opened.format is None:
+            raise CheckpointError(f"{folder} is not quantized: give a checkpoint that `sarqc quantize` wrote")
+        stored = opened.storage()
     if not stored.quantized_linears:
         raise CheckpointError(f"{folder} says it is quantized ({opened.format.name}) but holds no quantized Linear")
     return {

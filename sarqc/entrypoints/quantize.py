@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-
 from sarqc.checkpoint.folders import check_existing
 from sarqc.checkpoint.side_files import side_files
 from sarqc.checkpoint.verify import check_finite, check_fp16_range
@@ -29,7 +27,7 @@ from sarqc.config import (
     QuantConfig,
     RunConfig,
 )
-from sarqc.errors import ArgumentError, Interrupted, ResourceError, opening_line
+from sarqc.errors import ArgumentError, Interrupted, ResourceError, opening_line, out_of_memory
 from sarqc.estimation import preflight
 from sarqc.estimation.memory import estimate_memory
 from sarqc.keywords import QuantizeKeywords
@@ -218,7 +216,9 @@ class _Run:
                 return
             try:
                 self._each_block(start, work)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 reason = opening_line(error)
                 raise ResourceError(
                     f"{self.plan.device} has too little memory for one block ({reason}): use a larger one or "

@@ -74,14 +74,16 @@ def _stored(plan: Plan, index: int) -> int:
 def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[Memory]:
     """Peak memory of each stage: of the largest block, with the least known of what attention needs."""
     width, states, prefetched = plan.dtype.itemsize, waiting.states, waiting.prefetched
+    blocks = shapes.blocks(plan)
     tokens = min(windows, plan.micro_batch(seqlen)) * seqlen if windows else 0
     apart = windows > 1 and (plan.quant.avg_bits is not None or plan.method.needs_validation)
     folds = 0 if not windows else 2 if apart else 1
     tensor = max(shapes.stored_bytes(plan, name) for name in plan.source.names())
     outer = width * _outer(plan)
-    tried = (TOKENS + TRIED_WINDOWS * TRIED_LENGTH * _sites(plan)) * width * shapes.hidden_size(plan)
+    probed = sum(len(sites) for _, sites in blocks)  # sites, from each of which a few sequences run on
+    tried = (TOKENS + TRIED_WINDOWS * TRIED_LENGTH * probed) * width * shapes.hidden_size(plan)
     peaks: dict[str, tuple[int, int]] = dict.fromkeys(STAGES, (0, 0))  # on the device, and on the host beside it
-    for index, sites in shapes.blocks(plan):
+    for index, sites in blocks:
         members = plan.targets.of_block(index)
         block = width * sum(shapes.elements(plan, name) for name in plan.lazy.parameters(index))
         codes = sum(prod(target.shape) for target in members)
@@ -145,11 +147,6 @@ def _largest(sites: list[Site]) -> int:
     its place.
     """
     return max((sum(prod(target.shape) for target in site.members) for site in sites), default=0)
-
-
-def _sites(plan: Plan) -> int:
-    """Sites of the whole model, from each of which the sensitivity analysis runs a few sequences on."""
-    return sum(len(sites) for _, sites in shapes.blocks(plan))
 
 
 def _choosing(chunk: SiteChunk) -> int:

@@ -16,7 +16,8 @@ import torch
 
 from sarqc.checkpoint.assemble import MERGE_BYTES, SHARD_BYTES
 from sarqc.checkpoint.formats import NEUTRAL
-from sarqc.errors import ArgumentError, ResourceError
+from sarqc.conventions import star
+from sarqc.errors import ResourceError
 from sarqc.estimation import shapes
 from sarqc.estimation.memory import HostBuffers, Memory, estimate_memory
 from sarqc.estimation.seconds import Time, seconds
@@ -117,8 +118,6 @@ def estimate_run(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) 
     waiting, stages = estimate_memory(plan, windows, seqlen, ranks)
     disk = tuple(_disk(plan, size, waiting, out, work))
     model, tp = runtime_model(plan.lazy, plan.targets.selected, plan.targets.untouched), plan.quant.tp
-    if tp is not None and tp < 1:
-        raise ArgumentError(f"tp = {tp} is too small: use the number of ranks that will serve the model, 1 or more")
     servers = sorted({*rules.RANKS, tp}) if tp else rules.RANKS
     runtime_support = tuple(rules.runtime_support(model, plan.quant, plan.format.name, servers))
     problems = [*_too_little_disk(disk), *_too_little_memory(plan, stages), *_no_server(runtime_support, tp)]
@@ -149,14 +148,14 @@ def estimate_run(plan: Plan, text: Sequence[int] | None, out: Path, work: Path) 
 def _kinds(plan: Plan) -> list[LayerSummary]:
     counted: Counter[tuple[str, tuple[int, ...], str | None]] = Counter()
     for target in plan.targets.selected:
-        counted[rules.star(target.linear), target.shape, None] += 1
+        counted[star(target.linear), target.shape, None] += 1
     patterns, left = dict(plan.targets.ignored), dict(plan.targets.left)
     known = set(plan.source.names())
     for name in plan.targets.untouched:
         tensor = next((one for one in (f"{name}.weight", name) if one in known), None)
         outside = "not used by transformers" if name in plan.lazy.unused else "outside the blocks"
         reason = f"ignore {patterns[name]}" if name in patterns else left.get(name, outside)
-        counted[rules.star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
+        counted[star(name), plan.source.shape(tensor) if tensor else (), reason] += 1
     return [LayerSummary(name, shape, count, left) for (name, shape, left), count in counted.items()]
 
 

@@ -78,14 +78,14 @@ class BlockwiseForward(Closing):
 def last_block_output(
     lazy: LazyModel, source: TensorSource, tokens: Tensor, on_block: Callable[[int], None] | None = None
 ) -> BlockOutput:
-    """Tokens int64 [S, L] through all blocks; needs `load_outer`. on_block(index) is called before each block."""
+    """Tokens int64 [S, L] through all blocks; needs `load_outer`. on_block(index) is called after each block."""
     with BlockwiseForward(lazy, tokens) as forward:
         for index in range(len(lazy.blocks)):
-            if on_block:
-                on_block(index)
             lazy.load_block(index, source, lazy.device, lazy.dtype)
             forward.finish_block(index)
             lazy.unload_block(index)
+            if on_block:
+                on_block(index)
         return forward.hidden_states()
 
 

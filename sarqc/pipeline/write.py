@@ -7,8 +7,10 @@ neutral one of the blocks is made by the code of `sarqc convert` from the finish
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,15 @@ from sarqc.config import AUTO, DEFAULT_EFFORT, MethodConfig
 from sarqc.errors import CheckpointError, ResourceError
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.source import TensorSource
-from sarqc.options import from_record
+from sarqc.options import from_record, record
 from sarqc.pipeline.resume import BlockRecord, WorkFolder
 from sarqc.pipeline.verify import Verified, check
+from sarqc.report import model_card
 from sarqc.report import report as reports
 from sarqc.report.result import Result
 from sarqc.report.schema import SIZES
 from sarqc.serving.compatibility import checkpoint_support, ranks_by_server
+from sarqc.system import peak_memory_mib, versions
 
 
 def tensors_of_block(lazy: LazyModel, source: TensorSource, index: int) -> dict[str, ChunkedTensor]:
@@ -63,11 +67,11 @@ def write_checkpoint(
     report = finish.report(finish.fill(work.built))
     code = work.about["code"]
     with open_checkpoint(work.built) as neutral, atomic_folder(out, overwrite=overwrite, token=token) as folder:
-        record = Conversion(neutral, format, work.about["targets"].get("embeddings", ())).write(folder, code=code)
+        converted = Conversion(neutral, format, work.about["targets"].get("embeddings", ())).write(folder, code=code)
         with open_checkpoint(folder) as written:
             lazy = LazyModel.from_folder(folder, written, trust_remote_code=code)
             report["serve"] = ranks_by_server(checkpoint_support(written, lazy))
-        report |= {"format": record["format"], "size": {name: record[name] for name in SIZES}}
+        report |= {"format": converted["format"], "size": {name: converted[name] for name in SIZES}}
         reports.write(folder, report)
     return Result.of(out, report)
 
@@ -106,25 +110,31 @@ class _Finish:
         """What report.json will hold of the checkpoint that `fill` made."""
         assert checked.stored is not None
         work, records, chosen = self.work, self.records, self.chosen
-        report = reports.FinishedRun(
-            model=work.about["model"],
-            source=reports.source_record(self.checkpoint.folder, self.checkpoint),
-            quant=work.quant,
-            method=from_record(MethodConfig, work.fingerprint["method"]),
-            calibration=work.about["calibration"],
-            targets=work.about["targets"],
-            sites=[site for record in records for site in record.reports],
-            blocks=[record.seconds for record in records],
-            stages=self._stages(),
-            size=checked.stored.record(),
-            device=work.about["device"],
-            notes=[note for record in records for note in record.notes],
-        ).report()
-        if (dtype := work.about.get("dtype", AUTO)) != AUTO:
+        about, sites = work.about, [site for block in records for site in block.reports]
+        report = {
+            "model": about["model"],
+            "source": self._source(),
+            "quant": record(work.quant),
+            "method": record(from_record(MethodConfig, work.fingerprint["method"])),
+            "calibration": about["calibration"],
+            "targets": about["targets"],
+            "size": checked.stored.record(),
+            "error": _mean([site.error for site in sites]),
+            "rtn_error": _mean([site.rtn_error for site in sites]),
+            "notes": [note for block in records for note in block.notes],
+            "fallbacks": {site.site: site.fallback for site in sites if site.fallback},
+            "seconds": _rounded(self._stages()),
+            "blocks": [{"index": index, "seconds": _rounded(block.seconds)} for index, block in enumerate(records)],
+            "peak_memory_mib": peak_memory_mib(),
+            "device": about["device"],
+            "versions": versions(),
+            "sites": [asdict(site) | {"rows": list(site.rows)} for site in sites],
+        }
+        if (dtype := about.get("dtype", AUTO)) != AUTO:
             report["dtype"] = dtype
-        if (effort := work.about.get("effort", DEFAULT_EFFORT)) != DEFAULT_EFFORT:
+        if (effort := about.get("effort", DEFAULT_EFFORT)) != DEFAULT_EFFORT:
             report["effort"] = effort
-        if work.about["code"]:
+        if about["code"]:
             report["trust_remote_code"] = True
         if chosen:
             report["widths"] = chosen.record()
@@ -136,17 +146,31 @@ class _Finish:
             "serve": ranks_by_server(checked.serve),
         }
 
+    def _source(self) -> dict[str, Any]:
+        """Of the original: bytes of its tensors, and the licence its own card states."""
+        source = self.checkpoint
+        size = sum(math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
+        return {"bytes": size, **model_card.licence(source.folder)}
+
     def _stages(self) -> dict[str, float]:
         """Seconds of each stage over all blocks."""
         stages: dict[str, float] = {}
-        for record in self.records:
-            for stage, spent in record.seconds.items():
+        for block in self.records:
+            for stage, spent in block.seconds.items():
                 stages[stage] = stages.get(stage, 0.0) + spent
         stages |= {"sensitivity": self.chosen.seconds} if self.chosen else {}
         stages["write"] = time.perf_counter() - self._began
         walls = sum(record.wall for record in self.records)
         stages["total"] = walls + stages.get("sensitivity", 0.0) + stages["write"]
         return stages
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {stage: round(spent, 3) for stage, spent in seconds.items()}
 
 
 def _rescaled(record: BlockRecord) -> Sequence[str]:

@@ -6,10 +6,10 @@ correction, tokens per expert, sizes, time, layers left unquantized, settings. E
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
+from sarqc.conventions import star
 from sarqc.report import summary
 from sarqc.report.markup import document, figures, headline, pair, section, table, tiles
 from sarqc.report.svg import Axes, Series, line_chart, range_chart, short, stacked_bars
@@ -114,11 +114,8 @@ def _widths(report: summary.Report) -> str:
 def _lambdas(report: summary.Report) -> str:
     sites = [site for site in summary.sites(report) if site.reg_lambda > 0]
     caption = "Weight of the regulariser relative to the output error. More calibration text needs a smaller lambda."
-    if (one := _constant([site.reg_lambda for site in sites])) is not None:
-        return section("Regularisation lambda", f"{caption} It is {one:.3g} in all {len(sites)} sites.")
-    series = _by_kind(sites, lambda site: site.reg_lambda, lambda v: f"lambda {v:.3g}")
-    chart = line_chart(series, Axes("block", "lambda", "log"))
-    return section("Regularisation lambda", caption, figures(chart)) if chart else ""
+    axes = Axes("block", "lambda", "log")
+    return _by_depth("Regularisation lambda", caption, sites, lambda site: site.reg_lambda, "{:.3g}".format, axes)
 
 
 def _corrections(report: summary.Report) -> str:
@@ -127,23 +124,38 @@ def _corrections(report: summary.Report) -> str:
         "One layer of each block also corrects the drift of the hidden states from the original model, by this share: "
         "half of the share that is best on held-out text."
     )
-    if (one := _constant([site.correction_share for site in sites])) is not None:
-        return section("Residual error correction", f"{caption} It is {one:.2g} in all {len(sites)} of them.")
-    series = _by_kind(sites, lambda site: site.correction_share, lambda v: f"share {v:.2f}")
-    chart = line_chart(series, Axes("block", "share"))
-    return section("Residual error correction", caption, figures(chart)) if chart else ""
+    axes = Axes("block", "share")
+    value = "{:.2f}".format
+    return _by_depth("Residual error correction", caption, sites, lambda site: site.correction_share, value, axes)
 
 
-def _constant(values: Sequence[float]) -> float | None:
-    """The value, where all are the same: that is no plot."""
-    return values[0] if len(set(values)) == 1 else None
+def _by_depth(
+    heading: str,
+    caption: str,
+    sites: Sequence[summary.SiteFacts],
+    value: Callable[[summary.SiteFacts], float],
+    say: Callable[[float], str],
+    axes: Axes,
+) -> str:
+    """A value by depth; a sentence where it is the same everywhere, which is no plot."""
+    if len({value(site) for site in sites}) == 1:
+        return section(heading, f"{caption} It is {say(value(sites[0]))} in all {len(sites)} sites.")
+    chart = line_chart(_by_kind(sites, value, lambda v: f"{axes.y_label} {say(v)}"), axes)
+    return section(heading, caption, figures(chart)) if chart else ""
 
 
-def _by_kind(sites: list[summary.SiteFacts], value: Any, text_of: Any) -> list[Series]:
-    return [
-        Series(kind, tuple((block, number, f"{site.name}: {text_of(number)}") for block, number, site in points))
-        for kind, points in summary.lines(sites, value).items()
-    ]
+def _by_kind(
+    sites: Sequence[summary.SiteFacts],
+    value: Callable[[summary.SiteFacts], float | None],
+    say: Callable[[float], str],
+) -> list[Series]:
+    """A line for each kind, in the order of the run; sites without block or value are left out."""
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for site in sites:
+        number = value(site)
+        if site.block is not None and number is not None:
+            lines.setdefault(site.kind, []).append((site.block, number, f"{site.name}: {say(number)}"))
+    return [Series(kind, tuple(points)) for kind, points in lines.items()]
 
 
 def _quality(report: summary.Report) -> str:
@@ -189,7 +201,7 @@ def _experts(report: summary.Report) -> str:
         if named
         else "No expert had less than a tenth of its layer's median."
     )
-    chart = range_chart(rows, x_label="block", y_label="tokens per expert")
+    chart = range_chart(rows, Axes("block", "tokens per expert"))
     return section("Who saw how much text", caption, figures(chart))
 
 
@@ -242,7 +254,7 @@ def _time(report: summary.Report) -> str:
     parts = [table(("stage", "time", "share"), rows, numbers=2)]
     if blocks := report.get("blocks"):
         columns = [(b["index"], [b["seconds"].get(stage, 0.0) for stage in stages]) for b in blocks]
-        chart = stacked_bars(columns, stages, x_label="block", y_label="seconds", unit=duration)
+        chart = stacked_bars(columns, stages, Axes("block", "seconds", unit=duration))
         parts = [pair(figures(chart), *parts)]
     memory = ", ".join(f"{name} {summary.human(mib * 2**20)}" for name, mib in report["peak_memory_mib"].items())
     return section("Time and memory", f"Peak memory: {memory}.", *parts)
@@ -255,15 +267,14 @@ def _left_alone(report: summary.Report) -> str:
     targets = report["targets"]
     ignored: dict[str, str] = targets.get("ignored", {})
     left: dict[str, str] = targets.get("left", {})
+    folded = Counter((star(name), _reason(name, ignored, left)) for name in targets.get("untouched", []))
     rows = [
         (
             name,
             str(count),
             reason or "outside the blocks, or not used by transformers",
         )
-        for (name, reason), count in _folded(
-            (name, _reason(name, ignored, left)) for name in targets.get("untouched", [])
-        )
+        for (name, reason), count in folded.items()
     ]
     caption = f"{targets['quantized']} layers were quantized. Norms stay, embeddings unless included, and these:"
     return section("Left unquantized", caption, table(("layer (* counts)", "how many", "why"), rows))
@@ -271,15 +282,6 @@ def _left_alone(report: summary.Report) -> str:
 
 def _reason(name: str, ignored: Mapping[str, str], left: Mapping[str, str]) -> str:
     return f"ignore pattern {ignored[name]}" if name in ignored else left.get(name, "")
-
-
-def _folded(names: Iterable[tuple[str, str]]) -> list[tuple[tuple[str, str], int]]:
-    """Names that differ in numbers only, counted as one."""
-    counts: dict[tuple[str, str], int] = {}
-    for name, reason in names:
-        key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), reason)
-        counts[key] = counts.get(key, 0) + 1
-    return list(counts.items())
 
 
 def _settings(report: summary.Report) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import NoneType
 from typing import Any, TypeGuard
 
 from sarqc.errors import CheckpointError
@@ -11,34 +12,30 @@ from sarqc.errors import CheckpointError
 
 def check(report: Mapping[str, Any], where: str) -> None:
     """`CheckpointError` naming the first value of a report that is missing or of another kind; more keys are fine."""
-    _fields(report, _REPORT, where)
+    _fields(report, _REPORT, where, optional=("effort", "blocks", "quality", "source"))
     _fields(report["quant"], {"bits": _number, "group_size": _number, "sym": _flag}, f"{where}: quant")
     _fields(report["method"], {"method": _string}, f"{where}: method")
     _fields(report["size"], dict.fromkeys(SIZES, _number), f"{where}: size")
     if report["quant"].get("avg_bits") is not None:
         _fields(report["quant"], {"avg_bits": _number, "bit_options": _counts}, f"{where}: quant")
     for index, site in enumerate(report["sites"]):
-        _fields(site, _SITE, f"{where}: sites[{index}]")
-        _fields(
-            {"bits": 0, "correction_share": 0} | site,
-            {"bits": _number, "correction_share": _number},
-            f"{where}: sites[{index}]",
-        )
-    for key in ("blocks", "quality"):
-        if not isinstance(report.get(key, []), list):
-            raise CheckpointError(f"{where}: {key!r} is not what a report holds there")
+        _fields(site, _SITE, f"{where}: sites[{index}]", optional=("damping", "bits", "correction_share"))
     for index, block in enumerate(report.get("blocks", [])):
         _fields(block, {"index": _number, "seconds": _numbers}, f"{where}: blocks[{index}]")
     for index, entry in enumerate(report.get("quality", [])):
-        _fields(entry, {"text": _string, "after": _positive}, f"{where}: quality[{index}]")
-        for key in ("before", "agreement", "kl", "windows", "seqlen"):
-            if entry.get(key) is not None:
-                _fields(entry, {key: _positive if key == "before" else _number}, f"{where}: quality[{index}]")
-    source = report.get("source", {})
-    if not isinstance(source, dict) or not _number(source.get("bytes", 0)):
-        raise CheckpointError(f"{where}: 'source' is not what a report holds there")
+        _fields(entry, _QUALITY, f"{where}: quality[{index}]", optional=_QUALITY.keys() - {"text", "after"})
     if report["calibration"]:
         _fields(report["calibration"], _CALIBRATION, f"{where}: calibration")
+
+
+Kind = Callable[[object], bool]
+
+
+def _is(*kinds: type) -> Kind:
+    return lambda value: isinstance(value, kinds)
+
+
+_string, _flag, _list, _mapping, _either = _is(str), _is(bool), _is(list), _is(dict), _is(dict, NoneType)
 
 
 def _number(value: object) -> TypeGuard[int | float]:
@@ -49,12 +46,8 @@ def _positive(value: object) -> bool:
     return _number(value) and value > 0
 
 
-def _string(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _flag(value: object) -> bool:
-    return isinstance(value, bool)
+def _or_none(fits: Kind) -> Kind:
+    return lambda value: value is None or fits(value)
 
 
 def _numbers(value: object) -> bool:
@@ -63,10 +56,6 @@ def _numbers(value: object) -> bool:
 
 def _counts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(n, int) and n >= 0 for n in value)
-
-
-def _mapping(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _texts(value: object) -> bool:
@@ -84,19 +73,27 @@ def _targets(value: object) -> bool:
     )
 
 
-def _either(value: object) -> bool:
-    return value is None or isinstance(value, dict)
+def _source(value: object) -> bool:
+    return isinstance(value, dict) and _number(value.get("bytes", 0))
 
 
-Kind = Callable[[object], bool]
 SIZES = ("bytes", "quantized_weights", "quantized_bytes", "bits_per_weight")
 _CALIBRATION: dict[str, Kind] = {"text": _string, "windows": _number, "seqlen": _number}
+_QUALITY: dict[str, Kind] = {
+    "text": _string,
+    "after": _positive,
+    "before": _or_none(_positive),
+    **dict.fromkeys(("agreement", "kl", "windows", "seqlen"), _or_none(_number)),
+}
 _SITE: dict[str, Kind] = {
     "site": _string,
     "rows": _counts,
     "error": _number,
     "rtn_error": _number,
     "reg_lambda": _number,
+    "damping": _number,
+    "bits": _number,
+    "correction_share": _number,
 }
 _REPORT: dict[str, Kind] = {
     "model": _string,
@@ -111,16 +108,22 @@ _REPORT: dict[str, Kind] = {
     "seconds": _numbers,
     "peak_memory_mib": _numbers,
     "device": _string,
-    "versions": _mapping,
-    "sites": lambda value: isinstance(value, list),
+    "versions": _texts,
+    "sites": _list,
+    "effort": _string,
+    "blocks": _list,
+    "quality": _list,
+    "source": _source,
 }
 
 
-def _fields(values: object, kinds: Mapping[str, Kind], where: str) -> None:
+def _fields(values: object, kinds: Mapping[str, Kind], where: str, optional: Collection[str] = ()) -> None:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds no mapping: it was not written by `sarqc quantize`")
     for key, fits in kinds.items():
         if key not in values:
+            if key in optional:
+                continue
             raise CheckpointError(f"{where} has no {key!r}: it was not written by `sarqc quantize`, or was cut")
         if not fits(values[key]):
             raise CheckpointError(f"{where}: {key!r} is not what a report holds there")

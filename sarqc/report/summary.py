@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,18 +76,6 @@ def place(name: str) -> tuple[int | None, str]:
     if at is None:
         return None, bare
     return int(parts[at]), ".".join(part for part in parts[at + 1 :] if not part.isdecimal()) or bare
-
-
-def lines(
-    sites: list[SiteFacts], value: Callable[[SiteFacts], float | None]
-) -> dict[str, list[tuple[int, float, SiteFacts]]]:
-    """Points (block, value, site) by kind, kinds in the order of the run; sites without block or value left out."""
-    by_kind: dict[str, list[tuple[int, float, SiteFacts]]] = {}
-    for site in sites:
-        number = value(site)
-        if site.block is not None and number is not None:
-            by_kind.setdefault(site.kind, []).append((site.block, number, site))
-    return by_kind
 
 
 def loads(report: Report) -> list[Load]:

@@ -23,7 +23,7 @@ svg.chart { --ink: #1c2126; --soft: #68727c; --rule: #e3e6e9; --c0: #1b6ca8; --c
 svg.chart text { fill: var(--soft); } svg.chart text.ink { fill: var(--ink); }
 svg.chart .rule { stroke: var(--rule); } svg.chart .mark { stroke: var(--soft); stroke-dasharray: 4 3; }
 """
-"""What the charts need in the page they stand in, or in themselves where they stand alone (`standalone`)."""
+"""What the charts need in the page they stand in, or in themselves where they stand alone (`sheet`)."""
 
 COLOURS = 8
 _DASHES = ("", "6 3", "2 3")
@@ -93,7 +93,7 @@ def short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Axes:
-    """Labels and scales of a line chart.
+    """Labels and scales of a chart.
 
     Attributes:
         x_label: Label of the horizontal axis.
@@ -129,7 +129,7 @@ def line_chart(
         return ""
     x = Scale(min(xs), max(xs), _LEFT + 6, WIDTH - _RIGHT - 6, axes.x_kind)
     y = _y_scale([*ys, mark[0]] if mark else ys, kind)
-    parts = [*_grid(x, y, axes.x_label, axes.y_label, axes.unit, axes.x_ticks or _whole(x.ticks()), title)]
+    parts = _grid(x, y, axes)
     if mark:
         at = y(mark[0])
         parts.append(f'<line class="mark" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -140,17 +140,15 @@ def line_chart(
     legend = _legend([(series[i].label, i) for i in order])
     what = f"{title}: {axes.y_label}" if title else axes.y_label
     about = f"{what} by {axes.x_label}, from {axes.unit(min(ys))} to {axes.unit(max(ys))}, for {_listed(series)}"
-    return _svg([*parts, *legend], HEIGHT + _rows_of(len(series)) * _LINE, about)
+    return _svg([*parts, *legend], HEIGHT + _rows_of(len(series)) * _LINE, about, title=title)
 
 
-def range_chart(
-    rows: Sequence[tuple[float, float, float, float, str]], *, x_label: str, y_label: str, title: str = ""
-) -> str:
+def range_chart(rows: Sequence[tuple[float, float, float, float, str]], axes: Axes) -> str:
     """At each x the span from low to high with a dot at the middle: rows (x, low, middle, high, what it says)."""
     x = Scale(rows[0][0], rows[-1][0], _LEFT + 8, WIDTH - _RIGHT - 8)
     values = [value for row in rows for value in row[1:4]]
     y = _y_scale(values, "linear" if 20 * min(values) > max(values) else "count")
-    parts = [*_grid(x, y, x_label, y_label, short, _whole(x.ticks()), title)]
+    parts = _grid(x, y, axes)
     for at, low, middle, high, tooltip in rows:
         px = x(at)
         parts.append(
@@ -159,37 +157,29 @@ def range_chart(
             f'<circle cx="{px:.1f}" cy="{y(middle):.1f}" r="3.5"/></g>'
         )
     parts.append(f'<text x="{_LEFT}" y="{HEIGHT + 8}" class="ink">bar: least to most; dot: median</text>')
-    about = f"{title or y_label} by {x_label}, from {short(min(values))} to {short(max(values))}"
+    about = f"{axes.y_label} by {axes.x_label}, from {axes.unit(min(values))} to {axes.unit(max(values))}"
     return _svg(parts, HEIGHT + _LINE, about)
 
 
-def stacked_bars(
-    columns: Sequence[tuple[float, Sequence[float]]],
-    labels: Sequence[str],
-    *,
-    x_label: str,
-    y_label: str,
-    unit: Callable[[float], str] = short,
-    title: str = "",
-) -> str:
+def stacked_bars(columns: Sequence[tuple[float, Sequence[float]]], labels: Sequence[str], axes: Axes) -> str:
     """A bar for each column (x, a part for each label), parts on top of each other."""
     x = Scale(columns[0][0] - 0.5, columns[-1][0] + 0.5, _LEFT, WIDTH - _RIGHT)
     y = _y_scale([0.0, *(sum(parts) for _, parts in columns)], "linear")
     bar = max(min((WIDTH - _LEFT - _RIGHT) / len(columns) * 0.8, 40), 1)
-    drawn = [*_grid(x, y, x_label, y_label, unit, _whole(x.ticks()), title)]
+    drawn = _grid(x, y, axes)
     for at, parts in columns:
         base = 0.0
         for index, part in enumerate(parts):
             top, bottom = y(base + part), y(base)
             base += part
-            tooltip = text(f"{x_label} {short(at)}, {labels[index]}: {unit(part)}")
+            tooltip = text(f"{axes.x_label} {short(at)}, {labels[index]}: {axes.unit(part)}")
             drawn.append(
                 f'<rect x="{x(at) - bar / 2:.1f}" y="{top:.1f}" width="{bar:.1f}" height="{bottom - top:.1f}" '
                 f'fill="var(--c{index % COLOURS})"><title>{tooltip}</title></rect>'
             )
     drawn += _legend([(label, index) for index, label in enumerate(labels)])
     most = max(sum(parts) for _, parts in columns)
-    about = f"{title or y_label} by {x_label}, up to {unit(most)}, in parts: {', '.join(labels)}"
+    about = f"{axes.y_label} by {axes.x_label}, up to {axes.unit(most)}, in parts: {', '.join(labels)}"
     return _svg(drawn, HEIGHT + _rows_of(len(labels)) * _LINE, about)
 
 
@@ -216,7 +206,7 @@ def ranked_chart(rows: Sequence[Ranked], x_label: str, *, mark: tuple[float, str
     bottom = top + 8 + step * len(rows)
     room = max((max(ends) / min(ends)) ** 0.06, 1.01)
     x = Scale(min(ends) / room, max(ends) * room, left, right, "log")
-    parts = [f'<text class="ink" x="4" y="{_TOP - 6}">{text(title)}</text>'] if title else []
+    parts = []
     for tick in x.ticks():
         parts.append(f'<line class="rule" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{text(short(tick))}</text>')
@@ -239,28 +229,22 @@ def ranked_chart(rows: Sequence[Ranked], x_label: str, *, mark: tuple[float, str
             f'<text class="ink"{heavy} x="{right + 12}" y="{y + 4:.0f}">{text(row.value_text)}</text>'
         )
     description = ", ".join(f"{row.label} {row.value_text}" for row in rows)
-    return _svg(
-        parts, bottom + 44, f"{title}: {x_label}. {mark[1]} {short(mark[0])}, {description}" if title else description
-    )
+    about = f"{title}: {x_label}. {mark[1]} {short(mark[0])}, {description}" if title else description
+    return _svg(parts, bottom + 44, about, title=title)
 
 
-def beside(charts: Sequence[str], *, columns: int) -> str:
-    """Charts as one, row by row."""
+def sheet(charts: Sequence[str], *, columns: int) -> str:
+    """Charts row by row in a file of their own, with the style and a background."""
     sizes = [float(chart.partition(' height="')[2].partition('"')[0]) for chart in charts]
     height, used = math.ceil(max(sizes)), min(columns, len(charts))
     placed = [
         chart.replace("<svg ", f'<svg x="{index % columns * WIDTH}" y="{index // columns * height}" ', 1)
         for index, chart in enumerate(charts)
     ]
-    return _svg(placed, -(-len(charts) // columns) * height, f"{len(charts)} charts", used * WIDTH)
-
-
-def standalone(chart: str) -> str:
-    """The chart as a file of its own."""
-    head, _, rest = chart.partition(">")
+    style = f"<style>:root {{ color-scheme: light dark; }}{STYLE}</style>"
     back = '<rect width="100%" height="100%" fill="Canvas"/>'
-    scheme = "<style>:root { color-scheme: light dark; }"
-    return f"{head}>{scheme}{STYLE}</style>{back}{rest}\n"
+    rows = -(-len(charts) // columns)
+    return _svg([style, back, *placed], rows * height, f"{len(charts)} charts", used * WIDTH) + "\n"
 
 
 def _bent(value: float, kind: Kind) -> float:
@@ -298,22 +282,20 @@ def _whole(ticks: Sequence[float]) -> list[float]:
     return [tick for tick in ticks if tick == int(tick)]
 
 
-def _grid(
-    x: Scale, y: Scale, x_label: str, y_label: str, unit: Callable[[float], str], x_ticks: Sequence[float], title: str
-) -> list[str]:
+def _grid(x: Scale, y: Scale, axes: Axes) -> list[str]:
     left, right, bottom = _LEFT, WIDTH - _RIGHT, y.start
-    parts = [f'<text class="ink" x="4" y="{_TOP - 6}">{text(title)}</text>'] if title else []
+    parts = []
     for tick in y.ticks():
         at = y(tick)
         parts.append(f'<line class="rule" x1="{left:.1f}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{at + 4:.1f}" text-anchor="end">{text(unit(tick))}</text>')
-    for tick in x_ticks:
+        parts.append(f'<text x="{left - 6:.1f}" y="{at + 4:.1f}" text-anchor="end">{text(axes.unit(tick))}</text>')
+    for tick in axes.x_ticks or _whole(x.ticks()):
         parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{text(short(tick))}</text>')
     middle = (left + right) / 2
-    parts.append(f'<text x="{middle:.1f}" y="{bottom + 33:.1f}" text-anchor="middle">{text(x_label)}</text>')
+    parts.append(f'<text x="{middle:.1f}" y="{bottom + 33:.1f}" text-anchor="middle">{text(axes.x_label)}</text>')
     centre = (_TOP + bottom) / 2
     parts.append(
-        f'<text transform="translate(12 {centre:.1f}) rotate(-90)" text-anchor="middle">{text(y_label)}</text>'
+        f'<text transform="translate(12 {centre:.1f}) rotate(-90)" text-anchor="middle">{text(axes.y_label)}</text>'
     )
     return parts
 
@@ -374,9 +356,10 @@ def _listed(series: Sequence[Series]) -> str:
     return ", ".join(s.label for s in series) if len(series) <= COLOURS else f"{len(series)} lines"
 
 
-def _svg(parts: Sequence[str], height: float, label: str, width: int = WIDTH) -> str:
-    """The drawing; `label` is what is read out in its place."""
+def _svg(parts: Sequence[str], height: float, label: str, width: int = WIDTH, title: str = "") -> str:
+    """The drawing; `label` is what is read out in its place, `title` stands above it."""
+    above = f'<text class="ink" x="4" y="{_TOP - 6}">{text(title)}</text>' if title else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" aria-label="{text(label)}">{"".join(parts)}</svg>'
+        f'height="{height}" role="img" aria-label="{text(label)}">{above}{"".join(parts)}</svg>'
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from sarqc.checkpoint.reader import Checkpoint
 from sarqc.config import QuantConfig
+from sarqc.conventions import star
 from sarqc.model import moe
 from sarqc.model.layers import Target, targets_of
 from sarqc.model.lazy_model import LazyModel
-from sarqc.serving.rules import Layer, RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support, star
+from sarqc.serving.rules import Layer, RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support
 
 
 def runtime_model(lazy: LazyModel, quantized: Sequence[Target], left: Sequence[str]) -> RuntimeModel:
@@ -55,43 +55,32 @@ def checkpoint_support(checkpoint: Checkpoint, lazy: LazyModel) -> list[RuntimeS
     where there are no rules for the group size.
     """
     kinds = _kinds(checkpoint)
-    if checkpoint.format is None or not all(kind.group_size == -1 or kind.group_size >= 8 for kind in kinds):
+    if checkpoint.format is None or not all(size == -1 or size >= 8 for _, size, _ in kinds):
         return []
     targets = targets_of(lazy, checkpoint.linears())
     supports = []
-    for kind, linears in kinds.items():
+    for (bits, group_size, sym), linears in kinds.items():
         quantized = [target for target in targets.selected if target.linear in linears]
         others = [target.linear for target in targets.selected if target.linear not in linears]
-        quant = QuantConfig(bits=kind.bits, group_size=kind.group_size, sym=kind.sym)
         model = runtime_model(lazy, quantized, [*targets.untouched, *others])
-        supports.append(runtime_support(model, quant, checkpoint.format.name))
+        supports.append(runtime_support(model, QuantConfig(bits, group_size, sym), checkpoint.format.name))
     return [_together(ones) for ones in zip(*supports, strict=True)]
 
 
-class _Kind(NamedTuple):
-    """What a Linear is quantized to."""
-
-    bits: int
-    group_size: int
-    sym: bool
-
-
-def _kinds(checkpoint: Checkpoint) -> dict[_Kind, set[str]]:
-    """The quantized Linears of each kind."""
+def _kinds(checkpoint: Checkpoint) -> dict[tuple[int, int, bool], set[str]]:
+    """The quantized Linears of each bits, group size and symmetry."""
     infos = {linear: checkpoint.describe(linear) for linear in checkpoint.linears()}
     channel = all(info.groups == 1 for info in infos.values())
-    kinds: dict[_Kind, set[str]] = {}
+    kinds: dict[tuple[int, int, bool], set[str]] = {}
     for linear, info in infos.items():
-        kind = _Kind(info.bits, -1 if channel else info.shape[1] // info.groups, info.sym)
-        kinds.setdefault(kind, set()).add(linear)
+        group_size = -1 if channel else info.shape[1] // info.groups
+        kinds.setdefault((info.bits, group_size, info.sym), set()).add(linear)
     return kinds
 
 
 def _together(ones: Sequence[RuntimeSupport]) -> RuntimeSupport:
     """One server with one number of ranks, for layers of several kinds."""
-    kernels: Counter[str] = Counter()
-    for one in ones:
-        kernels.update(one.kernels)
+    kernels = sum((Counter(one.kernels) for one in ones), Counter[str]())
     failures = dict.fromkeys(line for one in ones for line in one.failures)
     return replace(ones[0], kernels=dict(kernels), failures=tuple(failures))
 
@@ -99,23 +88,24 @@ def _together(ones: Sequence[RuntimeSupport]) -> RuntimeSupport:
 @dataclass(frozen=True)
 class Server:
     """What one server does with a checkpoint. ranks: numbers of them, of `RANKS`, that it runs on, with the kernels of
-    the first. failures: a line for each reason why not on others, with the first number that has it. known: whether
+    the first. failure: the first number that it does not run on, and why; (0, "") where it runs on all. known: whether
     there are rules for it."""
 
     name: str
     ranks: tuple[int, ...]
     kernels: dict[str, int]
-    failures: tuple[tuple[int, str], ...]
+    failure: tuple[int, str]
     known: bool
 
     def __str__(self) -> str:
         """One line."""
         if not self.known:
             return f"{self.name}: not known for this format"
+        ranks, reason = self.failure
         if not self.ranks:
-            return f"{self.name}: not supported: {self.failures[0][1]}"
+            return f"{self.name}: not supported: {reason}"
         kernels = ", ".join(f"{kernel} {count}" for kernel, count in self.kernels.items())
-        why = "".join(f"; not at tp {ranks}: {reason}" for ranks, reason in self.failures[:1])
+        why = f"; not at tp {ranks}: {reason}" if reason else ""
         return f"{self.name}: tp {', '.join(map(str, self.ranks))} ({kernels}){why}"
 
 
@@ -125,13 +115,9 @@ def by_runtime(outlooks: Sequence[RuntimeSupport]) -> list[Server]:
     for name in dict.fromkeys(one.server for one in outlooks):
         mine = sorted((one for one in outlooks if one.server == name and one.known), key=lambda one: one.ranks)
         good = [one for one in mine if not one.failures]
-        reasons: dict[str, int] = {}
-        for one in mine:
-            for line in one.failures:
-                reasons.setdefault(line, one.ranks)
-        failures = tuple((ranks, line) for line, ranks in reasons.items())
+        failure = next(((one.ranks, one.failures[0]) for one in mine if one.failures), (0, ""))
         kernels = good[0].kernels if good else {}
-        runtimes.append(Server(name, tuple(one.ranks for one in good), kernels, failures, bool(mine)))
+        runtimes.append(Server(name, tuple(one.ranks for one in good), kernels, failure, bool(mine)))
     return runtimes
 
 

@@ -14,14 +14,13 @@ So does vLLM an embedding (compressed_tensors_embedding.py), in models whose cod
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from sarqc.config import QuantConfig
-from sarqc.conventions import FUSED
+from sarqc.conventions import FUSED, star
 
 RANKS = (1, 2, 4, 8)
 VOCABULARY = 64
@@ -225,11 +224,6 @@ def _kernel(server: str, layer: Layer, ranks: int, quant: QuantConfig) -> tuple[
             return None, reason
         kernels[kernel] = None
     return " or ".join(kernels), ""
-
-
-def star(name: str) -> str:
-    """A layer's name with * for every number."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def fused_layers(

@@ -49,7 +49,10 @@ def spoiled(source: Path, folder: Path, name: str) -> Path:
         (("quantize", "m", "-o", "o", "--gram-budget", "nan"), "gram_budget = 'nan'"),
         (("quantize", "m", "-o", "o", "--gram-budget", "inf"), "gram_budget = 'inf'"),
         (("quantize", "m", "-o", "o", "--gram-budget", "-1"), "gram_budget = '-1'"),
+        (("quantize", "m", "-o", "o", "--bits", "4", "--avg-bits", "3.5"), "bits = 4 and avg_bits = 3.5 exclude each"),
         (("eval", "m", "--tasks", " ,"), "--tasks ' ,' names none"),
+        (("eval", "m", "--original", "o"), "--original 'o' has no effect alone: give --save too"),
+        (("eval", "m", "--limit", "3"), "--limit 3 has no effect without --tasks"),
         (("compare", "m", "-o", "o", "--also", "rtn:4:32::=/nope"), "'/nope' is no folder of a checkpoint"),
     ],
 )
@@ -190,6 +193,12 @@ def test_a_config_file_has_the_names_of_the_options(source, door, tmp_path, caps
         assert door("quantize", source, "-o", tmp_path / "out", "--config", tmp_path / "run.yaml")[0] == 0
     kinds = json.loads(printed[0])["kinds"]
     assert [kind["left"] for kind in kinds if "o_proj" in kind["name"]] == ["ignore o_proj"]
+
+
+def test_tasks_are_named_with_blanks_between(door, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sarqc.entrypoints.evaluate.zero_shot", lambda model, tasks, **how: asked.extend(tasks) or {})
+    assert door("eval", "m", "--tasks", "a, b ,,c") == (0, "") and asked == ["a", "b", "c"]
 
 
 HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.\nmore")

@@ -90,10 +90,12 @@ def test_a_text_that_is_too_long_leaves_the_history_alone(loaded):
     assert "".join(chat.say("on")) is not None and len(chat.turns) == 4
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"max_new_tokens": 0}])
-def test_options_out_of_range_are_refused(folder, wrong):
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"max_new_tokens": 0}, {"seed": -1}]
+)
+def test_options_out_of_range_are_refused_before_the_model_is_loaded(wrong):
     with pytest.raises(ArgumentError, match=next(iter(wrong))):
-        open_chat(folder, **wrong)
+        open_chat("/nowhere", **wrong)
 
 
 def run(folder, monkeypatch, capsys, stdin):

@@ -12,13 +12,15 @@ from rich.console import Console
 
 import sarqc
 from benchmarks.quality.proof import as_markdown
+from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.cli.comparison import comparison_tables
 from sarqc.comparison import experiment as module
 from sarqc.comparison import table as tables
 from sarqc.comparison.experiment import Other
+from sarqc.comparison.store import Cells
 from sarqc.config_compare import ComparisonConfig, MeasureConfig
 from sarqc.entrypoints.compare import NoProgress, compare
-from sarqc.errors import ArgumentError, CheckpointError, ModelError, TextError
+from sarqc.errors import ArgumentError, CheckpointError, Interrupted, ModelError, TextError
 from sarqc.model.calibration_data import windows
 from sarqc.model.dataset import Windows
 from tests.support import families, tiny
@@ -132,6 +134,27 @@ def test_an_interruption_loses_the_cell_in_progress_and_nothing_else(deep, tmp_p
     assert without_times(compare(deep, out, **how)) == without_times(straight)
 
 
+class AsksToStop(NoProgress):
+    def stop_requested(self):
+        return True
+
+
+def test_a_comparison_that_is_asked_to_stop_does_so_after_the_cell_at_work(deep, tmp_path):
+    how = HOW | dict(methods=("rtn", "rtn-search"), bits=(3,))
+    with pytest.raises(Interrupted, match=r"stopped after 1 of 2 cells.*rerun the command to resume"):
+        compare(deep, tmp_path, progress=AsksToStop(), **how)
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 1
+    assert len(compare(deep, tmp_path, progress=AsksToStop(), **how).table["cells"]) == 2
+
+
+def test_a_cell_is_identified_once(tmp_path):
+    asked = []
+    cells = Cells(tmp_path, lambda cell: asked.append(cell) or str(cell))
+    assert 3 not in cells
+    cells.add(3, {"windows": 4})
+    assert 3 in cells and cells[3] == {"windows": 4} and asked == [3]
+
+
 def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
     text = tmp_path / "b|<i>.txt"
     text.write_text("one thing leads to another and that to a third " * 200)
@@ -158,6 +181,7 @@ def test_table_csv_and_plot_hold_every_cell(deep, tmp_path):
         (dict(methods=()), ArgumentError, "methods is empty"),
         (dict(methods=("gptq@much",)), ArgumentError, "gptq@much"),
         (dict(methods=("magic",)), ArgumentError, "magic"),
+        (dict(methods=("gptq", "rtn", "gptq@0.01")), ArgumentError, "'gptq' and 'gptq@0.01' are the same method"),
         (dict(bits=(9,)), ArgumentError, r"bits = \(9,\)"),
         (dict(group_sizes=(48,)), ArgumentError, "48"),
         (dict(num_samples=(0, 4)), ArgumentError, "num_samples"),
@@ -176,8 +200,9 @@ def test_bad_settings_are_refused_before_anything_is_written(deep, tmp_path, how
 
 def test_sequences_are_no_longer_than_the_model_reads(deep):
     what, measure = ComparisonConfig(num_samples=(1,)), MeasureConfig(eval_windows=1)
-    experiment = module.make(deep, what, None)
-    module.add_texts(experiment, measure, False)
+    with open_checkpoint(deep) as checkpoint:
+        experiment = module.make(checkpoint, what, None)
+        module.add_texts(experiment, measure, False)
     assert experiment.calibration.tokens.shape[1] == experiment.texts[0].windows.tokens.shape[1] == 256
     assert len(list(module.shorter(experiment, what, measure))) == 2
     assert list(module.shorter(experiment, ComparisonConfig(seqlen=64), MeasureConfig(eval_seqlen=64))) == []

@@ -9,17 +9,20 @@ import pytest
 import sarqc
 from sarqc.entrypoints.evaluate import evaluate_and_save
 from sarqc.errors import ArgumentError, ModelError
+from sarqc.pipeline.blockwise_forward import BlockwiseForward
 from sarqc.report import report
 from tests.support import tiny
 
 
-def test_before_and_after_are_saved_and_measured_again(tmp_path):
+def test_before_and_after_are_saved_and_measured_again(tmp_path, monkeypatch):
     source = tiny.save("llama", tmp_path / "llama")
     out = sarqc.quantize(source, tmp_path / "out", bits=3, num_samples=2, seqlen=32).out
     how = dict(seqlen=48, max_windows=3)
-    steps = []
-    saved = evaluate_and_save(out, on_block=lambda *step: steps.append(step), **how)
-    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    finished, steps = [], []
+    finish_block = BlockwiseForward.finish_block
+    monkeypatch.setattr(BlockwiseForward, "finish_block", lambda *at: (finish_block(*at), finished.append(at)))
+    saved = evaluate_and_save(out, on_block=lambda *step: steps.append((len(finished), *step)), **how)
+    assert steps == [(blocks, blocks, 4) for blocks in range(5)]
     for key, folder in (("before", source), ("after", out)):
         assert saved.entry[key] == pytest.approx(sarqc.evaluate(folder, packed=False, **how).perplexity, rel=1e-4)
     for dtype in ("auto", "bfloat16"):

@@ -10,8 +10,9 @@ import torch
 import sarqc
 from sarqc import system
 from sarqc.entrypoints.convert import convert
-from sarqc.errors import ArgumentError, CheckpointError, SarqcError, TextError
+from sarqc.errors import ArgumentError, CheckpointError, ResourceError, SarqcError, TextError
 from sarqc.pipeline.progress import NoProgress
+from sarqc.pipeline.streams import Streams
 from tests.e2e.test_golden import digest
 from tests.support import tiny
 from tests.support.stopping import Stopping
@@ -66,6 +67,17 @@ def test_effort_stands_for_single_options(source, tmp_path):
     assert all("prior" in site["held_out"]["why"] for site in fast.report["sites"])
     for one in fast.out.glob("*.safetensors"):
         assert one.read_bytes() == (other.out / one.name).read_bytes()
+
+
+def test_memory_that_a_library_lacks_before_the_first_block_is_one_line(source, tmp_path, monkeypatch):
+    """torch has no error of its own for it."""
+
+    def full(*args, **options):
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+    monkeypatch.setattr(Streams, "begin", full)
+    with pytest.raises(ResourceError, match=r"CUBLAS_STATUS_ALLOC_FAILED.*use a larger one or --device cpu"):
+        sarqc.quantize(source, tmp_path / "out", num_samples=2, seqlen=32)
 
 
 def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from sarqc.cli.terminal import RunProgress
 from sarqc.entrypoints.estimate import estimate
 from sarqc.errors import ArgumentError, ModelError, ResourceError
 from sarqc.estimation.preflight import Preflight
+from sarqc.serving.rules import RuntimeSupport
 from tests.support import families, kept, tiny
 
 SMALL = {"num_samples": 2, "seqlen": 32, "group_size": 32}
@@ -271,6 +272,18 @@ def test_brackets_in_names_and_patterns_are_shown_as_they_are(sources, tmp_path,
         progress.note("work[/] in [dim]")
         progress.follow("tensors")(1, 1, "x[/]")
     assert capsys.readouterr().out == "work[/] in [dim]\ntensors 1/1: x[/], 0:00 left\n"
+
+
+def test_the_server_that_refuses_is_named(sources, tmp_path, capsys):
+    from rich.console import Console
+
+    preflight = estimate(sources["llama"], tmp_path / "out", **SMALL)
+    alone = [RuntimeSupport("SGLang", ranks, {}, ("head: no kernel",)) for ranks in (1, 2)]
+    all_of_two = [RuntimeSupport(server, 4, {}, ("9 heads",)) for server in ("vLLM", "SGLang")]
+    runs = [RuntimeSupport("vLLM", ranks, {"Marlin": 7}, ()) for ranks in (1, 2)]
+    for serve in (runs + alone, runs + alone + all_of_two):
+        show(Console(width=300), replace(preflight, serve=tuple(serve)))
+        assert "fails head: no kernel  SGLang at tp 1, 2\n" in capsys.readouterr().out
 
 
 MEASURE = """

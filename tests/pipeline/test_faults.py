@@ -235,7 +235,7 @@ class Pressed(RunProgress):
 def test_interrupted_once(case):
     with pytest.raises(Interrupted, match="after block 2 of 3"), Pressed(1) as progress:
         sarqc.quantize(case.source, case.out, progress=progress, **SMALL)
-    assert "finishing this block" in progress.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "finishing this step" in progress.console.file.getvalue()  # type: ignore[attr-defined]
     assert len(list((default_work(case.out) / "blocks").glob("*.json"))) == 2
     recovered(case)
 

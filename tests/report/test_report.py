@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 import sarqc
+from sarqc import system
 from sarqc.cli.summary import run_summary
 from sarqc.config import MethodConfig
 from sarqc.errors import CheckpointError
@@ -232,7 +233,7 @@ def test_our_own_version_is_that_of_the_code_not_of_what_pip_wrote_down(monkeypa
         raise PackageNotFoundError(package)
 
     monkeypatch.setattr("importlib.metadata.version", stale)
-    assert report.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
+    assert system.versions() == {"python": platform.python_version(), "sarqc": sarqc.__version__, "torch": "1.0"}
 
 
 def test_a_constant_is_told_and_not_drawn(loaded):
@@ -277,6 +278,9 @@ def test_the_page_is_made_again_from_the_json_alone(out, tmp_path):
         (lambda r: r["size"].pop("bytes"), "'bytes'"),
         (lambda r: r["sites"][1].update(error="much"), r"sites\[1\].*'error'"),
         (lambda r: r["sites"][1].update(correction_share="half"), r"sites\[1\].*'correction_share'"),
+        (lambda r: r["sites"][1].update(damping="much"), r"sites\[1\].*'damping'"),
+        (lambda r: r["versions"].update(torch=2), "'versions'"),
+        (lambda r: r.update(effort=["best"]), "'effort'"),
         (lambda r: r["sites"].append(3), "no mapping"),
         (lambda r: r.update(error=float("nan")), "'error'"),
         (lambda r: r.update(quality=[{"text": "t", "after": -1}]), "'after'"),
@@ -296,12 +300,12 @@ def test_a_report_that_was_bent_is_one_error(loaded, tmp_path, change, message):
 def test_a_grown_report_renews_the_card_but_not_over_somebodys_words(out, loaded, tmp_path):
     report.write(tmp_path, loaded)
     loaded["quality"] = [{"text": "wiki.txt", "windows": 2, "seqlen": 64, "before": 10.0, "after": 10.5}]
-    assert report.update(tmp_path, loaded)
+    assert report.write(tmp_path, loaded)
     assert "| wiki.txt | 2 of 64 | 10.000 | 10.500 |" in (tmp_path / "README.md").read_text()
     assert "perplexity 10.00 → 10.50" in (tmp_path / "report.html").read_text()
     (tmp_path / "README.md").write_text("my own words")
     loaded["quality"][0]["after"] = 11.0
-    assert not report.update(tmp_path, loaded)
+    assert not report.write(tmp_path, loaded)
     assert (tmp_path / "README.md").read_text() == "my own words"
     assert report.load(tmp_path)["quality"][0]["after"] == 11.0
 

@@ -13,13 +13,12 @@ from sarqc.report.svg import (
     Ranked,
     Scale,
     Series,
-    beside,
     line_chart,
     range_chart,
     ranked_chart,
+    sheet,
     short,
     stacked_bars,
-    standalone,
     text,
 )
 
@@ -75,8 +74,8 @@ def test_marks_stay_inside_the_drawing():
     charts = [
         line_chart(series, Axes("x", "y", "log"), mark=(1.0, "one")),
         line_chart(spans, Axes("x", "y")),
-        range_chart([(0, 0, 5, 900, ""), (1, 3, 4, 5, "")], x_label="x", y_label="y"),
-        stacked_bars([(0, (1.0, 2.0)), (1, (0.0, 9.0))], ("a", "b"), x_label="x", y_label="y"),
+        range_chart([(0, 0, 5, 900, ""), (1, 3, 4, 5, "")], Axes("x", "y")),
+        stacked_bars([(0, (1.0, 2.0)), (1, (0.0, 9.0))], ("a", "b"), Axes("x", "y")),
         ranked_chart([Ranked("a", 3.0, "3", (2.0, 900.0)), Ranked("b", 1e6, "1 M")], "x", mark=(0.1, "m"), title="t"),
     ]
     for chart in map(parsed, charts):
@@ -88,7 +87,7 @@ def test_marks_stay_inside_the_drawing():
 
 
 def test_stacked_parts_add_up():
-    chart = parsed(stacked_bars([(0, (1.0, 3.0))], ("low", "high"), x_label="block", y_label="s"))
+    chart = parsed(stacked_bars([(0, (1.0, 3.0))], ("low", "high"), Axes("block", "s")))
     low, high = chart.iter(f"{SVG}rect")
     assert float(high.get("height")) == pytest.approx(3 * float(low.get("height")), abs=0.3)
     assert float(high.get("y")) + float(high.get("height")) == pytest.approx(float(low.get("y")), abs=0.2)
@@ -97,7 +96,7 @@ def test_stacked_parts_add_up():
 def test_foreign_text_is_text_and_files_are_xml():
     series = [Series(HOSTILE, ((0, 1.0, HOSTILE), (1, 2.0, HOSTILE)))]
     chart = line_chart(series, Axes(HOSTILE, HOSTILE), mark=(1.0, HOSTILE), title=HOSTILE)
-    both = parsed(standalone(beside([chart, chart, chart], columns=2)))
+    both = parsed(sheet([chart, chart, chart], columns=2))
     assert not any(element.tag.endswith("script") for element in both.iter())
     one = parsed(chart)
     assert (float(both.get("width")), float(both.get("height"))) == (2 * WIDTH, 2 * float(one.get("height")))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sarqc.config import QuantConfig
-from sarqc.serving.rules import SERVERS, Layer, RuntimeModel, fused_layers, mixed_places, runtime_support, star
+from sarqc.conventions import star
+from sarqc.serving.rules import SERVERS, Layer, RuntimeModel, fused_layers, mixed_places, runtime_support
 
 AMPERE, HOPPER, SGLANG = "vLLM 0.33, sm_80", "vLLM 0.33, sm_90", "SGLang 0.5.23"
 TRANSFORMERS = "transformers 5.23"
