@@ -85,7 +85,7 @@ def step(model: Any, context: Context) -> Call:
 
     @torch.inference_mode()
     def call() -> Tensor:
-        logits: Tensor = model(input_ids=ids, position_ids=places, past_key_values=context, use_cache=True).logits
+        logits: Tensor = model(input_ids=ids, position_ids=places, cache=context, use_cache=True).logits
         return logits
 
     return call

@@ -78,6 +78,7 @@ class Checkpoint(Closing):
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
         self._slices: dict[str, MatrixSlice] = {}
+        self._described: dict[str, WeightInfo] = {}
         self._rows = self._rows_of_stacks()
         self.expanded: Mapping[str, Expanded] = {}
         hidden: frozenset[str] = frozenset()
@@ -96,8 +97,10 @@ class Checkpoint(Closing):
             return {}
         rows = {}
         for stack, shard in self._home.items():
-            count = (shard.entries[stack].shape or (0,))[0]
-            for expert, name in enumerate(experts_of(stack, count, self._quantization)):
+            shape = shard.entries[stack].shape
+            if not shape or 0 in shape:  # it has no bytes, so its number of experts is any number
+                continue
+            for expert, name in enumerate(experts_of(stack, shape[0], self._quantization)):
                 rows[name] = (stack, expert)
         return rows
 
@@ -197,10 +200,14 @@ class Checkpoint(Closing):
 
     def describe(self, linear: str) -> WeightInfo:
         """What the quantized Linear `linear` is, after checking its tensors against each other; reads no weights."""
-        self.raw_members(linear)
-        assert self.format is not None
-        with self._named():
-            return self.format.describe(linear, self._quantization, self.raw_entry, self.raw_load)
+        if linear not in self._described:
+            self.raw_members(linear)
+            assert self.format is not None
+            with self._named():
+                self._described[linear] = self.format.describe(
+                    linear, self._quantization, self.raw_entry, self.raw_load
+                )
+        return self._described[linear]
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
         """Codes, scales and zeros of `linear` (named without ".weight", E = 1); None where it is not quantized."""

@@ -1,10 +1,10 @@
 """`from_pretrained` of transformers on a quantized checkpoint, with the weights packed: a quantizer of its kind.
 
 transformers builds the model on meta, asks its quantizer what to change, loads what it finds names for, and asks again.
-Here the first question puts packed modules in the module_slots of quantized Linears and expert projections, which only
-reserve their room, so that a device map counts their bytes; transformers then loads the rest as it always does; and the
+Here the first question puts packed modules in the places of quantized Linears and expert projections. They only
+reserve their room, so that a device map counts their bytes. transformers then loads the rest as it always does. The
 answer to the second fills each packed module from the files, one at a time, on the device that transformers chose for
-it. Which checkpoint tensor belongs where is traced (names.py), not known.
+it. Which checkpoint tensor belongs where is traced (weight_map.py), not known.
 
 `save_pretrained` writes the packed tensors back in the format they came from, byte for byte.
 """

@@ -1,7 +1,7 @@
 """A checkpoint as an ordinary transformers model: every weight dense, or the quantized ones packed as they are.
 
 Experts stay the module transformers made: only its two projections become packed modules, which the experts function of
-experts.py calls.
+moe.py calls.
 """
 
 from __future__ import annotations

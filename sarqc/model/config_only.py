@@ -66,8 +66,11 @@ def header_source(folder: str | Path, *, trust_remote_code: bool = False) -> Hea
 
 
 def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration in `folder`; `ModelError` where that alone says that the model is none we take: it has more
-    no text decoder, or its weights are quantized in a way that is not read."""
+    """The configuration in `folder`.
+
+    Raises:
+        ModelError: It is no text decoder, or its weights are quantized in a way that is not read.
+    """
     config = read_config(folder, trust_remote_code)
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None

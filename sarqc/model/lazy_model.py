@@ -82,7 +82,8 @@ class LazyModel:
             return
         for path, module in self._build(dtype).named_modules():
             for name in module._non_persistent_buffers_set:
-                self.model.get_submodule(path)._buffers[name] = module._buffers[name].to(self.device)
+                if (buffer := module._buffers.get(name)) is not None:
+                    self.model.get_submodule(path)._buffers[name] = buffer.to(self.device)
         self.model.config.dtype = dtype
         self.dtype = dtype
 

@@ -150,7 +150,7 @@ def find_sites(lazy: LazyModel, block_targets: Sequence[Target], run: Callable[[
 def observe(lazy: LazyModel, sites: Sequence[Site], sink: Sink, power: int = 0) -> Iterator[None]:
     """Send what every site reads to `sink`, for the time of the context.
 
-    power: rows of experts come scaled by their router weight, see `experts.observed`. Raises `ModelError` on
+    power: rows of experts come scaled by their router weight, see `moe.observed`. Raises `ModelError` on
     leaving it where a site was never called.
     """
     called: set[str] = set()

@@ -5,9 +5,10 @@ Scaling the inputs of a site by s is free where the layer that makes that tensor
 is
 
 - a norm (`y = n * (w + c) + b`, with c = 0, or 1 where weights are stored around zero): all layers that read its
-output, routers and shared experts included, take the same s; - rows of a Linear, or of an experts' stack, that pass
-straight through to the inputs: v_proj through the attention to o_proj, up_proj through the product with the gate to
-down_proj. Several inputs may follow one row, as with grouped heads.
+  output, routers and shared experts included, take the same s;
+- rows of a Linear, or of an experts' stack, that pass straight through to the inputs: v_proj through the attention to
+  o_proj, up_proj through the product with the gate to down_proj. Several inputs may follow one row, as with grouped
+  heads.
 
 One short forward shows which modules read the output of a norm: they received its storage. Which row an input follows
 is found by scaling the rows by powers of two that encode their index, three bits at a time, and decoding the inputs.

@@ -64,8 +64,8 @@ class BlockScales:
         """Choose what these chunks decide, given their Grams; cost: what errors in a chunk cost (`BalanceLayer.cost`).
         quant: what a site's weights become.
 
-        A scale that many experts chunk is decided by the first experts whose Grams are there; experts with scales of
-        their own decide each for themselves. Ranks chunk the search.
+        A scale that many experts share is decided by the first experts whose Grams are there; experts with scales of
+        their own decide each for themselves. Ranks share the search.
         """
         model = self._lazy.model
         given = {chunk.site.name: (chunk, gram) for chunk, gram in zip(chunks, grams)}

@@ -35,6 +35,22 @@ def run_by_block(lazy: LazyModel, source, tokens: Tensor, dtype: torch.dtype | N
         return end.output
 
 
+def test_a_dtype_of_its_own_leaves_a_buffer_that_is_not_set(tmp_path):
+    folder = families.save("qwen3", tmp_path)
+    with open_checkpoint(folder) as source:
+        lazy = LazyModel.from_folder(folder, source)
+    build = lazy._build
+
+    def with_one_unset(dtype):
+        model = build(dtype)
+        model.register_buffer("unset", None, persistent=False)
+        return model
+
+    lazy._build = with_one_unset
+    lazy.use_dtype(torch.float16)
+    assert lazy.dtype == torch.float16
+
+
 def test_a_wrapper_says_the_device_that_its_text_runs_on(tmp_path):
     """transformers takes the first parameter's device for a model's; it may be that of a tower, which is not loaded."""
     folder = families.save("idefics3+vl", tmp_path)
