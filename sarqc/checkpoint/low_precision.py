@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.formats.base import TensorInfo
+from sarqc.checkpoint.headers import Entry
 from sarqc.conventions import LOW_PRECISION
 from sarqc.errors import CheckpointError
 from sarqc_kernels.dequant import dequantize_fp4, dequantize_fp8
@@ -79,7 +80,7 @@ def dense_view(entries: Mapping[str, TensorInfo], quantization: Mapping[str, Any
     """
     dtype = _model_dtype(config)
     block = quantization.get("weight_block_size")
-    edge = tuple(block) if isinstance(block, list) and len(block) == 2 else None
+    edge = (block[0], block[1]) if isinstance(block, list) and len(block) == 2 else None
     weights: dict[str, Expanded] = {}
     for name in entries:
         expanded = _weight(name, entries, edge, dtype)
@@ -101,19 +102,13 @@ def dense_headers(tensors: Mapping[str, Header], config: Mapping[str, Any]) -> d
     quantization = config.get("quantization_config") or {}
     if not is_low_precision(quantization):
         return dict(tensors)
-    view = dense_view({name: _Info(*header) for name, header in tensors.items()}, quantization, config)
+    view = dense_view({name: Entry(dtype, shape, 0) for name, (shape, dtype) in tensors.items()}, quantization, config)
     plain = {name: header for name, header in tensors.items() if name not in view.hidden}
     return plain | {name: (weight.shape, weight.dtype) for name, weight in view.weights.items()}
 
 
-@dataclass(frozen=True)
-class _Info:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 def _weight(
-    name: str, entries: Mapping[str, TensorInfo], edge: tuple[int, ...] | None, dtype: torch.dtype
+    name: str, entries: Mapping[str, TensorInfo], edge: tuple[int, int] | None, dtype: torch.dtype
 ) -> tuple[str, Expanded] | None:
     """The weight that tensor `name` holds the codes of, if it does."""
     entry = entries[name]
@@ -152,14 +147,13 @@ def _blocks(scales: Iterable[int], weight: Iterable[int]) -> bool:
     return len(grid) >= 2 and grid[-2:] not in ((1, 1), (rows, 1), (1, columns))
 
 
-def _fp8(name: str, scale: str, block: tuple[int, ...] | None) -> Callable[[Load, torch.dtype], Tensor]:
+def _fp8(name: str, scale: str, block: tuple[int, int] | None) -> Callable[[Load, torch.dtype], Tensor]:
     def make(load: Load, dtype: torch.dtype) -> Tensor:
         weight = load(name)
         scales = _by_row(load(scale), weight)
         if scales.numel() == 1:
             scales = scales.reshape(1)
-        edges = None if block is None else (block[0], block[1])
-        return dequantize_fp8(weight, scales, dtype=dtype, block=edges)
+        return dequantize_fp8(weight, scales, dtype=dtype, block=block)
 
     return make
 

@@ -148,7 +148,7 @@ class Checkpoint(Closing):
             return self._whole(tensor)
 
         def one(name: str) -> Tensor:
-            return self._shard(name).load_row(name, expert)[None]
+            return self._shard(name).rows(name, expert, 1)
 
         expanded = self.expanded.get(tensor)
         if expanded is None:
@@ -264,7 +264,7 @@ class Checkpoint(Closing):
         """Tensor `name` as it is on disk, bit for bit, on the CPU in memory of its own."""
         if name in self._rows:
             stack, expert = self._rows[name]
-            return self._shard(stack).load_row(stack, expert)
+            return self._shard(stack).rows(stack, expert, 1)[0]
         return self._shard(name).load(name)
 
     @contextmanager

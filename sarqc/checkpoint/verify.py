@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sarqc.checkpoint.file_sums import changed_files
 from sarqc.checkpoint.files import read_json
-from sarqc.checkpoint.headers import bytes_of
 from sarqc.checkpoint.manifest import MANIFEST, Fingerprint, fingerprint, read_manifest
 from sarqc.checkpoint.reader import Checkpoint
 from sarqc.checkpoint.shards import INDEX
@@ -128,7 +127,7 @@ def _names(checkpoint: Checkpoint, manifest: Mapping[str, Fingerprint]) -> Itera
 
 def _changed(checkpoint: Checkpoint, name: str, tensor: Tensor, written: Fingerprint) -> Iterator[str]:
     """A tensor that is not what was written."""
-    actual = fingerprint(tensor, bytes_of(tensor))
+    actual = fingerprint(tensor)
     if (actual.dtype, actual.shape) != (written.dtype, written.shape):
         yield (
             f"{checkpoint.folder}: tensor {name!r} is {actual.dtype} {actual.shape}, where {written.dtype} "
