@@ -149,9 +149,9 @@ def _trace(lazy: LazyModel, index: int, run: Callable[[], Tensor]) -> _Traced:
             name = f"{lazy.prefix}.{index}.{path}"
             own = dict(module.named_parameters(recurse=False))
             if own:
-                hooks.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
+                hooks.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
             if own.keys() in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in own.values()):
-                hooks.callback(module.register_forward_hook(partial(after, name)).remove)
+                hooks.enter_context(module.register_forward_hook(partial(after, name)))
         run()
     return traced
 
@@ -238,7 +238,7 @@ def _source_channels(lazy: LazyModel, mapping: SmoothingMapping, run: Callable[[
 
     def inputs() -> Tensor:
         seen: list[Tensor] = []
-        with observe(lazy, [site], lambda _, x, __: seen.append(x.float())):
+        with observe(lazy, site, lambda x: seen.append(x.float())):
             run()
         return torch.cat(seen)
 

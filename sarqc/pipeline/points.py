@@ -1,4 +1,4 @@
-"""Where a forward suspends, and the hooks that make it do so. These are the only hooks there are on a model.
+"""Where a forward suspends, and the hooks that make it do so.
 
 A point is reached by a task (`pipeline.task`) that runs the model; whoever else calls the same modules passes.
 """
