@@ -40,7 +40,7 @@ def decode(model: Any, ids: Tensor) -> float:
     token = out.logits[:, -1:].argmax(-1)
     began = time.perf_counter()
     for _ in range(DECODE_TOKENS):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, cache=out.cache, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
     return DECODE_TOKENS / (time.perf_counter() - began)
 

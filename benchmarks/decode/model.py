@@ -17,6 +17,7 @@ from benchmarks.quantize.shapes import config_of, tensors_of
 from benchmarks.quantize.source import RandomSource
 from sarqc.config import QuantConfig
 from sarqc.model.build import build
+from sarqc.model.lazy_model import LazyModel
 from sarqc.model.moe import is_experts
 from sarqc_kernels.backend import ENVIRONMENT
 
@@ -34,7 +35,9 @@ def made(shape: str, bits: int | None, device: torch.device) -> Any:
     group = math.gcd(GROUP, *(shape[-1] for name, shape in tensors.items() if "_proj" in name))
     quant = None if bits is None else QuantConfig(bits=bits, group_size=group)
     source = RandomSource(tensors, device=device, quant=quant)
-    model = build(config, source, device=device, dtype=torch.bfloat16, packed=bits is not None)
+    model = build(
+        LazyModel.from_config(config, source), source, device=device, dtype=torch.bfloat16, packed=bits is not None
+    )
     if bits is None and any(is_experts(module) for module in model.modules()):
         model.set_experts_implementation("grouped_mm")  # ours asks the device for offsets where weights are dense
     return model
@@ -85,7 +88,7 @@ def step(model: Any, context: Context) -> Call:
 
     @torch.inference_mode()
     def call() -> Tensor:
-        logits: Tensor = model(input_ids=ids, position_ids=places, past_key_values=context, use_cache=True).logits
+        logits: Tensor = model(input_ids=ids, position_ids=places, cache=context, use_cache=True).logits
         return logits
 
     return call

@@ -10,7 +10,9 @@ assemble  finished shards and single tensors become a checkpoint
 convert   a checkpoint in another format
 folders   an output folder that appears whole or not at all
 side_files  tokenizer, templates, licence, config.json
+file_sums  the sum of every file beside the weights
 formats   how a quantized weight lies on disk
+low_precision  FP8, FP4 and INT8 weights as dense ones
 verify    reads back what was written
 differences  what was written against what it was made of
 

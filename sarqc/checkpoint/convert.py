@@ -75,7 +75,7 @@ class Conversion:
         self._write(folder, progress)
         copy_side_files(self.checkpoint.folder, folder, code=code)
         quantization = self.target.config(self.quant, ignored(self.checkpoint), self._bits)
-        write_config(folder, self.checkpoint.config, quantization)
+        write_config(folder, self.checkpoint.config, self.target, quantization)
         record_files(folder)
         return self._checked(folder)
 
@@ -182,7 +182,7 @@ def spec_of(checkpoint: Checkpoint, embeddings: Collection[str] = ()) -> tuple[Q
     if group_size != -1 and group_size < 8:
         raise CheckpointError(f"{checkpoint.folder} has groups of {group_size} inputs: 8 is the least that is written")
     # Lazy, so that a checkpoint with real zeros is read no further than to the first of them.
-    sym = all(info.sym or _centred(checkpoint, linear) for linear, info in infos.items())
+    sym = all(info.sym or checkpoint.unpack(linear, checkpoint.raw_load).sym for linear, info in infos.items())
     widths = {linear: info.bits for linear, info in infos.items()}
     choices = tuple(sorted(set(widths.values())))
     if len(choices) == 1:
@@ -201,11 +201,6 @@ def _heads(checkpoint: Checkpoint) -> list[str]:
     configs = (checkpoint.config, checkpoint.config.get("text_config"))
     words = {config.get("vocab_size") for config in configs if isinstance(config, dict)}
     return [one for one in outside_blocks(checkpoint.linears()) if checkpoint.describe(one).shape[0] in words]
-
-
-def _centred(checkpoint: Checkpoint, linear: str) -> bool:
-    weight = checkpoint.quantized(linear)
-    return weight is not None and weight.sym
 
 
 def ignored(checkpoint: Checkpoint) -> list[str]:

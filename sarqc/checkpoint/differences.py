@@ -30,7 +30,6 @@ class Compared:
     """A tensor of the dense view. error: of a quantized weight that has one to speak of, else None. problem: one line
     where the tensor is not what it should be."""
 
-    name: str
     error: float | None
     problem: str | None
 
@@ -47,9 +46,9 @@ def compare(checkpoint: Checkpoint, source: Checkpoint, name: str, stored: Tenso
     shape = stored.shape if isinstance(stored, Tensor) else stored.codes.shape[1:]
     if tuple(shape) != source.shape(name):
         shapes = f"{list(shape)}, where {source.folder} has {list(source.shape(name))}"
-        return Compared(name, None, f"{checkpoint.folder}: tensor {name!r} is {shapes}")
+        return Compared(None, f"{checkpoint.folder}: tensor {name!r} is {shapes}")
     if isinstance(stored, Tensor):
-        return Compared(name, None, _copy(checkpoint, source, name, stored))
+        return Compared(None, _copy(checkpoint, source, name, stored))
     return _weight(checkpoint, source, name, stored)
 
 
@@ -82,9 +81,9 @@ def _weight(checkpoint: Checkpoint, source: Checkpoint, name: str, stored: Quant
     error = distance / size if size else 0.0 if not distance else math.inf
     kept = error <= WORST_ERROR  # False for NaN too
     if kept or (math.isfinite(error) and _inner(quantized, weight) >= LEAST_SHARE * size**2):
-        return Compared(name, error, None)
+        return Compared(error, None)
     how = f"{error:.3g} of its size away from" if size else f"{distance:.3g} away from zero, which is"
-    return Compared(name, None, f"{checkpoint.folder}: {name!r} is {how} the weight in {source.folder}")
+    return Compared(None, f"{checkpoint.folder}: {name!r} is {how} the weight in {source.folder}")
 
 
 def _norm(matrix: Tensor) -> float:

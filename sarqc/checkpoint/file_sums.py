@@ -43,9 +43,10 @@ def has_record(folder: Path) -> bool:
 
 def changed_files(folder: Path) -> Iterator[str]:
     """A line for each file that is not what was written, with what changed in it."""
-    if not has_record(folder):
+    manifest = {} if file_in(folder, MANIFEST) is None else read_json(folder / MANIFEST)
+    if "files" not in manifest:
         return
-    written = read_json(folder / MANIFEST)["files"]
+    written = manifest["files"]
     if not isinstance(written, dict) or not all(isinstance(one, dict) for one in written.values()):
         raise CheckpointError(f"{folder / MANIFEST} is damaged: its files are {str(written)[:80]!r}")
     present = _present(folder)

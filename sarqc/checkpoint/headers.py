@@ -88,9 +88,9 @@ def _entry(path: Path, name: str, fields: object, base: int) -> Entry:
     return Entry(DTYPES[dtype], tuple(fields["shape"]), base + fields["data_offsets"][0])
 
 
-def dtype_name(dtype: torch.dtype) -> str | None:
-    """The header's name for `dtype`; None where the format has none."""
-    return _NAMES.get(dtype)
+def dtype_name(dtype: torch.dtype) -> str:
+    """The header's name for `dtype`, which must be one that a safetensors file holds."""
+    return _NAMES[dtype]
 
 
 def make_header(tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[str]]:

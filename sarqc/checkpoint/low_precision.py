@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sarqc.checkpoint.formats.base import TensorInfo
+from sarqc.checkpoint.headers import Entry
 from sarqc.conventions import LOW_PRECISION
 from sarqc.errors import CheckpointError
 from sarqc_kernels.dequant import dequantize_fp4, dequantize_fp8
@@ -79,7 +80,7 @@ def dense_view(entries: Mapping[str, TensorInfo], quantization: Mapping[str, Any
     """
     dtype = _model_dtype(config)
     block = quantization.get("weight_block_size")
-    edge = tuple(block) if isinstance(block, list) and len(block) == 2 else None
+    edge = (block[0], block[1]) if isinstance(block, list) and len(block) == 2 else None
     weights: dict[str, Expanded] = {}
     for name in entries:
         expanded = _weight(name, entries, edge, dtype)
@@ -101,31 +102,28 @@ def dense_headers(tensors: Mapping[str, Header], config: Mapping[str, Any]) -> d
     quantization = config.get("quantization_config") or {}
     if not is_low_precision(quantization):
         return dict(tensors)
-    view = dense_view({name: _Info(*header) for name, header in tensors.items()}, quantization, config)
+    view = dense_view({name: Entry(dtype, shape, 0) for name, (shape, dtype) in tensors.items()}, quantization, config)
     plain = {name: header for name, header in tensors.items() if name not in view.hidden}
     return plain | {name: (weight.shape, weight.dtype) for name, weight in view.weights.items()}
 
 
-@dataclass(frozen=True)
-class _Info:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 def _weight(
-    name: str, entries: Mapping[str, TensorInfo], edge: tuple[int, ...] | None, dtype: torch.dtype
+    name: str, entries: Mapping[str, TensorInfo], edge: tuple[int, int] | None, dtype: torch.dtype
 ) -> tuple[str, Expanded] | None:
     """The weight that tensor `name` holds the codes of, if it does."""
     entry = entries[name]
     scale = next((f"{name}{end}" for end in _SCALES if f"{name}{end}" in entries), None)
     if scale is None and name.endswith(".weight") and f"{name[:-7]}.scale" in entries:
         scale = f"{name[:-7]}.scale"
+    if entry.dtype in (_FP8, *_BYTES) and scale is not None:
+        _check_rank(name, entry, len(entry.shape) >= 2)
     if entry.dtype == _FP8 and scale is not None:
         block = edge if _blocks(entries[scale].shape, entry.shape) else None
         return name, Expanded(tuple(entry.shape), dtype, (name, scale), _fp8(name, scale, block))
     if name.endswith("_blocks") and f"{name[:-7]}_scales" in entries:
         return name[:-7], _gpt_oss(name[:-7], entry, dtype)
     if name.endswith("_packed") and entry.dtype in _BYTES and f"{name[:-7]}_scale" in entries:
+        _check_rank(name, entry, len(entry.shape) >= 2)
         return name[:-7], _fp4(name, name[:-7], entries, "_global_scale", dtype)
     if entry.dtype == torch.uint8 and f"{name}_scale" in entries:
         return name, _fp4(name, name, entries, "_scale_2", dtype)
@@ -137,6 +135,11 @@ def _weight(
     return None
 
 
+def _check_rank(name: str, entry: TensorInfo, good: bool) -> None:
+    if not good:
+        raise CheckpointError(f"tensor {name!r} has shape {list(entry.shape)}, which codes of a weight do not have")
+
+
 def _blocks(scales: Iterable[int], weight: Iterable[int]) -> bool:
     """Whether scales stand for blocks: neither one of the tensor nor one of each row."""
     rows, columns = tuple(weight)[-2:]
@@ -144,22 +147,26 @@ def _blocks(scales: Iterable[int], weight: Iterable[int]) -> bool:
     return len(grid) >= 2 and grid[-2:] not in ((1, 1), (rows, 1), (1, columns))
 
 
-def _fp8(name: str, scale: str, block: tuple[int, ...] | None) -> Callable[[Load, torch.dtype], Tensor]:
+def _fp8(name: str, scale: str, block: tuple[int, int] | None) -> Callable[[Load, torch.dtype], Tensor]:
     def make(load: Load, dtype: torch.dtype) -> Tensor:
-        weight, scales = load(name), load(scale)
-        if scales.dim() == 1 and scales.numel() == weight.shape[-2]:
-            scales = scales[:, None]
+        weight = load(name)
+        scales = _by_row(load(scale), weight)
         if scales.numel() == 1:
             scales = scales.reshape(1)
-        edges = None if block is None else (block[0], block[1])
-        return dequantize_fp8(weight, scales, dtype=dtype, block=edges)
+        return dequantize_fp8(weight, scales, dtype=dtype, block=block)
 
     return make
 
 
+def _by_row(scales: Tensor, weight: Tensor) -> Tensor:
+    """Scales of one dimension as a column, where there is one for each row of the weight."""
+    return scales[:, None] if scales.dim() == 1 and scales.numel() == weight.shape[-2] else scales
+
+
 def _gpt_oss(base: str, entry: TensorInfo, dtype: torch.dtype) -> Expanded:
-    experts, rows, groups, half = entry.shape
     names = (f"{base}_blocks", f"{base}_scales")
+    _check_rank(names[0], entry, len(entry.shape) == 4)
+    experts, rows, groups, half = entry.shape
 
     def make(load: Load, dtype: torch.dtype) -> Tensor:
         return dequantize_fp4(load(names[0]), load(names[1]), dtype=dtype).mT
@@ -183,7 +190,11 @@ def _mxfp4(name: str, scale: str) -> Callable[[Load, torch.dtype], Tensor]:
 
 
 def _int8(name: str, scale: str) -> Callable[[Load, torch.dtype], Tensor]:
-    return lambda load, dtype: (load(name).float() * load(scale).float()).to(dtype)
+    def make(load: Load, dtype: torch.dtype) -> Tensor:
+        weight = load(name)
+        return (weight.float() * _by_row(load(scale), weight).float()).to(dtype)
+
+    return make
 
 
 def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from sarqc.checkpoint.files import file_in, read_json, write_json
-from sarqc.checkpoint.headers import dtype_name
+from sarqc.checkpoint.headers import bytes_of, dtype_name
 from sarqc.errors import CheckpointError
 
 MANIFEST = "sarqc-manifest.json"
@@ -38,9 +38,9 @@ class Fingerprint:
     sha256: str
 
 
-def fingerprint(tensor: Tensor, data: memoryview) -> Fingerprint:
-    """The fingerprint of a tensor whose bytes are `data`; its dtype must be one that a safetensors file holds."""
-    return Fingerprint(str(dtype_name(tensor.dtype)), list(tensor.shape), hashlib.sha256(data).hexdigest())
+def fingerprint(tensor: Tensor) -> Fingerprint:
+    """The fingerprint of a tensor; its dtype must be one that a safetensors file holds."""
+    return Fingerprint(dtype_name(tensor.dtype), list(tensor.shape), hashlib.sha256(bytes_of(tensor)).hexdigest())
 
 
 def write_manifest(folder: Path, tensors: Mapping[str, Fingerprint]) -> Path:

@@ -78,6 +78,7 @@ class Checkpoint(Closing):
         self._shards = shards
         self._home = {name: shard for shard in shards for name in shard.entries}
         self._slices: dict[str, MatrixSlice] = {}
+        self._described: dict[str, WeightInfo] = {}
         self._rows = self._rows_of_stacks()
         self.expanded: Mapping[str, Expanded] = {}
         hidden: frozenset[str] = frozenset()
@@ -96,8 +97,10 @@ class Checkpoint(Closing):
             return {}
         rows = {}
         for stack, shard in self._home.items():
-            count = (shard.entries[stack].shape or (0,))[0]
-            for expert, name in enumerate(experts_of(stack, count, self._quantization)):
+            shape = shard.entries[stack].shape
+            if not shape or 0 in shape:  # it has no bytes, so its number of experts is any number
+                continue
+            for expert, name in enumerate(experts_of(stack, shape[0], self._quantization)):
                 rows[name] = (stack, expert)
         return rows
 
@@ -145,7 +148,7 @@ class Checkpoint(Closing):
             return self._whole(tensor)
 
         def one(name: str) -> Tensor:
-            return self._shard(name).load_row(name, expert)[None]
+            return self._shard(name).rows(name, expert, 1)
 
         expanded = self.expanded.get(tensor)
         if expanded is None:
@@ -197,10 +200,14 @@ class Checkpoint(Closing):
 
     def describe(self, linear: str) -> WeightInfo:
         """What the quantized Linear `linear` is, after checking its tensors against each other; reads no weights."""
-        self.raw_members(linear)
-        assert self.format is not None
-        with self._named():
-            return self.format.describe(linear, self._quantization, self.raw_entry, self.raw_load)
+        if linear not in self._described:
+            self.raw_members(linear)
+            assert self.format is not None
+            with self._named():
+                self._described[linear] = self.format.describe(
+                    linear, self._quantization, self.raw_entry, self.raw_load
+                )
+        return self._described[linear]
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
         """Codes, scales and zeros of `linear` (named without ".weight", E = 1); None where it is not quantized."""
@@ -257,7 +264,7 @@ class Checkpoint(Closing):
         """Tensor `name` as it is on disk, bit for bit, on the CPU in memory of its own."""
         if name in self._rows:
             stack, expert = self._rows[name]
-            return self._shard(stack).load_row(stack, expert)
+            return self._shard(stack).rows(stack, expert, 1)[0]
         return self._shard(name).load(name)
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import os
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
@@ -27,7 +27,6 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries = read_header(path)
-        self._lock = threading.Lock()
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
@@ -38,24 +37,22 @@ class Shard:
         entry = self.entries[name]
         return self._read(name, entry.begin, entry.nbytes).view(entry.dtype).view(entry.shape)
 
-    def load_row(self, name: str, index: int) -> Tensor:
-        """Element `index` along the first dimension of a tensor, reading nothing else of it."""
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Elements first .. first + count along the first dimension of a tensor, reading nothing else of it."""
         entry = self.entries[name]
         row = entry.nbytes // entry.shape[0]
-        return self._read(name, entry.begin + index * row, row).view(entry.dtype).view(entry.shape[1:])
+        data = self._read(name, entry.begin + first * row, count * row)
+        return data.view(entry.dtype).view(count, *entry.shape[1:])
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """The same in pieces along its first dimension of about 16 MB; a tensor without dimensions is one piece."""
+        """A tensor in pieces along its first dimension of about 16 MB; one without dimensions is one piece."""
         entry = self.entries[name]
         if not entry.nbytes or not entry.shape:
             yield self.load(name)
             return
-        row = entry.nbytes // entry.shape[0]
-        step = max(1, _PART // row)
+        step = max(1, _PART * entry.shape[0] // entry.nbytes)
         for first in range(0, entry.shape[0], step):
-            count = min(step, entry.shape[0] - first)
-            data = self._read(name, entry.begin + first * row, count * row)
-            yield data.view(entry.dtype).view(count, *entry.shape[1:])
+            yield self.rows(name, first, min(step, entry.shape[0] - first))
 
     def _read(self, name: str, begin: int, count: int) -> Tensor:
         """Bytes of the file, uint8 [count], in memory of their own."""
@@ -63,13 +60,11 @@ class Shard:
         view = data.numpy().data
         filled = 0
         try:
-            with self._lock:
-                self._file.seek(begin)
-                while filled < count:  # one read gives at most 2 GB
-                    read = self._file.readinto(view[filled:])
-                    if not read:
-                        raise CheckpointError(f"{self.path} ended inside tensor {name!r}: it changed while it was read")
-                    filled += read
+            while filled < count:  # one read gives at most 2 GB
+                read = os.preadv(self._file.fileno(), [view[filled:]], begin + filled)
+                if not read:
+                    raise CheckpointError(f"{self.path} ended inside tensor {name!r}: it changed while it was read")
+                filled += read
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read at tensor {name!r}: {error.strerror}") from error
         return data

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sarqc.checkpoint.files import file_in, write_json
-from sarqc.checkpoint.formats import FORMATS, detect
+from sarqc.checkpoint.formats import FORMATS, Format
 from sarqc.conventions import SIDE_FILES
 from sarqc.errors import CheckpointError
 
@@ -49,21 +49,20 @@ def copy_side_files(source: Path | str, out: Path | str, code: bool = False) -> 
     return names
 
 
-def write_config(out: Path | str, config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> Path:
-    """Writes `config` as config.json of the folder `out`, with `quantization` as its quantization_config.
+def write_config(out: Path, config: Mapping[str, Any], format: Format, quantization: Mapping[str, Any]) -> None:
+    """Write config.json of the folder `out`, and the files that readers of the format want beside it.
 
-    None writes the config of an unquantized model. What was under that key, and under another that a format has, is
-    dropped in both cases. Files that readers of the format want beside it are written too.
+    Args:
+        out: The folder.
+        config: The model's configuration. What is in it under a key that any format has is dropped.
+        format: The format of the weights.
+        quantization: Its `quantization_config`.
+
+    Raises:
+        CheckpointError: A file cannot be written.
     """
     every = {key for known in FORMATS.values() for key in known.keys}
-    merged = {key: value for key, value in config.items() if key not in every}
-    path = Path(out) / "config.json"
-    known = None if quantization is None else detect({"quantization_config": quantization})
-    if quantization is not None:
-        merged = (known.also(merged) if known else {}) | merged
-        merged |= {key: dict(quantization) for key in (known.keys if known else ("quantization_config",))}
-    write_json(path, merged)
-    if known is not None and quantization is not None:
-        for name, content in known.side_files(quantization).items():
-            write_json(path.with_name(name), content)
-    return path
+    plain = {key: value for key, value in config.items() if key not in every}
+    write_json(out / "config.json", format.also(plain) | plain | dict.fromkeys(format.keys, quantization))
+    for name, content in format.side_files(quantization).items():
+        write_json(out / name, content)

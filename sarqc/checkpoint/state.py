@@ -157,7 +157,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor | ChunkedTensor], recor
         return make_header(_entries(whole), {_RECORD: text, _SUMS: listed, _SEAL: _sha256((text + listed).encode())})
 
     # Sums stand in front of what they are of and are known behind it: they are filled in last, and are of one length.
-    blank, order = header({n: Fingerprint(str(dtype_name(w.dtype)), list(w.shape), "0" * 64) for n, w in whole.items()})
+    blank, order = header({n: Fingerprint(dtype_name(w.dtype), list(w.shape), "0" * 64) for n, w in whole.items()})
     with durable(path) as partial, partial.open("wb", buffering=0) as file:
         write_all(file, memoryview(blank))
         sums = _write_tensors(file, whole, order)
@@ -216,7 +216,7 @@ def _write_tensors(file: FileIO, whole: Mapping[str, ChunkedTensor], order: Sequ
             view = bytes_of(part)
             digest.update(view)
             write_all(file, view)
-        sums[name] = Fingerprint(str(dtype_name(whole[name].dtype)), list(whole[name].shape), digest.hexdigest())
+        sums[name] = Fingerprint(dtype_name(whole[name].dtype), list(whole[name].shape), digest.hexdigest())
     return sums
 
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from sarqc.checkpoint.file_sums import changed_files
 from sarqc.checkpoint.files import read_json
-from sarqc.checkpoint.headers import bytes_of
 from sarqc.checkpoint.manifest import MANIFEST, Fingerprint, fingerprint, read_manifest
 from sarqc.checkpoint.reader import Checkpoint
 from sarqc.checkpoint.shards import INDEX
-from sarqc.errors import CheckpointError, NumericError
+from sarqc.errors import CheckpointError, NumericError, SarqcError
 from sarqc.method.weight import QuantizedWeight
 
 Beside = Callable[[str, Tensor | QuantizedWeight], Iterable[str]]
@@ -74,9 +73,9 @@ def problems(
             if stack in manifest:
                 yield from _changed(checkpoint, stack, checkpoint.raw_load(stack), manifest[stack])
     for name in checkpoint.names():
-        linear = checkpoint.linear(name)
+        linear, expanded = checkpoint.linear(name), checkpoint.expanded.get(name)
         read: dict[str, Tensor] = {}
-        members = checkpoint.raw_members(linear) if linear else (name,)
+        members = checkpoint.raw_members(linear) if linear else expanded.members if expanded else (name,)
         for member in members:
             try:
                 read[member] = checkpoint.raw_load(member)
@@ -91,8 +90,12 @@ def problems(
         if len(read) < len(members):
             continue
         try:
-            stored = checkpoint.unpack(linear, read.__getitem__) if linear else read[name]
-        except CheckpointError as error:
+            stored: Tensor | QuantizedWeight
+            if linear is not None:
+                stored = checkpoint.unpack(linear, read.__getitem__)
+            else:
+                stored = read[name] if expanded is None else expanded.load(read.__getitem__)
+        except SarqcError as error:
             yield str(error)
             continue
         if beside is not None:
@@ -124,7 +127,7 @@ def _names(checkpoint: Checkpoint, manifest: Mapping[str, Fingerprint]) -> Itera
 
 def _changed(checkpoint: Checkpoint, name: str, tensor: Tensor, written: Fingerprint) -> Iterator[str]:
     """A tensor that is not what was written."""
-    actual = fingerprint(tensor, bytes_of(tensor))
+    actual = fingerprint(tensor)
     if (actual.dtype, actual.shape) != (written.dtype, written.shape):
         yield (
             f"{checkpoint.folder}: tensor {name!r} is {actual.dtype} {actual.shape}, where {written.dtype} "

@@ -11,7 +11,7 @@ from math import prod
 
 from sarqc.estimation import shapes
 from sarqc.method.lambda_search import EXPERTS, TRIAL_BYTES
-from sarqc.model.layers import Target
+from sarqc.model.candidates import Target
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.activation_memory import activation_memory
 from sarqc.pipeline.grams import gram_bytes, portions

@@ -1,10 +1,10 @@
 """`from_pretrained` of transformers on a quantized checkpoint, with the weights packed: a quantizer of its kind.
 
 transformers builds the model on meta, asks its quantizer what to change, loads what it finds names for, and asks again.
-Here the first question puts packed modules in the module_slots of quantized Linears and expert projections, which only
-reserve their room, so that a device map counts their bytes; transformers then loads the rest as it always does; and the
+Here the first question puts packed modules in the places of quantized Linears and expert projections. They only
+reserve their room, so that a device map counts their bytes. transformers then loads the rest as it always does. The
 answer to the second fills each packed module from the files, one at a time, on the device that transformers chose for
-it. Which checkpoint tensor belongs where is traced (names.py), not known.
+it. Which checkpoint tensor belongs where is traced (weight_map.py), not known.
 
 `save_pretrained` writes the packed tensors back in the format they came from, byte for byte.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,17 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sarqc.checkpoint.reader import Checkpoint, open_checkpoint
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import moe
 from sarqc.model.build import ModuleSlot, gather, module_slots
 from sarqc.model.lazy_model import assemble
 from sarqc.model.packed_linear import PackedWeight, QuantLinear
-from sarqc.model.source import PackedSource
 from sarqc.model.undeclared_experts import adopt
-from sarqc.model.weight_map import TensorSlice, read_together, trace
+from sarqc.model.weight_map import TensorSlice, read_together, tied_to, trace
 
-__all__ = ["Open", "PackedConfig", "PackedQuantizer"]
-
-Open = Callable[[Path], AbstractContextManager[PackedSource]]
-"""Opens the checkpoint in a folder."""
+__all__ = ["PackedConfig", "PackedQuantizer"]
 
 Packer = Callable[[QuantizedWeight], dict[str, Tensor]]
 
@@ -64,9 +60,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
     is_trainable = False
     is_compileable = True
 
-    def __init__(self, quantization_config: PackedConfig, *, open_source: Open, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._open = open_source
         self._folder = Path()
         self._slots: list[ModuleSlot] = []
         self._dense: dict[str, tuple[TensorSlice, ...]] = {}
@@ -82,7 +77,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
         if not files:
             raise ModelError("a packed model is loaded from files: give from_pretrained a folder or a hub id")
         self._folder, self._dtype = Path(files[0]).parent, model.dtype
-        with torch.device("cpu"), self._open(self._folder) as source:  # transformers calls this under meta
+        with torch.device("cpu"), open_checkpoint(self._folder) as source:  # transformers calls this under meta
             adopt(model)
             slices = trace(model, source)
             stored = set(source.linears())
@@ -92,6 +87,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
             self._hide_dense(model, slices, partial(read_together, model, source, wanted))
             model._keys_to_ignore_on_load_unexpected = {
                 *(model._keys_to_ignore_on_load_unexpected or ()),
+                *(f"^{re.escape(parameter)}$" for parameter in self._dense),
                 *(_ending(linear, name) for linear in stored for name in source.raw_members(linear)),
             }
 
@@ -99,10 +95,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
         self, model: Any, slices: dict[str, tuple[TensorSlice, ...]], described: Callable[[str], QuantizedWeight | None]
     ) -> None:
         """Put packed modules where every matrix is quantized and alike."""
-        tied = _tied(model)
         for slot in module_slots(model, slices):
             weight = gather(slot.slices, described)
-            if weight is None or f"{slot.path}.weight" in tied:
+            if weight is None or tied_to(model, f"{slot.path}.weight") is not None:
                 continue
             module = slot.put(weight, "meta", self._dtype)
             if not isinstance(module, QuantLinear):  # its owner would fill parameters that it no longer has
@@ -118,7 +113,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
         conversions: Callable[[], Iterable[frozenset[str]]],
     ) -> None:
         """Keep from transformers what it cannot make: parameters of packed tensors, or of a conversion that has one."""
-        tied = _tied(model)
         packed = {f"{linear}.weight" for linear in self._packers}
         taken = {stored.name for slot in self._slots for stored in slot.slices}
         incomplete = packed - taken
@@ -127,17 +121,13 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
         for parameter, parts in slices.items():
             if incomplete.isdisjoint(stored.name for stored in parts):
                 continue
-            if parameter in tied:
+            if tied_to(model, parameter) is not None:
                 raise ModelError(f"{parameter!r} is quantized and tied to another parameter; such models are not run")
             self._dense[parameter] = parts
             _hide(model, parameter)
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *(f"^{re.escape(parameter)}$" for parameter in self._dense),
-        }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        with self._open(self._folder) as source:
+        with open_checkpoint(self._folder) as source:
             for slot in self._slots:
                 weight = gather(slot.slices, source.quantized)
                 module = _packed(model, slot)
@@ -159,11 +149,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
                 assert stored.linear is not None
                 state |= self._packers[stored.linear](_part(weight, stored))
         return state, {}
-
-
-def _tied(model: Any) -> set[str]:
-    """Parameters that are one with another."""
-    return {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
 
 
 def _hide(model: nn.Module, parameter: str) -> None:
@@ -198,7 +183,7 @@ def _part(weight: QuantizedWeight, stored: TensorSlice) -> QuantizedWeight:
     return QuantizedWeight(one.codes[:, rows], one.scales[:, rows], one.zeros[:, rows], one.bits)
 
 
-def _described(source: PackedSource, stored: set[str], linear: str) -> QuantizedWeight | None:
+def _described(source: Checkpoint, stored: set[str], linear: str) -> QuantizedWeight | None:
     """A quantized weight of the right shapes on meta; None where the source has it dense."""
     if linear not in stored:
         return None

@@ -18,10 +18,7 @@ from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sarqc.integrations.hf_quantizer import Open
+from typing import Any
 
 __all__ = ["register", "unregister"]
 
@@ -80,18 +77,15 @@ class PostImportHook(MetaPathFinder):
 class TableEntry:
     """Replaces the entry of one `quant_method` in both tables.
 
-    config, quantizer: transformers' own entries. takes: whether a checkpoint with this `quantization_config` can be
-    kept packed. open_source: opens the checkpoint.
+    config, quantizer: transformers' own entries.
     """
 
     config: Any
     quantizer: Any
-    takes: Callable[[Mapping[str, Any]], bool]
-    open_source: Open
 
     def from_dict(self, values: dict[str, Any], **kwargs: Any) -> Any:
         """What transformers calls on the entry of its table of configurations."""
-        if self.takes(values):
+        if can_pack(values):
             from sarqc.integrations.hf_quantizer import PackedConfig
 
             return PackedConfig(**values)
@@ -102,7 +96,7 @@ class TableEntry:
         from sarqc.integrations.hf_quantizer import PackedConfig, PackedQuantizer
 
         if isinstance(config, PackedConfig):
-            return PackedQuantizer(config, open_source=self.open_source, **kwargs)
+            return PackedQuantizer(config, **kwargs)
         return self.quantizer(config, **kwargs)
 
 
@@ -111,12 +105,11 @@ def _patch_tables() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     from sarqc.checkpoint.formats import FORMATS
-    from sarqc.checkpoint.reader import open_checkpoint
 
     for method in FORMATS:
         config = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
         if config is not None and not isinstance(config, TableEntry):
-            entry = TableEntry(config, AUTO_QUANTIZER_MAPPING[method], can_pack, open_checkpoint)
+            entry = TableEntry(config, AUTO_QUANTIZER_MAPPING[method])
             AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method] = entry
 
 

@@ -1,7 +1,7 @@
 """A checkpoint as an ordinary transformers model: every weight dense, or the quantized ones packed as they are.
 
 Experts stay the module transformers made: only its two projections become packed modules, which the experts function of
-experts.py calls.
+moe.py calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import moe
@@ -21,11 +20,9 @@ from sarqc.model.packed_linear import PackedWeight, QuantExperts, QuantLinear
 from sarqc.model.source import TensorSource
 from sarqc.model.weight_map import TensorSlice
 
-__all__ = ["ModuleSlot", "QuantExperts", "QuantLinear", "build", "gather", "module_slots"]
-
 
 def build(
-    model: LazyModel | PreTrainedConfig,
+    lazy: LazyModel,
     source: TensorSource,
     *,
     device: torch.device | str = "cpu",
@@ -34,10 +31,9 @@ def build(
 ) -> Any:
     """A transformers model with all its weights, in eval mode, ready for `generate`.
 
-    model: a `LazyModel`, which the result takes over, or a configuration. dtype: of activations and dense weights, the
-    checkpoint's by default. packed: quantized layers keep their codes; otherwise they are expanded to `dtype`.
+    lazy: the model on meta, which the result takes over. dtype: of activations and dense weights, the checkpoint's by
+    default. packed: quantized layers keep their codes; otherwise they are expanded to `dtype`.
     """
-    lazy = model if isinstance(model, LazyModel) else LazyModel.from_config(model, source)
 
     def pack(slots: Iterable[ModuleSlot]) -> None:  # and what is left dense is loaded afterwards
         for slot in slots if packed else ():

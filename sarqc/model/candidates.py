@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sarqc.model import moe
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.trial import computes
+from sarqc.model.weight_map import tied_to
 
 NARROWEST = 32
 """Inputs of the narrowest layer that is quantized: the smallest group size that servers take."""
@@ -151,8 +152,7 @@ def _embedding(lazy: LazyModel, target: Target) -> Candidate:
 
 def _tied(lazy: LazyModel, parameter: str) -> str | None:
     """The module whose weight a parameter is too, or None."""
-    pairs: dict[str, str] = lazy.model.all_tied_weights_keys
-    other = pairs.get(parameter) or next((one for one, origin in pairs.items() if origin == parameter), None)
+    other = tied_to(lazy.model, parameter)
     return other and other.removesuffix(".weight")
 
 

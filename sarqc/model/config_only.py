@@ -6,52 +6,16 @@ checkpoint, one tensor for each matrix of each expert. That is enough to plan a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from sarqc.conventions import SOURCE_METHODS, MatrixSlice
+from sarqc.conventions import SOURCE_METHODS
 from sarqc.errors import ModelError
-from sarqc.method.weight import QuantizedWeight
 from sarqc.model.architecture import build_on_meta, language_model, read_config
-
-
-@dataclass(frozen=True)
-class HeaderSource:
-    """A `TensorSource` without tensors. tensors: (shape, dtype) by the checkpoint's names."""
-
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-
-    def split(self, slices: Mapping[str, MatrixSlice]) -> HeaderSource:
-        """The source with single experts in the place of tensors of all experts."""
-        whole = {part.tensor for part in slices.values()}
-        plain = {name: header for name, header in self.tensors.items() if name not in whole}
-        return HeaderSource(plain | {name: (part.shape, self.tensors[part.tensor][1]) for name, part in slices.items()})
-
-    def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
-        return sorted(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self.tensors[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self.tensors[name][1]
-
-    def load(self, name: str) -> Tensor:
-        """`ModelError`: there is nothing to load."""
-        raise ModelError(f"tensor {name!r} is not on this machine: fetch the model's weights first")
-
-    def quantized(self, linear: str) -> QuantizedWeight | None:
-        """None: nothing is known to be quantized."""
-        return None
+from sarqc.model.source import HeaderSource
 
 
 def header_source(folder: str | Path, *, trust_remote_code: bool = False) -> HeaderSource:
@@ -62,12 +26,15 @@ def header_source(folder: str | Path, *, trust_remote_code: bool = False) -> Hea
     tied = model.all_tied_weights_keys
     saved = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
     reverted = revert_weight_conversion(model, saved)
-    return HeaderSource({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in reverted.items()})
+    return HeaderSource.of(reverted)
 
 
 def unquantized_decoder(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration in `folder`; `ModelError` where that alone says that the model is none we take: it has more
-    no text decoder, or its weights are quantized in a way that is not read."""
+    """The configuration in `folder`.
+
+    Raises:
+        ModelError: It is no text decoder, or its weights are quantized in a way that is not read.
+    """
     config = read_config(folder, trust_remote_code)
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None

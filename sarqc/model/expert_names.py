@@ -23,9 +23,9 @@ _NUMBERED = (("w1", "w3"), ("w1",), ("w2",))
 
 
 def stored_names(model: Any, parameter: str) -> Mapping[str, Tensor]:
-    """The tensors, on meta, that transformers would save a parameter as."""
+    """The tensors, on meta, that transformers would save a parameter or buffer as."""
     reverted: Mapping[str, Tensor] = revert_weight_conversion(
-        model, {parameter: model.get_parameter(parameter).to("meta")}
+        model, {parameter: model.get_parameter_or_buffer(parameter).to("meta")}
     )
     return reverted
 

@@ -5,6 +5,8 @@ The draw takes a `torch.Generator` of the caller's; transformers' own sampling d
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,16 +15,23 @@ from torch import Tensor
 
 from sarqc.errors import ArgumentError
 
+_CACHES = ("cache", "past_key_values", "cache_params")
+"""Names that versions of transformers and models have for what is kept of the tokens that were read."""
+
 
 class Stream:
-    """A causal language model with the keys and values of what it has read.
+    """A causal language model with the keys and values, or states, of what it has read.
 
     A text that goes on where the last one stopped, as a conversation does, is read from there; any other from the
-    start.
+    start. A model without a cache reads the whole text for each token. States are continued by one token at a time:
+    Mamba in transformers reads several tokens as if they were the first.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        takes = inspect.signature(model.forward).parameters
+        self._name = next((name for name in _CACHES if name in takes), "")
+        self._most = 1 if getattr(model, "_is_stateful", False) else math.inf  # tokens that continue a cache
         self._cache: Any = None
         self._read: list[int] = []
 
@@ -45,29 +54,29 @@ class Stream:
         temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn with
         `generator`, on the CPU. Raises `ArgumentError` where `tokens` leave the model no room.
         """
-        new = list(tokens)
-        if not new or (self.longest is not None and len(new) >= self.longest):
-            raise ArgumentError(f"a text of {len(new)} tokens cannot be continued: the model takes 1 to {self.longest}")
-        known = len(self._read)
-        if self._cache is not None and known < len(new) and new[:known] == self._read:
-            new = new[known:]
-        else:
-            self._cache, self._read = None, []
-        for _ in range(min(limit, limit if self.longest is None else self.longest - len(tokens))):
-            token = choose(self._next(new), temperature, generator)
+        text = list(tokens)
+        if not text or (self.longest is not None and len(text) >= self.longest):
+            raise ArgumentError(
+                f"a text of {len(text)} tokens cannot be continued: the model takes 1 to {self.longest}"
+            )
+        for _ in range(min(limit, limit if self.longest is None else self.longest - len(text))):
+            token = choose(self._next(text), temperature, generator)
             if token in self.ends:
                 return
             yield token
-            new = [token]
+            text.append(token)
 
-    def _next(self, new: list[int]) -> Tensor:
-        """Logits [V] after reading `new` too; interrupted, what was read is forgotten, as layers may differ."""
+    def _next(self, text: list[int]) -> Tensor:
+        """Logits [V] after `text`; interrupted, what was read is forgotten, as layers may differ."""
         held, self._cache = self._cache, None
-        ids = torch.tensor([new], device=self.model.device)
+        known = len(self._read)
+        if held is None or not known < len(text) <= known + self._most or text[:known] != self._read:
+            held, known = None, 0
+        ids = torch.tensor([text[known:]], device=self.model.device)
+        given = {} if held is None else {self._name: held}
         with torch.inference_mode():
-            out = self.model(input_ids=ids, past_key_values=held, use_cache=True, logits_to_keep=1)
-        self._read += new
-        self._cache = out.past_key_values
+            out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
+        self._cache, self._read = out.get(self._name), list(text)
         logits: Tensor = out.logits[0, -1]
         return logits
 

@@ -34,17 +34,6 @@ from sarqc.model import moe
 from sarqc.model.candidates import Candidate, Target, candidates, outside
 from sarqc.model.lazy_model import LazyModel
 
-__all__ = [
-    "Target",
-    "Targets",
-    "auto_group_size",
-    "check_group_size",
-    "is_wanted",
-    "pattern_of",
-    "targets",
-    "targets_of",
-]
-
 GROUP_SIZES = (128, 64, 32)
 MOST_LEFT = 0.01
 """Share of the blocks' weights that may stay unquantized without `ignore`."""
@@ -119,7 +108,6 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
         ArgumentError: a pattern is no regular expression or finds nothing, or `include` finds what cannot be quantized.
     """
     _check_constant(lazy)
-    patterns = [_compiled(pattern) for pattern in quant.ignore]
     selected: list[Target] = []
     ignored: list[tuple[str, str]] = []
     ruled: list[tuple[str, str]] = []
@@ -127,7 +115,7 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
     matched: set[str] = set()
     for candidate in (*candidates(lazy), *_included(lazy, quant)):
         target = candidate.target
-        finders = [p.pattern for p in patterns if any(map(p.search, target.names))]
+        finders = _finders(quant.ignore, target.names)
         matched.update(finders)
         if finders:
             ignored.append((target.linear, finders[0]))
@@ -140,10 +128,10 @@ def targets(lazy: LazyModel, quant: QuantConfig) -> Targets:
     _check_share(refused, [target for target in selected if target.block < len(lazy.blocks)])
     left = ruled + [(one.target.linear, str(one.refusal)) for one in refused]
     untouched, modules = _others(lazy, selected, (name for name, _ in (*ignored, *left)))
-    for compiled in patterns:
-        if compiled.pattern not in matched and not any(map(compiled.search, (*untouched, *modules))):
+    for pattern in quant.ignore:
+        if pattern not in matched and not _finders((pattern,), (*untouched, *modules)):
             raise ArgumentError(
-                f"ignore = {compiled.pattern!r} finds no Linear of the model; "
+                f"ignore = {pattern!r} finds no Linear of the model; "
                 f"names look like {next((target.linear for target in selected), '?')!r}"
             )
     if quant.embedding_bits is not None and not any(target.embedding for target in selected):
@@ -161,8 +149,8 @@ def _included(lazy: LazyModel, quant: QuantConfig) -> Iterator[Candidate]:
     """What `include` finds outside the blocks."""
     if not quant.include:
         return
-    others, patterns = list(outside(lazy)), [_compiled(pattern) for pattern in quant.include]
-    found = {one: [p.pattern for p in patterns if any(map(p.search, one.target.names))] for one in others}
+    others = list(outside(lazy))
+    found = {one: _finders(quant.include, one.target.names) for one in others}
     for one, finders in found.items():
         reason = one.rule or one.refusal
         if finders and reason is not None and is_wanted(quant, one.target.names):
@@ -190,8 +178,7 @@ def _numbered(lazy: LazyModel, selected: Sequence[Target]) -> tuple[list[Target]
 
 def is_wanted(quant: QuantConfig, names: Iterable[str]) -> bool:
     """Whether no ignore pattern finds any of a layer's names."""
-    patterns = [_compiled(pattern) for pattern in quant.ignore]
-    return not any(pattern.search(name) for pattern in patterns for name in names)
+    return not _finders(quant.ignore, names)
 
 
 def targets_of(lazy: LazyModel, linears: Iterable[str]) -> Targets:
@@ -292,8 +279,7 @@ def _matrices(lazy: LazyModel) -> list[str]:
     return list(names)
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ArgumentError(f"ignore = {pattern!r} is not a regular expression: {error}") from error
+def _finders(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The patterns, regular expressions, that find one of these names."""
+    given = tuple(names)
+    return [pattern for pattern in patterns if any(re.search(pattern, name) for name in given)]

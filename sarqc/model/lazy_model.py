@@ -33,11 +33,12 @@ class LazyModel:
     """A causal language model on meta, with the names of the checkpoint tensors its parameters are made of.
 
     model: the transformers model, in eval mode; non-persistent buffers (rotary tables, scales) are real. blocks: its
-    decoder blocks. prefix: their name in the model ("model.layers"). included: full names of what is quantized too
-    outside the blocks: Linears behind them in the order in which text passes them, then embeddings; each is a unit as a
-    block is. slices: checkpoint tensors of each parameter. unused: matrices of the checkpoint that transformers makes
-    nothing of, without ".weight" (layers that servers draft tokens with). dtype: what parameters become unless
-    transformers keeps them in fp32. device: where the outer parameters are.
+    decoder blocks. layers: the list of them that the model holds. prefix: that list's name in the model
+    ("model.layers"). included: full names of what is quantized too outside the blocks: Linears behind them in the order
+    in which text passes them, then embeddings; each is a unit as a block is. slices: checkpoint tensors of each
+    parameter. unused: matrices of the checkpoint that transformers makes nothing of, without ".weight" (layers that
+    servers draft tokens with). dtype: what parameters become unless transformers keeps them in fp32. device: where the
+    outer parameters are.
     """
 
     def __init__(self, config: PreTrainedConfig, source: TensorSource, trust_remote_code: bool) -> None:
@@ -49,8 +50,8 @@ class LazyModel:
         self.device = torch.device("cpu")
         adopt(model)
         moe.use_sorted_experts(model)
-        self.prefix, self._layers = find_blocks(model, lambda: self.usage)
-        self.blocks: list[nn.Module] = list(self._layers)
+        self.prefix, self.layers = find_blocks(model, lambda: self.usage)
+        self.blocks: list[nn.Module] = list(self.layers)
         self.included: tuple[str, ...] = ()
         self.slices: dict[str, tuple[TensorSlice, ...]] = trace(model, source)
         used = {stored.name for slices in self.slices.values() for stored in slices}
@@ -82,7 +83,8 @@ class LazyModel:
             return
         for path, module in self._build(dtype).named_modules():
             for name in module._non_persistent_buffers_set:
-                self.model.get_submodule(path)._buffers[name] = module._buffers[name].to(self.device)
+                if (buffer := module._buffers.get(name)) is not None:
+                    self.model.get_submodule(path)._buffers[name] = buffer.to(self.device)
         self.model.config.dtype = dtype
         self.dtype = dtype
 
@@ -200,7 +202,7 @@ class LazyModel:
                 _assign(self.model, origin, self.model.get_parameter(target))
         for index in range(len(self.blocks), self.passed):
             for parameter in self.parameters(index):  # some models cast what they hand to a head to its dtype
-                if (like := _find(self.model, parameter)).is_meta:
+                if (like := self.model.get_parameter_or_buffer(parameter)).is_meta:
                     kept = self._kept_dtype(parameter, like)
                     _assign(self.model, parameter, torch.empty_like(like, dtype=kept))
         self._move_buffers(self.model, self.device, skip=f"{self.prefix}.")
@@ -243,22 +245,14 @@ class LazyModel:
         present = self.units[index].state_dict().keys()
         return [name for name in self.slices if name.startswith(start) and name.removeprefix(start) in present]
 
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The decoder blocks as the list that the model holds."""
-        return self._layers
-
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _is_body(self, parameter: str) -> bool:
         """Whether text needs this parameter before or between the blocks, or behind them for the last norm."""
         if self.usage is not None and parameter not in self.usage.touched:
             return False  # a tower
-        head = self.model.get_output_embeddings()
-        return head is None or all(tensor is not self._tensor(parameter) for tensor in head.parameters())
-
-    def _tensor(self, parameter: str) -> Tensor:
-        return _find(self.model, parameter)
+        head, own = self.model.get_output_embeddings(), self.model.get_parameter_or_buffer(parameter)
+        return head is None or all(tensor is not own for tensor in head.parameters())
 
     def _loaded(self, index: int) -> list[str]:
         """The parameters of a unit, and those that the checkpoint stores as another block's; each block has them in
@@ -276,7 +270,7 @@ class LazyModel:
         return [name for name in self.slices if not name.startswith(f"{self.prefix}.") and name in present]
 
     def _load(self, parameter: str, source: TensorSource, device: torch.device) -> None:
-        like = _find(self.model, parameter)
+        like = self.model.get_parameter_or_buffer(parameter)
         kept = self._kept_dtype(parameter, like)
         _assign(self.model, parameter, assemble(self._stored(parameter), source, like.shape, device, kept))
 
@@ -294,7 +288,7 @@ class LazyModel:
         return any(re.search(name.replace("*", ".*"), parameter) for name in names)
 
     def _empty(self, parameter: str) -> None:
-        tensor = _find(self.model, parameter)
+        tensor = self.model.get_parameter_or_buffer(parameter)
         _assign(self.model, parameter, torch.empty_like(tensor, device="meta"))
 
     def _move_buffers(self, root: nn.Module, device: torch.device, skip: str | None = None) -> None:
@@ -334,13 +328,6 @@ def _first_parameter(path: str, module: nn.Module) -> str:
     """The parameter whose device transformers takes for that of a model; "" for a module that is none."""
     first = next(module.named_parameters(), None) if isinstance(module, PreTrainedModel) else None
     return "" if first is None else f"{path}.{first[0]}".removeprefix(".")
-
-
-def _find(model: Any, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)
-    return tensor
 
 
 def _assign(model: Any, name: str, tensor: Tensor) -> None:

@@ -33,7 +33,7 @@ def last_words(text: str) -> list[dict[str, str]]:
 
 
 def zero_shot(
-    model: Any, tokenizer: Any, tasks: Sequence[str], *, text: str, limit: int | None = None, batch_size: int = 1
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, text: str, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics by task, as lm-eval names them without its filter ("acc", "acc_stderr"), of a transformers model.
 
@@ -53,7 +53,7 @@ def zero_shot(
             raise ArgumentError(f"tasks: lm-eval has no task {task!r}, and it is not {CLOZE!r}; see `lm-eval ls tasks`")
     asked = [_cloze(text) if task == CLOZE else task for task in tasks]
     results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
         tasks=asked,
         limit=limit,
         task_manager=manager,

@@ -74,10 +74,6 @@ class PackedWeight(nn.Module):
             zeros = torch.full(scales.shape, 1 << (self.bits - 1), dtype=torch.uint8, device=scales.device)
         return QuantizedWeight(codes, scales, zeros, self.bits)
 
-    def matmul(self, x: Tensor, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
-        """x [T, K], sorted by expert where there are offsets [E + 1] -> [T, N]."""
-        return w4a16_matmul(x, self.prepared(), offsets, bias)
-
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
         stack = f"{self.words.shape[0]} x " if self.words.shape[0] > 1 else ""
@@ -123,7 +119,8 @@ class QuantLinear(PackedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         bias = None if self.bias is None else self.bias.unsqueeze(0)
-        return self.matmul(x.reshape(-1, self.in_features), None, bias).reshape(*x.shape[:-1], self.out_features)
+        y = w4a16_matmul(x.reshape(-1, self.in_features), self.prepared(), None, bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
 
 class DenseView(Tensor):
@@ -176,7 +173,7 @@ class QuantExperts(PackedWeight):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [T, K] sorted by expert, offsets [E + 1] -> [T, N]."""
-        return self.matmul(x, offsets, None)
+        return w4a16_matmul(x, self.prepared(), offsets, None)
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -10,12 +10,13 @@ in place must give the same bits as changing the output of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.sites import ResidualWrite, Site, observing_input
@@ -104,12 +105,7 @@ def _reader(lazy: LazyModel, index: int, site: Site, hidden: Tensor, run: Run) -
     return name if torch.equal(without, emptied) and not torch.equal(without, expected) else None
 
 
-@contextmanager
-def _replacing_output(lazy: LazyModel, site: Site, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Hand what a site puts out to `change`, and put out what it answers, if it does."""
-    module = lazy.model.get_submodule(site.members[0].module)
-    handle = module.register_forward_hook(lambda _module, _args, out: change(out))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _replacing_output(lazy: LazyModel, site: Site, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Hand what a site puts out to `change`, and put out what it answers, if it does, for the time of the context."""
+    module: nn.Module = lazy.model.get_submodule(site.members[0].module)
+    return module.register_forward_hook(lambda _module, _args, out: change(out))

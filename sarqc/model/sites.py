@@ -2,24 +2,26 @@
 
 Which layers those are is seen, not looked up: in one short forward of the block, Linears that received the very
 same tensor object (q, k and v; gate and up) are one site. The two projections of an experts module are a site each.
-`observe` holds the only hooks there are on a model, and only for as long as its context lasts.
+Hooks on the model last only as long as the context that they are for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model import moe
-from sarqc.model.layers import Target, pattern_of
+from sarqc.model.candidates import Target
+from sarqc.model.layers import pattern_of
 from sarqc.model.lazy_model import LazyModel
 
 
@@ -98,10 +100,6 @@ class SiteChunk:
         return self.site.weight(model, self.first, self.stop)
 
 
-Sink = Callable[[Site, Tensor, Tensor | None], None]
-"""Called as sink(site, x [T, K], offsets int64 [E + 1] or None for a site of Linears)."""
-
-
 def write_back(model: Any, target: Target, weight: QuantizedWeight) -> None:
     """Put a target's dequantized weight in the place of its own."""
     rows = stack(model, target.parameter)[target.expert, target.start : target.start + target.shape[0]]
@@ -151,44 +149,21 @@ def find_sites(lazy: LazyModel, block_targets: Sequence[Target], run: Callable[[
     return [replace(site, entry=parameter.removesuffix(".weight")) for parameter, site in ordered]
 
 
-@contextmanager
-def observe(lazy: LazyModel, sites: Sequence[Site], sink: Sink, power: int = 0) -> Iterator[None]:
-    """Send what every site reads to `sink`, for the time of the context.
+def observe(lazy: LazyModel, site: Site, seen: Callable[[Tensor], object]) -> AbstractContextManager[object]:
+    """Hand the rows [T, K] that a site reads to `seen`, for the time of the context."""
+    first = site.members[0]
+    module, leaf = lazy.model.get_submodule(first.module), first.parameter.rpartition(".")[2]
+    if moe.is_experts(module):
 
-    power: rows of experts come scaled by their router weight, see `experts.observed`. Raises `ModelError` on
-    leaving it where a site was never called.
-    """
-    called: set[str] = set()
+        def pass_on(projection: str, x: Tensor, _: Tensor) -> None:
+            if projection == leaf:
+                seen(x)
 
-    def pass_on(site: Site, x: Tensor, offsets: Tensor | None) -> None:
-        called.add(site.name)
-        sink(site, x.reshape(-1, site.in_features), offsets)
-
-    with ExitStack() as hooks:
-        stacks: dict[str, dict[str, Site]] = {}
-        for site in sites:
-            first = site.members[0]
-            module = lazy.model.get_submodule(first.module)
-            if moe.is_experts(module):
-                stacks.setdefault(first.module, {})[first.parameter.rpartition(".")[2]] = site
-            else:
-                hooks.enter_context(observing_input(module, partial(pass_on, site, offsets=None)))
-        for name, by_projection in stacks.items():
-            module = lazy.model.get_submodule(name)
-            hooks.enter_context(moe.observed(module, partial(_dispatch, by_projection, pass_on), power))
-        yield
-    silent = next((site for site in sites if site.name not in called), None)
-    if silent is not None:
-        raise ModelError(f"{silent.name} was never called while its inputs were observed")
+        return moe.observed(module, pass_on)
+    return observing_input(module, lambda x: seen(x.reshape(-1, site.in_features)))
 
 
-def _dispatch(by_projection: dict[str, Site], sink: Sink, projection: str, x: Tensor, offsets: Tensor) -> None:
-    if projection in by_projection:
-        sink(by_projection[projection], x, offsets)
-
-
-@contextmanager
-def observing_input(module: nn.Module, seen: Callable[[Tensor], object]) -> Iterator[None]:
+def observing_input(module: nn.Module, seen: Callable[[Tensor], object]) -> RemovableHandle:
     """Hand the first tensor that a module is called with, if there is one, to `seen`, for the time of the context."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,11 +171,7 @@ def observing_input(module: nn.Module, seen: Callable[[Tensor], object]) -> Iter
         if first is not None:
             seen(first)
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _sites(lazy: LazyModel, block_targets: Sequence[Target], inputs: dict[str, tuple[int, ...]]) -> list[Site]:

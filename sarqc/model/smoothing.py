@@ -5,9 +5,10 @@ Scaling the inputs of a site by s is free where the layer that makes that tensor
 is
 
 - a norm (`y = n * (w + c) + b`, with c = 0, or 1 where weights are stored around zero): all layers that read its
-output, routers and shared experts included, take the same s; - rows of a Linear, or of an experts' stack, that pass
-straight through to the inputs: v_proj through the attention to o_proj, up_proj through the product with the gate to
-down_proj. Several inputs may follow one row, as with grouped heads.
+  output, routers and shared experts included, take the same s;
+- rows of a Linear, or of an experts' stack, that pass straight through to the inputs: v_proj through the attention to
+  o_proj, up_proj through the product with the gate to down_proj. Several inputs may follow one row, as with grouped
+  heads.
 
 One short forward shows which modules read the output of a norm: they received its storage. Which row an input follows
 is found by scaling the rows by powers of two that encode their index, three bits at a time, and decoding the inputs.
@@ -148,9 +149,9 @@ def _trace(lazy: LazyModel, index: int, run: Callable[[], Tensor]) -> _Traced:
             name = f"{lazy.prefix}.{index}.{path}"
             own = dict(module.named_parameters(recurse=False))
             if own:
-                hooks.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
+                hooks.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
             if own.keys() in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in own.values()):
-                hooks.callback(module.register_forward_hook(partial(after, name)).remove)
+                hooks.enter_context(module.register_forward_hook(partial(after, name)))
         run()
     return traced
 
@@ -237,7 +238,7 @@ def _source_channels(lazy: LazyModel, mapping: SmoothingMapping, run: Callable[[
 
     def inputs() -> Tensor:
         seen: list[Tensor] = []
-        with observe(lazy, [site], lambda _, x, __: seen.append(x.float())):
+        with observe(lazy, site, lambda x: seen.append(x.float())):
             run()
         return torch.cat(seen)
 

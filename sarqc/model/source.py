@@ -6,16 +6,18 @@ checkpoint looks like a dense one (`load` dequantizes), and hands out its codes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sarqc.contexts import Closing
+from sarqc.conventions import MatrixSlice
 from sarqc.errors import ModelError
-from sarqc.method.weight import QuantizedWeight, WeightInfo
+from sarqc.method.weight import QuantizedWeight
 
 
 class TensorSource(Protocol):
@@ -37,67 +39,42 @@ class TensorSource(Protocol):
         """Codes of a linear layer (its name without ".weight", E = 1), or None where it is stored dense."""
 
 
-class PackedSource(TensorSource, Protocol):
-    """A source that can also say how its quantized linear layers are stored, and store them again."""
+@dataclass(frozen=True)
+class HeaderSource:
+    """A `TensorSource` without tensors. tensors: (shape, dtype) by the checkpoint's names."""
 
-    def linears(self) -> list[str]:
-        """Names of the quantized linear layers, without ".weight"."""
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-    def describe(self, linear: str) -> WeightInfo:
-        """What a quantized linear layer is; costs no reading of weights."""
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> HeaderSource:
+        """The names, shapes and dtypes of these tensors."""
+        return cls({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
 
-    def raw_members(self, linear: str) -> tuple[str, ...]:
-        """Names of the tensors that a quantized linear layer is stored as."""
-
-    def packer(self, linear: str) -> Callable[[QuantizedWeight], dict[str, Tensor]]:
-        """Makes those tensors of a weight (E = 1); works when the source is closed."""
-
-
-class StateDictSource:
-    """A source over tensors that are already in memory, with some weights optionally quantized.
-
-    tensors: dense tensors by name. quantized: linear layers by name (without ".weight"), E = 1; they join the dense
-    view as `dtype`.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        quantized: Mapping[str, QuantizedWeight] | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        self._tensors = dict(tensors)
-        self._quantized = {f"{linear}.weight": weight for linear, weight in (quantized or {}).items()}
-        self._dtype = dtype
+    def split(self, slices: Mapping[str, MatrixSlice]) -> HeaderSource:
+        """The source with single experts in the place of tensors of all experts."""
+        whole = {part.tensor for part in slices.values()}
+        plain = {name: header for name, header in self.tensors.items() if name not in whole}
+        return HeaderSource(plain | {name: (part.shape, self.tensors[part.tensor][1]) for name, part in slices.items()})
 
     def names(self) -> list[str]:
-        """Names of all dense tensors, sorted."""
-        return sorted(self._tensors.keys() | self._quantized.keys())
+        """Names of all tensors, sorted."""
+        return sorted(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a dense tensor."""
-        if name in self._quantized:
-            return tuple(self._quantized[name].codes.shape[1:])
-        return tuple(self._tensor(name).shape)
+        """Shape of a tensor."""
+        return self.tensors[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a dense tensor."""
-        return self._dtype if name in self._quantized else self._tensor(name).dtype
+        """Dtype of a tensor."""
+        return self.tensors[name][1]
 
     def load(self, name: str) -> Tensor:
-        """A copy of the dense tensor, on the CPU."""
-        if name in self._quantized:
-            return self._quantized[name].dequantize(self._dtype)[0].cpu()
-        return self._tensor(name).detach().to("cpu", copy=True)
+        """`ModelError`: there is nothing to load."""
+        raise ModelError(f"tensor {name!r} is not on this machine: fetch the model's weights first")
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
-        """Codes of a linear layer, or None where it is dense."""
-        return self._quantized.get(f"{linear}.weight")
-
-    def _tensor(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise ModelError(f"tensor {name!r} is not in this source: it has {len(self._tensors)} others")
-        return self._tensors[name]
+        """None: nothing is known to be quantized."""
+        return None
 
 
 class _Wrapper(TensorSource):
@@ -160,7 +137,7 @@ class PatchedSource(_Wrapper):
         return self._quantized.get(f"{linear}.weight") or super().quantized(linear)
 
 
-class PrefetchingSource(_Wrapper):
+class PrefetchingSource(_Wrapper, Closing):
     """A source that reads the next tensors in a background thread. A context manager: the thread ends with it.
 
     Reading waits for the disk and quantization for the processor, so the two overlap. The tensors and their order are
@@ -187,9 +164,7 @@ class PrefetchingSource(_Wrapper):
             coming.cancel()
         self._coming.clear()
 
-    def __enter__(self) -> PrefetchingSource:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
+        """End the thread; what it has read is dropped."""
         self._drop()
         self._reader.shutdown(wait=True)

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,15 @@ def contents(path: Path, name: str, most: int) -> str | Iterator[Any]:
         raise TextError(f"text {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if path.suffix.lower() in {".csv", ".tsv"}:
         raise TextError(f"text {name!r} is a table: convert it to JSON Lines, Parquet or plain text")
-    rows = _rows(text, name, JSON_LINES & {suffix.lower() for suffix in path.suffixes}, whole)
-    if rows is None and JSON & {suffix.lower() for suffix in path.suffixes}:
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    rows = _rows(text, name, bool(JSON_LINES & suffixes), whole)
+    named = bool(JSON & suffixes)
+    if rows is None and not whole and re.match(r"\s*\[" if named else r"\s*\[\s*\{", text):
+        raise TextError(
+            f"text {name!r} is a JSON list of more than {most} characters, which cannot be read in part: make it JSON "
+            "Lines, `jq -c '.[]'`"
+        )
+    if rows is None and named:
         raise TextError(f"text {name!r} is no list of rows: give JSON Lines, a JSON list, or plain text in a .txt file")
     return text if rows is None else rows
 
@@ -80,10 +88,10 @@ def _decoded(raw: Any, name: str, most: int) -> tuple[str, bool]:
     return text, whole
 
 
-def _rows(text: str, name: str, json_lines: set[str] | frozenset[str], whole: bool) -> Iterator[Any] | None:
+def _rows(text: str, name: str, json_lines: bool, whole: bool) -> Iterator[Any] | None:
     """The rows of JSON Lines or of a JSON list; None for what is neither.
 
-    json_lines: not empty where the file is called so. Otherwise the first two lines that are not blank decide.
+    json_lines: whether the file is called so. Otherwise the first two lines that are not blank decide.
     """
     start = text.lstrip()[:1]
     if json_lines or (start == "{" and _begins_with_objects(text)):
@@ -120,7 +128,7 @@ def _parquet(path: Path, name: str) -> Iterator[Any]:
     except ImportError as error:
         raise TextError(f"text {name!r} is a Parquet file, and reading it needs: pip install pyarrow") from error
     try:
-        file = parquet.ParquetFile(path)
+        for batch in parquet.ParquetFile(path).iter_batches(_BATCH):
+            yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise TextError(f"text {name!r} is a Parquet file that cannot be read: {first_line(error)}") from error
-    return (row for batch in file.iter_batches(_BATCH) for row in batch.to_pylist())

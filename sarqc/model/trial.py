@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ def small_copy(module: nn.Module, sizes: Mapping[int, int], generator: torch.Gen
     copy = object.__new__(type(module))
     remembered = {name: sizes.get(value, value) for name, value in vars(module).items() if type(value) is int}
     parameters = {
-        name: None if there is None else nn.Parameter(_randn(there.shape, sizes, generator))
+        name: None
+        if there is None
+        else nn.Parameter(torch.randn([sizes.get(size, size) for size in there.shape], generator=generator))
         for name, there in module._parameters.items()
     }
     copy.__dict__ = vars(module) | remembered | {"_parameters": parameters}
@@ -41,7 +43,3 @@ def computes(
         return False
     made = wanted(x, tried._parameters["weight"], tried._parameters.get("bias"))
     return isinstance(actual, Tensor) and actual.shape == made.shape and torch.allclose(actual, made, 1e-3, 1e-3)
-
-
-def _randn(shape: Iterable[int], sizes: Mapping[int, int], generator: torch.Generator) -> Tensor:
-    return torch.randn([sizes.get(size, size) for size in shape], generator=generator)

@@ -78,8 +78,8 @@ class _Seen:
         return frozenset(selectors)
 
 
-def usage(model: Any, tokens: int = TOKENS) -> Usage | None:
-    """Observe one forward of `tokens` tokens of text through a model whose parameters are on meta.
+def usage(model: Any) -> Usage | None:
+    """Observe one forward of `TOKENS` tokens of text through a model whose parameters are on meta.
 
     Returns:
         What was seen; None where the model's code does not run without data.
@@ -93,10 +93,10 @@ def usage(model: Any, tokens: int = TOKENS) -> Usage | None:
         hooks.enter_context(_same_buffers(model))
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                hooks.enter_context(_on_call(module, partial(_number, called, path)))
+                hooks.enter_context(module.register_forward_pre_hook(partial(_number, called, path)))
         try:
             with torch.no_grad(), watch:
-                ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+                ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
                 model(input_ids=ids, use_cache=False)
         except Exception:  # noqa: BLE001  # foreign code without data fails with whatever it happens to raise
             return None
@@ -117,17 +117,8 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
             buffers.update(own)
 
 
-def _number(called: dict[str, int], path: str) -> None:
+def _number(called: dict[str, int], path: str, *_: object) -> None:
     called.setdefault(path, len(called))
-
-
-@contextmanager
-def _on_call(module: nn.Module, act: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(lambda *_: act())
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Watch(TorchDispatchMode):

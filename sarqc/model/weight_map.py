@@ -27,14 +27,13 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
-    revert_weight_conversion,
 )
 
 from sarqc.conventions import MatrixSlice
 from sarqc.errors import ModelError, first_line
 from sarqc.model import moe
 from sarqc.model.expert_names import AllExperts, single_experts, stored_names
-from sarqc.model.source import StateDictSource, TensorSource
+from sarqc.model.source import HeaderSource, TensorSource
 from sarqc.model.transposed import become_linear, is_transposed
 
 _TAG = torch.arange(6).view(2, 3)
@@ -125,8 +124,9 @@ def trace(model: Any, source: TensorSource) -> dict[str, tuple[TensorSlice, ...]
     for parameter, tensor in wanted.items():
         if parameter in slices:
             _check_shape(model, parameter, tensor, slices[parameter], source)
-        elif not _tied(model, parameter, slices):
-            missing = _missing(model, parameter, tensor, source)
+        elif tied_to(model, parameter) not in slices:
+            present = set(source.names())
+            missing = next((name for name in stored_names(model, parameter) if name not in present), parameter)
             longer = next((name for name in source.names() if name.endswith(f".{missing}")), None)
             hint = f"; it has {longer!r}: rename its tensors, transformers would not find them either" if longer else ""
             raise ModelError(f"the checkpoint lacks tensor {missing!r}, which {type(model).__name__} needs{hint}")
@@ -182,7 +182,7 @@ def tensors_of_experts(slices: Sequence[TensorSlice]) -> AllExperts | None:
 def own_names(model: Any, parameter: str) -> tuple[TensorSlice, ...] | None:
     """Pieces under which transformers reads the experts of a parameter one by one; None where it does not."""
     stored = stored_names(model, parameter)
-    source = StateDictSource(dict(stored))
+    source = HeaderSource.of(stored)
     whole, stacked = _sort_names(model, source, {parameter: model.get_parameter(parameter)})
     if whole or len(stored) == 1:
         return None
@@ -197,7 +197,7 @@ def alone(model: Any, parameter: str, names: Iterable[str]) -> str | None:
     """The first of these names that transformers reads, if it stands alone, as the whole parameter."""
     like = model.get_parameter(parameter).to("meta")
     for name in names:
-        if _sort_names(model, StateDictSource({name: like}), {parameter: like})[0] == {parameter: name}:
+        if _sort_names(model, HeaderSource.of({name: like}), {parameter: like})[0] == {parameter: name}:
             return name
     return None
 
@@ -251,7 +251,7 @@ def _follow(
     try:
         shapes = _convert(converter, model, first, order, lambda name: torch.empty(source.shape(name), device="meta"))
     except Exception as error:  # so does one that is given tensors that do not go together
-        lost = [name for name in _expected(model, first, model.state_dict()[first]) if name not in number]
+        lost = [name for name in stored_names(model, first) if name not in number]
         what = f"lacks tensor {lost[0]!r}" if lost else f"has {_outlier(names, source)}: {first_line(error)}"
         raise ModelError(f"the checkpoint {what}; {first!r} is made of {len(order)} tensors") from error
     return {parameter: _made(Conversion(converter, model, first, parameter, order)) for parameter in shapes}
@@ -331,23 +331,12 @@ def _check_shape(
         if shape[1] != columns or (len(slices) == parts * experts and stored.rows * parts != rows):
             raise ModelError(f"tensor {stored.name!r} is {list(shape)}; {parts} of it do not make {[rows, columns]}")
     if len(slices) != parts * experts:
-        lost = [name for name in _expected(model, parameter, tensor) if name not in {p.name for p in slices}]
+        lost = [name for name in stored_names(model, parameter) if name not in {p.name for p in slices}]
         what = f"lacks tensor {lost[0]!r}" if lost else f"has {len(slices)} tensors for it"
         raise ModelError(f"parameter {parameter!r} holds {experts} matrices, and the checkpoint {what}")
 
 
-def _tied(model: Any, parameter: str, slices: Mapping[str, object]) -> bool:
-    """Whether transformers ties this parameter to one that the checkpoint has."""
-    tied: dict[str, str] = model.all_tied_weights_keys
-    partner = tied.get(parameter) or next((target for target, origin in tied.items() if origin == parameter), None)
-    return partner in slices
-
-
-def _expected(model: Any, parameter: str, tensor: Tensor) -> list[str]:
-    """Names under which transformers would save this parameter; for messages only."""
-    return list(revert_weight_conversion(model, {parameter: tensor.to("meta")}))
-
-
-def _missing(model: Any, parameter: str, tensor: Tensor, source: TensorSource) -> str:
-    present = set(source.names())
-    return next((name for name in _expected(model, parameter, tensor) if name not in present), parameter)
+def tied_to(model: Any, parameter: str) -> str | None:
+    """The parameter that transformers ties this one to, in either direction; None where it stands alone."""
+    pairs: dict[str, str] = model.all_tied_weights_keys
+    return pairs.get(parameter) or next((tied for tied, origin in pairs.items() if origin == parameter), None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sarqc.errors import NumericError
 from sarqc.method.gram import Gram, Statistics, all_finite, row_scales, shrink_experts
 from sarqc.method.layer import LayerReport, merge_reports
-from sarqc.model.layers import Target
+from sarqc.model.candidates import Target
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.residual import residual_writes
 from sarqc.model.sites import ResidualWrite, Site, SiteChunk, find_sites, separate_sites, stack, write_back

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sarqc.method.rtn import quantize_rtn
-from sarqc.model.layers import Target
+from sarqc.model.candidates import Target
 from sarqc.model.sites import stack
 from sarqc.pipeline.quantize_site import SiteQuantizer, scale_dtype
 

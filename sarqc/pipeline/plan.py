@@ -35,11 +35,12 @@ from sarqc.errors import ArgumentError, CheckpointError, ModelError
 from sarqc.method.bit_allocation import average_range
 from sarqc.model import dataset
 from sarqc.model.calibration_data import counts_at_once, windows
-from sarqc.model.config_only import HeaderSource, header_source
+from sarqc.model.candidates import Target
+from sarqc.model.config_only import header_source
 from sarqc.model.hub import hub_configuration, hub_headers, is_local, locate
-from sarqc.model.layers import Target, Targets, auto_group_size, check_group_size, is_wanted, pattern_of, targets
+from sarqc.model.layers import Targets, auto_group_size, check_group_size, is_wanted, pattern_of, targets
 from sarqc.model.lazy_model import LazyModel
-from sarqc.model.source import TensorSource
+from sarqc.model.source import HeaderSource, TensorSource
 from sarqc.model.tied import separate, untied, untied_file
 from sarqc.model.tokenizer import load_tokenizer
 from sarqc.pipeline.streams import windows_at_once
@@ -119,18 +120,16 @@ def _refuse_unfetched(model: str | Path, configs: Configs) -> None:
         _fitted(model, configs, folder, _headers(folder, tensors, configs.run.trust_remote_code))
 
 
-def _fitted(model: str | Path, configs: Configs, folder: Path, source: TensorSource) -> Plan:
+def _fitted(model: str | Path, configs: Configs, folder: Path, source: Checkpoint | HeaderSource) -> Plan:
     """The plan, with options that fit the tensors of the model."""
     quant, method, run = configs.quant, configs.method, configs.run
     lazy = LazyModel.from_folder(folder, source, trust_remote_code=run.trust_remote_code)
     if apart := separate(lazy, source, partial(_is_included, quant)):
-        assert isinstance(source, Checkpoint | HeaderSource)
         source = source.split(apart)
         if isinstance(source, Checkpoint):
             source.config = untied_file(source.config)
         lazy = LazyModel.from_config(untied(lazy.model.config), source, trust_remote_code=run.trust_remote_code)
     if slices := lazy.split(partial(is_wanted, quant)):
-        assert isinstance(source, Checkpoint | HeaderSource)
         source = source.split(slices)
     selected = targets(lazy, quant)
     notes = (*_expansion(source), *_untied(apart, selected), *_renamed(lazy, slices), *_adapter(folder))
@@ -187,7 +186,7 @@ def _check_average(quant: QuantConfig, method: MethodConfig, chosen: Targets) ->
         )
 
 
-def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tuple[Path, TensorSource]:
+def _open(model: str | Path, trust_remote_code: bool, headers_only: bool) -> tuple[Path, Checkpoint | HeaderSource]:
     """A model's folder and its tensors, or only their names and shapes."""
     if headers_only and not is_local(model):
         folder = hub_configuration(str(model), trust_remote_code=trust_remote_code)

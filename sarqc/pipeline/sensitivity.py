@@ -29,7 +29,8 @@ from sarqc.method.bit_allocation import loss_by_bits, probe_bits, probe_weight
 from sarqc.method.gram import Statistics
 from sarqc.method.lambda_search import LambdaSearch
 from sarqc.method.weight import QuantizedWeight
-from sarqc.model.layers import Target, Targets
+from sarqc.model.candidates import Target
+from sarqc.model.layers import Targets
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.perplexity import Tally
 from sarqc.model.sites import Site, SiteChunk, find_sites, separate_sites, stack, write_back

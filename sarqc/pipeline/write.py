@@ -97,7 +97,8 @@ class _Finish:
         copy_side_files(checkpoint.folder, folder, code=work.about["code"])
         solved = {linear: bits for record in self.records for linear, bits in record.linears.items()}
         bits = self.chosen.by_linear() if self.chosen else solved
-        write_config(folder, checkpoint.config, NEUTRAL.config(work.quant, work.about["targets"]["unquantized"], bits))
+        quantization = NEUTRAL.config(work.quant, work.about["targets"]["unquantized"], bits)
+        write_config(folder, checkpoint.config, NEUTRAL, quantization)
         record_files(folder)
         checked = check(folder, checkpoint, rescaled=self.rescaled, trust_remote_code=work.about["code"])
         try:

@@ -10,7 +10,8 @@ from sarqc.checkpoint.reader import Checkpoint
 from sarqc.config import QuantConfig
 from sarqc.conventions import star
 from sarqc.model import moe
-from sarqc.model.layers import Target, targets_of
+from sarqc.model.candidates import Target
+from sarqc.model.layers import targets_of
 from sarqc.model.lazy_model import LazyModel
 from sarqc.serving.rules import Layer, RuntimeModel, RuntimeSupport, fused_layers, mixed_places, runtime_support
 

@@ -42,7 +42,7 @@ def test_a_step_is_that_of_transformers_with_its_own_cache(shape, bits):
     logits = call()
     ids = torch.randint(made.config.vocab_size, (2, 1), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        expected = made(input_ids=ids, past_key_values=theirs, use_cache=True).logits
+        expected = made(input_ids=ids, cache=theirs, use_cache=True).logits
     assert torch.equal(logits, expected)
     assert torch.equal(call(), logits)  # again and again: a step leaves the context as it found it
 

@@ -115,5 +115,5 @@ def quantized_folder(
     for name, weight in weights.items():
         tensors |= packed.pack(name, weight, quant)
     write_weights(folder, tensors, shard_bytes=300)
-    write_config(folder, {"model_type": "x"}, packed.config(quant, ["lm_head"]))
+    write_config(folder, {"model_type": "x"}, packed, packed.config(quant, ["lm_head"]))
     return folder, weights

@@ -266,7 +266,7 @@ def test_parts_that_disagree(tmp_path, random_weight, part, value, message):
 
 def write(folder, tensors, config):
     write_weights(folder, tensors)
-    write_config(folder, {"model_type": "x"}, config)
+    write_config(folder, {"model_type": "x"}, V1, config)
     return folder
 
 

@@ -16,6 +16,7 @@ from benchmarks.models.build import build
 from benchmarks.models.conditions import CONDITION
 from sarqc.checkpoint.low_precision import dense_headers
 from sarqc.checkpoint.reader import open_checkpoint
+from sarqc.checkpoint.verify import problems
 from sarqc.errors import CheckpointError
 from tests.support import families
 
@@ -114,6 +115,40 @@ def test_blocks_that_end_inside_a_matrix(tmp_path, generator):
     wanted = weight.float() * scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :130]
     with open_checkpoint(folder_of(tmp_path, tensors, BLOCK)) as checkpoint:
         assert torch.equal(checkpoint.load("l.weight"), wanted.bfloat16())
+
+
+def test_int8_has_a_scale_for_each_row(tmp_path, generator):
+    codes = torch.randint(-127, 128, (4, 4), dtype=torch.int8, generator=generator)
+    scale = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    quantization = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    folder = folder_of(tmp_path, {"l.weight": codes, "l.weight_scale": scale}, quantization)
+    with open_checkpoint(folder) as checkpoint:
+        assert torch.equal(checkpoint.load("l.weight"), (codes.float() * scale[:, None]).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "codes"),
+    [
+        ("l.weight", "l.weight_scale", torch.zeros(4).to(FP8)),
+        ("l.weight", "l.weight_scale", torch.zeros(4, dtype=torch.int8)),
+        ("l.weight_packed", "l.weight_scale", torch.zeros((), dtype=torch.uint8)),
+        ("l.weight_blocks", "l.weight_scales", torch.zeros(4, 2, 2, dtype=torch.uint8)),
+    ],
+)
+def test_codes_that_are_no_matrix_are_refused(name, scale, codes, tmp_path):
+    tensors = {name: codes, scale: torch.ones(1)}
+    with pytest.raises(CheckpointError, match=f"tensor '{name}' has shape"):
+        open_checkpoint(folder_of(tmp_path, tensors, BLOCK))
+
+
+@pytest.mark.parametrize("row", ["qwen3@fp8", "gpt_oss@mxfp4"])
+def test_every_tensor_of_a_sound_model_is_read_and_checked(row, tmp_path):
+    read, dense = [], {}
+    with open_checkpoint(in_condition(row, tmp_path)) as checkpoint:
+        found = problems(checkpoint, read.append, lambda name, tensor: dense.update({name: tensor}) or ())
+        assert list(found) == [] and sorted(read) == checkpoint.raw_names()
+        for name in checkpoint.names():
+            assert torch.equal(dense[name], checkpoint.load(name)), name
 
 
 def test_codes_without_scales_are_refused(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from sarqc.checkpoint.formats import FORMATS, detect
 from sarqc.checkpoint.formats.mlx import BITS, GROUPS
 from sarqc.checkpoint.formats.stacked import experts_of, own_names, stack_of
+from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from sarqc.method.weight import QuantizedWeight
@@ -104,6 +107,17 @@ def test_tensors_that_do_not_fit_each_other_are_refused(random_weight):
         changed = tensors | {f"p.{part}": wrong}
         with pytest.raises(CheckpointError, match=f"{part} of 'p' is"):
             MLX.unpack("p", config, changed.__getitem__)
+
+
+def test_a_stack_without_bytes_is_refused_whatever_its_size(tmp_path):
+    """Its header alone would stand for a name for each of its experts."""
+    names = [f"m.switch_mlp.up_proj.{part}" for part in ("biases", "scales", "weight")]
+    header = {name: {"dtype": "U32", "shape": [1 << 40, 0], "data_offsets": [0, 0]} for name in names}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4, "group_size": 32}}))
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=r"'m\.switch_mlp\.up_proj'"):
+        checkpoint.storage()
 
 
 def test_a_scale_of_zero_means_a_weight_of_zero():

@@ -142,7 +142,7 @@ def test_several_groups_are_told_apart_by_name_then_pattern_then_class(tmp_path,
     weights = {name: random_weight(5, 64, spec.bits, spec.group_size, spec.sym) for name, spec in specs.items()}
     packed = ChainMap(*(FORMAT.pack(name, weight, specs[name]) for name, weight in weights.items()))
     write_weights(tmp_path / "out", packed)
-    write_config(tmp_path / "out", {}, config)
+    write_config(tmp_path / "out", {}, FORMAT, config)
     checkpoint = open_checkpoint(tmp_path / "out")
     for name, weight in weights.items():
         assert checkpoint.describe(name).bits == weight.bits

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sarqc.checkpoint.formats import NEUTRAL
 from sarqc.checkpoint.manifest import MANIFEST
 from sarqc.checkpoint.side_files import copy_side_files, write_config
+from sarqc.config import QuantConfig
 from sarqc.errors import CheckpointError
 from tests.support.checkpoints import verify, write_weights
 
@@ -60,17 +62,15 @@ def test_a_folder_that_cannot_be_written(tmp_path, source):
     with pytest.raises(CheckpointError, match="cannot be written"):
         copy_side_files(source, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"config.json cannot be written"):
-        write_config(tmp_path / "out", {}, None)
+        write_config(tmp_path / "out", {}, NEUTRAL, {})
 
 
 def test_config_is_merged_sorted_and_indented(tmp_path):
     config = {"b": 1, "a": [1, 2], "quantization_config": {"quant_method": "old", "left": "over"}}
-    write_config(tmp_path, config, {"quant_method": "new"})
+    write_config(tmp_path, config, NEUTRAL, {"quant_method": "new"})
     text = (tmp_path / "config.json").read_text()
     assert text == json.dumps({"a": [1, 2], "b": 1, "quantization_config": {"quant_method": "new"}}, indent=2) + "\n"
     assert config["quantization_config"]["left"] == "over"  # the caller's dict is not touched
-    write_config(tmp_path, config, None)
-    assert json.loads((tmp_path / "config.json").read_text()) == {"a": [1, 2], "b": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -78,7 +78,7 @@ def test_config_is_merged_sorted_and_indented(tmp_path):
 def written(tmp_path):
     folder = tmp_path / "written"
     write_weights(folder, {f"t{number}": torch.full((10,), float(number)) for number in range(4)}, shard_bytes=64)
-    write_config(folder, {}, None)
+    (folder / "config.json").write_text("{}")
     return folder
 
 
@@ -102,14 +102,11 @@ def test_nan_is_named(written):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_scales_must_be_finite(tmp_path, value, dtype):
-    from sarqc.checkpoint.formats import FORMATS
-    from sarqc.config import QuantConfig
-
     scale = torch.ones(2, 4, dtype=dtype)
     scale[1, 2] = value
     packed = {"weight_packed": torch.zeros(2, 4, dtype=torch.int32), "weight_shape": torch.tensor([2, 32])}
     write_weights(tmp_path, {f"p.{name}": tensor for name, tensor in (packed | {"weight_scale": scale}).items()})
-    write_config(tmp_path, {}, FORMATS["compressed-tensors"].config(QuantConfig(4, 8), []))
+    write_config(tmp_path, {}, NEUTRAL, NEUTRAL.config(QuantConfig(4, 8), []))
     with pytest.raises(CheckpointError, match=r"tensor 'p.weight_scale' has 1 numbers that are not finite"):
         verify(tmp_path)
 

@@ -135,7 +135,7 @@ def test_three_bits_in_old_padded_words_become_dense(tmp_path):
                 tensors[name] = padded(checkpoint.quantized(linear).codes[0], 3)
         write_weights(old, tensors)
         quantization = checkpoint.config["quantization_config"] | {"version": "0.17.1"}
-        write_config(old, checkpoint.config, quantization)
+        write_config(old, checkpoint.config, checkpoint.format, quantization)
     out = convert(old, tmp_path / "out", format="compressed-tensors").out
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (new / name).read_bytes()
@@ -158,7 +158,7 @@ def write(
             name: format.config(quant, [])["config_groups"]["group_0"] | {"targets": [name]}
             for name, (_, quant) in weights.items()
         }
-    write_config(folder, {"model_type": "llama"}, config)
+    write_config(folder, {"model_type": "llama"}, format, config)
     return folder
 
 

@@ -8,10 +8,12 @@ import transformers
 
 from sarqc.config import QuantConfig
 from sarqc.model import moe
-from sarqc.model.build import QuantExperts, QuantLinear, build
+from sarqc.model.build import build
 from sarqc.model.layers import targets
-from sarqc.model.source import StateDictSource
+from sarqc.model.lazy_model import LazyModel
+from sarqc.model.packed_linear import QuantExperts, QuantLinear
 from sarqc_kernels.w4a16 import unpack_weight
+from tests.support.models import StateDictSource
 
 QUANT = QuantConfig(bits=4, group_size=32)
 
@@ -142,6 +144,7 @@ def test_what_a_checkpoint_leaves_dense_stays_dense(tiny, rounded):
 def test_dtype_and_configuration(tiny):
     case = tiny("llama", torch.bfloat16)
     config = transformers.AutoConfig.from_pretrained(case.folder)
-    model = build(config, StateDictSource(case.tensors()), dtype=torch.float32)
+    source = StateDictSource(case.tensors())
+    model = build(LazyModel.from_config(config, source), source, dtype=torch.float32)
     assert model.dtype == torch.float32 and not model.training
-    assert build(config, case.source).dtype == torch.bfloat16
+    assert build(LazyModel.from_config(config, source), source).dtype == torch.bfloat16

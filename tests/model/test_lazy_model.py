@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -10,10 +12,10 @@ from torch import Tensor
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.errors import ModelError
 from sarqc.model.lazy_model import LazyModel
-from sarqc.model.source import StateDictSource
 from sarqc.pipeline.forward import Forward
 from sarqc.pipeline.points import Hooks, Point
 from tests.support import families
+from tests.support.models import StateDictSource
 
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -33,6 +35,21 @@ def run_by_block(lazy: LazyModel, source, tokens: Tensor, dtype: torch.dtype | N
             lazy.unload_block(index)
         (end,) = forward.at(Point("end", len(lazy.blocks)))
         return end.output
+
+
+def test_a_dtype_of_its_own_leaves_a_buffer_that_is_not_set(tmp_path):
+    folder = families.save("qwen3", tmp_path)
+    with open_checkpoint(folder) as source:
+        lazy = LazyModel.from_folder(folder, source)
+
+    def with_one_unset(build, dtype):
+        model = build(dtype)
+        model.register_buffer("unset", None, persistent=False)
+        return model
+
+    lazy._build = partial(with_one_unset, lazy._build)
+    lazy.use_dtype(torch.float16)
+    assert lazy.dtype == torch.float16
 
 
 def test_a_wrapper_says_the_device_that_its_text_runs_on(tmp_path):

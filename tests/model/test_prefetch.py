@@ -9,8 +9,9 @@ import torch
 
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import CheckpointError
-from sarqc.model.source import PrefetchingSource, StateDictSource
+from sarqc.model.source import PrefetchingSource
 from tests.support.blocks import run_blocks
+from tests.support.models import StateDictSource
 
 QUANT = QuantConfig(bits=4, group_size=32)
 TENSORS = {name: torch.full((4,), float(number)) for number, name in enumerate("abc")}

@@ -14,10 +14,10 @@ from sarqc.model import smoothing
 from sarqc.model.build import build
 from sarqc.model.layers import targets
 from sarqc.model.sites import SiteChunk, find_sites
-from sarqc.model.source import StateDictSource
 from sarqc.pipeline import channel_scales
 from sarqc.pipeline.channel_scales import BlockScales
 from tests.support.by_block import block_call, embed
+from tests.support.models import StateDictSource
 
 QUANT = QuantConfig(group_size=32)
 DENSE = {

@@ -124,6 +124,28 @@ def test_what_is_beyond_the_limit_is_left_out(file, monkeypatch):
     assert read_text(file("a.jsonl", ROWS), "calibration") == "\n".join(TEXTS[:2])
 
 
+@pytest.mark.parametrize("name", ["list.json", "list.txt"])
+def test_a_list_beyond_the_limit_is_refused(file, monkeypatch, name):
+    monkeypatch.setattr("sarqc.model.dataset.MOST_TEXT", 40)
+    with pytest.raises(TextError, match=r"more than 40 characters.*jq"):
+        read_text(file(name, json.dumps([{"text": text} for text in TEXTS], indent=1)), "calibration")
+    assert read_text(file("text.txt", "[a link](x) " * 9), "calibration") == ("[a link](x) " * 9)[:40]
+
+
+def test_damage_inside_a_parquet_file_is_one_line(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "data"
+    parquet.write_table(pyarrow.table({"text": TEXTS * 2}), path, row_group_size=3, use_dictionary=False)
+    start = parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 60] = b"\xff" * 60
+    path.write_bytes(content)
+    with pytest.raises(TextError, match="Parquet file that cannot be read"):
+        read_text(str(path), "calibration")
+
+
 def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow

@@ -14,12 +14,12 @@ from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import ArgumentError, ModelError, NumericError
 from sarqc.model.build import build
 from sarqc.model.layers import targets
-from sarqc.model.source import StateDictSource
 from sarqc.pipeline import block, driver, quantize_site
 from sarqc.pipeline.activation_store import FileStore
 from sarqc.pipeline.forward import Memory
 from sarqc.pipeline.offload import Offload
 from tests.support.blocks import run_blocks
+from tests.support.models import StateDictSource
 
 QUANT = QuantConfig(bits=4, group_size=32)
 GPTQ, RTN = MethodConfig("gptq"), MethodConfig("rtn")

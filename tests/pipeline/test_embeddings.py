@@ -9,12 +9,12 @@ import sarqc
 from sarqc.checkpoint.reader import open_checkpoint
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.model.build import build
-from sarqc.model.source import StateDictSource
 from sarqc.pipeline.points import Point
 from sarqc.pipeline.streams import Streams
 from tests.pipeline.driver_case import same
 from tests.support import families
 from tests.support.blocks import run_blocks
+from tests.support.models import StateDictSource
 from tests.support.ranks import in_ranks
 from tests.support.tiny import save
 

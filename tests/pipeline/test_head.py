@@ -12,7 +12,6 @@ import sarqc
 from sarqc.config import MethodConfig, QuantConfig
 from sarqc.errors import Interrupted
 from sarqc.model.build import build
-from sarqc.model.source import StateDictSource
 from sarqc.pipeline.activation_store import FileStore
 from sarqc.pipeline.forward import Memory
 from sarqc.pipeline.offload import Offload
@@ -21,6 +20,7 @@ from tests.pipeline.driver_case import same
 from tests.support import families, kept
 from tests.support.blocks import run_blocks
 from tests.support.killing import contents, count_operations, in_child
+from tests.support.models import StateDictSource
 from tests.support.ranks import in_ranks
 from tests.support.stopping import Stopping
 from tests.support.tiny import save

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sarqc.errors import ArgumentError, ResourceError
 from sarqc.method.layer import LayerReport, merge_reports
-from sarqc.model.layers import Target
+from sarqc.model.candidates import Target
 from sarqc.model.sites import Site, SiteChunk
 from sarqc.pipeline.comm import SINGLE_PROCESS, one_rank_at_a_time, synchronize_oom
 from sarqc.pipeline.grams import portions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sarqc.config import MethodConfig, QuantConfig
+from sarqc.errors import ModelError
 from sarqc.method.weight import QuantizedWeight
 from sarqc.model.lazy_model import LazyModel
-from sarqc.model.source import StateDictSource, TensorSource
+from sarqc.model.source import TensorSource
 from tests.support.blocks import run_blocks
 
 BASE: dict[str, Any] = {
@@ -136,6 +137,53 @@ class FolderSource:
 
     def quantized(self, linear: str) -> QuantizedWeight | None:
         return None
+
+
+class StateDictSource:
+    """A source over tensors that are already in memory, with some weights optionally quantized.
+
+    tensors: dense tensors by name. quantized: linear layers by name (without ".weight"), E = 1; they join the dense
+    view as `dtype`.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        quantized: Mapping[str, QuantizedWeight] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self._tensors = dict(tensors)
+        self._quantized = {f"{linear}.weight": weight for linear, weight in (quantized or {}).items()}
+        self._dtype = dtype
+
+    def names(self) -> list[str]:
+        """Names of all dense tensors, sorted."""
+        return sorted(self._tensors.keys() | self._quantized.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense tensor."""
+        if name in self._quantized:
+            return tuple(self._quantized[name].codes.shape[1:])
+        return tuple(self._tensor(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a dense tensor."""
+        return self._dtype if name in self._quantized else self._tensor(name).dtype
+
+    def load(self, name: str) -> Tensor:
+        """A copy of the dense tensor, on the CPU."""
+        if name in self._quantized:
+            return self._quantized[name].dequantize(self._dtype)[0].cpu()
+        return self._tensor(name).detach().to("cpu", copy=True)
+
+    def quantized(self, linear: str) -> QuantizedWeight | None:
+        """Codes of a linear layer, or None where it is dense."""
+        return self._quantized.get(f"{linear}.weight")
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise ModelError(f"tensor {name!r} is not in this source: it has {len(self._tensors)} others")
+        return self._tensors[name]
 
 
 @dataclass

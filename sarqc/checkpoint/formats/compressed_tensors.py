@@ -71,7 +71,7 @@ class CompressedTensors(FormatDefaults):
         """Any: vLLM takes an embedding for quantized where a target is its name."""
 
     def pack(self, linear: str, weight: QuantizedWeight, quant: QuantConfig) -> dict[str, Tensor]:
-        """The three (symmetric) or four tensors of `linear`, on the device of `weight`.
+        """The three (symmetric) or four tensors of `linear`, on the device of `weight`; the shape on the CPU.
 
         `quant` is needed because the files must agree with one config: a weight whose zeros happen to be in the
         middle still stores them when `quant` is asymmetric. `NumericError` for scales that are not finite.

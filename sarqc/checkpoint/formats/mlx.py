@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,12 +35,6 @@ BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
 _PARTS = ("weight", "scales", "biases")
 _PART = re.compile(r"(?P<linear>.+)\.(?P<part>scales|biases)")
-
-
-@dataclass(frozen=True)
-class _Scheme:
-    bits: int
-    group_size: int
 
 
 class Mlx(FormatDefaults):
@@ -174,29 +167,30 @@ def _path(linear: str) -> str:
     return stack[0] if stack else linear
 
 
-def _scheme(numbers: Mapping[str, Any], base: Mapping[str, Any]) -> _Scheme:
+def _scheme(numbers: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[int, int]:
+    """Bits and group size of a layer: its own numbers, or those of all."""
     bits, group_size = (numbers.get(key, base.get(key)) for key in ("bits", "group_size"))
     if type(bits) is not int or bits not in BITS or type(group_size) is not int or group_size not in GROUPS:
         raise CheckpointError(f"MLX weights with bits {bits!r}, group_size {group_size!r} are not read")
-    return _Scheme(bits, group_size)
+    return bits, group_size
 
 
 def _check(linear: str, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> WeightInfo:
     """Compares the tensors of one Linear with each other and with the config; `CheckpointError` where they differ."""
     own = quantization.get(_path(linear))
-    scheme = _scheme(own if isinstance(own, dict) else {}, quantization)
+    bits, group_size = _scheme(own if isinstance(own, dict) else {}, quantization)
     words, scales = tensors["weight"], tensors["scales"]
-    if words.dtype != torch.uint32 or len(words.shape) != 2 or words.shape[1] * 32 % scheme.bits:
+    if words.dtype != torch.uint32 or len(words.shape) != 2 or words.shape[1] * 32 % bits:
         raise CheckpointError(
             f"weight of {linear!r} is {describe_tensor(words)}, where uint32 [outputs, words] is expected"
         )
-    rows, columns = words.shape[0], words.shape[1] * 32 // scheme.bits
-    if 0 in words.shape or columns % scheme.group_size:
+    rows, columns = words.shape[0], words.shape[1] * 32 // bits
+    if 0 in words.shape or columns % group_size:
         raise CheckpointError(
-            f"weight of {linear!r} stands for [{rows}, {columns}], which has no groups of {scheme.group_size} inputs"
+            f"weight of {linear!r} stands for [{rows}, {columns}], which has no groups of {group_size} inputs"
         )
-    groups = columns // scheme.group_size
-    why = f"a weight [{rows}, {columns}] of {scheme.bits} bits and {groups} groups"
+    groups = columns // group_size
+    why = f"a weight [{rows}, {columns}] of {bits} bits and {groups} groups"
     for part in ("scales", "biases"):
         check_tensor(linear, part, tensors[part], (rows, groups), _SCALES, why)
-    return WeightInfo((rows, columns), scales.dtype, scheme.bits, groups, sym=False)
+    return WeightInfo((rows, columns), scales.dtype, bits, groups, sym=False)
