@@ -58,13 +58,13 @@ def _fp32() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _tokenized_once() -> Iterator[None]:
     """A third of a small run is the time in which its tokenizer goes through the packaged text: once will do."""
-    tokens: dict[tuple[str, str, bool], list[int]] = {}
+    tokens: dict[tuple[object, ...], list[int]] = {}
 
     def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return tokenizer_of_runs.encode(tokenizer, text, special=special)
-        key = backend.to_str(), text, special
+        key = backend.to_str(), tokenizer.model_max_length, text, special
         if key not in tokens:
             tokens[key] = tokenizer_of_runs.encode(tokenizer, text, special=special)
         return tokens[key]
