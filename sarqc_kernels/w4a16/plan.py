@@ -41,8 +41,8 @@ class Plan:
         return f"{'persistent' if self.resident else self.kernel} {self.tokens} splits {self.splits}"
 
     def fitting(self, *, gated: bool, asymmetric: bool, experts: int, groups: int) -> Plan:
-        """The same where it would spill: 256 rows with gate and up in one, asymmetric codes by expert or eight groups to
-        a tile get 128; where sums of many groups, or asymmetric codes with few tokens, need more registers, they get
+        """The same where it would spill: 256 rows with gate and up in one, asymmetric codes by expert or eight groups
+        to a tile get 128; where sums of many groups, or asymmetric codes with few tokens, need more registers, they get
         them."""
         if self.block_n > PAD_N and (gated or (asymmetric and experts) or groups > 4):
             return replace(self, block_n=PAD_N)

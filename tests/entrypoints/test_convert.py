@@ -247,8 +247,8 @@ def test_a_slip_on_the_way_is_seen_and_nothing_stays(tmp_path, symmetric, monkey
 def test_spec_of_reads_no_further_than_it_must(asymmetric):
     with open_checkpoint(asymmetric) as checkpoint:
         asked: list[str] = []
-        load = checkpoint.unpack
-        checkpoint.unpack = lambda linear, read: (asked.append(linear), load(linear, read))[1]
+        unpack = checkpoint.unpack
+        checkpoint.unpack = lambda linear, load: (asked.append(linear), unpack(linear, load))[1]
         assert not spec_of(checkpoint)[0].sym and len(asked) == 1
 
 
