@@ -25,6 +25,7 @@ from torch import Tensor
 import sarqc
 from benchmarks.serve.vllm_generate import processor
 from sarqc.model.dataset import builtin_text
+from sarqc.model.generate import cache_name
 from sarqc.model.packed_linear import PackedWeight
 from sarqc.system import versions
 
@@ -38,9 +39,10 @@ def decode(model: Any, ids: Tensor) -> float:
     """Tokens per second, one after the other, after a short prompt that is not timed."""
     out = model(ids[:, :DECODE_AFTER], use_cache=True)
     token = out.logits[:, -1:].argmax(-1)
+    name = cache_name(model)
     began = time.perf_counter()
     for _ in range(DECODE_TOKENS):
-        out = model(token, cache=out.cache, use_cache=True)
+        out = model(token, use_cache=True, **{name: out[name]})
         token = out.logits[:, -1:].argmax(-1)
     return DECODE_TOKENS / (time.perf_counter() - began)
 

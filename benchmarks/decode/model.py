@@ -17,6 +17,7 @@ from benchmarks.quantize.shapes import config_of, tensors_of
 from benchmarks.quantize.source import RandomSource
 from sarqc.config import QuantConfig
 from sarqc.model.build import build
+from sarqc.model.generate import cache_name
 from sarqc.model.lazy_model import LazyModel
 from sarqc.model.moe import is_experts
 from sarqc_kernels.backend import ENVIRONMENT
@@ -86,9 +87,11 @@ def step(model: Any, context: Context) -> Call:
     ids = torch.randint(model.config.vocab_size, (batch, 1), generator=generator).to(device)
     places = torch.full((batch, 1), context.length - 1, device=device)
 
+    given = {cache_name(model): context}
+
     @torch.inference_mode()
     def call() -> Tensor:
-        logits: Tensor = model(input_ids=ids, position_ids=places, cache=context, use_cache=True).logits
+        logits: Tensor = model(input_ids=ids, position_ids=places, use_cache=True, **given).logits
         return logits
 
     return call

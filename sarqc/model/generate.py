@@ -19,6 +19,12 @@ _CACHES = ("cache", "past_key_values", "cache_params")
 """Names that versions of transformers and models have for what is kept of the tokens that were read."""
 
 
+def cache_name(model: Any) -> str:
+    """The argument and output of a model's forward for its cache, by this version of transformers; "" for none."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHES if name in takes), "")
+
+
 class Stream:
     """A causal language model with the keys and values, or states, of what it has read.
 
@@ -29,8 +35,7 @@ class Stream:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        takes = inspect.signature(model.forward).parameters
-        self._name = next((name for name in _CACHES if name in takes), "")
+        self._name = cache_name(model)
         self._most = 1 if getattr(model, "_is_stateful", False) else math.inf  # tokens that continue a cache
         self._cache: Any = None
         self._read: list[int] = []

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from benchmarks import records, run
 from benchmarks.decode import command, model
 from benchmarks.quantize.shapes import config_of
+from sarqc.model.generate import cache_name
 from sarqc.model.packed_linear import PackedWeight
 from sarqc_kernels.w4a16 import cpu
 
@@ -42,7 +43,7 @@ def test_a_step_is_that_of_transformers_with_its_own_cache(shape, bits):
     logits = call()
     ids = torch.randint(made.config.vocab_size, (2, 1), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        expected = made(input_ids=ids, cache=theirs, use_cache=True).logits
+        expected = made(input_ids=ids, use_cache=True, **{cache_name(made): theirs}).logits
     assert torch.equal(logits, expected)
     assert torch.equal(call(), logits)  # again and again: a step leaves the context as it found it
 
