@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.aot import listing
 from benchmarks.aot.hazards import overwritten
 
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA", "IMMA")
@@ -42,11 +43,11 @@ def read(cubin: bytes, tools: Path) -> MachineCode:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
-        listing = _run(tools / "nvdisasm", "-c", path).splitlines()
+        lines = _run(tools / "nvdisasm", "-c", path).splitlines()
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if match is None:
         raise RuntimeError(f"cuobjdump prints no resource usage:\n{usage}")
-    return MachineCode(int(match[1]), int(match[2]), opcodes(listing), overwritten(listing))
+    return MachineCode(int(match[1]), int(match[2]), opcodes(lines), overwritten(lines))
 
 
 def opcodes(lines: Iterable[str]) -> Counter[str]:
@@ -60,28 +61,11 @@ def opcodes(lines: Iterable[str]) -> Counter[str]:
     return counts
 
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
-_LABEL = re.compile(r"^\s*(\.L\w+):")
-_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s.*`\((\.L\w+)\)")
-
-
-def loops(listing: Iterable[str]) -> list[Counter[str]]:
-    """How often each opcode occurs in each loop of a disassembled kernel: from where a branch goes back to, to it.
-
-    An outer loop counts what its inner loops hold once.
-    """
-    labels: dict[str, int] = {}
-    items: list[str] = []
-    spans: list[tuple[int, int]] = []
-    for line in listing:
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(items)
-        elif instruction := _INSTRUCTION.search(line):
-            items.append(instruction[1])
-            back = _BRANCH.search(line)
-            if back and back[1] in labels:
-                spans.append((labels[back[1]], len(items)))
-    return [Counter(items[first:last]) for first, last in spans if last - first > 1]
+def loops(lines: Iterable[str]) -> list[Counter[str]]:
+    """How often each opcode occurs in each loop of a disassembled kernel; an outer loop counts what its inner loops
+    hold once."""
+    items, found = listing.loops(lines)
+    return [Counter(items[place].stem for place in loop) for loop in found]
 
 
 def listing_of(cubin: bytes, tools: Path) -> dict[str, list[str]]:

@@ -81,7 +81,7 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
     tensor = max(shapes.stored_bytes(plan, name) for name in plan.source.names())
     outer = width * _outer(plan)
     probed = sum(len(sites) for _, sites in blocks)  # sites, from each of which a few sequences run on
-    tried = (TOKENS + TRIED_WINDOWS * TRIED_LENGTH * probed) * width * shapes.hidden_size(plan)
+    tried = (TOKENS + TRIED_WINDOWS * TRIED_LENGTH * probed) * width * plan.lazy.hidden_size
     peaks: dict[str, tuple[int, int]] = dict.fromkeys(STAGES, (0, 0))  # on the device, and on the host beside it
     for index, sites in blocks:
         members = plan.targets.of_block(index)
@@ -89,9 +89,9 @@ def memory(plan: Plan, windows: int, seqlen: int, waiting: HostBuffers) -> list[
         codes = sum(prod(target.shape) for target in members)
         passed, inside = index < plan.lazy.passed, index < len(plan.lazy.blocks)
         grams, solving = _solved(plan, sites, folds if passed else 0)
-        flow = tokens * width * (_flow(plan, members) if inside else shapes.hidden_size(plan))  # logits are not made
+        flow = tokens * width * (_flow(plan, members) if inside else plan.lazy.hidden_size)  # logits are not made
         needs = {
-            "embed": (outer + 2 * tokens * shapes.hidden_size(plan) * 4, states + tensor),
+            "embed": (outer + 2 * tokens * plan.lazy.hidden_size * 4, states + tensor),
             "load": (block + tensor + waiting.device, states + tensor + prefetched),
             "sensitivity": (block + max(grams + solving, flow, width * _largest(sites)), tried + codes),
             "reference": (block + flow + waiting.device, states + prefetched),
@@ -161,4 +161,4 @@ def _choosing(chunk: SiteChunk) -> int:
 def _flow(plan: Plan, members: list[Target]) -> int:
     """Elements that a token leaves in memory on its way through a block."""
     widest = max((max(target.shape) for target in members), default=0)
-    return 12 * shapes.hidden_size(plan) + 4 * widest * shapes.choices(plan)
+    return 12 * plan.lazy.hidden_size + 4 * widest * shapes.choices(plan)

@@ -101,7 +101,7 @@ def seconds(plan: Plan, windows: int, seqlen: int, ranks: int = 1) -> Time:
 
 def forward_seconds(plan: Plan, sites: list[Site], text: Text, rates: Rates) -> float:
     """Seconds that all micro-batches take through a block."""
-    hidden, widest = shapes.hidden_size(plan), max((site.rows for site in sites), default=0)
+    hidden, widest = plan.lazy.hidden_size, max((site.rows for site in sites), default=0)
     flops = sum(2.0 * visits(plan, site) * site.rows * site.in_features for site in sites) + 2.0 * text.length * hidden
     moved = ACTIVATION_PASSES * max(hidden, widest)
     return (

@@ -58,11 +58,6 @@ def choices(plan: Plan) -> int:
     return int(getattr(plan.lazy.text_config, "num_experts_per_tok", None) or 1)
 
 
-def hidden_size(plan: Plan) -> int:
-    """Numbers in a hidden state."""
-    return plan.lazy.hidden_size
-
-
 def states_bytes(plan: Plan, windows: int, seqlen: int) -> int:
     """Bytes of the hidden states of `windows` windows."""
-    return windows * seqlen * hidden_size(plan) * plan.dtype.itemsize
+    return windows * seqlen * plan.lazy.hidden_size * plan.dtype.itemsize

@@ -134,9 +134,7 @@ class Streams(Closing):
         self.quantized = self.probe = Forward([], self.units)
         self.reference: Forward | None = None
         self.form: str | None = None  # how the last block returned the stream
-        self._entered: tuple[str, str] | None = (
-            None  # the form and the fingerprint with which the last block was entered
-        )
+        self._entered: tuple[str, str] | None = None  # form and fingerprint with which the last block was entered
         self._source = source
         self._device = device
         self._dtype = dtype
